@@ -1,0 +1,57 @@
+"""The rules that turn scores [T, E] into a mask [T, E]: which experts run for which token."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sadmoe import ops
+
+
+class Gate(Protocol):
+    """A rule on scores. `true_norms`: the scores are the experts' own output norms, not the router's prediction of them."""
+
+    @property
+    def true_norms(self) -> bool: ...
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """scores [T, E] float32 >= 0 -> bool [T, E]."""
+        ...
+
+
+@dataclass(frozen=True)
+class DynamicK:
+    """Expert e runs iff scores[t, e] >= tau * max(scores[t]) (arXiv 2310.04361, section 3): the rule of the method.
+
+    tau in [0, 1]: 0 is the dense layer, 1 the top expert. With `true_norms` it is the oracle of the same rule: it
+    computes every expert to know its norm, so it is for study, not for speed.
+    """
+
+    tau: float
+    true_norms: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.tau <= 1.0:
+            raise ValueError(f"tau must be in [0, 1] (0: every expert, 1: the top expert), got {self.tau}")
+
+    def mask(self, scores: Tensor) -> Tensor:
+        return ops.dynamic_k_select(scores, self.tau)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k experts of the largest score, the same k for every token (MoEfication's rule); ties by torch.topk's order."""
+
+    k: int
+    true_norms: bool = False
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k must be at least 1, got {self.k}")
+
+    def mask(self, scores: Tensor) -> Tensor:
+        if self.k > scores.shape[-1]:
+            raise ValueError(f"k must be at most the number of experts, {scores.shape[-1]}, got {self.k}")
+        mask = torch.zeros_like(scores, dtype=torch.bool)
+        return mask.scatter_(-1, scores.topk(self.k, dim=-1).indices, True)

@@ -1,0 +1,88 @@
+"""What every kernel must compute, in plain torch. Slow on purpose: read this first.
+
+Letters: T tokens, d width of the input, d_out of the output, E experts, s neurons per expert, r router width.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def router_scores(x: Tensor, v1: Tensor, v2: Tensor) -> Tensor:
+    """Predicted output norm of every expert: |relu(x v1ᵀ) v2ᵀ|, in float32 (arXiv 2310.04361, section 3).
+
+    x [T, d], v1 [r, d], v2 [E, r] -> [T, E], every entry >= 0.
+    """
+    hidden = F.relu(F.linear(x.float(), v1.float()))
+    return F.linear(hidden, v2.float()).abs()
+
+
+def dynamic_k_select(scores: Tensor, tau: float) -> Tensor:
+    """Dynamic-k rule: expert e runs for token t iff scores[t, e] >= tau * max(scores[t]), compared in float32.
+
+    tau = 0 runs every expert, tau = 1 only the best and its ties; an all-zero row runs every expert.
+    Negative scores count as 0. A NaN is never selected and never the maximum.
+    scores [T, E], 0 <= tau <= 1 -> bool [T, E].
+    """
+    finite_or_inf = ~scores.isnan()
+    clamped = scores.float().clamp(min=0).where(finite_or_inf, -1.0)
+    if tau == 0 or scores.shape[0] == 0:  # 0 * inf would be NaN
+        return finite_or_inf
+    return (clamped >= tau * clamped.amax(dim=-1, keepdim=True)) & finite_or_inf
+
+
+def sparse_experts(
+    x: Tensor,
+    mask: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_up: Tensor | None = None,
+    w_gate: Tensor | None = None,
+    b_gate: Tensor | None = None,
+    b_out: Tensor | None = None,
+    act: str = "relu",
+) -> Tensor:
+    """Sum over the experts of the mask, unweighted, plus the output bias once.
+
+    Plain: act(x w_upᵀ + b_up) w_down.   GLU: (act(x w_gateᵀ + b_gate) * (x w_upᵀ + b_up)) w_down.
+    x [T, d], mask bool [T, E], w_up, w_gate [E, s, d], w_down [E, s, d_out], b_up, b_gate [E, s], b_out [d_out]
+    -> [T, d_out] of x's dtype.
+    """
+    experts, s, _ = w_up.shape
+    hidden = _linear(x, w_up, b_up)
+    hidden = ACTIVATIONS[act](hidden) if w_gate is None else ACTIVATIONS[act](_linear(x, w_gate, b_gate)) * hidden
+    hidden = hidden.unflatten(-1, (experts, s)).where(mask.unsqueeze(-1), 0.0)
+    y = hidden.flatten(-2) @ w_down.flatten(0, 1)
+    return y if b_out is None else y + b_out
+
+
+def dynamic_k_moe(
+    x: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_up: Tensor | None = None,
+    w_gate: Tensor | None = None,
+    b_gate: Tensor | None = None,
+    b_out: Tensor | None = None,
+    tau: float = 0.0,
+    act: str = "relu",
+) -> Tensor:
+    """router_scores, dynamic_k_select and sparse_experts in one: [T, d] -> [T, d_out]."""
+    mask = dynamic_k_select(router_scores(x, v1, v2), tau)
+    return sparse_experts(x, mask, w_up, w_down, b_up, w_gate, b_gate, b_out, act)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
