@@ -1,0 +1,108 @@
+"""What the model is called with, and which of its tokens are real.
+
+A *batch* is one call: a Mapping becomes model(**batch), a tuple or list model(*batch), a Tensor model(batch).
+*batches* is a collection of them that can be gone through again and again: a list, a DataLoader.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batch = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
+Batches = Iterable[Batch]
+
+
+def run(model: nn.Module, batch: Batch) -> Any:
+    """The model's output on one batch, which must already be on the model's device (see `to_device`)."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    if isinstance(batch, Tensor):
+        return model(batch)
+    raise TypeError(f"a batch must be a Mapping, a tuple, a list or a Tensor, got {type(batch).__name__}")
+
+
+def to_device(batch: Any, device: torch.device | str) -> Any:
+    """The batch with every tensor inside it on `device`; what is no tensor stays as it is."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, tuple | list):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's inputs belong: the device of its first parameter or buffer, the CPU if it has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def check_batches(batches: Batches) -> None:
+    """Raises TypeError or ValueError unless `batches` is a collection of batches that can be gone through again."""
+    if isinstance(batches, Mapping | Tensor | str | bytes):
+        raise TypeError(
+            f"batches must be a list or a DataLoader of batches, got one {type(batches).__name__}: wrap it in a list"
+        )
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be a list or a DataLoader of batches, got {type(batches).__name__}")
+    if isinstance(batches, Iterator):
+        raise TypeError(
+            f"batches must be re-iterable, got the one-shot iterator {type(batches).__name__}: pass list(batches), or a DataLoader"
+        )
+    if length(batches) == 0:
+        raise ValueError("batches must hold at least one batch, got an empty collection")
+
+
+def length(batches: Batches) -> int | None:
+    """How many batches there are, None where the collection does not say."""
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:  # also what a DataLoader over an IterableDataset raises
+        return None
+
+
+def padding_mask(batch: Batch) -> Tensor | None:
+    """bool [B, T], True where the token is real: a Mapping's "attention_mask" if it is a 2-D tensor, else None."""
+    return _mask(batch, "attention_mask")
+
+
+def real_rows(model: nn.Module, name: str, batch: Batch, x: Tensor) -> Tensor | None:
+    """Which rows of the input of module `name` are real tokens, None where the batch does not say.
+
+    x [..., d] is what entered the module while the model ran `batch`; the result is bool [rows] for
+    x.reshape(-1, d). A padding mask applies where it has as many tokens as x: also to models that flatten
+    [B, T, d] first. In an encoder-decoder, what is below a module named "decoder" answers to "decoder_attention_mask".
+    """
+    two_sided = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    decoder = two_sided and "decoder" in name.split(".")
+    mask = _mask(batch, "decoder_attention_mask" if decoder else "attention_mask")
+    if mask is None or mask.numel() != x[..., 0].numel():
+        return None
+    return mask.flatten().to(x.device)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards every module's training flag is what it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _mask(batch: Batch, key: str) -> Tensor | None:
+    mask = batch.get(key) if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None

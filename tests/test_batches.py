@@ -1,0 +1,131 @@
+from collections import UserDict, namedtuple
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from sadmoe.batches import (
+    check_batches,
+    device_of,
+    evaluating,
+    length,
+    padding_mask,
+    real_rows,
+    run,
+    to_device,
+)
+
+
+class Add(nn.Module):
+    def forward(self, a, b=10):
+        return a + b
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield torch.zeros(2)
+
+
+ONE = torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("batch", "sum_"),
+    [({"a": ONE, "b": ONE}, 2), (UserDict(a=ONE, b=ONE), 2), ((ONE, ONE), 2), ([ONE, 3], 4), (ONE, 11)],
+)
+def test_a_batch_says_how_the_model_is_called(batch, sum_):
+    assert run(Add(), batch).tolist() == [sum_, sum_]
+
+
+def test_something_else_is_no_batch():
+    with pytest.raises(TypeError, match="a batch must be a Mapping, a tuple, a list or a Tensor, got int"):
+        run(Add(), 3)
+
+
+def test_every_tensor_moves_and_the_rest_stays():
+    pair = namedtuple("pair", "x label")
+    batch = {"a": ONE, "b": [ONE, (ONE, "name")], "c": pair(ONE, 3), "d": None}
+    moved = to_device(batch, "meta")
+    assert moved["a"].is_meta and moved["b"][0].is_meta and moved["b"][1][0].is_meta and moved["c"].x.is_meta
+    assert moved["b"][1][1] == "name" and moved["c"].label == 3 and moved["d"] is None
+    assert not ONE.is_meta
+    assert isinstance(moved["c"], pair)
+
+
+def test_the_device_is_that_of_the_weights():
+    assert device_of(nn.Linear(2, 2, device="meta")).type == "meta"
+    assert device_of(nn.BatchNorm1d(2, affine=False, device="meta")).type == "meta"
+    assert device_of(nn.ReLU()).type == "cpu"
+
+
+@pytest.mark.parametrize("batches", [[ONE], (ONE,), DataLoader([ONE]), DataLoader(Endless())])
+def test_a_collection_that_can_be_repeated_is_accepted(batches):
+    check_batches(batches)
+
+
+@pytest.mark.parametrize(
+    ("batches", "error", "text"),
+    [
+        (iter([ONE]), TypeError, "one-shot iterator list_iterator: pass list"),
+        ((x for x in [ONE]), TypeError, "one-shot iterator generator"),
+        ({"input_ids": ONE}, TypeError, "got one dict: wrap it in a list"),
+        (ONE, TypeError, "got one Tensor: wrap it in a list"),
+        (7, TypeError, "must be a list or a DataLoader of batches, got int"),
+        ([], ValueError, "at least one batch, got an empty collection"),
+    ],
+)
+def test_what_cannot_be_repeated_is_refused(batches, error, text):
+    with pytest.raises(error, match=text):
+        check_batches(batches)
+
+
+def test_a_collection_need_not_know_its_length():
+    assert length([ONE, ONE]) == 2
+    assert length(DataLoader(Endless())) is None
+
+
+def test_the_padding_mask_is_a_two_dimensional_attention_mask():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    assert padding_mask({"attention_mask": mask}).tolist() == mask.bool().tolist()
+    assert padding_mask({"attention_mask": torch.ones(1, 1, 3, 3)}) is None
+    assert padding_mask({"attention_mask": None}) is None
+    assert padding_mask({"input_ids": mask}) is None
+    assert padding_mask((mask,)) is None
+
+
+MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (6, 5)])
+def test_real_rows_follow_the_mask_also_when_the_model_flattens(shape):
+    rows = real_rows(Add(), "layers.0", {"attention_mask": MASK}, torch.zeros(shape))
+    assert rows.tolist() == [True, True, False, True, False, False]
+
+
+def test_real_rows_are_unknown_when_the_mask_is_of_another_length():
+    assert real_rows(Add(), "layers.0", {"attention_mask": MASK}, torch.zeros(2, 4, 5)) is None
+    assert real_rows(Add(), "layers.0", (torch.zeros(2),), torch.zeros(2, 3, 5)) is None
+
+
+def test_a_decoder_answers_to_its_own_mask_only_beside_an_encoder():
+    model, x = Add(), torch.zeros(2, 3, 5)
+    batch = {"attention_mask": MASK, "decoder_attention_mask": 1 - MASK}
+    assert real_rows(model, "model.decoder.layers.0", batch, x).tolist() == MASK.bool().flatten().tolist()
+    model.config = SimpleNamespace(is_encoder_decoder=True)
+    assert real_rows(model, "decoder.block.0", batch, x).tolist() == (1 - MASK).bool().flatten().tolist()
+    assert real_rows(model, "encoder.block.0", batch, x).tolist() == MASK.bool().flatten().tolist()
+    assert real_rows(model, "decoder.block.0", {"attention_mask": MASK}, x) is None
+
+
+def test_evaluating_gives_every_training_flag_back():
+    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout(), nn.Linear(2, 2)))
+    model[1].eval()
+    before = [module.training for module in model.modules()]
+    with pytest.raises(KeyError), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        assert not torch.is_grad_enabled()
+        raise KeyError
+    assert [module.training for module in model.modules()] == before
+    assert torch.is_grad_enabled()
