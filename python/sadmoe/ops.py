@@ -1,1 +1,301 @@
-from sadmoe.reference import dynamic_k_moe, dynamic_k_select, router_scores, sparse_experts  # INTERIM: replaced by the compiled ops soon
+"""The ops of `torch.ops.sadmoe`: loads the compiled library, and says everything about an op that is not its kernel.
+
+Every op runs on the CPU in C++, traces on meta and fake tensors, has gradients and a FLOP formula, follows autocast,
+and answers through `sadmoe.reference` on devices without a kernel, with one warning.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from sadmoe import reference
+
+_LIBRARY = Path(__file__).with_name("_ops.so")
+
+
+def _load() -> None:
+    if not _LIBRARY.exists():
+        raise ImportError(
+            f"sadmoe's compiled ops are missing ({_LIBRARY}). Build them with `pip install .` in the source tree, and "
+            "import sadmoe from outside it; or `pip install -e .` to work inside it."
+        )
+    version = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in torch.__version__.split(".")[:2])
+    if version < (2, 10):
+        raise ImportError(f"sadmoe needs torch >= 2.10, found {torch.__version__}: pip install --upgrade torch")
+    try:
+        torch.ops.load_library(str(_LIBRARY))
+    except OSError as error:
+        raise ImportError(
+            f"sadmoe's compiled ops do not load beside torch {torch.__version__}: {error}. Reinstall sadmoe in this "
+            "environment with `pip install --force-reinstall --no-deps .`"
+        ) from error
+
+
+_load()
+
+
+def router_scores(x: Tensor, v1: Tensor, v2: Tensor) -> Tensor:
+    """Predicted output norm of every expert, `relu(x @ v1.T) @ v2.T` without its sign, in float32.
+
+    x [T, d], v1 [r, d], v2 [E, r], each float32, bfloat16 or float16 -> float32 [T, E], >= 0.
+    Raises RuntimeError that names the argument whose shape or dtype does not fit. Source: arXiv 2310.04361, section 3.
+    """
+    return torch.ops.sadmoe.router_scores(x, v1, v2)
+
+
+def dynamic_k_select(scores: Tensor, tau: float) -> Tensor:
+    """Dynamic-k rule, `scores >= tau * scores.amax(-1, keepdim=True)`.
+
+    scores float32 [T, E], 0 <= tau <= 1 (0: every expert, 1: the top one and its ties) -> bool [T, E].
+    An all-zero row selects every expert; a negative score counts as 0; NaN is never selected.
+    Source: arXiv 2310.04361, section 3 (its code calls this dynk_max and uses 1 - tau).
+    """
+    return torch.ops.sadmoe.dynamic_k_select(scores, tau)
+
+
+def sparse_experts(
+    x: Tensor,
+    mask: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_up: Tensor | None = None,
+    w_gate: Tensor | None = None,
+    b_gate: Tensor | None = None,
+    b_out: Tensor | None = None,
+    act: str = "relu",
+) -> Tensor:
+    """Sum of the experts that the mask picks, unweighted, plus b_out once: `reference.sparse_experts`.
+
+    x [T, d], mask bool [T, E], w_up, w_gate [E, s, d], w_down [E, s, d_out], b_up, b_gate [E, s], b_out [d_out];
+    act is relu, gelu, gelu_tanh or silu -> [T, d_out] of x's dtype. Sums in float32, experts in ascending order: a
+    token's result does not depend on its neighbours, the number of threads or the run, bit for bit.
+    """
+    return torch.ops.sadmoe.sparse_experts(x, mask, w_up, w_down, b_up, w_gate, b_gate, b_out, act)
+
+
+def dynamic_k_moe(
+    x: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_up: Tensor | None = None,
+    w_gate: Tensor | None = None,
+    b_gate: Tensor | None = None,
+    b_out: Tensor | None = None,
+    tau: float = 0.0,
+    act: str = "relu",
+) -> Tensor:
+    """`sparse_experts(x, dynamic_k_select(router_scores(x, v1, v2), tau), ...)` in one pass over the tokens.
+
+    Gradients reach x and the experts with the mask held constant; v1 and v2 get none (train them on `router_scores`).
+    """
+    return torch.ops.sadmoe.dynamic_k_moe(x, v1, v2, w_up, w_down, b_up, w_gate, b_gate, b_out, tau, act)
+
+
+# --- Shapes, for meta tensors, torch.compile and torch.export.
+
+
+@torch.library.register_fake("sadmoe::router_scores")
+def _router_scores_shape(x: Tensor, v1: Tensor, v2: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], v2.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("sadmoe::dynamic_k_select")
+def _dynamic_k_select_shape(scores: Tensor, tau: float) -> Tensor:
+    return torch.empty_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("sadmoe::sparse_experts")
+def _sparse_experts_shape(x: Tensor, mask: Tensor, w_up: Tensor, w_down: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((x.shape[0], w_down.shape[2]))
+
+
+@torch.library.register_fake("sadmoe::dynamic_k_moe")
+def _dynamic_k_moe_shape(x: Tensor, v1: Tensor, v2: Tensor, w_up: Tensor, w_down: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((x.shape[0], w_down.shape[2]))
+
+
+# --- Gradients: the reference is recomputed and differentiated, with the mask held constant.
+
+
+def _gradients(function: Callable[..., Tensor], inputs: list[Tensor | None], grad: Tensor) -> list[Tensor | None]:
+    """Vector-Jacobian product of a function of optional tensors; None where the input is None."""
+    present = [i for i, tensor in enumerate(inputs) if tensor is not None]
+
+    def of_present(*tensors: Tensor) -> Tensor:
+        full = list(inputs)
+        for i, tensor in zip(present, tensors, strict=True):
+            full[i] = tensor
+        return function(*full)
+
+    products = torch.func.vjp(of_present, *(inputs[i] for i in present))[1](grad)
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    for i, product in zip(present, products, strict=True):
+        gradients[i] = product
+    return gradients
+
+
+def _keep_router(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _router_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return tuple(_gradients(reference.router_scores, list(ctx.saved_tensors), grad))
+
+
+def _keep_experts(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.act = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _experts_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, mask, *weights = ctx.saved_tensors
+
+    def experts(x: Tensor, *weights: Tensor) -> Tensor:
+        return reference.sparse_experts(x, mask, *weights, act=ctx.act)
+
+    grad_x, *grad_weights = _gradients(experts, [x, *weights], grad)
+    return grad_x, None, *grad_weights, None
+
+
+def _keep_moe(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.tau, ctx.act = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _moe_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, v1, v2, *weights = ctx.saved_tensors
+    mask = dynamic_k_select(router_scores(x, v1, v2), ctx.tau)
+
+    def experts(x: Tensor, *weights: Tensor) -> Tensor:
+        return reference.sparse_experts(x, mask, *weights, act=ctx.act)
+
+    grad_x, *grad_weights = _gradients(experts, [x, *weights], grad)
+    return grad_x, None, None, *grad_weights, None, None
+
+
+torch.library.register_autograd("sadmoe::router_scores", _router_backward, setup_context=_keep_router)
+torch.library.register_autograd("sadmoe::sparse_experts", _experts_backward, setup_context=_keep_experts)
+torch.library.register_autograd("sadmoe::dynamic_k_moe", _moe_backward, setup_context=_keep_moe)
+
+
+# --- FLOPs that were really executed (torch counts a multiply-add as two). Without data, as many as there can be.
+
+
+def _pairs_flops(pairs: int, w_up: Tensor, w_down: Tensor, w_gate: Tensor | None) -> int:
+    inputs = 1 if w_gate is None else 2
+    return 2 * pairs * w_up.shape[1] * (inputs * w_up.shape[2] + w_down.shape[2])
+
+
+def _executed(mask: Tensor) -> int:
+    has_data = type(mask) in (Tensor, torch.nn.Parameter) and mask.device.type != "meta"
+    return int(mask.sum()) if has_data else mask.numel()
+
+
+@register_flop_formula(torch.ops.sadmoe.router_scores, get_raw=True)
+def _router_flops(x: Tensor, v1: Tensor, v2: Tensor, *args: Any, **kwargs: Any) -> int:
+    return 2 * x.shape[0] * v1.shape[0] * (v1.shape[1] + v2.shape[0])
+
+
+@register_flop_formula(torch.ops.sadmoe.sparse_experts, get_raw=True)
+def _experts_flops(
+    x: Tensor, mask: Tensor, w_up: Tensor, w_down: Tensor, b_up: Any = None, w_gate: Any = None, *args: Any, **kwargs: Any
+) -> int:
+    return _pairs_flops(_executed(mask), w_up, w_down, w_gate)
+
+
+@register_flop_formula(torch.ops.sadmoe.dynamic_k_moe, get_raw=True)
+def _moe_flops(
+    x: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_up: Any = None,
+    w_gate: Any = None,
+    b_gate: Any = None,
+    b_out: Any = None,
+    tau: float = 0.0,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    pairs = _executed(dynamic_k_select(router_scores(x, v1, v2), tau))
+    return _router_flops(x, v1, v2) + _pairs_flops(pairs, w_up, w_down, w_gate)
+
+
+# --- Autocast: activations and experts take autocast's dtype; the router stays as it is, for its float32 decisions.
+
+_ROUTER_ARGUMENTS = {"router_scores": (1, 2), "dynamic_k_moe": (1, 2), "sparse_experts": ()}
+
+
+def _autocast_rule(name: str, device: str) -> Callable[..., Tensor]:
+    op, router = getattr(torch.ops.sadmoe, name), _ROUTER_ARGUMENTS[name]
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+    def cast(i: int, value: Any) -> Any:
+        floats = isinstance(value, Tensor) and value.is_floating_point() and value.device.type == device
+        return value.to(torch.get_autocast_dtype(device)) if floats and i not in router else value
+
+    def rule(*args: Any, **kwargs: Any) -> Tensor:
+        cast_args = [cast(i, value) for i, value in enumerate(args)]
+        cast_kwargs = {key: cast(-1, value) for key, value in kwargs.items()}
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return op(*cast_args, **cast_kwargs)
+
+    return rule
+
+
+_rules = torch.library.Library("sadmoe", "IMPL")
+for _name in _ROUTER_ARGUMENTS:
+    for _device in ("cpu", "cuda"):
+        _rules.impl(_name, _autocast_rule(_name, _device), f"Autocast{_device.upper()}")
+
+
+# --- Devices without a kernel.
+
+
+def _with_one_warning(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    warned: set[str] = set()
+
+    @wraps(function)
+    def fallback(*args: Any, **kwargs: Any) -> Tensor:
+        device = args[0].device.type
+        if device not in warned:
+            warned.add(device)
+            warnings.warn(
+                f"sadmoe::{name} has no kernel for {device} and runs in plain torch, every expert computed: right, not fast",
+                stacklevel=2,
+            )
+        return function(*args, **kwargs)
+
+    return fallback
+
+
+_fallbacks = torch.library.Library("sadmoe", "IMPL")
+for _name in ("router_scores", "dynamic_k_select", "sparse_experts", "dynamic_k_moe"):
+    _fallbacks.impl(_name, _with_one_warning(_name, getattr(reference, _name)), "CompositeExplicitAutograd")
+
+
+# --- What was built, and which kernels run.
+
+
+def build_info() -> str:
+    """How the compiled ops were built, and the instruction sets that this processor runs, fastest first."""
+    return f"{torch.ops.sadmoe._build_info()}; cpu kernels: {torch.ops.sadmoe._cpu_isas()}"
+
+
+def cpu_isas() -> list[str]:
+    """The instruction sets of the CPU kernels that this processor runs, fastest first."""
+    return torch.ops.sadmoe._cpu_isas().split(", ")
+
+
+def use_cpu_isa(isa: str) -> None:
+    """Use one instruction set of `cpu_isas()` in the whole process, or "auto" for the fastest: for tests and benches."""
+    torch.ops.sadmoe._use_cpu_isa(isa)

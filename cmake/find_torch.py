@@ -1,0 +1,56 @@
+"""Which torch to build against: the one pip is installing beside, else the one the build environment imports."""
+
+import importlib.util
+import os
+import re
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+OLDEST = (2, 10)  # the first with every stable-ABI call that is used
+
+
+def _version(folder: Path) -> str | None:
+    """Read, not imported: importing torch takes a second and may need libraries that a build machine lacks."""
+    try:
+        found = re.search(r"__version__ = '([^']+)'", (folder / "version.py").read_text())
+    except OSError:
+        return None
+    return found.group(1) if found else None
+
+
+def _candidates() -> Iterator[Path]:
+    if os.environ.get("SADMOE_TORCH_DIR"):
+        yield Path(os.environ["SADMOE_TORCH_DIR"])
+    for key in ("platlib", "purelib"):  # in pip's isolated build these are still the target environment's
+        yield Path(sysconfig.get_path(key)) / "torch"
+    spec = importlib.util.find_spec("torch")
+    if spec and spec.origin:
+        yield Path(spec.origin).parent
+
+
+def find_torch() -> tuple[Path | None, list[str]]:
+    """The folder of a fitting torch or None, and what was seen and did not fit."""
+    unfit: list[str] = []
+    for folder in _candidates():
+        version = _version(folder)
+        numbers = re.match(r"(\d+)\.(\d+)", version or "")
+        if version is None or numbers is None:
+            continue
+        if (int(numbers[1]), int(numbers[2])) >= OLDEST and (folder / "include/torch/csrc/stable/library.h").exists():
+            return folder, unfit
+        unfit.append(f"{version} in {folder}")
+    return None, unfit
+
+
+def required_torch() -> Path:
+    """The folder of a fitting torch; ends the program with what to do where there is none."""
+    folder, unfit = find_torch()
+    if folder is None:
+        oldest = ".".join(map(str, OLDEST))
+        sys.exit(
+            f"sadmoe: building needs PyTorch >= {oldest}; found {'; '.join(unfit) or 'none'}. "
+            f"Install one first (pip install 'torch>={oldest}'), or let pip build in isolation."
+        )
+    return folder

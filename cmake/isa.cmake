@@ -1,0 +1,9 @@
+# add_isa_source(TARGET FILE FLAGS...): one file per instruction set, the only file that may use it. It includes no
+# torch and no standard container, so no inline function of theirs is ever compiled with its flags.
+function(add_isa_source target file)
+  string(MAKE_C_IDENTIFIER "${target}_${file}" lib)
+  add_library(${lib} OBJECT ${file})
+  target_include_directories(${lib} PRIVATE csrc)
+  target_compile_options(${lib} PRIVATE -O3 -ffp-contract=off ${ARGN})
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:${lib}>)
+endfunction()

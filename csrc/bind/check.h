@@ -1,0 +1,146 @@
+// Tensors to plain pointers: every check of an argument and every message, once, for all devices.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "contract.h"
+
+namespace sadmoe {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// Throws with the op's name first. The stable ABI turns it into a RuntimeError with this text.
+template <class... Parts>
+void check(bool holds, const char* op, const Parts&... parts) {
+  if (holds) return;
+  std::ostringstream text;
+  text << "sadmoe::" << op << ": ";
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+inline std::string shape_of(const Tensor& t) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+  text << "]";
+  return text.str();
+}
+
+inline void check_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> want, const char* letters) {
+  bool same = t.dim() == static_cast<int64_t>(want.size());
+  int64_t i = 0;
+  std::ostringstream expected;
+  for (const int64_t n : want) {
+    expected << (i ? ", " : "") << n;
+    same = same && t.size(i) == n;
+    ++i;
+  }
+  check(same, op, name, " must be ", letters, " = [", expected.str(), "], got ", shape_of(t));
+}
+
+inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default:
+      check(false, op, name, " must be float32, bfloat16 or float16, got ", torch::headeronly::toString(t.scalar_type()));
+      return DType::f32;
+  }
+}
+
+inline Activation activation_of(const char* op, const std::string& act) {
+  if (act == "relu") return Activation::relu;
+  if (act == "gelu") return Activation::gelu;
+  if (act == "gelu_tanh") return Activation::gelu_tanh;
+  if (act == "silu") return Activation::silu;
+  check(false, op, "act must be one of relu, gelu, gelu_tanh, silu, got '", act, "'");
+  return Activation::none;
+}
+
+// Contiguous tensors that outlive the pointers given to the kernels.
+class Arguments {
+ public:
+  explicit Arguments(const char* op) : op_(op) {}
+
+  View add(const char* name, const Tensor& t) {
+    kept_.push_back(torch::stable::contiguous(t));
+    return {kept_.back().const_data_ptr(), dtype_of(op_, name, t)};
+  }
+  View add(const char* name, const MaybeTensor& t) { return t ? add(name, *t) : View{}; }
+
+  // The same, of x's dtype.
+  View add_like(const char* name, const Tensor& t, const Tensor& x) {
+    check(t.scalar_type() == x.scalar_type(), op_, name, " must have x's dtype, ", torch::headeronly::toString(x.scalar_type()),
+          ", got ", torch::headeronly::toString(t.scalar_type()));
+    return add(name, t);
+  }
+  View add_like(const char* name, const MaybeTensor& t, const Tensor& x) { return t ? add_like(name, *t, x) : View{}; }
+
+  const bool* add_mask(const char* name, const Tensor& t) {
+    check(t.scalar_type() == ScalarType::Bool, op_, name, " must be bool, got ", torch::headeronly::toString(t.scalar_type()));
+    kept_.push_back(torch::stable::contiguous(t));
+    return static_cast<const bool*>(kept_.back().const_data_ptr());
+  }
+
+ private:
+  const char* op_;
+  std::vector<Tensor> kept_;
+};
+
+inline RouterShape check_router(const char* op, const Tensor& x, const Tensor& v1, const Tensor& v2) {
+  check(x.dim() == 2, op, "x must be [T, d], got ", shape_of(x));
+  check(v1.dim() == 2 && v1.size(1) == x.size(1), op, "v1 must be [r, d = ", x.size(1), "], got ", shape_of(v1));
+  check(v2.dim() == 2 && v2.size(1) == v1.size(0), op, "v2 must be [E, r = ", v1.size(0), "], got ", shape_of(v2));
+  check(v2.size(0) >= 1, op, "v2 must have at least one expert, got ", shape_of(v2));
+  return {x.size(0), x.size(1), v1.size(0), v2.size(0)};
+}
+
+inline float check_tau(const char* op, double tau) {
+  check(tau >= 0 && tau <= 1, op, "tau must be in [0, 1] (0: every expert, 1: the top expert), got ", tau);
+  return static_cast<float>(tau);
+}
+
+inline ExpertsShape check_experts(const char* op, const Tensor& x, const Tensor& w_up, const Tensor& w_down, const MaybeTensor& b_up,
+                                  const MaybeTensor& w_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out) {
+  check(x.dim() == 2, op, "x must be [T, d], got ", shape_of(x));
+  check(w_up.dim() == 3 && w_up.size(2) == x.size(1), op, "w_up must be [E, s, d = ", x.size(1), "], got ", shape_of(w_up));
+  const int64_t E = w_up.size(0), s = w_up.size(1), d = x.size(1);
+  check(E >= 1 && s >= 1, op, "w_up must have at least one expert of one neuron, got ", shape_of(w_up));
+  check(w_down.dim() == 3 && w_down.size(0) == E && w_down.size(1) == s, op, "w_down must be [E = ", E, ", s = ", s,
+        ", d_out], got ", shape_of(w_down));
+  if (b_up) check_shape(op, "b_up", *b_up, {E, s}, "[E, s]");
+  if (w_gate) check_shape(op, "w_gate", *w_gate, {E, s, d}, "[E, s, d]");
+  check(w_gate || !b_gate, op, "b_gate needs w_gate");
+  if (b_gate) check_shape(op, "b_gate", *b_gate, {E, s}, "[E, s]");
+  if (b_out) check_shape(op, "b_out", *b_out, {w_down.size(2)}, "[d_out]");
+  return {x.size(0), d, w_down.size(2), E, s};
+}
+
+// The experts without y, which the caller allocates: [T, d_out] of x's dtype.
+inline Experts check_arguments(Arguments& keep, const char* op, const Tensor& x, const Tensor& w_up, const Tensor& w_down,
+                               const MaybeTensor& b_up, const MaybeTensor& w_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out,
+                               const std::string& act) {
+  Experts p;
+  p.shape = check_experts(op, x, w_up, w_down, b_up, w_gate, b_gate, b_out);
+  p.act = activation_of(op, act);
+  p.x = keep.add("x", x);
+  p.w_up = keep.add_like("w_up", w_up, x);
+  p.w_down = keep.add_like("w_down", w_down, x);
+  p.b_up = keep.add_like("b_up", b_up, x);
+  p.w_gate = keep.add_like("w_gate", w_gate, x);
+  p.b_gate = keep.add_like("b_gate", b_gate, x);
+  p.b_out = keep.add_like("b_out", b_out, x);
+  return p;
+}
+
+}  // namespace sadmoe

@@ -1,0 +1,26 @@
+// The one list of ops. Implementations stand beside their kernels; all else about an op is in python/sadmoe/ops.py.
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "build_info.h"
+
+STABLE_TORCH_LIBRARY(sadmoe, m) {
+  m.def("router_scores(Tensor x, Tensor v1, Tensor v2) -> Tensor");
+  m.def("dynamic_k_select(Tensor scores, float tau) -> Tensor");
+  m.def(
+      "sparse_experts(Tensor x, Tensor mask, Tensor w_up, Tensor w_down, Tensor? b_up=None, Tensor? w_gate=None, "
+      "Tensor? b_gate=None, Tensor? b_out=None, str act='relu') -> Tensor");
+  m.def(
+      "dynamic_k_moe(Tensor x, Tensor v1, Tensor v2, Tensor w_up, Tensor w_down, Tensor? b_up=None, Tensor? w_gate=None, "
+      "Tensor? b_gate=None, Tensor? b_out=None, float tau=0., str act='relu') -> Tensor");
+  m.def("_build_info() -> str");
+  m.def("_cpu_isas() -> str");
+  m.def("_use_cpu_isa(str isa) -> ()");
+}
+
+namespace {
+std::string build_info() { return SADMOE_BUILD_INFO; }
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sadmoe, CompositeExplicitAutograd, m) { m.impl("_build_info", TORCH_BOX(&build_info)); }

@@ -1,0 +1,101 @@
+// The ops on the CPU: tensors in, pointers to the kernels, threads of torch's own pool.
+#include <torch/csrc/stable/library.h>
+
+#include "bind/check.h"
+#include "cpu/isa.h"
+#include "cpu/moe.h"
+
+namespace sadmoe {
+namespace {
+
+cpu::Threads torch_threads() {
+  return {static_cast<int>(torch::stable::get_num_threads()),
+          [](int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+            if (n > 0) torch::stable::parallel_for(0, n, grain, body);
+          }};
+}
+
+Router router_of(Arguments& keep, const Tensor& v1, const Tensor& v2, float tau) {
+  return {keep.add("v1", v1), keep.add("v2", v2), v1.size(0), tau};
+}
+
+Tensor router_scores(const Tensor& x, const Tensor& v1, const Tensor& v2) {
+  const char* op = "router_scores";
+  const RouterShape shape = check_router(op, x, v1, v2);
+  Arguments keep(op);
+  Tensor scores = torch::stable::new_empty(x, {shape.T, shape.E}, ScalarType::Float);
+  cpu::router_scores(keep.add("x", x), router_of(keep, v1, v2, 0), shape, static_cast<float*>(scores.mutable_data_ptr()),
+                     torch_threads());
+  return scores;
+}
+
+Tensor dynamic_k_select(const Tensor& scores, double tau) {
+  const char* op = "dynamic_k_select";
+  check(scores.dim() == 2 && scores.size(1) >= 1, op, "scores must be [T, E] with E >= 1, got ", shape_of(scores));
+  check(scores.scalar_type() == ScalarType::Float, op, "scores must be float32, got ",
+        torch::headeronly::toString(scores.scalar_type()));
+  const float threshold = check_tau(op, tau);
+  const int64_t T = scores.size(0), E = scores.size(1);
+  Arguments keep(op);
+  const float* rows = static_cast<const float*>(keep.add("scores", scores).data);
+  Tensor mask = torch::stable::new_empty(scores, {T, E}, ScalarType::Bool);
+  bool* out = static_cast<bool*>(mask.mutable_data_ptr());
+  torch_threads().parallel_for(T, 4096 / E + 1, [&](int64_t t0, int64_t t1) {
+    for (int64_t t = t0; t < t1; ++t) select_row(rows + t * E, E, threshold, out + t * E);
+  });
+  return mask;
+}
+
+Tensor sparse_experts(const Tensor& x, const Tensor& mask, const Tensor& w_up, const Tensor& w_down, const MaybeTensor& b_up,
+                      const MaybeTensor& w_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out, const std::string& act) {
+  const char* op = "sparse_experts";
+  Arguments keep(op);
+  Experts p = check_arguments(keep, op, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act);
+  check_shape(op, "mask", mask, {p.shape.T, p.shape.E}, "[T, E]");
+  Tensor y = torch::stable::new_empty(x, {p.shape.T, p.shape.d_out});
+  p.y = y.mutable_data_ptr();
+  cpu::sparse_experts(p, keep.add_mask("mask", mask), torch_threads());
+  return y;
+}
+
+Tensor dynamic_k_moe(const Tensor& x, const Tensor& v1, const Tensor& v2, const Tensor& w_up, const Tensor& w_down,
+                     const MaybeTensor& b_up, const MaybeTensor& w_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out, double tau,
+                     const std::string& act) {
+  const char* op = "dynamic_k_moe";
+  Arguments keep(op);
+  Experts p = check_arguments(keep, op, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act);
+  const RouterShape router = check_router(op, x, v1, v2);
+  check(router.E == p.shape.E, op, "v2 must have a row for each of the E = ", p.shape.E, " experts of w_up, got ", shape_of(v2));
+  const Router r = router_of(keep, v1, v2, check_tau(op, tau));
+  Tensor y = torch::stable::new_empty(x, {p.shape.T, p.shape.d_out});
+  p.y = y.mutable_data_ptr();
+  cpu::dynamic_k_moe(p, r, torch_threads());
+  return y;
+}
+
+std::string join(const std::vector<std::string>& words) {
+  std::string text;
+  for (const std::string& word : words) text += (text.empty() ? "" : ", ") + word;
+  return text;
+}
+
+std::string cpu_isas() { return join(cpu::supported_isas()); }
+
+void use_cpu_isa(std::string isa) {
+  check(cpu::use_isa(isa), "_use_cpu_isa", "this processor does not run the '", isa, "' kernels; it runs auto, ", cpu_isas());
+}
+
+}  // namespace
+}  // namespace sadmoe
+
+STABLE_TORCH_LIBRARY_IMPL(sadmoe, CPU, m) {
+  m.impl("router_scores", TORCH_BOX(&sadmoe::router_scores));
+  m.impl("dynamic_k_select", TORCH_BOX(&sadmoe::dynamic_k_select));
+  m.impl("sparse_experts", TORCH_BOX(&sadmoe::sparse_experts));
+  m.impl("dynamic_k_moe", TORCH_BOX(&sadmoe::dynamic_k_moe));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sadmoe, CompositeExplicitAutograd, m) {
+  m.impl("_cpu_isas", TORCH_BOX(&sadmoe::cpu_isas));
+  m.impl("_use_cpu_isa", TORCH_BOX(&sadmoe::use_cpu_isa));
+}

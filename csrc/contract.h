@@ -1,0 +1,64 @@
+// What is computed, in shapes and plain pointers: the contract between bindings and kernels. No torch, no CUDA, no ISA.
+//
+//   T tokens   d input width   d_out output width   E experts   s neurons of an expert   r router width
+//
+//   scores[t, e] = | sum_i relu(x[t] . v1[i]) v2[e, i] |                        float32, whatever the dtype of x
+//   mask[t, e]   = scores[t, e] >= tau * max_e scores[t, e]                     tau = 0: all, tau = 1: the top expert
+//   h[t, e, j]   = act(x[t] . w_up[e, j] + b_up[e, j])                          plain
+//   h[t, e, j]   = act(x[t] . w_gate[e, j] + b_gate[e, j]) * (x[t] . w_up[e, j] + b_up[e, j])       GLU
+//   y[t]         = b_out + sum over e with mask[t, e], ascending, and j ascending, of h[t, e, j] w_down[e, j]
+//
+// Every matrix is row-major with one neuron a row, so up and down projection both stream whole neurons. Sums are
+// float32. The result of a token is the same bit for bit whatever its neighbours, their order, and the thread count.
+#pragma once
+#include <cstdint>
+
+namespace sadmoe {
+
+enum class DType { f32, bf16, f16 };
+enum class Activation { none, relu, gelu, gelu_tanh, silu, abs };
+
+// A read-only matrix or vector of any dtype; data is null where the argument is absent.
+struct View {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  explicit operator bool() const { return data != nullptr; }
+};
+
+struct RouterShape {
+  int64_t T, d, r, E;
+};
+
+struct ExpertsShape {
+  int64_t T, d, d_out, E, s;
+};
+
+struct Router {  // x [T, d], v1 [r, d], v2 [E, r]
+  View v1, v2;
+  int64_t r;
+  float tau;
+};
+
+struct Experts {  // w_up, w_gate [E, s, d]   w_down [E, s, d_out]   b_up, b_gate [E, s]   b_out [d_out]: all of x's dtype
+  ExpertsShape shape;
+  View x, w_up, b_up, w_gate, b_gate, w_down, b_out;
+  Activation act;
+  void* y;  // [T, d_out], x's dtype
+};
+
+// The rule of dynamic-k on one row. Negative scores count as 0; NaN is never selected and never the maximum;
+// comparisons in float32. An all-zero row selects every expert. Returns the number selected.
+inline int64_t select_row(const float* scores, int64_t E, float tau, bool* mask) {
+  float best = 0;
+  for (int64_t e = 0; e < E; ++e) best = scores[e] > best ? scores[e] : best;
+  const float threshold = tau == 0 ? 0 : tau * best;  // 0 * inf would be NaN
+  int64_t k = 0;
+  for (int64_t e = 0; e < E; ++e) {
+    const float score = scores[e] < 0 ? 0 : scores[e];
+    mask[e] = score >= threshold;
+    k += mask[e];
+  }
+  return k;
+}
+
+}  // namespace sadmoe

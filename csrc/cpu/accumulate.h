@@ -1,0 +1,51 @@
+// Weighted sums of neuron rows into token rows, in tiles. One template for every instruction set; no intrinsics here.
+#pragma once
+#include "cpu/kernels.h"
+
+namespace sadmoe::cpu {
+
+// One tile: Rows tokens x Vecs vectors of columns, held in registers while j runs over the neurons. Columns beyond the
+// last whole vector: Vecs = 1 and part > 0 columns.
+template <class Vec, class W, int Rows, int Vecs>
+void accumulate_tile(const Accumulate& p, int64_t i0, int64_t c0, int64_t part = 0) {
+  const auto load = [&](auto* from) { return part ? Vec::load_part(from, part) : Vec::load(from); };
+  float* y[Rows];
+  for (int i = 0; i < Rows; ++i) y[i] = p.y + (p.rows ? p.rows[i0 + i] : i0 + i) * p.ld + c0;
+  Vec sums[Rows][Vecs];
+  for (int i = 0; i < Rows; ++i)
+    for (int v = 0; v < Vecs; ++v) sums[i][v] = load(y[i] + v * Vec::width);
+  const float* h = p.h + i0 * p.m;
+  const W* w = static_cast<const W*>(p.w) + c0;
+  for (int64_t j = 0; j < p.m; ++j, w += p.ld) {
+    Vec ws[Vecs];
+    for (int v = 0; v < Vecs; ++v) ws[v] = load(w + v * Vec::width);
+    for (int i = 0; i < Rows; ++i) {
+      const Vec hij = Vec::set(h[i * p.m + j]);
+      for (int v = 0; v < Vecs; ++v) sums[i][v] = fma(hij, ws[v], sums[i][v]);
+    }
+  }
+  for (int i = 0; i < Rows; ++i)
+    for (int v = 0; v < Vecs; ++v) {
+      if (part) sums[i][v].store_part(y[i] + v * Vec::width, part);
+      else sums[i][v].store(y[i] + v * Vec::width);
+    }
+}
+
+// Rows i0 .. n of one strip of columns: tiles of Rows, then one tile of what is left.
+template <class Vec, class W, int Rows, int Vecs>
+void accumulate_rows(const Accumulate& p, int64_t i0, int64_t c0, int64_t part = 0) {
+  for (; i0 + Rows <= p.n; i0 += Rows) accumulate_tile<Vec, W, Rows, Vecs>(p, i0, c0, part);
+  if constexpr (Rows > 1)
+    if (i0 < p.n) accumulate_rows<Vec, W, Rows - 1, Vecs>(p, i0, c0, part);
+}
+
+template <class Vec, class W>
+void accumulate(const Accumulate& p) {
+  constexpr int kRows = Vec::accumulate_rows, kVecs = Vec::accumulate_vecs;
+  int64_t c = 0;
+  for (; c + kVecs * Vec::width <= p.columns; c += kVecs * Vec::width) accumulate_rows<Vec, W, kRows, kVecs>(p, 0, c);
+  for (; c + Vec::width <= p.columns; c += Vec::width) accumulate_rows<Vec, W, kRows, 1>(p, 0, c);
+  if (c < p.columns) accumulate_rows<Vec, W, kRows, 1>(p, 0, c, p.columns - c);
+}
+
+}  // namespace sadmoe::cpu

@@ -1,0 +1,86 @@
+// Bias, activation and gating of hidden rows. One template for every instruction set; no intrinsics here.
+#pragma once
+#include <initializer_list>
+
+#include "cpu/kernels.h"
+
+namespace sadmoe::cpu {
+
+// e^x to about 1 ulp for x in [-87, 88], clamped outside; NaN stays NaN.
+// x = n ln2 + r with |r| <= ln2 / 2, ln2 in two parts; e^r by its Taylor polynomial of degree 7 (error 6e-9).
+template <class Vec>
+Vec exp(Vec x) {
+  x = max(Vec::set(-87.3f), min(Vec::set(88.37f), x));
+  const Vec n = round(x * Vec::set(1.44269504088896341f));
+  Vec r = fma(n, Vec::set(-0.693359375f), x);
+  r = fma(n, Vec::set(2.12194440e-4f), r);
+  Vec e = Vec::set(1.9841270e-4f);
+  for (const float c : {1.3888889e-3f, 8.3333333e-3f, 4.1666667e-2f, 1.6666667e-1f, 0.5f, 1.0f, 1.0f}) e = fma(e, r, Vec::set(c));
+  return scale2(e, n);
+}
+
+template <class Vec>
+Vec relu(Vec x) {
+  return max(Vec::zero(), x);
+}
+
+template <class Vec>
+Vec silu(Vec x) {
+  return x / (Vec::set(1.0f) + exp(Vec::zero() - x));
+}
+
+// x Phi(x), with the tail Phi(-|x|) = erfc(|x| / sqrt 2) / 2 to 2e-7 relative: erfc(a) = e^(-a²) t P(t), t = 1 / (1 + p a),
+// P a minimax fit of degree 9 over a in [0, 10].
+template <class Vec>
+Vec gelu(Vec x) {
+  const Vec a = abs(x) * Vec::set(0.70710678118654752f);
+  const Vec t = Vec::set(1.0f) / fma(a, Vec::set(0.3275911f), Vec::set(1.0f));
+  Vec p = Vec::set(0.05667648424f);
+  for (const float c : {-0.3171283551f, 0.6273526553f, -0.5600513777f, 0.5013726413f, -0.05038366989f, 0.2059526437f, 0.1656354902f,
+                        0.1857944525f, 0.1847790314f})
+    p = fma(p, t, Vec::set(c));
+  const Vec tail = x * (Vec::set(0.5f) * exp(Vec::zero() - a * a) * t * p);
+  return where_less(x, Vec::zero(), tail, x - tail);
+}
+
+// 0.5 x (1 + tanh(u)) = x / (1 + e^(-2u)),  u = sqrt(2 / pi) (x + 0.044715 x³)
+template <class Vec>
+Vec gelu_tanh(Vec x) {
+  const Vec u = x * fma(x * x, Vec::set(0.044715f), Vec::set(1.0f));
+  return x / (Vec::set(1.0f) + exp(u * Vec::set(-1.5957691216057308f)));
+}
+
+template <class Vec, class Act>
+void activate_with(const Activate& p, Act act) {
+  for (int64_t i = 0; i < p.n; ++i) {
+    float* h = p.h + i * p.ld;
+    const float* gate = p.gate ? p.gate + i * p.ld : nullptr;
+    const auto step = [&](int64_t j, auto load, auto store) {
+      Vec up = load(h + j);
+      if (p.bias) up = up + load(p.bias + j);
+      if (!gate) return store(act(up), h + j);
+      Vec g = load(gate + j);
+      if (p.gate_bias) g = g + load(p.gate_bias + j);
+      store(act(g) * up, h + j);
+    };
+    int64_t j = 0;
+    for (; j + Vec::width <= p.m; j += Vec::width)
+      step(j, [](const float* from) { return Vec::load(from); }, [](Vec v, float* to) { v.store(to); });
+    if (const int64_t part = p.m - j)
+      step(j, [&](const float* from) { return Vec::load_part(from, part); }, [&](Vec v, float* to) { v.store_part(to, part); });
+  }
+}
+
+template <class Vec>
+void activate(const Activate& p) {
+  switch (p.act) {
+    case Activation::none: return activate_with<Vec>(p, [](Vec x) { return x; });
+    case Activation::abs: return activate_with<Vec>(p, [](Vec x) { return abs(x); });
+    case Activation::relu: return activate_with<Vec>(p, [](Vec x) { return relu(x); });
+    case Activation::gelu: return activate_with<Vec>(p, [](Vec x) { return gelu(x); });
+    case Activation::gelu_tanh: return activate_with<Vec>(p, [](Vec x) { return gelu_tanh(x); });
+    case Activation::silu: return activate_with<Vec>(p, [](Vec x) { return silu(x); });
+  }
+}
+
+}  // namespace sadmoe::cpu

@@ -1,0 +1,14 @@
+// Which instruction set runs: the fastest the processor has, or the one a test or bench asks for.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace sadmoe::cpu {
+
+std::vector<std::string> supported_isas();  // on this processor, fastest first
+bool use_isa(const std::string& isa);       // for the whole process; "auto" is the fastest. False where unsupported
+const Kernels& kernels();                   // the chosen ones
+
+}  // namespace sadmoe::cpu

@@ -1,0 +1,92 @@
+// AVX2, FMA and F16C: any x86 since Haswell and Zen.
+#include <immintrin.h>
+
+#include "cpu/table.h"
+
+namespace sadmoe::cpu {
+namespace {
+
+struct Vec {
+  static constexpr int width = 8;
+  static constexpr int project_rows = 2;                          // 8 sums, 6 loads a step
+  static constexpr int accumulate_rows = 4, accumulate_vecs = 3;  // 12 sums, 3 weights, 1 activation: all 16 registers
+
+  __m256 v;
+
+  static __m256i first(int64_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static __m256 widen(__m128i bits, bf16) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)); }
+  static __m256 widen(__m128i bits, f16) { return _mm256_cvtph_ps(bits); }
+  static __m128i narrow(__m256 v, f16) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+  static __m128i narrow(__m256 v, bf16) {  // add half of the last kept bit, and one less where that is even; NaN stays NaN
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+  }
+
+  static Vec zero() { return {_mm256_setzero_ps()}; }
+  static Vec set(float a) { return {_mm256_set1_ps(a)}; }
+  static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static Vec load_part(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first(n))}; }
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  void store_part(float* p, int64_t n) const { _mm256_maskstore_ps(p, first(n), v); }
+  template <class H>
+  static Vec load(const H* p) {
+    return {widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), H{})};
+  }
+  template <class H>
+  static Vec load_part(const H* p, int64_t n) {
+    H full[width] = {};
+    for (int64_t i = 0; i < n; ++i) full[i] = p[i];
+    return load(full);
+  }
+  template <class H>
+  void store(H* p) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(v, H{}));
+  }
+  template <class H>
+  void store_part(H* p, int64_t n) const {
+    H full[width];
+    store(full);
+    for (int64_t i = 0; i < n; ++i) p[i] = full[i];
+  }
+
+  static Vec reduce(const Vec* a) {
+    __m256 quads[2];
+    for (int i = 0; i < 2; ++i) {
+      const auto pair = [&](int j) {
+        return _mm256_castps_pd(_mm256_add_ps(_mm256_unpacklo_ps(a[j].v, a[j + 1].v), _mm256_unpackhi_ps(a[j].v, a[j + 1].v)));
+      };
+      const __m256d even = pair(4 * i), odd = pair(4 * i + 2);
+      quads[i] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(even, odd)), _mm256_castpd_ps(_mm256_unpackhi_pd(even, odd)));
+    }
+    return {_mm256_add_ps(_mm256_permute2f128_ps(quads[0], quads[1], 0x20), _mm256_permute2f128_ps(quads[0], quads[1], 0x31))};
+  }
+
+  friend Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+  friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+  friend Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+  friend Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+  friend Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  friend Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+  friend Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+  friend Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+  friend Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+  friend Vec scale2(Vec a, Vec n) {
+    return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23)))};
+  }
+  friend Vec where_less(Vec a, Vec b, Vec x, Vec y) { return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))}; }
+};
+
+}  // namespace
+
+const Kernels& kernels_avx2() {
+  static constexpr Kernels kTable = table<Vec>("avx2");
+  return kTable;
+}
+
+}  // namespace sadmoe::cpu

@@ -1,0 +1,200 @@
+#include "cpu/moe.h"
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "plan.h"
+
+namespace sadmoe::cpu {
+namespace {
+
+constexpr int64_t kBlock = 128;          // tokens a thread works on at once: rows of x and y and one expert stay in L2
+constexpr int64_t kSharedPerThread = 32;  // up to this many tokens a thread, threads share every token and split the weights
+
+int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+View at(View view, int64_t elements) {
+  return {view ? static_cast<const char*>(view.data) + elements * size_of(view.dtype) : nullptr, view.dtype};
+}
+
+// Uninitialised scratch of floats.
+class Floats {
+ public:
+  explicit Floats(int64_t n) : data_(new float[n]) {}
+  float* get() const { return data_.get(); }
+
+ private:
+  std::unique_ptr<float[]> data_;
+};
+
+// A vector of n values as float32: itself, or widened into scratch.
+class AsFloat {
+ public:
+  AsFloat(View view, int64_t n) {
+    if (!view || view.dtype == DType::f32) {
+      data_ = static_cast<const float*>(view.data);
+    } else {
+      scratch_.resize(n);
+      kernels().widen[int(view.dtype)](view.data, scratch_.data(), n);
+      data_ = scratch_.data();
+    }
+  }
+  const float* get() const { return data_; }
+  const float* from(int64_t i) const { return data_ ? data_ + i : nullptr; }
+
+ private:
+  const float* data_;
+  std::vector<float> scratch_;
+};
+
+// The tokens of one block with everything they need on the way from x to y. A part of the work (hidden units, scores,
+// experts, columns of y) is a range, so that one thread may do it all, or several threads share it.
+class Block {
+ public:
+  Block(const Experts& experts, int64_t begin, int64_t end)
+      : p_(experts),
+        s_(experts.shape),
+        k_(kernels()),
+        T_(end - begin),
+        x_(at(experts.x, begin * s_.d), T_ * s_.d),
+        y_out_(static_cast<char*>(experts.y) + begin * s_.d_out * size_of(experts.x.dtype)),
+        y_scratch_(experts.x.dtype == DType::f32 ? 0 : T_ * s_.d_out),
+        y_(experts.x.dtype == DType::f32 ? reinterpret_cast<float*>(y_out_) : y_scratch_.get()) {}
+
+  void plan(const bool* mask) {
+    plan_.build(mask, T_, s_.E);
+    h_ = Floats(plan_.pairs() * s_.s);
+    if (p_.w_gate) gate_ = Floats(plan_.pairs() * s_.s);
+  }
+
+  const float* x() const { return x_.get(); }
+  int64_t active_neurons() const { return static_cast<int64_t>(plan_.active.size()) * s_.s; }
+
+  // Hidden activations of the neurons [begin, end) of the active experts, put in a row.
+  void up(int64_t begin, int64_t end) {
+    for (int64_t n0 = begin; n0 < end;) {
+      const int64_t a = n0 / s_.s, n1 = std::min(end, (a + 1) * s_.s);
+      up_expert(plan_.active[a], n0 - a * s_.s, n1 - a * s_.s);
+      n0 = n1;
+    }
+  }
+
+  // The columns [begin, end) of y: every expert in ascending order.
+  void down(int64_t begin, int64_t end, const AsFloat& b_out) {
+    for (int64_t t = 0; t < T_; ++t) {
+      float* row = y_ + t * s_.d_out;
+      if (b_out.get()) std::copy(b_out.from(begin), b_out.from(end), row + begin);
+      else std::fill(row + begin, row + end, 0.0f);
+    }
+    for (const int64_t e : plan_.active)
+      k_.accumulate[int(p_.w_down.dtype)]({plan_.count(e), s_.s, end - begin, s_.d_out, h_.get() + plan_.offsets[e] * s_.s,
+                                           plan_.rows_of(e), at(p_.w_down, e * s_.s * s_.d_out + begin).data, y_ + begin});
+    if (p_.x.dtype == DType::f32) return;
+    for (int64_t t = 0; t < T_; ++t)
+      k_.narrow[int(p_.x.dtype)](y_ + t * s_.d_out + begin, y_out_ + (t * s_.d_out + begin) * size_of(p_.x.dtype), end - begin);
+  }
+
+ private:
+  void up_expert(int64_t e, int64_t j0, int64_t j1) {
+    const int64_t n = plan_.count(e), m = j1 - j0, first = e * s_.s + j0, at_h = plan_.offsets[e] * s_.s + j0;
+    const auto project = [&](View w, float* out) {
+      k_.project[int(w.dtype)]({n, m, s_.d, s_.s, x_.get(), plan_.rows_of(e), at(w, first * s_.d).data, out});
+    };
+    float* h = h_.get() + at_h;
+    float* gate = p_.w_gate ? gate_.get() + at_h : nullptr;
+    project(p_.w_up, h);
+    if (gate) project(p_.w_gate, gate);
+    const AsFloat bias(at(p_.b_up, first), m), gate_bias(at(p_.b_gate, first), m);
+    k_.activate({n, m, s_.s, h, bias.get(), gate, gate_bias.get(), p_.act});
+  }
+
+  const Experts& p_;
+  const ExpertsShape& s_;
+  const Kernels& k_;
+  int64_t T_;
+  AsFloat x_;
+  char* y_out_;
+  Floats y_scratch_;
+  float* y_;
+  Plan plan_;
+  Floats h_{0}, gate_{0};
+};
+
+// hidden [T, r] = relu(x v1ᵀ), units [begin, end)
+void route_hidden(const float* x, const Router& router, const RouterShape& s, int64_t begin, int64_t end, float* hidden) {
+  const Kernels& k = kernels();
+  k.project[int(router.v1.dtype)]({s.T, end - begin, s.d, s.r, x, nullptr, at(router.v1, begin * s.d).data, hidden + begin});
+  k.activate({s.T, end - begin, s.r, hidden + begin, nullptr, nullptr, nullptr, Activation::relu});
+}
+
+// scores [T, E] = |hidden v2ᵀ|, experts [begin, end)
+void route_scores(const float* hidden, const Router& router, const RouterShape& s, int64_t begin, int64_t end, float* scores) {
+  const Kernels& k = kernels();
+  k.project[int(router.v2.dtype)]({s.T, end - begin, s.r, s.E, hidden, nullptr, at(router.v2, begin * s.r).data, scores + begin});
+  k.activate({s.T, end - begin, s.E, scores + begin, nullptr, nullptr, nullptr, Activation::abs});
+}
+
+// Scores of few tokens by all threads, or of one block by one.
+void route(const float* x, const Router& router, const RouterShape& s, float* scores, const Threads& threads) {
+  const Floats hidden(s.T * s.r);
+  threads.parallel_for(s.r, 32, [&](int64_t i0, int64_t i1) { route_hidden(x, router, s, i0, i1, hidden.get()); });
+  threads.parallel_for(s.E, 32, [&](int64_t e0, int64_t e1) { route_scores(hidden.get(), router, s, e0, e1, scores); });
+}
+
+const Threads& one_thread() {
+  static const Threads one{1, [](int64_t n, int64_t, const std::function<void(int64_t, int64_t)>& body) { body(0, n); }};
+  return one;
+}
+
+// Calls run(begin, end, threads) for blocks of tokens: few tokens in one block on all threads, many in a block a thread.
+void for_blocks(int64_t T, const Threads& threads, const std::function<void(int64_t, int64_t, const Threads&)>& run) {
+  if (T == 0) return;
+  if (threads.count == 1 ? T <= kBlock : T <= kSharedPerThread * threads.count) return run(0, T, threads);
+  // A whole number of rounds of the threads, in blocks as equal as they can be.
+  const int64_t rounds = (T + kBlock * threads.count - 1) / (kBlock * threads.count), blocks = rounds * threads.count;
+  threads.parallel_for(blocks, 1, [&](int64_t b0, int64_t b1) {
+    for (int64_t b = b0; b < b1; ++b)
+      if (const int64_t begin = T * b / blocks, end = T * (b + 1) / blocks; begin < end) run(begin, end, one_thread());
+  });
+}
+
+void run_block(Block& block, const Experts& p, const bool* mask, const AsFloat& b_out, const Threads& threads) {
+  block.plan(mask);
+  threads.parallel_for(block.active_neurons(), 16, [&](int64_t n0, int64_t n1) { block.up(n0, n1); });
+  threads.parallel_for(p.shape.d_out, 64, [&](int64_t c0, int64_t c1) { block.down(c0, c1, b_out); });
+}
+
+}  // namespace
+
+void router_scores(View x, const Router& router, const RouterShape& shape, float* scores, const Threads& threads) {
+  for_blocks(shape.T, threads, [&](int64_t begin, int64_t end, const Threads& inner) {
+    const AsFloat rows(at(x, begin * shape.d), (end - begin) * shape.d);
+    route(rows.get(), router, {end - begin, shape.d, shape.r, shape.E}, scores + begin * shape.E, inner);
+  });
+}
+
+void sparse_experts(const Experts& p, const bool* mask, const Threads& threads) {
+  const AsFloat b_out(p.b_out, p.shape.d_out);
+  for_blocks(p.shape.T, threads, [&](int64_t begin, int64_t end, const Threads& inner) {
+    Block block(p, begin, end);
+    run_block(block, p, mask + begin * p.shape.E, b_out, inner);
+  });
+}
+
+void dynamic_k_moe(const Experts& p, const Router& router, const Threads& threads) {
+  const int64_t E = p.shape.E;
+  const AsFloat b_out(p.b_out, p.shape.d_out);
+  for_blocks(p.shape.T, threads, [&](int64_t begin, int64_t end, const Threads& inner) {
+    const int64_t T = end - begin;
+    Block block(p, begin, end);
+    const Floats scores(T * E);
+    const std::unique_ptr<bool[]> mask(new bool[T * E]);
+    route(block.x(), router, {T, p.shape.d, router.r, E}, scores.get(), inner);
+    for (int64_t t = 0; t < T; ++t) select_row(scores.get() + t * E, E, router.tau, mask.get() + t * E);
+    run_block(block, p, mask.get(), b_out, inner);
+  });
+}
+
+}  // namespace sadmoe::cpu

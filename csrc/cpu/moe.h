@@ -1,0 +1,27 @@
+// The whole layer on the CPU: stages over token blocks, on all threads. No torch.
+#pragma once
+#include <cstdint>
+#include <functional>
+
+#include "contract.h"
+
+namespace sadmoe::cpu {
+
+// Runs body(begin, end) over parts of [0, n), each at least `grain` long, on the caller's thread pool.
+using ParallelFor = std::function<void(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body)>;
+
+struct Threads {
+  int count;
+  ParallelFor parallel_for;
+};
+
+// scores [T, E]: x [T, d] of any dtype.
+void router_scores(View x, const Router& router, const RouterShape& shape, float* scores, const Threads& threads);
+
+// y of the experts for a given mask [T, E].
+void sparse_experts(const Experts& experts, const bool* mask, const Threads& threads);
+
+// The same with the router's own mask, made block by block in the same pass over x.
+void dynamic_k_moe(const Experts& experts, const Router& router, const Threads& threads);
+
+}  // namespace sadmoe::cpu

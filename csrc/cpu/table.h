@@ -1,0 +1,43 @@
+// The kernels of one instruction set, from its Vec. Included by the ISA files alone.
+//
+// Vec is `width` floats in a register, in an anonymous namespace so that no function of one ISA is linked into another:
+//   load, load_part(p, n): n < width, the other lanes 0    store, store_part    from float, bf16 and f16 (widened)
+//   max, min: the second argument where either is NaN      where_less(a, b, x, y): x where a < b, else y
+//   scale2(v, n) = v 2^n for whole n    reduce(v[width]): lane i is the sum of v[i], by one fixed tree
+//   project_rows (a power of two), accumulate_rows, accumulate_vecs: register tiles
+#pragma once
+#include "cpu/accumulate.h"
+#include "cpu/activate.h"
+#include "cpu/half.h"
+#include "cpu/kernels.h"
+#include "cpu/project.h"
+
+namespace sadmoe::cpu {
+
+template <class Vec, class W>
+void widen(const void* from, float* to, int64_t n) {
+  const W* source = static_cast<const W*>(from);
+  int64_t i = 0;
+  for (; i + Vec::width <= n; i += Vec::width) Vec::load(source + i).store(to + i);
+  if (i < n) Vec::load_part(source + i, n - i).store_part(to + i, n - i);
+}
+
+template <class Vec, class W>
+void narrow(const float* from, void* to, int64_t n) {
+  W* target = static_cast<W*>(to);
+  int64_t i = 0;
+  for (; i + Vec::width <= n; i += Vec::width) Vec::load(from + i).store(target + i);
+  if (i < n) Vec::load_part(from + i, n - i).store_part(target + i, n - i);
+}
+
+template <class Vec>
+constexpr Kernels table(const char* isa) {
+  return {isa,
+          {project<Vec, float>, project<Vec, bf16>, project<Vec, f16>},
+          {accumulate<Vec, float>, accumulate<Vec, bf16>, accumulate<Vec, f16>},
+          activate<Vec>,
+          {widen<Vec, float>, widen<Vec, bf16>, widen<Vec, f16>},
+          {narrow<Vec, float>, narrow<Vec, bf16>, narrow<Vec, f16>}};
+}
+
+}  // namespace sadmoe::cpu

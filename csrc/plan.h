@@ -1,0 +1,39 @@
+// A block of the mask as work: for every expert, the tokens that chose it, in ascending order. No torch.
+//
+//   rows[offsets[e] .. offsets[e + 1])  = { t : mask[t, e] },  ascending;   offsets[E] = executed pairs
+//   active = { e : some token chose it },  ascending
+#pragma once
+#include <cstdint>
+#include <vector>
+
+namespace sadmoe {
+
+struct Plan {
+  std::vector<int32_t> offsets, rows, active;
+
+  int64_t pairs() const { return offsets.back(); }
+  int64_t count(int64_t e) const { return offsets[e + 1] - offsets[e]; }
+  const int32_t* rows_of(int64_t e) const { return rows.data() + offsets[e]; }
+
+  // mask [T, E], row-major.
+  void build(const bool* mask, int64_t T, int64_t E) {
+    offsets.assign(E + 1, 0);
+    for (int64_t t = 0; t < T; ++t)
+      for (int64_t e = 0; e < E; ++e) offsets[e + 1] += mask[t * E + e];
+    active.clear();
+    for (int64_t e = 0; e < E; ++e) {
+      if (offsets[e + 1]) active.push_back(static_cast<int32_t>(e));
+      offsets[e + 1] += offsets[e];
+    }
+    rows.resize(pairs());
+    next_.assign(offsets.begin(), offsets.end() - 1);
+    for (int64_t t = 0; t < T; ++t)
+      for (int64_t e = 0; e < E; ++e)
+        if (mask[t * E + e]) rows[next_[e]++] = static_cast<int32_t>(t);
+  }
+
+ private:
+  std::vector<int32_t> next_;
+};
+
+}  // namespace sadmoe

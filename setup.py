@@ -1,0 +1,74 @@
+"""Builds by CMake and Ninja: CMakeLists.txt alone says what is compiled, and how.
+
+Settings by environment: SADMOE_CUDA=auto|on|off, SADMOE_CUDA_ARCHS="90-real", SADMOE_CMAKE_ARGS, CUDACXX or CUDA_HOME,
+SADMOE_TORCH_DIR, MAX_JOBS.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "cmake"))
+from find_torch import required_torch  # noqa: E402
+
+
+def _tool(name: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        sys.exit(f"sadmoe: {name} was not found. pip install {name}, or let pip build in isolation.")
+    return found
+
+
+def _environment() -> dict[str, str]:
+    """The caller's, with nvcc's usual place as the last guess."""
+    env = dict(os.environ)
+    home = env.get("CUDA_HOME") or env.get("CUDA_PATH") or "/usr/local/cuda"
+    nvcc = Path(home) / "bin/nvcc"
+    if "CUDACXX" not in env and nvcc.exists():
+        env["CUDACXX"] = str(nvcc)
+    return env
+
+
+def _cuda_choice() -> str:
+    choice = os.environ.get("SADMOE_CUDA", "auto").lower()
+    if choice not in ("auto", "on", "off"):
+        sys.exit(f"sadmoe: SADMOE_CUDA must be auto, on or off, got {choice!r}")
+    return choice.upper()
+
+
+class CMakeBuild(build_ext):
+    """One configure, build and install of the CMake project for all extensions."""
+
+    def run(self) -> None:
+        if not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")))):
+            sys.exit("sadmoe: no C++ compiler was found. Install g++ (Debian: apt-get install g++) or set CXX.")
+        inplace = self.editable_mode or self.inplace
+        out = ROOT / "python/sadmoe" if inplace else Path(self.build_lib).resolve() / "sadmoe"
+        build = Path(self.build_temp).resolve() / "cmake"
+        build.mkdir(parents=True, exist_ok=True)
+        cmake, env = _tool("cmake"), _environment()
+        configure = [
+            *(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}"),
+            *("-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_INSTALL_PREFIX={out}", f"-DPython3_EXECUTABLE={sys.executable}"),
+            *(f"-DSADMOE_TORCH_DIR={required_torch()}", f"-DSADMOE_CUDA={_cuda_choice()}"),
+            f"-DSADMOE_CUDA_ARCHS={env.get('SADMOE_CUDA_ARCHS', '')}",
+            *shlex.split(env.get("SADMOE_CMAKE_ARGS", "")),
+        ]
+        if not inplace:
+            configure.append("--fresh")  # a cache in build/ may come from another environment
+        jobs = env.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        for command in (configure, [cmake, "--build", str(build), "-j", jobs], [cmake, "--install", str(build)]):
+            subprocess.run(command, check=True, env=env)
+
+    def get_outputs(self) -> list[str]:
+        return [str(path) for path in Path(self.build_lib, "sadmoe").glob("_*.so")]
+
+
+setup(ext_modules=[Extension("sadmoe._ops", sources=[])], cmdclass={"build_ext": CMakeBuild})
