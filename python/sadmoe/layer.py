@@ -27,7 +27,8 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d] -> scores [..., E], float32, >= 0."""
-        return ops.router_scores(x.reshape(-1, x.shape[-1]), self.v1, self.v2).unflatten(0, x.shape[:-1])
+        scores = ops.router_scores(x.reshape(-1, x.shape[-1]), self.v1, self.v2)
+        return scores.reshape(*x.shape[:-1], scores.shape[-1])
 
     def extra_repr(self) -> str:
         return f"d={self.v1.shape[1]}, width={self.v1.shape[0]}, experts={self.v2.shape[0]}"
@@ -116,13 +117,13 @@ class DynamicKMoE(nn.Module):
         else:
             y = ops.dynamic_k_moe(rows, self.router.v1, self.router.v2, *self.expert_weights(), tau=gate.tau, act=self.act)
         y = F.dropout(y, self.dropout, self.training)
-        return y.unflatten(0, x.shape[:-1])
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def mask(self, x: Tensor) -> Tensor:
         """The experts that `forward` runs: x [..., d] -> bool [..., E]."""
         rows = x.reshape(-1, x.shape[-1])
         scores = self.expert_norms(rows) if self.gate.true_norms else self.router(rows)
-        return self.gate.mask(scores).unflatten(0, x.shape[:-1])
+        return self.gate.mask(scores).reshape(*x.shape[:-1], self.experts)
 
     @torch.no_grad()
     def expert_norms(self, x: Tensor) -> Tensor:

@@ -1,0 +1,65 @@
+"""Random problems for the ops, and the tolerance rule that every kernel is held to."""
+
+import torch
+from torch import Tensor
+
+
+def experts_problem(
+    T: int = 7,
+    d: int = 33,
+    E: int = 5,
+    s: int = 6,
+    d_out: int | None = None,
+    *,
+    gated: bool = False,
+    bias: bool = True,
+    share: float = 0.4,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> list[Tensor | None]:
+    """x, mask, w_up, w_down, b_up, w_gate, b_gate, b_out, of unit variance through the layer."""
+    g = torch.Generator().manual_seed(seed)
+    d_out = d if d_out is None else d_out
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale).to(dtype)
+
+    return [
+        normal(T, d),
+        torch.rand(T, E, generator=g) < share,
+        normal(E, s, d, scale=d**-0.5),
+        normal(E, s, d_out, scale=(E * s) ** -0.5),
+        normal(E, s) if bias else None,
+        normal(E, s, d, scale=d**-0.5) if gated else None,
+        normal(E, s) if gated and bias else None,
+        normal(d_out) if bias else None,
+    ]
+
+
+def router_problem(d: int, E: int, r: int = 9, dtype: torch.dtype = torch.float32, seed: int = 1) -> list[Tensor]:
+    """v1, v2."""
+    g = torch.Generator().manual_seed(seed)
+    v1, v2 = torch.randn(r, d, generator=g) * d**-0.5, torch.randn(E, r, generator=g) * r**-0.5
+    return [v1.to(dtype), v2.to(dtype)]
+
+
+def in_double(args: list[Tensor | None]) -> list[Tensor | None]:
+    return [a if a is None or a.dtype == torch.bool else a.double() for a in args]
+
+
+def assert_as_good_as_torch(ours: Tensor, torchs: Tensor, truth: Tensor, terms: Tensor | None = None) -> None:
+    """Our error against float64 is at most twice that of plain torch in the same dtype.
+
+    Torch may be exact by luck on a small problem: four float32 roundings of the
+    largest sum of `terms` (default: the result), and the last one to the dtype, are granted.
+    """
+    assert ours.dtype == torchs.dtype
+    assert ours.shape == truth.shape
+    if truth.numel() == 0:
+        return
+    size = truth.abs().max()
+    granted = 4 * torch.finfo(torch.float32).eps * (size if terms is None else terms.abs().max())
+    granted += 0.51 * torch.finfo(ours.dtype).eps * size
+    error, torch_error = (ours.double() - truth).abs().max(), (torchs.double() - truth).abs().max()
+    allowed = max(2 * torch_error, granted)
+    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}, torch's own {torch_error:.3g}"

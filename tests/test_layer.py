@@ -1,0 +1,178 @@
+"""The layer: any leading shape, its gates, its true norms, its dense path."""
+
+import copy
+
+import pytest
+import torch
+from problems import experts_problem
+
+from sadmoe import ops, reference
+from sadmoe.gates import DynamicK, TopK
+from sadmoe.layer import DynamicKMoE, Router
+
+
+def make_layer(d=20, experts=6, expert_size=5, act="gelu", seed=0, **kwargs):
+    torch.manual_seed(seed)
+    layer = DynamicKMoE(d, experts, expert_size, act, router_width=8, **kwargs)
+    with torch.no_grad():
+        for name, p in layer.named_parameters():
+            if not name.startswith("router"):
+                p.normal_(std=0.3)
+    return layer.eval()
+
+
+def tokens(*shape, seed=3):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("shape", [(20,), (7, 20), (2, 3, 20), (0, 20), (2, 0, 20)])
+def test_any_leading_shape(shape, gated):
+    layer = make_layer(gated=gated, bias=("b_up", "b_out"), d_out=9)
+    x = tokens(*shape)
+    for tau in (0.0, 0.5):
+        layer.gate = DynamicK(tau)
+        y = layer(x)
+        assert y.shape == (*shape[:-1], 9)
+        torch.testing.assert_close(y.reshape(-1, 9), layer(x.reshape(-1, 20)))
+        assert layer.mask(x).shape == (*shape[:-1], 6)
+
+
+def test_forward_runs_the_experts_of_its_mask():
+    layer = make_layer(bias=("b_up", "b_out"))
+    x = tokens(30, 20)
+    for gate in (DynamicK(0.3), DynamicK(0.3, true_norms=True), TopK(2), TopK(6), TopK(1, true_norms=True)):
+        layer.gate = gate
+        wanted = reference.sparse_experts(x, layer.mask(x), *layer.expert_weights(), act=layer.act)
+        torch.testing.assert_close(layer(x), wanted, msg=str(gate))
+
+
+def test_tau_zero_is_the_dense_path_and_equals_every_expert_run():
+    for gated in (False, True):
+        layer = make_layer(gated=gated, bias=("b_up", "b_out", *(("b_gate",) if gated else ())))
+        x = tokens(30, 20)
+        every = ops.sparse_experts(x, torch.ones(30, 6, dtype=torch.bool), *layer.expert_weights(), act=layer.act)
+        torch.testing.assert_close(layer(x), every)
+
+
+def test_expert_norms_are_the_norms_of_the_outputs_without_the_output_bias():
+    layer = make_layer(gated=True, bias=("b_up", "b_gate", "b_out"))
+    x = tokens(11, 20)
+    w_up, w_down, b_up, w_gate, b_gate, _ = layer.expert_weights()
+    for e in range(6):
+        only = torch.zeros(11, 6, dtype=torch.bool)
+        only[:, e] = True
+        output = ops.sparse_experts(x, only, w_up, w_down, b_up, w_gate, b_gate, act=layer.act)
+        torch.testing.assert_close(layer.expert_norms(x)[:, e], output.norm(dim=1))
+
+
+def test_the_error_is_bounded_by_the_skipped_norms():
+    layer = make_layer(act="relu", bias=("b_up", "b_out"))
+    x = tokens(200, 20)
+    dense, norms = layer(x), layer.expert_norms(x)
+    for tau in (0.1, 0.4, 0.9):
+        layer.gate = DynamicK(tau, true_norms=True)
+        mask = layer.mask(x)
+        error = (layer(x) - dense).norm(dim=1)
+        assert (error <= norms.masked_fill(mask, 0).sum(1) + 1e-5).all()
+        assert (error <= (6 - mask.sum(1)) * tau * norms.amax(1) + 1e-5).all()
+
+
+def test_a_small_oracle_tau_drops_only_silent_experts():
+    layer = make_layer(act="relu", bias=("b_up", "b_out"), experts=15, expert_size=2)
+    with torch.no_grad():
+        layer.b_up.sub_(1.0)
+    x = tokens(100, 20)
+    dense = layer(x)
+    layer.gate = DynamicK(1e-6, true_norms=True)
+    assert layer.mask(x).float().mean() < 0.9
+    torch.testing.assert_close(layer(x), dense)
+
+
+def test_top_k_runs_exactly_k_and_all_of_them_at_e():
+    layer = make_layer()
+    for k in (1, 4, 6):
+        layer.gate = TopK(k)
+        assert (layer.mask(tokens(50, 20)).sum(-1) == k).all()
+    with pytest.raises(ValueError, match="k must be at most the number of experts, 6, got 7"):
+        TopK(7).mask(torch.rand(2, 6))
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        TopK(0)
+
+
+def test_permuting_the_experts_changes_nothing_but_rounding():
+    layer = make_layer(gated=True, bias=("b_up", "b_gate", "b_out"))
+    layer.gate = DynamicK(0.4)
+    other = copy.deepcopy(layer)
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for name in ("w_up", "w_down", "w_gate", "b_up", "b_gate"):
+            getattr(other, name).copy_(getattr(layer, name)[order])
+        other.router.v2.copy_(layer.router.v2[order])
+    x = tokens(40, 20)
+    assert torch.equal(other.mask(x), layer.mask(x)[:, order])
+    torch.testing.assert_close(other(x), layer(x))
+
+
+def test_dropout_acts_on_the_output_in_training_only():
+    layer = make_layer(dropout=0.5, bias=("b_out",))
+    x = tokens(50, 20)
+    assert torch.equal(layer(x), layer(x))
+    layer.train()
+    assert 0.3 < (layer(x) == 0).float().mean() < 0.7
+
+
+def test_the_router_predicts_non_negative_norms_in_float32():
+    router = Router(12, 5, 7)
+    x = tokens(2, 3, 12)
+    assert router(x).shape == (2, 3, 5)
+    assert (router(x) >= 0).all()
+    half = copy.deepcopy(router).bfloat16()
+    assert half(x.bfloat16()).dtype == torch.float32
+
+
+def test_nan_is_refused_when_asked_to_look():
+    layer = make_layer()
+    layer.gate = DynamicK(0.2)
+    x = tokens(4, 20)
+    x[2, 3] = float("nan")
+    layer(x)
+    layer.check_nan = True
+    with pytest.raises(ValueError, match="x has NaN, for which no expert can be chosen"):
+        layer(x)
+
+
+def test_wrong_settings_are_named():
+    with pytest.raises(ValueError, match="act must be one of relu, gelu, gelu_tanh, silu, got 'tanh'"):
+        DynamicKMoE(4, 2, 2, "tanh")
+    with pytest.raises(ValueError, match="bias may name b_up, b_gate and b_out, got b_down"):
+        DynamicKMoE(4, 2, 2, "relu", bias=("b_down",))
+    with pytest.raises(ValueError, match=r"tau must be in \[0, 1\] .*got 1.5"):
+        DynamicK(1.5)
+
+
+def test_compiles_and_exports_whole_with_a_dynamic_number_of_tokens():
+    layer = make_layer(bias=("b_up", "b_out"))
+    layer.gate = DynamicK(0.4)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    exported = torch.export.export(layer, (tokens(6, 20),), dynamic_shapes={"x": {0: torch.export.Dim("T")}}).module()
+    with torch.no_grad():
+        for T in (6, 3, 17):
+            x = tokens(T, 20, seed=T)
+            assert torch.equal(compiled(x), layer(x))
+            assert torch.equal(exported(x), layer(x))
+
+
+def test_trains_through_the_sparse_op():
+    layer = make_layer(bias=("b_up", "b_out")).train()
+    layer.gate = DynamicK(0.4)
+    x, wanted = tokens(64, 20), experts_problem(64, 20, seed=5)[0]
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = (layer(x) - wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
