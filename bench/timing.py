@@ -1,0 +1,51 @@
+"""The one timer of the benches. Variants take turns, so that the machine's drift falls on all of them alike."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sadmoe import ops
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: median, and the distance between the quartiles as a share of it."""
+
+    median: float
+    spread: float
+
+
+def measure(variants: dict[str, Callable[[], object]], seconds: float = 0.6, least: int = 7) -> dict[str, Timing]:
+    """Calls the variants in turn for about `seconds` each, at least `least` times, after two calls to warm up."""
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    for call in variants.values():
+        call()
+        call()
+    started, rounds = time.perf_counter(), 0
+    while rounds < least or time.perf_counter() - started < seconds * len(variants):
+        for name, call in variants.items():
+            start = time.perf_counter()
+            call()
+            samples[name].append(time.perf_counter() - start)
+        rounds += 1
+    return {name: _timing(values) for name, values in samples.items()}
+
+
+def _timing(values: list[float]) -> Timing:
+    low, median, high = statistics.quantiles(values, n=4)
+    return Timing(median, (high - low) / median)
+
+
+def machine() -> str:
+    """Processor, threads, torch and kernels, for the first line of every table."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = names[0] if names else name
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, kernels {ops.cpu_isas()[0]}"

@@ -1,0 +1,90 @@
+"""Who may include or import whom. A file in the wrong room fails here, not in review."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PYTHON = ROOT / "python/sadmoe"
+ROOMS = [  # a room imports only rooms above it
+    {"reference"},
+    {"ops"},
+    {"gates"},
+    {"layer"},
+    {"batches", "partition", "ffn"},
+    {"sparsify", "routers", "cost"},
+    {"calibrate"},
+    {"convert"},
+    {"checkpoint"},
+    {"hf"},
+    {"report"},
+    {"demo"},
+    {"cli"},
+    {"__init__", "__main__"},
+]
+LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+INCLUDE = re.compile(r'#include [<"]([^>"]+)[>"]')
+
+
+def includes(path: Path) -> set[str]:
+    return set(INCLUDE.findall(path.read_text()))
+
+
+def sources(*suffixes: str) -> list[Path]:
+    return [path for path in sorted((ROOT / "csrc").rglob("*")) if path.suffix in suffixes]
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PYTHON).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "sadmoe":
+            rooms |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sadmoe."):
+            rooms.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            rooms |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("sadmoe.")}
+    return rooms & LEVEL.keys()
+
+
+def test_every_module_has_a_room():
+    assert {room_of(path) for path in PYTHON.rglob("*.py")} <= LEVEL.keys()
+
+
+def test_modules_import_only_rooms_above_theirs():
+    for path in PYTHON.rglob("*.py"):
+        room = room_of(path)
+        wrong = {other for other in imported_rooms(path) - {room} if LEVEL[other] >= LEVEL[room]}
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+def test_only_bindings_see_torch_or_python():
+    for path in sources(".h", ".cpp", ".cu", ".cuh"):
+        seen = {name for name in includes(path) if re.match(r"(torch|ATen|c10|pybind11|Python\.h)", name)}
+        assert not seen or path.parent.name == "bind", f"{path.relative_to(ROOT)} includes {seen}"
+
+
+def test_an_instruction_set_file_includes_only_its_template():
+    for path in (ROOT / "csrc/cpu").glob("kernels_*.cpp"):
+        assert includes(path) <= {"immintrin.h", "cstring", "cpu/table.h"}, path.name
+    for name in ("table", "project", "accumulate", "activate", "kernels", "half"):
+        allowed = {"cstdint", "initializer_list", "contract.h", "cpu/kernels.inc"}
+        own = {other for other in includes(ROOT / f"csrc/cpu/{name}.h") if other.startswith("cpu/")}
+        assert includes(ROOT / f"csrc/cpu/{name}.h") <= allowed | own, f"{name}.h"
+
+
+def test_nothing_is_compiled_for_the_build_machine_s_own_processor():
+    for path in (ROOT / "CMakeLists.txt", ROOT / "setup.py", *(ROOT / "cmake").iterdir()):
+        if path.is_file():
+            assert "march=native" not in path.read_text(), path.name
+
+
+def test_importing_sadmoe_imports_no_model_library():
+    code = "import sys, sadmoe; print([m for m in ('transformers', 'timm', 'torchvision', 'matplotlib') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
