@@ -1,0 +1,47 @@
+"""Which activation a module or a function is, found by calling it."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sadmoe import reference
+from sadmoe.ffn.quiet import quiet
+
+_FUNCTIONS = {F.relu, F.gelu, F.silu, torch.relu}
+
+
+def which_activation(fn: Callable[[Tensor], Tensor]) -> str | None:
+    """The key of `reference.ACTIVATIONS` that fn computes on [-12, 12], to 1e-5, else None."""
+    grid = torch.linspace(-12, 12, 193, dtype=torch.float64, device="cpu")
+    try:
+        y = fn(grid.clone())
+        errors = {name: (y - act(grid)).abs().max().item() for name, act in reference.ACTIVATIONS.items()}
+    except Exception:  # whatever a foreign function raises, it is not an activation
+        return None
+    best = min(errors, key=errors.__getitem__)
+    return best if errors[best] < 1e-5 else None
+
+
+def activation_children(module: nn.Module) -> dict[str, str | None]:
+    """Children that may be activations (no weights, no children, no dropout), each with its key or None."""
+    found: dict[str, str | None] = {}
+    for name, child in module.named_children():
+        bare = not any(True for _ in child.children()) and not child._parameters and not child._buffers
+        if bare and not isinstance(child, (nn.Dropout, nn.Identity)):
+            with quiet(child):
+                found[name] = which_activation(child)
+    return found
+
+
+def activation_attributes(module: nn.Module) -> dict[str, str]:
+    """Attributes of a module that hold an activation function (torch's own, or named after an activation)."""
+    found = {}
+    for name, value in module.__dict__.items():
+        known = getattr(value, "func", value) in _FUNCTIONS if callable(value) else False
+        if known or (callable(value) and "act" in name.lower() and not isinstance(value, type)):
+            act = which_activation(value)
+            if act is not None:
+                found[name] = act
+    return found

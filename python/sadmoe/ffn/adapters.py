@@ -1,0 +1,174 @@
+"""The table of adapters: each looks at the structure of one module, and proposes what FFN may be in it.
+
+Nothing here runs a module's forward or knows a model class: a proposal is proved or refused by
+`probe.verify`. What counts as an FFN's shape: linear layers d -> f (-> or 2f, where gate and up are one) and
+f -> d with f > d. That keeps out attention projections, poolers, heads and bottlenecks.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import permutations
+from typing import Any
+
+from torch import Tensor, nn
+
+from sadmoe import reference
+from sadmoe.ffn.activations import activation_attributes, activation_children
+from sadmoe.ffn.linears import linear_shape
+from sadmoe.ffn.probe import Call, Unsupported
+from sadmoe.ffn.sites import Parts
+from sadmoe.ffn.surgery import FAST_PATH
+
+ALL_ACTS = tuple(reference.ACTIVATIONS)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """An FFN that a module may hold, the activations it may have, and the ways to call the module."""
+
+    parts: Parts
+    acts: tuple[str, ...]
+    calls: tuple[Call, ...]
+
+
+Adapter = Callable[[nn.Module], Iterator[Proposal]]
+
+
+def whole_plain(module: nn.Module) -> Iterator[Proposal]:
+    """A module that is linear, activation, linear: the MoE layer takes its place (GPT-2, ViT, T5, timm)."""
+    linears = _linears(module)
+    if len(linears) == 2 and _only_ffn_children(module):
+        for up, down in _pairs(linears):
+            yield from _whole(module, [Parts("", up, down)])
+
+
+def whole_gated(module: nn.Module) -> Iterator[Proposal]:
+    """A module that is down(act(gate(x)) * up(x)): the MoE layer takes its place (Llama, Gemma, T5 v1.1)."""
+    linears = _linears(module)
+    if len(linears) == 3 and _only_ffn_children(module):
+        parts = [
+            Parts("", up, down, gate)
+            for gate, up, down in permutations(linears)
+            if linears[gate] == linears[up] and _is_pair(linears[up], linears[down])
+        ]
+        yield from _whole(module, parts)
+
+
+def whole_fused(module: nn.Module) -> Iterator[Proposal]:
+    """The gated module with gate and up in one linear layer, in either order (timm, Phi-3, ModernBERT)."""
+    linears = _linears(module)
+    if len(linears) == 2 and _only_ffn_children(module):
+        parts = [
+            Parts("", up, down, up, half)
+            for up, down in permutations(linears)
+            if linears[up][1] % 2 == 0 and _is_pair((linears[up][0], linears[up][1] // 2), linears[down])
+            for half in ("first", "second")
+        ]
+        yield from _whole(module, parts)
+
+
+def in_block(module: nn.Module) -> Iterator[Proposal]:
+    """A plain FFN among the children of a larger module (OPT, nn.TransformerEncoderLayer, ALBERT).
+
+    The MoE layer takes the place of the first linear layer; activation and second become passthroughs. So the
+    activation has to be a module or an attribute of the larger one.
+    """
+    linears = _linears(module)
+    for up, down in _pairs(linears):
+        acts = activation_children(module)
+        known = {n: a for n, a in acts.items() if a is not None} | activation_attributes(module)
+        if not known:
+            unknown = ", ".join(f"{n} ({type(module.get_submodule(n)).__name__})" for n in acts)
+            if unknown:
+                raise Unsupported(f"its activation, {unknown}, is none of {', '.join(ALL_ACTS)}")
+            if len(linears) == 2:
+                raise Unsupported(
+                    f"{up} and {down} have the shapes of an FFN, but its activation is no module and no "
+                    "attribute of this one; put the FFN in a module of its own"
+                )
+        fast_path = (FAST_PATH,) if FAST_PATH in module.__dict__ else ()
+        for name, act in known.items():
+            parts = Parts(up, up, down, activation=name, removed=(name, down, *fast_path))
+            yield Proposal(parts, (act,), (_call_once, _call_without_mask, _call_twice))
+
+
+def in_pair(module: nn.Module) -> Iterator[Proposal]:
+    """An FFN over two children: linear and activation in one; linear, norm, residual in the other (BERT)."""
+    inner = {name: _linears(child) for name, child in module.named_children()}
+    one = {name: next(iter(linears.items())) for name, linears in inner.items() if len(linears) == 1}
+    for (a, (up, up_shape)), (b, (down, down_shape)) in permutations(one.items(), 2):
+        first = module.get_submodule(a)
+        if _is_pair(up_shape, down_shape) and _only_ffn_children(first):
+            name, acts = _activation(first)
+            activation = None if name is None else f"{a}.{name}"
+            parts = Parts(a, f"{a}.{up}", f"{b}.{down}", activation=activation, removed=(f"{b}.{down}",))
+            yield Proposal(parts, acts, (_call_once, _call_pair_with_residual, _call_pair))
+
+
+ADAPTERS: dict[str, Adapter] = {
+    adapter.__name__: adapter for adapter in (whole_plain, whole_gated, whole_fused, in_block, in_pair)
+}
+
+
+def _call_once(block: nn.Module, parts: Parts, x: Tensor) -> Any:
+    return block(x)
+
+
+def _call_without_mask(block: nn.Module, parts: Parts, x: Tensor) -> Any:
+    return block(x, None)
+
+
+def _call_twice(block: nn.Module, parts: Parts, x: Tensor) -> Any:
+    return block(x, x)
+
+
+def _call_pair(block: nn.Module, parts: Parts, x: Tensor) -> Any:
+    return block.get_submodule(parts.down.rpartition(".")[0])(block.get_submodule(parts.at)(x))
+
+
+def _call_pair_with_residual(block: nn.Module, parts: Parts, x: Tensor) -> Any:
+    return block.get_submodule(parts.down.rpartition(".")[0])(block.get_submodule(parts.at)(x), x)
+
+
+def _whole(module: nn.Module, proposals: list[Parts]) -> Iterator[Proposal]:
+    if proposals:
+        name, acts = _activation(module)
+        for p in proposals:
+            yield Proposal(replace(p, activation=name), acts, (_call_once,))
+
+
+def _activation(module: nn.Module) -> tuple[str | None, tuple[str, ...]]:
+    """Where the activation of a module that holds nothing but an FFN is, and what it may be."""
+    children = activation_children(module)
+    known = {n: a for n, a in children.items() if a is not None} or activation_attributes(module)
+    if len(known) == 1:
+        name, act = next(iter(known.items()))
+        return name, (act,)
+    if children and not known:
+        kinds = ", ".join(f"{n} ({type(module.get_submodule(n)).__name__})" for n in children)
+        raise Unsupported(f"its activation, {kinds}, is none of {', '.join(ALL_ACTS)}")
+    return None, ALL_ACTS
+
+
+def _linears(module: nn.Module) -> dict[str, tuple[int, int]]:
+    shapes = {name: linear_shape(child) for name, child in module.named_children()}
+    return {name: shape for name, shape in shapes.items() if shape is not None}
+
+
+def _is_pair(up: tuple[int, int], down: tuple[int, int]) -> bool:
+    return up == (down[1], down[0]) and up[1] > up[0] > 0
+
+
+def _pairs(linears: dict[str, tuple[int, int]]) -> list[tuple[str, str]]:
+    return [(a, b) for a, b in permutations(linears, 2) if _is_pair(linears[a], linears[b])]
+
+
+def _only_ffn_children(module: nn.Module) -> bool:
+    """Whether a module holds linear layers, dropouts, identities, at most one bare other, no own weights."""
+    others = [
+        child
+        for child in module.children()
+        if linear_shape(child) is None and not isinstance(child, (nn.Dropout, nn.Identity))
+    ]
+    bare = all(not any(True for _ in m.children()) and not m._parameters and not m._buffers for m in others)
+    return len(others) <= 1 and bare and not module._parameters and not module._buffers

@@ -1,0 +1,65 @@
+"""Linear modules seen as matrices, whichever way round: Linear stores [out, in], Conv1D [in, out]."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of anything that presents itself as a linear layer, else None."""
+    if _is_conv1d(module):
+        n_in, n_out = cast(Tensor, module.weight).shape
+        return n_in, n_out
+    shape = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return shape if all(isinstance(n, int) for n in shape) else None  # type: ignore[return-value]
+
+
+def why_not_plain(module: nn.Module) -> str | None:
+    """Why the weights of a linear layer cannot be read and put back (quantised, wrapped), else None."""
+    kind = type(module).__name__
+    own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    if own_forward or not (isinstance(module, nn.Linear) or _is_conv1d(module)):
+        return (
+            f"is a {kind}; only nn.Linear and transformers' Conv1D can be read (merge adapters, dequantise)"
+        )
+    if "forward" in module.__dict__ or next(module.children(), None) is not None:
+        return f"is a {kind} that something wraps or parametrises; remove that first"
+    weight = cast(Tensor, module.weight)
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        return (
+            f"has a weight of type {type(weight).__name__} and dtype {weight.dtype}, not a float nn.Parameter"
+        )
+    return None
+
+
+def weight_rows(module: nn.Module) -> Tensor:
+    """The weight as [out, in]: a detached view."""
+    weight = cast(Tensor, module.weight).detach()
+    return weight.t() if _is_conv1d(module) else weight
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """The bias [out], detached, if there is one."""
+    bias = cast(Tensor | None, module.bias)
+    return None if bias is None else bias.detach()
+
+
+def strip_(module: nn.Module) -> None:
+    """Moves the weights to the meta device: shape, dtype and requires_grad stay, the memory goes."""
+    for name, p in module.named_parameters(recurse=False):
+        setattr(module, name, nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad))
+
+
+def fill_(module: nn.Module, rows: Tensor, bias: Tensor | None, trainable: tuple[bool, bool]) -> None:
+    """New parameters for a linear layer. rows [out, in]; trainable: requires_grad of weight and bias."""
+    weight = (rows.t() if _is_conv1d(module) else rows).contiguous()
+    module.weight = nn.Parameter(weight, requires_grad=trainable[0])
+    if bias is not None:
+        module.bias = nn.Parameter(bias, requires_grad=trainable[1])
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D, by its name and its shape: transformers itself is never imported."""
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2

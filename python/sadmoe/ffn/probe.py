@@ -1,0 +1,197 @@
+"""Proof by running: a module does, on a random probe, what the formula of an FFN says its parts do."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sadmoe.ffn.dense import DenseFFN
+from sadmoe.ffn.quiet import quiet
+from sadmoe.ffn.sites import FFNSite, Parts, site_of_parts
+from sadmoe.ffn.surgery import put_back, take_apart
+
+Call = Callable[[nn.Module, Parts, Tensor], Any]
+TOLERANCE = 1e-5  # of the FFN's share in the output; float64 noise is 1e-13, gelu against gelu_tanh 1e-4
+PROBE_ROWS = 8
+
+
+class Unsupported(Exception):
+    """Why something that looks like an FFN cannot be converted."""
+
+
+@dataclass(frozen=True)
+class _Event:
+    """A call seen during the probe: of the module at `path`, or of F.dropout with probability p."""
+
+    path: str | None = None
+    p: float = 0.0
+
+
+class _DropoutLog(TorchFunctionMode):
+    """Notes each F.dropout, called by a module or as a function."""
+
+    def __init__(self, events: list[_Event]):
+        super().__init__()
+        self.events = events
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.dropout:
+            p = args[1] if len(args) > 1 else (kwargs or {}).get("p", 0.5)
+            self.events.append(_Event(p=p))
+        return func(*args, **(kwargs or {}))
+
+
+class _Scene(nn.Module):
+    """One way to call a block, as a module, so that its weights can be exchanged for float64 ones."""
+
+    def __init__(self, block: nn.Module, parts: Parts, call: Call):
+        super().__init__()
+        self.block, self.parts, self.call = block, parts, call
+        self.training = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.call(self.block, self.parts, x)
+        y = y[0] if isinstance(y, (tuple, list)) else y
+        if not isinstance(y, Tensor):
+            raise Unsupported(f"its output is a {type(y).__name__}, not a tensor")
+        return y
+
+
+class _StandIn(nn.Module):
+    """A function in the place of a module."""
+
+    def __init__(self, fn: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fn(x)
+
+
+def verify(
+    block: nn.Module, name: str, parts: Parts, adapter: str, acts: tuple[str, ...], calls: tuple[Call, ...]
+) -> FFNSite:
+    """The site, if `block` computes the same when `DenseFFN`'s formula takes the place of the parts.
+
+    name: path of the block.   acts: the activations it may have; the one that fits best is the site's.
+    calls: ways to call the block, tried in order.
+    The model is left as it was, and no random state is used. Raises Unsupported with the reason.
+    """
+    sites = [site_of_parts(block, name, parts, adapter, act) for act in acts]
+    if any(p.is_meta for p in block.parameters()):
+        raise Unsupported("its weights are on the meta device, so it cannot be run; load them first")
+    error: Exception | None = None
+    for dtype in (torch.float64, torch.float32):  # float32 for devices and modules that insist on it
+        cast = sites[0].dense().to(dtype)
+        denses = [replace(cast, act=act) for act in acts]
+        x = _probe_input(denses[0], dtype)
+        for call in calls:
+            try:
+                with quiet(block):
+                    return _best(sites, denses, _Scene(block, parts, call), x)
+            except Unsupported:
+                raise
+            except Exception as raised:  # whatever a foreign forward raises becomes the reason
+                error = error or raised
+    first_line = str(error).strip().split("\n")[0]
+    raise Unsupported(
+        f"run on a probe [1, {PROBE_ROWS}, {denses[0].d}] it raised {type(error).__name__}: {first_line}"
+    )
+
+
+def _best(sites: list[FFNSite], denses: list[DenseFFN], scene: _Scene, x: Tensor) -> FFNSite:
+    events: list[_Event] = []
+    y = _run(scene, x, events)
+    outputs = [_run_with(scene, dense, x) for dense in denses]
+    without = _run_with(scene, lambda rows: rows.new_zeros(*rows.shape[:-1], denses[0].d_out), x)
+    if any(o.shape != y.shape for o in outputs):
+        raise Unsupported(
+            f"its output is {list(y.shape)} where that of the FFN would make {list(outputs[0].shape)}"
+        )
+    if scene.parts.up not in [e.path for e in events]:
+        raise RuntimeError(f"{scene.parts.up} did not run")
+    share = (y - without).abs().amax().item()
+    errors = [(y - o).abs().amax().item() for o in outputs]
+    best = min(range(len(sites)), key=errors.__getitem__)
+    if not errors[best] <= TOLERANCE * share:  # a NaN fails too
+        tried = ", ".join(site.act for site in sites)
+        raise Unsupported(
+            "it does not compute down(act(up(x))) or its gated form: off by "
+            f"{errors[best] / share if share else 1:.1e} of its output with act = {tried}"
+        )
+    if share == 0 and len(sites) > 1:
+        raise Unsupported("its output weights are all zero, so its activation cannot be told")
+    site = sites[best]
+    hidden, site.dropout = _dropouts(site.parts, scene.block, events)
+    if hidden:
+        site.parts = replace(site.parts, removed=site.parts.removed + hidden)
+    return site
+
+
+def _dropouts(parts: Parts, block: nn.Module, events: list[_Event]) -> tuple[tuple[str, ...], float]:
+    """The dropout modules that act on hidden activations only, and the probability on the output.
+
+    Where the block stays, its dropouts stay too, but for the hidden ones, which would act on the output in
+    place of the hidden activations. Where the block goes, a MoE layer keeps its output dropout, and hidden
+    dropout is lost.
+    """
+    paths = [e.path for e in events]
+    start, end = min(paths.index(p) for p in (parts.up, parts.gate) if p), paths.index(parts.down)
+    before, after = events[:start], events[end:]
+    if parts.at == "":
+        if any(e.p > 0 for e in before):
+            raise Unsupported("it has a dropout on its input, which a MoE layer does not")
+        ps = [e.p for e in after if e.p > 0]
+        return (), ps[0] if len(ps) == 1 else 1.0 - math.prod(1.0 - p for p in ps)
+    inside = {e.path for e in events[start:end]} - {e.path for e in before + after}
+    staying = [p for p in inside if p is not None and not p.startswith(f"{parts.at}.")]
+    hidden = [p for p in staying if isinstance(block.get_submodule(p), nn.Dropout)]
+    return tuple(sorted(hidden)), 0.0
+
+
+def _probe_input(dense: DenseFFN, dtype: torch.dtype) -> Tensor:
+    """[1, rows, d], scaled so that pre-activations spread by 0.5 to 8 and reach every bend of an act."""
+    weight = dense.w_up if dense.w_gate is None else dense.w_gate
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(PROBE_ROWS, dense.d, generator=generator, dtype=torch.float64, device="cpu")
+    x = x.to(weight.device, dtype)
+    spread = (x @ weight.t()).std().item()
+    scale = torch.logspace(-1, 3, PROBE_ROWS, base=2, dtype=dtype, device=weight.device)
+    return (x * scale.unsqueeze(1) / (spread or 1.0)).unsqueeze(0)
+
+
+def _run(scene: _Scene, x: Tensor, events: list[_Event] | None = None) -> Tensor:
+    """The output of the scene with its floating-point weights and buffers in x's dtype."""
+    tensors = {**dict(scene.named_parameters()), **dict(scene.named_buffers())}
+    cast = {n: t.detach().to(x.dtype) for n, t in tensors.items() if t.is_floating_point()}
+    handles = []
+    if events is None:
+        return torch.func.functional_call(scene, cast, x)
+    parts = scene.parts
+    for path, module in scene.block.named_modules():
+        if path in (parts.up, parts.gate, parts.down) or isinstance(module, nn.Dropout):
+            handles.append(
+                module.register_forward_pre_hook(lambda *_, path=path: events.append(_Event(path=path)))
+            )
+    try:
+        with _DropoutLog(events):
+            return torch.func.functional_call(scene, cast, x)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run_with(scene: _Scene, ffn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The output of the scene with `ffn` in the place of its FFN."""
+    if scene.parts.at == "":
+        return ffn(x)
+    removed = take_apart(scene.block, scene.parts, _StandIn(ffn))
+    try:
+        return _run(scene, x)
+    finally:
+        put_back(scene.block, removed)

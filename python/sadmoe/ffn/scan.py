@@ -1,0 +1,177 @@
+"""Finding the FFNs of a model."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from sadmoe.ffn.adapters import ADAPTERS, Proposal
+from sadmoe.ffn.linears import linear_shape, why_not_plain
+from sadmoe.ffn.paths import join
+from sadmoe.ffn.probe import Unsupported, verify
+from sadmoe.ffn.sites import FFNSite
+from sadmoe.ffn.surgery import moe_layers
+from sadmoe.layer import DynamicKMoE
+
+logger = logging.getLogger(__name__)
+
+
+class FFNNotFoundError(ValueError):
+    """The model has no FFN that sadmoe knows how to find."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A module that looks like an FFN and is not converted: its path, its type, and why."""
+
+    name: str
+    kind: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name or '(the model itself)'} ({self.kind}): {self.reason}"
+
+
+def find_ffns(model: nn.Module, filter: Callable[[str], bool] | None = None) -> list[FFNSite]:
+    """Every FFN of the model, in order, found by structure and proved by running it on a random probe.
+
+    filter: takes the name of a site (the module path where the MoE layer would go), False leaves it alone.
+    The model is left as it was. Modules that look like an FFN and cannot be converted are logged as a
+    warning. Raises FFNNotFoundError (a ValueError) where nothing looks like an FFN, NotImplementedError where
+    all that does cannot be converted; both list what was seen.
+    """
+    sites, skipped = scan_ffns(model, filter)
+    if sites:
+        if skipped:
+            logger.warning("%d FFNs are not converted:\n%s", len(skipped), _listing(list(map(str, skipped))))
+        return sites
+    if skipped:
+        raise NotImplementedError(
+            f"no FFN of this {type(model).__name__} can be converted:\n{_listing(list(map(str, skipped)))}"
+        )
+    raise FFNNotFoundError(_nothing_found(model, filter))
+
+
+def scan_ffns(
+    model: nn.Module, filter: Callable[[str], bool] | None = None
+) -> tuple[list[FFNSite], list[Skipped]]:
+    """`find_ffns` without errors and warnings: the sites, and what only looks like one, with the reason."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    uses, sites, skipped = _Uses(model), [], []
+    done: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, DynamicKMoE) or any(name == d or name.startswith(f"{d}.") for d in done):
+            continue
+        found, reasons = _look_at(module, name, uses, filter)
+        sites += found
+        done |= {site.name for site in found}
+        if reasons and not found:
+            skipped.append(Skipped(name, type(module).__name__, "; ".join(dict.fromkeys(reasons))))
+    return sites, skipped
+
+
+def _look_at(
+    module: nn.Module, name: str, uses: "_Uses", filter: Callable[[str], bool] | None
+) -> tuple[list[FFNSite], list[str]]:
+    """The FFNs in one module, and why its other proposals were refused."""
+    sites: list[FFNSite] = []
+    reasons: list[str] = []
+    for adapter, propose in ADAPTERS.items():
+        try:
+            for proposal in propose(module):
+                parts = proposal.parts
+                if filter is not None and not filter(join(name, parts.at)):
+                    continue
+                if any({parts.up, parts.down} & {s.parts.up, s.parts.down} for s in sites):
+                    continue
+                try:
+                    uses.check(module, name, proposal)
+                    sites.append(verify(module, name, parts, adapter, proposal.acts, proposal.calls))
+                except Unsupported as reason:
+                    reasons.append(str(reason))
+        except Unsupported as reason:
+            reasons.append(str(reason))
+        if sites:
+            break
+    return sites, reasons
+
+
+@dataclass
+class _Uses:
+    """Who else holds a parameter or a module, which decides whether it can be taken away."""
+
+    model: nn.Module
+    owners: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
+    parents: dict[int, dict[int, str]] = field(default_factory=lambda: defaultdict(dict))
+
+    def __post_init__(self) -> None:
+        for name, module in self.model.named_modules():
+            for key, p in module.named_parameters(recurse=False):
+                self.owners[id(p)].append(join(name, key))
+            for child in module.children():
+                self.parents[id(child)][id(module)] = name
+
+    def check(self, block: nn.Module, name: str, proposal: Proposal) -> None:
+        """Raises Unsupported where the linear layers cannot be read, or are used beside the FFN too."""
+        parts = proposal.parts
+        if name == "" and parts.at == "":
+            raise Unsupported(
+                "the model itself is the FFN, so nothing can hold the layer; wrap it: nn.Sequential(ffn)"
+            )
+        if "experts" in name.split("."):
+            raise Unsupported("it is an expert of a mixture of experts already")
+        dtypes = set()
+        for path in dict.fromkeys(p for p in (parts.up, parts.gate, parts.down) if p):
+            linear = block.get_submodule(path)
+            reason = why_not_plain(linear)
+            if reason is not None:
+                raise Unsupported(f"{path} {reason}")
+            owner = block.get_submodule(path.rpartition(".")[0])
+            others = [n for i, n in self.parents[id(linear)].items() if i != id(owner)]
+            if others:
+                raise Unsupported(f"{path} is a child of {', '.join(others)} too")
+            for key, p in linear.named_parameters(recurse=False):
+                dtypes.add((p.dtype, p.device))
+                tied = [owner for owner in self.owners[id(p)] if owner != join(name, path, key)]
+                if tied:
+                    raise Unsupported(f"{path}.{key} is tied with {', '.join(tied)}")
+        if len(dtypes) > 1:
+            kinds = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in dtypes))
+            raise Unsupported(f"its weights are of several kinds ({kinds}); cast or move them to one")
+
+
+def _nothing_found(model: nn.Module, filter: Callable[[str], bool] | None) -> str:
+    head = f"no FFN found in this {type(model).__name__}"
+    converted = len(moe_layers(model))
+    if converted:
+        return f"{head}: {converted} FFNs are converted already"
+    if filter is not None:
+        sites, _ = scan_ffns(model)
+        if sites:
+            return f"{head}: the filter refused all there are:\n{_listing([s.name for s in sites])}"
+    linears = [
+        f"{name} ({type(m).__name__}): {shape[0]} -> {shape[1]}"
+        for name, m in model.named_modules()
+        if (shape := linear_shape(m)) is not None
+    ]
+    stacked = [
+        f"{name} ({type(m).__name__}): {key} {list(p.shape)}, a mixture of experts already"
+        for name, m in model.named_modules()
+        for key, p in m.named_parameters(recurse=False)
+        if p.dim() == 3
+    ]
+    seen = stacked + linears
+    if not seen:
+        return f"{head}: it has no linear layers"
+    return (
+        f"{head}: it has no module with linear layers d -> f and f -> d, f > d, and an activation. "
+        f"Seen:\n{_listing(seen)}"
+    )
+
+
+def _listing(lines: list[str], limit: int = 12) -> str:
+    more = [f"... and {len(lines) - limit} more"] if len(lines) > limit else []
+    return "\n".join(f"  {line}" for line in lines[:limit] + more)

@@ -1,0 +1,136 @@
+"""The swap of one activation for another, in the dense model and in its config."""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from sadmoe import reference
+from sadmoe.ffn.activations import activation_children
+from sadmoe.ffn.paths import join, lookup
+from sadmoe.ffn.sites import FFNSite
+from sadmoe.ffn.surgery import FAST_PATH, put_back
+
+logger = logging.getLogger(__name__)
+
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "silu": nn.SiLU,
+}
+CONFIG_KEYS = (
+    "hidden_act",
+    "hidden_activation",
+    "activation_function",
+    "activation",
+    "ff_activation",
+    "dense_act_fn",
+)
+CONFIG_VALUES = {  # transformers' names of each activation; the first is written
+    "relu": ("relu",),
+    "gelu": ("gelu", "gelu_python"),
+    "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"),
+    "silu": ("silu", "swish"),
+}
+Undo = Callable[[], None]
+
+
+def swap_activations_(model: nn.Module, sites: Sequence[FFNSite], act: str = "relu") -> Undo:
+    """Replaces the activation of every site by `act`, in place; call what it returns to undo it.
+
+    A transformers config follows, so that the dense model can be saved and reloaded, unless something beside
+    the sites still uses the old activation (an FFN left out, a head), which is logged: the config has one
+    name for all. act: a key of `reference.ACTIVATIONS`. Source: the ReLU swap of arXiv 2310.04361, section 3.
+    Raises NotImplementedError, with nothing changed, where a forward calls its activation as a function.
+    """
+    if act not in MODULES:
+        raise ValueError(f"act must be one of {', '.join(MODULES)}, got {act!r}")
+    todo = [site for site in sites if site.act != act]
+    fixed = [site.name for site in todo if site.parts.activation is None]
+    if fixed:
+        raise NotImplementedError(
+            f"the activation of {', '.join(fixed)} is a function called in forward, which cannot be "
+            f"swapped for {act}; make it a module (self.act = nn.GELU()) or an attribute"
+        )
+    old = {site.act for site in todo}
+    undo = [_swap(model.get_submodule(site.block), site, act) for site in todo]
+    if old:
+        undo += _swap_configs(model, old, act)
+
+    def undo_all() -> None:
+        for step in reversed(undo):
+            step()
+
+    return undo_all
+
+
+def _swap(block: nn.Module, site: FFNSite, act: str) -> Undo:
+    path, before = str(site.parts.activation), site.act
+    old = lookup(block, path)[2]
+    new = MODULES[act]().train(old.training) if isinstance(old, nn.Module) else reference.ACTIVATIONS[act]
+    changes: dict[str, Any] = {path: new}
+    if FAST_PATH in block.__dict__:
+        changes[FAST_PATH] = {"relu": 1, "gelu": 2}.get(act, 0)  # what nn.TransformerEncoderLayer calls them
+    originals = {key: lookup(block, key)[2] for key in changes}
+
+    def change(values: dict[str, Any], act: str) -> None:
+        put_back(block, values)
+        site.act = act
+
+    change(changes, act)
+    return lambda: change(originals, before)
+
+
+def _swap_configs(model: nn.Module, old: set[str], act: str) -> list[Undo]:
+    """Each config found in the model follows, if no module under it has one of the old activations left."""
+    names: dict[int, tuple[Any, list[str]]] = {}
+    for name, module in model.named_modules():
+        config = getattr(module, "config", None)
+        if config is not None and not isinstance(config, nn.Module):
+            names.setdefault(id(config), (config, []))[1].append(name)
+    undo: list[Undo] = []
+    for config, owners in names.values():
+        changes = _config_changes(config, old, act)
+        if not changes:
+            continue
+        left = [user for owner in owners for user in _users(model.get_submodule(owner), owner, old)]
+        if left:
+            logger.warning(
+                "the config keeps %s, as %s uses it too: a dense model saved now reloads with it everywhere",
+                ", ".join(f"{key}={getattr(config, key)}" for key in changes),
+                left[0],
+            )
+            continue
+        originals = {key: getattr(config, key) for key in changes}
+        _set_all(config, changes)
+        undo.append(partial(_set_all, config, originals))
+    return undo
+
+
+def _config_changes(config: Any, old: set[str], act: str) -> dict[str, str]:
+    values = {value for name in old for value in CONFIG_VALUES[name]}
+    changes = {key: CONFIG_VALUES[act][0] for key in CONFIG_KEYS if getattr(config, key, None) in values}
+    t5 = getattr(
+        config, "feed_forward_proj", None
+    )  # T5 derives dense_act_fn from it whenever a config is read
+    if isinstance(t5, str) and "dense_act_fn" in changes:
+        value = "gelu_python" if act == "gelu" else changes["dense_act_fn"]  # it reads gated-gelu as tanh
+        changes["feed_forward_proj"] = f"gated-{value}" if t5.startswith("gated-") else value
+    return changes
+
+
+def _users(module: nn.Module, name: str, acts: set[str]) -> list[str]:
+    return [
+        join(name, path, child)
+        for path, inner in module.named_modules()
+        for child, act in activation_children(inner).items()
+        if act in acts
+    ]
+
+
+def _set_all(target: Any, values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        setattr(target, key, value)
