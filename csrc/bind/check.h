@@ -8,6 +8,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "contract.h"
 
@@ -35,7 +36,8 @@ inline std::string shape_of(const Tensor& t) {
   return text.str();
 }
 
-inline void check_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> want, const char* letters) {
+inline void check_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> want,
+                        const char* letters) {
   bool same = t.dim() == static_cast<int64_t>(want.size());
   int64_t i = 0;
   std::ostringstream expected;
@@ -49,9 +51,12 @@ inline void check_shape(const char* op, const char* name, const Tensor& t, std::
 
 inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
     default:
       check(false, op, name, " must be float32, bfloat16 or float16, got ", torch::headeronly::toString(t.scalar_type()));
       return DType::f32;
@@ -67,14 +72,19 @@ inline Activation activation_of(const char* op, const std::string& act) {
   return Activation::none;
 }
 
+struct Argument {
+  const char* name;
+  Tensor tensor;
+};
+
 // Contiguous tensors that outlive the pointers given to the kernels.
 class Arguments {
  public:
   explicit Arguments(const char* op) : op_(op) {}
 
   View add(const char* name, const Tensor& t) {
-    kept_.push_back(torch::stable::contiguous(t));
-    return {kept_.back().const_data_ptr(), dtype_of(op_, name, t)};
+    kept_.push_back({name, torch::stable::contiguous(t)});
+    return {kept_.back().tensor.const_data_ptr(), dtype_of(op_, name, t)};
   }
   View add(const char* name, const MaybeTensor& t) { return t ? add(name, *t) : View{}; }
 
@@ -88,13 +98,16 @@ class Arguments {
 
   const bool* add_mask(const char* name, const Tensor& t) {
     check(t.scalar_type() == ScalarType::Bool, op_, name, " must be bool, got ", torch::headeronly::toString(t.scalar_type()));
-    kept_.push_back(torch::stable::contiguous(t));
-    return static_cast<const bool*>(kept_.back().const_data_ptr());
+    kept_.push_back({name, torch::stable::contiguous(t)});
+    return static_cast<const bool*>(kept_.back().tensor.const_data_ptr());
   }
+
+  const char* op() const { return op_; }
+  const std::vector<Argument>& all() const { return kept_; }
 
  private:
   const char* op_;
-  std::vector<Tensor> kept_;
+  std::vector<Argument> kept_;
 };
 
 inline RouterShape check_router(const char* op, const Tensor& x, const Tensor& v1, const Tensor& v2) {
@@ -105,13 +118,24 @@ inline RouterShape check_router(const char* op, const Tensor& x, const Tensor& v
   return {x.size(0), x.size(1), v1.size(0), v2.size(0)};
 }
 
+inline void check_router_experts(const char* op, const Tensor& v2, int64_t E) {
+  check(v2.size(0) == E, op, "v2 must have a row for each of the E = ", E, " experts of w_up, got ", shape_of(v2));
+}
+
+inline void check_scores(const char* op, const Tensor& scores) {
+  check(scores.dim() == 2 && scores.size(1) >= 1, op, "scores must be [T, E] with E >= 1, got ", shape_of(scores));
+  check(scores.scalar_type() == ScalarType::Float, op, "scores must be float32, got ",
+        torch::headeronly::toString(scores.scalar_type()));
+}
+
 inline float check_tau(const char* op, double tau) {
   check(tau >= 0 && tau <= 1, op, "tau must be in [0, 1] (0: every expert, 1: the top expert), got ", tau);
   return static_cast<float>(tau);
 }
 
-inline ExpertsShape check_experts(const char* op, const Tensor& x, const Tensor& w_up, const Tensor& w_down, const MaybeTensor& b_up,
-                                  const MaybeTensor& w_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out) {
+inline ExpertsShape check_experts(const char* op, const Tensor& x, const Tensor& w_up, const Tensor& w_down,
+                                  const MaybeTensor& b_up, const MaybeTensor& w_gate, const MaybeTensor& b_gate,
+                                  const MaybeTensor& b_out) {
   check(x.dim() == 2, op, "x must be [T, d], got ", shape_of(x));
   check(w_up.dim() == 3 && w_up.size(2) == x.size(1), op, "w_up must be [E, s, d = ", x.size(1), "], got ", shape_of(w_up));
   const int64_t E = w_up.size(0), s = w_up.size(1), d = x.size(1);
@@ -128,8 +152,8 @@ inline ExpertsShape check_experts(const char* op, const Tensor& x, const Tensor&
 
 // The experts without y, which the caller allocates: [T, d_out] of x's dtype.
 inline Experts check_arguments(Arguments& keep, const char* op, const Tensor& x, const Tensor& w_up, const Tensor& w_down,
-                               const MaybeTensor& b_up, const MaybeTensor& w_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out,
-                               const std::string& act) {
+                               const MaybeTensor& b_up, const MaybeTensor& w_gate, const MaybeTensor& b_gate,
+                               const MaybeTensor& b_out, const std::string& act) {
   Experts p;
   p.shape = check_experts(op, x, w_up, w_down, b_up, w_gate, b_gate, b_out);
   p.act = activation_of(op, act);

@@ -31,9 +31,7 @@ Tensor router_scores(const Tensor& x, const Tensor& v1, const Tensor& v2) {
 
 Tensor dynamic_k_select(const Tensor& scores, double tau) {
   const char* op = "dynamic_k_select";
-  check(scores.dim() == 2 && scores.size(1) >= 1, op, "scores must be [T, E] with E >= 1, got ", shape_of(scores));
-  check(scores.scalar_type() == ScalarType::Float, op, "scores must be float32, got ",
-        torch::headeronly::toString(scores.scalar_type()));
+  check_scores(op, scores);
   const float threshold = check_tau(op, tau);
   const int64_t T = scores.size(0), E = scores.size(1);
   Arguments keep(op);
@@ -59,13 +57,13 @@ Tensor sparse_experts(const Tensor& x, const Tensor& mask, const Tensor& w_up, c
 }
 
 Tensor dynamic_k_moe(const Tensor& x, const Tensor& v1, const Tensor& v2, const Tensor& w_up, const Tensor& w_down,
-                     const MaybeTensor& b_up, const MaybeTensor& w_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out, double tau,
-                     const std::string& act) {
+                     const MaybeTensor& b_up, const MaybeTensor& w_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out,
+                     double tau, const std::string& act) {
   const char* op = "dynamic_k_moe";
   Arguments keep(op);
   Experts p = check_arguments(keep, op, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act);
-  const RouterShape router = check_router(op, x, v1, v2);
-  check(router.E == p.shape.E, op, "v2 must have a row for each of the E = ", p.shape.E, " experts of w_up, got ", shape_of(v2));
+  check_router(op, x, v1, v2);
+  check_router_experts(op, v2, p.shape.E);
   const Router r = router_of(keep, v1, v2, check_tau(op, tau));
   Tensor y = torch::stable::new_empty(x, {p.shape.T, p.shape.d_out});
   p.y = y.mutable_data_ptr();

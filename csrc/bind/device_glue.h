@@ -1,0 +1,76 @@
+// What a launch needs of torch beside pointers: the device, its current stream, and what the kernels may touch. Two
+// bodies: the CUDA library's, and that of the emulator in tests/emulator, whose ops run on CPU tensors.
+#pragma once
+#include "bind/check.h"
+
+#if defined(SADMOE_EMULATOR)
+#include <deque>
+
+#include "emulator/emulator.h"
+
+#define SADMOE_NAMESPACE sadmoe_emulated
+#define SADMOE_KEY CPU
+
+namespace sadmoe {
+
+class OnDevice {
+ public:
+  OnDevice(const Arguments& arguments, const Tensor&) {
+    for (const Argument& a : arguments.all()) allow(a.name, a.tensor, false);
+  }
+  void* stream() const { return nullptr; }
+  void writes(const char* name, const Tensor& t) { allow(name, t, true); }
+
+ private:
+  void allow(const char* name, const Tensor& t, bool writable) {
+    kept_.push_back(t);  // no other tensor takes its place
+    regions_.emplace_back(name, t.const_data_ptr(), static_cast<size_t>(t.numel()) * t.element_size(), t.element_size(),
+                          writable);
+  }
+  std::vector<Tensor> kept_;
+  std::deque<emulator::Region> regions_;
+};
+
+}  // namespace sadmoe
+
+#else
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#define SADMOE_NAMESPACE sadmoe
+#define SADMOE_KEY CUDA
+
+extern "C" {
+// Of libtorch_cuda. Weak, so that this library also loads beside a torch without CUDA.
+__attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+}
+
+namespace sadmoe {
+
+// All arguments are on x's device, which is current while this lives.
+class OnDevice {
+ public:
+  OnDevice(const Arguments& arguments, const Tensor& x) : guard_(checked_index(arguments, x)) {
+    check(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_) == AOTI_TORCH_SUCCESS, arguments.op(),
+          "the current stream of ", name_of(x), " cannot be had");
+  }
+  void* stream() const { return stream_; }
+  void writes(const char*, const Tensor&) {}
+
+ private:
+  static std::string name_of(const Tensor& t) { return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "the CPU"; }
+
+  static int32_t checked_index(const Arguments& arguments, const Tensor& x) {
+    for (const Argument& a : arguments.all())
+      check(name_of(a.tensor) == name_of(x), arguments.op(), "all tensors must be on one device: ", a.name, " is on ",
+            name_of(a.tensor), ", x on ", name_of(x));
+    check(aoti_torch_get_current_cuda_stream != nullptr, arguments.op(), "this torch was built without CUDA");
+    return x.get_device_index();
+  }
+
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+
+}  // namespace sadmoe
+#endif

@@ -1,0 +1,112 @@
+// The ops on CUDA: tensors in, pointers to the launches, scratch and output from torch. No CUDA header. Nothing waits for
+// the device. Compiled a second time for the emulator, as sadmoe_emulated on CPU tensors.
+#include <torch/csrc/stable/library.h>
+
+#include "bind/device_glue.h"
+#include "cuda/launch.h"
+
+namespace sadmoe {
+namespace {
+
+int64_t hidden_limit = int64_t{256} << 20;  // bytes of hidden activations at once; more tokens go in chunks
+
+void check_launch(int code, const char* op) { check(code == 0, op, "CUDA error ", code, ": ", cuda::error_string(code)); }
+
+template <class T>
+T* written(OnDevice& device, const char* name, const Tensor& t) {
+  device.writes(name, t);
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+Router router_of(Arguments& keep, const Tensor& v1, const Tensor& v2, float tau) {
+  return {keep.add("v1", v1), keep.add("v2", v2), v1.size(0), tau};
+}
+
+Tensor run_router(OnDevice& device, const char* op, const Tensor& x, View rows, const Router& router, const RouterShape& shape) {
+  const Tensor hidden = torch::stable::new_empty(x, {shape.T, shape.r}, ScalarType::Float);
+  const Tensor scores = torch::stable::new_empty(x, {shape.T, shape.E}, ScalarType::Float);
+  check_launch(cuda::router_scores(rows, router, shape, written<float>(device, "hidden", hidden),
+                                   written<float>(device, "scores", scores), device.stream()),
+               op);
+  return scores;
+}
+
+Tensor run_select(OnDevice& device, const char* op, const Tensor& like, const float* scores, int64_t T, int64_t E, float tau) {
+  const Tensor mask = torch::stable::new_empty(like, {T, E}, ScalarType::Bool);
+  check_launch(cuda::select(scores, T, E, tau, written<bool>(device, "mask", mask), device.stream()), op);
+  return mask;
+}
+
+Tensor run_experts(OnDevice& device, const char* op, const Tensor& x, Experts& p, const bool* mask) {
+  const cuda::Workspace size = cuda::workspace(p.shape, p.x.dtype, hidden_limit);
+  const Tensor starts = torch::stable::new_empty(x, {size.starts}, ScalarType::Int);
+  const Tensor rows = torch::stable::new_empty(x, {size.rows}, ScalarType::Int);
+  const Tensor h = torch::stable::new_empty(x, {size.h});
+  const Tensor y = torch::stable::new_empty(x, {p.shape.T, p.shape.d_out});
+  p.y = written<void>(device, "y", y);
+  const cuda::Scratch scratch{written<int32_t>(device, "starts", starts), written<int32_t>(device, "rows", rows),
+                              written<void>(device, "h", h)};
+  check_launch(cuda::sparse_experts(p, mask, size, scratch, device.stream()), op);
+  return y;
+}
+
+Tensor router_scores(const Tensor& x, const Tensor& v1, const Tensor& v2) {
+  const char* op = "router_scores";
+  const RouterShape shape = check_router(op, x, v1, v2);
+  Arguments keep(op);
+  const View rows = keep.add("x", x);
+  const Router router = router_of(keep, v1, v2, 0);
+  OnDevice device(keep, x);
+  return run_router(device, op, x, rows, router, shape);
+}
+
+Tensor dynamic_k_select(const Tensor& scores, double tau) {
+  const char* op = "dynamic_k_select";
+  check_scores(op, scores);
+  const float threshold = check_tau(op, tau);
+  Arguments keep(op);
+  const float* rows = static_cast<const float*>(keep.add("scores", scores).data);
+  OnDevice device(keep, scores);
+  return run_select(device, op, scores, rows, scores.size(0), scores.size(1), threshold);
+}
+
+Tensor sparse_experts(const Tensor& x, const Tensor& mask, const Tensor& w_up, const Tensor& w_down, const MaybeTensor& b_up,
+                      const MaybeTensor& w_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out, const std::string& act) {
+  const char* op = "sparse_experts";
+  Arguments keep(op);
+  Experts p = check_arguments(keep, op, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act);
+  check_shape(op, "mask", mask, {p.shape.T, p.shape.E}, "[T, E]");
+  const bool* chosen = keep.add_mask("mask", mask);
+  OnDevice device(keep, x);
+  return run_experts(device, op, x, p, chosen);
+}
+
+Tensor dynamic_k_moe(const Tensor& x, const Tensor& v1, const Tensor& v2, const Tensor& w_up, const Tensor& w_down,
+                     const MaybeTensor& b_up, const MaybeTensor& w_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out,
+                     double tau, const std::string& act) {
+  const char* op = "dynamic_k_moe";
+  Arguments keep(op);
+  Experts p = check_arguments(keep, op, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act);
+  const RouterShape shape = check_router(op, x, v1, v2);
+  check_router_experts(op, v2, p.shape.E);
+  const Router router = router_of(keep, v1, v2, check_tau(op, tau));
+  OnDevice device(keep, x);
+  const Tensor scores = run_router(device, op, x, p.x, router, shape);
+  const Tensor mask = run_select(device, op, x, static_cast<const float*>(scores.const_data_ptr()), shape.T, shape.E, router.tau);
+  return run_experts(device, op, x, p, static_cast<const bool*>(mask.const_data_ptr()));
+}
+
+}  // namespace
+}  // namespace sadmoe
+
+STABLE_TORCH_LIBRARY_IMPL(SADMOE_NAMESPACE, SADMOE_KEY, m) {
+  m.impl("router_scores", TORCH_BOX(&sadmoe::router_scores));
+  m.impl("dynamic_k_select", TORCH_BOX(&sadmoe::dynamic_k_select));
+  m.impl("sparse_experts", TORCH_BOX(&sadmoe::sparse_experts));
+  m.impl("dynamic_k_moe", TORCH_BOX(&sadmoe::dynamic_k_moe));
+}
+
+#if defined(SADMOE_EMULATOR)
+// For tests: chunks without large shapes.
+extern "C" __attribute__((visibility("default"))) void sadmoe_limit_hidden(int64_t bytes) { sadmoe::hidden_limit = bytes; }
+#endif

@@ -1,0 +1,119 @@
+// The words that a kernel is written in: one function an instruction or built-in, each with two bodies. nvcc compiles the
+// ones below; a host compiler with SADMOE_EMULATOR takes those of tests/emulator/device.h, and runs the same kernels.
+// Every warp operation is of the whole warp: kernels keep their control flow uniform in a warp.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#if defined(SADMOE_EMULATOR)
+#include "emulator/device.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define SADMOE_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define SADMOE_DEVICE __device__ __forceinline__
+#define SADMOE_UNROLL _Pragma("unroll")
+#define SADMOE_ROLLED _Pragma("unroll 1")
+// The block's shared memory as one struct, whose size the launch gives.
+#define SADMOE_SHARED(Type, name)                                  \
+  extern __shared__ __align__(128) unsigned char sadmoe_shared_[]; \
+  Type& name = *reinterpret_cast<Type*>(sadmoe_shared_)
+
+namespace sadmoe::cuda {
+
+using bf16 = __nv_bfloat16;
+using f16 = __half;
+
+// --- Where a thread is.
+SADMOE_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+SADMOE_DEVICE int64_t block_x() { return blockIdx.x; }
+SADMOE_DEVICE int64_t block_y() { return blockIdx.y; }
+SADMOE_DEVICE int64_t blocks_y() { return gridDim.y; }
+
+// --- Numbers.
+SADMOE_DEVICE float to_float(float v) { return v; }
+SADMOE_DEVICE float to_float(bf16 v) { return __bfloat162float(v); }
+SADMOE_DEVICE float to_float(f16 v) { return __half2float(v); }
+SADMOE_DEVICE void from_float(float v, float& to) { to = v; }
+SADMOE_DEVICE void from_float(float v, bf16& to) { to = __float2bfloat16_rn(v); }
+SADMOE_DEVICE void from_float(float v, f16& to) { to = __float2half_rn(v); }
+SADMOE_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+SADMOE_DEVICE float exp(float v) { return expf(v); }
+SADMOE_DEVICE float erfc(float v) { return erfcf(v); }
+SADMOE_DEVICE int lowest_bit(unsigned v) { return __ffs(static_cast<int>(v)) - 1; }
+
+// --- Threads together. A shuffle orders no memory.
+SADMOE_DEVICE void sync_block() { __syncthreads(); }
+template <class T>
+SADMOE_DEVICE T shuffle(T v, int lane) {
+  return __shfl_sync(~0u, v, lane);
+}
+template <class T>
+SADMOE_DEVICE T shuffle_xor(T v, int lanes) {
+  return __shfl_xor_sync(~0u, v, lanes);
+}
+// Of the lane `lanes` below; the lowest lanes get their own.
+template <class T>
+SADMOE_DEVICE T shuffle_up(T v, int lanes) {
+  return __shfl_up_sync(~0u, v, lanes);
+}
+SADMOE_DEVICE unsigned ballot(bool v) { return __ballot_sync(~0u, v); }
+
+// --- 16 bytes from global to shared memory, in the background. Only the first `bytes` are read, the rest is zero.
+SADMOE_DEVICE unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
+SADMOE_DEVICE void copy16_async(void* shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+               : "memory");
+}
+SADMOE_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+// Until at most kLeft of this thread's commits are in flight.
+template <int kLeft>
+SADMOE_DEVICE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kLeft) : "memory");
+}
+
+// --- Tensor cores. Lane 8 i + j gives the address of row j of matrix i (8 x 8 of 16 bits); of matrix i, lane l gets
+// elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4: of the transposed matrix in the second form.
+SADMOE_DEVICE void load_matrices(unsigned (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+SADMOE_DEVICE void load_matrices_transposed(unsigned (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+// sums [16, 8] += a [16, 16] b [16, 8]. With g = lane / 4 and t = lane % 4, a lane holds of a: (g, 2t) (g + 8, 2t)
+// (g, 2t + 8) (g + 8, 2t + 8), each with its right neighbour; of b: (2t, g) (2t + 8, g), each with the one below; of
+// sums: (g, 2t) (g, 2t + 1) (g + 8, 2t) (g + 8, 2t + 1).
+SADMOE_DEVICE void multiply_16x8x16(float* sums, const unsigned (&a)[4], unsigned b0, unsigned b1, bf16) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+SADMOE_DEVICE void multiply_16x8x16(float* sums, const unsigned (&a)[4], unsigned b0, unsigned b1, f16) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// --- The host's side: 0 or a cudaError_t.
+struct Grid {
+  int64_t x, y = 1;
+};
+template <class Parameters>
+int launch(void (*kernel)(Parameters), Grid grid, int threads, size_t shared_bytes, void* stream, const Parameters& parameters) {
+  void* arguments[] = {const_cast<Parameters*>(&parameters)};
+  const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
+  return static_cast<int>(
+      cudaLaunchKernel(kernel, blocks, dim3(threads), arguments, shared_bytes, static_cast<cudaStream_t>(stream)));
+}
+inline const char* error_text(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+
+}  // namespace sadmoe::cuda
+#endif

@@ -1,0 +1,165 @@
+// The words of csrc/cuda/device.cuh on the emulator. Not instrumented: what an instruction reads is checked here.
+#pragma once
+#include <cmath>
+#include <cstring>
+
+#include "emulator/emulator.h"
+
+#define SADMOE_KERNEL(threads) void
+#define SADMOE_DEVICE inline __attribute__((always_inline))
+#define SADMOE_UNROLL
+#define SADMOE_ROLLED
+#define SADMOE_SHARED(Type, name) Type& name = *static_cast<Type*>(::sadmoe::emulator::shared_memory())
+
+// A primitive, and the line of the kernel that calls it.
+#define SADMOE_WORD inline __attribute__((no_sanitize("thread")))
+#define SADMOE_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+namespace sadmoe::cuda {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+SADMOE_WORD int thread_index() { return emulator::here().thread; }
+SADMOE_WORD int64_t block_x() { return emulator::here().block_x; }
+SADMOE_WORD int64_t block_y() { return emulator::here().block_y; }
+SADMOE_WORD int64_t blocks_y() { return emulator::here().blocks_y; }
+
+SADMOE_WORD float to_float(float v) { return v; }
+SADMOE_WORD float to_float(bf16 v) {
+  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+SADMOE_WORD float to_float(f16 v) {
+  _Float16 half;
+  std::memcpy(&half, &v.bits, 2);
+  return static_cast<float>(half);
+}
+SADMOE_WORD uint16_t bf16_bits(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  if (v != v) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
+}
+SADMOE_WORD uint16_t f16_bits(float v) {
+  const _Float16 half = static_cast<_Float16>(v);
+  uint16_t bits;
+  std::memcpy(&bits, &half, 2);
+  return bits;
+}
+// The store itself is the kernel's.
+SADMOE_DEVICE void from_float(float v, float& to) { to = v; }
+SADMOE_DEVICE void from_float(float v, bf16& to) { to.bits = bf16_bits(v); }
+SADMOE_DEVICE void from_float(float v, f16& to) { to.bits = f16_bits(v); }
+SADMOE_WORD float fma(float a, float b, float c) { return std::fma(a, b, c); }
+SADMOE_WORD float exp(float v) { return std::exp(v); }
+SADMOE_WORD float erfc(float v) { return std::erfc(v); }
+SADMOE_WORD int lowest_bit(unsigned v) { return __builtin_ctz(v); }
+
+SADMOE_WORD void sync_block(SADMOE_CALLER) { emulator::barrier(file, line); }
+
+template <class T>
+SADMOE_WORD T of_lane(const void* all, int lane) {
+  T v;
+  std::memcpy(&v, static_cast<const char*>(all) + (lane & 31) * sizeof(T), sizeof(T));
+  return v;
+}
+template <class T>
+SADMOE_WORD T shuffle(T v, int lane, SADMOE_CALLER) {
+  return of_lane<T>(emulator::meet(&v, sizeof v, file, line), lane);
+}
+template <class T>
+SADMOE_WORD T shuffle_xor(T v, int lanes, SADMOE_CALLER) {
+  return of_lane<T>(emulator::meet(&v, sizeof v, file, line), thread_index() ^ lanes);
+}
+template <class T>
+SADMOE_WORD T shuffle_up(T v, int lanes, SADMOE_CALLER) {
+  const int lane = thread_index() % 32;
+  return of_lane<T>(emulator::meet(&v, sizeof v, file, line), lane < lanes ? lane : lane - lanes);
+}
+SADMOE_WORD unsigned ballot(bool v, SADMOE_CALLER) {
+  const void* all = emulator::meet(&v, sizeof v, file, line);
+  unsigned bits = 0;
+  for (int lane = 0; lane < 32; ++lane) bits |= static_cast<unsigned>(of_lane<bool>(all, lane)) << lane;
+  return bits;
+}
+
+SADMOE_WORD void copy16_async(void* shared, const void* global, int bytes) { emulator::copy_async(shared, global, bytes); }
+SADMOE_WORD void commit_copies() { emulator::commit_copies(); }
+template <int kLeft>
+SADMOE_WORD void wait_copies() {
+  emulator::wait_copies(kLeft);
+}
+
+// The element of row r and column c of matrix i, of the rows that the lanes gave.
+SADMOE_WORD uint16_t matrix_element(const void* rows, int i, int r, int c) {
+  const char* at = of_lane<const char*>(rows, 8 * i + r) + 2 * c;
+  emulator::check_read(at, 2, 2);
+  uint16_t element;
+  std::memcpy(&element, at, 2);
+  return element;
+}
+SADMOE_WORD void load_matrices(unsigned (&to)[4], const void* row, SADMOE_CALLER) {
+  emulator::check_read(row, 16, 16);
+  const void* rows = emulator::meet(&row, sizeof row, file, line);
+  const int r = thread_index() % 32 / 4, c = thread_index() % 4 * 2;
+  for (int i = 0; i < 4; ++i)
+    to[i] = matrix_element(rows, i, r, c) | static_cast<unsigned>(matrix_element(rows, i, r, c + 1)) << 16;
+}
+SADMOE_WORD void load_matrices_transposed(unsigned (&to)[4], const void* row, SADMOE_CALLER) {
+  emulator::check_read(row, 16, 16);
+  const void* rows = emulator::meet(&row, sizeof row, file, line);
+  const int r = thread_index() % 32 / 4, c = thread_index() % 4 * 2;
+  for (int i = 0; i < 4; ++i)
+    to[i] = matrix_element(rows, i, c, r) | static_cast<unsigned>(matrix_element(rows, i, c + 1, r)) << 16;
+}
+
+struct Fragments {
+  unsigned a[4], b[2];
+};
+template <class T>
+SADMOE_WORD float half_of(unsigned pair, int i) {
+  return to_float(T{static_cast<uint16_t>(pair >> 16 * i)});
+}
+template <class T>
+SADMOE_WORD void multiply_16x8x16(float* sums, const unsigned (&a)[4], unsigned b0, unsigned b1, T, SADMOE_CALLER) {
+  const Fragments mine{{a[0], a[1], a[2], a[3]}, {b0, b1}};
+  const Fragments* all = static_cast<const Fragments*>(emulator::meet(&mine, sizeof mine, file, line));
+  const int g = thread_index() % 32 / 4, t = thread_index() % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int column = 2 * t + i % 2;
+    float sum = 0;
+    for (int k = 0; k < 16; ++k) {
+      const Fragments &of_row = all[g * 4 + k % 8 / 2], &of_column = all[column * 4 + k % 8 / 2];
+      sum += half_of<T>(of_row.a[i / 2 + k / 8 * 2], k % 2) * half_of<T>(of_column.b[k / 8], k % 2);
+    }
+    sums[i] += sum;
+  }
+}
+
+struct Grid {
+  int64_t x, y = 1;
+};
+template <class Parameters>
+struct Call {
+  void (*kernel)(Parameters);
+  Parameters parameters;
+  static void run(const void* call) {
+    const Call& c = *static_cast<const Call*>(call);
+    c.kernel(c.parameters);
+  }
+};
+template <class Parameters>
+int launch(void (*kernel)(Parameters), Grid grid, int threads, size_t shared_bytes, void*, const Parameters& parameters) {
+  const Call<Parameters> call{kernel, parameters};
+  return emulator::run({grid.x, grid.y, threads, shared_bytes, &Call<Parameters>::run, &call, sizeof call});
+}
+inline const char* error_text(int) { return emulator::last_error(); }
+
+}  // namespace sadmoe::cuda

@@ -1,0 +1,394 @@
+// Fibers, their schedule, and where they meet. Compiled without instrumentation.
+#include "emulator/emulator.h"
+
+#include <dlfcn.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "emulator/memory.h"
+
+#if !defined(__x86_64__)
+#error "The emulator switches fibers in x86-64 assembly: port sadmoe_switch_fiber to this processor."
+#endif
+
+// Saves the callee-saved registers on the stack and its pointer in *from, and goes on where `to` was saved.
+extern "C" void sadmoe_switch_fiber(void** from, void* to);
+asm(R"(
+.text
+.type sadmoe_switch_fiber,@function
+sadmoe_switch_fiber:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+
+namespace sadmoe::emulator {
+namespace {
+
+constexpr int kWarp = 32, kMaxThreads = 1024, kMaxLaneBytes = 32, kSavedRegisters = 6;
+constexpr size_t kStack = 64 << 10;
+constexpr size_t kMaxShared = 48 << 10;  // what a kernel gets without asking for more
+constexpr int kFailed = 719;             // cudaErrorLaunchFailure
+constexpr int kInvalid = 9;              // cudaErrorInvalidConfiguration
+
+struct Copy {
+  char* to;
+  const char* from;
+  int bytes;
+};
+
+enum class State { ready, at_barrier, in_warp, done };
+
+struct Fiber {
+  void* stack_pointer;
+  State state;
+  const char* file;
+  int line;
+  int meetings;  // of its warp that it took part in
+  std::vector<Copy> open;
+  std::vector<std::vector<Copy>> commits;
+};
+
+// What the lanes bring. Two take turns: a lane may come to the next meeting while others still read of the last.
+struct Meeting {
+  int arrived;
+  size_t n;
+  const char* file;
+  int line;
+  alignas(16) char bytes[kWarp * kMaxLaneBytes];
+};
+
+struct Warp {
+  Meeting meetings[2];
+};
+
+class Device {
+ public:
+  int run(const Launch& launch);
+  void barrier(const char* file, int line);
+  const void* meet(const void* bytes, size_t n, const char* file, int line);
+  void copy_async(void* shared, const void* global, int bytes, void* pc);
+  void commit_copies();
+  void wait_copies(int left, void* pc);
+  void access(const void* p, size_t n, size_t alignment, Access kind, void* pc);
+  bool running() const { return current_ != nullptr; }
+
+  std::mutex lock;
+  Memory memory;
+  Position position{};
+  std::string error;
+  char* shared = nullptr;
+  Order order = Order::forward;
+  unsigned seed = 1;
+  bool late_copies = true;
+
+ private:
+  static void enter();
+  void run_block(int64_t block);
+  void start_fibers();
+  void make_order(std::mt19937& random);
+  void leave();
+  [[noreturn]] void fail(const std::string& what, void* pc);
+  std::string stuck() const;
+  void set_waiting(State state, const char* file, int line);
+  void land(const Copy& copy);
+  bool on_host(const char* p) const;
+
+  const Launch* launch_ = nullptr;
+  std::vector<Fiber> fibers_;
+  std::vector<Warp> warps_;
+  std::vector<int> turns_;
+  Fiber* current_ = nullptr;
+  void* main_stack_ = nullptr;
+  char* stacks_ = nullptr;
+  int waiting_ = 0;  // at the barrier
+};
+
+Device& device() {
+  static Device one;
+  return one;
+}
+
+// " at file:line" of a machine address, where addr2line is to be had.
+std::string source_line(void* pc) {
+  Dl_info image;
+  if (!pc || !dladdr(pc, &image)) return {};
+  char command[1024], line[512] = "";
+  const auto offset = static_cast<char*>(pc) - static_cast<char*>(image.dli_fbase) - 1;
+  std::snprintf(command, sizeof command, "addr2line -Cs -e '%s' 0x%tx 2>/dev/null", image.dli_fname, offset);
+  if (FILE* pipe = popen(command, "r")) {
+    if (!std::fgets(line, sizeof line, pipe)) line[0] = 0;
+    pclose(pipe);
+  }
+  line[std::strcspn(line, " \n")] = 0;
+  return line[0] ? std::string(" at ") + line : "";
+}
+
+std::string source_line(const char* file, int line) {
+  const char* slash = std::strrchr(file, '/');
+  return std::string(slash ? slash + 1 : file) + ":" + std::to_string(line);
+}
+
+void Device::leave() { sadmoe_switch_fiber(&current_->stack_pointer, main_stack_); }
+
+void Device::fail(const std::string& what, void* pc) {
+  if (error.empty())
+    error = what + ", block (" + std::to_string(position.block_x) + ", " + std::to_string(position.block_y) + ") thread " +
+            std::to_string(position.thread) + source_line(pc);
+  for (;;) leave();
+}
+
+void Device::enter() {
+  Device& d = device();
+  d.launch_->kernel(d.launch_->parameters);
+  d.current_->state = State::done;
+  for (;;) d.leave();
+}
+
+void Device::start_fibers() {
+  for (int t = 0; t < launch_->threads; ++t) {
+    void** top = reinterpret_cast<void**>(stacks_ + (t + 1) * kStack - 64);
+    *--top = nullptr;  // the stack is aligned as after a call
+    *--top = reinterpret_cast<void*>(&Device::enter);
+    for (int i = 0; i < kSavedRegisters; ++i) *--top = nullptr;
+    fibers_[t] = {top, State::ready, "", 0, 0, {}, {}};
+  }
+  for (Warp& warp : warps_) warp.meetings[0].arrived = warp.meetings[1].arrived = 0;
+  waiting_ = 0;
+}
+
+void Device::make_order(std::mt19937& random) {
+  std::iota(turns_.begin(), turns_.end(), 0);
+  if (order == Order::reverse) std::reverse(turns_.begin(), turns_.end());
+  if (order == Order::random) std::shuffle(turns_.begin(), turns_.end(), random);
+}
+
+// Passes over the fibers, each run as far as it gets.
+void Device::run_block(int64_t block) {
+  position = {0, block % launch_->blocks_x, block / launch_->blocks_x, launch_->blocks_x, launch_->blocks_y};
+  memory.begin_block(shared, launch_->shared_bytes);
+  start_fibers();
+  std::mt19937 random(seed + static_cast<unsigned>(block));
+  for (bool progress = true; progress && error.empty();) {
+    progress = false;
+    make_order(random);
+    for (const int t : turns_) {
+      if (fibers_[t].state != State::ready || (order == Order::random && progress && random() % 3 == 0)) continue;
+      progress = true;
+      position.thread = t;
+      current_ = &fibers_[t];
+      sadmoe_switch_fiber(&main_stack_, fibers_[t].stack_pointer);
+      current_ = nullptr;
+      if (!error.empty()) return;
+    }
+  }
+  error = stuck();
+}
+
+// Empty when every thread has returned.
+std::string Device::stuck() const {
+  const auto is = [&](bool done) {
+    return std::find_if(fibers_.begin(), fibers_.end(), [&](const Fiber& f) { return (f.state == State::done) == done; });
+  };
+  const auto waits = is(false), done = is(true);
+  if (waits == fibers_.end()) return {};
+  return "deadlock: thread " + std::to_string(waits - fibers_.begin()) + " waits at " + source_line(waits->file, waits->line) +
+         (done != fibers_.end() ? ", thread " + std::to_string(done - fibers_.begin()) + " has returned" : "");
+}
+
+int Device::run(const Launch& launch) {
+  const std::lock_guard<std::mutex> guard(lock);
+  error.clear();
+  if (launch.threads < kWarp || launch.threads > kMaxThreads || launch.threads % kWarp || launch.shared_bytes > kMaxShared ||
+      launch.blocks_x < 1 || launch.blocks_x > INT32_MAX || launch.blocks_y < 1 || launch.blocks_y > 65535) {
+    error = "invalid launch: " + std::to_string(launch.blocks_x) + " x " + std::to_string(launch.blocks_y) + " blocks of " +
+            std::to_string(launch.threads) + " threads, " + std::to_string(launch.shared_bytes) + " bytes of shared memory";
+    return kInvalid;
+  }
+  if (!stacks_) {
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    stacks_ = static_cast<char*>(mmap(nullptr, kMaxThreads * kStack, PROT_READ | PROT_WRITE, flags, -1, 0));
+  }
+  launch_ = &launch;
+  fibers_.resize(launch.threads), turns_.resize(launch.threads), warps_.resize(launch.threads / kWarp);
+  std::vector<char> buffer(kMaxShared + 1024);
+  shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(buffer.data()) + 1023) / 1024 * 1024);
+  memory.begin_launch();
+  const int64_t blocks = launch.blocks_x * launch.blocks_y;
+  for (int64_t b = 0; b < blocks && error.empty(); ++b) run_block(order == Order::reverse ? blocks - 1 - b : b);
+  return error.empty() ? 0 : kFailed;
+}
+
+void Device::set_waiting(State state, const char* file, int line) {
+  current_->state = state;
+  current_->file = file;
+  current_->line = line;
+}
+
+void Device::barrier(const char* file, int line) {
+  set_waiting(State::at_barrier, file, line);
+  if (++waiting_ == launch_->threads) {
+    for (const Fiber& f : fibers_)
+      if (f.line != line || std::strcmp(f.file, file))
+        fail("divergent barrier: " + source_line(file, line) + " and " + source_line(f.file, f.line), nullptr);
+    for (Fiber& f : fibers_) f.state = State::ready;
+    waiting_ = 0;
+    memory.next_phase();
+  }
+  leave();
+}
+
+const void* Device::meet(const void* bytes, size_t n, const char* file, int line) {
+  const int first = position.thread / kWarp * kWarp;
+  Meeting& meeting = warps_[position.thread / kWarp].meetings[current_->meetings++ % 2];
+  if (meeting.arrived == 0) meeting.n = n, meeting.file = file, meeting.line = line;
+  if (meeting.line != line || meeting.n != n || std::strcmp(meeting.file, file))
+    fail("lanes of a warp meet in different operations: " + source_line(meeting.file, meeting.line) + " and " +
+             source_line(file, line),
+         nullptr);
+  std::memcpy(meeting.bytes + (position.thread - first) * n, bytes, n);
+  set_waiting(State::in_warp, file, line);
+  if (++meeting.arrived == kWarp) {
+    for (int t = first; t < first + kWarp; ++t) fibers_[t].state = State::ready;
+    meeting.arrived = 0;
+  }
+  leave();
+  return meeting.bytes;
+}
+
+bool Device::on_host(const char* p) const {
+  const char* parameters = static_cast<const char*>(launch_->parameters);
+  return (p >= stacks_ && p < stacks_ + kMaxThreads * kStack) || (p >= parameters && p < parameters + launch_->parameters_bytes);
+}
+
+void Device::access(const void* p, size_t n, size_t alignment, Access kind, void* pc) {
+  if (on_host(static_cast<const char*>(p))) return;
+  const std::string what = memory.access(p, n, alignment, kind, position.thread);
+  if (!what.empty()) fail(what, pc);
+}
+
+void Device::land(const Copy& copy) {
+  std::memcpy(copy.to, copy.from, copy.bytes);
+  std::memset(copy.to + copy.bytes, 0, 16 - copy.bytes);
+}
+
+void Device::copy_async(void* to, const void* from, int bytes, void* pc) {
+  if (bytes < 0 || bytes > 16) fail("copy of " + std::to_string(bytes) + " of 16 bytes", pc);
+  if (!memory.is_shared(to, 16)) fail("copy to an address outside shared memory", pc);
+  if (reinterpret_cast<uintptr_t>(from) % 16) fail("misaligned source of a copy of 16 bytes", pc);
+  if (bytes) access(from, bytes, 16, Access::read, pc);
+  access(to, 16, 16, Access::write, pc);
+  const Copy copy{static_cast<char*>(to), static_cast<const char*>(from), bytes};
+  memory.set_in_flight(to, 16, 1);
+  if (!late_copies) land(copy);
+  current_->open.push_back(copy);
+}
+
+void Device::commit_copies() {
+  current_->commits.push_back(std::move(current_->open));
+  current_->open.clear();
+}
+
+void Device::wait_copies(int left, void* pc) {
+  auto& commits = current_->commits;
+  while (static_cast<int>(commits.size()) > left) {
+    for (const Copy& copy : commits.front()) {
+      memory.set_in_flight(copy.to, 16, -1);
+      if (late_copies) land(copy);
+      access(copy.to, 16, 16, Access::write, pc);
+    }
+    commits.erase(commits.begin());
+  }
+}
+
+}  // namespace
+
+const Position& here() { return device().position; }
+void* shared_memory() { return device().shared; }
+void barrier(const char* file, int line) { device().barrier(file, line); }
+const void* meet(const void* bytes, size_t n, const char* file, int line) { return device().meet(bytes, n, file, line); }
+void copy_async(void* to, const void* from, int bytes) { device().copy_async(to, from, bytes, __builtin_return_address(0)); }
+void commit_copies() { device().commit_copies(); }
+void wait_copies(int left) { device().wait_copies(left, __builtin_return_address(0)); }
+void check_read(const void* p, size_t n, size_t alignment) {
+  device().access(p, n, alignment, Access::read, __builtin_return_address(0));
+}
+int run(const Launch& launch) { return device().run(launch); }
+const char* last_error() { return device().error.c_str(); }
+
+void schedule(Order order, unsigned seed, bool late_copies) {
+  const std::lock_guard<std::mutex> guard(device().lock);
+  device().order = order, device().seed = seed, device().late_copies = late_copies;
+}
+
+Region::Region(const char* name, const void* data, size_t bytes, size_t element, bool writable) {
+  const std::lock_guard<std::mutex> guard(device().lock);
+  const char* begin = static_cast<const char*>(data);
+  device().memory.spans.emplace_back(new Span{name, begin, begin + bytes, element, writable, false, {}});
+  if (!writable) return;
+  device().memory.spans.back()->cells.resize(bytes / element + 1);
+  std::memset(const_cast<void*>(data), 0xff, bytes);
+}
+
+Region::~Region() {
+  const std::lock_guard<std::mutex> guard(device().lock);
+  device().memory.spans.pop_back();
+}
+
+}  // namespace sadmoe::emulator
+
+// What the compiler's instrumentation of the kernels calls.
+namespace {
+using sadmoe::emulator::Access;
+void seen(const void* p, size_t n, size_t alignment, Access kind, void* pc) {
+  auto& device = sadmoe::emulator::device();
+  if (device.running()) device.access(p, n, alignment, kind, pc);
+}
+}  // namespace
+
+extern "C" {
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_read_range(void* p, size_t n) { seen(p, n, 1, Access::read, __builtin_return_address(0)); }
+void __tsan_write_range(void* p, size_t n) { seen(p, n, 1, Access::write, __builtin_return_address(0)); }
+#define SADMOE_HOOKS(n)                                                                                \
+  void __tsan_read##n(void* p) { seen(p, n, n, Access::read, __builtin_return_address(0)); }           \
+  void __tsan_write##n(void* p) { seen(p, n, n, Access::write, __builtin_return_address(0)); }         \
+  void __tsan_unaligned_read##n(void* p) { seen(p, n, n, Access::read, __builtin_return_address(0)); } \
+  void __tsan_unaligned_write##n(void* p) { seen(p, n, n, Access::write, __builtin_return_address(0)); }
+SADMOE_HOOKS(1)
+SADMOE_HOOKS(2)
+SADMOE_HOOKS(4)
+SADMOE_HOOKS(8)
+SADMOE_HOOKS(16)
+void* __tsan_memset(void* to, int value, size_t n) {
+  seen(to, n, 1, Access::write, __builtin_return_address(0));
+  return std::memset(to, value, n);
+}
+void* __tsan_memcpy(void* to, const void* from, size_t n) {
+  seen(from, n, 1, Access::read, __builtin_return_address(0));
+  seen(to, n, 1, Access::write, __builtin_return_address(0));
+  return std::memcpy(to, from, n);
+}
+}

@@ -1,0 +1,54 @@
+// A CUDA device on the CPU, for tests: every thread of a block is a fiber, a warp operation is a meeting of its 32 lanes,
+// and every access of a kernel to memory is checked. Blocks run one after another. No timing, no caches.
+//
+// The kernels are compiled with -fsanitize=thread, but not linked to its library: memory.cpp defines the hooks that the
+// compiler calls at each load and store. An error is a launch that fails with a text: thread, block, source line.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace sadmoe::emulator {
+
+// --- For kernels, through device.h.
+struct Position {
+  int thread;
+  int64_t block_x, block_y, blocks_x, blocks_y;
+};
+const Position& here();
+void* shared_memory();
+void barrier(const char* file, int line);
+// A meeting of the warp: every lane brings n <= 32 bytes, and gets those of all lanes, one after another.
+const void* meet(const void* bytes, size_t n, const char* file, int line);
+void copy_async(void* shared, const void* global, int bytes);
+void commit_copies();
+void wait_copies(int left);
+// A read by an instruction that the compiler does not see.
+void check_read(const void* p, size_t n, size_t alignment);
+
+// --- For launches.
+struct Launch {
+  int64_t blocks_x, blocks_y;
+  int threads;
+  size_t shared_bytes;
+  void (*kernel)(const void* parameters);
+  const void* parameters;
+  size_t parameters_bytes;
+};
+int run(const Launch& launch);  // 0, or an error that last_error() tells
+const char* last_error();
+
+// --- For tests.
+enum class Order { forward, reverse, random };
+// In which order threads and blocks run, and whether copies land as late as they may, or at once.
+void schedule(Order order, unsigned seed, bool late_copies);
+
+// Memory that kernels may touch while the object lives; anything else is out of bounds. What is writable begins
+// uninitialised. Two threads may use neighbours of `element` bytes.
+class Region {
+ public:
+  Region(const char* name, const void* data, size_t bytes, size_t element, bool writable);
+  ~Region();
+  Region(const Region&) = delete;
+};
+
+}  // namespace sadmoe::emulator

@@ -1,0 +1,2 @@
+// The kernels, as they are, for the emulator.
+#include "cuda/launch.cu"

@@ -1,0 +1,72 @@
+#include "emulator/memory.h"
+
+#include <cstring>
+
+namespace sadmoe::emulator {
+
+std::string Span::at(const void* p) const { return name + " + " + std::to_string(static_cast<const char*>(p) - begin); }
+
+void Memory::begin_block(char* shared, size_t bytes) {
+  shared_.name = "shared memory";
+  shared_.begin = shared, shared_.end = shared + bytes;
+  shared_.element = 2;
+  shared_.writable = shared_.shared = true;
+  shared_.cells.resize(bytes / shared_.element + 1);
+  for (Cell& cell : shared_.cells) cell.in_flight = 0;
+  std::memset(shared, 0xff, bytes);
+  block_phase_ = ++phase_;
+}
+
+bool Memory::ordered(const Span& span, const Mark& mark, int thread) const {
+  if (mark.phase < (span.shared ? block_phase_ : launch_phase_)) return true;
+  return mark.phase >= block_phase_ && (mark.phase < phase_ || mark.thread == thread);
+}
+
+std::string Memory::race(const Span& span, const void* p, const char* now, const char* before, const Mark& mark) const {
+  const std::string by = mark.phase < block_phase_ ? "by another block" : "by thread " + std::to_string(mark.thread);
+  return "data race on " + span.at(p) + ": " + now + ", unordered with a " + before + " " + by;
+}
+
+std::string Memory::read(Span& span, Cell& cell, const void* p, int thread) {
+  if (cell.write.phase < (span.shared ? block_phase_ : 1)) return "read of uninitialised " + span.at(p);
+  if (!ordered(span, cell.write, thread)) return race(span, p, "read", "write", cell.write);
+  if (cell.read.thread != thread || cell.read.phase < block_phase_) cell.other = cell.read;
+  cell.read = {phase_, thread};
+  return {};
+}
+
+std::string Memory::write(Span& span, Cell& cell, const void* p, int thread) {
+  if (!ordered(span, cell.write, thread)) return race(span, p, "write", "write", cell.write);
+  for (const Mark& mark : {cell.read, cell.other})
+    if (!ordered(span, mark, thread)) return race(span, p, "write", "read", mark);
+  cell.write = {phase_, thread};
+  return {};
+}
+
+std::string Memory::access(const void* p, size_t n, size_t alignment, Access kind, int thread) {
+  const char *word = kind == Access::read ? "read" : "write", *first = static_cast<const char*>(p), *last = first + n - 1;
+  Span* span = shared_.contains(p) ? &shared_ : nullptr;
+  for (size_t i = 0; !span && i < spans.size(); ++i)
+    if (spans[i]->contains(p)) span = spans[i].get();
+  if (!span || last >= span->end)
+    return std::string(word) + " of " + std::to_string(n) + " bytes out of bounds" +
+           (span ? ", past the end of " + span->name : "");
+  if (reinterpret_cast<uintptr_t>(p) % alignment)
+    return std::string("misaligned ") + word + " of " + std::to_string(n) + " bytes of " + span->at(p);
+  if (!span->writable) return kind == Access::read ? "" : "write to read-only " + span->at(p);
+  for (size_t i = (first - span->begin) / span->element; i <= (last - span->begin) / span->element; ++i) {
+    Cell& cell = span->cells[i];
+    const char* at = span->begin + i * span->element;
+    if (cell.in_flight) return std::string(word) + " of " + span->at(at) + " while a copy to it is in flight";
+    std::string error = kind == Access::read ? read(*span, cell, at, thread) : write(*span, cell, at, thread);
+    if (!error.empty()) return error;
+  }
+  return {};
+}
+
+void Memory::set_in_flight(const void* p, size_t n, int change) {
+  const size_t first = static_cast<const char*>(p) - shared_.begin;
+  for (size_t i = first / shared_.element; i < (first + n) / shared_.element; ++i) shared_.cells[i].in_flight += change;
+}
+
+}  // namespace sadmoe::emulator

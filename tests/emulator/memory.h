@@ -1,0 +1,61 @@
+// Every byte that a kernel may touch, who touched it last, and whether that was in order.
+//
+// Time is counted in phases: a block begins a new one, and so does each of its barriers. Nothing else orders memory, so
+// two accesses of different threads, one of them a write, need a barrier between them; and different blocks of a launch
+// must not meet at all.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace sadmoe::emulator {
+
+struct Mark {
+  uint32_t phase = 0;  // 0: never
+  int32_t thread = 0;
+};
+
+struct Cell {
+  Mark write, read, other;  // the last write, the last read, and the last read by another thread than that
+  int32_t in_flight = 0;    // asynchronous copies to here
+};
+
+struct Span {
+  std::string name;
+  const char *begin = nullptr, *end = nullptr;
+  size_t element = 1;
+  bool writable = false, shared = false;
+  std::vector<Cell> cells;
+
+  bool contains(const void* p) const { return begin <= p && p < end; }
+  std::string at(const void* p) const;
+};
+
+enum class Access { read, write };
+
+class Memory {
+ public:
+  void begin_launch() { launch_phase_ = phase_ + 1; }
+  void begin_block(char* shared, size_t bytes);
+  void next_phase() { ++phase_; }
+
+  // Empty, or what is wrong.
+  std::string access(const void* p, size_t n, size_t alignment, Access kind, int thread);
+  // A copy to shared memory begins or ends: until then nobody may touch it.
+  void set_in_flight(const void* p, size_t n, int change);
+  bool is_shared(const void* p, size_t n) const { return shared_.contains(p) && static_cast<const char*>(p) + n <= shared_.end; }
+
+  std::vector<std::unique_ptr<Span>> spans;
+
+ private:
+  std::string read(Span& span, Cell& cell, const void* p, int thread);
+  std::string write(Span& span, Cell& cell, const void* p, int thread);
+  bool ordered(const Span& span, const Mark& mark, int thread) const;
+  std::string race(const Span& span, const void* p, const char* now, const char* before, const Mark& mark) const;
+
+  Span shared_;
+  uint32_t phase_ = 0, launch_phase_ = 0, block_phase_ = 0;
+};
+
+}  // namespace sadmoe::emulator

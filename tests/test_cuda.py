@@ -1,0 +1,370 @@
+"""The CUDA kernels against plain torch: on the emulator, and on a CUDA device where there is one.
+
+The emulator needs no GPU: `cmake -DSADMOE_EMULATOR=ON` builds it; SADMOE_EMULATOR_LIB is its library's path.
+"""
+
+import ctypes
+import itertools
+import os
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from problems import assert_as_good_as_torch, experts_problem, in_double, router_problem
+from sadmoe import ops, reference
+
+CUDA_SOURCES = Path(__file__).parent.parent / "csrc/cuda"
+OPS = ("router_scores", "dynamic_k_select", "sparse_experts", "dynamic_k_moe")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ACTS = list(reference.ACTIVATIONS)
+SCHEDULES = [(order, seed, late) for order, seed in ((0, 1), (1, 1), (2, 1), (2, 2)) for late in (0, 1)]
+
+
+@cache
+def emulator():
+    """The emulator's library, its ops defined as sadmoe's are, under torch.ops.sadmoe_emulated."""
+    path = os.environ.get("SADMOE_EMULATOR_LIB")
+    if path is None:
+        pytest.skip("SADMOE_EMULATOR_LIB is not set: the emulator was not built")
+    library = torch.library.Library("sadmoe_emulated", "FRAGMENT")
+    for name in OPS:
+        library.define(str(getattr(torch.ops.sadmoe, name).default._schema).removeprefix("sadmoe::"))
+    torch.ops.load_library(path)
+    native = ctypes.CDLL(path)
+    native.sadmoe_run_planted.restype = ctypes.c_char_p
+    native.sadmoe_limit_hidden.argtypes = [ctypes.c_int64]
+    native.definitions = library  # they live as long as this object
+    return native
+
+
+class Backend:
+    """An implementation of the ops: arguments from the CPU, results back on it."""
+
+    def __init__(self, namespace, device):
+        self.namespace, self.device = namespace, device
+
+    def __getattr__(self, name):
+        op = getattr(getattr(torch.ops, self.namespace), name)
+
+        def run(*args, **kwargs):
+            return op(
+                *(a.to(self.device) if isinstance(a, torch.Tensor) else a for a in args), **kwargs
+            ).cpu()
+
+        return run
+
+
+@pytest.fixture(params=["emulator", pytest.param("cuda", marks=pytest.mark.cuda)])
+def backend(request):
+    if request.param == "emulator":
+        emulator()
+        return Backend("sadmoe_emulated", "cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if "cuda: yes" not in ops.build_info():
+        pytest.skip(f"built without CUDA kernels ({ops.build_info()})")
+    return Backend("sadmoe", "cuda")
+
+
+@pytest.fixture
+def native():
+    yield emulator()
+    emulator().sadmoe_schedule(0, 1, 1)
+    emulator().sadmoe_limit_hidden(256 << 20)
+
+
+def check_experts(backend, args, act):
+    assert_as_good_as_torch(
+        backend.sparse_experts(*args, act=act),
+        reference.sparse_experts(*args, act=act),
+        reference.sparse_experts(*in_double(args), act=act),
+    )
+
+
+PROBLEMS = {  # empty, one, beside and past a tile of tokens, neurons and columns; aligned rows and others
+    "no tokens": {"T": 0, "d": 64, "s": 8},
+    "one token": {"T": 1, "d": 64, "s": 8},
+    "odd": {"T": 31, "d": 33, "s": 33, "d_out": 35},
+    "one expert of one neuron": {"T": 33, "d": 8, "E": 1, "s": 1, "share": 1.0},
+    "every width off a tile": {"T": 33, "d": 100, "E": 7, "s": 24, "d_out": 72},
+    "many tokens": {"T": 200, "d": 40, "E": 7, "s": 8},
+    "many experts": {"T": 33, "d": 16, "E": 140, "s": 8, "share": 0.05},
+    "past a tile of neurons": {"T": 5, "d": 64, "E": 2, "s": 72},
+    "every expert": {"T": 70, "d": 24, "E": 5, "s": 8, "share": 1.0},
+    "no expert": {"T": 9, "share": 0.0},
+    "no output": {"T": 9, "d_out": 0},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_experts_are_as_good_as_torch(backend, name, dtype):
+    for gated, act in ((False, "gelu"), (True, "silu")):
+        check_experts(backend, experts_problem(**PROBLEMS[name], gated=gated, dtype=dtype), act)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_activation_gate_and_bias_is_as_good_as_torch(backend, dtype):
+    for gated, bias, act in itertools.product([False, True], [False, True], ACTS):
+        check_experts(backend, experts_problem(5, 16, 3, 8, gated=gated, bias=bias, dtype=dtype), act)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_hot_expert_among_empty_ones(backend, dtype):
+    args = experts_problem(150, 32, 36, 8, dtype=dtype, share=0.0)
+    args[1][:, 34] = True
+    args[1][70, 3] = True
+    check_experts(backend, args, "relu")
+
+
+def test_rows_that_do_not_begin_on_16_bytes_are_read_right(backend):
+    args = experts_problem(40, 64, 4, 16, dtype=torch.bfloat16)
+    wanted = backend.sparse_experts(*args)
+
+    def shifted(t):
+        if t is None or t.dtype == torch.bool:
+            return t
+        return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+    assert shifted(args[0]).data_ptr() % 16 == 2
+    moved = [a if a is None else a.to(backend.device) for a in args]
+    assert torch.equal(backend.sparse_experts(*map(shifted, moved)), wanted)
+
+
+def test_activations_are_accurate_over_the_whole_range(backend):
+    x = torch.cat([torch.linspace(-100, 100, 801), torch.tensor([0.0, -0.0, 1e-30, -1e-30])])
+    one = torch.ones(1, 1, 1)
+    wide = x.double()
+    exact = {
+        "gelu": 0.5 * wide * torch.erfc(-wide * 0.5**0.5)
+    }  # 1 + erf and 1 + tanh lose the tail even in float64
+    for act in ACTS:
+        ours = backend.sparse_experts(x[:, None], torch.ones(len(x), 1, dtype=torch.bool), one, one, act=act)[
+            :, 0
+        ]
+        truth = exact.get(act, reference.ACTIVATIONS[act](wide))
+        floor = 1e-14 if act == "gelu_tanh" else 1e-35
+        assert ((ours.double() - truth).abs() <= 2e-5 * truth.abs() + floor).all(), act
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_and_infinity_stay_with_their_token_and_expert(backend, dtype):
+    args = experts_problem(70, 16, 3, 8, dtype=dtype)
+    wanted = backend.sparse_experts(*args)
+    args[0][5], args[0][6], args[2][1] = float("nan"), float("inf"), float("nan")
+    args[1][6] = False
+    y = backend.sparse_experts(*args)
+    touched = args[1][:, 1].clone()
+    touched[5] = args[1][5].any()
+    assert y[touched].isnan().all()
+    assert touched.any()
+    untouched = ~touched
+    untouched[5:7] = False
+    assert torch.equal(y[untouched], wanted[untouched])
+    assert torch.equal(y[6], args[7]), "a token of no expert is the bias"
+
+
+@pytest.mark.parametrize("router_dtype", [None, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("T", "d", "E"), [(0, 8, 3), (1, 40, 1), (7, 33, 70), (130, 64, 17)])
+def test_scores_are_as_good_as_torch(backend, T, d, E, dtype, router_dtype):
+    x = experts_problem(T, d, 1, 1, dtype=dtype)[0]
+    v1, v2 = router_problem(d, E, dtype=router_dtype or dtype)
+    hidden = torch.relu(x.double() @ v1.double().T)
+    truth, terms = (hidden @ v2.double().T).abs(), hidden @ v2.double().T.abs()
+    assert_as_good_as_torch(
+        backend.router_scores(x, v1, v2), reference.router_scores(x, v1, v2), truth, terms
+    )
+
+
+@pytest.mark.parametrize("tau", [0.0, 1e-3, 0.3, 1.0])
+def test_selection_is_the_rule_bit_for_bit(backend, tau):
+    inf, nan = float("inf"), float("nan")
+    edge = torch.tensor(
+        [
+            [0, 0, 0, 0],
+            [1, 1, 0.3, 0],
+            [inf, 1, 0, inf],
+            [nan, 1, 0.2, 0],
+            [nan] * 4,
+            [-1, -2, -3, 0],
+            [-1, 2, 0.6, 0.59],
+        ]
+    )
+    g = torch.Generator().manual_seed(0)
+    for scores in (
+        edge,
+        torch.rand(50, 4, generator=g),
+        torch.rand(9, 70, generator=g),
+        torch.rand(3, 1),
+        torch.rand(0, 4),
+    ):
+        assert torch.equal(backend.dynamic_k_select(scores, tau), reference.dynamic_k_select(scores, tau))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T", [0, 1, 80])
+def test_the_fused_op_is_its_three_stages_bit_for_bit(backend, T, dtype):
+    x, _, *weights = experts_problem(T, 48, 11, 10, gated=True, dtype=dtype)
+    v1, v2 = router_problem(48, 11, dtype=dtype)
+    for tau in (0.0, 0.4, 1.0):
+        mask = backend.dynamic_k_select(backend.router_scores(x, v1, v2), tau)
+        fused = backend.dynamic_k_moe(x, v1, v2, *weights, tau=tau, act="silu")
+        assert torch.equal(fused, backend.sparse_experts(x, mask, *weights, act="silu"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_token_does_not_depend_on_its_neighbours_or_their_order(backend, dtype):
+    x, _, *weights = experts_problem(150, 40, 12, 9, 35, dtype=dtype)
+    v1, v2 = router_problem(40, 12, dtype=dtype)
+
+    def run(rows):
+        return backend.dynamic_k_moe(rows, v1, v2, *weights, tau=0.3, act="gelu")
+
+    whole = run(x)
+    assert torch.equal(run(x), whole), "two runs"
+    order = torch.randperm(150, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(run(x[order]), whole[order]), "order"
+    for part in (slice(0, 1), slice(7, 12), slice(40, 73), slice(100, 150)):
+        assert torch.equal(run(x[part]), whole[part]), part
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_schedule_of_threads_blocks_and_copies_changes_nothing(native, dtype):
+    backend = Backend("sadmoe_emulated", "cpu")
+    x, _, *weights = experts_problem(100, 72, 9, 24, gated=True, dtype=dtype)
+    v1, v2 = router_problem(72, 9, dtype=dtype)
+    results = []
+    for schedule in SCHEDULES:
+        native.sadmoe_schedule(*schedule)
+        results.append(backend.dynamic_k_moe(x, v1, v2, *weights, tau=0.3, act="gelu"))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_tokens_that_do_not_fit_the_workspace_go_in_chunks(native):
+    backend = Backend("sadmoe_emulated", "cpu")
+    args = experts_problem(200, 16, 5, 8, 20)
+    whole = backend.sparse_experts(*args)
+    for limit in (0, 64 * 5 * 8 * 4, 2 * 64 * 5 * 8 * 4):
+        native.sadmoe_limit_hidden(limit)
+        assert torch.equal(backend.sparse_experts(*args), whole), limit
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            (torch.randn(6, 12), torch.ones(6, 2, dtype=torch.bool)),
+            r"mask must be \[T, E\] = \[6, 3\], got \[6, 2\]",
+        ),
+        ((torch.randn(12), torch.ones(6, 3, dtype=torch.bool)), r"x must be \[T, d\], got \[12\]"),
+    ],
+)
+def test_a_wrong_argument_is_named(backend, args, message):
+    with pytest.raises(RuntimeError, match=f"sadmoe::sparse_experts: {message}"):
+        backend.sparse_experts(*args, *experts_problem(6, 12, 3, 4)[2:])
+
+
+# --- On a device only.
+
+
+@pytest.fixture
+def cuda():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+@pytest.mark.cuda
+def test_a_tensor_on_another_device_is_named(cuda):
+    args = [a if a is None else a.cuda() for a in experts_problem()]
+    args[4] = args[4].cpu()
+    with pytest.raises(
+        RuntimeError, match="all tensors must be on one device: b_up is on the CPU, x on cuda:0"
+    ):
+        ops.sparse_experts(*args)
+
+
+@pytest.mark.cuda
+def test_a_captured_graph_replays_with_another_mask(cuda):
+    args = [a if a is None else a.cuda() for a in experts_problem(100, 64, 8, 16, dtype=torch.bfloat16)]
+    ops.sparse_experts(*args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ops.sparse_experts(*args)
+    for share in (0.0, 0.2, 1.0):
+        args[1].copy_(torch.rand(100, 8, device="cuda") < share)
+        graph.replay()
+        assert torch.equal(y, ops.sparse_experts(*args)), share
+
+
+@pytest.mark.cuda
+def test_nothing_waits_for_the_device(cuda):
+    x, _, *weights = (a if a is None else a.cuda() for a in experts_problem(100, 64, 8, 16))
+    v1, v2 = (v.cuda() for v in router_problem(64, 8))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.dynamic_k_moe(x, v1, v2, *weights, tau=0.3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# --- The emulator itself: bugs that it must see, beside right twins that it must pass.
+
+UNINITIALISED, RACE = "read of uninitialised shared memory", "data race on shared memory"
+IN_FLIGHT = "read of shared memory.* while a copy to it is in flight"
+PLANTED = {
+    "barrier_between_warps": "",
+    "missing_barrier": f"{UNINITIALISED}|{RACE}",
+    "missing_barrier_before_reuse": RACE,
+    "shuffle_as_barrier": f"{UNINITIALISED}|{RACE}",
+    "divergent_barrier": "divergent barrier: planted.cpp:",
+    "barrier_without_some": "deadlock: thread 0 waits at planted.cpp:.*, thread 32 has returned",
+    "warp_operation_without_some": "deadlock: thread 0 waits at planted.cpp:.*, thread 16 has returned",
+    "different_warp_operations": "lanes of a warp meet in different operations: planted.cpp:",
+    "warp_operations": "",
+    "uninitialised_shared_memory": UNINITIALISED,
+    "uninitialised_output": "read of uninitialised out",
+    "shared_memory_overflow": "write of 4 bytes out of bounds.* thread 31",
+    "read_past_the_end": "read of 4 bytes out of bounds.* thread 31",
+    "write_past_the_end": "write of 4 bytes out of bounds.* thread 31",
+    "write_to_input": "write to read-only in",
+    "misaligned": "misaligned read of 4 bytes of in",
+    "blocks_write_one_place": "data race on out.*, unordered with a write by another block",
+    "block_reads_another": "data race on out.*, .* by another block|read of uninitialised out",
+    "blocks_apart": "",
+    "copies": "",
+    "copies_without_wait": IN_FLIGHT,
+    "copies_without_barrier": f"{UNINITIALISED}|{IN_FLIGHT}|{RACE}",
+    "copies_misaligned": "misaligned source of a copy of 16 bytes",
+    "copy_over_what_is_read": f"{RACE}|{IN_FLIGHT}",
+    "product": "",
+    "product_transposed": "",
+    "product_of_wrong_columns": "wrong numbers",
+    "too_many_threads": "invalid launch: 1 x 1 blocks of 2048 threads",
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_the_emulator_sees_a_planted_bug_and_passes_its_right_twin(native, name):
+    for schedule in SCHEDULES:
+        native.sadmoe_schedule(*schedule)
+        said = native.sadmoe_run_planted(name.encode()).decode()
+        assert re.match(PLANTED[name] or "$", said), f"{name} in schedule {schedule}: {said!r}"
+
+
+def test_every_planted_case_is_expected():
+    source = (Path(__file__).parent / "emulator/planted.cpp").read_text()
+    assert set(re.findall(r'^    \{"(\w+)"', source, re.MULTILINE)) == PLANTED.keys()
+
+
+def test_kernels_are_written_in_the_words_of_device_cuh_alone():
+    for path in sorted(CUDA_SOURCES.iterdir()):
+        if path.name == "device.cuh":
+            continue
+        found = re.findall(
+            r"\basm\b|__\w+|\b(?:thread|block)Idx\b|\b(?:block|grid)Dim\b|cuda\w+\(|#include <cuda",
+            path.read_text(),
+        )
+        assert not found, f"{path.name} uses {found}"
