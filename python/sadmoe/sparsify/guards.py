@@ -1,0 +1,50 @@
+"""What training a model in place must give back: its tensors if it fails, its flags, the random state."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from sadmoe.batches import device_of
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[list[Callable[[], None]]]:
+    """On any exception the model's tensors are what they were, and the steps in the list are undone, the
+    last first."""
+    tensors = [*model.parameters(), *model.buffers()]
+    saved = [t.detach().clone() for t in tensors]
+    undo: list[Callable[[], None]] = []
+    try:
+        yield undo
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        with torch.no_grad():
+            for tensor, value in zip(tensors, saved, strict=True):
+                tensor.copy_(value)
+        raise
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def mode(model: nn.Module, train: bool) -> Iterator[None]:
+    """Every module in training (or evaluation) mode; afterwards each is what it was."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.train(train)
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextmanager
+def seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    """torch's random state starts from `seed`; afterwards it is what it was."""
+    device = device_of(model)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,129 @@
+"""What a model is held to while it is made sparse: its task, or the dense model that it was."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sadmoe.batches import Batch, real_rows, run
+from sadmoe.ffn import FFNSite
+
+Loss = Callable[[Any, Any], Tensor]  # (output of the model, batch) -> scalar
+Objective = Callable[[Batch], Tensor]  # runs the model on a batch and says how far off it is
+
+
+def task(model: nn.Module, loss: Loss | None) -> Objective:
+    """loss(output, batch), or the `.loss` that the model puts into its output."""
+
+    def objective(batch: Batch) -> Tensor:
+        output = run(model, batch)
+        value = loss(output, batch) if loss is not None else _field(output, "loss")
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise ValueError(
+                f'objective "task" needs a scalar loss, got {_kind(value)}: put labels into the batches of a '
+                "model that then returns .loss, pass loss=lambda output, batch: ..., or use "
+                'objective="distill_hidden"'
+            )
+        return value.squeeze()
+
+    return objective
+
+
+def distill_logits(model: nn.Module, dense: nn.Module) -> Objective:
+    """KL(dense || model) of the logits at temperature 1, averaged over the real tokens (or samples)."""
+
+    def objective(batch: Batch) -> Tensor:
+        with torch.no_grad():
+            target = _logits(run(dense, batch))
+        logits = _logits(run(model, batch))
+        log_p, log_q = target.log_softmax(-1), logits.log_softmax(-1)
+        kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+        decoder = "decoder" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else ""
+        real = real_rows(model, decoder, batch, logits)
+        return kl.mean() if real is None else kl.flatten()[real].mean()
+
+    return objective
+
+
+def distill_hidden(model: nn.Module, dense: nn.Module, sites: Sequence[FFNSite]) -> Objective:
+    """Mean over blocks of |h - h_dense|^2 / |h_dense|^2, the norms over the real tokens together.
+
+    h is what leaves the block that the FFN sits in: the nearest module around it that is an entry of a
+    ModuleList or Sequential, else the FFN's last linear layer.
+    """
+    names = list(dict.fromkeys(block_of(model, site) for site in sites))
+
+    def objective(batch: Batch) -> Tensor:
+        with torch.no_grad(), outputs(dense, names) as targets:
+            run(dense, batch)
+        with outputs(model, names) as hidden:
+            run(model, batch)
+        missed = [name for name in names if len(hidden[name]) != len(targets[name]) or not hidden[name]]
+        if missed:
+            raise ValueError(f"the batches never reach {', '.join(missed)}: pass batches that run every FFN")
+        errors = [
+            _relative_error(h, t, real_rows(model, name, batch, h))
+            for name in names
+            for h, t in zip(hidden[name], targets[name], strict=True)
+        ]
+        return torch.stack(errors).mean()
+
+    return objective
+
+
+def block_of(model: nn.Module, site: FFNSite) -> str:
+    """Path of the module whose output `distill_hidden` compares for this FFN."""
+    path = site.name
+    while path:
+        parent = path.rpartition(".")[0]
+        if path != site.name and isinstance(model.get_submodule(parent), nn.ModuleList | nn.Sequential):
+            return path
+        path = parent
+    return next(name for name, module in model.named_modules() if module is site.down)
+
+
+@contextmanager
+def outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """Inside, everything that leaves the named modules: name -> one hidden state [..., d] for each time it
+    ran."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def record(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if torch._C._current_graph_task_id() == -1:  # not when checkpointing runs it again in backward
+            seen[name].append(output if isinstance(output, Tensor) else output[0])
+
+    handles = [model.get_submodule(name).register_forward_hook(partial(record, name)) for name in names]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _relative_error(h: Tensor, target: Tensor, real: Tensor | None) -> Tensor:
+    h, target = h.float().flatten(0, -2), target.float().flatten(0, -2)
+    if real is not None:
+        h, target = h[real], target[real]
+    return (h - target).square().sum() / target.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _logits(output: Any) -> Tensor:
+    logits = output if isinstance(output, Tensor) else _field(output, "logits")
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f'objective "distill_logits" needs a model that returns a Tensor or .logits, '
+            f'got {type(output).__name__}: use objective="distill_hidden"'
+        )
+    return logits.float()
+
+
+def _field(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
+def _kind(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

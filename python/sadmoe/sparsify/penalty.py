@@ -1,0 +1,211 @@
+"""How active the neurons of an FFN are: the penalty that makes them fewer, and the measure (arXiv
+2310.04361, 3.1)."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from sadmoe import reference
+from sadmoe.batches import Batches, check_batches, device_of, evaluating, real_rows, run, to_device
+from sadmoe.ffn import FFNSite, find_ffns
+
+Penalty = Literal["hoyer", "l1"]
+FLOOR = 3e-8  # activations below it fade to none: root of the 1e-15 that the paper's code adds to sum a^2
+SMALL = 0.01  # share of a token's largest |activation| below which a neuron counts as small
+
+
+def square_hoyer(a: Tensor) -> Tensor:
+    """(sum |a|)^2 / sum a^2 over the last dimension: how many neurons are effectively active.
+
+    a [..., n] -> [...], float32, differentiable. m equal entries give m, so it lies in [1, n]; the scale of
+    `a` does not matter. The zero vector gives 0, with gradient 0. Source: Kurtz et al., ICML 2020, section
+    2.1.
+    """
+    a = a.float()
+    scaled = a / a.detach().abs().amax(dim=-1, keepdim=True).clamp(min=FLOOR)
+    return scaled.abs().sum(-1).square() / scaled.square().sum(-1).clamp(min=1.0)
+
+
+def l1(a: Tensor) -> Tensor:
+    """sum |a| over the last dimension, in float32: [..., n] -> [...]."""
+    return a.float().abs().sum(-1)
+
+
+PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {"hoyer": square_hoyer, "l1": l1}
+
+
+class SparsityLoss:
+    """The sparsity term of a training loss, taken from the forward pass of the user's own loop.
+
+        with SparsityLoss(model) as sparsity:
+            for batch in batches:
+                loss = task_loss(model(**batch)) + alpha * sparsity(batch)
+
+    Calling it gives the mean over FFNs and tokens of the penalty divided by f: with "hoyer", 1 means that
+    every neuron is active, whatever the width (the paper's code does not divide: its alpha is ours / f). It
+    then forgets the pass. The penalty acts on relu(z) of the pre-activation z where the FFN has a ReLU,
+    else on max(z - displacement, 0), which pushes z to where GELU and SiLU are nearly 0; in a GLU z is the
+    gate's. It is computed in float32, also under autocast. Works with gradient checkpointing that is not
+    reentrant. Source: arXiv 2310.04361, section 3.1.
+
+    sites: the FFNs that are penalised, from `find_ffns`; all of the model's if None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[FFNSite] | None = None,
+        *,
+        penalty: Penalty = "hoyer",
+        displacement: float = -10.0,
+    ):
+        if penalty not in PENALTIES:
+            raise ValueError(f"penalty must be one of {', '.join(PENALTIES)}, got {penalty!r}")
+        self.model = model
+        self.sites = find_ffns(model) if sites is None else list(sites)
+        if not self.sites:
+            raise ValueError(
+                "sites must hold at least one FFN, got none: pass find_ffns(model), or leave it out"
+            )
+        self.penalty = penalty
+        self.displacement = displacement
+        self._handles: list[RemovableHandle] = []
+        self._seen: dict[str, list[Tensor]] = defaultdict(list)
+
+    def __enter__(self) -> "SparsityLoss":
+        if self._handles:
+            raise RuntimeError("this SparsityLoss is entered already: one `with` around the loop is enough")
+        self._handles = [site.first.register_forward_hook(partial(self._record, site)) for site in self.sites]
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._seen.clear()
+
+    def __call__(self, padding: Tensor | Mapping[str, Any] | None = None) -> Tensor:
+        """The penalty of the passes since the last call: a scalar, float32, in the autograd graph of those
+        passes.
+
+        padding: bool or 0/1 [B, T], nonzero where a token is real, or the batch whose "attention_mask" says
+        so (in an encoder-decoder also "decoder_attention_mask"). None counts every position, as the paper's
+        code does.
+        Raises RuntimeError where no pass came before or it left no gradient, ValueError where the mask does
+        not fit.
+        """
+        seen, self._seen = self._seen, defaultdict(list)
+        self._check(seen)
+        means = [
+            torch.stack([self._mean(site, values, padding) for values in seen[site.name]]).mean()
+            for site in self.sites
+            if site.name in seen
+        ]
+        return torch.stack(means).mean()
+
+    def _record(self, site: FFNSite, module: nn.Module, args: Any, output: Tensor) -> None:
+        z = site.pre_activation(output)
+        a = z.relu() if site.act == "relu" else (z.float() - self.displacement).clamp(min=0)
+        values = PENALTIES[self.penalty](a) / z.shape[-1]
+        # In backward, checkpointing runs the module again: the same operations are due, but they count once.
+        if torch._C._current_graph_task_id() == -1:
+            self._seen[site.name].append(values)
+
+    def _check(self, seen: Mapping[str, list[Tensor]]) -> None:
+        if not self._handles:
+            raise RuntimeError(
+                "enter SparsityLoss before the model runs: with SparsityLoss(model) as sparsity: ..."
+            )
+        if not seen:
+            raise RuntimeError(
+                "SparsityLoss has seen no forward pass since it was last called: run the model first"
+            )
+        trained = any(p.requires_grad for site in self.sites for p in site.first.parameters())
+        if (
+            torch.is_grad_enabled()
+            and trained
+            and not any(v.requires_grad for vs in seen.values() for v in vs)
+        ):
+            raise RuntimeError(
+                "the forward pass left no gradient for the penalty: it ran under no_grad, or "
+                "with reentrant checkpointing (set gradient_checkpointing_kwargs={'use_reentrant': False})"
+            )
+
+    def _mean(self, site: FFNSite, values: Tensor, padding: Tensor | Mapping[str, Any] | None) -> Tensor:
+        if padding is None:
+            return values.mean()
+        if isinstance(padding, Mapping):
+            real = real_rows(self.model, site.name, padding, values.unsqueeze(-1))
+            return values.mean() if real is None else _masked_mean(values, real)
+        if padding.numel() != values.numel():
+            raise ValueError(
+                f"padding must have one entry for each of the {values.numel()} tokens {tuple(values.shape)} "
+                f"that {site.name} saw, got {tuple(padding.shape)}; where layers see different tokens, "
+                "pass the batch instead"
+            )
+        return _masked_mean(values, padding)
+
+
+def _masked_mean(values: Tensor, real: Tensor) -> Tensor:
+    weights = real.to(values.device).bool().flatten()
+    return (values.flatten() * weights).sum() / weights.sum().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class LayerSparsity:
+    """Of all (token, neuron) pairs of one FFN: the share whose activation is exactly 0, and the share below
+    1 % of the token's largest. In a GLU the activation is the gate's."""
+
+    name: str
+    f: int
+    zero: float
+    small: float
+
+
+def measure_sparsity(
+    model: nn.Module, batches: Batches, sites: Sequence[FFNSite] | None = None
+) -> list[LayerSparsity]:
+    """The sparsity of every FFN over `batches`, padding left out; in eval mode, the model is left as it
+    was.
+
+    It reads what the activation gives out, so it is right for GELU and SiLU too, which are hardly ever
+    exactly 0.
+    sites: from `find_ffns`; all of the model's if None. Raises ValueError where an FFN is never run.
+    """
+    check_batches(batches)
+    sites = find_ffns(model) if sites is None else sites
+    counts = {site.name: torch.zeros(3, dtype=torch.float64) for site in sites}  # pairs, zero, small
+    current: dict[str, Any] = {}
+
+    def count(site: FFNSite, module: nn.Module, args: Any, output: Tensor) -> None:
+        a = reference.ACTIVATIONS[site.act](site.pre_activation(output)).abs().flatten(0, -2)
+        real = real_rows(model, site.name, current["batch"], a)
+        a = a if real is None else a[real]
+        if a.numel():
+            small = (a < SMALL * a.amax(-1, keepdim=True)) | (a == 0)
+            counts[site.name] += torch.tensor([a.numel(), int((a == 0).sum()), int(small.sum())])
+
+    handles = [site.first.register_forward_hook(partial(count, site)) for site in sites]
+    try:
+        with evaluating(model):
+            for batch in batches:
+                current["batch"] = to_device(batch, device_of(model))
+                run(model, current["batch"])
+    finally:
+        for handle in handles:
+            handle.remove()
+    if missed := [name for name, (pairs, *_) in counts.items() if pairs == 0]:
+        raise ValueError(
+            f"the batches never reach {', '.join(missed)}: pass batches that run every FFN, or fewer sites"
+        )
+    return [
+        LayerSparsity(site.name, site.dense().f, float(zero / pairs), float(small / pairs))
+        for site in sites
+        for pairs, zero, small in [counts[site.name]]
+    ]
