@@ -3,9 +3,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
-
 from sadmoe.batches import (
     check_batches,
     device_of,
@@ -14,8 +11,11 @@ from sadmoe.batches import (
     padding_mask,
     real_rows,
     run,
+    samples_in,
     to_device,
 )
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 
 class Add(nn.Module):
@@ -48,8 +48,8 @@ def test_every_tensor_moves_and_the_rest_stays():
     pair = namedtuple("pair", "x label")
     batch = {"a": ONE, "b": [ONE, (ONE, "name")], "c": pair(ONE, 3), "d": None}
     moved = to_device(batch, "meta")
-    assert moved["a"].is_meta and moved["b"][0].is_meta and moved["b"][1][0].is_meta and moved["c"].x.is_meta
-    assert moved["b"][1][1] == "name" and moved["c"].label == 3 and moved["d"] is None
+    assert all(t.is_meta for t in (moved["a"], moved["b"][0], moved["b"][1][0], moved["c"].x))
+    assert (moved["b"][1][1], moved["c"].label, moved["d"]) == ("name", 3, None)
     assert not ONE.is_meta
     assert isinstance(moved["c"], pair)
 
@@ -79,6 +79,19 @@ def test_a_collection_that_can_be_repeated_is_accepted(batches):
 def test_what_cannot_be_repeated_is_refused(batches, error, text):
     with pytest.raises(error, match=text):
         check_batches(batches)
+
+
+@pytest.mark.parametrize(
+    ("batch", "samples"),
+    [
+        ({"use_cache": False, "n": torch.tensor(3), "x": torch.zeros(4, 2)}, 4),
+        ((None, ONE), 2),
+        (ONE, 2),
+        ((1,), 1),
+    ],
+)
+def test_the_samples_of_a_batch_are_counted_on_its_first_tensor(batch, samples):
+    assert samples_in(batch) == samples
 
 
 def test_a_collection_need_not_know_its_length():
@@ -123,9 +136,11 @@ def test_evaluating_gives_every_training_flag_back():
     model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout(), nn.Linear(2, 2)))
     model[1].eval()
     before = [module.training for module in model.modules()]
-    with pytest.raises(KeyError), evaluating(model):
+    with evaluating(model):
         assert not any(module.training for module in model.modules())
         assert not torch.is_grad_enabled()
+    assert [module.training for module in model.modules()] == before
+    with pytest.raises(KeyError), evaluating(model):
         raise KeyError
     assert [module.training for module in model.modules()] == before
     assert torch.is_grad_enabled()

@@ -40,23 +40,34 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's inputs belong: the device of its first parameter or buffer, the CPU if it has none."""
+    """Where the model's inputs belong: the device of its first parameter or buffer, else the CPU."""
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
 
 
+def samples_in(batch: Batch) -> int:
+    """How many samples a batch holds: the first dimension of its first tensor that has one, else 1."""
+    values = batch.values() if isinstance(batch, Mapping) else [batch] if isinstance(batch, Tensor) else batch
+    for value in values:
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return value.shape[0]
+    return 1
+
+
 def check_batches(batches: Batches) -> None:
-    """Raises TypeError or ValueError unless `batches` is a collection of batches that can be gone through again."""
+    """Raises TypeError or ValueError unless `batches` holds batches and can be gone through again."""
     if isinstance(batches, Mapping | Tensor | str | bytes):
         raise TypeError(
-            f"batches must be a list or a DataLoader of batches, got one {type(batches).__name__}: wrap it in a list"
+            f"batches must be a list or a DataLoader of batches, got one {type(batches).__name__}: "
+            "wrap it in a list"
         )
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches must be a list or a DataLoader of batches, got {type(batches).__name__}")
     if isinstance(batches, Iterator):
         raise TypeError(
-            f"batches must be re-iterable, got the one-shot iterator {type(batches).__name__}: pass list(batches), or a DataLoader"
+            f"batches must be re-iterable, got the one-shot iterator {type(batches).__name__}: "
+            "pass list(batches), or a DataLoader"
         )
     if length(batches) == 0:
         raise ValueError("batches must hold at least one batch, got an empty collection")
@@ -71,7 +82,7 @@ def length(batches: Batches) -> int | None:
 
 
 def padding_mask(batch: Batch) -> Tensor | None:
-    """bool [B, T], True where the token is real: a Mapping's "attention_mask" if it is a 2-D tensor, else None."""
+    """bool [B, T], True for real tokens: a Mapping's "attention_mask" where it is a 2-D tensor, else None."""
     return _mask(batch, "attention_mask")
 
 
@@ -80,14 +91,20 @@ def real_rows(model: nn.Module, name: str, batch: Batch, x: Tensor) -> Tensor | 
 
     x [..., d] is what entered the module while the model ran `batch`; the result is bool [rows] for
     x.reshape(-1, d). A padding mask applies where it has as many tokens as x: also to models that flatten
-    [B, T, d] first. In an encoder-decoder, what is below a module named "decoder" answers to "decoder_attention_mask".
+    [B, T, d] first. In an encoder-decoder, what is below a module named "decoder" answers to
+    "decoder_attention_mask".
     """
     two_sided = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     decoder = two_sided and "decoder" in name.split(".")
     mask = _mask(batch, "decoder_attention_mask" if decoder else "attention_mask")
-    if mask is None or mask.numel() != x[..., 0].numel():
+    if mask is None or x.is_nested or mask.numel() != x[..., 0].numel():
         return None
     return mask.flatten().to(x.device)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x [..., d] -> [rows, d]; of a nested tensor, which holds no padding, its parts one after the other."""
+    return torch.cat(x.unbind()) if x.is_nested else x.reshape(-1, x.shape[-1])
 
 
 @contextmanager

@@ -1,0 +1,186 @@
+"""Solving for the one tau of a model: by what it may cost, or by what it may lose."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from sadmoe.batches import Batch, Batches, check_batches, device_of, evaluating, run, samples_in, to_device
+from sadmoe.cost import CostReport, cost_of_masks
+from sadmoe.dial import converted_layers, set_tau, tau
+from sadmoe.masks import record_masks
+
+__all__ = ["Calibration", "calibrate_", "set_tau", "tau"]
+
+SMALLEST_TAU = 1e-6  # the working points of the paper lie between 1e-3 and 0.1
+EVALUATIONS = 12  # of the model on the batches, at most: leaves tau known to 1 %
+TOLERANCE = 0.002  # a cost this close under the budget, as a share of the dense cost, ends the search
+
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The tau that was found and set, and what the model does with it on the batches.
+
+    budget: executed FLOPs of the converted layers over their dense FLOPs, router and combine included. share:
+    executed (token, expert) pairs over all pairs. loss and dense_loss (at tau = 0) are means over the
+    batches, None where no loss was asked for.
+    """
+
+    tau: float
+    budget: float
+    share: float
+    cost: CostReport
+    loss: float | None
+    dense_loss: float | None
+    evaluations: int
+
+
+def calibrate_(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    budget: float | None = None,
+    max_loss_increase: float | None = None,
+    loss: Loss | None = None,
+    skip_padding: bool = True,
+    progress: bool = False,
+) -> Calibration:
+    """Finds one tau for all converted layers by bisection of its logarithm in [1e-6, 1], and sets it.
+
+    budget: the smallest tau whose layers execute at most this share of their dense FLOPs, in (0, 1].
+    max_loss_increase: the largest tau found whose loss is at most this much above the loss at tau = 0,
+    relatively (0.01: one percent more), >= 0. One of the two must be given.
+    loss(model, batch) -> scalar runs the model itself; by default the output's `.loss`, so batches need
+    labels. It is averaged over batches. With a budget it is only measured, and only where it is given. The
+    model runs in eval mode without gradients, at most 12 times over the batches. skip_padding: as in `cost`.
+    Raises ValueError where no tau meets the budget, or the loss gives nothing to compare with; then the gates
+    are as they were.
+    """
+    converted_layers(model)
+    check_batches(batches)
+    _check_goal(budget, max_loss_increase)
+    with tqdm(desc="calibrate", total=EVALUATIONS, unit="pass", disable=not progress) as bar:
+        search = _Search(model, batches, loss, skip_padding, bar)
+        if budget is not None:
+            found = search.by_cost(budget)
+        elif max_loss_increase is not None:
+            found = search.by_loss(max_loss_increase)
+    set_tau(model, found.tau)
+    return found
+
+
+def _check_goal(budget: float | None, max_loss_increase: float | None) -> None:
+    if (budget is None) == (max_loss_increase is None):
+        raise ValueError("calibrate_ takes either budget or max_loss_increase, and one of them")
+    if budget is not None and not 0 < budget <= 1:
+        raise ValueError(
+            f"budget must be in (0, 1], executed over dense FLOPs of the converted layers, got {budget}"
+        )
+    if max_loss_increase is not None and not max_loss_increase >= 0:
+        raise ValueError(f"max_loss_increase must not be negative, got {max_loss_increase}")
+
+
+class _Search:
+    """Evaluations of one model on one set of batches, and the two ways to choose the next tau."""
+
+    def __init__(self, model: nn.Module, batches: Batches, loss: Loss | None, skip_padding: bool, bar: Any):
+        self.model, self.batches, self.loss = model, batches, loss
+        self.skip_padding, self.bar = skip_padding, bar
+        self.evaluations = 0
+
+    def by_cost(self, budget: float) -> Calibration:
+        """The smallest tau within the budget; cost falls as tau grows."""
+        if budget == 1:
+            dense = self.at(0.0)
+            return self._result(dense, dense.loss)
+        dense_loss = None if self.loss is None else self.at(0.0).loss
+        low, high, best = math.log(SMALLEST_TAU), 0.0, None
+        while self.evaluations < EVALUATIONS - 1 and (best is None or budget - best.budget > TOLERANCE):
+            middle = (low + high) / 2
+            found = self.at(math.exp(middle))
+            self._check_floor(found, budget)
+            if found.budget <= budget:
+                high, best = middle, found
+            else:
+                low = middle
+        return self._result(self._top_expert(budget) if best is None else best, dense_loss)
+
+    def by_loss(self, max_increase: float) -> Calibration:
+        """The largest tau found within the increase; tau = 0 always is."""
+        self.loss = _output_loss if self.loss is None else self.loss
+        best = self.at(0.0)
+        dense_loss = best.loss
+        if dense_loss is None or not 0 < dense_loss < math.inf:
+            raise ValueError(
+                f"max_loss_increase is relative to the loss at tau = 0, which must be positive and finite, "
+                f"got {dense_loss}: pass another loss, or a budget"
+            )
+        low, high = math.log(SMALLEST_TAU), 0.0
+        while self.evaluations < EVALUATIONS:
+            middle = (low + high) / 2
+            found = self.at(math.exp(middle))
+            if found.loss is not None and found.loss <= dense_loss * (1 + max_increase):
+                low, best = middle, found
+            else:
+                high = middle
+        return self._result(best, dense_loss)
+
+    def at(self, value: float) -> Calibration:
+        """Runs the batches with that tau; the gates come back."""
+        device, samples, losses = device_of(self.model), 0, []
+        with (
+            tau(self.model, value),
+            evaluating(self.model),
+            record_masks(self.model, skip_padding=self.skip_padding) as record,
+        ):
+            for batch in self.batches:
+                batch = to_device(batch, device)
+                samples += samples_in(batch)
+                with record.batch(batch):
+                    if self.loss is None:
+                        run(self.model, batch)
+                    else:
+                        losses.append(float(self.loss(self.model, batch)))
+            report = cost_of_masks(self.model, record.layers, samples)
+        self.evaluations += 1
+        self.bar.update()
+        mean = sum(losses) / len(losses) if losses else None
+        return Calibration(
+            value, report.executed / report.dense, report.share, report, mean, None, self.evaluations
+        )
+
+    def _check_floor(self, found: Calibration, budget: float) -> None:
+        floor = found.cost.floor / found.cost.dense
+        if budget < floor:
+            raise ValueError(
+                f"budget {budget} is below what one expert per token costs in this model, {floor:.4f} of "
+                "the dense FLOPs: ask for more, or convert with narrower routers or smaller experts"
+            )
+
+    def _top_expert(self, budget: float) -> Calibration:
+        found = self.at(1.0)
+        if found.budget > budget:
+            raise ValueError(
+                f"budget {budget} cannot be met: even tau = 1 executes {found.budget:.4f} of dense, "
+                "because the routers predict the same norm for several experts; fit them, see fit_routers_"
+            )
+        return found
+
+    def _result(self, found: Calibration, dense_loss: float | None) -> Calibration:
+        return replace(found, dense_loss=dense_loss, evaluations=self.evaluations)
+
+
+def _output_loss(model: nn.Module, batch: Batch) -> Tensor:
+    output = run(model, batch)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None:
+        raise ValueError(
+            f"the model returned a {type(output).__name__} without a loss: put labels into the batches, "
+            "or pass loss="
+        )
+    return loss

@@ -1,0 +1,187 @@
+"""Counting what a model computes, by the rule of the paper's evaluation code (arXiv 2310.04361, appendix B).
+
+One multiply-add is one FLOP. Matrix products and convolutions count their multiply-adds; the bias of a linear
+layer is free. Elementwise arithmetic, exp, tanh, sigmoid, GELU, SiLU, comparisons, cumulative sums,
+embeddings: 1 per output element. Mean and sum: 1 per input element. Softmax: 2 per element. Layer norm: 5 per
+element, 4 without weights. Attention: two products, 3 per score and 1 more where a mask is added. ReLU,
+powers, roots, copies and everything else: nothing.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sadmoe.batches import Batch, device_of, evaluating, run, to_device
+from sadmoe.layer import DynamicKMoE
+
+
+def count_flops(model: nn.Module, batch: Batch) -> int:
+    """FLOPs of model(batch) in eval mode, all samples and padding included, without its converted layers.
+
+    So for a dense model that is all of it. `batch` is moved to where the model is, and the model really runs,
+    which on the meta device costs no arithmetic.
+    """
+    with evaluating(model), FlopCount(model) as count:
+        run(model, to_device(batch, device_of(model)))
+    return count.flops
+
+
+class FlopCount:
+    """A context that adds up, in `flops`, what `model` runs inside it, without its converted layers."""
+
+    def __init__(self, model: nn.Module):
+        self.flops = 0
+        self.model = model
+        self._paused = 0
+
+    def add(self, flops: int) -> None:
+        """Counts that many, unless inside something that is counted as a whole or not at all."""
+        if not self._paused:
+            self.flops += flops
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs inside is not counted."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
+    def __enter__(self) -> "FlopCount":
+        self._hooks = []
+        for layer in (module for module in self.model.modules() if isinstance(module, DynamicKMoE)):
+            self._hooks.append(layer.register_forward_pre_hook(self._enter_layer, prepend=True))
+            self._hooks.append(layer.register_forward_hook(self._leave_layer, always_call=True))
+        self._modes = (_Attention(self), _Operations(self))
+        for mode in self._modes:
+            mode.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for mode in reversed(self._modes):
+            mode.__exit__(*exception)
+        for hook in self._hooks:
+            hook.remove()
+
+    def _enter_layer(self, *_: Any) -> None:
+        self._paused += 1
+
+    def _leave_layer(self, *_: Any) -> None:
+        self._paused -= 1
+
+
+class _Attention(TorchFunctionMode):
+    """Counts attention where it is called: below, it is another set of operations on every device."""
+
+    def __init__(self, count: FlopCount):
+        super().__init__()
+        self.count = count
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        self.count.add(_attention(*args, **kwargs))
+        with self.count.paused():
+            return func(*args, **kwargs)
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, count: FlopCount):
+        super().__init__()
+        self.count = count
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        rule = _RULES.get(func.overloadpacket.__name__.rstrip("_")) if func.namespace == "aten" else None
+        if rule is None:
+            with self:  # in inference mode, operations arrive whole that are made of others
+                out = func.decompose(*args, **kwargs)
+            return func(*args, **kwargs) if out is NotImplemented else out
+        out = func(*args, **kwargs)
+        self.count.add(rule(args, out))
+        return out
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **kwargs: Any
+) -> int:
+    scores = query[..., 0].numel() * key.shape[-2]
+    each = (
+        query.shape[-1] + value.shape[-1] + 3 + (attn_mask is not None or kwargs.get("attn_mask") is not None)
+    )
+    return scores * each
+
+
+def _product(left: int) -> Callable[[Any, Any], int]:
+    """A matrix product whose left factor is argument number `left`."""
+    return lambda args, out: out.numel() * args[left].shape[-1]
+
+
+def _per_output(args: Any, out: Any) -> int:
+    return out.numel() if isinstance(out, Tensor) else 0
+
+
+def _per_input(args: Any, out: Any) -> int:
+    return args[0].numel()
+
+
+def _softmax(args: Any, out: Any) -> int:
+    return 2 * out.numel()
+
+
+def _layer_norm(args: Any, out: Any) -> int:
+    return (4 if args[2] is None else 5) * args[0].numel()
+
+
+def _rms_norm(args: Any, out: Any) -> int:
+    rows = args[0].numel() // math.prod(args[1])
+    return (2 if args[2] is None else 3) * args[0].numel() + rows
+
+
+def _convolution(args: Any, out: Any) -> int:
+    x, weight, transposed = args[0], args[1], args[6]
+    return x.numel() * weight[0].numel() if transposed else out.numel() * weight[0].numel()
+
+
+_ELEMENTWISE = (
+    *(
+        "add",
+        "sub",
+        "rsub",
+        "mul",
+        "div",
+        "exp",
+        "tanh",
+        "sigmoid",
+        "abs",
+        "gelu",
+        "silu",
+        "cumsum",
+        "embedding",
+    ),
+    *("eq", "ne", "lt", "le", "gt", "ge"),
+)
+
+_RULES: dict[str, Callable[[Any, Any], int]] = {
+    "mm": _product(0),
+    "bmm": _product(0),
+    "addmm": _product(1),
+    "baddbmm": _product(1),
+    "mv": _product(0),
+    "convolution": _convolution,
+    "native_layer_norm": _layer_norm,
+    "_fused_rms_norm": _rms_norm,
+    "_softmax": _softmax,
+    "_log_softmax": _softmax,
+    "mean": _per_input,
+    "sum": _per_input,
+    **dict.fromkeys(_ELEMENTWISE, _per_output),
+}

@@ -1,0 +1,177 @@
+"""What enters each FFN while a model runs: a uniform sample of its tokens, in bounded memory."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from sadmoe.batches import (
+    Batches,
+    check_batches,
+    device_of,
+    evaluating,
+    length,
+    real_rows,
+    rows_of,
+    run,
+    to_device,
+)
+
+
+class Site(Protocol):
+    """A place whose input is wanted: the input of the module `first`, known as `name`."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def first(self) -> nn.Module: ...  # noqa: D102
+
+
+def collect_inputs(
+    model: nn.Module,
+    sites: Iterable[Site],
+    batches: Batches,
+    *,
+    max_tokens: int,
+    seed: int = 0,
+    skip_padding: bool = True,
+    progress: bool = False,
+) -> dict[str, Tensor]:
+    """What enters each site: name -> [n, d] with n <= max_tokens; `stream_inputs` for all sites at once."""
+    return dict(
+        stream_inputs(
+            model,
+            sites,
+            batches,
+            max_tokens=max_tokens,
+            seed=seed,
+            skip_padding=skip_padding,
+            progress=progress,
+        )
+    )
+
+
+def stream_inputs(
+    model: nn.Module,
+    sites: Iterable[Site],
+    batches: Batches,
+    *,
+    max_tokens: int,
+    max_bytes: int | None = None,
+    seed: int = 0,
+    skip_padding: bool = True,
+    progress: bool = False,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields (name, inputs [n, d]) site after site: a uniform sample of at most max_tokens of the tokens.
+
+    The model runs over `batches` in eval mode without gradients, once for as many sites as fit in max_bytes
+    together (at least one; None: no limit), so that inputs that were used can be freed before the next pass.
+    Sites that see the same tokens sample the same ones. skip_padding: leave padding out (see
+    `batches.real_rows`). Raises ValueError where a site is never run.
+    """
+    check_batches(batches)
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    waiting = {site.name: site for site in sites}
+    while waiting:
+        collector = _Collector(
+            model, max_tokens, math.inf if max_bytes is None else max_bytes, seed, skip_padding
+        )
+        samples = _one_pass(collector, waiting.values(), batches, progress)
+        if missed := [name for name in waiting if name not in samples and name not in collector.refused]:
+            raise ValueError(
+                f"the batches never reach {', '.join(missed)}: pass batches that run every FFN to convert"
+            )
+        for name in [name for name in waiting if name in samples]:
+            del waiting[name]
+            yield name, samples.pop(name).rows
+
+
+class _Sample:
+    """A uniform sample without replacement of the rows that went by, in one buffer of fixed size.
+
+    Every row draws a key and the rows of the smallest keys stay: equal seeds and counts make equal choices.
+    """
+
+    def __init__(self, size: int, rows: Tensor, seed: int):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.keys = torch.empty(0, dtype=torch.float64)
+        self.buffer = torch.empty(size, rows.shape[-1], dtype=rows.dtype, device=rows.device)
+
+    @property
+    def rows(self) -> Tensor:
+        return self.buffer[: len(self.keys)]
+
+    def add(self, rows: Tensor) -> None:
+        keys = torch.rand(len(rows), generator=self.generator, dtype=torch.float64)
+        start = len(self.keys)
+        fits = min(len(self.buffer) - start, len(rows))
+        self.buffer[start : start + fits] = rows[:fits]
+        self.keys = torch.cat([self.keys, keys[:fits]])
+        if fits < len(rows):
+            self._replace(rows[fits:], keys[fits:])
+
+    def _replace(self, rows: Tensor, keys: Tensor) -> None:
+        size = len(self.buffer)
+        everyone = torch.cat([self.keys, keys])
+        stays = torch.zeros(len(everyone), dtype=torch.bool)
+        stays[everyone.topk(size, largest=False, sorted=False).indices] = True
+        leaving, entering = (~stays[:size]).nonzero().squeeze(1), stays[size:].nonzero().squeeze(1)
+        self.buffer[leaving.to(rows.device)] = rows[entering.to(rows.device)]
+        self.keys[leaving] = keys[entering]
+
+
+@dataclass
+class _Collector:
+    """The samples of one pass; a site whose buffer does not fit in what is left of max_bytes waits."""
+
+    model: nn.Module
+    max_tokens: int
+    max_bytes: float
+    seed: int
+    skip_padding: bool
+    samples: dict[str, _Sample] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)
+    batch: Any = None
+
+    def see(self, name: str, x: Tensor) -> None:
+        if name in self.refused:
+            return
+        real = real_rows(self.model, name, self.batch, x) if self.skip_padding else None
+        rows = rows_of(x)
+        if name not in self.samples:
+            used = sum(sample.buffer.nbytes for sample in self.samples.values())
+            if (
+                self.samples
+                and used + self.max_tokens * rows.shape[-1] * rows.element_size() > self.max_bytes
+            ):
+                self.refused.add(name)
+                return
+            self.samples[name] = _Sample(self.max_tokens, rows, self.seed)
+        self.samples[name].add(rows if real is None else rows[real])
+
+
+def _one_pass(
+    collector: _Collector, sites: Iterable[Site], batches: Batches, progress: bool
+) -> dict[str, _Sample]:
+    def hook_for(name: str) -> Any:
+        return lambda module, args, kwargs: collector.see(
+            name, args[0] if args else next(iter(kwargs.values()))
+        )
+
+    device = device_of(collector.model)
+    hooks = [site.first.register_forward_pre_hook(hook_for(site.name), with_kwargs=True) for site in sites]
+    try:
+        with evaluating(collector.model):
+            for batch in tqdm(batches, "inputs", length(batches), disable=not progress):
+                collector.batch = to_device(batch, device)
+                run(collector.model, collector.batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return collector.samples

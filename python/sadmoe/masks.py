@@ -1,0 +1,105 @@
+"""Which experts a model runs, counted while it runs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sadmoe.batches import Batch, real_rows
+from sadmoe.dial import converted_layers
+from sadmoe.gates import DynamicK
+from sadmoe.layer import DynamicKMoE
+
+
+@dataclass
+class LayerMasks:
+    """Counts of one layer. histogram int64 [E + 1]: tokens by their number of experts. rows: with padding."""
+
+    histogram: Tensor
+    rows: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens counted."""
+        return int(self.histogram.sum())
+
+    @property
+    def pairs(self) -> int:
+        """Executed (token, expert) pairs: the sum of the masks."""
+        return int((self.histogram * torch.arange(len(self.histogram))).sum())
+
+    @property
+    def mean_k(self) -> float:
+        """Experts per token; nan without tokens."""
+        return self.pairs / self.tokens if self.tokens else float("nan")
+
+    @property
+    def share(self) -> float:
+        """Executed pairs over all pairs; nan without tokens."""
+        return self.mean_k / (len(self.histogram) - 1)
+
+
+class MaskRecord:
+    """What `record_masks` counts: `layers`, by name."""
+
+    def __init__(self, model: nn.Module, skip_padding: bool):
+        self.model, self.skip_padding = model, skip_padding
+        self.layers = {
+            name: LayerMasks(torch.zeros(layer.experts + 1, dtype=torch.int64))
+            for name, layer in converted_layers(model).items()
+        }
+        self._batch: Batch = ()
+
+    @contextmanager
+    def batch(self, batch: Batch) -> Iterator[None]:
+        """Calls of the model inside are calls with this batch, whose padding is then known."""
+        former, self._batch = self._batch, batch
+        try:
+            yield
+        finally:
+            self._batch = former
+
+    def see(self, name: str, layer: DynamicKMoE, x: Tensor) -> None:
+        """Counts one call of a layer with input x [..., d]."""
+        rows = x.reshape(-1, x.shape[-1])
+        counts = self.layers[name]
+        counts.rows += len(rows)
+        real = real_rows(self.model, name, self._batch, x) if self.skip_padding else None
+        rows = rows if real is None else rows[real]
+        if isinstance(layer.gate, DynamicK) and layer.gate.tau == 0:
+            counts.histogram[-1] += len(rows)
+            return
+        with torch.no_grad():
+            k = layer.mask(rows).sum(-1)
+        counts.histogram += torch.bincount(k, minlength=layer.experts + 1).cpu()
+
+
+@contextmanager
+def record_masks(model: nn.Module, *, skip_padding: bool = True) -> Iterator[MaskRecord]:
+    """Counts, inside the with block, the experts that every converted layer runs for every token.
+
+        with record_masks(model) as record:
+            for batch in batches:
+                with record.batch(batch):  # only to leave out its padding
+                    model(**batch)
+        record.layers["encoder.layer.0.intermediate"].share
+
+    The router is evaluated once more for it: not for timing. skip_padding: see `batches.real_rows`.
+    """
+    record = MaskRecord(model, skip_padding)
+
+    def hook_for(name: str) -> Any:
+        return lambda layer, args, kwargs: record.see(name, layer, args[0] if args else kwargs["x"])
+
+    hooks = [
+        layer.register_forward_pre_hook(hook_for(name), with_kwargs=True)
+        for name, layer in converted_layers(model).items()
+    ]
+    try:
+        yield record
+    finally:
+        for hook in hooks:
+            hook.remove()

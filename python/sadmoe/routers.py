@@ -1,0 +1,228 @@
+"""Training of the routers: regression of every expert's output norm. Source: arXiv 2310.04361, section 3."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from sadmoe import reference
+from sadmoe.batches import Batches
+from sadmoe.dial import converted_layers, tau
+from sadmoe.inputs import collect_inputs, stream_inputs
+from sadmoe.layer import DynamicKMoE
+
+__all__ = ["RouterConfig", "RouterFit", "collect_inputs", "fit_router_", "fit_routers_", "stream_inputs"]
+
+HELD_OUT = 0.1  # share of the tokens that training never sees
+REPORTED_SHARE = 0.25  # executed share at which `captured` is reported
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """How the router of a layer is trained. Width, optimiser and loss are the paper's; the length is ours."""
+
+    width: int = 128  # r, neurons between the two layers (the paper uses 512 for a 2-billion-parameter model)
+    steps: int = 1000  # updates of the weights
+    batch_tokens: int = 512  # tokens in each update
+    lr: float = (
+        5e-3  # AdamW's rate at the start, down to 0 along a cosine; inputs and targets are scaled for it
+    )
+    weight_decay: float = 0.01  # AdamW's, as in the paper's text models
+    seed: int = 0  # of the initial weights, the held-out tokens and the order of the tokens
+
+    def __post_init__(self) -> None:
+        for name in ("width", "steps", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"RouterConfig: {name} must be at least 1, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ValueError(f"RouterConfig: lr must be positive, got {self.lr}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"RouterConfig: weight_decay must not be negative, got {self.weight_decay}")
+
+
+@dataclass(frozen=True)
+class RouterFit:
+    """How well a router predicts the norms of tokens it was not trained on.
+
+    r2: 1 - SSE / SST over all held-out (token, expert) pairs, SST around their common mean; nan where all
+    norms are equal. loss: their mean squared error, in units of the norm squared. captured: the share of the
+    sum of all squared norms that sits in the experts dynamic-k runs, with the tau that runs a quarter of the
+    pairs; captured_oracle: the same for the same rule on the true norms, a mark for what a router can reach.
+    """
+
+    r2: float
+    loss: float
+    captured: float
+    captured_oracle: float
+    tokens: int  # trained on
+    held_out: int
+
+
+def fit_router_(
+    layer: DynamicKMoE, inputs: Tensor, config: RouterConfig | None = None, *, progress: bool = False
+) -> RouterFit:
+    """Trains `layer.router` in place to predict `layer.expert_norms`; nothing else in the layer changes.
+
+    Least squares over (token, expert) pairs, AdamW, cosine down to 0, gradients clipped to 1. Training is in
+    float32 from fresh weights and with its own random numbers: the result depends on layer, inputs and
+    config. inputs [n, d]: tokens as they enter the dense FFN, n >= 2; a tenth is held out for the returned
+    `RouterFit`. Source: arXiv 2310.04361, section 3; targets by Gram matrices, see
+    `DynamicKMoE.expert_norms`.
+    """
+    config = RouterConfig(width=layer.router.v1.shape[0]) if config is None else config
+    _check_fit(layer, inputs, config)
+    generator = torch.Generator().manual_seed(config.seed)
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(inputs.device.type, enabled=False),
+    ):
+        problem = _Problem.of(layer, inputs)
+        order = torch.randperm(len(inputs), generator=generator)
+        held_out, train = order.tensor_split([math.ceil(HELD_OUT * len(inputs))])
+        v1, v2 = (_fresh(v, generator) for v in (layer.router.v1, layer.router.v2))
+        _train(v1, v2, problem, train, config, generator, progress)
+        with torch.no_grad():
+            layer.router.v1.copy_(v1 / problem.x_scale)
+            layer.router.v2.copy_(v2 * problem.y_scale)
+            scores = torch.cat([layer.router(x) for x in inputs[held_out].split(config.batch_tokens)])
+            return _judge(scores, problem.norms[held_out], tokens=len(train))
+
+
+def fit_routers_(
+    model: nn.Module,
+    batches: Batches,
+    config: RouterConfig | None = None,
+    *,
+    max_tokens: int = 20_000,
+    max_bytes: int = 2**30,
+    skip_padding: bool = True,
+    progress: bool = False,
+) -> dict[str, RouterFit]:
+    """Trains the routers of a converted model anew: `fit_router_` on what enters each layer at tau = 0.
+
+    max_tokens, max_bytes and skip_padding: see `stream_inputs`. Gates stay as they are.
+    Raises ValueError where nothing was converted, or where the routers are not as wide as the config says.
+    """
+    layers = converted_layers(model)
+    sites = [_Converted(name, layer) for name, layer in layers.items()]
+    with tau(model, 0.0):
+        stream = stream_inputs(
+            model,
+            sites,
+            batches,
+            max_tokens=max_tokens,
+            max_bytes=max_bytes,
+            skip_padding=skip_padding,
+            progress=progress,
+        )
+        return {name: fit_router_(layers[name], x, config, progress=progress) for name, x in stream}
+
+
+class _Converted(NamedTuple):
+    name: str
+    first: nn.Module
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """The regression: inputs [n, d] -> norms [n, E], each divided by a scale for the optimiser's sake.
+
+    The scales are powers of two, so that folding them back into the weights rounds nothing.
+    """
+
+    inputs: Tensor
+    norms: Tensor
+    x_scale: float
+    y_scale: float
+
+    @staticmethod
+    def of(layer: DynamicKMoE, inputs: Tensor) -> "_Problem":
+        chunk = max(1, 2**22 // (layer.experts * layer.expert_size))  # rows whose activations stay small
+        norms = torch.cat([layer.expert_norms(x) for x in inputs.split(chunk)])
+        if not norms.isfinite().all():
+            raise ValueError(
+                "inputs: not every expert's output norm is finite; look for NaN or inf in inputs or weights"
+            )
+        return _Problem(
+            inputs, norms, _power_of_two(inputs.float().square().mean().sqrt()), _power_of_two(norms.mean())
+        )
+
+    def at(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inputs[rows].float() / self.x_scale, self.norms[rows] / self.y_scale
+
+
+def _check_fit(layer: DynamicKMoE, inputs: Tensor, config: RouterConfig) -> None:
+    width, d = layer.router.v1.shape
+    if inputs.dim() != 2 or inputs.shape[1] != d or len(inputs) < 2 or not inputs.is_floating_point():
+        raise ValueError(
+            f"inputs must be floating point [n, {d}] with n >= 2, got {inputs.dtype} {list(inputs.shape)}: "
+            "pass the tokens that enter this FFN, see collect_inputs"
+        )
+    if width != config.width:
+        raise ValueError(
+            f"config.width is {config.width}, but the layer's router has width {width}: "
+            f"build it with router_width={config.width}"
+        )
+
+
+def _power_of_two(scale: Tensor) -> float:
+    """The power of two nearest to a positive scale in the logarithm, 1 for 0."""
+    return 2.0 ** round(math.log2(scale.item())) if scale > 0 else 1.0
+
+
+def _fresh(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """torch's initialisation of a linear layer, in float32, from the given random numbers."""
+    fresh = torch.empty(weight.shape)
+    nn.init.kaiming_uniform_(fresh, a=5**0.5, generator=generator)
+    return fresh.to(weight.device).requires_grad_()
+
+
+def _train(
+    v1: Tensor,
+    v2: Tensor,
+    problem: _Problem,
+    train: Tensor,
+    config: RouterConfig,
+    generator: torch.Generator,
+    progress: bool,
+) -> None:
+    optimizer = torch.optim.AdamW([v1, v2], lr=config.lr, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
+    size = min(config.batch_tokens, len(train))
+    order = train[:0]
+    for _ in tqdm(range(config.steps), "router", disable=not progress, leave=False):
+        if len(order) < size:
+            order = train[torch.randperm(len(train), generator=generator)]
+        rows, order = order[:size].to(v1.device), order[size:]
+        x, y = problem.at(rows)
+        optimizer.zero_grad()
+        F.mse_loss(reference.router_scores(x, v1, v2), y).backward()
+        nn.utils.clip_grad_norm_([v1, v2], 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+def _judge(scores: Tensor, norms: Tensor, tokens: int) -> RouterFit:
+    sse, sst = (scores - norms).pow(2).sum(), (norms - norms.mean()).pow(2).sum()
+    return RouterFit(
+        r2=(1 - sse / sst).item() if sst > 0 else math.nan,
+        loss=(sse / norms.numel()).item(),
+        captured=_captured(scores, norms),
+        captured_oracle=_captured(norms, norms),
+        tokens=tokens,
+        held_out=len(norms),
+    )
+
+
+def _captured(scores: Tensor, norms: Tensor) -> float:
+    """Share of the squared norms in what dynamic-k runs on these scores, at REPORTED_SHARE of the pairs."""
+    ratios = scores / scores.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+    runs = max(1, round(REPORTED_SHARE * ratios.numel()))
+    chosen = ratios.flatten().topk(runs).indices
+    energy = norms.flatten().square()
+    return (energy[chosen].sum() / energy.sum()).item() if energy.any() else 1.0

@@ -1,0 +1,21 @@
+"""Numbers and rows for people."""
+
+from collections.abc import Sequence
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows under their header, first column to the left, the others to the right, two spaces apart."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    aligned = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    for line, cells in zip(lines, aligned, strict=True):
+        cells[0] = line[0].ljust(widths[0])
+    return "\n".join("  ".join(cells).rstrip() for cells in aligned)
+
+
+def si(number: float) -> str:
+    """Three digits and the unit's prefix: 1.18 M, 42 k, 7."""
+    for factor, prefix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= factor:
+            return f"{number / factor:.3g}{prefix}"
+    return f"{number:.3g}"

@@ -1,0 +1,67 @@
+import pytest
+import torch
+from converted import converted
+from sadmoe.dial import converted_layers, set_tau, tau
+from sadmoe.gates import DynamicK, TopK
+from tiny_models import TINY, call
+from torch import nn
+
+
+def gates(model):
+    return [layer.gate for layer in converted_layers(model).values()]
+
+
+def test_one_number_turns_every_layer():
+    model = converted("bert")
+    set_tau(model, 0.25)
+    assert gates(model) == [DynamicK(0.25)] * 2
+
+
+def test_the_oracle_stays_an_oracle_and_top_k_becomes_dynamic():
+    model = converted("bert")
+    first, second = converted_layers(model).values()
+    first.gate, second.gate = DynamicK(0.1, true_norms=True), TopK(2)
+    set_tau(model, 0.5)
+    assert gates(model) == [DynamicK(0.5, true_norms=True), DynamicK(0.5)]
+
+
+def test_the_context_gives_every_gate_back_also_nested_and_after_an_error():
+    model = converted("bert")
+    first, _ = converted_layers(model).values()
+    first.gate = TopK(2)
+    before = gates(model)
+    with tau(model, 0.5):
+        with tau(model, 0.25):
+            assert gates(model) == [DynamicK(0.25)] * 2
+        assert gates(model) == [DynamicK(0.5)] * 2
+    assert gates(model) == before
+    with pytest.raises(KeyError), tau(model, 0.5):
+        raise KeyError
+    assert gates(model) == before
+
+
+def test_tau_changes_the_next_call():
+    model, batch = converted("bert"), TINY["bert"].batch()
+    with torch.no_grad():
+        dense = call(model, batch)
+        with tau(model, 1.0):
+            sparse = call(model, batch)
+        assert not torch.equal(dense, sparse)
+        assert torch.equal(dense, call(model, batch))
+
+
+def test_a_tau_out_of_range_changes_nothing():
+    model = converted("bert")
+    set_tau(model, 0.5)
+    with pytest.raises(ValueError, match=r"tau must be in \[0, 1\].*got 1.5"):
+        set_tau(model, 1.5)
+    with pytest.raises(ValueError, match=r"tau must be in \[0, 1\]"), tau(model, -0.1):
+        pass
+    assert gates(model) == [DynamicK(0.5)] * 2
+
+
+def test_a_model_that_was_not_converted_is_refused():
+    with pytest.raises(ValueError, match="Linear has no converted layer: convert it first"):
+        set_tau(nn.Linear(2, 2), 0.5)
+    with pytest.raises(ValueError, match="no converted layer"), tau(nn.Linear(2, 2), 0.5):
+        pass

@@ -1,0 +1,92 @@
+import pytest
+import torch
+from converted import converted
+from sadmoe.dial import converted_layers, set_tau
+from sadmoe.gates import DynamicK, TopK
+from sadmoe.masks import record_masks
+from tiny_models import TINY, call
+
+
+def masks_by_hand(model, batch):
+    """The mask of every layer, computed on what entered it."""
+    inputs, layers = {}, converted_layers(model)
+    hooks = [
+        layer.register_forward_pre_hook(lambda m, args, name=name: inputs.update({name: args[0]}))
+        for name, layer in layers.items()
+    ]
+    with torch.no_grad():
+        call(model, batch)
+    for hook in hooks:
+        hook.remove()
+    with torch.no_grad():
+        return {name: layer.mask(inputs[name].flatten(0, -2)) for name, layer in layers.items()}
+
+
+def recorded(model, batch, **kw):
+    with record_masks(model, **kw) as record, record.batch(batch), torch.no_grad():
+        call(model, batch)
+    return record.layers
+
+
+@pytest.mark.parametrize("gate", [DynamicK(0.3), DynamicK(0.3, true_norms=True), TopK(2), DynamicK(0.0)])
+def test_pairs_are_the_sum_of_the_masks_over_real_tokens(gate):
+    model, batch = converted("bert"), TINY["bert"].batch()
+    for layer in converted_layers(model).values():
+        layer.gate = gate
+    real = batch["attention_mask"].bool().flatten()
+    masks, record = masks_by_hand(model, batch), recorded(model, batch)
+    for name, mask in masks.items():
+        k = mask[real].sum(-1)
+        assert record[name].pairs == k.sum()
+        assert record[name].tokens == len(k) == real.sum()
+        assert record[name].rows == len(real)
+        assert record[name].mean_k == pytest.approx(k.float().mean().item())
+        assert record[name].share == pytest.approx(mask[real].float().mean().item())
+        assert record[name].histogram.tolist() == [int((k == i).sum()) for i in range(7)]
+
+
+def test_padding_counts_where_it_is_wanted_or_not_known():
+    model, batch = converted("bert"), TINY["bert"].batch()
+    set_tau(model, 0.3)
+    masks = masks_by_hand(model, batch)
+    with record_masks(model) as unknown, torch.no_grad():
+        call(model, batch)
+    for record in (unknown.layers, recorded(model, batch, skip_padding=False)):
+        assert {name: counts.pairs for name, counts in record.items()} == {
+            name: int(mask.sum()) for name, mask in masks.items()
+        }
+
+
+def test_calls_add_up_and_a_shared_layer_counts_every_call():
+    model, batch = converted("albert"), TINY["albert"].batch()
+    set_tau(model, 0.3)
+    with record_masks(model, skip_padding=False) as record, torch.no_grad():
+        call(model, batch)
+        once = {name: (counts.rows, counts.pairs) for name, counts in record.layers.items()}
+        call(model, batch)
+    (name,) = record.layers
+    assert once[name][0] == 2 * 18  # two blocks share it
+    assert (record.layers[name].rows, record.layers[name].pairs) == (2 * once[name][0], 2 * once[name][1])
+
+
+def test_nothing_stays_behind_also_after_an_error():
+    model = converted("bert")
+    with pytest.raises(KeyError), record_masks(model):
+        raise KeyError
+    assert not any(layer._forward_pre_hooks for layer in converted_layers(model).values())
+
+
+def test_a_layer_that_saw_nothing_has_no_share():
+    with record_masks(converted("bert")) as record:
+        pass
+    for counts in record.layers.values():
+        assert (counts.tokens, counts.pairs, counts.rows) == (0, 0, 0)
+        assert counts.share != counts.share
+
+
+def test_a_dense_model_is_refused():
+    with (
+        pytest.raises(ValueError, match="BertModel has no converted layer"),
+        record_masks(TINY["bert"].model()),
+    ):
+        pass
