@@ -57,7 +57,6 @@ down(Down p) {
     const int64_t c = c0 + i % kColumns;
     memory.y[i / kColumns][i % kColumns] = p.b_out.data && c < p.d_out ? load(p.b_out, c) : 0;
   }
-  sync_block();
   // 32 experts at a glance: each warp sees the same, so the block stays in step.
   for (int64_t e0 = 0; e0 < p.E; e0 += 32) {
     const int64_t e = e0 + thread_index() % 32;

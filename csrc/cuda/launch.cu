@@ -25,11 +25,18 @@ Matrix matrix(View view, int64_t ld) {
   return {view.data, ld, view.dtype, wide};
 }
 
+// Shared memory that every device gives a block without being asked.
+template <class Memory>
+constexpr size_t shared_bytes() {
+  static_assert(sizeof(Memory) <= 48 << 10);
+  return sizeof(Memory);
+}
+
 template <class Tile>
 int launch_up(const Up& p, void* stream) {
   const Grid grid{p.E * divide(p.s, kColumns), std::min(divide(p.T, kRows), kRowBlocks)};
-  if (p.w_gate.data) return launch(up<Tile, true>, grid, kThreads, sizeof(UpMemory<Tile, true>), stream, p);
-  return launch(up<Tile, false>, grid, kThreads, sizeof(UpMemory<Tile, false>), stream, p);
+  if (p.w_gate.data) return launch(up<Tile, true>, grid, kThreads, shared_bytes<UpMemory<Tile, true>>(), stream, p);
+  return launch(up<Tile, false>, grid, kThreads, shared_bytes<UpMemory<Tile, false>>(), stream, p);
 }
 
 // Tensor cores where both operands are of one 16-bit type.
@@ -41,7 +48,8 @@ int launch_up(const Up& p, void* stream) {
 
 template <class Tile>
 int launch_down(const Down& p, void* stream) {
-  return launch(down<Tile>, {divide(p.T, kTileTokens), divide(p.d_out, kColumns)}, kThreads, sizeof(DownMemory<Tile>), stream, p);
+  return launch(down<Tile>, {divide(p.T, kTileTokens), divide(p.d_out, kColumns)}, kThreads, shared_bytes<DownMemory<Tile>>(),
+                stream, p);
 }
 
 int launch_down(const Down& p, void* stream) {
@@ -59,7 +67,7 @@ int launch_down(const Down& p, void* stream) {
 int make_plan(const Plan& p, void* stream) {
   const Grid grid{p.tiles, divide(p.E, kPlanThreads)};
   int code = launch(plan_count, grid, kPlanThreads, 0, stream, p);
-  if (code == 0) code = launch(plan_scan, {1}, kScanThreads, sizeof(ScanMemory), stream, p);
+  if (code == 0) code = launch(plan_scan, {1}, kScanThreads, shared_bytes<ScanMemory>(), stream, p);
   if (code == 0) code = launch(plan_fill, grid, kPlanThreads, 0, stream, p);
   return code;
 }

@@ -1,11 +1,9 @@
 // Fibers, their schedule, and where they meet. Compiled without instrumentation.
 #include "emulator/emulator.h"
 
-#include <dlfcn.h>
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <cstdio>
 #include <cstring>
 #include <mutex>
 #include <numeric>
@@ -14,6 +12,7 @@
 #include <vector>
 
 #include "emulator/memory.h"
+#include "emulator/source_line.h"
 
 #if !defined(__x86_64__)
 #error "The emulator switches fibers in x86-64 assembly: port sadmoe_switch_fiber to this processor."
@@ -127,26 +126,6 @@ class Device {
 Device& device() {
   static Device one;
   return one;
-}
-
-// " at file:line" of a machine address, where addr2line is to be had.
-std::string source_line(void* pc) {
-  Dl_info image;
-  if (!pc || !dladdr(pc, &image)) return {};
-  char command[1024], line[512] = "";
-  const auto offset = static_cast<char*>(pc) - static_cast<char*>(image.dli_fbase) - 1;
-  std::snprintf(command, sizeof command, "addr2line -Cs -e '%s' 0x%tx 2>/dev/null", image.dli_fname, offset);
-  if (FILE* pipe = popen(command, "r")) {
-    if (!std::fgets(line, sizeof line, pipe)) line[0] = 0;
-    pclose(pipe);
-  }
-  line[std::strcspn(line, " \n")] = 0;
-  return line[0] ? std::string(" at ") + line : "";
-}
-
-std::string source_line(const char* file, int line) {
-  const char* slash = std::strrchr(file, '/');
-  return std::string(slash ? slash + 1 : file) + ":" + std::to_string(line);
 }
 
 void Device::leave() { sadmoe_switch_fiber(&current_->stack_pointer, main_stack_); }
@@ -333,6 +312,9 @@ void wait_copies(int left) { device().wait_copies(left, __builtin_return_address
 void check_read(const void* p, size_t n, size_t alignment) {
   device().access(p, n, alignment, Access::read, __builtin_return_address(0));
 }
+void seen(const void* p, size_t n, size_t alignment, Access kind, void* pc) {
+  if (device().running()) device().access(p, n, alignment, kind, pc);
+}
 int run(const Launch& launch) { return device().run(launch); }
 const char* last_error() { return device().error.c_str(); }
 
@@ -356,39 +338,3 @@ Region::~Region() {
 }
 
 }  // namespace sadmoe::emulator
-
-// What the compiler's instrumentation of the kernels calls.
-namespace {
-using sadmoe::emulator::Access;
-void seen(const void* p, size_t n, size_t alignment, Access kind, void* pc) {
-  auto& device = sadmoe::emulator::device();
-  if (device.running()) device.access(p, n, alignment, kind, pc);
-}
-}  // namespace
-
-extern "C" {
-void __tsan_init() {}
-void __tsan_func_entry(void*) {}
-void __tsan_func_exit() {}
-void __tsan_read_range(void* p, size_t n) { seen(p, n, 1, Access::read, __builtin_return_address(0)); }
-void __tsan_write_range(void* p, size_t n) { seen(p, n, 1, Access::write, __builtin_return_address(0)); }
-#define SADMOE_HOOKS(n)                                                                                \
-  void __tsan_read##n(void* p) { seen(p, n, n, Access::read, __builtin_return_address(0)); }           \
-  void __tsan_write##n(void* p) { seen(p, n, n, Access::write, __builtin_return_address(0)); }         \
-  void __tsan_unaligned_read##n(void* p) { seen(p, n, n, Access::read, __builtin_return_address(0)); } \
-  void __tsan_unaligned_write##n(void* p) { seen(p, n, n, Access::write, __builtin_return_address(0)); }
-SADMOE_HOOKS(1)
-SADMOE_HOOKS(2)
-SADMOE_HOOKS(4)
-SADMOE_HOOKS(8)
-SADMOE_HOOKS(16)
-void* __tsan_memset(void* to, int value, size_t n) {
-  seen(to, n, 1, Access::write, __builtin_return_address(0));
-  return std::memset(to, value, n);
-}
-void* __tsan_memcpy(void* to, const void* from, size_t n) {
-  seen(from, n, 1, Access::read, __builtin_return_address(0));
-  seen(to, n, 1, Access::write, __builtin_return_address(0));
-  return std::memcpy(to, from, n);
-}
-}

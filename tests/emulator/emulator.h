@@ -1,7 +1,7 @@
 // A CUDA device on the CPU, for tests: every thread of a block is a fiber, a warp operation is a meeting of its 32 lanes,
 // and every access of a kernel to memory is checked. Blocks run one after another. No timing, no caches.
 //
-// The kernels are compiled with -fsanitize=thread, but not linked to its library: memory.cpp defines the hooks that the
+// The kernels are compiled with -fsanitize=thread, but not linked to its library: hooks.cpp defines the hooks that the
 // compiler calls at each load and store. An error is a launch that fails with a text: thread, block, source line.
 #pragma once
 #include <cstddef>
@@ -24,6 +24,10 @@ void commit_copies();
 void wait_copies(int left);
 // A read by an instruction that the compiler does not see.
 void check_read(const void* p, size_t n, size_t alignment);
+
+// --- For the compiler's hooks: an access by the instruction at pc, if a kernel runs.
+enum class Access { read, write };
+void seen(const void* p, size_t n, size_t alignment, Access kind, void* pc);
 
 // --- For launches.
 struct Launch {

@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "emulator/emulator.h"
+
 namespace sadmoe::emulator {
 
 struct Mark {
@@ -31,8 +33,6 @@ struct Span {
   bool contains(const void* p) const { return begin <= p && p < end; }
   std::string at(const void* p) const;
 };
-
-enum class Access { read, write };
 
 class Memory {
  public:

@@ -1,0 +1,156 @@
+"""Holds compiled CUDA kernels to a budget, without a GPU: registers, no local memory, instructions meant.
+
+    pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+    python tests/sass_check.py build/_ops.so
+
+A kernel without a budget fails, and so does a budget without a kernel.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Most registers a thread (65536 a multiprocessor), and patterns that the code must have."""
+
+    registers: int
+    must: tuple[str, ...] = ()
+
+
+@dataclass
+class Kernel:
+    """What was compiled for one architecture."""
+
+    registers: int = -1
+    stack: int = -1
+    code: str = ""
+
+
+NEVER = {
+    r"\b(STL|LDL)\b": "local memory",
+    r"\b(ATOMG?|ATOMS|RED)\.": "atomics, whose order is not the same twice",
+}
+COPY, MATRICES = r"LDGSTS\.E\.BYPASS\.128", r"LDSM\.16\.M88\.4"
+TRANSPOSED = r"LDSM\.16\.MT88\.4"
+
+
+def _tensor_cores(dtype: str, *more: str) -> tuple[str, ...]:
+    product = {"__nv_bfloat16": r"HMMA\.16816\.F32\.BF16", "__half": r"HMMA\.16816\.F32 "}[dtype]
+    return (product, COPY, MATRICES, *more)
+
+
+BUDGETS = {
+    "select": Budget(40, (r"SHFL\.BFLY",)),
+    "plan_count": Budget(40),
+    "plan_scan": Budget(40, (r"SHFL\.UP",)),
+    "plan_fill": Budget(40),
+    "up<Fma, false>": Budget(72, ("FFMA",)),
+    "up<Fma, true>": Budget(104, ("FFMA",)),
+    "down<Fma>": Budget(72, ("FFMA", "VOTE")),
+}
+for _dtype in ("__nv_bfloat16", "__half"):
+    BUDGETS |= {
+        f"up<Mma<{_dtype}>, false>": Budget(104, _tensor_cores(_dtype)),
+        f"up<Mma<{_dtype}>, true>": Budget(168, _tensor_cores(_dtype)),
+        f"down<Mma<{_dtype}>>": Budget(128, _tensor_cores(_dtype, TRANSPOSED, "VOTE")),
+    }
+
+Kernels = dict[tuple[str, str], Kernel]  # by architecture and name
+
+
+def short_name(function: str) -> str:
+    """Without namespaces and arguments: `up<Mma<__half>, true>`."""
+    return re.sub(r"void |sadmoe::cuda::|\(\w+\)(?=\d)|\(.*", "", function).replace("> >", ">>").strip()
+
+
+def parse(resources: str, sass: str) -> Kernels:
+    """From cuobjdump's demangled `--dump-resource-usage` and `--dump-sass`."""
+    kernels: Kernels = defaultdict(Kernel)
+    arch = name = ""
+    for line in resources.splitlines():
+        if found := re.search(r"arch = (sm_\w+)", line):
+            arch = found[1]
+        elif found := re.search(r"Function (.+):$", line):
+            name = short_name(found[1])
+        elif found := re.search(r"REG:(\d+) STACK:(\d+)", line):
+            kernel = kernels[arch, name]
+            kernel.registers, kernel.stack = int(found[1]), int(found[2])
+    code: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for line in sass.splitlines():
+        if found := re.search(r"code for (sm_\w+)", line):
+            arch, name = found[1], ""
+        elif found := re.search(r"Function : (.+)$", line):
+            name = short_name(found[1])
+        elif name:
+            code[arch, name].append(line)
+    for key, lines in code.items():
+        kernels[key].code = "\n".join(lines)
+    return dict(kernels)
+
+
+def faults(name: str, kernel: Kernel, budgets: dict[str, Budget]) -> list[str]:
+    """What is wrong with one kernel; empty when it keeps its budget."""
+    if name not in budgets:
+        return ["has no budget"]
+    budget = budgets[name]
+    wrong = [f"lacks {pattern}" for pattern in budget.must if not re.search(pattern, kernel.code)]
+    wrong += [f"has {what}" for pattern, what in NEVER.items() if re.search(pattern, kernel.code)]
+    if not 0 <= kernel.registers <= budget.registers:
+        wrong.append(f"{kernel.registers} registers, budget {budget.registers}")
+    if kernel.stack:
+        wrong.append(f"{kernel.stack} bytes of stack")
+    return wrong
+
+
+def check(kernels: Kernels, budgets: dict[str, Budget] = BUDGETS) -> list[str]:
+    """Prints a line a kernel and architecture; returns the faults."""
+    found: list[str] = []
+    for (arch, name), kernel in sorted(kernels.items()):
+        wrong = faults(name, kernel, budgets)
+        budget = budgets[name].registers if name in budgets else "-"
+        print(f"{arch:7} {name:32} {kernel.registers:4} registers of {budget:>4}  {'; '.join(wrong) or 'ok'}")
+        found += [f"{arch} {name}: {fault}" for fault in wrong]
+    archs = {arch for arch, _ in kernels}
+    found += [f"{a} {n}: was not compiled" for a in sorted(archs) for n in budgets if (a, n) not in kernels]
+    return found if archs else ["no kernels at all"]
+
+
+def find_cuobjdump() -> str:
+    """On PATH, or where its package on PyPI puts it."""
+    packaged = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/cuobjdump"))
+    tool = shutil.which("cuobjdump") or (str(packaged[-1]) if packaged else None)
+    if tool is None:
+        sys.exit("cuobjdump was not found: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    return tool
+
+
+def _dump(tool: str, option: str, library: str) -> str:
+    env = {**os.environ, "PATH": f"{Path(tool).parent}:{os.environ['PATH']}"}  # nvdisasm is beside it
+    mangled = subprocess.run(
+        [tool, option, library], env=env, capture_output=True, text=True, check=True
+    ).stdout
+    return subprocess.run(["c++filt"], input=mangled, capture_output=True, text=True, check=True).stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("library", help="the ops library built with SADMOE_CUDA=ON")
+    library, tool = parser.parse_args().library, find_cuobjdump()
+    kernels = parse(_dump(tool, "--dump-resource-usage", library), _dump(tool, "--dump-sass", library))
+    if found := check(kernels):
+        sys.exit("\n".join(["", *found]))
+
+
+if __name__ == "__main__":
+    main()
