@@ -146,10 +146,11 @@ class UserFFN(nn.Module):
         self.expand, self.contract = nn.Linear(d, f), nn.Linear(f, d, bias=False)
         self.nonlinearity = act if isinstance(act, nn.Module) else None
         self.drop = nn.Dropout(0.25)
-        self._call = [act]  # in a list, as a closure would be: out of reach
+        self._functions = [act]  # in a list, as a closure would be: out of reach
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.contract(self._call[0](self.expand(x))))
+        act = self.nonlinearity or self._functions[0]
+        return self.drop(self.contract(act(self.expand(x))))
 
 
 class UserGLU(nn.Module):

@@ -5,7 +5,7 @@ Nothing here runs a module's forward or knows a model class: a proposal is prove
 f -> d with f > d. That keeps out attention projections, poolers, heads and bottlenecks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sadmoe import reference
 from sadmoe.ffn.activations import activation_attributes, activation_children
 from sadmoe.ffn.linears import linear_shape
-from sadmoe.ffn.probe import Call, Unsupported
+from sadmoe.ffn.probe import Call
 from sadmoe.ffn.sites import Parts
 from sadmoe.ffn.surgery import FAST_PATH
 
@@ -24,11 +24,18 @@ ALL_ACTS = tuple(reference.ACTIVATIONS)
 
 @dataclass(frozen=True)
 class Proposal:
-    """An FFN that a module may hold, the activations it may have, and the ways to call the module."""
+    """An FFN that a module may hold, the activations it may have, and the ways to call the module.
+
+    likely: its first linear layer comes first among the children. Only then is it worth a word if it is
+    refused: the other way round, every bottleneck f -> d -> f looks like an FFN.   refusal: why it cannot be
+    converted, where structure alone tells.
+    """
 
     parts: Parts
     acts: tuple[str, ...]
     calls: tuple[Call, ...]
+    likely: bool
+    refusal: str | None = None
 
 
 Adapter = Callable[[nn.Module], Iterator[Proposal]]
@@ -74,22 +81,18 @@ def in_block(module: nn.Module) -> Iterator[Proposal]:
     activation has to be a module or an attribute of the larger one.
     """
     linears = _linears(module)
+    calls = (_call_once, _call_without_mask, _call_twice)
+    fast_path = (FAST_PATH,) if FAST_PATH in module.__dict__ else ()
     for up, down in _pairs(linears):
-        acts = activation_children(module)
-        known = {n: a for n, a in acts.items() if a is not None} | activation_attributes(module)
-        if not known:
-            unknown = ", ".join(f"{n} ({type(module.get_submodule(n)).__name__})" for n in acts)
-            if unknown:
-                raise Unsupported(f"its activation, {unknown}, is none of {', '.join(ALL_ACTS)}")
-            if len(linears) == 2:
-                raise Unsupported(
-                    f"{up} and {down} have the shapes of an FFN, but its activation is no module and no "
-                    "attribute of this one; put the FFN in a module of its own"
-                )
-        fast_path = (FAST_PATH,) if FAST_PATH in module.__dict__ else ()
+        likely = _in_order(linears, up, down)
+        children = activation_children(module)
+        known = {n: a for n, a in children.items() if a is not None} | activation_attributes(module)
         for name, act in known.items():
             parts = Parts(up, up, down, activation=name, removed=(name, down, *fast_path))
-            yield Proposal(parts, (act,), (_call_once, _call_without_mask, _call_twice))
+            yield Proposal(parts, (act,), calls, likely)
+        if not known and (children or len(linears) == 2):
+            refusal = _unknown(module, children) if children else _out_of_reach(up, down)
+            yield Proposal(Parts(up, up, down), (), calls, likely, refusal)
 
 
 def in_pair(module: nn.Module) -> Iterator[Proposal]:
@@ -99,10 +102,11 @@ def in_pair(module: nn.Module) -> Iterator[Proposal]:
     for (a, (up, up_shape)), (b, (down, down_shape)) in permutations(one.items(), 2):
         first = module.get_submodule(a)
         if _is_pair(up_shape, down_shape) and _only_ffn_children(first):
-            name, acts = _activation(first)
+            likely = _in_order(one, a, b)
+            name, acts, refusal = _activation(first)
             activation = None if name is None else f"{a}.{name}"
             parts = Parts(a, f"{a}.{up}", f"{b}.{down}", activation=activation, removed=(f"{b}.{down}",))
-            yield Proposal(parts, acts, (_call_once, _call_pair_with_residual, _call_pair))
+            yield Proposal(parts, acts, (_call_once, _call_pair_with_residual, _call_pair), likely, refusal)
 
 
 ADAPTERS: dict[str, Adapter] = {
@@ -131,28 +135,45 @@ def _call_pair_with_residual(block: nn.Module, parts: Parts, x: Tensor) -> Any:
 
 
 def _whole(module: nn.Module, proposals: list[Parts]) -> Iterator[Proposal]:
-    if proposals:
-        name, acts = _activation(module)
-        for p in proposals:
-            yield Proposal(replace(p, activation=name), acts, (_call_once,))
+    names = [name for name, _ in module.named_children()]
+    for p in proposals:
+        likely = p.gate not in (None, p.up) or _in_order(names, p.up, p.down)
+        name, acts, refusal = _activation(module)
+        yield Proposal(replace(p, activation=name), acts, (_call_once,), likely, refusal)
 
 
-def _activation(module: nn.Module) -> tuple[str | None, tuple[str, ...]]:
-    """Where the activation of a module that holds nothing but an FFN is, and what it may be."""
+def _activation(module: nn.Module) -> tuple[str | None, tuple[str, ...], str | None]:
+    """Of a module that is all FFN: where its activation is, what it may be, or why it is refused."""
     children = activation_children(module)
     known = {n: a for n, a in children.items() if a is not None} or activation_attributes(module)
     if len(known) == 1:
         name, act = next(iter(known.items()))
-        return name, (act,)
+        return name, (act,), None
     if children and not known:
-        kinds = ", ".join(f"{n} ({type(module.get_submodule(n)).__name__})" for n in children)
-        raise Unsupported(f"its activation, {kinds}, is none of {', '.join(ALL_ACTS)}")
-    return None, ALL_ACTS
+        return None, (), _unknown(module, children)
+    return None, ALL_ACTS, None
+
+
+def _unknown(module: nn.Module, children: Iterable[str]) -> str:
+    kinds = ", ".join(f"{n} ({type(module.get_submodule(n)).__name__})" for n in children)
+    return f"its activation, {kinds}, is none of {', '.join(ALL_ACTS)}"
+
+
+def _out_of_reach(up: str, down: str) -> str:
+    return (
+        f"{up} and {down} have the shapes of an FFN, but its activation is no module and no attribute of "
+        "this one; put the FFN in a module of its own"
+    )
 
 
 def _linears(module: nn.Module) -> dict[str, tuple[int, int]]:
     shapes = {name: linear_shape(child) for name, child in module.named_children()}
     return {name: shape for name, shape in shapes.items() if shape is not None}
+
+
+def _in_order(names: Iterable[str], first: str, second: str) -> bool:
+    order = list(names)
+    return order.index(first) < order.index(second)
 
 
 def _is_pair(up: tuple[int, int], down: tuple[int, int]) -> bool:

@@ -18,9 +18,11 @@ TENSORS = ("w_up", "w_down", "b_up", "w_gate", "b_gate", "b_out")
 class DenseFFN:
     """The weights of one FFN of f neurons, one neuron a row, whatever module holds them.
 
-    Plain: act(x w_upᵀ + b_up) w_down + b_out.   GLU: (act(x w_gateᵀ + b_gate) * (x w_upᵀ + b_up)) w_down +
-    b_out. w_up, w_gate [f, d]; w_down [f, d_out], the transpose of torch's Linear weight; b_up, b_gate [f];
-    b_out [d_out]. act: a key of `reference.ACTIVATIONS`.   dropout: probability on the output, in training.
+    Plain: act(x w_upᵀ + b_up) w_down + b_out.
+    GLU: (act(x w_gateᵀ + b_gate) * (x w_upᵀ + b_up)) w_down + b_out.
+    w_up, w_gate [f, d]; w_down [f, d_out], the transpose of torch's Linear weight.
+    b_up, b_gate [f]; b_out [d_out].   act: a key of `reference.ACTIVATIONS`.
+    dropout: probability on the output, in training.
     trainable: which of the tensors (by field name) require a gradient; the tensors themselves are detached.
     """
 

@@ -80,20 +80,17 @@ def _look_at(
     sites: list[FFNSite] = []
     reasons: list[str] = []
     for adapter, propose in ADAPTERS.items():
-        try:
-            for proposal in propose(module):
-                parts = proposal.parts
-                if filter is not None and not filter(join(name, parts.at)):
-                    continue
-                if any({parts.up, parts.down} & {s.parts.up, s.parts.down} for s in sites):
-                    continue
-                try:
-                    uses.check(module, name, proposal)
-                    sites.append(verify(module, name, parts, adapter, proposal.acts, proposal.calls))
-                except Unsupported as reason:
-                    reasons.append(str(reason))
-        except Unsupported as reason:
-            reasons.append(str(reason))
+        for proposal in propose(module):
+            parts = proposal.parts
+            if filter is not None and not filter(join(name, parts.at)):
+                continue
+            if any({parts.up, parts.down} & {s.parts.up, s.parts.down} for s in sites):
+                continue
+            try:
+                uses.check(module, name, proposal)
+                sites.append(verify(module, name, parts, adapter, proposal.acts, proposal.calls))
+            except Unsupported as reason:
+                reasons += [str(reason)] if proposal.likely else []
         if sites:
             break
     return sites, reasons
@@ -117,6 +114,8 @@ class _Uses:
     def check(self, block: nn.Module, name: str, proposal: Proposal) -> None:
         """Raises Unsupported where the linear layers cannot be read, or are used beside the FFN too."""
         parts = proposal.parts
+        if proposal.refusal is not None:
+            raise Unsupported(proposal.refusal)
         if name == "" and parts.at == "":
             raise Unsupported(
                 "the model itself is the FFN, so nothing can hold the layer; wrap it: nn.Sequential(ffn)"

@@ -154,6 +154,10 @@ def _parts_from_spec(name: str, spec: dict[str, Any]) -> Parts:
     optional = ("gate", "gate_half", "activation")
     paths = {k: spec[k] for k in ("at", "up", "down", *optional)}
     wrong = [k for k, v in paths.items() if not isinstance(v, str) and not (v is None and k in optional)]
+    if not isinstance(spec["adapter"], str):
+        wrong.append("adapter")
+    if not isinstance(spec["dropout"], (int, float)) or not 0 <= spec["dropout"] <= 1:
+        wrong.append("dropout")
     removed = spec["removed"]
     if not isinstance(removed, (list, tuple)) or not all(isinstance(p, str) for p in removed):
         wrong.append("removed")
