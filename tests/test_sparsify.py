@@ -36,8 +36,8 @@ def data(n: int = 3) -> list[Tensor]:
     return [torch.randn(4, 7, D, generator=generator) for _ in range(n)]
 
 
-def mean_square(output: Tensor, batch: Tensor) -> Tensor:
-    return (output - batch).square().mean()
+def mean_square(model: nn.Module, batch: Tensor) -> Tensor:
+    return (model(batch) - batch).square().mean()
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -407,11 +407,11 @@ def test_a_failure_leaves_the_model_bit_for_bit_as_it_was(fail_at):
     model = two_ffns(nn.GELU)
     before, calls = state(model), []
 
-    def fails(output: Tensor, batch: Tensor) -> Tensor:
+    def fails(model: nn.Module, batch: Tensor) -> Tensor:
         calls.append(None)
         if len(calls) > fail_at:
             raise KeyboardInterrupt
-        return mean_square(output, batch)
+        return mean_square(model, batch)
 
     with pytest.raises(KeyboardInterrupt):
         run_sparsify(model, short(objective="task"), loss=fails)
@@ -425,9 +425,9 @@ def test_divergence_is_an_error_and_undone():
     before = state(model)
     calls = []
 
-    def bad(output: Tensor, batch: Tensor) -> Tensor:
+    def bad(model: nn.Module, batch: Tensor) -> Tensor:
         calls.append(None)
-        return output.square().sum() * (float("inf") if len(calls) == 3 else 1)
+        return model(batch).square().sum() * (float("inf") if len(calls) == 3 else 1)
 
     with pytest.raises(FloatingPointError, match=r"diverged at update 2: objective inf.*lower lr or alpha"):
         run_sparsify(model, short(objective="task"), loss=bad)
@@ -520,7 +520,7 @@ def test_wrong_calls_are_named():
     with pytest.raises(ValueError, match='objective "task" needs a scalar loss, got NoneType'):
         run_sparsify(model, short(objective="task"))
     with pytest.raises(ValueError, match=r"scalar loss, got a tensor of shape \(4, 7, 24\)"):
-        run_sparsify(model, short(objective="task"), loss=lambda output, batch: output)
+        run_sparsify(model, short(objective="task"), loss=lambda model, batch: model(batch))
     with pytest.raises(TypeError, match="re-iterable"):
         run_sparsify(model, short(), iter(data()))
     bert = TINY["bert"]

@@ -146,7 +146,8 @@ def sparsify_(
     Padding counts nowhere. For mixed precision call it under torch.autocast. The global random state and
     training flags are left alone; gradients are dropped.
 
-    loss: (output, batch) -> scalar, for the objective "task"; the model's own `.loss` if None.
+    loss: (model, batch) -> scalar that runs the model itself, as in `calibrate_`, for the objective "task";
+    the model's own `.loss` if None.
     filter: which FFNs, as in `find_ffns`.   Source: arXiv 2310.04361, section 3.1.
     Raises ValueError and TypeError for wrong input, FloatingPointError where the loss is not finite.
     Whatever is raised, the model is as it was before, bit for bit.

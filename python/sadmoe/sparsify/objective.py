@@ -12,20 +12,19 @@ from torch import Tensor, nn
 from sadmoe.batches import Batch, real_rows, run
 from sadmoe.ffn import FFNSite
 
-Loss = Callable[[Any, Any], Tensor]  # (output of the model, batch) -> scalar
+Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> scalar; it runs the model itself
 Objective = Callable[[Batch], Tensor]  # runs the model on a batch and says how far off it is
 
 
 def task(model: nn.Module, loss: Loss | None) -> Objective:
-    """loss(output, batch), or the `.loss` that the model puts into its output."""
+    """loss(model, batch), or the `.loss` that the model puts into its output."""
 
     def objective(batch: Batch) -> Tensor:
-        output = run(model, batch)
-        value = loss(output, batch) if loss is not None else _field(output, "loss")
+        value = loss(model, batch) if loss is not None else _field(run(model, batch), "loss")
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise ValueError(
                 f'objective "task" needs a scalar loss, got {_kind(value)}: put labels into the batches of a '
-                "model that then returns .loss, pass loss=lambda output, batch: ..., or use "
+                "model that then returns .loss, pass loss=lambda model, batch: ..., or use "
                 'objective="distill_hidden"'
             )
         return value.squeeze()
