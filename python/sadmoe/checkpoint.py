@@ -1,0 +1,278 @@
+"""One safetensors file that holds a converted model: its weights, and in the metadata how it was converted.
+
+The metadata key "sadmoe" is JSON:
+  format   version of all this
+  layers   name -> what `describe` says of the layer there
+  aliases  name -> the stored name it shares its tensor with (tied weights are stored once)
+  crc32    stored name -> checksum of the tensor's bytes
+"""
+
+import copy
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sadmoe.convert import surgery
+from sadmoe.ffn import layer_from_dense, moe_layers, site_from_spec, site_of, spec, swap_in
+from sadmoe.gates import DynamicK, Gate, TopK
+from sadmoe.layer import DynamicKMoE
+
+FORMAT = 1
+KEY = "sadmoe"
+RULES: dict[str, type] = {"dynamic_k": DynamicK, "top_k": TopK}
+
+
+class CheckpointError(ValueError):
+    """A file that is not what it should be, or not of this model. The model is as it was."""
+
+
+def describe(layer: DynamicKMoE) -> dict[str, Any]:
+    """A converted layer as what json can write: how it is cut, its gate, and the FFN it replaced."""
+    rule = next((rule for rule, kind in RULES.items() if type(layer.gate) is kind), None)
+    if rule is None:
+        raise NotImplementedError(
+            f"a gate of type {type(layer.gate).__name__} cannot be saved; these can: {', '.join(RULES)}"
+        )
+    return {
+        "experts": layer.experts,
+        "expert_size": layer.expert_size,
+        "router_width": layer.router.v1.shape[0],
+        "gate": {"rule": rule, **asdict(layer.gate)},  # type: ignore[call-overload]
+        "ffn": spec(site_of(layer)),
+    }
+
+
+def rebuild(model: nn.Module, name: str, description: Any) -> None:
+    """Cuts the FFN `name` of a dense model as `describe` said, neurons in their order, the router untrained.
+
+    Raises ValueError, with nothing changed, where the description is damaged or of another model.
+    """
+    keys = {"experts", "expert_size", "router_width", "gate", "ffn"}
+    if not isinstance(description, Mapping) or set(description) != keys:
+        raise ValueError(f"{name}: its description must have {', '.join(sorted(keys))}")
+    experts, size, width = (description[key] for key in ("experts", "expert_size", "router_width"))
+    if not all(isinstance(n, int) and n > 0 for n in (experts, size, width)):
+        raise ValueError(
+            f"{name}: experts, expert_size and router_width must be positive, got {experts}, {size}, {width}"
+        )
+    site = site_from_spec(model, name, description["ffn"])
+    dense = site.dense()
+    if dense.f != experts * size:
+        raise ValueError(f"{name}: has {dense.f} neurons in this model, {experts} x {size} in the one saved")
+    order = torch.arange(dense.f, device=dense.w_up.device)
+    swap_in(model, site, layer_from_dense(dense, order, experts, width, _gate(name, description["gate"])))
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Writes a converted model, of whatever class, into one safetensors file. Never pickles.
+
+    Written beside `path` and then renamed, so that `path` is never half a file. It holds every parameter and
+    buffer, routers and gates with their tau; not the model's class, for which `load` takes a dense model.
+    Raises ValueError where nothing is converted, FileExistsError where path is there and overwrite is False.
+    """
+    path = Path(path)
+    layers = {name: describe(layer) for name, layer in moe_layers(model).items()}
+    if not layers:
+        raise ValueError(f"nothing to save: no FFN of this {type(model).__name__} is converted, see convert_")
+    if path.is_dir() or (path.exists() and not overwrite):
+        hint = (
+            "a directory; give a file"
+            if path.is_dir()
+            else "there already; pass overwrite=True to replace it"
+        )
+        raise FileExistsError(f"{path} is {hint}")
+    tensors, aliases = _stored(_everything(model))
+    crc = {name: _crc32(tensor) for name, tensor in tensors.items()}
+    header = {"format": FORMAT, "layers": layers, "aliases": aliases, "crc32": crc}
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, beside, metadata={"format": "pt", KEY: json.dumps(header)})
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Makes a freshly built dense model the converted one that `save` wrote: the same outputs, bit for bit.
+
+    model: of the class and sizes of the one saved; its own weights do not matter and may be on the meta
+    device. It gets the file's weights as new parameters of the file's dtypes, each on the device of the one
+    it replaces (the CPU for meta).
+    Raises CheckpointError, with the model as it was, where the file is damaged, foreign, newer than this
+    sadmoe, or of another model.
+    """
+    path = Path(path)
+    if converted := moe_layers(model):
+        raise ValueError(
+            f"{len(converted)} FFNs of this model are converted already: load takes a dense model"
+        )
+    header, tensors = _read(path)
+    skeleton = _skeleton(model)
+    _rebuild_all(skeleton, header["layers"], path)
+    _check_same(_everything(skeleton), tensors, path)
+    with surgery(model):
+        for name, description in header["layers"].items():
+            rebuild(model, name, description)
+        _fill(model, tensors)
+
+
+def check_safetensors(path: Path) -> None:
+    """Raises CheckpointError unless `path` is a safetensors file of the length that its header says."""
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is no safetensors file, or is cut short: {error}") from error
+
+
+def _gate(name: str, description: Any) -> Gate:
+    try:
+        arguments = dict(description)
+        return RULES[arguments.pop("rule")](**arguments)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{name}: unknown gate {description!r}: {error}") from error
+
+
+def _everything(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, tied ones under each; also buffers that state_dict leaves out.
+
+    Those are constants that a class computes when built, which it cannot do on the meta device.
+    """
+    extra = [key for key in model.state_dict() if key.rpartition(".")[2] == "_extra_state"]
+    if extra:
+        raise NotImplementedError(f"{extra[0]} is extra state of a module, which safetensors cannot hold")
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    return tensors | dict(model.named_buffers(remove_duplicate=False))
+
+
+def _stored(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What to write, each tensor once and on the CPU, and the other names of those that have several."""
+    stored: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    pieces: set[tuple[torch.device, int]] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device and has no values to save")
+        storage = (tensor.device, tensor.untyped_storage().data_ptr())
+        place = (*storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and place in seen:
+            aliases[name] = seen[place]
+            continue
+        seen[place] = name
+        overlapping = storage in pieces  # safetensors refuses two views of one storage
+        pieces.add(storage)
+        stored[name] = (
+            tensor.cpu().clone(memory_format=torch.contiguous_format)
+            if overlapping
+            else tensor.cpu().contiguous()
+        )
+    return stored, aliases
+
+
+def _crc32(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and the tensors under all their names, checked as far as that goes without a model."""
+    if not path.is_file():
+        hint = (
+            ": it is a directory; was it written by save_pretrained? then from_pretrained reads it"
+            if path.is_dir()
+            else ""
+        )
+        raise FileNotFoundError(f"no file {path}{hint}")
+    check_safetensors(path)
+    with safe_open(path, "pt") as file:
+        header = _checked_header((file.metadata() or {}).get(KEY), path)
+        # cloned, because the file is only mapped: whoever cut it short later would end the process
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    crc, aliases = header["crc32"], header["aliases"]
+    if set(crc) != set(tensors) or not set(aliases.values()) <= set(tensors):
+        raise CheckpointError(f"{path} is damaged: its list of tensors is not what it holds")
+    for name, tensor in tensors.items():
+        if _crc32(tensor) != crc[name]:
+            raise CheckpointError(
+                f"{path} is damaged: the checksum of {name} is wrong; copy or save it again"
+            )
+    return header, tensors | {name: tensors[stored] for name, stored in aliases.items()}
+
+
+def _checked_header(text: str | None, path: Path) -> dict[str, Any]:
+    if text is None:
+        raise CheckpointError(f"{path} is a safetensors file, but not one that sadmoe.save wrote")
+    try:
+        header = json.loads(text)
+        version = header["format"]
+        if version == FORMAT:
+            kinds = {key: type(header[key]) for key in ("layers", "aliases", "crc32")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: its metadata cannot be read ({error})") from error
+    if version != FORMAT:
+        raise CheckpointError(f"{path} has format {version}, this sadmoe reads {FORMAT}: update sadmoe")
+    if set(kinds.values()) != {dict} or not header["layers"]:
+        raise CheckpointError(f"{path} is damaged: its metadata is incomplete")
+    return header
+
+
+def _skeleton(model: nn.Module) -> nn.Module:
+    """The model without its weights: a copy on the meta device, ties kept."""
+    tensors = [*model.parameters(), *model.buffers()]
+    memo: dict[int, Any] = {}
+    for tensor in tensors:
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = (
+            nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        )
+    return copy.deepcopy(model, memo)
+
+
+def _rebuild_all(skeleton: nn.Module, layers: dict[str, Any], path: Path) -> None:
+    for name, description in layers.items():
+        try:
+            rebuild(skeleton, name, description)
+        except ValueError as error:
+            raise CheckpointError(f"{path} does not fit this {type(skeleton).__name__}: {error}") from error
+
+
+def _check_same(wanted: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:
+    """Raises CheckpointError unless names and shapes are those of the model."""
+    problems = [f"{name} is in the file only" for name in sorted(tensors.keys() - wanted.keys())]
+    problems += [f"{name} is in the model only" for name in sorted(wanted.keys() - tensors.keys())]
+    problems += [
+        f"{name} is {list(tensors[name].shape)} in the file, {list(tensor.shape)} in the model"
+        for name, tensor in wanted.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise CheckpointError(f"{path} is of another model: {'; '.join(problems[:4])}{more}")
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Gives every parameter and buffer its value from the file; names that shared a tensor share it again."""
+    made: dict[tuple[int, torch.device, bool], Tensor] = {}
+    for name, old in _everything(model).items():
+        owner, _, key = name.rpartition(".")
+        value = tensors[name]
+        device = torch.device("cpu") if old.is_meta else old.device
+        trainable = isinstance(old, nn.Parameter)
+        new = made.get((id(value), device, trainable))
+        if new is None:
+            new = value.to(device)
+            new = nn.Parameter(new, old.requires_grad) if trainable else new
+            made[(id(value), device, trainable)] = new
+        module = model.get_submodule(owner)
+        table: dict[str, Any] = module._parameters if trainable else module._buffers
+        table[key] = new

@@ -1,0 +1,78 @@
+"""What can be chosen about a conversion."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from sadmoe.gates import DynamicK
+from sadmoe.routers import RouterConfig
+
+EXPERT_SIZE = 32  # neurons: the largest that still skips most of what a sparse FFN could skip
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """How a dense model becomes a dynamic-k MoE. Of expert_size and experts one, of budget and tau one."""
+
+    expert_size: int | None = None  # s, neurons in an expert; 32 where neither it nor experts is given
+    experts: int | None = None  # E, experts in each FFN: the other way to say it, for FFNs of several widths
+    budget: float | None = (
+        None  # FLOPs of the converted layers, a share of their dense FLOPs: tau is solved for it
+    )
+    tau: float | None = (
+        None  # the threshold itself, in [0, 1]; 0, which computes all that dense does, if no budget
+    )
+    router: RouterConfig = field(default_factory=RouterConfig)  # size and training of the routers
+    max_tokens: int = 16384  # inputs each layer's router is trained on: 48 MiB a layer for d = 768 in float32
+    max_bytes: int = 2**30  # of inputs held together; the batches are run again for the layers beyond that
+    skip_padding: bool = (
+        True  # whether inputs at padding tokens are left out: nobody reads what is computed there
+    )
+    restarts: int = 1  # runs of the k-means, the best of which is kept; more take that much longer for little
+    seed: int = 0  # of the sample of inputs and of the k-means; the routers have their own in `router`
+    filter: Callable[[str], bool] | None = None  # of an FFN's name; False leaves it dense. None: convert all
+
+    def __post_init__(self) -> None:
+        if self.expert_size is not None and self.experts is not None:
+            raise ValueError(
+                "ConvertConfig: give expert_size or experts, not both; "
+                f"got {self.expert_size} and {self.experts}"
+            )
+        if self.budget is not None and self.tau is not None:
+            raise ValueError(
+                "ConvertConfig: give tau, or budget to have it solved; "
+                f"got tau={self.tau} and budget={self.budget}"
+            )
+        for name in ("expert_size", "experts", "max_tokens", "max_bytes", "restarts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"ConvertConfig: {name} must be at least 1, got {value}")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise ValueError(
+                f"ConvertConfig: budget must be in (0, 1], a share of the dense FLOPs, got {self.budget}"
+            )
+        if self.tau is not None:
+            DynamicK(self.tau)  # checks the range
+
+    @property
+    def gate(self) -> DynamicK:
+        """The gate that the layers start with."""
+        return DynamicK(0.0 if self.tau is None else self.tau)
+
+    def experts_of(self, f: int) -> int:
+        """E for an FFN of f neurons. Raises ValueError, with what would do, where f does not split evenly."""
+        if self.experts is not None:
+            if f % self.experts:
+                raise ValueError(
+                    f"{f} neurons do not split into {self.experts} experts; these do: {_divisors(f)}"
+                )
+            return self.experts
+        size = EXPERT_SIZE if self.expert_size is None else self.expert_size
+        if f % size:
+            raise ValueError(
+                f"{f} neurons do not split into experts of {size}; expert_size may be one of {_divisors(f)}"
+            )
+        return f // size
+
+
+def _divisors(f: int) -> str:
+    return ", ".join(str(n) for n in range(1, f + 1) if f % n == 0)

@@ -1,0 +1,212 @@
+"""Find the FFNs, check all, build all, swap all last."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from sadmoe.batches import Batches, check_batches, evaluating
+from sadmoe.calibrate import calibrate_
+from sadmoe.convert.config import ConvertConfig
+from sadmoe.convert.report import ConversionReport, LayerReport
+from sadmoe.convert.undo import surgery
+from sadmoe.cost import layer_cost
+from sadmoe.ffn import DenseFFN, FFNSite, find_ffns, layer_from_dense, moe_layers, swap_in, swap_out
+from sadmoe.ffn.dense import TENSORS
+from sadmoe.gates import DynamicK
+from sadmoe.inputs import stream_inputs
+from sadmoe.layer import DynamicKMoE
+from sadmoe.partition import partition, slots
+from sadmoe.routers import fit_router_
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the ops take
+JUDGED = 1024  # tokens of each layer on which the report's share and error are measured
+
+
+def convert_(
+    model: nn.Module, batches: Batches, config: ConvertConfig | None = None, *, progress: bool = True
+) -> ConversionReport:
+    """Turns the FFNs of a model into dynamic-k mixtures of experts, in place (arXiv 2310.04361, section 3).
+
+    All is checked, then built beside the model from what the dense model computes, then swapped in: whatever
+    fails, Ctrl-C included, leaves the model as it was. Takes the memory of the FFNs twice until it returns.
+    The same model, batches and config give the same layers, bit for bit.
+
+    batches: a list or a DataLoader of what the model is called with; no labels needed.   progress: show bars.
+    Raises ValueError or TypeError where model or batches do not fit, FFNNotFoundError where there is no FFN,
+    NotImplementedError where none of them can be converted.
+    """
+    config = ConvertConfig() if config is None else config
+    clock = _Clock()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    with surgery(model):
+        with clock("find"):
+            check_batches(batches)
+            sites = _checked_sites(model, config)
+        built = _build_all(model, sites, batches, config, clock, progress)
+        for one in built:
+            swap_in(model, one.site, one.layer)
+        if config.budget is not None:
+            with clock("calibrate"):
+                calibrate_(
+                    model, batches, budget=config.budget, skip_padding=config.skip_padding, progress=progress
+                )
+        with clock("judge"), evaluating(model):
+            rows = tuple(_judge(one) for one in built)
+    gate = built[0].layer.gate
+    assert isinstance(gate, DynamicK)
+    return ConversionReport(rows, gate.tau, config.budget, max(one.tokens for one in built), clock.seconds)
+
+
+def restore_(model: nn.Module) -> None:
+    """Puts the dense FFNs back, in place: bit for bit as they were, unless they were trained or cast since.
+
+    Raises ValueError where nothing is converted.
+    """
+    names = list(moe_layers(model))
+    if not names:
+        raise ValueError(f"nothing to restore: no FFN of this {type(model).__name__} is converted")
+    with surgery(model):
+        for name in names:
+            swap_out(model, name)
+
+
+@dataclass
+class _Built:
+    """A layer that is ready to be swapped in, and what its row of the report is made from."""
+
+    site: FFNSite
+    dense: DenseFFN
+    layer: DynamicKMoE
+    r2: float
+    tokens: int
+    sample: Tensor
+
+
+class _Clock:
+    """Seconds spent on each step, in the order in which the steps began."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
+
+
+def _checked_sites(model: nn.Module, config: ConvertConfig) -> list[FFNSite]:
+    """The FFNs to convert, each of which can be cut."""
+    if converted := moe_layers(model):
+        raise ValueError(
+            f"{len(converted)} FFNs of this {type(model).__name__} are converted already: "
+            "restore_(model) first"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"model has no weights yet, {name} is on the meta device: load them first")
+        if parameter.isnan().any():
+            raise ValueError(f"model is broken: {name} has NaN")
+    sites = find_ffns(model, config.filter)
+    wrong = []
+    for site in sites:
+        dense = site.dense()
+        try:
+            config.experts_of(dense.f)
+        except ValueError as error:
+            wrong.append(f"{site.name}: {error}")
+        if dense.w_up.dtype not in DTYPES:
+            wrong.append(f"{site.name}: its weights are {dense.w_up.dtype}; cast them to one of {DTYPES}")
+    if wrong:
+        raise ValueError("nothing was converted, because of\n" + "\n".join(wrong))
+    if config.budget is not None:
+        _check_budget(sites, config, config.budget)
+    return sites
+
+
+def _check_budget(sites: list[FFNSite], config: ConvertConfig, budget: float) -> None:
+    """Refuses what no tau can meet before routers are trained for it, by the closed forms of the cost."""
+    floors = []
+    for site in sites:
+        dense = site.dense()
+        weights = {name: w.to("meta") for name in TENSORS if (w := getattr(dense, name)) is not None}
+        order = torch.empty(dense.f, dtype=torch.int64, device="meta")
+        layer = layer_from_dense(
+            replace(dense, **weights), order, config.experts_of(dense.f), config.router.width
+        )
+        cost = layer_cost(layer, share=1.0)
+        floors.append(cost.floor / cost.dense)
+    if budget < min(floors):
+        raise ValueError(
+            f"budget {budget} cannot be met: router and one expert cost {min(floors):.3f} of the dense FLOPs "
+            "or more; raise it, or take a narrower router (RouterConfig(width=...)) or smaller experts"
+        )
+
+
+def _build_all(
+    model: nn.Module,
+    sites: list[FFNSite],
+    batches: Batches,
+    config: ConvertConfig,
+    clock: _Clock,
+    progress: bool,
+) -> list[_Built]:
+    """The layers in the order of the sites. The inputs of a layer are let go when it is built."""
+    stream = stream_inputs(
+        model,
+        sites,
+        batches,
+        max_tokens=config.max_tokens,
+        max_bytes=config.max_bytes,
+        seed=config.seed,
+        skip_padding=config.skip_padding,
+        progress=progress,
+    )
+    by_name = {site.name: site for site in sites}
+    built = {}
+    for _ in tqdm(sites, "layers", disable=not progress):
+        with clock("inputs"):
+            name, inputs = next(stream)
+        built[name] = _build(by_name[name], inputs, config, clock, progress)
+    return [built[site.name] for site in sites]
+
+
+def _build(site: FFNSite, inputs: Tensor, config: ConvertConfig, clock: _Clock, progress: bool) -> _Built:
+    dense = site.dense()
+    experts = config.experts_of(dense.f)
+    rows = dense.w_up if dense.w_gate is None else dense.w_gate
+    with clock("partition"):
+        labels = partition(rows, experts, seed=config.seed, restarts=config.restarts, progress=progress)
+    with clock("routers"):
+        devices = [dense.w_up.device] if dense.w_up.is_cuda else []
+        with torch.random.fork_rng(
+            devices
+        ):  # a new layer draws weights, which the user's own draws must not feel
+            layer = layer_from_dense(dense, slots(labels, experts), experts, config.router.width, config.gate)
+        fit = fit_router_(layer, inputs, config.router, progress=progress)
+    return _Built(site, dense, layer, fit.r2, len(inputs), inputs[:JUDGED].clone())
+
+
+def _judge(one: _Built) -> LayerReport:
+    """The row of a layer at its present tau. The first rows of a sample are as random as all of it."""
+    layer, dense = one.layer, one.dense
+    wanted = dense(one.sample).float()
+    error = (layer(one.sample).float() - wanted).norm() / wanted.norm()
+    return LayerReport(
+        name=one.site.name,
+        d=dense.d,
+        f=dense.f,
+        experts=layer.experts,
+        expert_size=layer.expert_size,
+        act=layer.act,
+        gated=dense.gated,
+        r2=one.r2,
+        share=layer.mask(one.sample).float().mean().item(),
+        error=error.nan_to_num(0.0).item(),
+    )

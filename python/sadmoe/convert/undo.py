@@ -1,0 +1,47 @@
+"""Changing the modules of a model so that a failure leaves nothing behind."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+# Called with a model whose FFNs were converted, loaded or restored, so that what describes it can follow.
+after_surgery: list[Callable[[nn.Module], None]] = []
+
+
+@contextmanager
+def surgery(model: nn.Module) -> Iterator[None]:
+    """A with block that may change which modules and parameters a model has: all of it happens, or nothing.
+
+    Whatever is raised in it, KeyboardInterrupt included, every module has its former children, parameters,
+    buffers, hooks, flags and other attributes again: the same objects. Tensors are not copied, so the block
+    must not write to them.
+    """
+    saved = [
+        (
+            module,
+            dict(module.__dict__),
+            {k: dict(v) for k, v in module.__dict__.items() if isinstance(v, dict)},
+        )
+        for module in model.modules()
+    ]
+    try:
+        yield
+        _tell(model)
+    except BaseException:
+        for module, attributes, tables in saved:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for (
+                key,
+                table,
+            ) in tables.items():  # in place: the handle of a hook knows its table, not its module
+                attributes[key].clear()
+                attributes[key].update(table)
+        _tell(model)
+        raise
+
+
+def _tell(model: nn.Module) -> None:
+    for listener in after_surgery:
+        listener(model)

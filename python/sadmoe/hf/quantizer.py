@@ -1,0 +1,179 @@
+"""The classes by which transformers knows a quantization method. Only `hf` imports this."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from sadmoe.checkpoint import FORMAT, CheckpointError, check_safetensors, describe, rebuild
+from sadmoe.convert import restore_
+from sadmoe.ffn import moe_layers
+
+logger = logging.getLogger(__name__)
+
+METHOD = "sadmoe"
+
+
+@register_quantization_config(METHOD)
+class SadmoeConfig(QuantizationConfigMixin):
+    """What config.json holds of a converted model.
+
+    layers: name of each converted FFN -> what `checkpoint.describe` says of it.   format: version of that.
+    """
+
+    def __init__(self, layers: dict[str, Any] | None = None, format: int = FORMAT, **unknown: Any):
+        unknown.pop("quant_method", None)
+        if format != FORMAT:
+            raise CheckpointError(
+                f"quantization_config of config.json has format {format}, this sadmoe reads {FORMAT}: "
+                "update sadmoe"
+            )
+        if unknown or not isinstance(layers, dict) or not layers:
+            raise CheckpointError(
+                "quantization_config of config.json is damaged: it must have layers by name"
+                + (f", and not {', '.join(sorted(unknown))}" if unknown else "")
+            )
+        self.quant_method: Any = METHOD
+        self.format = format
+        self.layers = layers
+
+
+@register_quantizer(METHOD)
+class SadmoeQuantizer(HfQuantizer):
+    """Cuts the model that from_pretrained has built, before the weights come; keeps its config true.
+
+    A model that has it is not quantized in any other sense: it trains, casts, compiles and moves as before.
+    """
+
+    requires_calibration = (
+        True  # so a dense checkpoint cannot be converted on the way in: convert_ needs batches
+    )
+
+    @property
+    def is_trainable(self) -> bool:
+        """Yes: experts and routers are plain parameters."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Yes: without it Trainer would ask for adapters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Yes: the ops have no graph break."""
+        return True
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Yes: plain tensors, and what config.json says."""
+        return True
+
+    def get_state_dict_and_metadata(
+        self, model: nn.Module, *args: Any, **kwargs: Any
+    ) -> tuple[None, dict[str, str]]:
+        """save_pretrained calls it before it writes config.json: the moment to note the present tau."""
+        _describe(model)
+        return None, {}
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        for file in kwargs.get("checkpoint_files") or ():
+            check_safetensors(Path(file))
+        config: Any = self.quantization_config
+        for name, description in _found_in(model, config.layers).items():
+            try:
+                rebuild(model, name, description)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"config.json does not fit this {type(model).__name__}: {error}"
+                ) from error
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        _check_loaded(model)
+        for flag in (
+            "is_quantized",
+            "quantization_method",
+        ):  # for which transformers refuses half() and training
+            model.__dict__.pop(flag, None)
+        for module in _transformers_models(model):
+            module.config.__dict__.pop("_is_quantized", None)
+        describe_all(model)
+        return model
+
+    def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """`model.dequantize()`: the dense FFNs come back, see `restore_`; then the model is cast to dtype."""
+        restore_(model)
+        return model if dtype is None else model.to(dtype)
+
+
+def describe_all(model: nn.Module) -> None:
+    """Gives each transformers model in `model` the config and the quantizer its converted layers ask for."""
+    for module in reversed(_transformers_models(model)):  # the outermost last: parts often share its config
+        _describe(module)
+
+
+def _describe(model: Any) -> None:
+    layers = {name: describe(layer) for name, layer in moe_layers(model).items()}
+    ours = isinstance(getattr(model, "hf_quantizer", None), SadmoeQuantizer)
+    if layers and not ours and getattr(model, "hf_quantizer", None) is not None:
+        logger.warning(
+            "%s is quantized by %s: save_pretrained will not save that it was converted too; use sadmoe.save",
+            type(model).__name__,
+            type(model.hf_quantizer).__name__,
+        )
+    elif layers:
+        model.config.quantization_config = SadmoeConfig(layers)
+        model.hf_quantizer = SadmoeQuantizer(model.config.quantization_config)
+    else:
+        if isinstance(getattr(model.config, "quantization_config", None), SadmoeConfig):
+            del model.config.quantization_config
+        if ours:
+            del model.hf_quantizer
+
+
+def _transformers_models(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+def _found_in(model: Any, layers: dict[str, Any]) -> dict[str, Any]:
+    """The layers by their names in this model, which may be a part of the model saved, or have it as a part.
+
+    As for weights: BertForMaskedLM calls "bert.encoder" what BertModel calls "encoder", and an encoder alone
+    can be loaded from an encoder-decoder. Raises CheckpointError where the model has none of them.
+    """
+    prefix = f"{model.base_model_prefix}."
+    names = {name for name, _ in model.named_modules()}
+    renamed = [
+        layers,
+        {prefix + name: description for name, description in layers.items()},
+        {name.removeprefix(prefix): description for name, description in layers.items()},
+    ]
+    found = max(({n: d for n, d in way.items() if n in names} for way in renamed), key=len)
+    if not found:
+        raise CheckpointError(
+            f"config.json does not fit this {type(model).__name__}: it has no {next(iter(layers))}, nor any "
+            f"other of the {len(layers)} converted layers"
+        )
+    return found
+
+
+def _check_loaded(model: nn.Module) -> None:
+    """Raises CheckpointError where weights of a converted layer were not in the file.
+
+    transformers marks what it loaded, and fills in what it did not with random numbers and a report.
+    """
+    tensors = {
+        f"{name}.{key}": tensor
+        for name, layer in moe_layers(model).items()
+        for key, tensor in layer.state_dict(keep_vars=True).items()
+    }
+    loaded = {name for name, tensor in tensors.items() if getattr(tensor, "_is_hf_initialized", False)}
+    missing = sorted(tensors.keys() - loaded)
+    if loaded and missing:
+        more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
+        raise CheckpointError(f"the weights are incomplete: {missing[0]}{more} not in the file")

@@ -1,0 +1,375 @@
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import sadmoe.checkpoint as checkpoint
+import torch
+from converted import converted
+from sadmoe.checkpoint import CheckpointError, load, save
+from sadmoe.convert import restore_
+from sadmoe.dial import set_tau
+from sadmoe.ffn import moe_layers
+from sadmoe.gates import DynamicK, TopK
+from safetensors.torch import load_file, save_file
+from test_convert import fingerprint
+from tiny_models import TINY, call
+from torch import Tensor, nn
+
+NAMES = ["bert", "gpt2", "t5", "llama", "phi3", "albert", "vit", "timm vit", "torch encoder", "user glu"]
+
+
+def metadata(path: Path) -> dict:
+    (length,) = struct.unpack("<Q", path.read_bytes()[:8])
+    return json.loads(path.read_bytes()[8 : 8 + length])["__metadata__"]
+
+
+def rewrite(
+    path: Path, header: Callable[[dict], None] = lambda h: None, tensors: Callable = lambda t: None
+) -> None:
+    """The file with its header and its tensors edited."""
+    values, meta = load_file(path), metadata(path)
+    data = json.loads(meta["sadmoe"])
+    header(data)
+    tensors(values)
+    save_file(values, path, meta | {"sadmoe": json.dumps(data)})
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    save(converted("user glu"), tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_loaded_model_computes_the_same_bits(name, device, tmp_path):
+    model = converted(name)
+    set_tau(model, 0.3)
+    save(model, tmp_path / "m.safetensors")
+    with torch.device(device):
+        fresh = TINY[name].build().eval()
+    load(fresh, tmp_path / "m.safetensors")
+    assert torch.equal(call(fresh, TINY[name].batch()), call(model, TINY[name].batch()))
+    a, b = model.state_dict(), fresh.state_dict()
+    assert list(a) == list(b)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not any(t.is_meta for t in (*fresh.parameters(), *fresh.buffers()))
+
+
+def test_a_loaded_model_restores_to_the_dense_one(tmp_path):
+    dense, model = TINY["bert"].model(), converted("bert")
+    save(model, tmp_path / "m.safetensors")
+    with torch.device("meta"):
+        fresh = TINY["bert"].build().eval()
+    load(fresh, tmp_path / "m.safetensors")
+    restore_(fresh)
+    assert all(torch.equal(value, dense.state_dict()[key]) for key, value in fresh.state_dict().items())
+
+
+def test_the_file_decides_the_dtype_and_the_model_what_is_frozen(tmp_path):
+    model = converted("user glu").to(torch.bfloat16)
+    save(model, tmp_path / "m.safetensors")
+    fresh = TINY["user glu"].build().eval()
+    fresh[0].norm.requires_grad_(False)
+    load(fresh, tmp_path / "m.safetensors")
+    assert {p.dtype for p in fresh.parameters()} == {torch.bfloat16}
+    assert torch.equal(fresh(TINY["user glu"].batch().bfloat16()), model(TINY["user glu"].batch().bfloat16()))
+    assert [p.requires_grad for p in fresh[0].norm.parameters()] == [False, False]
+    assert fresh[1].norm.weight.requires_grad
+
+
+@pytest.mark.parametrize("gate", [DynamicK(0.1), DynamicK(1 / 3, true_norms=True), TopK(3)])
+def test_gates_come_back_as_they_were(gate, tmp_path):
+    model = converted("user glu")
+    for layer in moe_layers(model).values():
+        layer.gate = gate
+    save(model, tmp_path / "m.safetensors")
+    fresh = TINY["user glu"].build()
+    load(fresh, tmp_path / "m.safetensors")
+    assert [layer.gate for layer in moe_layers(fresh).values()] == [gate, gate]
+
+
+def test_layers_may_differ_in_their_gates(tmp_path):
+    model = converted("user glu")
+    first, second = moe_layers(model).values()
+    first.gate, second.gate = DynamicK(0.2), TopK(2)
+    save(model, tmp_path / "m.safetensors")
+    fresh = TINY["user glu"].build()
+    load(fresh, tmp_path / "m.safetensors")
+    assert [layer.gate for layer in moe_layers(fresh).values()] == [DynamicK(0.2), TopK(2)]
+
+
+def test_dropout_comes_back(tmp_path):
+    model = converted("user module")
+    save(model, tmp_path / "m.safetensors")
+    fresh = TINY["user module"].build()
+    load(fresh, tmp_path / "m.safetensors")
+    assert [layer.dropout for layer in moe_layers(fresh).values()] == [0.25, 0.25]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_tied_weights_are_stored_once_and_tied_again(device, tmp_path):
+    model = converted("gpt2")
+    save(model, tmp_path / "m.safetensors")
+    stored = load_file(tmp_path / "m.safetensors")
+    assert ("lm_head.weight" in stored) != ("transformer.wte.weight" in stored)
+    with torch.device(device):
+        fresh = TINY["gpt2"].build()
+    load(fresh, tmp_path / "m.safetensors")
+    assert fresh.lm_head.weight is fresh.transformer.wte.weight
+
+
+def test_tensors_that_overlap_or_are_not_contiguous_are_saved(tmp_path):
+    def build() -> nn.Module:
+        model = TINY["user glu"].build()
+        both = torch.arange(24.0)
+        model.register_buffer("low", both[:16])
+        model.register_buffer("high", both[8:])
+        model.register_buffer("across", torch.arange(6.0).view(2, 3).t(), persistent=False)
+        model.register_buffer("scalar", torch.tensor(3))
+        model.register_buffer("nothing", torch.empty(0, 2))
+        return model
+
+    model = build()
+    donor = converted("user glu")
+    for child, other in (("0", donor[0]), ("1", donor[1])):
+        setattr(model, child, other)
+    save(model, tmp_path / "m.safetensors")
+    with torch.device("meta"):
+        fresh = build()
+    load(fresh, tmp_path / "m.safetensors")
+    for name in ("low", "high", "across", "scalar", "nothing"):
+        assert torch.equal(getattr(fresh, name), getattr(model, name))
+
+
+def test_a_file_is_not_replaced_unless_asked(file):
+    before = file.read_bytes()
+    with pytest.raises(FileExistsError, match="is there already; pass overwrite=True to replace it"):
+        save(converted("bert"), file)
+    assert file.read_bytes() == before
+    save(converted("bert"), file, overwrite=True)
+    assert file.read_bytes() != before
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_save_that_fails_leaves_the_old_file_and_no_other(file, error, monkeypatch):
+    before = file.read_bytes()
+
+    def half(tensors: dict, path: Path, metadata: dict) -> None:
+        path.write_bytes(b"half")
+        raise error("disk full")
+
+    monkeypatch.setattr(checkpoint, "save_file", half)
+    with pytest.raises(error, match="disk full"):
+        save(converted("bert"), file, overwrite=True)
+    assert file.read_bytes() == before
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_the_directory_of_a_file_is_no_file(tmp_path):
+    with pytest.raises(FileExistsError, match="is a directory; give a file"):
+        save(converted("user glu"), tmp_path, overwrite=True)
+    with pytest.raises(FileNotFoundError, match="is a directory; was it written by save_pretrained"):
+        load(TINY["user glu"].build(), tmp_path)
+    with pytest.raises(FileNotFoundError, match="no file"):
+        load(TINY["user glu"].build(), tmp_path / "none.safetensors")
+
+
+def test_only_converted_models_are_saved_and_only_dense_ones_loaded(file, tmp_path):
+    with pytest.raises(ValueError, match="nothing to save: no FFN of this Sequential is converted"):
+        save(TINY["user glu"].model(), tmp_path / "dense.safetensors")
+    with pytest.raises(
+        ValueError, match="2 FFNs of this model are converted already: load takes a dense model"
+    ):
+        load(converted("user glu"), file)
+
+
+def test_what_a_file_cannot_hold_is_refused(tmp_path):
+    model = converted("user glu")
+
+    @dataclass
+    class Mine:
+        true_norms: bool = False
+
+        def mask(self, scores: Tensor) -> Tensor:
+            return scores > 0
+
+    moe_layers(model)["0.inner"].gate = Mine()
+    with pytest.raises(
+        NotImplementedError, match="a gate of type Mine cannot be saved; these can: dynamic_k, top_k"
+    ):
+        save(model, tmp_path / "m.safetensors")
+
+    class Extra(nn.Module):
+        def get_extra_state(self) -> dict:
+            return {"a": 1}
+
+    model = converted("user glu")
+    model.append(Extra())
+    with pytest.raises(NotImplementedError, match=r"2\._extra_state is extra state of a module"):
+        save(model, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="is on the meta device and has no values to save"):
+        save(converted("user glu").to("meta"), tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def cut_in_header(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def text(path: Path) -> None:
+    path.write_bytes(b"hello " * 100)
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1000] ^= 1
+    path.write_bytes(data)
+
+
+def foreign(path: Path) -> None:
+    save_file({"w": torch.zeros(3)}, path, {"format": "pt"})
+
+
+def no_json(path: Path) -> None:
+    save_file({"w": torch.zeros(3)}, path, {"sadmoe": "{"})
+
+
+def newer(path: Path) -> None:
+    rewrite(path, lambda h: h.update(format=2, layers="unknown"))
+
+
+def without_layers(path: Path) -> None:
+    rewrite(path, lambda h: h.update(layers={}))
+
+
+def without_checksums(path: Path) -> None:
+    rewrite(path, lambda h: h.pop("crc32"))
+
+
+def fewer_tensors(path: Path) -> None:
+    rewrite(path, tensors=lambda t: t.pop("0.norm.weight"))
+
+
+def broken_description(path: Path) -> None:
+    rewrite(path, lambda h: h["layers"]["0.inner"].pop("gate"))
+
+
+def broken_gate(path: Path) -> None:
+    rewrite(path, lambda h: h["layers"]["0.inner"]["gate"].update(tau=7))
+
+
+def unknown_rule(path: Path) -> None:
+    rewrite(path, lambda h: h["layers"]["0.inner"]["gate"].update(rule="best"))
+
+
+def wrong_count(path: Path) -> None:
+    rewrite(path, lambda h: h["layers"]["0.inner"].update(experts=5))
+
+
+def negative_count(path: Path) -> None:
+    rewrite(path, lambda h: h["layers"]["0.inner"].update(experts=-6, expert_size=-10))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut, "is no safetensors file, or is cut short"),
+        (cut_in_header, "is no safetensors file, or is cut short"),
+        (empty, "is no safetensors file, or is cut short"),
+        (text, "is no safetensors file, or is cut short"),
+        (flip_a_bit, "is damaged: the checksum of .* is wrong; copy or save it again"),
+        (foreign, r"is a safetensors file, but not one that sadmoe\.save wrote"),
+        (no_json, "is damaged: its metadata cannot be read"),
+        (newer, "has format 2, this sadmoe reads 1: update sadmoe"),
+        (without_layers, "is damaged: its metadata is incomplete"),
+        (without_checksums, "is damaged: its metadata cannot be read"),
+        (fewer_tensors, "is damaged: its list of tensors is not what it holds"),
+        (broken_description, r"0\.inner: its description must have expert_size, experts, ffn, gate"),
+        (broken_gate, r"0\.inner: unknown gate .*tau must be in"),
+        (unknown_rule, r"0\.inner: unknown gate .*best"),
+        (wrong_count, r"0\.inner: has 60 neurons in this model, 5 x 10 in the one saved"),
+        (negative_count, r"experts, expert_size and router_width must be positive, got -6, -10, 16"),
+    ],
+)
+def test_a_bad_file_is_one_clear_error_and_leaves_the_model_alone(file, damage, message):
+    damage(file)
+    model = TINY["user glu"].model()
+    before = fingerprint(model)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(model, file)
+    assert str(file) in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+    assert fingerprint(model) == before
+
+
+def with_another_head() -> nn.Module:
+    return TINY["user glu"].build().append(nn.Linear(24, 3))
+
+
+def with_less() -> nn.Module:
+    model = TINY["user glu"].build()
+    model[1].norm = nn.Identity()
+    return model
+
+
+def with_other_shapes() -> nn.Module:
+    model = TINY["user glu"].build()
+    model[1].norm = nn.LayerNorm(23)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (TINY["bert"].build, r"does not fit this BertModel: 0\.inner"),
+        (TINY["user functional relu"].build, r"does not fit this Sequential: 0\.inner"),
+        (
+            with_another_head,
+            r"of another model: 2\.bias is in the model only; 2\.weight is in the model only",
+        ),
+        (
+            with_less,
+            r"of another model: 1\.norm\.bias is in the file only; 1\.norm\.weight is in the file only",
+        ),
+        (with_other_shapes, r"1\.norm\.weight is \[24\] in the file, \[23\] in the model"),
+    ],
+)
+def test_a_file_of_another_model_is_refused_and_leaves_the_model_alone(file, build, message):
+    model = build()
+    before = fingerprint(model)
+    with pytest.raises(CheckpointError, match=message):
+        load(model, file)
+    assert fingerprint(model) == before
+
+
+def test_a_load_that_is_interrupted_leaves_the_model_alone(file, monkeypatch):
+    model = TINY["user glu"].model()
+    before = fingerprint(model)
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_fill", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load(model, file)
+    assert fingerprint(model) == before
+
+
+def test_a_loaded_model_does_not_need_the_file(file):
+    model = TINY["user glu"].build().eval()
+    load(model, file)
+    expected = model(TINY["user glu"].batch())
+    file.write_bytes(b"")
+    assert torch.equal(model(TINY["user glu"].batch()), expected)

@@ -1,0 +1,405 @@
+import copy
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+transformers = pytest.importorskip("transformers")
+
+import sadmoe.hf
+from converted import converted
+from sadmoe import CheckpointError, load, moe_layers, restore_, save, set_tau
+from sadmoe.gates import DynamicK, TopK
+from sadmoe.hf.quantizer import SadmoeConfig, SadmoeQuantizer
+from tiny_models import TINY, call
+
+NAMES = [
+    "bert",
+    "bert classifier",
+    "gpt2",
+    "t5",
+    "t5 v1.1",
+    "llama",
+    "phi3",
+    "vit",
+    "dinov2",
+    "albert",
+    "opt",
+]
+
+
+@pytest.fixture(autouse=True)
+def loud() -> Iterator[None]:
+    """transformers' warnings reach caplog, its progress bars nobody."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_warning()
+    transformers.logging.enable_propagation()
+    transformers.logging.disable_progress_bar()
+    yield
+    transformers.logging.disable_propagation()
+    transformers.logging.set_verbosity(verbosity)
+
+
+def described(name: str) -> Any:
+    """A converted transformers model at tau = 0.3, its config up to date as convert_ leaves it."""
+    model = converted(name)
+    sadmoe.hf.describe_to_transformers(model)
+    set_tau(model, 0.3)
+    transformers.logging.set_verbosity_warning()
+    return model
+
+
+def config_of(path: Path) -> dict:
+    return json.loads((path / "config.json").read_text())
+
+
+def edit_config(path: Path, edit: Any) -> None:
+    config = config_of(path)
+    edit(config["quantization_config"])
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def edit_weights(path: Path, edit: Any) -> None:
+    tensors = load_file(path / "model.safetensors")
+    edit(tensors, next(key for key in tensors if key.endswith("w_up")))
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+def same(a: nn.Module, b: nn.Module, name: str) -> bool:
+    batch = TINY[name].batch()
+    return torch.equal(call(a, batch), call(b, batch))
+
+
+@pytest.mark.parametrize("shard", ["50GB", "20KB"])
+@pytest.mark.parametrize("name", NAMES)
+def test_from_pretrained_gives_the_same_bits_without_a_warning(name, shard, tmp_path, caplog):
+    model = described(name)
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 or shard == "50GB"
+    loaded = type(model).from_pretrained(tmp_path)
+    assert same(loaded, model, name)
+    assert list(moe_layers(loaded)) == list(moe_layers(model))
+    assert {layer.gate for layer in moe_layers(loaded).values()} == {DynamicK(0.3)}
+    a, b = model.state_dict(), loaded.state_dict()
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert [r.getMessage() for r in caplog.records if r.name.startswith("transformers")] == []
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "llama", "vit"])
+def test_the_same_bits_in_bfloat16(name, tmp_path):
+    model = described(name)
+    model.save_pretrained(tmp_path)
+    # loaded twice, because .to(bfloat16) would also cast constants that transformers keeps in float32
+    model = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert {layer.w_up.dtype for layer in moe_layers(loaded).values()} == {torch.bfloat16}
+    batch = {k: v.bfloat16() if v.is_floating_point() else v for k, v in TINY[name].batch().items()}
+    assert torch.equal(call(loaded, batch), call(model, batch))
+
+
+@pytest.mark.parametrize(
+    ("name", "auto"),
+    [
+        ("bert", "AutoModel"),
+        ("llama", "AutoModelForCausalLM"),
+        ("t5", "AutoModelForSeq2SeqLM"),
+        ("vit", "AutoModelForImageClassification"),
+    ],
+)
+def test_auto_classes_load_it(name, auto, tmp_path):
+    model = described(name)
+    model.save_pretrained(tmp_path)
+    assert same(getattr(transformers, auto).from_pretrained(tmp_path), model, name)
+
+
+def test_generate_gives_the_same_tokens(tmp_path):
+    model = described("llama")
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    prompt = {"input_ids": torch.tensor([[5, 9, 3]]), "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(loaded.generate(**prompt), model.generate(**prompt))
+
+
+def test_a_body_loads_under_a_head_and_a_head_s_body_without_it(tmp_path, caplog):
+    body, whole = described("bert"), described("bert classifier")
+    body.save_pretrained(tmp_path / "body")
+    whole.save_pretrained(tmp_path / "whole")
+    under_a_head = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "body")
+    without = transformers.AutoModel.from_pretrained(tmp_path / "whole")
+    assert "classifier.weight" in caplog.text  # transformers' own report, about the head alone
+    assert "intermediate" not in caplog.text
+    assert same(under_a_head.bert, body, "bert")
+    assert same(without, whole.bert, "bert")
+    assert list(under_a_head.config.quantization_config.layers) == list(moe_layers(under_a_head))
+    assert list(without.config.quantization_config.layers) == list(moe_layers(without))
+
+
+def test_an_encoder_loads_alone(tmp_path):
+    model = described("t5")
+    model.save_pretrained(tmp_path)
+    encoder = transformers.T5EncoderModel.from_pretrained(tmp_path)
+    ids = {"input_ids": TINY["t5"].batch()["input_ids"]}
+    assert torch.equal(encoder(**ids)[0], model.encoder(**ids)[0])
+    assert list(encoder.config.quantization_config.layers) == [TINY["t5"].names[0]]
+
+
+def test_a_part_saves_itself(tmp_path):
+    model = described("bert classifier")
+    model.bert.save_pretrained(tmp_path)
+    assert same(transformers.AutoModel.from_pretrained(tmp_path), model.bert, "bert")
+
+
+def test_the_tau_of_the_moment_is_saved(tmp_path):
+    model = described("bert")
+    moe_layers(model)["encoder.layer.1.intermediate"].gate = TopK(2)
+    set_it = moe_layers(model)["encoder.layer.0.intermediate"]
+    set_it.gate = DynamicK(0.7)
+    model.save_pretrained(tmp_path)
+    gates = [entry["gate"] for entry in config_of(tmp_path)["quantization_config"]["layers"].values()]
+    assert gates == [
+        {"rule": "dynamic_k", "tau": 0.7, "true_norms": False},
+        {"rule": "top_k", "k": 2, "true_norms": False},
+    ]
+    loaded = transformers.AutoModel.from_pretrained(tmp_path)
+    assert [layer.gate for layer in moe_layers(loaded).values()] == [DynamicK(0.7), TopK(2)]
+
+
+def test_convert_describes_and_restore_forgets(tmp_path):
+    tiny = TINY["t5"]
+    model = tiny.model()
+    config = sadmoe.ConvertConfig(expert_size=5, router=sadmoe.RouterConfig(width=4, steps=5))
+    sadmoe.convert_(model, [tiny.batch()], config, progress=False)
+    assert isinstance(model.config.quantization_config, SadmoeConfig)
+    model.save_pretrained(tmp_path / "moe")
+    assert same(type(model).from_pretrained(tmp_path / "moe"), model, "t5")
+    restore_(model)
+    model.save_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in config_of(tmp_path / "dense")
+    assert not any(hasattr(module, "hf_quantizer") for module in model.modules())
+    dense = type(model).from_pretrained(tmp_path / "dense")
+    assert moe_layers(dense) == {}
+    assert same(dense, tiny.model(), "t5")
+
+
+def test_a_loaded_model_restores_and_dequantizes_to_the_dense_one(tmp_path):
+    described("llama").save_pretrained(tmp_path)
+    dense = TINY["llama"].model()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    restore_(loaded)
+    assert same(loaded, dense, "llama")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert same(again.dequantize(), dense, "llama")
+    assert not hasattr(again.config, "quantization_config")
+    third = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).dequantize(torch.bfloat16)
+    assert third.dtype == torch.bfloat16
+
+
+def test_sadmoe_s_own_files_hold_transformers_models_too(tmp_path):
+    model = described("bert")
+    save(model, tmp_path / "m.safetensors")
+    fresh = TINY["bert"].build().eval()
+    load(fresh, tmp_path / "m.safetensors")
+    fresh.save_pretrained(tmp_path / "hf")
+    assert same(transformers.AutoModel.from_pretrained(tmp_path / "hf"), model, "bert")
+
+
+def test_a_transformers_model_inside_another_module_is_described():
+    outer = nn.Sequential(converted("bert"))
+    sadmoe.hf.describe_to_transformers(outer)
+    assert list(outer[0].config.quantization_config.layers) == list(TINY["bert"].names)
+
+
+def test_copies_and_pickles_keep_the_gates(tmp_path):
+    model = described("bert")
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        assert same(other, model, "bert")
+        set_tau(other, 0.9)
+        other.save_pretrained(tmp_path)
+        assert {
+            g.gate.tau for g in moe_layers(transformers.AutoModel.from_pretrained(tmp_path)).values()
+        } == {0.9}
+    assert {layer.gate.tau for layer in moe_layers(model).values()} == {0.3}
+
+
+def test_a_loaded_model_casts_and_is_not_called_quantized(tmp_path):
+    described("bert").save_pretrained(tmp_path)
+    loaded = transformers.AutoModel.from_pretrained(tmp_path)
+    assert loaded.half().dtype == torch.float16
+    assert loaded.float().dtype == torch.float32
+    assert loaded.to(torch.bfloat16).dtype == torch.bfloat16
+    assert not getattr(loaded, "is_quantized", False)
+    assert loaded.hf_quantizer.is_compileable
+
+
+def test_trainer_trains_and_saves_a_loaded_model(tmp_path):
+    pytest.importorskip("accelerate")
+    described("bert classifier").save_pretrained(tmp_path / "start")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "start")
+    set_tau(model, 0.4)
+    before = moe_layers(model)["bert.encoder.layer.0.intermediate"].w_up.clone()
+    ids = TINY["bert classifier"].batch()["input_ids"]
+    data = [{"input_ids": row, "labels": torch.tensor(i % 2)} for i, row in enumerate(ids)]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path / "out"), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no"
+    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=data)
+    trainer.train()
+    assert not torch.equal(moe_layers(model)["bert.encoder.layer.0.intermediate"].w_up, before)
+    trainer.save_model(str(tmp_path / "end"))
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "end")
+    assert same(loaded, model.eval(), "bert classifier")
+
+
+def truncated(path: Path) -> None:
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def garbage(path: Path) -> None:
+    (path / "model.safetensors").write_bytes(b"hello " * 50)
+
+
+def lacks_a_tensor(path: Path) -> None:
+    edit_weights(path, lambda tensors, key: tensors.pop(key))
+
+
+def newer(path: Path) -> None:
+    edit_config(path, lambda config: config.update(format=2))
+
+
+def without_layers(path: Path) -> None:
+    edit_config(path, lambda config: config.pop("layers"))
+
+
+def unknown_field(path: Path) -> None:
+    edit_config(path, lambda config: config.update(bits=4))
+
+
+def other_names(path: Path) -> None:
+    edit_config(path, lambda c: c.update(layers={f"body.{name}": d for name, d in c["layers"].items()}))
+
+
+def broken_layer(path: Path) -> None:
+    edit_config(path, lambda config: next(iter(config["layers"].values())).pop("experts"))
+
+
+def other_sizes(path: Path) -> None:
+    edit_config(path, lambda config: next(iter(config["layers"].values())).update(experts=5))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncated, r"model\.safetensors is no safetensors file, or is cut short"),
+        (garbage, r"model\.safetensors is no safetensors file, or is cut short"),
+        (
+            lacks_a_tensor,
+            r"the weights are incomplete: encoder\.layer\.0\.intermediate\.w_up is not in the file",
+        ),
+        (newer, r"quantization_config of config\.json has format 2, this sadmoe reads 1: update sadmoe"),
+        (without_layers, r"quantization_config of config\.json is damaged: it must have layers by name$"),
+        (unknown_field, r"it must have layers by name, and not bits"),
+        (
+            other_names,
+            r"this BertModel: it has no body\.encoder\.layer\.0\.intermediate, nor any other of the 2",
+        ),
+        (
+            broken_layer,
+            r"config\.json does not fit this BertModel: encoder\.layer\.0\.intermediate: its description",
+        ),
+        (other_sizes, "has 60 neurons in this model, 5 x 10 in the one saved"),
+    ],
+)
+def test_a_bad_checkpoint_is_one_clear_error(damage, message, tmp_path):
+    described("bert").save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        transformers.AutoModel.from_pretrained(tmp_path)
+
+
+def test_weights_of_another_shape_are_refused(tmp_path):
+    described("bert").save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda tensors, key: tensors.update({key: tensors[key][1:].clone()}))
+    with pytest.raises(RuntimeError, match="mismatched"):
+        transformers.AutoModel.from_pretrained(tmp_path)
+
+
+def test_a_dense_checkpoint_is_not_converted_on_the_way_in(tmp_path):
+    TINY["bert"].model().save_pretrained(tmp_path)
+    config = SadmoeConfig(described("bert").config.quantization_config.layers)
+    with pytest.raises(ValueError, match="does require the model to be pre-quantized"):
+        transformers.AutoModel.from_pretrained(tmp_path, quantization_config=config)
+
+
+def test_a_model_quantized_by_others_keeps_its_quantizer_and_says_so(caplog):
+    class Other(SadmoeQuantizer.__base__):
+        is_trainable = True
+
+        def is_serializable(self) -> bool:
+            return True
+
+    model = converted("bert")
+    model.hf_quantizer = Other(SadmoeConfig({"x": {}}))
+    sadmoe.hf.describe_to_transformers(model)
+    assert isinstance(model.hf_quantizer, Other)
+    assert (
+        "BertModel is quantized by Other: save_pretrained will not save that it was converted" in caplog.text
+    )
+
+
+def test_sadmoe_may_be_imported_before_transformers(tmp_path):
+    model = described("bert")
+    model.save_pretrained(tmp_path)
+    torch.save([TINY["bert"].batch(), call(model, TINY["bert"].batch())], tmp_path / "expected.pt")
+    code = f"""
+import sadmoe, sys, torch
+assert "transformers" not in sys.modules
+from transformers import AutoModel
+model = AutoModel.from_pretrained({str(tmp_path)!r})
+batch, expected = torch.load({str(tmp_path / "expected.pt")!r})
+assert torch.equal(model(**batch)[0], expected)
+assert not [finder for finder in sys.meta_path if type(finder).__module__ == "sadmoe.hf"]
+module = sys.modules["transformers.modeling_utils"]
+assert type(module.__loader__) is type(module.__spec__.loader) is type(torch.__spec__.loader)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "LOAD REPORT" not in result.stderr
+
+
+def test_sadmoe_may_be_imported_after_transformers(monkeypatch):
+    imported: list[str] = []
+    monkeypatch.setattr(sadmoe.hf.importlib, "import_module", imported.append)
+    assert "transformers.modeling_utils" in sys.modules
+    sadmoe.hf.register()
+    assert imported == ["sadmoe.hf.quantizer"]
+
+
+def test_a_transformers_that_is_too_old_is_a_warning_and_not_an_error(monkeypatch):
+    def fails(name: str) -> None:
+        raise ImportError("cannot import name 'register_quantizer'")
+
+    monkeypatch.setattr(sadmoe.hf.importlib, "import_module", fails)
+    with pytest.warns(
+        UserWarning, match=r"cannot register with this version of transformers .*register_quantizer.*"
+    ):
+        sadmoe.hf.register()
+
+
+def test_registering_again_changes_nothing():
+    before = list(sadmoe.convert.after_surgery), list(sys.meta_path)
+    sadmoe.hf.register()
+    assert (list(sadmoe.convert.after_surgery), list(sys.meta_path)) == before
