@@ -1,7 +1,7 @@
 import pytest
 import torch
 from converted import converted
-from sadmoe.dial import converted_layers, set_tau
+from sadmoe.dial import converted_layers, set_tau, tau
 from sadmoe.gates import DynamicK, TopK
 from sadmoe.masks import record_masks
 from tiny_models import TINY, call
@@ -67,6 +67,19 @@ def test_calls_add_up_and_a_shared_layer_counts_every_call():
     (name,) = record.layers
     assert once[name][0] == 2 * 18  # two blocks share it
     assert (record.layers[name].rows, record.layers[name].pairs) == (2 * once[name][0], 2 * once[name][1])
+
+
+def test_calls_under_another_tau_can_be_left_out():
+    model, batch = converted("bert"), TINY["bert"].batch()
+    set_tau(model, 0.3)
+    expected = recorded(model, batch)
+    with record_masks(model, tau=0.3) as record, record.batch(batch), torch.no_grad():
+        call(model, batch)
+        with tau(model, 0.0):
+            call(model, batch)
+    for name, counts in record.layers.items():
+        assert counts.rows == expected[name].rows
+        assert torch.equal(counts.histogram, expected[name].histogram)
 
 
 def test_nothing_stays_behind_also_after_an_error():

@@ -56,10 +56,10 @@ def calibrate_(
     max_loss_increase: the largest tau found whose loss is at most this much above the loss at tau = 0,
     relatively (0.01: one percent more), >= 0. One of the two must be given.
     loss(model, batch) -> scalar runs the model itself; by default the output's `.loss`, so batches need
-    labels. It is averaged over batches. With a budget it is only measured, and only where it is given. The
-    model runs in eval mode without gradients, at most 12 times over the batches. skip_padding: as in `cost`.
-    Raises ValueError where no tau meets the budget, or the loss gives nothing to compare with; then the gates
-    are as they were.
+    labels. It may compare with the dense model, run under `tau(model, 0.0)`. It is averaged over batches.
+    With a budget it is only measured, and only where it is given. The model runs in eval mode without
+    gradients, at most 12 times over the batches. skip_padding: as in `cost`. Raises ValueError where no tau
+    meets the budget, or the loss gives nothing to compare with; then the gates are as they were.
     """
     converted_layers(model)
     check_batches(batches)
@@ -136,7 +136,7 @@ class _Search:
         with (
             tau(self.model, value),
             evaluating(self.model),
-            record_masks(self.model, skip_padding=self.skip_padding) as record,
+            record_masks(self.model, skip_padding=self.skip_padding, tau=value) as record,
         ):
             for batch in self.batches:
                 batch = to_device(batch, device)

@@ -45,8 +45,8 @@ class LayerMasks:
 class MaskRecord:
     """What `record_masks` counts: `layers`, by name."""
 
-    def __init__(self, model: nn.Module, skip_padding: bool):
-        self.model, self.skip_padding = model, skip_padding
+    def __init__(self, model: nn.Module, skip_padding: bool, tau: float | None):
+        self.model, self.skip_padding, self.tau = model, skip_padding, tau
         self.layers = {
             name: LayerMasks(torch.zeros(layer.experts + 1, dtype=torch.int64))
             for name, layer in converted_layers(model).items()
@@ -64,6 +64,8 @@ class MaskRecord:
 
     def see(self, name: str, layer: DynamicKMoE, x: Tensor) -> None:
         """Counts one call of a layer with input x [..., d]."""
+        if self.tau is not None and getattr(layer.gate, "tau", None) != self.tau:
+            return
         rows = x.reshape(-1, x.shape[-1])
         counts = self.layers[name]
         counts.rows += len(rows)
@@ -78,7 +80,9 @@ class MaskRecord:
 
 
 @contextmanager
-def record_masks(model: nn.Module, *, skip_padding: bool = True) -> Iterator[MaskRecord]:
+def record_masks(
+    model: nn.Module, *, skip_padding: bool = True, tau: float | None = None
+) -> Iterator[MaskRecord]:
     """Counts, inside the with block, the experts that every converted layer runs for every token.
 
         with record_masks(model) as record:
@@ -88,8 +92,9 @@ def record_masks(model: nn.Module, *, skip_padding: bool = True) -> Iterator[Mas
         record.layers["encoder.layer.0.intermediate"].share
 
     The router is evaluated once more for it: not for timing. skip_padding: see `batches.real_rows`.
+    tau: count only calls under this tau, so that the dense model may run in between.
     """
-    record = MaskRecord(model, skip_padding)
+    record = MaskRecord(model, skip_padding, tau)
 
     def hook_for(name: str) -> Any:
         return lambda layer, args, kwargs: record.see(name, layer, args[0] if args else kwargs["x"])

@@ -18,6 +18,7 @@ from sadmoe.layer import DynamicKMoE
 __all__ = ["RouterConfig", "RouterFit", "collect_inputs", "fit_router_", "fit_routers_", "stream_inputs"]
 
 HELD_OUT = 0.1  # share of the tokens that training never sees
+CHUNK = 2**22  # activations held at once while norms are computed
 REPORTED_SHARE = 0.25  # executed share at which `captured` is reported
 
 
@@ -142,8 +143,8 @@ class _Problem:
 
     @staticmethod
     def of(layer: DynamicKMoE, inputs: Tensor) -> "_Problem":
-        chunk = max(1, 2**22 // (layer.experts * layer.expert_size))  # rows whose activations stay small
-        norms = torch.cat([layer.expert_norms(x) for x in inputs.split(chunk)])
+        rows = max(1, CHUNK // (layer.experts * layer.expert_size))
+        norms = torch.cat([layer.expert_norms(x) for x in inputs.split(rows)])
         if not norms.isfinite().all():
             raise ValueError(
                 "inputs: not every expert's output norm is finite; look for NaN or inf in inputs or weights"

@@ -1,0 +1,242 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from converted import converted
+from sadmoe import calibrate
+from sadmoe.calibrate import calibrate_
+from sadmoe.cost import cost
+from sadmoe.dial import converted_layers, set_tau, tau
+from sadmoe.gates import DynamicK, TopK
+from sadmoe.routers import RouterConfig, fit_routers_
+from tiny_models import TINY, call
+from torch import nn
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """A tiny converted encoder whose routers are narrow and know their experts, and its batches."""
+    model, batches = converted("bert", experts=12, router_width=4), text_batches()
+    fit_routers_(model, batches, RouterConfig(width=4, steps=300, lr=0.02))
+    return model, batches
+
+
+@pytest.fixture
+def model(fitted):
+    for layer in converted_layers(fitted[0]).values():
+        layer.gate = TopK(3)
+    return fitted[0]
+
+
+@pytest.fixture
+def batches(fitted):
+    return fitted[1]
+
+
+def text_batches(n=3):
+    generator = torch.Generator().manual_seed(8)
+    mask = torch.ones(4, 20, dtype=torch.int64)
+    mask[1, 12:] = 0
+    return [
+        {"input_ids": torch.randint(3, 50, (4, 20), generator=generator), "attention_mask": mask}
+        for _ in range(n)
+    ]
+
+
+def distance(model, batch):
+    """A loss that is 1 at tau = 0 and grows as the output leaves that of the dense model."""
+    return 1 + drift(model, batch)
+
+
+def drift(model, batch):
+    output = call(model, batch)
+    with tau(model, 0.0):
+        return F.mse_loss(output, call(model, batch))
+
+
+def gates(model):
+    return [layer.gate for layer in converted_layers(model).values()]
+
+
+@pytest.mark.parametrize("budget", [0.5, 0.7, 0.9])
+def test_a_budget_is_met_closely_by_the_smallest_tau(model, batches, budget):
+    found = calibrate_(model, batches, budget=budget)
+    assert gates(model) == [DynamicK(found.tau)] * 2
+    report = cost(model, batches)
+    assert found.budget == report.executed / report.dense
+    assert found.share == report.share
+    assert found.evaluations <= calibrate.EVALUATIONS
+    assert found.budget <= budget
+    assert found.loss is found.dense_loss is None
+    with tau(
+        model, found.tau / 1.02
+    ):  # a step of the search below it, the budget is passed or nearly used up
+        below = cost(model, batches)
+    assert below.executed / below.dense > budget - calibrate.TOLERANCE - 0.01
+
+
+def test_a_budget_of_one_is_the_dense_model(model, batches):
+    found = calibrate_(model, batches, budget=1.0)
+    assert (found.tau, found.budget, found.share, found.evaluations) == (0.0, 1.0, 1.0, 1)
+
+
+def test_the_cost_falls_as_tau_grows(model, batches):
+    ratios = []
+    for value in (1e-6, 1e-3, 0.03, 0.1, 0.3, 0.6, 1.0):
+        with tau(model, value):
+            report = cost(model, batches)
+        ratios.append(report.executed / report.dense)
+    assert ratios == sorted(ratios, reverse=True)
+    assert ratios[0] > 1 > ratios[-1]  # router and combine come on top of all experts
+
+
+def test_a_loss_given_with_a_budget_is_measured(model, batches):
+    found = calibrate_(model, batches, budget=0.6, loss=distance)
+    assert found.dense_loss == pytest.approx(1.0)
+    with torch.no_grad():
+        expected = sum(distance(model, batch).item() for batch in batches) / len(batches)
+    assert found.loss == pytest.approx(expected, rel=1e-5)
+    assert found.loss > 1
+    set_tau(model, 0.5)
+    assert found.tau == calibrate_(model, batches, budget=0.6).tau  # the loss ran the dense model too
+
+
+def test_a_loss_increase_is_used_up_by_the_largest_tau(model, batches):
+    with tau(model, 0.3), torch.no_grad():
+        increase = sum(drift(model, batch).item() for batch in batches) / len(batches)
+    assert increase > 0
+    found = calibrate_(model, batches, max_loss_increase=increase, loss=distance)
+    assert gates(model) == [DynamicK(found.tau)] * 2
+    assert found.evaluations <= calibrate.EVALUATIONS
+    assert found.loss <= found.dense_loss * (1 + increase)
+    with tau(model, found.tau * 1.02), torch.no_grad():  # a step of the search further, it is passed
+        beyond = sum(drift(model, batch).item() for batch in batches) / len(batches)
+    assert beyond > increase * 0.999
+    assert found.share < 1
+
+
+def test_more_allowance_gives_a_larger_tau(model, batches):
+    taus = [
+        calibrate_(model, batches, max_loss_increase=x, loss=distance).tau for x in (0.0, 1e-3, 1e-2, 1.0)
+    ]
+    assert taus == sorted(taus)
+    assert taus[0] < taus[-1]
+
+
+def test_no_allowance_at_all_leaves_the_dense_model(model, batches):
+    def worse_when_sparse(model, batch):
+        call(model, batch)
+        return torch.tensor(1.0 if gates(model)[0].tau == 0 else 2.0)
+
+    found = calibrate_(model, batches, max_loss_increase=0.5, loss=worse_when_sparse)
+    assert (found.tau, found.loss, found.dense_loss) == (0.0, 1.0, 1.0)
+
+
+def test_the_model_s_own_loss_is_the_default():
+    model = converted("bert classifier")
+    batch = TINY["bert classifier"].batch() | {"labels": torch.tensor([0, 1])}
+    with torch.no_grad():
+        expected = model(**batch).loss.item()
+    found = calibrate_(model, [batch], max_loss_increase=0.1)
+    assert found.dense_loss == pytest.approx(expected)
+    assert found.loss <= 1.1 * expected
+
+
+def test_an_oracle_is_calibrated_as_an_oracle(model, batches):
+    for layer in converted_layers(model).values():
+        layer.gate = DynamicK(0.1, true_norms=True)
+    found = calibrate_(model, batches, budget=0.7)
+    assert gates(model) == [DynamicK(found.tau, true_norms=True)] * 2
+    assert found.budget == pytest.approx(0.7, abs=0.02)
+
+
+def test_padding_does_not_sway_the_budget(model, batches):
+    longer = [{key: F.pad(value, (0, 30)) for key, value in batch.items()} for batch in batches]
+    plain, padded = calibrate_(model, batches, budget=0.6), calibrate_(model, longer, budget=0.6)
+    assert padded.share == pytest.approx(plain.share, abs=1e-3)
+    assert padded.tau == pytest.approx(plain.tau, rel=0.02)
+
+
+def test_the_model_comes_back_in_its_mode_without_hooks(model, batches):
+    model.train()
+    calibrate_(model, batches[:1], budget=0.6)
+    assert model.training
+    assert not any(layer._forward_pre_hooks for layer in converted_layers(model).values())
+    model.eval()
+
+
+def test_a_budget_below_one_expert_states_the_floor_and_changes_nothing(model, batches):
+    report = cost(model, batches)
+    floor = report.floor / report.dense
+    with pytest.raises(
+        ValueError, match=f"budget 0.01 is below what one expert .* {floor:.4f} of the dense FLOPs"
+    ):
+        calibrate_(model, batches, budget=0.01)
+    assert gates(model) == [TopK(3)] * 2
+
+
+def test_routers_that_tell_no_expert_from_another_cannot_meet_a_budget(batches):
+    model = converted("bert")
+    for layer in converted_layers(model).values():
+        nn.init.ones_(layer.router.v2)
+    before = gates(model)
+    with pytest.raises(
+        ValueError, match=r"budget 0.8 cannot be met: even tau = 1 executes .* see fit_routers_"
+    ):
+        calibrate_(model, batches, budget=0.8)
+    assert gates(model) == before
+
+
+@pytest.mark.parametrize("loss", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_loss_that_nothing_can_be_relative_to_is_refused(model, batches, loss):
+    def constant(model, batch):
+        call(model, batch)
+        return torch.tensor(loss)
+
+    with pytest.raises(
+        ValueError, match=f"must be positive and finite, got {loss}: pass another loss, or a budget"
+    ):
+        calibrate_(model, batches, max_loss_increase=0.1, loss=constant)
+    assert gates(model) == [TopK(3)] * 2
+
+
+def test_an_error_in_the_loss_leaves_the_gates(model, batches):
+    def broken(model, batch):
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        calibrate_(model, batches, max_loss_increase=0.1, loss=broken)
+    assert gates(model) == [TopK(3)] * 2
+
+
+def test_a_model_without_a_loss_needs_one(model, batches):
+    with pytest.raises(ValueError, match=r"returned a Base.* without a loss: put labels .* or pass loss="):
+        calibrate_(model, batches, max_loss_increase=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kw", "text"),
+    [
+        ({}, "either budget or max_loss_increase, and one of them"),
+        ({"budget": 0.5, "max_loss_increase": 0.1}, "either budget or max_loss_increase"),
+        ({"budget": 0.0}, r"budget must be in \(0, 1\], .* got 0.0"),
+        ({"budget": 1.5}, r"budget must be in \(0, 1\], .* got 1.5"),
+        ({"budget": float("nan")}, r"budget must be in \(0, 1\], .* got nan"),
+        ({"max_loss_increase": -0.1}, "max_loss_increase must not be negative, got -0.1"),
+    ],
+)
+def test_goals_that_make_no_sense_are_refused(model, batches, kw, text):
+    with pytest.raises(ValueError, match=text):
+        calibrate_(model, batches, **kw)
+
+
+def test_a_dense_model_and_a_one_shot_iterator_are_refused(model, batches):
+    with pytest.raises(ValueError, match="no converted layer"):
+        calibrate_(TINY["bert"].model(), batches, budget=0.5)
+    with pytest.raises(TypeError, match="one-shot iterator"):
+        calibrate_(model, iter(batches), budget=0.5)
+
+
+def test_the_dial_can_be_set_from_here(model):
+    calibrate.set_tau(model, 0.5)
+    assert gates(model) == [DynamicK(0.5)] * 2
+    set_tau(model, 0.0)

@@ -1,0 +1,218 @@
+import math
+
+import pytest
+import torch
+from converted import converted, random_layer, random_rows
+from sadmoe import routers
+from sadmoe.dial import converted_layers, set_tau
+from sadmoe.gates import DynamicK
+from sadmoe.routers import RouterConfig, collect_inputs, fit_router_, fit_routers_
+from tiny_models import TINY
+from torch import nn
+
+QUICK = RouterConfig(width=32, steps=200, batch_tokens=128, lr=0.01)
+
+
+def layer_of(**kw):
+    return random_layer(**{"router_width": 32, **kw})
+
+
+def r2(layer, x):
+    norms = layer.expert_norms(x)
+    with torch.no_grad():
+        return 1 - ((layer.router(x) - norms).square().sum() / (norms - norms.mean()).square().sum()).item()
+
+
+@pytest.mark.parametrize("kw", [{}, {"gated": True, "act": "silu"}, {"act": "gelu"}, {"d_out": 10}])
+def test_a_router_learns_the_norms_of_tokens_it_never_saw(kw):
+    layer, rows = layer_of(**kw), random_rows(4000)
+    before = r2(layer, random_rows(500, seed=7))
+    fit = fit_router_(layer, rows, QUICK)
+    assert before < 0
+    assert r2(layer, random_rows(500, seed=7)) > 0.3
+    assert fit.r2 == pytest.approx(r2(layer, random_rows(500, seed=7)), abs=0.05)
+    assert (fit.tokens, fit.held_out) == (3600, 400)
+
+
+def test_enough_width_overfits_a_small_set():
+    layer, rows = layer_of(router_width=256), random_rows(60)
+    fit_router_(layer, rows, RouterConfig(width=256, steps=1500, batch_tokens=60, lr=0.01, weight_decay=0.0))
+    held_out = torch.randperm(60, generator=torch.Generator().manual_seed(0))[:6]
+    trained = torch.ones(60, dtype=torch.bool)
+    trained[held_out] = False
+    assert r2(layer, rows[trained]) > 0.999
+    assert r2(layer, rows[held_out]) < 0.99
+
+
+def test_the_reported_numbers_are_those_of_the_held_out_tokens():
+    layer, rows = layer_of(), random_rows(500)
+    fit = fit_router_(layer, rows, QUICK)
+    held_out = rows[torch.randperm(500, generator=torch.Generator().manual_seed(0))[:50]]
+    norms = layer.expert_norms(held_out)
+    with torch.no_grad():
+        scores = layer.router(held_out)
+    assert fit.r2 == pytest.approx(r2(layer, held_out), abs=1e-5)
+    assert fit.loss == pytest.approx((scores - norms).square().mean().item(), rel=1e-4)
+    ratios = scores / scores.amax(-1, keepdim=True)
+    tau = ratios.flatten().sort(descending=True).values[round(0.25 * ratios.numel()) - 1].item()
+    mask = DynamicK(tau * (1 - 1e-6)).mask(scores)
+    assert mask.float().mean() == pytest.approx(0.25, abs=0.01)
+    energy = norms.square()
+    assert fit.captured == pytest.approx((energy[mask].sum() / energy.sum()).item(), abs=0.01)
+    assert mask.float().mean() < fit.captured < fit.captured_oracle <= 1
+
+
+def test_training_changes_the_router_and_nothing_else():
+    layer = layer_of().train()
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    rows = random_rows(300)
+    copy, state = rows.clone(), torch.get_rng_state()
+    fit_router_(layer, rows, QUICK)
+    changed = [name for name, tensor in layer.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert changed == ["router.v1", "router.v2"]
+    assert torch.equal(rows, copy)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None and p.requires_grad for p in layer.parameters())
+    assert layer.training
+
+
+def test_the_result_depends_on_layer_inputs_and_config_alone():
+    fitted = []
+    for seed, noise in ((0, 1), (0, 2), (1, 1)):
+        torch.manual_seed(noise)
+        layer = layer_of()
+        nn.init.normal_(layer.router.v1)  # what the router was before does not matter
+        fit = fit_router_(layer, random_rows(300), RouterConfig(width=32, steps=20, seed=seed))
+        fitted.append((layer.router.v1.clone(), layer.router.v2.clone(), fit))
+    assert torch.equal(fitted[0][0], fitted[1][0])
+    assert torch.equal(fitted[0][1], fitted[1][1])
+    assert fitted[0][2] == fitted[1][2]
+    assert not torch.equal(fitted[0][0], fitted[2][0])
+
+
+def test_the_scale_of_inputs_and_experts_does_not_matter():
+    """Bit for bit, for powers of two: the rate of learning needs no tuning to the model."""
+    plain, scaled = layer_of(), layer_of()
+    with torch.no_grad():
+        scaled.w_up.div_(2**10)
+        scaled.w_down.mul_(2**6)
+    fit = fit_router_(plain, random_rows(300), QUICK)
+    same = fit_router_(scaled, random_rows(300) * 2**10, QUICK)
+    assert torch.equal(scaled.router.v1 * 2**10, plain.router.v1)
+    assert torch.equal(scaled.router.v2, plain.router.v2 * 2**6)
+    assert same.r2 == fit.r2
+
+
+def test_a_bfloat16_layer_is_trained_in_float32():
+    layer = layer_of(dtype=torch.bfloat16)
+    fit = fit_router_(layer, random_rows(4000).bfloat16(), QUICK)
+    assert layer.router.v1.dtype == layer.router.v2.dtype == torch.bfloat16
+    assert fit.r2 > 0.5
+
+
+def test_scores_are_never_negative_and_silent_experts_have_no_norm():
+    layer = layer_of()
+    with torch.no_grad():
+        layer.b_up[2] = -1e3
+    rows = random_rows(2000)
+    assert (layer.expert_norms(rows)[:, 2] == 0).all()
+    fit_router_(layer, rows, QUICK)
+    with torch.no_grad():
+        scores = layer.router(rows)
+    assert (scores >= 0).all()
+    assert scores[:, 2].mean() < 0.1 * scores.mean()
+
+
+def test_a_dead_layer_has_no_r2_and_breaks_nothing():
+    layer = layer_of()
+    with torch.no_grad():
+        layer.w_down.zero_()
+    fit = fit_router_(layer, random_rows(100), QUICK)
+    assert math.isnan(fit.r2)
+    assert (fit.captured, fit.captured_oracle) == (1.0, 1.0)
+    assert all(p.isfinite().all() for p in layer.router.parameters())
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu")])
+def test_training_works_and_is_the_same_inside_other_contexts(context):
+    layers = [layer_of(), layer_of()]
+    rows = random_rows(200)
+    config = RouterConfig(width=32, steps=10)
+    fit_router_(layers[0], rows, config)
+    with context():
+        fit_router_(layers[1], rows, config)
+    assert torch.equal(layers[0].router.v2, layers[1].router.v2)
+
+
+def test_chunks_of_targets_make_no_difference(monkeypatch):
+    whole, parts = layer_of(), layer_of()
+    config = RouterConfig(width=32, steps=10)
+    fit_router_(whole, random_rows(200), config)
+    monkeypatch.setattr(routers, "CHUNK", 40 * 7)
+    fit_router_(parts, random_rows(200), config)
+    torch.testing.assert_close(parts.router.v2, whole.router.v2)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "text"),
+    [
+        (
+            torch.ones(10, 7),
+            r"inputs must be floating point \[n, 24\] with n >= 2, got torch.float32 \[10, 7\]",
+        ),
+        (torch.ones(2, 5, 24), r"got torch.float32 \[2, 5, 24\]"),
+        (torch.ones(1, 24), r"n >= 2, got torch.float32 \[1, 24\]"),
+        (torch.ones(9, 24, dtype=torch.int64), r"floating point .* got torch.int64"),
+        (torch.full((9, 24), torch.nan), "not every expert's output norm is finite"),
+        (torch.full((9, 24), torch.inf), "not every expert's output norm is finite"),
+    ],
+)
+def test_inputs_that_cannot_be_used_are_refused(inputs, text):
+    layer = layer_of()
+    before = layer.router.v1.clone()
+    with pytest.raises(ValueError, match=text):
+        fit_router_(layer, inputs)
+    assert torch.equal(layer.router.v1, before)
+
+
+def test_a_width_that_the_router_does_not_have_is_refused():
+    with pytest.raises(
+        ValueError, match=r"config.width is 64, .* has width 32: build it with router_width=64"
+    ):
+        fit_router_(layer_of(), random_rows(9), RouterConfig(width=64))
+
+
+@pytest.mark.parametrize(
+    ("kw", "text"),
+    [
+        ({"width": 0}, "width must be at least 1, got 0"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"batch_tokens": 0}, "batch_tokens must be at least 1, got 0"),
+        ({"lr": 0.0}, "lr must be positive, got 0.0"),
+        ({"weight_decay": -1.0}, "weight_decay must not be negative, got -1.0"),
+    ],
+)
+def test_a_config_out_of_range_is_refused(kw, text):
+    with pytest.raises(ValueError, match=text):
+        RouterConfig(**kw)
+
+
+def test_the_routers_of_a_converted_model_are_fitted_at_tau_zero():
+    model, batch = converted("bert"), TINY["bert"].batch()
+    set_tau(model, 1.0)
+    layers = converted_layers(model)
+    config = RouterConfig(width=16, steps=50)
+    fits = fit_routers_(model, [batch], config)
+    assert {layer.gate for layer in layers.values()} == {DynamicK(1.0)}
+    assert list(fits) == list(layers)
+
+    expected = converted("bert")
+    sites = [routers._Converted(name, layer) for name, layer in converted_layers(expected).items()]
+    for name, x in collect_inputs(expected, sites, [batch], max_tokens=100).items():
+        assert fit_router_(converted_layers(expected)[name], x, config) == fits[name]
+        assert torch.equal(converted_layers(expected)[name].router.v2, layers[name].router.v2)
+
+
+def test_a_dense_model_has_no_routers():
+    with pytest.raises(ValueError, match="no converted layer"):
+        fit_routers_(TINY["bert"].model(), [TINY["bert"].batch()])
