@@ -301,6 +301,22 @@ def test_a_captured_graph_replays_with_another_mask(cuda):
 
 
 @pytest.mark.cuda
+def test_work_is_queued_on_the_current_stream_of_the_tensors_device(cuda):
+    args = experts_problem(100, 64, 8, 16)
+    for index in range(torch.cuda.device_count()):
+        moved = [a if a is None else a.to(f"cuda:{index}") for a in args]
+        wanted = ops.sparse_experts(*moved)
+        torch.cuda.synchronize(index)
+        with torch.cuda.stream(torch.cuda.Stream(index)):
+            torch.cuda._sleep(10_000_000)
+            late = moved[0] * 2  # queued on the same stream: an op elsewhere would read it too early
+            y = ops.sparse_experts(late / 2, *moved[1:])
+        torch.cuda.synchronize(index)
+        assert y.device == moved[0].device
+        assert torch.equal(y, wanted)
+
+
+@pytest.mark.cuda
 def test_nothing_waits_for_the_device(cuda):
     x, _, *weights = (a if a is None else a.cuda() for a in experts_problem(100, 64, 8, 16))
     v1, v2 = (v.cuda() for v in router_problem(64, 8))

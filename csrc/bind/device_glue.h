@@ -2,6 +2,7 @@
 // bodies: the CUDA library's, and that of the emulator in tests/emulator, whose ops run on CPU tensors.
 #pragma once
 #include "bind/check.h"
+#include "cuda/launch.h"
 
 #if defined(SADMOE_EMULATOR)
 #include <deque>
@@ -53,6 +54,8 @@ class OnDevice {
   OnDevice(const Arguments& arguments, const Tensor& x) : guard_(checked_index(arguments, x)) {
     check(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_) == AOTI_TORCH_SUCCESS, arguments.op(),
           "the current stream of ", name_of(x), " cannot be had");
+    const int code = cuda::use_device(x.get_device_index());
+    check(code == 0, arguments.op(), name_of(x), " cannot be used: ", cuda::error_string(code));
   }
   void* stream() const { return stream_; }
   void writes(const char*, const Tensor&) {}

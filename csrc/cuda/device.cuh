@@ -113,6 +113,7 @@ int launch(void (*kernel)(Parameters), Grid grid, int threads, size_t shared_byt
   return static_cast<int>(
       cudaLaunchKernel(kernel, blocks, dim3(threads), arguments, shared_bytes, static_cast<cudaStream_t>(stream)));
 }
+inline int set_device(int index) { return static_cast<int>(cudaSetDevice(index)); }
 inline const char* error_text(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 
 }  // namespace sadmoe::cuda

@@ -113,6 +113,8 @@ int run_chunk(const Experts& experts, const bool* mask, const Scratch& scratch, 
 
 }  // namespace
 
+int use_device(int index) { return set_device(index); }
+
 int router_scores(View x, const Router& router, const RouterShape& s, float* hidden, float* scores, void* stream) {
   const int code = project(x, router.v1, s.T, s.d, router.r, Activation::relu, hidden, stream);
   return code ? code : project({hidden, DType::f32}, router.v2, s.T, router.r, s.E, Activation::abs, scores, stream);

@@ -7,6 +7,9 @@
 
 namespace sadmoe::cuda {
 
+// Makes a device current for this library's own copy of the CUDA runtime, beside torch's.
+int use_device(int index);
+
 // scores [T, E]; hidden [T, r] is scratch. x, v1, v2 of any dtypes.
 int router_scores(View x, const Router& router, const RouterShape& shape, float* hidden, float* scores, void* stream);
 

@@ -160,6 +160,7 @@ int launch(void (*kernel)(Parameters), Grid grid, int threads, size_t shared_byt
   const Call<Parameters> call{kernel, parameters};
   return emulator::run({grid.x, grid.y, threads, shared_bytes, &Call<Parameters>::run, &call, sizeof call});
 }
+inline int set_device(int) { return 0; }
 inline const char* error_text(int) { return emulator::last_error(); }
 
 }  // namespace sadmoe::cuda
