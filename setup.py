@@ -48,15 +48,30 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         if not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")))):
-            sys.exit("sadmoe: no C++ compiler was found. Install g++ (Debian: apt-get install g++) or set CXX.")
+            sys.exit(
+                "sadmoe: no C++ compiler was found. Install g++ (Debian: apt-get install g++) or set CXX."
+            )
         inplace = self.editable_mode or self.inplace
         out = ROOT / "python/sadmoe" if inplace else Path(self.build_lib).resolve() / "sadmoe"
         build = Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         cmake, env = _tool("cmake"), _environment()
         configure = [
-            *(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}"),
-            *("-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_INSTALL_PREFIX={out}", f"-DPython3_EXECUTABLE={sys.executable}"),
+            *(
+                cmake,
+                "-S",
+                str(ROOT),
+                "-B",
+                str(build),
+                "-G",
+                "Ninja",
+                f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}",
+            ),
+            *(
+                "-DCMAKE_BUILD_TYPE=Release",
+                f"-DCMAKE_INSTALL_PREFIX={out}",
+                f"-DPython3_EXECUTABLE={sys.executable}",
+            ),
             *(f"-DSADMOE_TORCH_DIR={required_torch()}", f"-DSADMOE_CUDA={_cuda_choice()}"),
             f"-DSADMOE_CUDA_ARCHS={env.get('SADMOE_CUDA_ARCHS', '')}",
             *shlex.split(env.get("SADMOE_CMAKE_ARGS", "")),
@@ -64,7 +79,11 @@ class CMakeBuild(build_ext):
         if not inplace:
             configure.append("--fresh")  # a cache in build/ may come from another environment
         jobs = env.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        for command in (configure, [cmake, "--build", str(build), "-j", jobs], [cmake, "--install", str(build)]):
+        for command in (
+            configure,
+            [cmake, "--build", str(build), "-j", jobs],
+            [cmake, "--install", str(build)],
+        ):
             subprocess.run(command, check=True, env=env)
 
     def get_outputs(self) -> list[str]:

@@ -14,10 +14,9 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from sadmoe import ops, reference
 from timing import machine, measure
 from torch import Tensor
-
-from sadmoe import ops, reference
 
 TOKENS = [1, 2, 4, 8, 16, 64, 256, 1024, 4096]
 
@@ -27,7 +26,9 @@ def tau_of_share(scores: Tensor, share: float) -> float:
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if ops.dynamic_k_select(scores, middle).float().mean() > share else (low, middle)
+        low, high = (
+            (middle, high) if ops.dynamic_k_select(scores, middle).float().mean() > share else (low, middle)
+        )
     return high
 
 
@@ -41,7 +42,10 @@ def problem(args: argparse.Namespace, T: int) -> SimpleNamespace:
 
     p = SimpleNamespace(E=E, x=normal(T, args.d, scale=1), v1=normal(args.r, args.d, scale=args.d**-0.5))
     p.v2 = normal(E, args.r, scale=args.r**-0.5)
-    p.w_up, p.w_down = normal(E, args.s, args.d, scale=args.d**-0.5), normal(E, args.s, args.d, scale=args.f**-0.5)
+    p.w_up, p.w_down = (
+        normal(E, args.s, args.d, scale=args.d**-0.5),
+        normal(E, args.s, args.d, scale=args.f**-0.5),
+    )
     p.b_up, p.b_out = normal(E, args.s, scale=0.1), normal(args.d, scale=0.1)
     p.tau = tau_of_share(ops.router_scores(normal(4096, args.d, scale=1), p.v1, p.v2), args.share)
     p.mask = ops.dynamic_k_select(ops.router_scores(p.x, p.v1, p.v2), p.tau)
@@ -101,7 +105,9 @@ def checked(p: SimpleNamespace, variants: dict[str, Callable[[], Tensor]]) -> No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, default in {"d": 384, "f": 1536, "s": 32, "r": 128, "threads": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--share", type=float, default=0.25)
@@ -113,7 +119,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     title = f"{machine()}, d={args.d} f={args.f} s={args.s} E={args.f // args.s} relu, {args.dtype}"
     print(f"# {title}")
-    print(f"{'T':>5} {'share':>6}  {'dense':>13}  {'sadmoe':>13}  {'loop':>13}  {'grouped_mm':>13}   sadmoe is faster than")
+    print(
+        f"{'T':>5} {'share':>6}  {'dense':>13}  {'sadmoe':>13}  {'loop':>13}  {'grouped_mm':>13}   "
+        "sadmoe is faster than"
+    )
     rows = []
     with torch.inference_mode():
         for T in args.tokens:
@@ -123,9 +132,16 @@ def main() -> None:
             times = measure(variants)
             share = p.mask.float().mean().item()
             cells = "  ".join(f"{t.median * 1e3:7.3f} ±{t.spread:4.0%}" for t in times.values())
-            gains = {name: times[name].median / times["sadmoe"].median for name in ("dense", "loop", "grouped_mm")}
-            print(f"{T:5d} {share:6.1%}  {cells}   " + "  ".join(f"{name} {gain:.2f}x" for name, gain in gains.items()))
-            rows.append({"T": T, "share": share, "seconds": {n: t.median for n, t in times.items()}, "gains": gains})
+            gains = {
+                name: times[name].median / times["sadmoe"].median for name in ("dense", "loop", "grouped_mm")
+            }
+            print(
+                f"{T:5d} {share:6.1%}  {cells}   "
+                + "  ".join(f"{name} {gain:.2f}x" for name, gain in gains.items())
+            )
+            rows.append(
+                {"T": T, "share": share, "seconds": {n: t.median for n, t in times.items()}, "gains": gains}
+            )
     print("Times in ms: median and distance of the quartiles.")
     if args.json:
         args.json.write_text(json.dumps({"machine": title, "rows": rows}, indent=1))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
 from sadmoe import ops
 
 
@@ -20,7 +19,9 @@ class Timing:
     spread: float
 
 
-def measure(variants: dict[str, Callable[[], object]], seconds: float = 0.6, least: int = 7) -> dict[str, Timing]:
+def measure(
+    variants: dict[str, Callable[[], object]], seconds: float = 0.6, least: int = 7
+) -> dict[str, Timing]:
     """Calls the variants in turn for about `seconds` each, at least `least` times, after two calls to warm up."""
     samples: dict[str, list[float]] = {name: [] for name in variants}
     for call in variants.values():
@@ -46,6 +47,12 @@ def machine() -> str:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         name = names[0] if names else name
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, kernels {ops.cpu_isas()[0]}"
+    return (
+        f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, kernels {ops.cpu_isas()[0]}"
+    )

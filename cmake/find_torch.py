@@ -38,7 +38,9 @@ def find_torch() -> tuple[Path | None, list[str]]:
         numbers = re.match(r"(\d+)\.(\d+)", version or "")
         if version is None or numbers is None:
             continue
-        if (int(numbers[1]), int(numbers[2])) >= OLDEST and (folder / "include/torch/csrc/stable/library.h").exists():
+        if (int(numbers[1]), int(numbers[2])) >= OLDEST and (
+            folder / "include/torch/csrc/stable/library.h"
+        ).exists():
             return folder, unfit
         unfit.append(f"{version} in {folder}")
     return None, unfit

@@ -36,7 +36,9 @@ def experts_problem(
     ]
 
 
-def router_problem(d: int, E: int, r: int = 9, dtype: torch.dtype = torch.float32, seed: int = 1) -> list[Tensor]:
+def router_problem(
+    d: int, E: int, r: int = 9, dtype: torch.dtype = torch.float32, seed: int = 1
+) -> list[Tensor]:
     """v1, v2."""
     g = torch.Generator().manual_seed(seed)
     v1, v2 = torch.randn(r, d, generator=g) * d**-0.5, torch.randn(E, r, generator=g) * r**-0.5

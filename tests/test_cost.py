@@ -69,7 +69,7 @@ def test_the_dense_form_is_what_is_counted(act, gated):
 
     class Dense(torch.nn.Module):
         def forward(self, x):
-            return layer._dense(x)
+            return layer._down(layer._hidden(x))
 
     x = torch.ones(7, 24)
     assert count_flops(Dense(), x) == 7 * layer_cost(layer, 1.0).dense

@@ -18,7 +18,7 @@ import sadmoe.hf
 from converted import converted
 from sadmoe import CheckpointError, load, moe_layers, restore_, save, set_tau
 from sadmoe.gates import DynamicK, TopK
-from sadmoe.hf.quantizer import SadmoeConfig, SadmoeQuantizer
+from sadmoe.hf.quantizer import SadmoeConfig, SadmoeQuantizer, _check_loaded
 from tiny_models import TINY, call
 
 NAMES = [
@@ -276,6 +276,11 @@ def lacks_a_tensor(path: Path) -> None:
     edit_weights(path, lambda tensors, key: tensors.pop(key))
 
 
+def dense_weights(path: Path) -> None:
+    TINY["bert"].model().save_pretrained(path / "dense")
+    (path / "dense" / "model.safetensors").replace(path / "model.safetensors")
+
+
 def newer(path: Path) -> None:
     edit_config(path, lambda config: config.update(format=2))
 
@@ -309,6 +314,10 @@ def other_sizes(path: Path) -> None:
             lacks_a_tensor,
             r"the weights are incomplete: encoder\.layer\.0\.intermediate\.w_up is not in the file",
         ),
+        (
+            dense_weights,
+            r"the weights are incomplete: encoder\.layer\.0\.intermediate\.w_up and 13 more are not",
+        ),
         (newer, r"quantization_config of config\.json has format 2, this sadmoe reads 1: update sadmoe"),
         (without_layers, r"quantization_config of config\.json is damaged: it must have layers by name$"),
         (unknown_field, r"it must have layers by name, and not bits"),
@@ -333,8 +342,12 @@ def test_a_bad_checkpoint_is_one_clear_error(damage, message, tmp_path):
 def test_weights_of_another_shape_are_refused(tmp_path):
     described("bert").save_pretrained(tmp_path)
     edit_weights(tmp_path, lambda tensors, key: tensors.update({key: tensors[key][1:].clone()}))
-    with pytest.raises(RuntimeError, match="mismatched"):
+    with pytest.raises((RuntimeError, CheckpointError), match=r"mismatched|do not fit"):
         transformers.AutoModel.from_pretrained(tmp_path)
+    model = described("bert")  # where transformers leaves it to the quantizer
+    wrong = {"encoder.layer.0.intermediate.w_up": torch.Size([1, 2, 3])}
+    with pytest.raises(CheckpointError, match=r"intermediate\.w_up is \[6, 10, 24\], not \[1, 2, 3\]"):
+        _check_loaded(model, wrong)
 
 
 def test_a_dense_checkpoint_is_not_converted_on_the_way_in(tmp_path):

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from problems import experts_problem
-
 from sadmoe import ops, reference
 from sadmoe.gates import DynamicK, TopK
 from sadmoe.layer import DynamicKMoE, Router
@@ -51,7 +50,9 @@ def test_tau_zero_is_the_dense_path_and_equals_every_expert_run():
     for gated in (False, True):
         layer = make_layer(gated=gated, bias=("b_up", "b_out", *(("b_gate",) if gated else ())))
         x = tokens(30, 20)
-        every = ops.sparse_experts(x, torch.ones(30, 6, dtype=torch.bool), *layer.expert_weights(), act=layer.act)
+        every = ops.sparse_experts(
+            x, torch.ones(30, 6, dtype=torch.bool), *layer.expert_weights(), act=layer.act
+        )
         torch.testing.assert_close(layer(x), every)
 
 
@@ -155,7 +156,9 @@ def test_compiles_and_exports_whole_with_a_dynamic_number_of_tokens():
     layer = make_layer(bias=("b_up", "b_out"))
     layer.gate = DynamicK(0.4)
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
-    exported = torch.export.export(layer, (tokens(6, 20),), dynamic_shapes={"x": {0: torch.export.Dim("T")}}).module()
+    exported = torch.export.export(
+        layer, (tokens(6, 20),), dynamic_shapes={"x": {0: torch.export.Dim("T")}}
+    ).module()
     with torch.no_grad():
         for T in (6, 3, 17):
             x = tokens(T, 20, seed=T)

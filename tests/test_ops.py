@@ -6,9 +6,8 @@ import warnings
 import pytest
 import torch
 from problems import assert_as_good_as_torch, experts_problem, in_double, router_problem
-from torch.utils.flop_counter import FlopCounterMode
-
 from sadmoe import ops, reference
+from torch.utils.flop_counter import FlopCounterMode
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTS = list(reference.ACTIVATIONS)
@@ -50,7 +49,9 @@ def test_activations_are_accurate_over_the_whole_range(isa, act):
     one = torch.ones(1, 1, 1)
     ours = ops.sparse_experts(x[:, None], torch.ones(len(x), 1, dtype=torch.bool), one, one, act=act)[:, 0]
     wide = x.double()
-    exact = {"gelu": 0.5 * wide * torch.erfc(-wide * 0.5**0.5)}  # 1 + erf and 1 + tanh lose the tail even in float64
+    exact = {
+        "gelu": 0.5 * wide * torch.erfc(-wide * 0.5**0.5)
+    }  # 1 + erf and 1 + tanh lose the tail even in float64
     truth = exact.get(act, reference.ACTIVATIONS[act](wide))
     assert_as_good_as_torch(ours, reference.ACTIVATIONS[act](x), truth)
     floor = 1e-14 if act == "gelu_tanh" else 1e-35
@@ -84,7 +85,15 @@ def test_scores_are_as_good_as_torch(isa, T, d, E, dtype, router_dtype):
 def test_selection_is_the_rule_bit_for_bit(tau):
     inf, nan = float("inf"), float("nan")
     edge = torch.tensor(
-        [[0, 0, 0, 0], [1, 1, 0.3, 0], [inf, 1, 0, inf], [nan, 1, 0.2, 0], [nan] * 4, [-1, -2, -3, 0], [-1, 2, 0.6, 0.59]]
+        [
+            [0, 0, 0, 0],
+            [1, 1, 0.3, 0],
+            [inf, 1, 0, inf],
+            [nan, 1, 0.2, 0],
+            [nan] * 4,
+            [-1, -2, -3, 0],
+            [-1, 2, 0.6, 0.59],
+        ]
     )
     random = torch.rand(50, 4, generator=torch.Generator().manual_seed(0))
     for scores in (edge, random, torch.rand(3, 1), torch.rand(0, 4)):
@@ -96,11 +105,15 @@ def test_selection_keeps_its_promises():
     scores[::7] = 0
     masks = [ops.dynamic_k_select(scores, tau) for tau in (0.0, 0.01, 0.2, 0.5, 1.0)]
     assert masks[0].all(), "tau = 0 runs every expert"
-    assert all((lower | ~higher).all() for lower, higher in itertools.pairwise(masks)), "a larger tau runs a subset"
+    assert all((lower | ~higher).all() for lower, higher in itertools.pairwise(masks)), (
+        "a larger tau runs a subset"
+    )
     assert (masks[-1].sum(1)[scores.amax(1) > 0] == 1).all(), "tau = 1 runs the top expert"
     assert (masks[-1] & (scores == scores.amax(1, keepdim=True))).any(1).all()
     assert masks[-1][0].all(), "a row of zeros runs every expert"
-    assert torch.equal(masks[2], ops.dynamic_k_select(scores * 8, 0.2)), "the scale of the scores does not matter"
+    assert torch.equal(masks[2], ops.dynamic_k_select(scores * 8, 0.2)), (
+        "the scale of the scores does not matter"
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -223,7 +236,9 @@ def test_autocast_casts_the_experts_and_not_the_router():
     v1, v2 = router_problem(16, 3)
     low = [None if w is None else w.bfloat16() for w in weights]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(ops.sparse_experts(x, mask, *weights), ops.sparse_experts(x.bfloat16(), mask, *low))
+        assert torch.equal(
+            ops.sparse_experts(x, mask, *weights), ops.sparse_experts(x.bfloat16(), mask, *low)
+        )
         assert torch.equal(ops.router_scores(x, v1, v2), ops.router_scores(x.bfloat16(), v1, v2))
         y = ops.dynamic_k_moe(x, v1, v2, *weights, tau=0.3)
     assert torch.equal(y, ops.dynamic_k_moe(x.bfloat16(), v1, v2, *low, tau=0.3))
@@ -240,10 +255,13 @@ def test_gradients_flow_under_autocast():
 
 
 def test_compiles_whole_with_any_number_of_tokens():
-    x, _, *weights = experts_problem(6, 12, 3, 4)
+    weights = experts_problem(6, 12, 3, 4)[2:]
     v1, v2 = router_problem(12, 3)
     compiled = torch.compile(
-        lambda rows: ops.dynamic_k_moe(rows, v1, v2, *weights, tau=0.3), fullgraph=True, dynamic=True, backend="aot_eager"
+        lambda rows: ops.dynamic_k_moe(rows, v1, v2, *weights, tau=0.3),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
     )
     for T in (6, 2, 9):
         rows = experts_problem(T, 12, seed=T)[0]
@@ -255,7 +273,9 @@ def test_an_unknown_device_answers_through_the_reference_with_one_warning():
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sadmoe::{name}", "CompositeExplicitAutograd")
     args = experts_problem()
     slow = ops._with_one_warning("sparse_experts", reference.sparse_experts)
-    with pytest.warns(UserWarning, match="sadmoe::sparse_experts has no kernel for cpu and runs in plain torch"):
+    with pytest.warns(
+        UserWarning, match="sadmoe::sparse_experts has no kernel for cpu and runs in plain torch"
+    ):
         first = slow(*args)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -273,9 +293,17 @@ def _replaced(i, value):
     [
         (_replaced(0, torch.randn(12)), "relu", r"x must be \[T, d\], got \[12\]"),
         (_replaced(0, torch.randn(6, 11)), "relu", r"w_up must be \[E, s, d = 11\], got \[3, 4, 12\]"),
-        (_replaced(1, torch.ones(6, 2, dtype=torch.bool)), "relu", r"mask must be \[T, E\] = \[6, 3\], got \[6, 2\]"),
+        (
+            _replaced(1, torch.ones(6, 2, dtype=torch.bool)),
+            "relu",
+            r"mask must be \[T, E\] = \[6, 3\], got \[6, 2\]",
+        ),
         (_replaced(1, torch.ones(6, 3)), "relu", "mask must be bool, got Float"),
-        (_replaced(3, torch.randn(3, 5, 12)), "relu", r"w_down must be \[E = 3, s = 4, d_out\], got \[3, 5, 12\]"),
+        (
+            _replaced(3, torch.randn(3, 5, 12)),
+            "relu",
+            r"w_down must be \[E = 3, s = 4, d_out\], got \[3, 5, 12\]",
+        ),
         (_replaced(3, torch.randn(3, 4, 12).half()), "relu", "w_down must have x's dtype, Float, got Half"),
         (_replaced(4, torch.randn(3)), "relu", r"b_up must be \[E, s\] = \[3, 4\], got \[3\]"),
         (_replaced(5, None), "relu", "b_gate needs w_gate"),
@@ -296,7 +324,9 @@ def test_wrong_router_arguments_are_named():
         ops.router_scores(x, v1[:, 1:], v2)
     with pytest.raises(RuntimeError, match=r"v2 must be \[E, r = 9\], got \[3, 8\]"):
         ops.router_scores(x, v1, v2[:, 1:])
-    with pytest.raises(RuntimeError, match=r"v2 must have a row for each of the E = 3 experts of w_up, got \[2, 9\]"):
+    with pytest.raises(
+        RuntimeError, match=r"v2 must have a row for each of the E = 3 experts of w_up, got \[2, 9\]"
+    ):
         ops.dynamic_k_moe(x, v1, v2[1:], *weights)
     for tau in (-0.1, 1.5, float("nan")):
         with pytest.raises(RuntimeError, match=r"tau must be in \[0, 1\]"):
@@ -306,6 +336,6 @@ def test_wrong_router_arguments_are_named():
 
 
 def test_an_unknown_instruction_set_lists_what_runs():
-    with pytest.raises(RuntimeError, match="does not run the 'sse9' kernels; it runs auto, .*portable"):
+    with pytest.raises(RuntimeError, match=r"does not run the 'sse9' kernels; it runs auto, .*portable"):
         ops.use_cpu_isa("sse9")
     assert "portable" in ops.build_info()

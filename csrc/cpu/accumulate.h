@@ -26,8 +26,10 @@ void accumulate_tile(const Accumulate& p, int64_t i0, int64_t c0, int64_t part =
   }
   for (int i = 0; i < Rows; ++i)
     for (int v = 0; v < Vecs; ++v) {
-      if (part) sums[i][v].store_part(y[i] + v * Vec::width, part);
-      else sums[i][v].store(y[i] + v * Vec::width);
+      if (part)
+        sums[i][v].store_part(y[i] + v * Vec::width, part);
+      else
+        sums[i][v].store(y[i] + v * Vec::width);
     }
 }
 

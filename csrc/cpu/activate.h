@@ -37,8 +37,8 @@ Vec gelu(Vec x) {
   const Vec a = abs(near) * Vec::set(0.70710678118654752f);
   const Vec t = Vec::set(1.0f) / fma(a, Vec::set(0.3275911f), Vec::set(1.0f));
   Vec p = Vec::set(0.05667648424f);
-  for (const float c : {-0.3171283551f, 0.6273526553f, -0.5600513777f, 0.5013726413f, -0.05038366989f, 0.2059526437f, 0.1656354902f,
-                        0.1857944525f, 0.1847790314f})
+  for (const float c : {-0.3171283551f, 0.6273526553f, -0.5600513777f, 0.5013726413f, -0.05038366989f, 0.2059526437f,
+                        0.1656354902f, 0.1857944525f, 0.1847790314f})
     p = fma(p, t, Vec::set(c));
   const Vec tail = near * (Vec::set(0.5f) * exp(Vec::zero() - a * a) * t * p);
   return where_less(x, Vec::zero(), tail, x - tail);
@@ -75,12 +75,18 @@ void activate_with(const Activate& p, Act act) {
 template <class Vec>
 void activate(const Activate& p) {
   switch (p.act) {
-    case Activation::none: return activate_with<Vec>(p, [](Vec x) { return x; });
-    case Activation::abs: return activate_with<Vec>(p, [](Vec x) { return abs(x); });
-    case Activation::relu: return activate_with<Vec>(p, [](Vec x) { return relu(x); });
-    case Activation::gelu: return activate_with<Vec>(p, [](Vec x) { return gelu(x); });
-    case Activation::gelu_tanh: return activate_with<Vec>(p, [](Vec x) { return gelu_tanh(x); });
-    case Activation::silu: return activate_with<Vec>(p, [](Vec x) { return silu(x); });
+    case Activation::none:
+      return activate_with<Vec>(p, [](Vec x) { return x; });
+    case Activation::abs:
+      return activate_with<Vec>(p, [](Vec x) { return abs(x); });
+    case Activation::relu:
+      return activate_with<Vec>(p, [](Vec x) { return relu(x); });
+    case Activation::gelu:
+      return activate_with<Vec>(p, [](Vec x) { return gelu(x); });
+    case Activation::gelu_tanh:
+      return activate_with<Vec>(p, [](Vec x) { return gelu_tanh(x); });
+    case Activation::silu:
+      return activate_with<Vec>(p, [](Vec x) { return silu(x); });
   }
 }
 

@@ -10,7 +10,7 @@
 namespace sadmoe::cpu {
 namespace {
 
-constexpr int64_t kBlock = 128;          // tokens a thread works on at once: rows of x and y and one expert stay in L2
+constexpr int64_t kBlock = 128;           // tokens a thread works on at once: rows of x and y and one expert stay in L2
 constexpr int64_t kSharedPerThread = 32;  // up to this many tokens a thread, threads share every token and split the weights
 
 int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
@@ -85,8 +85,10 @@ class Block {
   void down(int64_t begin, int64_t end, const AsFloat& b_out) {
     for (int64_t t = 0; t < T_; ++t) {
       float* row = y_ + t * s_.d_out;
-      if (b_out.get()) std::copy(b_out.from(begin), b_out.from(end), row + begin);
-      else std::fill(row + begin, row + end, 0.0f);
+      if (b_out.get())
+        std::copy(b_out.from(begin), b_out.from(end), row + begin);
+      else
+        std::fill(row + begin, row + end, 0.0f);
     }
     for (const int64_t e : plan_.active)
       k_.accumulate[int(p_.w_down.dtype)]({plan_.count(e), s_.s, end - begin, s_.d_out, h_.get() + plan_.offsets[e] * s_.s,

@@ -1,0 +1,61 @@
+"""Turns a pretrained dense transformer into a dynamic-k Mixture-of-Experts (arXiv 2310.04361) that is really faster.
+
+The steps in order: `sparsify_` (optional), `convert_`, `calibrate_`, then the model runs as before and computes less;
+`set_tau` is its dial, `cost` and `record_masks` say what it does, `restore_` makes it dense again. The compiled ops are
+in `sadmoe.ops` and under `torch.ops.sadmoe`.
+"""
+
+from sadmoe import hf
+from sadmoe.batches import padding_mask
+from sadmoe.calibrate import Calibration, calibrate_
+from sadmoe.checkpoint import CheckpointError, load, save
+from sadmoe.convert import ConversionReport, ConvertConfig, convert_, restore_
+from sadmoe.cost import CostReport, cost
+from sadmoe.dial import set_tau, tau
+from sadmoe.ffn import DenseFFN, FFNNotFoundError, find_ffns, moe_layers
+from sadmoe.gates import DynamicK, TopK
+from sadmoe.layer import DynamicKMoE, Router
+from sadmoe.masks import record_masks
+from sadmoe.ops import build_info
+from sadmoe.partition import partition
+from sadmoe.routers import RouterConfig, fit_router_, fit_routers_
+from sadmoe.sparsify import SparsifyConfig, SparsifyReport, SparsityLoss, measure_sparsity, sparsify_
+
+__version__ = "0.1.0"
+__all__ = [
+    "Calibration",
+    "CheckpointError",
+    "ConversionReport",
+    "ConvertConfig",
+    "CostReport",
+    "DenseFFN",
+    "DynamicK",
+    "DynamicKMoE",
+    "FFNNotFoundError",
+    "Router",
+    "RouterConfig",
+    "SparsifyConfig",
+    "SparsifyReport",
+    "SparsityLoss",
+    "TopK",
+    "build_info",
+    "calibrate_",
+    "convert_",
+    "cost",
+    "find_ffns",
+    "fit_router_",
+    "fit_routers_",
+    "load",
+    "measure_sparsity",
+    "moe_layers",
+    "padding_mask",
+    "partition",
+    "record_masks",
+    "restore_",
+    "save",
+    "set_tau",
+    "sparsify_",
+    "tau",
+]
+
+hf.register()

@@ -10,7 +10,7 @@ from sadmoe import ops
 
 
 class Gate(Protocol):
-    """A rule on scores. `true_norms`: the scores are the experts' own output norms, not the router's prediction of them."""
+    """A rule on scores; with `true_norms` the scores are the experts' output norms, not the router's prediction."""
 
     @property
     def true_norms(self) -> bool: ...
@@ -41,7 +41,7 @@ class DynamicK:
 
 @dataclass(frozen=True)
 class TopK:
-    """The k experts of the largest score, the same k for every token (MoEfication's rule); ties by torch.topk's order."""
+    """The k experts of the largest score for every token (MoEfication's rule); ties by torch.topk's order."""
 
     k: int
     true_norms: bool = False

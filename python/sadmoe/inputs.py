@@ -26,10 +26,10 @@ class Site(Protocol):
     """A place whose input is wanted: the input of the module `first`, known as `name`."""
 
     @property
-    def name(self) -> str: ...  # noqa: D102
+    def name(self) -> str: ...
 
     @property
-    def first(self) -> nn.Module: ...  # noqa: D102
+    def first(self) -> nn.Module: ...
 
 
 def collect_inputs(

@@ -1,11 +1,16 @@
 """The modules that replace an FFN: a router, and the experts with a gate."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sadmoe import ops, reference
 from sadmoe.gates import DynamicK, Gate
+
+NORM_FLOOR = 1e-12  # norms below it are 0: what rounding leaves of a silent expert
 
 
 class Router(nn.Module):
@@ -14,7 +19,14 @@ class Router(nn.Module):
     v1 [r, d], v2 [E, r]. Source: arXiv 2310.04361, section 3.
     """
 
-    def __init__(self, d: int, experts: int, width: int, device: torch.device | None = None, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        d: int,
+        experts: int,
+        width: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.v1 = nn.Parameter(torch.empty(width, d, device=device, dtype=dtype))
         self.v2 = nn.Parameter(torch.empty(experts, width, device=device, dtype=dtype))
@@ -44,6 +56,8 @@ class DynamicKMoE(nn.Module):
     of the dense FFN that each slot holds. `dropout` acts on the output, in training only.
     """
 
+    w_up: nn.Parameter
+    w_down: nn.Parameter
     w_gate: nn.Parameter | None
     b_up: nn.Parameter | None
     b_gate: nn.Parameter | None
@@ -74,7 +88,7 @@ class DynamicKMoE(nn.Module):
         if unknown:
             raise ValueError(f"bias may name b_up, b_gate and b_out, got {', '.join(sorted(unknown))}")
         d_out = d if d_out is None else d_out
-        kw = {"device": device, "dtype": dtype}
+        kw: dict[str, Any] = {"device": device, "dtype": dtype}
         shapes = {
             "w_up": (experts, expert_size, d),
             "w_down": (experts, expert_size, d_out),
@@ -91,6 +105,9 @@ class DynamicKMoE(nn.Module):
         self.dropout = dropout
         self.gate: Gate = DynamicK(0.0) if gate is None else gate
         self.check_nan = False
+        self.norms_hook: Callable[[Tensor], None] | None = (
+            None  # sees the norms of a gate on true norms, in training
+        )
 
     @property
     def experts(self) -> int:
@@ -100,7 +117,9 @@ class DynamicKMoE(nn.Module):
     def expert_size(self) -> int:
         return self.w_up.shape[1]
 
-    def expert_weights(self) -> tuple[Tensor | None, ...]:
+    def expert_weights(
+        self,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """w_up, w_down, b_up, w_gate, b_gate, b_out: the order of the ops."""
         return self.w_up, self.w_down, self.b_up, self.w_gate, self.b_gate, self.b_out
 
@@ -109,13 +128,19 @@ class DynamicKMoE(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         gate = self.gate
         if self.check_nan and rows.isnan().any():
-            raise ValueError("DynamicKMoE: x has NaN, for which no expert can be chosen; an earlier layer made it")
-        if not isinstance(gate, DynamicK) or gate.true_norms:
+            raise ValueError(
+                "DynamicKMoE: x has NaN, for which no expert can be chosen; an earlier layer made it"
+            )
+        if gate.true_norms:
+            y = self._by_true_norms(rows)
+        elif not isinstance(gate, DynamicK):
             y = ops.sparse_experts(rows, self.mask(rows), *self.expert_weights(), act=self.act)
         elif gate.tau == 0.0:
-            y = self._dense(rows)
+            y = self._down(self._hidden(rows))
         else:
-            y = ops.dynamic_k_moe(rows, self.router.v1, self.router.v2, *self.expert_weights(), tau=gate.tau, act=self.act)
+            y = ops.dynamic_k_moe(
+                rows, self.router.v1, self.router.v2, *self.expert_weights(), tau=gate.tau, act=self.act
+            )
         y = F.dropout(y, self.dropout, self.training)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
@@ -127,15 +152,29 @@ class DynamicKMoE(nn.Module):
 
     @torch.no_grad()
     def expert_norms(self, x: Tensor) -> Tensor:
-        """L2 norm of every expert's output, without b_out: x [T, d] -> [T, E], float32 (the router's target).
+        """L2 norm of every expert's output, without b_out: x [T, d] -> [T, E], float32 (the router's target)."""
+        return self._norms(self._hidden(x))
 
-        Through the Gram matrices G_e = W_down,e W_down,eᵀ: the norm squared is aᵀ G_e a, so no [T, E, d] is made.
+    def _by_true_norms(self, x: Tensor) -> Tensor:
+        """Every expert is computed to know its norm, so this path is plain torch; gradients hold the mask constant."""
+        hidden = self._hidden(x)
+        norms = self._norms(hidden)
+        if self.norms_hook is not None:
+            self.norms_hook(norms)
+        kept = hidden.unflatten(-1, (self.experts, self.expert_size)).where(
+            self.gate.mask(norms.detach()).unsqueeze(-1), 0
+        )
+        return self._down(kept.flatten(-2))
+
+    def _norms(self, hidden: Tensor) -> Tensor:
+        """Through the Gram matrices G_e = W_down,e W_down,eᵀ: the norm squared is aᵀ G_e a, so no [T, E, d] is made.
+
+        hidden [T, E * s] -> [T, E], float32, differentiable: the floor keeps the root's slope finite at silent experts.
         """
-        hidden = self._hidden(x).float().unflatten(-1, (self.experts, self.expert_size))
+        by_expert = hidden.float().unflatten(-1, (self.experts, self.expert_size)).transpose(0, 1)
         w_down = self.w_down.float()
-        gram = w_down @ w_down.transpose(1, 2)
-        squared = (torch.einsum("tes,esq->teq", hidden, gram) * hidden).sum(-1)
-        return squared.clamp(min=0).sqrt()
+        squared = (by_expert @ (w_down @ w_down.transpose(1, 2)) * by_expert).sum(-1)
+        return squared.clamp(min=NORM_FLOOR**2).sqrt().where(squared > NORM_FLOOR**2, 0).t()
 
     def _hidden(self, x: Tensor) -> Tensor:
         """Activations of every neuron, in slot order: [T, d] -> [T, E * s]."""
@@ -143,10 +182,15 @@ class DynamicKMoE(nn.Module):
         up = F.linear(x, self.w_up.flatten(0, 1), None if self.b_up is None else self.b_up.flatten())
         if self.w_gate is None:
             return act(up)
-        return act(F.linear(x, self.w_gate.flatten(0, 1), None if self.b_gate is None else self.b_gate.flatten())) * up
+        return (
+            act(
+                F.linear(x, self.w_gate.flatten(0, 1), None if self.b_gate is None else self.b_gate.flatten())
+            )
+            * up
+        )
 
-    def _dense(self, x: Tensor) -> Tensor:
-        hidden, w_down = self._hidden(x), self.w_down.flatten(0, 1)
+    def _down(self, hidden: Tensor) -> Tensor:
+        w_down = self.w_down.flatten(0, 1)
         return hidden @ w_down if self.b_out is None else torch.addmm(self.b_out, hidden, w_down)
 
     def extra_repr(self) -> str:

@@ -1,6 +1,6 @@
 """The ops of `torch.ops.sadmoe`: loads the compiled library, and says everything about an op that is not its kernel.
 
-Every op runs on the CPU in C++, traces on meta and fake tensors, has gradients and a FLOP formula, follows autocast,
+Every op runs in C++ on the CPU and in CUDA, traces on meta and fake tensors, has gradients and a FLOP formula,
 and answers through `sadmoe.reference` on devices without a kernel, with one warning.
 """
 
@@ -27,7 +27,9 @@ def _load() -> None:
         )
     version = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in torch.__version__.split(".")[:2])
     if version < (2, 10):
-        raise ImportError(f"sadmoe needs torch >= 2.10, found {torch.__version__}: pip install --upgrade torch")
+        raise ImportError(
+            f"sadmoe needs torch >= 2.10, found {torch.__version__}: pip install --upgrade torch"
+        )
     try:
         torch.ops.load_library(str(_LIBRARY))
     except OSError as error:
@@ -118,14 +120,18 @@ def _sparse_experts_shape(x: Tensor, mask: Tensor, w_up: Tensor, w_down: Tensor,
 
 
 @torch.library.register_fake("sadmoe::dynamic_k_moe")
-def _dynamic_k_moe_shape(x: Tensor, v1: Tensor, v2: Tensor, w_up: Tensor, w_down: Tensor, *rest: Any) -> Tensor:
+def _dynamic_k_moe_shape(
+    x: Tensor, v1: Tensor, v2: Tensor, w_up: Tensor, w_down: Tensor, *rest: Any
+) -> Tensor:
     return x.new_empty((x.shape[0], w_down.shape[2]))
 
 
 # --- Gradients: the reference is recomputed and differentiated, with the mask held constant.
 
 
-def _gradients(function: Callable[..., Tensor], inputs: list[Tensor | None], grad: Tensor) -> list[Tensor | None]:
+def _gradients(
+    function: Callable[..., Tensor], inputs: list[Tensor | None], grad: Tensor
+) -> list[Tensor | None]:
     """Vector-Jacobian product of a function of optional tensors; None where the input is None."""
     present = [i for i, tensor in enumerate(inputs) if tensor is not None]
 
@@ -206,7 +212,14 @@ def _router_flops(x: Tensor, v1: Tensor, v2: Tensor, *args: Any, **kwargs: Any) 
 
 @register_flop_formula(torch.ops.sadmoe.sparse_experts, get_raw=True)
 def _experts_flops(
-    x: Tensor, mask: Tensor, w_up: Tensor, w_down: Tensor, b_up: Any = None, w_gate: Any = None, *args: Any, **kwargs: Any
+    x: Tensor,
+    mask: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_up: Any = None,
+    w_gate: Any = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> int:
     return _pairs_flops(_executed(mask), w_up, w_down, w_gate)
 
@@ -270,7 +283,8 @@ def _with_one_warning(name: str, function: Callable[..., Tensor]) -> Callable[..
         if device not in warned:
             warned.add(device)
             warnings.warn(
-                f"sadmoe::{name} has no kernel for {device} and runs in plain torch, every expert computed: right, not fast",
+                f"sadmoe::{name} has no kernel for {device} and runs in plain torch, every expert computed: right, "
+                "not fast",
                 stacklevel=2,
             )
         return function(*args, **kwargs)
@@ -297,5 +311,5 @@ def cpu_isas() -> list[str]:
 
 
 def use_cpu_isa(isa: str) -> None:
-    """Use one instruction set of `cpu_isas()` in the whole process, or "auto" for the fastest: for tests and benches."""
+    """Use one instruction set of `cpu_isas()` in the whole process, or "auto": for tests and benches."""
     torch.ops.sadmoe._use_cpu_isa(isa)

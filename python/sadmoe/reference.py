@@ -6,7 +6,6 @@ Letters: T tokens, d width of the input, d_out of the output, E experts, s neuro
 from collections.abc import Callable
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -60,7 +59,9 @@ def sparse_experts(
     """
     experts, s, _ = w_up.shape
     hidden = _linear(x, w_up, b_up)
-    hidden = ACTIVATIONS[act](hidden) if w_gate is None else ACTIVATIONS[act](_linear(x, w_gate, b_gate)) * hidden
+    hidden = (
+        ACTIVATIONS[act](hidden) if w_gate is None else ACTIVATIONS[act](_linear(x, w_gate, b_gate)) * hidden
+    )
     hidden = hidden.unflatten(-1, (experts, s)).where(mask.unsqueeze(-1), 0.0)
     y = hidden.flatten(-2) @ w_down.flatten(0, 1)
     return y if b_out is None else y + b_out

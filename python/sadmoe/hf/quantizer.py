@@ -92,14 +92,13 @@ class SadmoeQuantizer(HfQuantizer):
                 raise CheckpointError(
                     f"config.json does not fit this {type(model).__name__}: {error}"
                 ) from error
+        self._shapes = {name: tensor.shape for name, tensor in _layer_tensors(model).items()}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        _check_loaded(model)
-        for flag in (
-            "is_quantized",
-            "quantization_method",
-        ):  # for which transformers refuses half() and training
-            model.__dict__.pop(flag, None)
+        _check_loaded(model, self._shapes)
+        # for these transformers refuses half() and training
+        model.__dict__.pop("is_quantized", None)
+        model.__dict__.pop("quantization_method", None)
         for module in _transformers_models(model):
             module.config.__dict__.pop("_is_quantized", None)
         describe_all(model)
@@ -162,18 +161,28 @@ def _found_in(model: Any, layers: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _check_loaded(model: nn.Module) -> None:
-    """Raises CheckpointError where weights of a converted layer were not in the file.
-
-    transformers marks what it loaded, and fills in what it did not with random numbers and a report.
-    """
-    tensors = {
+def _layer_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
         f"{name}.{key}": tensor
         for name, layer in moe_layers(model).items()
         for key, tensor in layer.state_dict(keep_vars=True).items()
     }
-    loaded = {name for name, tensor in tensors.items() if getattr(tensor, "_is_hf_initialized", False)}
-    missing = sorted(tensors.keys() - loaded)
-    if loaded and missing:
+
+
+def _check_loaded(model: nn.Module, shapes: dict[str, torch.Size]) -> None:
+    """Raises CheckpointError where weights of a converted layer were not in the file, or of other shapes.
+
+    transformers marks what it loaded, fills in what it did not with random numbers and a report, and (5.0)
+    leaves the shapes of a quantized model to its quantizer.
+    """
+    tensors = _layer_tensors(model)
+    marks = any(getattr(p, "_is_hf_initialized", False) for p in model.parameters())
+    missing = [name for name, t in tensors.items() if not getattr(t, "_is_hf_initialized", False)]
+    if marks and missing:
         more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
         raise CheckpointError(f"the weights are incomplete: {missing[0]}{more} not in the file")
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise CheckpointError(
+                f"the weights do not fit config.json: {name} is {list(tensors[name].shape)}, not {list(shape)}"
+            )

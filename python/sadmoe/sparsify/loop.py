@@ -171,7 +171,7 @@ def sparsify_(
             undo.append(swap_activations_(model, sites, "relu"))
         objective = _objective(model, dense, config, sites, loss)
         with SparsityLoss(model, sites, penalty=config.penalty, displacement=config.displacement) as sparsity:
-            history = _train(model, batches, config, objective, sparsity, progress)
+            history = train(model, batches, config, objective, sparsity, progress)
         after = measure_sparsity(model, sample, sites)
     report = SparsifyReport(before, after, history, time.perf_counter() - started)
     logger.info("sparsified %d FFNs: %.1f %% of the activations are exactly 0", len(sites), 100 * report.zero)
@@ -192,14 +192,19 @@ def _objective(
     return distill_hidden(model, dense, sites)
 
 
-def _train(
+def train(
     model: nn.Module,
     batches: Batches,
     config: SparsifyConfig,
     objective: Objective,
-    sparsity: SparsityLoss,
+    penalty_of: Callable[[Any], Tensor],
     progress: bool,
+    at: Callable[[float], None] = lambda done: None,
 ) -> list[Step]:
+    """Minimises objective(batch) + alpha * penalty_of(batch or None) by the config's schedule.
+
+    at(done) is called before each update with the share of the run that is over.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in parameters if p.dim() > 1]
     rest = [p for p in parameters if p.dim() <= 1]
@@ -216,12 +221,13 @@ def _train(
         disable=not progress,
     ) as bar:
         while (done := _done(config, len(history), time.perf_counter() - started)) < 1:
+            at(done)
             alpha, lr = config.alpha_at(done), config.lr_at(done)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             batch = to_device(next(stream), device)
             value = objective(batch)
-            penalty = sparsity(batch if isinstance(batch, Mapping) else None)
+            penalty = penalty_of(batch if isinstance(batch, Mapping) else None)
             _check_finite(value, penalty, len(history))
             optimizer.zero_grad(set_to_none=True)
             (value + alpha * penalty).backward()

@@ -82,7 +82,8 @@ def block_of(model: nn.Module, site: FFNSite) -> str:
         if path != site.name and isinstance(model.get_submodule(parent), nn.ModuleList | nn.Sequential):
             return path
         path = parent
-    return next(name for name, module in model.named_modules() if module is site.down)
+    down = (name for name, module in model.named_modules() if module is site.down)
+    return next(down, site.name)  # of a converted FFN the MoE layer is left
 
 
 @contextmanager

@@ -1,0 +1,171 @@
+"""Fine-tuning of a converted model while it skips experts: what makes whole experts dispensable, not only neurons."""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sadmoe.batches import Batches, check_batches, real_rows
+from sadmoe.dial import converted_layers
+from sadmoe.ffn import site_of
+from sadmoe.gates import DynamicK
+from sadmoe.layer import DynamicKMoE
+from sadmoe.sparsify.guards import all_or_nothing, mode, seeded
+from sadmoe.sparsify.loop import SparsifyConfig, Step, train
+from sadmoe.sparsify.objective import Loss, distill_hidden, task
+from sadmoe.sparsify.penalty import square_hoyer
+
+logger = logging.getLogger(__name__)
+MEMORY = 0.9  # of the executed share: how much of the last value stays at each update
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How a converted model is fine-tuned. Give `steps`, which makes the run repeatable, or `seconds`."""
+
+    steps: int | None = None  # updates of the weights
+    seconds: float | None = None  # of wall time for the updates, instead of steps
+    tau: float = (
+        0.1  # threshold on the experts' true norms while training; it rises from 0 over the first half
+    )
+    share: float = 0.3  # executed share to reach: while it is below, the penalty rests
+    alpha: float = 0.3  # weight of the penalty: square Hoyer of the experts' norms, divided by E
+    lr: float = 5e-4  # AdamW's, at the end of its warm-up; then it falls linearly to 0
+    warmup: float = 0.1  # share of the run in which lr rises
+    weight_decay: float = 0.01  # of the matrices, not of biases and norms
+    grad_clip: float = 1.0  # largest norm of the gradient
+    seed: int = 0  # of the order of the batches
+
+    def __post_init__(self) -> None:
+        DynamicK(self.tau)  # checks the range
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share must be in (0, 1], got {self.share}")
+        self.schedule()
+
+    def schedule(self) -> SparsifyConfig:
+        """The same run in the words of the training loop, which checks them."""
+        return SparsifyConfig(
+            steps=self.steps,
+            seconds=self.seconds,
+            alpha=self.alpha,
+            lr=self.lr,
+            warmup=self.warmup,
+            weight_decay=self.weight_decay,
+            grad_clip=self.grad_clip,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class FinetuneReport:
+    """The history of a run, and the executed share on true norms at the threshold of the run, a running mean."""
+
+    history: list[Step]
+    share: float
+    seconds: float
+
+    def __str__(self) -> str:
+        last = self.history[-1]
+        return (
+            f"{len(self.history)} updates in {self.seconds:.0f} s, the last: objective {last.objective:.4f}, "
+            f"penalty {last.penalty:.4f}; the experts' true norms execute {self.share:.1%}"
+        )
+
+
+def finetune_(
+    model: nn.Module,
+    batches: Batches,
+    config: FinetuneConfig,
+    *,
+    teacher: nn.Module | None = None,
+    loss: Loss | None = None,
+    progress: bool = True,
+) -> FinetuneReport:
+    """Fine-tunes a converted model in place while experts of small norm are skipped: objective + alpha * penalty.
+
+    Experts are picked by their true norms, with a threshold that rises to `config.tau`, and the mask is held constant
+    in the gradient. The penalty is the square Hoyer of the norms of a token's experts, divided by E. Routers are not
+    trained, and know nothing of what was learned: `fit_routers_` afterwards. The gates come back as they were.
+
+    The objective is the relative error of the hidden states of `teacher`, the dense model, after every block (see
+    `sparsify_`), or loss(model, batch) -> scalar, or without both the model's own `.loss`.
+    Raises ValueError and TypeError for wrong input, FloatingPointError where the loss is not finite. Whatever is
+    raised, the model is as it was before, bit for bit.
+    """
+    check_batches(batches)
+    layers = converted_layers(model)
+    if teacher is not None and loss is not None:
+        raise ValueError("give teacher or loss, not both: the objective is one of them")
+    frozen = {p for layer in layers.values() for p in layer.router.parameters() if p.requires_grad}
+    started = time.perf_counter()
+    with (
+        all_or_nothing(model),
+        mode(model, train=teacher is None),
+        seeded(model, config.seed),
+        _frozen(frozen),
+    ):
+        if teacher is None:
+            objective = task(model, loss)
+        else:
+            teacher.eval()
+            objective = distill_hidden(model, teacher, [site_of(layer) for layer in layers.values()])
+        with _ExpertPenalty(model, layers, config) as penalty:
+            history = train(model, batches, config.schedule(), objective, penalty, progress, penalty.at)
+    report = FinetuneReport(history, penalty.share, time.perf_counter() - started)
+    logger.info("fine-tuned %d converted FFNs: %s", len(layers), report)
+    return report
+
+
+@contextmanager
+def _frozen(parameters: set[nn.Parameter]) -> Iterator[None]:
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+
+
+class _ExpertPenalty:
+    """Gates on true norms inside, and the penalty of the passes since it was last called."""
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, DynamicKMoE], config: FinetuneConfig):
+        self.model, self.layers, self.config = model, layers, config
+        self.gates = {name: layer.gate for name, layer in layers.items()}
+        self.seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+        self.share = 1.0
+
+    def __enter__(self) -> "_ExpertPenalty":
+        for name, layer in self.layers.items():
+            layer.norms_hook = self.seen[name].append
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for name, layer in self.layers.items():
+            layer.norms_hook = None
+            layer.gate = self.gates[name]
+
+    def at(self, done: float) -> None:
+        """Sets the threshold of the moment when the share `done` of the run is over."""
+        gate = DynamicK(self.config.tau * min(2 * done, 1.0), true_norms=True)
+        for layer in self.layers.values():
+            layer.gate = gate
+
+    def __call__(self, batch: Any) -> Tensor:
+        values, shares = [], []
+        for name, norms in self.seen.items():
+            for one in norms:
+                real = None if batch is None else real_rows(self.model, name, batch, one)
+                kept = one if real is None else one[real]
+                values.append(square_hoyer(kept).mean() / kept.shape[1])
+                shares.append(self.layers[name].gate.mask(kept.detach()).float().mean())
+            norms.clear()
+        self.share = MEMORY * self.share + (1 - MEMORY) * torch.stack(shares).mean().item()
+        mean = torch.stack(values).mean()
+        return mean if self.share > self.config.share else mean.detach()

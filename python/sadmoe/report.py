@@ -1,0 +1,49 @@
+"""Pictures of what a conversion costs and keeps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a plot: points (x, y) in ascending x, each with an optional label; `marker` alone draws no line."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    labels: Sequence[str] = ()
+    line: bool = True
+
+
+def plot_curves(path: Path, panels: Sequence[tuple[str, str, str, Sequence[Series]]], title: str) -> None:
+    """Writes a picture of panels side by side, each (heading, x label, y label, series). Needs matplotlib."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(6.2 * len(panels), 4.6), squeeze=False, layout="constrained"
+    )
+    for axis, (heading, x_label, y_label, series) in zip(axes[0], panels, strict=True):
+        for one in series:
+            axis.plot(one.x, one.y, "o-" if one.line else "s", label=one.name, markersize=5)
+            for x, y, label in zip(one.x, one.y, one.labels, strict=False):
+                axis.annotate(
+                    label, (x, y), textcoords="offset points", xytext=(5, -11), fontsize=8, color="0.35"
+                )
+        axis.set(title=heading, xlabel=x_label, ylabel=y_label)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=9)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'sadmoe[plot]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

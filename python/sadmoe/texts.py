@@ -1,0 +1,53 @@
+"""Plain text and a transformers model of a local folder, as the batches that every step takes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def paragraphs(path: Path) -> list[str]:
+    """The paragraphs of a text file: parts between blank lines, or its lines where it has no blank ones."""
+    text = path.read_text(encoding="utf-8")
+    parts = text.split("\n\n") if "\n\n" in text.strip() else text.splitlines()
+    found = [" ".join(part.split()) for part in parts]
+    found = [part for part in found if part]
+    if not found:
+        raise ValueError(f"{path} has no text")
+    return found
+
+
+def load_model(folder: Path) -> tuple[nn.Module, Any]:
+    """A transformers model in eval mode, of the class its config names, and its tokenizer, from local files alone."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("models of a folder need transformers: pip install 'sadmoe[hf]'") from error
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{folder} holds no model: config.json is missing")
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    model_class = named if isinstance(named, type) else transformers.AutoModel
+    model = model_class.from_pretrained(folder, local_files_only=True)
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def tokenized(
+    tokenizer: Any, texts: Sequence[str], *, batch_size: int = 16, max_length: int = 128, labels: bool = False
+) -> list[dict[str, Tensor]]:
+    """Batches in the texts' order, each padded to its longest: input_ids, attention_mask [B, T] and what else the
+    tokenizer gives. labels: the input ids again, -100 at padding, for a causal language model's own loss.
+    """
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    batches = []
+    for start in range(0, len(texts), batch_size):
+        part = list(texts[start : start + batch_size])
+        encoded = dict(
+            tokenizer(part, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+        )
+        if labels:
+            encoded["labels"] = encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, -100)
+        batches.append(encoded)
+    return batches
