@@ -174,7 +174,7 @@ class DynamicKMoE(nn.Module):
         by_expert = hidden.float().unflatten(-1, (self.experts, self.expert_size)).transpose(0, 1)
         w_down = self.w_down.float()
         squared = (by_expert @ (w_down @ w_down.transpose(1, 2)) * by_expert).sum(-1)
-        return squared.clamp(min=NORM_FLOOR**2).sqrt().where(squared > NORM_FLOOR**2, 0).t()
+        return squared.clamp(min=NORM_FLOOR**2).sqrt().masked_fill(squared <= NORM_FLOOR**2, 0).t()
 
     def _hidden(self, x: Tensor) -> Tensor:
         """Activations of every neuron, in slot order: [T, d] -> [T, E * s]."""
