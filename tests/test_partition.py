@@ -297,16 +297,20 @@ def test_takes_every_floating_dtype_and_parameters_and_leaves_them_alone(dtype: 
     assert labels.dtype == torch.int64
 
 
-def test_zero_and_identical_rows_are_shared_out():
+def test_identical_rows_fill_whole_experts():
     weights = rows(96, 8)
-    weights[::3] = 0
-    weights[1::3] = weights[1]
+    weights[::3] = 0  # 32 of them: 5 experts of 6, and 2 over
+    weights[1:30:3] = 2 * weights[1]  # 10 of them along one line: 1 expert, and 4 over
     labels = partition(weights, 16)
     assert_balanced(labels.numpy(), 16)
-    assert (
-        inertia(weights, labels) < 25
-    )  # 32 rows that differ, 64 that cost nothing where they are among themselves
-    assert_balanced(partition(torch.zeros(96, 8), 16).numpy(), 16)
+    zeros = torch.bincount(labels[::3], minlength=16)
+    assert (zeros == 6).sum() == 5
+    assert (torch.bincount(labels[1:30:3], minlength=16) == 6).sum() == 1
+
+
+def test_rows_that_are_all_the_same_are_shared_out():
+    assert partition(torch.zeros(6, 8), 3).tolist() == [0, 0, 1, 1, 2, 2]
+    assert_balanced(partition(torch.ones(10, 8), 2).numpy(), 2)
 
 
 def test_inertia_is_the_sum_of_squared_distances_to_the_means():

@@ -44,9 +44,10 @@ def partition(
 ) -> Tensor:
     """Experts of the neurons: balanced k-means on L2-normalised rows, exactly f / experts neurons each.
 
-    weights [f, d]: one neuron a row, the gate's rows for a GLU. Rows of zeros stay zero. Starts from random
-    distinct rows (where sizes are fixed, k-means++ was measured to end no better), assigns exactly, and keeps
-    the labels of least inertia over all steps of all `restarts`, of at most `max_iter` steps each.
+    weights [f, d]: one neuron a row, the gate's rows for a GLU. Rows of zeros stay zero. Identical rows, dead
+    neurons above all, fill whole experts first. Then starts from random distinct rows (where sizes are fixed,
+    k-means++ was measured to end no better), assigns exactly, and keeps the labels of least inertia over all
+    steps of all `restarts`, of at most `max_iter` steps each.
     Returns int64 [f] on the device of `weights`, experts numbered by their first neuron. Computed on the CPU.
 
     The same weights and seed give the same labels, on any number of threads. The scale of a neuron does not
@@ -56,18 +57,17 @@ def partition(
     not divide f (the message names the nearest that do), and for counts below 1.
     """
     _check(weights, experts, restarts, max_iter)
+    f, s = len(weights), len(weights) // experts
     rows = _normalised(weights)
     order = _canonical_order(rows)
-    rows = rows[order]
-    generator = torch.Generator().manual_seed(seed)
-    best, labels = math.inf, order
-    with tqdm(total=restarts * max_iter, desc="partition", unit="step", disable=not progress) as bar:
-        for restart in range(restarts):
-            found, found_labels = _kmeans(rows, _start(rows, experts, generator), max_iter, bar)
-            if found < best:
-                best, labels = found, found_labels
-            bar.update((restart + 1) * max_iter - bar.n)  # where it stopped before max_iter
-    logger.debug("partition: %d neurons, %d experts, inertia %.6g", len(rows), experts, best / _GRID)
+    grouped = _in_groups(rows[order], s)
+    order = torch.cat([order[grouped], order[~grouped]])
+    labels = torch.arange(f) // s  # of the rows in `order`: right for the groups
+    n = int(grouped.sum())
+    if n < f:
+        generator = torch.Generator().manual_seed(seed)
+        rest, free = rows[order[n:]], experts - n // s
+        labels[n:] = n // s + _best_kmeans(rest, free, generator, restarts, max_iter, progress)
     return _numbered_by_first(torch.empty_like(labels).scatter_(0, order, labels), experts).to(weights.device)
 
 
@@ -141,12 +141,43 @@ def _canonical_order(rows: Tensor) -> Tensor:
     return (rows @ vector.double()).argsort(stable=True)
 
 
-def _start(rows: Tensor, experts: int, generator: torch.Generator) -> Tensor:
-    """Random rows as centres, none twice where enough differ: equal rows are neighbours in this order."""
+def _repeats(rows: Tensor) -> Tensor:
+    """Which rows, in canonical order, are equal to the one before."""
     repeats = torch.zeros(len(rows), dtype=torch.bool)
     repeats[1:] = (rows[1:] == rows[:-1]).all(1)
+    return repeats
+
+
+def _in_groups(rows: Tensor, s: int) -> Tensor:
+    """Which rows, in canonical order, fill experts with identical ones: s and s of those that are marked.
+
+    Such experts add nothing to the inertia. In k-means, many equal rows are what the solver is slowest on: with
+    30 % of 16384 rows zero and 4096 experts it had not ended after nine minutes, and so it takes eight seconds.
+    """
+    run = (~_repeats(rows)).cumsum(0) - 1
+    lengths = torch.bincount(run)
+    position = torch.arange(len(rows)) - (lengths.cumsum(0) - lengths)[run]
+    return position < (lengths // s * s)[run]
+
+
+def _best_kmeans(
+    rows: Tensor, experts: int, generator: torch.Generator, restarts: int, max_iter: int, progress: bool
+) -> Tensor:
+    best, labels = math.inf, torch.empty(0)
+    with tqdm(total=restarts * max_iter, desc="partition", unit="step", disable=not progress) as bar:
+        for restart in range(restarts):
+            found, found_labels = _kmeans(rows, _start(rows, experts, generator), max_iter, bar)
+            if found < best:
+                best, labels = found, found_labels
+            bar.update((restart + 1) * max_iter - bar.n)  # where it stopped before max_iter
+    logger.debug("partition: %d neurons, %d experts, inertia %.6g", len(rows), experts, best / _GRID)
+    return labels
+
+
+def _start(rows: Tensor, experts: int, generator: torch.Generator) -> Tensor:
+    """Random rows as centres, none twice where enough differ."""
     shuffled = torch.randperm(len(rows), generator=generator)
-    return rows[shuffled[repeats[shuffled].argsort(stable=True)][:experts]]
+    return rows[shuffled[_repeats(rows)[shuffled].argsort(stable=True)][:experts]]
 
 
 def _kmeans(rows: Tensor, centres: Tensor, max_iter: int, bar: tqdm) -> tuple[float, Tensor]:
