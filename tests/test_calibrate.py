@@ -64,7 +64,7 @@ def test_a_budget_is_met_closely_by_the_smallest_tau(model, batches, budget):
     report = cost(model, batches)
     assert found.budget == report.executed / report.dense
     assert found.share == report.share
-    assert found.evaluations <= calibrate.EVALUATIONS
+    assert found.evaluations <= 8  # of 11 that bisection would take
     assert found.budget <= budget
     assert found.loss is found.dense_loss is None
     with tau(

@@ -34,6 +34,25 @@ def test_a_router_learns_the_norms_of_tokens_it_never_saw(kw):
     assert (fit.tokens, fit.held_out) == (3600, 400)
 
 
+def test_a_target_power_makes_small_norms_matter_more():
+    layer, rows, new = layer_of(), random_rows(4000), random_rows(500, seed=7)
+    with torch.no_grad():
+        layer.w_down[0] *= 30  # one expert outshines the others
+    norms = layer.expert_norms(new)
+    errors = []
+    for power in (1.0, 0.5):
+        fit = fit_router_(layer, rows, RouterConfig(width=32, steps=200, lr=0.01, target_power=power))
+        with torch.no_grad():
+            scores = layer.router(new)
+        targets = norms**power
+        unexplained = (scores - targets).square().sum() / (targets - targets.mean()).square().sum()
+        assert fit.r2 == pytest.approx(1 - unexplained.item(), abs=0.05)
+        assert fit.captured > 0.25
+        relative = (scores ** (1 / power) - norms)[:, 1:].square().sum() / norms[:, 1:].var(0).sum() / 500
+        errors.append(relative.item())
+    assert errors[1] < 0.8 * errors[0]
+
+
 def test_enough_width_overfits_a_small_set():
     layer, rows = layer_of(router_width=256), random_rows(60)
     fit_router_(layer, rows, RouterConfig(width=256, steps=1500, batch_tokens=60, lr=0.01, weight_decay=0.0))
@@ -189,6 +208,7 @@ def test_a_width_that_the_router_does_not_have_is_refused():
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_tokens": 0}, "batch_tokens must be at least 1, got 0"),
         ({"lr": 0.0}, "lr must be positive, got 0.0"),
+        ({"target_power": 0.0}, r"target_power must be in \(0, 2\], got 0.0"),
         ({"weight_decay": -1.0}, "weight_decay must not be negative, got -1.0"),
     ],
 )

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sadmoe.batches import Batch, Batches, check_batches, device_of, evaluating, run, samples_in, to_device
-from sadmoe.cost import CostReport, cost_of_masks
+from sadmoe.cost import CostReport, cost, cost_of_masks
 from sadmoe.dial import converted_layers, set_tau, tau
 from sadmoe.masks import record_masks
 
 __all__ = ["Calibration", "calibrate_", "set_tau", "tau"]
 
 SMALLEST_TAU = 1e-6  # the working points of the paper lie between 1e-3 and 0.1
-EVALUATIONS = 12  # of the model on the batches, at most: leaves tau known to 1 %
+EVALUATIONS = 12  # of the model on the batches, at most: by halves, leaves tau known to 1 %
 TOLERANCE = 0.002  # a cost this close under the budget, as a share of the dense cost, ends the search
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -50,7 +50,7 @@ def calibrate_(
     skip_padding: bool = True,
     progress: bool = False,
 ) -> Calibration:
-    """Finds one tau for all converted layers by bisection of its logarithm in [1e-6, 1], and sets it.
+    """Finds one tau for all converted layers, in [1e-6, 1], and sets it.
 
     budget: the smallest tau whose layers execute at most this share of their dense FLOPs, in (0, 1].
     max_loss_increase: the largest tau found whose loss is at most this much above the loss at tau = 0,
@@ -99,15 +99,13 @@ class _Search:
             dense = self.at(0.0)
             return self._result(dense, dense.loss)
         dense_loss = None if self.loss is None else self.at(0.0).loss
-        low, high, best = math.log(SMALLEST_TAU), 0.0, None
+        bracket, best = self._bracket(budget), None
         while self.evaluations < EVALUATIONS - 1 and (best is None or budget - best.budget > TOLERANCE):
-            middle = (low + high) / 2
-            found = self.at(math.exp(middle))
+            guess = bracket.guess()
+            found = self.at(guess)
             self._check_floor(found, budget)
-            if found.budget <= budget:
-                high, best = middle, found
-            else:
-                low = middle
+            bracket.narrow(guess, found.budget)
+            best = found if found.budget <= budget else best
         return self._result(self._top_expert(budget) if best is None else best, dense_loss)
 
     def by_loss(self, max_increase: float) -> Calibration:
@@ -154,6 +152,10 @@ class _Search:
             value, report.executed / report.dense, report.share, report, mean, None, self.evaluations
         )
 
+    def _bracket(self, budget: float) -> "_Bracket":
+        ends = cost(self.model, shares=1.0)
+        return _Bracket(budget - TOLERANCE / 2, ends.all_experts / ends.dense, ends.floor / ends.dense)
+
     def _check_floor(self, found: Calibration, budget: float) -> None:
         floor = found.cost.floor / found.cost.dense
         if budget < floor:
@@ -173,6 +175,33 @@ class _Search:
 
     def _result(self, found: Calibration, dense_loss: float | None) -> Calibration:
         return replace(found, dense_loss=dense_loss, evaluations=self.evaluations)
+
+
+class _Bracket:
+    """Where tau must lie, closed in on by false position (the Illinois rule), in fewer steps than by halves.
+
+    It works on tau ** 0.25, of which the cost is nearly a straight line in between. At the ends the cost
+    follows from the closed forms: of all experts at the left, of one at the right.
+    """
+
+    def __init__(self, target: float, left: float, right: float):
+        self.target, self.ends = target, [SMALLEST_TAU**0.25, 1.0]
+        self.excess = [left - target, right - target]
+        self.last: int | None = None
+
+    def guess(self) -> float:
+        """A tau inside the bracket, at least a fiftieth of its width away from the ends."""
+        (low, high), (above, below) = self.ends, self.excess
+        part = above / (above - below) if above > 0 > below else 0.5
+        return float((low + (high - low) * min(max(part, 0.02), 0.98)) ** 4)
+
+    def narrow(self, guess: float, executed: float) -> None:
+        """The cost at `guess` is known: it becomes one of the ends."""
+        end = 1 if executed <= self.target else 0
+        self.ends[end], self.excess[end] = guess**0.25, executed - self.target
+        if end == self.last:
+            self.excess[1 - end] /= 2  # else one end would never move
+        self.last = end
 
 
 def _output_loss(model: nn.Module, batch: Batch) -> Tensor:
