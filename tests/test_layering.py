@@ -23,6 +23,7 @@ ROOMS = [  # a room imports only rooms above it
     {"hf"},
     {"report", "texts"},
     {"demo"},
+    {"run_demo"},
     {"cli"},
     {"__init__", "__main__"},
 ]

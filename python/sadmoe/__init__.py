@@ -13,6 +13,7 @@ from sadmoe.convert import ConversionReport, ConvertConfig, convert_, restore_
 from sadmoe.cost import CostReport, cost
 from sadmoe.dial import set_tau, tau
 from sadmoe.ffn import DenseFFN, FFNNotFoundError, find_ffns, moe_layers
+from sadmoe.finetune import FinetuneConfig, FinetuneReport, finetune_
 from sadmoe.gates import DynamicK, TopK
 from sadmoe.layer import DynamicKMoE, Router
 from sadmoe.masks import record_masks
@@ -32,6 +33,8 @@ __all__ = [
     "DynamicK",
     "DynamicKMoE",
     "FFNNotFoundError",
+    "FinetuneConfig",
+    "FinetuneReport",
     "Router",
     "RouterConfig",
     "SparsifyConfig",
@@ -43,6 +46,7 @@ __all__ = [
     "convert_",
     "cost",
     "find_ffns",
+    "finetune_",
     "fit_router_",
     "fit_routers_",
     "load",

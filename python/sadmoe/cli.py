@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from sadmoe import demo, ops
+from sadmoe import ops
 from sadmoe.batches import evaluating, run
 from sadmoe.convert import ConvertConfig, convert_
 from sadmoe.cost import cost
 from sadmoe.dial import converted_layers, tau
+from sadmoe.run_demo import SECONDS, run_demo
 from sadmoe.sparsify import SparsifyConfig, sparsify_
 from sadmoe.tables import format_table
 from sadmoe.texts import load_model, paragraphs, tokenized
@@ -78,7 +79,7 @@ def _add_demo(commands: Any) -> None:
         help="folder for model, table and picture (default: %(default)s)",
     )
     command.add_argument(
-        "--seconds", type=float, default=demo.SECONDS, help="of sparsity fine-tuning (default: %(default)s)"
+        "--seconds", type=float, default=SECONDS, help="of sparsity fine-tuning (default: %(default)s)"
     )
     _add_common(command)
     command.set_defaults(command=_demo)
@@ -173,7 +174,7 @@ def free(folder: Path, force: bool) -> None:
 
 def _demo(arguments: argparse.Namespace) -> None:
     free(arguments.out, arguments.force)
-    print(demo.run_demo(arguments.out, seconds=arguments.seconds))
+    print(run_demo(arguments.out, seconds=arguments.seconds))
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -187,7 +188,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         expert_size=arguments.expert_size, budget=budget, tau=arguments.tau, seed=arguments.seed
     )
     print(convert_(model, batches, config))
-    model.save_pretrained(arguments.out)
+    model.save_pretrained(arguments.out)  # type: ignore[operator]
     tokenizer.save_pretrained(arguments.out)
     print(
         f"\nsaved to {arguments.out}. Load it with\n\n    import sadmoe\n"

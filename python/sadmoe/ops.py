@@ -164,8 +164,9 @@ def _keep_experts(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _experts_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, mask, *weights = ctx.saved_tensors
 
-    def experts(x: Tensor, *weights: Tensor) -> Tensor:
-        return reference.sparse_experts(x, mask, *weights, act=ctx.act)
+    def experts(x: Tensor, *weights: Any) -> Tensor:
+        w_up, w_down, b_up, w_gate, b_gate, b_out = weights
+        return reference.sparse_experts(x, mask, w_up, w_down, b_up, w_gate, b_gate, b_out, ctx.act)
 
     grad_x, *grad_weights = _gradients(experts, [x, *weights], grad)
     return grad_x, None, *grad_weights, None
@@ -180,8 +181,9 @@ def _moe_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, v1, v2, *weights = ctx.saved_tensors
     mask = dynamic_k_select(router_scores(x, v1, v2), ctx.tau)
 
-    def experts(x: Tensor, *weights: Tensor) -> Tensor:
-        return reference.sparse_experts(x, mask, *weights, act=ctx.act)
+    def experts(x: Tensor, *weights: Any) -> Tensor:
+        w_up, w_down, b_up, w_gate, b_gate, b_out = weights
+        return reference.sparse_experts(x, mask, w_up, w_down, b_up, w_gate, b_gate, b_out, ctx.act)
 
     grad_x, *grad_weights = _gradients(experts, [x, *weights], grad)
     return grad_x, None, None, *grad_weights, None, None

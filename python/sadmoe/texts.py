@@ -28,7 +28,7 @@ def load_model(folder: Path) -> tuple[nn.Module, Any]:
         raise FileNotFoundError(f"{folder} holds no model: config.json is missing")
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     named = getattr(transformers, (config.architectures or [""])[0], None)
-    model_class = named if isinstance(named, type) else transformers.AutoModel
+    model_class: Any = named if isinstance(named, type) else transformers.AutoModel
     model = model_class.from_pretrained(folder, local_files_only=True)
     return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from sadmoe.gates import DynamicK
 from sadmoe.routers import RouterConfig
 
+Cluster = Literal["weights", "activity"]
 EXPERT_SIZE = 32  # neurons: the largest that still skips most of what a sparse FFN could skip
 
 
@@ -27,6 +29,9 @@ class ConvertConfig:
     skip_padding: bool = (
         True  # whether inputs at padding tokens are left out: nobody reads what is computed there
     )
+    cluster: Cluster = (
+        "weights"  # what makes neurons alike: their input weights (the paper), or firing for the same inputs
+    )
     restarts: int = 1  # runs of the k-means, the best of which is kept; more take that much longer for little
     seed: int = 0  # of the sample of inputs and of the k-means; the routers have their own in `router`
     filter: Callable[[str], bool] | None = None  # of an FFN's name; False leaves it dense. None: convert all
@@ -36,6 +41,10 @@ class ConvertConfig:
             raise ValueError(
                 "ConvertConfig: give expert_size or experts, not both; "
                 f"got {self.expert_size} and {self.experts}"
+            )
+        if self.cluster not in get_args(Cluster):
+            raise ValueError(
+                f"ConvertConfig: cluster must be one of {', '.join(get_args(Cluster))}, got {self.cluster!r}"
             )
         if self.budget is not None and self.tau is not None:
             raise ValueError(

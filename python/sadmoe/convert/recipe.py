@@ -24,6 +24,7 @@ from sadmoe.partition import partition, slots
 from sadmoe.routers import fit_router_
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the ops take
+CLUSTERED = 1024  # tokens by whose activity neurons are clustered
 JUDGED = 1024  # tokens of each layer on which the report's share and error are measured
 
 
@@ -180,9 +181,9 @@ def _build_all(
 def _build(site: FFNSite, inputs: Tensor, config: ConvertConfig, clock: _Clock, progress: bool) -> _Built:
     dense = site.dense()
     experts = config.experts_of(dense.f)
-    rows = dense.w_up if dense.w_gate is None else dense.w_gate
     with clock("partition"):
-        labels = partition(rows, experts, seed=config.seed, restarts=config.restarts, progress=progress)
+        alike = _activity(dense, inputs) if config.cluster == "activity" else dense.first
+        labels = partition(alike, experts, seed=config.seed, restarts=config.restarts, progress=progress)
     with clock("routers"):
         devices = [dense.w_up.device] if dense.w_up.is_cuda else []
         with torch.random.fork_rng(
@@ -191,6 +192,13 @@ def _build(site: FFNSite, inputs: Tensor, config: ConvertConfig, clock: _Clock, 
             layer = layer_from_dense(dense, slots(labels, experts), experts, config.router.width, config.gate)
         fit = fit_router_(layer, inputs, config.router, progress=progress)
     return _Built(site, dense, layer, fit.r2, len(inputs), inputs[:JUDGED].clone())
+
+
+def _activity(dense: DenseFFN, inputs: Tensor) -> Tensor:
+    """[f, tokens], 1 where a neuron is above 1 % of the token's largest: alike are neurons that fire together."""
+    with torch.no_grad():
+        hidden = dense.hidden(inputs[:CLUSTERED]).abs()
+    return (hidden > 0.01 * hidden.amax(-1, keepdim=True)).t().to(torch.float32).contiguous()
 
 
 def _judge(one: _Built) -> LayerReport:

@@ -86,12 +86,20 @@ class DenseFFN:
         tensors: dict[str, Any] = {name: getattr(self, name) for name in TENSORS}
         return replace(self, **{name: t.to(dtype) for name, t in tensors.items() if t is not None})
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [..., d] -> [..., d_out], as in evaluation: without dropout."""
+    @property
+    def first(self) -> Tensor:
+        """[f, d]: the weights that the activation sees, of the gate in a GLU: by them the method clusters neurons."""
+        return self.w_up if self.w_gate is None else self.w_gate
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Activations of the neurons: x [..., d] -> [..., f]."""
         act = reference.ACTIVATIONS[self.act]
         up = F.linear(x, self.w_up, self.b_up)
-        hidden = act(up) if self.w_gate is None else act(F.linear(x, self.w_gate, self.b_gate)) * up
-        y = hidden @ self.w_down
+        return act(up) if self.w_gate is None else act(F.linear(x, self.w_gate, self.b_gate)) * up
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., d] -> [..., d_out], as in evaluation: without dropout."""
+        y = self.hidden(x) @ self.w_down
         return y if self.b_out is None else y + self.b_out
 
 

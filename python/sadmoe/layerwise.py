@@ -1,0 +1,125 @@
+"""Fine-tuning of converted layers one at a time, each to compute what its dense FFN did: no pass through the model.
+
+Well conditioned and cheap, so it takes high rates and does most of the work within minutes; what the layers do to each
+other it does not see, see `finetune_`.
+"""
+
+import logging
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from sadmoe.batches import Batches, check_batches
+from sadmoe.dial import converted_layers
+from sadmoe.ffn import DenseFFN, FFNSite, find_ffns
+from sadmoe.finetune import FinetuneConfig, _ExpertPenalty, _frozen
+from sadmoe.inputs import stream_inputs
+from sadmoe.layer import DynamicKMoE
+from sadmoe.sparsify.guards import all_or_nothing, mode, seeded
+from sadmoe.sparsify.loop import Step, train
+
+logger = logging.getLogger(__name__)
+CHUNK = 4096  # tokens whose dense outputs are computed at once
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """One layer after its training. error: share of the variance of the dense FFN's outputs that is missed, and share:
+    executed, both on true norms at the threshold of the run, on tokens held out from it."""
+
+    name: str
+    error: float
+    share: float
+    history: list[Step]
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {len(self.history)} updates in {self.seconds:.0f} s, misses {self.error:.1%} of the dense "
+            f"outputs' variance at an executed share of {self.share:.1%}"
+        )
+
+
+def finetune_layers_(
+    model: nn.Module,
+    batches: Batches,
+    config: FinetuneConfig,
+    *,
+    teacher: nn.Module,
+    batch_tokens: int = 1024,
+    max_tokens: int = 32768,
+    progress: bool = True,
+) -> list[LayerFit]:
+    """Fine-tunes every converted layer in place on its own: |y - t|^2 / |t - mean t|^2 + alpha * penalty.
+
+    t is what the FFN of the same name in `teacher`, the dense model, makes of its inputs while `teacher` runs the
+    batches, y what the layer does while experts of small true norm are skipped, as in `finetune_`, whose config holds
+    here for each layer; `seconds` are for all layers together. Routers are not trained: `fit_routers_` afterwards.
+
+    batch_tokens: in each update.   max_tokens: inputs of a layer to train on, of which a tenth is held out.
+    Raises ValueError where `teacher` has no FFN of a layer's name and sizes. Whatever is raised, the model is as it was.
+    """
+    check_batches(batches)
+    layers = converted_layers(model)
+    sites = _teachers(teacher, layers)
+    if config.seconds is not None:
+        config = replace(config, seconds=config.seconds / len(layers))
+    routers = {p for layer in layers.values() for p in layer.router.parameters() if p.requires_grad}
+    fits = []
+    with all_or_nothing(model), mode(model, train=False), seeded(model, config.seed), _frozen(routers):
+        for name, rows in stream_inputs(
+            teacher, sites, batches, max_tokens=max_tokens, seed=config.seed, progress=progress
+        ):
+            dense = next(site for site in sites if site.name == name).dense()
+            fits.append(_fit(name, layers[name], dense, rows, batch_tokens, config, progress))
+            logger.info("fine-tuned %s", fits[-1])
+    return fits
+
+
+def _fit(
+    name: str,
+    layer: DynamicKMoE,
+    dense: DenseFFN,
+    rows: Tensor,
+    batch_tokens: int,
+    config: FinetuneConfig,
+    progress: bool,
+) -> LayerFit:
+    started = time.perf_counter()
+    rows = rows[torch.randperm(len(rows), device=rows.device)]
+    targets = torch.cat([dense(part) for part in rows.split(CHUNK)])
+    variance = (targets - targets.mean(0)).square().sum(-1).mean()
+    held_out = len(rows) // 10
+    pairs = [
+        {"rows": x, "targets": t}
+        for x, t in zip(
+            rows[held_out:].split(batch_tokens), targets[held_out:].split(batch_tokens), strict=True
+        )
+    ]
+
+    def error(batch: dict[str, Tensor]) -> Tensor:
+        return (layer(batch["rows"]) - batch["targets"]).square().sum(-1).mean() / variance
+
+    with _ExpertPenalty(layer, {name: layer}, config) as penalty:
+        history = train(layer, pairs, config.schedule(), error, penalty, progress, penalty.at)
+        penalty.at(1.0)
+        with torch.no_grad():
+            test = {"rows": rows[:held_out], "targets": targets[:held_out]}
+            missed, share = error(test).item(), layer.mask(test["rows"]).float().mean().item()
+    return LayerFit(name, missed, share, history, time.perf_counter() - started)
+
+
+def _teachers(teacher: nn.Module, layers: dict[str, DynamicKMoE]) -> list[FFNSite]:
+    sites = {site.name: site for site in find_ffns(teacher)}
+    wrong = [
+        name
+        for name, layer in layers.items()
+        if name not in sites or sites[name].dense().f != layer.experts * layer.expert_size
+    ]
+    if wrong:
+        raise ValueError(
+            f"teacher must be the dense model, but has no FFN like {', '.join(wrong)}; it has {', '.join(sites)}"
+        )
+    return [sites[name] for name in layers]
