@@ -18,6 +18,7 @@ ROOMS = [  # a room imports only rooms above it
     {"inputs", "masks", "flops"},
     {"sparsify", "routers", "cost"},
     {"calibrate", "finetune"},
+    {"layerwise"},
     {"convert"},
     {"checkpoint"},
     {"hf"},

@@ -7,6 +7,7 @@ other it does not see, see `finetune_`.
 import logging
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +38,8 @@ class LayerFit:
 
     def __str__(self) -> str:
         return (
-            f"{self.name}: {len(self.history)} updates in {self.seconds:.0f} s, misses {self.error:.1%} of the dense "
-            f"outputs' variance at an executed share of {self.share:.1%}"
+            f"{self.name}: {len(self.history)} updates in {self.seconds:.0f} s, misses {self.error:.1%} of the "
+            f"dense outputs' variance at an executed share of {self.share:.1%}"
         )
 
 
@@ -99,7 +100,7 @@ def _fit(
         )
     ]
 
-    def error(batch: dict[str, Tensor]) -> Tensor:
+    def error(batch: Any) -> Tensor:
         return (layer(batch["rows"]) - batch["targets"]).square().sum(-1).mean() / variance
 
     with _ExpertPenalty(layer, {name: layer}, config) as penalty:

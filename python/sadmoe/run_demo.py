@@ -16,36 +16,41 @@ from torch import Tensor, nn
 from sadmoe.batches import evaluating, run
 from sadmoe.calibrate import calibrate_
 from sadmoe.convert import ConvertConfig, convert_
-from sadmoe.cost import cost
+from sadmoe.cost import cost, cost_of_masks
 from sadmoe.demo import Fidelity, embeddings, fidelity, minilm, split, topics
 from sadmoe.dial import converted_layers, set_tau, tau
-from sadmoe.ffn import FFNSite, find_ffns
+from sadmoe.ffn import FFNSite, find_ffns, swap_activations_
 from sadmoe.finetune import FinetuneConfig, finetune_
+from sadmoe.layerwise import finetune_layers_
+from sadmoe.masks import record_masks
 from sadmoe.report import Series, plot_curves
 from sadmoe.routers import RouterConfig, fit_routers_
-from sadmoe.sparsify import SparsifyConfig, sparsify_
 from sadmoe.tables import format_table
 from sadmoe.texts import tokenized
 
-SECONDS = 170.0  # of fine-tuning, so that the whole demo takes about five minutes on two cores
-SPARSE = (
-    0.4  # of them for sparsity of neurons, before the conversion; the others for that of experts, after it
-)
-EXPERT_SIZE = 16  # 32 runs faster at the same share, but more of its experts have a neuron that is needed
-BUDGETS = (0.7, 0.6, 0.5, 0.4, 0.3)  # FLOPs of the FFNs, shares of dense, router included
+SECONDS = 150.0  # of fine-tuning, so that the whole demo takes about five minutes on two cores
+LAYERWISE = 0.65  # of them layer by layer, which does most of the work; the others through the whole model
+EXPERT_SIZE = 32  # neurons
+THRESHOLD = 0.1  # on the experts' true norms while they are fine-tuned
+SHARE = 0.28  # executed share that fine-tuning aims at: routers, which guess, then need a little more
 UNTRAINED = RouterConfig(steps=1)  # of the conversion: routers are trained after the experts
+TAUS = (0.03, 0.05, 0.08, 0.12, 0.2)
+BUDGET = 0.385  # FLOPs of the FFNs, router included, for which the saved model's tau is solved
+TIMED = 8  # batches of the held-out texts whose time is taken
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to run the model. share: executed. flops: whole model over dense. Seconds of the held-out texts."""
+    """One way to run the model. share: executed. flops: of the whole model over dense. ffn_gain, gain: how many times
+    faster than dense the FFNs and the whole model are, dense run in turn with it; seconds: of one pass of the model."""
 
     name: str
     tau: float | None
     share: float | None
     flops: float | None
     fidelity: Fidelity
-    ffn_seconds: float | None = None
+    ffn_gain: float | None = None
+    gain: float | None = None
     seconds: float | None = None
 
 
@@ -64,37 +69,33 @@ def run_demo(out: Path, *, seconds: float = SECONDS, progress: bool = True) -> s
 
     model = copy.deepcopy(dense)
     freeze_embeddings_(model)
-    sparsify_(model, batches, SparsifyConfig(seconds=SPARSE * seconds), progress=progress)
-    rows.append(
-        Row("sparse neurons, not converted", None, None, None, fidelity(embeddings(model, tests), wanted))
-    )
-    config = ConvertConfig(expert_size=EXPERT_SIZE, cluster="activity", router=UNTRAINED)
-    convert_(model, batches, config, progress=progress)
-    tuned = finetune_(
-        model, batches, FinetuneConfig(seconds=(1 - SPARSE) * seconds), teacher=dense, progress=progress
-    )
-    fits = fit_routers_(model, batches, progress=progress)
-    rows += sweep(dense, model, batches[::4], tests, wanted)
+    swap_activations_(model, find_ffns(model), "relu")
+    config = ConvertConfig(expert_size=EXPERT_SIZE, cluster="activity", router=UNTRAINED, max_tokens=4096)
+    convert_(model, batches[::4], config, progress=progress)
+    local = FinetuneConfig(seconds=LAYERWISE * seconds, tau=THRESHOLD, share=SHARE, alpha=0.1, lr=1.5e-3)
+    finetune_layers_(model, batches, local, teacher=dense, batch_tokens=768, progress=progress)
+    whole = FinetuneConfig(seconds=(1 - LAYERWISE) * seconds, tau=THRESHOLD, share=SHARE, alpha=0.05, lr=1e-4)
+    tuned = finetune_(model, batches, whole, teacher=dense, progress=progress)
+    fits = fit_routers_(model, batches, RouterConfig(steps=800), progress=progress)
+    solved = calibrate_(model, batches[::5], budget=BUDGET, progress=progress).tau
+    rows += sweep(dense, model, sorted({0.0, *TAUS, solved}), tests, wanted)
 
-    best = max(
-        (row for row in rows if row.tau and row.share and row.share <= 0.35), key=lambda row: row.share or 0
-    )
-    set_tau(model, best.tau or 0.0)
+    set_tau(model, solved)
+    out.mkdir(parents=True, exist_ok=True)
     check_reload(model, tokenizer, out / "model", tests[:2])
     text = "\n\n".join(
         (
             f"MiniLM-L6, {len(train)} paragraphs to train on, {len(held_out)} held out, "
             f"{torch.get_num_threads()} threads, {time.perf_counter() - started:.0f} s in all",
-            str(tuned),
-            "router R², by layer: " + " ".join(f"{fit.r2:.2f}" for fit in fits.values()),
+            f"{tuned}\nrouter R² by layer: " + " ".join(f"{fit.r2:.2f}" for fit in fits.values()),
             table(rows),
-            f"saved with tau = {best.tau:.4g} to {out / 'model'}, and reloaded: the same bits. Load it with\n\n"
-            "    import sadmoe\n    from transformers import AutoModel\n"
-            f'    model = AutoModel.from_pretrained("{out / "model"}")\n',
+            f"saved with tau = {solved:.4f}, for {BUDGET:.1%} of the FFNs' FLOPs, in {out / 'model'}; reloaded, it "
+            "gives the same bits:\n\n    import sadmoe\n    from transformers import AutoModel\n"
+            f'    model = AutoModel.from_pretrained("{out / "model"}")',
         )
     )
     (out / "demo.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
-    (out / "demo.txt").write_text(text)
+    (out / "demo.txt").write_text(text + "\n")
     picture(rows, out / "demo.png")
     return text
 
@@ -109,7 +110,7 @@ def freeze_embeddings_(model: nn.Module) -> None:
 def controls(dense: nn.Module, tests: Sequence[Any], wanted: Tensor) -> list[Row]:
     """The dense model, and three that show whether the metric notices the FFNs: off, half static, half by an oracle."""
     sites = find_ffns(dense)
-    rows = [Row("dense", None, 1.0, 1.0, fidelity(wanted, wanted), *times(dense, sites, tests))]
+    rows = [Row("dense", None, 1.0, 1.0, fidelity(wanted, wanted), 1.0, 1.0)]
     average = contributions(dense, sites, tests)
     for name, keep in (
         ("dense, best half of the neurons of each token", lambda c, site: top_half(c)),
@@ -160,50 +161,66 @@ def contributions(dense: nn.Module, sites: Sequence[FFNSite], tests: Sequence[An
     return sums
 
 
-def sweep(dense: nn.Module, model: nn.Module, batches: Any, tests: Any, wanted: Tensor) -> list[Row]:
-    """The converted model at tau = 0 and at the tau of each budget, and beside it the rule on the true norms."""
-    taus = [0.0] + [calibrate_(model, batches, budget=budget).tau for budget in BUDGETS]
+def sweep(dense: nn.Module, model: nn.Module, taus: Sequence[float], tests: Any, wanted: Tensor) -> list[Row]:
+    """The converted model at every tau: what it costs, keeps, and how fast it is."""
+    texts = sum(len(batch["input_ids"]) for batch in tests)
+    rest = cost(model, tests).rest
     rows = []
     for value in taus:
         with tau(model, value):
-            report = cost(model, tests)
-            flops = (
-                1.0
-                if value == 0
-                else (report.executed + (report.rest or 0)) / (report.dense + (report.rest or 0))
-            )
-            embedded = embeddings(model, tests)
-            ours = times(model, converted_layers(model).values(), tests)
-        rows.append(Row("converted", value, report.share, flops, fidelity(embedded, wanted), *ours))
+            with record_masks(model) as record:
+                embedded = torch.cat([embedded_with(record, model, batch) for batch in tests])
+            report = cost_of_masks(model, record.layers, texts, rest)
+            gains = times(dense, model, tests[:: max(1, len(tests) // TIMED)])
+        outside = report.rest or 0.0
+        executed = report.dense if value == 0 else report.executed
+        flops = (executed + outside) / (report.dense + outside)
+        rows.append(Row("converted", value, report.share, flops, fidelity(embedded, wanted), *gains))
     return rows
 
 
-def times(model: nn.Module, ffns: Any, tests: Sequence[Any], repeats: int = 3) -> tuple[float, float]:
-    """Seconds of all FFNs and of the whole model on the held-out texts: medians of some passes."""
-    ends = [(ffn.first, ffn.down) if isinstance(ffn, FFNSite) else (ffn, ffn) for ffn in ffns]
-    clock = {"start": 0.0, "sum": 0.0}
+def embedded_with(record: Any, model: nn.Module, batch: Any) -> Tensor:
+    """The embeddings of one batch, its masks recorded."""
+    with record.batch(batch):
+        return embeddings(model, [batch])
+
+
+def times(
+    dense: nn.Module, model: nn.Module, tests: Sequence[Any], rounds: int = 3
+) -> tuple[float, float, float]:
+    """Gain of the FFNs, gain of the whole model, and its seconds: medians of passes that take turns with dense."""
+    ends: dict[nn.Module, list[tuple[nn.Module, nn.Module]]] = {
+        dense: [(site.first, site.down) for site in find_ffns(dense)],
+        model: [(layer, layer) for layer in converted_layers(model).values()],
+    }
+    seconds: dict[nn.Module, list[tuple[float, float]]] = {dense: [], model: []}
+    for _ in range(rounds):
+        for one, passes in seconds.items():
+            passes.append(one_pass(one, ends[one], tests))
+    (dense_ffn, dense_whole), (ffn, whole) = (
+        [median(column) for column in zip(*passes, strict=True)] for passes in seconds.values()
+    )
+    return dense_ffn / ffn, dense_whole / whole, whole
+
+
+def one_pass(
+    model: nn.Module, ends: Sequence[tuple[nn.Module, nn.Module]], tests: Sequence[Any]
+) -> tuple[float, float]:
+    """Seconds inside the FFNs, each from the start of its first module to the end of its last, and of the model."""
+    inside: list[float] = []
     handles = [
-        first.register_forward_pre_hook(lambda *_: clock.update(start=time.perf_counter()))
-        for first, _ in ends
-    ] + [
-        last.register_forward_hook(
-            lambda *_: clock.update(sum=clock["sum"] + time.perf_counter() - clock["start"])
-        )
-        for _, last in ends
+        first.register_forward_pre_hook(lambda *_: inside.append(-time.perf_counter())) for first, _ in ends
     ]
-    parts, wholes = [], []
+    handles += [last.register_forward_hook(lambda *_: inside.append(time.perf_counter())) for _, last in ends]
     try:
         with evaluating(model):
-            for _ in range(repeats):
-                clock["sum"], started = 0.0, time.perf_counter()
-                for batch in tests:
-                    run(model, batch)
-                wholes.append(time.perf_counter() - started)
-                parts.append(clock["sum"])
+            started = time.perf_counter()
+            for batch in tests:
+                run(model, batch)
+            return sum(inside), time.perf_counter() - started
     finally:
         for handle in handles:
             handle.remove()
-    return median(parts), median(wholes)
 
 
 def check_reload(model: nn.Module, tokenizer: Any, folder: Path, tests: Sequence[Any]) -> None:
@@ -218,27 +235,25 @@ def check_reload(model: nn.Module, tokenizer: Any, folder: Path, tests: Sequence
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows with their gains over the first, the dense model."""
-    dense = rows[0]
+    """The rows as people read them."""
 
-    def gain(ours: float | None, theirs: float | None) -> str:
-        return "" if ours is None or theirs is None else f"{theirs / ours:.2f}x"
+    def cell(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
 
-    header = ("", "tau", "executed", "FLOPs", "cosine", "Spearman", "FFN ms", "faster", "model ms", "faster")
+    header = ("", "tau", "executed", "FLOPs", "cosine", "Spearman", "FFNs faster", "model faster", "ms")
     return format_table(
         header,
         [
             (
                 row.name,
-                "" if row.tau is None else f"{row.tau:.4f}",
-                "" if row.share is None else f"{row.share:.1%}",
-                "" if row.flops is None else f"{row.flops:.1%}",
-                f"{row.fidelity.cosine:.3f}",
-                f"{row.fidelity.spearman:.3f}",
-                "" if row.ffn_seconds is None else f"{row.ffn_seconds * 1e3:.0f}",
-                gain(row.ffn_seconds, dense.ffn_seconds),
-                "" if row.seconds is None else f"{row.seconds * 1e3:.0f}",
-                gain(row.seconds, dense.seconds),
+                cell(row.tau, ".4f"),
+                cell(row.share, ".1%"),
+                cell(row.flops, ".1%"),
+                f"{row.fidelity.cosine:.4f}",
+                f"{row.fidelity.spearman:.4f}",
+                cell(row.ffn_gain, ".2f"),
+                cell(row.gain, ".2f"),
+                cell(None if row.seconds is None else row.seconds * 1e3, ".0f"),
             )
             for row in rows
         ],
@@ -246,37 +261,17 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def picture(rows: Sequence[Row], path: Path) -> None:
-    """Fidelity against cost, and against wall time, of the converted model, beside the dense one."""
-    ours = sorted((row for row in rows if row.tau is not None), key=lambda row: row.flops or 0)
-    dense = rows[0]
-    labels = [f"{row.share:.0%}" for row in ours]
-    cosine = [row.fidelity.cosine for row in ours]
-    speed = sorted(ours, key=lambda row: (dense.seconds or 1) / (row.seconds or 1))
-    plot_curves(
-        path,
-        [
-            (
-                "cost (labels: executed share of the experts)",
-                "FLOPs of the whole model, share of dense",
-                "cosine to the dense model's embeddings",
-                [
-                    Series("converted", [row.flops or 0 for row in ours], cosine, labels),
-                    Series("dense", [1], [1], line=False),
-                ],
-            ),
-            (
-                "wall time on this machine",
-                "whole model, times faster than dense",
-                "cosine to the dense model's embeddings",
-                [
-                    Series(
-                        "converted",
-                        [(dense.seconds or 1) / (row.seconds or 1) for row in speed],
-                        [row.fidelity.cosine for row in speed],
-                    ),
-                    Series("dense", [1], [1], line=False),
-                ],
-            ),
-        ],
-        "MiniLM-L6 on held-out paragraphs of Python's documentation",
-    )
+    """Fidelity of the converted model against its cost, and against its speed."""
+    ours = [row for row in rows if row.tau is not None]
+    axis = "cosine to the dense model's embeddings"
+    panels = []
+    for heading, label, key in (
+        ("cost (labels: executed share of the experts)", "FLOPs of the whole model, share of dense", "flops"),
+        ("wall time on this machine", "whole model, times faster than dense", "gain"),
+    ):
+        points = sorted((getattr(row, key), row.fidelity.cosine, f"{row.share:.0%}") for row in ours)
+        x, y, labels = zip(*points, strict=True)
+        panels.append(
+            (heading, label, axis, [Series("converted", x, y, labels), Series("dense", [1], [1], line=False)])
+        )
+    plot_curves(path, panels, "MiniLM-L6 on held-out paragraphs of Python's documentation")
