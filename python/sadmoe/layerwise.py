@@ -60,7 +60,7 @@ def finetune_layers_(
     here for each layer; `seconds` are for all layers together. Routers are not trained: `fit_routers_` afterwards.
 
     batch_tokens: in each update.   max_tokens: inputs of a layer to train on, of which a tenth is held out.
-    Raises ValueError where `teacher` has no FFN of a layer's name and sizes. Whatever is raised, the model is as it was.
+    Raises ValueError where `teacher` has no FFN of a layer's name and sizes. After any error the model is as it was.
     """
     check_batches(batches)
     layers = converted_layers(model)

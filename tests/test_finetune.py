@@ -1,0 +1,121 @@
+"""Fine-tuning of a converted model while it skips experts."""
+
+import copy
+
+import pytest
+import sadmoe
+import torch
+from sadmoe.gates import DynamicK
+from tiny_models import TINY
+
+
+@pytest.fixture(scope="module")
+def converted():
+    tiny = TINY["bert"]
+    teacher, batch = tiny.model().eval(), tiny.batch()
+    model = copy.deepcopy(teacher)
+    config = sadmoe.ConvertConfig(experts=4, tau=0.2, router=sadmoe.RouterConfig(steps=2, width=4))
+    sadmoe.convert_(model, [batch], config, progress=False)
+    return teacher, model, [batch]
+
+
+def tuned(converted, **settings):
+    teacher, model, batches = converted
+    model = copy.deepcopy(model)
+    config = sadmoe.FinetuneConfig(**{"steps": 25, "share": 0.2, "lr": 3e-3, **settings})
+    return model, sadmoe.finetune_(model, batches, config, teacher=teacher, progress=False)
+
+
+def norms_of(model, batches):
+    seen = {}
+    layers = sadmoe.moe_layers(model)
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(
+            lambda m, args, name=name: seen.update({name: m.expert_norms(args[0].flatten(0, -2))})
+        )
+    with sadmoe.tau(model, 0.0), torch.no_grad():
+        model(**batches[0])
+    return torch.cat(list(seen.values()))
+
+
+def test_the_penalty_makes_experts_fewer(converted):
+    with_penalty, report = tuned(converted, alpha=1.0)
+    without, _ = tuned(converted, alpha=0.0)
+    batches = converted[2]
+    shares = [
+        DynamicK(0.3).mask(norms_of(model, batches)).float().mean() for model in (with_penalty, without)
+    ]
+    assert shares[0] < shares[1]
+    assert report.history[-1].penalty < report.history[0].penalty
+    assert "updates in" in str(report)
+
+
+def test_without_the_penalty_it_follows_the_dense_model(converted):
+    _, report = tuned(converted, alpha=0.0, tau=0.3)
+    at_full_threshold = report.history[len(report.history) // 2 :]
+    assert at_full_threshold[-1].objective < at_full_threshold[0].objective
+
+
+def test_the_penalty_rests_below_the_share(converted):
+    resting, _ = tuned(converted, alpha=5.0, share=1.0, tau=0.0)
+    without, _ = tuned(converted, alpha=0.0, share=1.0, tau=0.0)
+    for a, b in zip(resting.parameters(), without.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gates_routers_and_flags_come_back(converted):
+    _, before, _ = converted
+    model, _ = tuned(converted, steps=2)
+    for name, layer in sadmoe.moe_layers(model).items():
+        old = sadmoe.moe_layers(before)[name]
+        assert layer.gate == old.gate
+        assert layer.norms_hook is None
+        assert torch.equal(layer.router.v1, old.router.v1)
+        assert layer.router.v1.requires_grad
+    assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
+
+
+def test_steps_are_repeatable(converted):
+    a, b = (tuned(converted, steps=3)[0] for _ in range(2))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_a_failure_leaves_the_model_as_it_was(converted):
+    teacher, model, batches = converted
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(FloatingPointError, match="diverged"):
+        sadmoe.finetune_(
+            model, batches, sadmoe.FinetuneConfig(steps=9, lr=1e30), teacher=teacher, progress=False
+        )
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(layer.norms_hook is None for layer in sadmoe.moe_layers(model).values())
+
+
+def test_a_loss_of_one_s_own_is_the_objective(converted):
+    _, model, batches = converted
+    model = copy.deepcopy(model)
+    report = sadmoe.finetune_(
+        model,
+        batches,
+        sadmoe.FinetuneConfig(steps=15, alpha=0.0, lr=3e-3),
+        loss=lambda m, batch: m(**batch).last_hidden_state.square().mean(),
+        progress=False,
+    )
+    assert report.history[-1].objective < report.history[0].objective
+
+
+def test_wrong_settings_are_named(converted):
+    teacher, model, batches = converted
+    for settings, message in (
+        ({}, "give steps or seconds"),
+        ({"steps": 1, "share": 0.0}, r"share must be in \(0, 1\], got 0.0"),
+        ({"steps": 1, "tau": 2.0}, r"tau must be in \[0, 1\]"),
+        ({"steps": 1, "lr": -1.0}, "lr must be greater than 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sadmoe.FinetuneConfig(**settings)
+    config = sadmoe.FinetuneConfig(steps=1)
+    with pytest.raises(ValueError, match="has no converted layer"):
+        sadmoe.finetune_(teacher, batches, config)
+    with pytest.raises(ValueError, match="give teacher or loss, not both"):
+        sadmoe.finetune_(model, batches, config, teacher=teacher, loss=lambda m, b: 0)
