@@ -27,8 +27,8 @@ CHUNK = 4096  # tokens whose dense outputs are computed at once
 
 @dataclass(frozen=True)
 class LayerFit:
-    """One layer after its training. error: share of the variance of the dense FFN's outputs that is missed, and share:
-    executed, both on true norms at the threshold of the run, on tokens held out from it."""
+    """One layer after its training. error: mean over tokens of |y - t|^2 / (|x|^2 + |t|^2), and share: executed, both
+    on true norms at the threshold of the run, on tokens held out from it."""
 
     name: str
     error: float
@@ -38,8 +38,8 @@ class LayerFit:
 
     def __str__(self) -> str:
         return (
-            f"{self.name}: {len(self.history)} updates in {self.seconds:.0f} s, misses {self.error:.1%} of the "
-            f"dense outputs' variance at an executed share of {self.share:.1%}"
+            f"{self.name}: {len(self.history)} updates in {self.seconds:.0f} s, relative error {self.error:.4f} "
+            f"at an executed share of {self.share:.1%}"
         )
 
 
@@ -53,9 +53,9 @@ def finetune_layers_(
     max_tokens: int = 32768,
     progress: bool = True,
 ) -> list[LayerFit]:
-    """Fine-tunes every converted layer in place on its own: |y - t|^2 / |t - mean t|^2 + alpha * penalty.
+    """Fine-tunes every converted layer in place on its own: mean of |y - t|^2 / (|x|^2 + |t|^2) + alpha * penalty.
 
-    t is what the FFN of the same name in `teacher`, the dense model, makes of its inputs while `teacher` runs the
+    x is what enters the FFN, t what the FFN of the same name in `teacher`, the dense model, makes of it while `teacher` runs the
     batches, y what the layer does while experts of small true norm are skipped, as in `finetune_`, whose config holds
     here for each layer; `seconds` are for all layers together. Routers are not trained: `fit_routers_` afterwards.
 
@@ -63,6 +63,10 @@ def finetune_layers_(
     Raises ValueError where `teacher` has no FFN of a layer's name and sizes. After any error the model is as it was.
     """
     check_batches(batches)
+    if batch_tokens < 1:
+        raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
+    if max_tokens < 2:
+        raise ValueError(f"max_tokens must be at least 2, to hold some out, got {max_tokens}")
     layers = converted_layers(model)
     sites = _teachers(teacher, layers)
     if config.seconds is not None:
@@ -91,23 +95,20 @@ def _fit(
     started = time.perf_counter()
     rows = rows[torch.randperm(len(rows), device=rows.device)]
     targets = torch.cat([dense(part) for part in rows.split(CHUNK)])
-    variance = (targets - targets.mean(0)).square().sum(-1).mean()
-    held_out = len(rows) // 10
-    pairs = [
-        {"rows": x, "targets": t}
-        for x, t in zip(
-            rows[held_out:].split(batch_tokens), targets[held_out:].split(batch_tokens), strict=True
-        )
-    ]
+    scale = rows.square().sum(-1) + targets.square().sum(-1)  # of the residual sum, token by token
+    held_out = max(1, len(rows) // 10)
+    whole = {"rows": rows, "targets": targets, "scale": scale}
+    test = {key: value[:held_out] for key, value in whole.items()}
+    chunks = zip(*(value[held_out:].split(batch_tokens) for value in whole.values()), strict=True)
+    batches = [dict(zip(whole, chunk, strict=True)) for chunk in chunks]
 
     def error(batch: Any) -> Tensor:
-        return (layer(batch["rows"]) - batch["targets"]).square().sum(-1).mean() / variance
+        return (layer(batch["rows"]) - batch["targets"]).square().sum(-1).div(batch["scale"]).mean()
 
     with _ExpertPenalty(layer, {name: layer}, config) as penalty:
-        history = train(layer, pairs, config.schedule(), error, penalty, progress, penalty.at)
+        history = train(layer, batches, config.schedule(), error, penalty, progress, penalty.at)
         penalty.at(1.0)
         with torch.no_grad():
-            test = {"rows": rows[:held_out], "targets": targets[:held_out]}
             missed, share = error(test).item(), layer.mask(test["rows"]).float().mean().item()
     return LayerFit(name, missed, share, history, time.perf_counter() - started)
 

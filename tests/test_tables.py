@@ -1,0 +1,29 @@
+import pytest
+
+from sadmoe.tables import format_table, si
+
+
+def test_columns_are_aligned_first_left_others_right():
+    table = format_table(["name", "n"], [["a", "1000"], ["longer", "7"]])
+    assert table == "name       n\na       1000\nlonger     7"
+
+
+def test_a_row_of_another_length_is_refused():
+    with pytest.raises(ValueError, match="argument"):
+        format_table(["a", "b"], [["1", "2", "3"]])
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (7, "7"),
+        (999, "999"),
+        (1000, "1 k"),
+        (1.18e6, "1.18 M"),
+        (17.61e9, "17.6 G"),
+        (2.64e12, "2.64 T"),
+    ],
+)
+def test_numbers_have_three_digits_and_a_prefix(number, text):
+    assert si(number) == text
