@@ -1,5 +1,4 @@
 import pytest
-
 from sadmoe.tables import format_table, si
 
 
@@ -20,6 +19,8 @@ def test_a_row_of_another_length_is_refused():
         (7, "7"),
         (999, "999"),
         (1000, "1 k"),
+        (999_900, "1 M"),
+        (999.9, "1 k"),
         (1.18e6, "1.18 M"),
         (17.61e9, "17.6 G"),
         (2.64e12, "2.64 T"),

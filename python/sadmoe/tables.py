@@ -15,6 +15,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def si(number: float) -> str:
     """Three digits and the unit's prefix: 1.18 M, 42 k, 7."""
+    number = float(f"{number:.3g}")  # first, or 999,900 would be 1e+03 k
     for factor, prefix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if number >= factor:
             return f"{number / factor:.3g}{prefix}"
