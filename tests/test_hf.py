@@ -380,6 +380,7 @@ def test_sadmoe_may_be_imported_before_transformers(tmp_path):
     code = f"""
 import sadmoe, sys, torch
 assert "transformers" not in sys.modules
+torch.set_num_threads({torch.get_num_threads()})
 from transformers import AutoModel
 model = AutoModel.from_pretrained({str(tmp_path)!r})
 batch, expected = torch.load({str(tmp_path / "expected.pt")!r})
