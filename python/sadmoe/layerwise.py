@@ -55,9 +55,10 @@ def finetune_layers_(
 ) -> list[LayerFit]:
     """Fine-tunes every converted layer in place on its own: mean of |y - t|^2 / (|x|^2 + |t|^2) + alpha * penalty.
 
-    x is what enters the FFN, t what the FFN of the same name in `teacher`, the dense model, makes of it while `teacher`
-    runs the batches, y what the layer does while experts of small true norm are skipped, as in `finetune_`, whose config holds
-    here for each layer; `seconds` are for all layers together. Routers are not trained: `fit_routers_` afterwards.
+    x is what enters the FFN, t what the FFN of the same name in `teacher`, the dense model, makes of it while
+    `teacher` runs the batches, y what the layer does while experts of small true norm are skipped, as in
+    `finetune_`, whose config holds here for each layer; `seconds` are for all layers together. Routers are not
+    trained: `fit_routers_` afterwards.
 
     batch_tokens: in each update.   max_tokens: inputs of a layer to train on, of which a tenth is held out.
     Raises ValueError where `teacher` has no FFN of a layer's name and sizes. After any error the model is as it was.
