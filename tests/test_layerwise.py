@@ -63,11 +63,12 @@ def missed(dense: nn.Module, model: nn.Module, tau: float) -> float:
 def test_each_layer_comes_closer_to_its_dense_ffn_while_it_skips_experts():
     dense, model = pair()
     before = missed(dense, model, 0.2)
-    fits = tune(dense, model, short(tau=0.2, share=0.5, steps=150))
+    fits = tune(dense, model, short(tau=0.2, alpha=0.0, steps=150))
     assert [fit.name for fit in fits] == ["0.inner", "1.inner"]
-    assert missed(dense, model, 0.2) < 0.5 * before
-    assert fits[0].error == pytest.approx(missed(dense, model, 0.2), rel=0.5)  # other tokens of the same kind
-    assert all(fit.share < 0.95 and len(fit.history) == 150 for fit in fits)
+    after = missed(dense, model, 0.2)
+    assert after < 0.7 * before
+    assert fits[0].error == pytest.approx(after, rel=0.5)  # other tokens of the same kind
+    assert all(0 < fit.share < 1 and len(fit.history) == 150 for fit in fits)
 
 
 def test_the_penalty_lowers_the_executed_share():
@@ -116,11 +117,17 @@ def test_the_same_seed_gives_the_same_layers_whatever_the_global_random_state():
 
 def test_a_failure_in_a_later_layer_leaves_all_as_it_was():
     dense, model = pair()
-    with torch.no_grad():
-        dense[1].inner[2].weight.fill_(float("inf"))
-    before = state(model)
-    with pytest.raises(FloatingPointError, match="diverged"):
+    before, calls = state(model), []
+
+    def fail(module: nn.Module, args: tuple[Tensor]) -> None:
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    handle = converted_layers(model)["1.inner"].register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
         tune(dense, model, short())
+    handle.remove()
     assert all(torch.equal(value, before[name]) for name, value in state(model).items())
     assert all(layer.gate == DynamicK(0.2) for layer in converted_layers(model).values())
 
@@ -164,3 +171,9 @@ def test_wrong_sizes_are_named(kw, message):
     dense, model = pair()
     with pytest.raises(ValueError, match=f"{message} must be at least"):
         finetune_layers_(model, data(), short(), teacher=dense, progress=False, **kw)
+
+
+def test_a_single_token_is_too_little():
+    dense, model = pair()
+    with pytest.raises(ValueError, match="0.inner needs at least 2 tokens, one to hold out, got 1"):
+        finetune_layers_(model, [torch.randn(1, D)], short(), teacher=dense, progress=False)

@@ -93,6 +93,10 @@ def _fit(
     config: FinetuneConfig,
     progress: bool,
 ) -> LayerFit:
+    if len(rows) < 2:
+        raise ValueError(
+            f"{name} needs at least 2 tokens, one to hold out, got {len(rows)}: pass more batches"
+        )
     started = time.perf_counter()
     rows = rows[torch.randperm(len(rows), device=rows.device)]
     targets = torch.cat([dense(part) for part in rows.split(CHUNK)])
