@@ -16,6 +16,7 @@ from sadmoe.ffn import DenseFFN, FFNNotFoundError, find_ffns, moe_layers
 from sadmoe.finetune import FinetuneConfig, FinetuneReport, finetune_
 from sadmoe.gates import DynamicK, TopK
 from sadmoe.layer import DynamicKMoE, Router
+from sadmoe.layerwise import finetune_layers_
 from sadmoe.masks import record_masks
 from sadmoe.ops import build_info
 from sadmoe.partition import partition
@@ -47,6 +48,7 @@ __all__ = [
     "cost",
     "find_ffns",
     "finetune_",
+    "finetune_layers_",
     "fit_router_",
     "fit_routers_",
     "load",

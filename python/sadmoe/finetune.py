@@ -107,14 +107,14 @@ def finetune_(
         all_or_nothing(model),
         mode(model, train=teacher is None),
         seeded(model, config.seed),
-        _frozen(frozen),
+        frozen_in(frozen),
     ):
         if teacher is None:
             objective = task(model, loss)
         else:
             teacher.eval()
             objective = distill_hidden(model, teacher, [site_of(layer) for layer in layers.values()])
-        with _ExpertPenalty(model, layers, config) as penalty:
+        with ExpertPenalty(model, layers, config) as penalty:
             history = train(model, batches, config.schedule(), objective, penalty, progress, penalty.at)
     report = FinetuneReport(history, penalty.share, time.perf_counter() - started)
     logger.info("fine-tuned %d converted FFNs: %s", len(layers), report)
@@ -122,7 +122,8 @@ def finetune_(
 
 
 @contextmanager
-def _frozen(parameters: set[nn.Parameter]) -> Iterator[None]:
+def frozen_in(parameters: set[nn.Parameter]) -> Iterator[None]:
+    """Inside, the parameters ask for no gradient."""
     for p in parameters:
         p.requires_grad_(False)
     try:
@@ -132,7 +133,7 @@ def _frozen(parameters: set[nn.Parameter]) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-class _ExpertPenalty:
+class ExpertPenalty:
     """Gates on true norms inside, and the penalty of the passes since it was last called."""
 
     def __init__(self, model: nn.Module, layers: Mapping[str, DynamicKMoE], config: FinetuneConfig):
@@ -141,7 +142,7 @@ class _ExpertPenalty:
         self.seen: dict[str, list[Tensor]] = {name: [] for name in layers}
         self.share = 1.0
 
-    def __enter__(self) -> "_ExpertPenalty":
+    def __enter__(self) -> "ExpertPenalty":
         for name, layer in self.layers.items():
             layer.norms_hook = self.seen[name].append
         return self

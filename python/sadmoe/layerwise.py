@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sadmoe.batches import Batches, check_batches
 from sadmoe.dial import converted_layers
 from sadmoe.ffn import DenseFFN, FFNSite, find_ffns
-from sadmoe.finetune import FinetuneConfig, _ExpertPenalty, _frozen
+from sadmoe.finetune import ExpertPenalty, FinetuneConfig, frozen_in
 from sadmoe.inputs import stream_inputs
 from sadmoe.layer import DynamicKMoE
 from sadmoe.sparsify.guards import all_or_nothing, mode, seeded
@@ -74,7 +74,7 @@ def finetune_layers_(
         config = replace(config, seconds=config.seconds / len(layers))
     routers = {p for layer in layers.values() for p in layer.router.parameters() if p.requires_grad}
     fits = []
-    with all_or_nothing(model), mode(model, train=False), seeded(model, config.seed), _frozen(routers):
+    with all_or_nothing(model), mode(model, train=False), seeded(model, config.seed), frozen_in(routers):
         for name, rows in stream_inputs(
             teacher, sites, batches, max_tokens=max_tokens, seed=config.seed, progress=progress
         ):
@@ -110,7 +110,7 @@ def _fit(
     def error(batch: Any) -> Tensor:
         return (layer(batch["rows"]) - batch["targets"]).square().sum(-1).div(batch["scale"]).mean()
 
-    with _ExpertPenalty(layer, {name: layer}, config) as penalty:
+    with ExpertPenalty(layer, {name: layer}, config) as penalty:
         history = train(layer, batches, config.schedule(), error, penalty, progress, penalty.at)
         penalty.at(1.0)
         with torch.no_grad():

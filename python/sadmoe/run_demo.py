@@ -28,17 +28,17 @@ from sadmoe.routers import RouterConfig, fit_routers_
 from sadmoe.tables import format_table
 from sadmoe.texts import tokenized
 
-SECONDS = 150.0  # of fine-tuning, so that the whole demo takes about five minutes on two cores
+SECONDS = 160.0  # of fine-tuning, so that the whole demo takes about five minutes on two cores
 EXPERT_SIZE = (
     8  # neurons: larger experts run faster at the same share, but more of them hold a neuron that is needed
 )
-THRESHOLD = 0.1  # on the experts' true norms while they are fine-tuned
-SHARE = 0.25  # executed share at which the penalty on them rests
+THRESHOLD = 0.05  # on the experts' true norms while they are fine-tuned
+SHARE = 0.33  # executed share at which the penalty on them rests
 ROUTERS = RouterConfig(
     steps=800, target_power=0.25
 )  # roots of the norms: small experts are told apart better
 UNTRAINED = RouterConfig(steps=1)  # of the conversion: routers are trained after the experts
-TAUS = (0.03, 0.05, 0.08, 0.12, 0.2)
+TAUS = (0.3, 0.4, 0.5, 0.6)
 BUDGET = 0.42  # FLOPs of the FFNs, router included, for which the saved model's tau is solved
 TIMED = 8  # batches of the held-out texts whose time is taken
 
