@@ -67,9 +67,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_demo(commands: Any) -> None:
     command = commands.add_parser(
         "demo",
-        help="the whole method on a real model and real text, in about five minutes on two cores",
-        description="Makes MiniLM-L6 (22.7 M parameters) sparse by self-distillation on paragraphs of Python's own "
-        "documentation, converts it, prints fidelity, cost and time at several tau on held-out paragraphs, saves it, "
+        help="the whole method on a real model and real text, in five to eight minutes on two cores",
+        description="Converts MiniLM-L6 (22.7 M parameters), fine-tunes its experts on paragraphs of Python's own "
+        "documentation, prints fidelity, cost and time at several tau on held-out paragraphs, saves it, "
         "reloads it, and checks that both give the same bits. Needs: pip install 'sadmoe[demo]'. Uses no network.",
     )
     command.add_argument(

@@ -28,7 +28,7 @@ from sadmoe.routers import RouterConfig, fit_routers_
 from sadmoe.tables import format_table
 from sadmoe.texts import tokenized
 
-SECONDS = 160.0  # of fine-tuning, so that the whole demo takes about five minutes on two cores
+SECONDS = 160.0  # of fine-tuning, about half of the whole demo on two cores
 EXPERT_SIZE = (
     8  # neurons: larger experts run faster at the same share, but more of them hold a neuron that is needed
 )
