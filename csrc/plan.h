@@ -4,6 +4,7 @@
 //   active = { e : some token chose it },  ascending
 #pragma once
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 namespace sadmoe {
@@ -28,11 +29,23 @@ struct Plan {
     rows.resize(pairs());
     next_.assign(offsets.begin(), offsets.end() - 1);
     for (int64_t t = 0; t < T; ++t)
-      for (int64_t e = 0; e < E; ++e)
-        if (mask[t * E + e]) rows[next_[e]++] = static_cast<int32_t>(t);
+      for (int64_t e0 = 0; e0 < E; e0 += 64)
+        for (uint64_t chosen = bits(mask + t * E + e0, E - e0); chosen; chosen &= chosen - 1)
+          rows[next_[e0 + __builtin_ctzll(chosen)]++] = static_cast<int32_t>(t);
   }
 
  private:
+  // The first n, at most 64, of a row of the mask, one bit each: a branch for each would be guessed wrong all the time.
+  static uint64_t bits(const bool* mask, int64_t n) {
+    uint64_t word = 0;
+    for (int64_t i = 0; i < 64 && i < n; i += 8) {
+      uint64_t bytes = 0;
+      std::memcpy(&bytes, mask + i, n - i < 8 ? n - i : 8);
+      word |= (bytes * 0x0102040810204080u >> 56) << i;  // byte j, 0 or 1, to bit j
+    }
+    return word;
+  }
+
   std::vector<int32_t> next_;
 };
 

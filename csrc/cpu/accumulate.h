@@ -1,6 +1,7 @@
 // Weighted sums of neuron rows into token rows, in tiles. One template for every instruction set; no intrinsics here.
 #pragma once
 #include "cpu/kernels.h"
+#include "cpu/unroll.h"
 
 namespace sadmoe::cpu {
 
@@ -11,26 +12,25 @@ void accumulate_tile(const Accumulate& p, int64_t i0, int64_t c0, int64_t part =
   const auto load = [&](auto* from) { return part ? Vec::load_part(from, part) : Vec::load(from); };
   float* y[Rows];
   for (int i = 0; i < Rows; ++i) y[i] = p.y + (p.rows ? p.rows[i0 + i] : i0 + i) * p.ld + c0;
+  const auto each = [](auto body) { unroll<Rows>([&](auto i) { unroll<Vecs>([&](auto v) { body(i, v); }); }); };
   Vec sums[Rows][Vecs];
-  for (int i = 0; i < Rows; ++i)
-    for (int v = 0; v < Vecs; ++v) sums[i][v] = load(y[i] + v * Vec::width);
+  each([&](auto i, auto v) { sums[i.value][v.value] = load(y[i.value] + v.value * Vec::width); });
   const float* h = p.h + i0 * p.m;
   const W* w = static_cast<const W*>(p.w) + c0;
   for (int64_t j = 0; j < p.m; ++j, w += p.ld) {
     Vec ws[Vecs];
-    for (int v = 0; v < Vecs; ++v) ws[v] = load(w + v * Vec::width);
-    for (int i = 0; i < Rows; ++i) {
-      const Vec hij = Vec::set(h[i * p.m + j]);
-      for (int v = 0; v < Vecs; ++v) sums[i][v] = fma(hij, ws[v], sums[i][v]);
-    }
+    unroll<Vecs>([&](auto v) { ws[v.value] = load(w + v.value * Vec::width); });
+    unroll<Rows>([&](auto i) {
+      const Vec hij = Vec::set(h[i.value * p.m + j]);
+      unroll<Vecs>([&](auto v) { sums[i.value][v.value] = fma(hij, ws[v.value], sums[i.value][v.value]); });
+    });
   }
-  for (int i = 0; i < Rows; ++i)
-    for (int v = 0; v < Vecs; ++v) {
-      if (part)
-        sums[i][v].store_part(y[i] + v * Vec::width, part);
-      else
-        sums[i][v].store(y[i] + v * Vec::width);
-    }
+  each([&](auto i, auto v) {
+    if (part)
+      sums[i.value][v.value].store_part(y[i.value] + v.value * Vec::width, part);
+    else
+      sums[i.value][v.value].store(y[i.value] + v.value * Vec::width);
+  });
 }
 
 // Rows i0 .. n of one strip of columns: tiles of Rows, then one tile of what is left.

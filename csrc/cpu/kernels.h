@@ -36,6 +36,7 @@ struct Accumulate {
 
 struct Kernels {
   const char* isa;
+  int64_t strip;                             // columns of y that accumulate is best given at once
   void (*project[3])(const Project&);        // by DType of w
   void (*accumulate[3])(const Accumulate&);  // by DType of w
   void (*activate)(const Activate&);

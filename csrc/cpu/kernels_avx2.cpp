@@ -8,7 +8,7 @@ namespace {
 
 struct Vec {
   static constexpr int width = 8;
-  static constexpr int project_rows = 2;                          // 8 sums, 6 loads a step
+  static constexpr int project_rows = 2, project_columns = 4;     // 8 sums, 6 loads a step
   static constexpr int accumulate_rows = 4, accumulate_vecs = 3;  // 12 sums, 3 weights, 1 activation: all 16 registers
 
   __m256 v;
@@ -55,7 +55,7 @@ struct Vec {
     for (int64_t i = 0; i < n; ++i) p[i] = full[i];
   }
 
-  static Vec reduce(const Vec* a) {
+  static Vec reduce(const Vec (&a)[width]) {
     __m256 quads[2];
     for (int i = 0; i < 2; ++i) {
       const auto pair = [&](int j) {

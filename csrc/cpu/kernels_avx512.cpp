@@ -8,7 +8,7 @@ namespace {
 
 struct Vec {
   static constexpr int width = 16;
-  static constexpr int project_rows = 4;                          // 16 sums, 8 loads a step
+  static constexpr int project_rows = 4, project_columns = 4;     // 16 sums, 10 loads a step, of which 2 from afar
   static constexpr int accumulate_rows = 6, accumulate_vecs = 4;  // 24 sums, 4 weights, 1 activation: 29 of 32 registers
 
   __m512 v;
@@ -48,17 +48,20 @@ struct Vec {
     _mm256_mask_storeu_epi16(p, first(n), narrow(v, H{}));
   }
 
-  static Vec reduce(const Vec* a) {
-    __m512 pairs[8], quads[4];
-    for (int i = 0; i < 8; ++i)
-      pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i].v, a[2 * i + 1].v), _mm512_unpackhi_ps(a[2 * i].v, a[2 * i + 1].v));
-    for (int i = 0; i < 4; ++i) {
-      const __m512d even = _mm512_castps_pd(pairs[2 * i]), odd = _mm512_castps_pd(pairs[2 * i + 1]);
-      quads[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)), _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd)));
-    }
+  static Vec reduce(const Vec (&a)[width]) {
+    const auto add_pairs = [](__m512 x, __m512 y) { return _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y)); };
+    const auto add_quads = [](__m512 x, __m512 y) {
+      const __m512d even = _mm512_castps_pd(x), odd = _mm512_castps_pd(y);
+      return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)), _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd)));
+    };
     const auto halve = [](__m512 x, __m512 y) {
       return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
     };
+    __m512 quads[4];
+    unroll<4>([&](auto i) {
+      constexpr int n = 4 * decltype(i)::value;
+      quads[i.value] = add_quads(add_pairs(a[n].v, a[n + 1].v), add_pairs(a[n + 2].v, a[n + 3].v));
+    });
     return {halve(halve(quads[0], quads[1]), halve(quads[2], quads[3]))};
   }
 

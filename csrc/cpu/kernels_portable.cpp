@@ -46,7 +46,7 @@ typedef int32_t Ints __attribute__((vector_size(16)));
 
 struct Vec {
   static constexpr int width = 4;
-  static constexpr int project_rows = 2;
+  static constexpr int project_rows = 2, project_columns = 2;
   static constexpr int accumulate_rows = 2, accumulate_vecs = 4;  // 8 sums, 4 weights, 1 activation: 13 of 16 registers
 
   Floats v;
@@ -80,7 +80,7 @@ struct Vec {
     for (int64_t i = 0; i < n; ++i) p[i] = full[i];
   }
 
-  static Vec reduce(const Vec* a) {
+  static Vec reduce(const Vec (&a)[width]) {
     const auto sum = [](Floats f) { return (f[0] + f[2]) + (f[1] + f[3]); };
     return {Floats{sum(a[0].v), sum(a[1].v), sum(a[2].v), sum(a[3].v)}};
   }

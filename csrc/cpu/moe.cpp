@@ -1,5 +1,7 @@
 #include "cpu/moe.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <memory>
 #include <vector>
@@ -10,7 +12,7 @@
 namespace sadmoe::cpu {
 namespace {
 
-constexpr int64_t kBlock = 128;           // tokens a thread works on at once: rows of x and y and one expert stay in L2
+constexpr int64_t kSmallestBlock = 64, kLargestBlock = 512;
 constexpr int64_t kSharedPerThread = 32;  // up to this many tokens a thread, threads share every token and split the weights
 
 int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
@@ -28,6 +30,20 @@ class Floats {
  private:
   std::unique_ptr<float[]> data_;
 };
+
+// Tokens a thread works on at once: the more, the fewer times the weights are read, while the rows of x and y stay in
+// the second-level cache. No result depends on it.
+int64_t block_tokens(int64_t d, int64_t d_out) {
+  static const int64_t cache = [] {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+    const int64_t size = 0;
+#endif
+    return size > 0 ? size : int64_t{1} << 20;  // unknown: what most have at least
+  }();
+  return std::clamp(cache * 5 / 8 / (int64_t{sizeof(float)} * (d + d_out)), kSmallestBlock, kLargestBlock);
+}
 
 // A vector of n values as float32: itself, or widened into scratch.
 class AsFloat {
@@ -90,9 +106,12 @@ class Block {
       else
         std::fill(row + begin, row + end, 0.0f);
     }
-    for (const int64_t e : plan_.active)
-      k_.accumulate[int(p_.w_down.dtype)]({plan_.count(e), s_.s, end - begin, s_.d_out, h_.get() + plan_.offsets[e] * s_.s,
-                                           plan_.rows_of(e), at(p_.w_down, e * s_.s * s_.d_out + begin).data, y_ + begin});
+    for (int64_t c = begin; c < end; c += k_.strip) {  // a strip of y stays in the first-level cache for all experts
+      const int64_t columns = std::min(k_.strip, end - c);
+      for (const int64_t e : plan_.active)
+        k_.accumulate[int(p_.w_down.dtype)]({plan_.count(e), s_.s, columns, s_.d_out, h_.get() + plan_.offsets[e] * s_.s,
+                                             plan_.rows_of(e), at(p_.w_down, e * s_.s * s_.d_out + c).data, y_ + c});
+    }
     if (p_.x.dtype == DType::f32) return;
     for (int64_t t = 0; t < T_; ++t)
       k_.narrow[int(p_.x.dtype)](y_ + t * s_.d_out + begin, y_out_ + (t * s_.d_out + begin) * size_of(p_.x.dtype), end - begin);
@@ -151,11 +170,12 @@ const Threads& one_thread() {
 }
 
 // Calls run(begin, end, threads) for blocks of tokens: few tokens in one block on all threads, many in a block a thread.
-void for_blocks(int64_t T, const Threads& threads, const std::function<void(int64_t, int64_t, const Threads&)>& run) {
+void for_blocks(int64_t T, int64_t block, const Threads& threads,
+                const std::function<void(int64_t, int64_t, const Threads&)>& run) {
   if (T == 0) return;
-  if (threads.count == 1 ? T <= kBlock : T <= kSharedPerThread * threads.count) return run(0, T, threads);
+  if (threads.count == 1 ? T <= block : T <= kSharedPerThread * threads.count) return run(0, T, threads);
   // A whole number of rounds of the threads, in blocks as equal as they can be.
-  const int64_t rounds = (T + kBlock * threads.count - 1) / (kBlock * threads.count), blocks = rounds * threads.count;
+  const int64_t rounds = (T + block * threads.count - 1) / (block * threads.count), blocks = rounds * threads.count;
   threads.parallel_for(blocks, 1, [&](int64_t b0, int64_t b1) {
     for (int64_t b = b0; b < b1; ++b)
       if (const int64_t begin = T * b / blocks, end = T * (b + 1) / blocks; begin < end) run(begin, end, one_thread());
@@ -171,7 +191,7 @@ void run_block(Block& block, const Experts& p, const bool* mask, const AsFloat& 
 }  // namespace
 
 void router_scores(View x, const Router& router, const RouterShape& shape, float* scores, const Threads& threads) {
-  for_blocks(shape.T, threads, [&](int64_t begin, int64_t end, const Threads& inner) {
+  for_blocks(shape.T, block_tokens(shape.d, shape.r), threads, [&](int64_t begin, int64_t end, const Threads& inner) {
     const AsFloat rows(at(x, begin * shape.d), (end - begin) * shape.d);
     route(rows.get(), router, {end - begin, shape.d, shape.r, shape.E}, scores + begin * shape.E, inner);
   });
@@ -179,7 +199,7 @@ void router_scores(View x, const Router& router, const RouterShape& shape, float
 
 void sparse_experts(const Experts& p, const bool* mask, const Threads& threads) {
   const AsFloat b_out(p.b_out, p.shape.d_out);
-  for_blocks(p.shape.T, threads, [&](int64_t begin, int64_t end, const Threads& inner) {
+  for_blocks(p.shape.T, block_tokens(p.shape.d, p.shape.d_out), threads, [&](int64_t begin, int64_t end, const Threads& inner) {
     Block block(p, begin, end);
     run_block(block, p, mask + begin * p.shape.E, b_out, inner);
   });
@@ -188,7 +208,7 @@ void sparse_experts(const Experts& p, const bool* mask, const Threads& threads) 
 void dynamic_k_moe(const Experts& p, const Router& router, const Threads& threads) {
   const int64_t E = p.shape.E;
   const AsFloat b_out(p.b_out, p.shape.d_out);
-  for_blocks(p.shape.T, threads, [&](int64_t begin, int64_t end, const Threads& inner) {
+  for_blocks(p.shape.T, block_tokens(p.shape.d, p.shape.d_out), threads, [&](int64_t begin, int64_t end, const Threads& inner) {
     const int64_t T = end - begin;
     Block block(p, begin, end);
     const Floats scores(T * E);

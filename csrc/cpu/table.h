@@ -4,7 +4,7 @@
 //   load, load_part(p, n): n < width, the other lanes 0    store, store_part    from float, bf16 and f16 (widened)
 //   max, min: the second argument where either is NaN      where_less(a, b, x, y): x where a < b, else y
 //   scale2(v, n) = v 2^n for whole n    reduce(v[width]): lane i is the sum of v[i], by one fixed tree
-//   project_rows (a power of two), accumulate_rows, accumulate_vecs: register tiles
+//   project_rows (a power of two) * project_columns <= width, accumulate_rows, accumulate_vecs: register tiles
 #pragma once
 #include "cpu/accumulate.h"
 #include "cpu/activate.h"
@@ -32,7 +32,9 @@ void narrow(const float* from, void* to, int64_t n) {
 
 template <class Vec>
 constexpr Kernels table(const char* isa) {
+  constexpr int64_t kTile = Vec::accumulate_vecs * Vec::width, kStrip = 72;  // of 128 tokens: 36 KiB
   return {isa,
+          kStrip / kTile * kTile,
           {project<Vec, float>, project<Vec, bf16>, project<Vec, f16>},
           {accumulate<Vec, float>, accumulate<Vec, bf16>, accumulate<Vec, f16>},
           activate<Vec>,

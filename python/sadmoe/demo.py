@@ -3,7 +3,8 @@
 import importlib.util
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,25 @@ def topics() -> list[str]:
     """The paragraphs of Python's language reference that the standard library carries, each once, sorted;
     white space is made single spaces. About 1,240 of them, which differ a little between versions of
     Python."""
+    shortest, longest = CHARACTERS
+    return sorted({part for part in _paragraphs() if shortest <= len(part) <= longest})
+
+
+def long_topics() -> list[str]:
+    """The longer paragraphs of the same text, about 160, cut between words into some 320 pieces no longer than
+    those of `topics`: more to train on."""
+    shortest, longest = CHARACTERS
+    pieces = set()
+    for part in _paragraphs():
+        if len(part) > longest:
+            pieces.update(textwrap.wrap(part, longest))
+    return sorted(piece for piece in pieces if len(piece) >= shortest)
+
+
+def _paragraphs() -> Iterator[str]:
     from pydoc_data.topics import topics as texts
 
-    parts = (" ".join(part.split()) for text in texts.values() for part in re.split(r"\n\s*\n", text))
-    shortest, longest = CHARACTERS
-    return sorted({part for part in parts if shortest <= len(part) <= longest})
+    return (" ".join(part.split()) for text in texts.values() for part in re.split(r"\n\s*\n", text))
 
 
 def split(texts: Sequence[str], held_out: int = HELD_OUT, seed: int = 0) -> tuple[list[str], list[str]]:
@@ -65,9 +80,14 @@ def embeddings(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Ten
         for batch in batches:
             batch = to_device(batch, device_of(model))
             hidden = run(model, batch).last_hidden_state.float()
-            real = batch["attention_mask"].unsqueeze(-1)
-            rows.append(F.normalize((hidden * real).sum(1) / real.sum(1), dim=-1).cpu())
+            rows.append(pooled(hidden, batch["attention_mask"]).cpu())
     return torch.cat(rows)
+
+
+def pooled(hidden: Tensor, real: Tensor) -> Tensor:
+    """The mean over a text's real tokens, made length 1: hidden [B, T, d], real [B, T] 0 or 1 -> [B, d]."""
+    real = real.unsqueeze(-1)
+    return F.normalize((hidden * real).sum(1) / real.sum(1), dim=-1)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from sadmoe.gates import DynamicK
 from sadmoe.layer import DynamicKMoE
 from sadmoe.sparsify.guards import all_or_nothing, mode, seeded
 from sadmoe.sparsify.loop import SparsifyConfig, Step, train
-from sadmoe.sparsify.objective import Loss, distill_hidden, task
+from sadmoe.sparsify.objective import Loss, OutputLoss, distill_hidden, task
 from sadmoe.sparsify.penalty import square_hoyer
 
 logger = logging.getLogger(__name__)
@@ -30,9 +30,10 @@ class FinetuneConfig:
 
     steps: int | None = None  # updates of the weights
     seconds: float | None = None  # of wall time for the updates, instead of steps
-    tau: float = (
-        0.1  # threshold on the experts' true norms while training; it rises from 0 over the first half
-    )
+    # Threshold on the experts' true norms while training. None: the model's own gates pick the experts, which so learn
+    # to do with what their routers give them; share, alpha and ramp then mean nothing, as there is no penalty.
+    tau: float | None = 0.1
+    ramp: float = 0.5  # share of the run in which tau rises from 0
     share: float = 0.3  # executed share to reach: while it is below, the penalty rests
     alpha: float = 0.3  # weight of the penalty: square Hoyer of the experts' norms, divided by E
     lr: float = 5e-4  # AdamW's, at the end of its warm-up; then it falls linearly to 0
@@ -42,7 +43,10 @@ class FinetuneConfig:
     seed: int = 0  # of the order of the batches
 
     def __post_init__(self) -> None:
-        DynamicK(self.tau)  # checks the range
+        if self.tau is not None:
+            DynamicK(self.tau)  # checks the range
+        if not 0 <= self.ramp <= 1:
+            raise ValueError(f"ramp must be a share of the run in [0, 1], got {self.ramp}")
         if not 0 < self.share <= 1:
             raise ValueError(f"share must be in (0, 1], got {self.share}")
         self.schedule()
@@ -52,7 +56,7 @@ class FinetuneConfig:
         return SparsifyConfig(
             steps=self.steps,
             seconds=self.seconds,
-            alpha=self.alpha,
+            alpha=0.0 if self.tau is None else self.alpha,
             lr=self.lr,
             warmup=self.warmup,
             weight_decay=self.weight_decay,
@@ -63,18 +67,21 @@ class FinetuneConfig:
 
 @dataclass(frozen=True)
 class FinetuneReport:
-    """The history of a run, and the executed share on true norms at the threshold of the run, a running mean."""
+    """The history of a run, and the executed share on true norms at the threshold of the run, a running mean; None
+    where the model's own gates picked."""
 
     history: list[Step]
-    share: float
+    share: float | None
     seconds: float
 
     def __str__(self) -> str:
         last = self.history[-1]
-        return (
-            f"{len(self.history)} updates in {self.seconds:.0f} s, the last: objective {last.objective:.4f}, "
-            f"penalty {last.penalty:.4f}; the experts' true norms execute {self.share:.1%}"
+        done = (
+            f"{len(self.history)} updates in {self.seconds:.0f} s, the last: objective {last.objective:.4f}"
         )
+        if self.share is None:
+            return done
+        return f"{done}, penalty {last.penalty:.4f}; the experts' true norms execute {self.share:.1%}"
 
 
 def finetune_(
@@ -84,16 +91,19 @@ def finetune_(
     *,
     teacher: nn.Module | None = None,
     loss: Loss | None = None,
+    output_loss: OutputLoss | None = None,
     progress: bool = True,
 ) -> FinetuneReport:
     """Fine-tunes a converted model in place while experts of small norm are skipped: objective + alpha * penalty.
 
     Experts are picked by their true norms, with a threshold that rises to `config.tau`, and the mask is held constant
     in the gradient. The penalty is the square Hoyer of the norms of a token's experts, divided by E. Routers are not
-    trained, and know nothing of what was learned: `fit_routers_` afterwards. The gates come back as they were.
+    trained, and know nothing of what was learned: `fit_routers_` afterwards. The gates come back as they were. With
+    `config.tau` None the gates pick as they do in use, so a last run after `fit_routers_` fits the experts to them.
 
     The objective is the relative error of the hidden states of `teacher`, the dense model, after every block (see
-    `sparsify_`), or loss(model, batch) -> scalar, or without both the model's own `.loss`.
+    `sparsify_`), or loss(model, batch) -> scalar, or without both the model's own `.loss`. To the first,
+    output_loss(model's output, teacher's output, batch) -> scalar is added: what the outputs are used for.
     Raises ValueError and TypeError for wrong input, FloatingPointError where the loss is not finite. Whatever is
     raised, the model is as it was before, bit for bit.
     """
@@ -101,6 +111,8 @@ def finetune_(
     layers = converted_layers(model)
     if teacher is not None and loss is not None:
         raise ValueError("give teacher or loss, not both: the objective is one of them")
+    if output_loss is not None and teacher is None:
+        raise ValueError("output_loss compares with the dense model's output: give it as teacher")
     frozen = {p for layer in layers.values() for p in layer.router.parameters() if p.requires_grad}
     started = time.perf_counter()
     with (
@@ -113,10 +125,16 @@ def finetune_(
             objective = task(model, loss)
         else:
             teacher.eval()
-            objective = distill_hidden(model, teacher, [site_of(layer) for layer in layers.values()])
-        with ExpertPenalty(model, layers, config) as penalty:
-            history = train(model, batches, config.schedule(), objective, penalty, progress, penalty.at)
-    report = FinetuneReport(history, penalty.share, time.perf_counter() - started)
+            sites = [site_of(layer) for layer in layers.values()]
+            objective = distill_hidden(model, teacher, sites, output_loss)
+        share = None
+        if config.tau is None:
+            history = train(model, batches, config.schedule(), objective, no_penalty, progress)
+        else:
+            with ExpertPenalty(model, layers, config, config.tau) as penalty:
+                history = train(model, batches, config.schedule(), objective, penalty, progress, penalty.at)
+            share = penalty.share
+    report = FinetuneReport(history, share, time.perf_counter() - started)
     logger.info("fine-tuned %d converted FFNs: %s", len(layers), report)
     return report
 
@@ -133,11 +151,18 @@ def frozen_in(parameters: set[nn.Parameter]) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+def no_penalty(batch: Any) -> Tensor:
+    """Of a run in which the model's own gates pick."""
+    return torch.zeros(())
+
+
 class ExpertPenalty:
     """Gates on true norms inside, and the penalty of the passes since it was last called."""
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, DynamicKMoE], config: FinetuneConfig):
-        self.model, self.layers, self.config = model, layers, config
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, DynamicKMoE], config: FinetuneConfig, tau: float
+    ):
+        self.model, self.layers, self.config, self.tau = model, layers, config, tau
         self.gates = {name: layer.gate for name, layer in layers.items()}
         self.seen: dict[str, list[Tensor]] = {name: [] for name in layers}
         self.share = 1.0
@@ -154,7 +179,8 @@ class ExpertPenalty:
 
     def at(self, done: float) -> None:
         """Sets the threshold of the moment when the share `done` of the run is over."""
-        gate = DynamicK(self.config.tau * min(2 * done, 1.0), true_norms=True)
+        risen = min(done / self.config.ramp, 1.0) if self.config.ramp else 1.0
+        gate = DynamicK(self.tau * risen, true_norms=True)
         for layer in self.layers.values():
             layer.gate = gate
 

@@ -64,6 +64,8 @@ def finetune_layers_(
     Raises ValueError where `teacher` has no FFN of a layer's name and sizes. After any error the model is as it was.
     """
     check_batches(batches)
+    if config.tau is None:
+        raise ValueError("finetune_layers_ picks experts by their true norms: give config.tau a threshold")
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
     if max_tokens < 2:
@@ -110,7 +112,8 @@ def _fit(
     def error(batch: Any) -> Tensor:
         return (layer(batch["rows"]) - batch["targets"]).square().sum(-1).div(batch["scale"]).mean()
 
-    with ExpertPenalty(layer, {name: layer}, config) as penalty:
+    assert config.tau is not None
+    with ExpertPenalty(layer, {name: layer}, config, config.tau) as penalty:
         history = train(layer, batches, config.schedule(), error, penalty, progress, penalty.at)
         penalty.at(1.0)
         with torch.no_grad():

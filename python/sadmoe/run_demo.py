@@ -5,7 +5,8 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,30 +18,35 @@ from sadmoe.batches import evaluating, run
 from sadmoe.calibrate import calibrate_
 from sadmoe.convert import ConvertConfig, convert_
 from sadmoe.cost import cost, cost_of_masks
-from sadmoe.demo import Fidelity, embeddings, fidelity, minilm, split, topics
-from sadmoe.dial import converted_layers, set_tau, tau
-from sadmoe.ffn import FFNSite, find_ffns, swap_activations_
-from sadmoe.finetune import FinetuneConfig
+from sadmoe.demo import Fidelity, embeddings, fidelity, long_topics, minilm, pooled, split, topics
+from sadmoe.dial import converted_layers, tau
+from sadmoe.ffn import FFNSite, find_ffns
+from sadmoe.finetune import FinetuneConfig, finetune_
 from sadmoe.layerwise import finetune_layers_
 from sadmoe.masks import record_masks
 from sadmoe.report import Series, plot_curves
 from sadmoe.routers import RouterConfig, fit_routers_
+from sadmoe.sparsify import SparsifyConfig, sparsify_
 from sadmoe.tables import format_table
 from sadmoe.texts import tokenized
 
-SECONDS = 160.0  # of fine-tuning, about half of the whole demo on two cores
-EXPERT_SIZE = (
-    8  # neurons: larger experts run faster at the same share, but more of them hold a neuron that is needed
+SECONDS = 200.0  # of training, two thirds of the whole demo on two cores
+EXPERT_SIZE = 32  # neurons: smaller experts hold fewer that do not count, but run slower at the same share
+    8  # neurons: larger experts run faster at the same share, but more of them hold a neuron that counts
 )
-THRESHOLD = 0.05  # on the experts' true norms while they are fine-tuned
-SHARE = 0.33  # executed share at which the penalty on them rests
-ROUTERS = RouterConfig(
-    steps=800, target_power=0.25
-)  # roots of the norms: small experts are told apart better
+SPARSIFY = SparsifyConfig(seconds=0.38 * SECONDS, alpha=0.3)  # neurons of the dense model
+LAYERS = FinetuneConfig(  # whole experts, each layer on its own
+    seconds=0.24 * SECONDS, tau=0.065, ramp=0.0, alpha=0.016, share=0.2, lr=1e-3
+)
+WHOLE = FinetuneConfig(seconds=0.2 * SECONDS, tau=0.05, ramp=0.0, alpha=0.1, share=0.2, lr=1e-4)
+ROUTED = FinetuneConfig(seconds=0.18 * SECONDS, tau=None, lr=1e-4)  # by the routers, as in use
+EMBEDDING = 8.0  # weight of the embedding's error, 1 - cosine, beside the hidden states'
+ROUTERS = RouterConfig(steps=800, target_power=0.5)  # roots of the norms: small experts are told apart better
+ROUTED_TOKENS = 60_000  # all of the text
 UNTRAINED = RouterConfig(steps=1)  # of the conversion: routers are trained after the experts
-TAUS = (0.3, 0.4, 0.5, 0.6)
+TAUS = (0.1, 0.15, 0.25)
 BUDGET = 0.42  # FLOPs of the FFNs, router included, for which the saved model's tau is solved
-TIMED = 8  # batches of the held-out texts whose time is taken
+TIMED = 5  # batches of the held-out texts whose time is taken
 
 
 @dataclass(frozen=True)
@@ -61,40 +67,30 @@ class Row:
 def run_demo(out: Path, *, seconds: float = SECONDS, progress: bool = True) -> str:
     """Runs the demo, writes model, table and picture into `out`, and returns what to print.
 
-    seconds: of fine-tuning.   Raises ImportError where the demo's extras are not installed.
+    seconds: of training.   Raises ImportError where the demo's extras are not installed.
     """
-    started = time.perf_counter()
+    clock = Clock()
     dense, tokenizer = minilm()
     train, held_out = split(topics())
-    batches = tokenized(tokenizer, sorted(train, key=len), batch_size=24)
-    tests = tokenized(tokenizer, sorted(held_out, key=len), batch_size=32)
+    train += long_topics()
+    tests = tokenized(tokenizer, by_length(tokenizer, held_out), batch_size=32)
     wanted = embeddings(dense, tests)
     rows = controls(dense, tests, wanted)
-
-    model = copy.deepcopy(dense)
-    freeze_embeddings_(model)
-    swap_activations_(model, find_ffns(model), "relu")
-    config = ConvertConfig(expert_size=EXPERT_SIZE, cluster="activity", router=UNTRAINED, max_tokens=4096)
-    convert_(model, batches[::4], config, progress=progress)
-    tuning = FinetuneConfig(seconds=seconds, tau=THRESHOLD, share=SHARE, alpha=0.02, lr=1.5e-3)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_faster()):
-        tuned = finetune_layers_(model, batches, tuning, teacher=dense, batch_tokens=768, progress=progress)
-    fits = fit_routers_(model, batches, ROUTERS, progress=progress)
-    solved = calibrate_(model, batches[::5], budget=BUDGET, progress=progress).tau
+    clock.lap("controls")
+    model, solved, told = converted(dense, tokenizer, train, seconds, clock, progress)
     rows += sweep(dense, model, sorted({0.0, *TAUS, solved}), tests, wanted)
+    clock.lap("table")
 
-    set_tau(model, solved)
     out.mkdir(parents=True, exist_ok=True)
     check_reload(model, tokenizer, out / "model", tests[:2])
     text = "\n\n".join(
         (
             f"MiniLM-L6, {len(train)} paragraphs to train on, {len(held_out)} held out, "
-            f"{torch.get_num_threads()} threads, {time.perf_counter() - started:.0f} s in all",
-            "\n".join(str(fit) for fit in tuned),
-            "router R² by layer: " + " ".join(f"{fit.r2:.2f}" for fit in fits.values()),
+            f"{torch.get_num_threads()} threads\n{clock}",
+            told,
             table(rows),
-            f"saved with tau = {solved:.4f}, for {BUDGET:.1%} of the FFNs' FLOPs, in {out / 'model'}; reloaded, it "
-            "gives the same bits:\n\n    import sadmoe\n    from transformers import AutoModel\n"
+            f"saved with tau = {solved:.4f}, for {BUDGET:.1%} of the FFNs' FLOPs, in {out / 'model'}; reloaded, "
+            "it gives the same bits:\n\n    import sadmoe\n    from transformers import AutoModel\n"
             f'    model = AutoModel.from_pretrained("{out / "model"}")',
         )
     )
@@ -102,6 +98,82 @@ def run_demo(out: Path, *, seconds: float = SECONDS, progress: bool = True) -> s
     (out / "demo.txt").write_text(text + "\n")
     picture(rows, out / "demo.png")
     return text
+
+
+class Clock:
+    """Where the time went. Prints as one line."""
+
+    def __init__(self) -> None:
+        self.started = self.last = time.perf_counter()
+        self.laps: list[str] = []
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps.append(f"{name} {now - self.last:.0f}")
+        self.last = now
+
+    def __str__(self) -> str:
+        return f"{time.perf_counter() - self.started:.0f} s in all: {', '.join(self.laps)}"
+
+
+def converted(
+    dense: nn.Module, tokenizer: Any, texts: Sequence[str], seconds: float, clock: Clock, progress: bool
+) -> tuple[nn.Module, float, str]:
+    """The recipe: a copy of `dense` made sparse, converted, and taught to do with few experts; the tau that is set; and what
+    to tell of it.
+
+    seconds: of training, split as the configurations above split SECONDS.
+    """
+    ordered = by_length(tokenizer, texts)
+    batches, small = (tokenized(tokenizer, ordered, batch_size=size) for size in (24, 12))
+    fast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=bf16_is_faster())
+
+    def scaled(config: Any) -> Any:
+        return replace(config, seconds=config.seconds * seconds / SECONDS)
+
+    model = copy.deepcopy(dense)
+    freeze_embeddings_(model)
+    with fast():
+        sparsified = sparsify_(model, batches, scaled(SPARSIFY), progress=progress)
+    clock.lap("sparsify")
+    teacher = copy.deepcopy(model)
+    config = ConvertConfig(expert_size=EXPERT_SIZE, cluster="activity", router=UNTRAINED, max_tokens=8192)
+    convert_(model, batches, config, progress=progress)
+    clock.lap("convert")
+    with fast():
+        finetune_layers_(model, batches, scaled(LAYERS), teacher=teacher, batch_tokens=768, progress=progress)
+        clock.lap("layers")
+        whole = partial(
+            finetune_, model, small, teacher=dense, output_loss=embedding_error, progress=progress
+        )
+        whole(scaled(WHOLE))
+    clock.lap("whole")
+    fits = fit_routers_(model, batches, ROUTERS, max_tokens=ROUTED_TOKENS, progress=progress)
+    clock.lap("routers")
+    calibrate_(model, small[::8], budget=BUDGET, progress=progress)
+    with fast():
+        whole(scaled(ROUTED))
+    clock.lap("routed")
+    solved = calibrate_(model, small[::4], budget=BUDGET, progress=progress).tau
+    clock.lap("calibrate")
+    r2 = " ".join(f"{fit.r2:.2f}" for fit in fits.values())
+    return (
+        model,
+        solved,
+        f"made sparse: {sparsified.zero_before:.0%} -> {sparsified.zero:.0%} of the activations are exactly 0\n"
+        f"router R² by layer: {r2}",
+    )
+
+
+def embedding_error(output: Any, wanted: Any, batch: Any) -> Tensor:
+    """1 - cosine of a text's embeddings, the mean over the texts, times EMBEDDING."""
+    ours, theirs = (pooled(o.last_hidden_state.float(), batch["attention_mask"]) for o in (output, wanted))
+    return EMBEDDING * (1 - (ours * theirs).sum(-1)).mean()
+
+
+def by_length(tokenizer: Any, texts: Sequence[str]) -> list[str]:
+    """The texts, those of fewest tokens first, so that a batch has little padding."""
+    return sorted(texts, key=lambda text: len(tokenizer(text)["input_ids"]))
 
 
 def freeze_embeddings_(model: nn.Module) -> None:

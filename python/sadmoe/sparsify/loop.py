@@ -105,6 +105,11 @@ class SparsifyReport:
         return _share(self.after, "zero")
 
     @property
+    def zero_before(self) -> float:
+        """The same before the run."""
+        return _share(self.before, "zero")
+
+    @property
     def small(self) -> float:
         """Share below 1 % of the token's largest activation after the run, over all FFNs."""
         return _share(self.after, "small")
@@ -233,6 +238,7 @@ def train(
             (value + alpha * penalty).backward()
             torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
             optimizer.step()
+            torch.clear_autocast_cache()  # an autocast around the whole run keeps the weights of before the step
             history.append(Step(value.item(), penalty.item(), alpha, lr))
             bar.update(1 if config.steps else min(int(time.perf_counter() - started), bar.total) - bar.n)
             bar.set_postfix(objective=f"{history[-1].objective:.4f}", penalty=f"{history[-1].penalty:.4f}")

@@ -14,6 +14,7 @@ from sadmoe.ffn import FFNSite
 
 Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> scalar; it runs the model itself
 Objective = Callable[[Batch], Tensor]  # runs the model on a batch and says how far off it is
+OutputLoss = Callable[[Any, Any, Any], Tensor]  # (model's output, dense model's output, batch) -> scalar
 
 
 def task(model: nn.Module, loss: Loss | None) -> Objective:
@@ -48,8 +49,10 @@ def distill_logits(model: nn.Module, dense: nn.Module) -> Objective:
     return objective
 
 
-def distill_hidden(model: nn.Module, dense: nn.Module, sites: Sequence[FFNSite]) -> Objective:
-    """Mean over blocks of |h - h_dense|^2 / |h_dense|^2, the norms over the real tokens together.
+def distill_hidden(
+    model: nn.Module, dense: nn.Module, sites: Sequence[FFNSite], output_loss: OutputLoss | None = None
+) -> Objective:
+    """Mean over blocks of |h - h_dense|^2 / |h_dense|^2, the norms over the real tokens together, + output_loss.
 
     h is what leaves the block that the FFN sits in: the nearest module around it that is an entry of a
     ModuleList or Sequential, else the FFN's last linear layer.
@@ -58,9 +61,9 @@ def distill_hidden(model: nn.Module, dense: nn.Module, sites: Sequence[FFNSite])
 
     def objective(batch: Batch) -> Tensor:
         with torch.no_grad(), outputs(dense, names) as targets:
-            run(dense, batch)
+            wanted = run(dense, batch)
         with outputs(model, names) as hidden:
-            run(model, batch)
+            given = run(model, batch)
         missed = [name for name in names if len(hidden[name]) != len(targets[name]) or not hidden[name]]
         if missed:
             raise ValueError(f"the batches never reach {', '.join(missed)}: pass batches that run every FFN")
@@ -69,7 +72,8 @@ def distill_hidden(model: nn.Module, dense: nn.Module, sites: Sequence[FFNSite])
             for name in names
             for h, t in zip(hidden[name], targets[name], strict=True)
         ]
-        return torch.stack(errors).mean()
+        error = torch.stack(errors).mean()
+        return error if output_loss is None else error + output_loss(given, wanted, batch)
 
     return objective
 
