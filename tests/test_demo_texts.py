@@ -17,6 +17,13 @@ def test_paragraphs_are_many_distinct_and_of_the_promised_length():
     assert all(60 <= len(text) <= 400 and text == " ".join(text.split()) for text in texts)
 
 
+def test_long_paragraphs_come_in_pieces_that_are_not_among_the_others():
+    pieces = demo.long_topics()
+    assert len(pieces) > 200
+    assert all(60 <= len(piece) <= 400 for piece in pieces)
+    assert not set(pieces) & set(demo.topics())
+
+
 def test_the_split_is_repeatable_and_keeps_held_out_texts_apart():
     texts = demo.topics()
     train, held_out = demo.split(texts)

@@ -104,12 +104,78 @@ def test_a_loss_of_one_s_own_is_the_objective(converted):
     assert report.history[-1].objective < report.history[0].objective
 
 
+def test_without_a_threshold_the_gates_of_the_model_pick(converted):
+    teacher, model, batches = converted
+    after, report = tuned(converted, tau=None, alpha=5.0, steps=25)
+    assert report.history[-1].objective < report.history[0].objective
+    assert report.share is None
+    assert "experts" not in str(report)
+    with torch.no_grad():
+        masks = [sadmoe.moe_layers(m)["encoder.layer.0.intermediate"].gate for m in (model, after)]
+    assert masks[0] == masks[1]
+    # an expert that no token runs is never touched
+    other = copy.deepcopy(model)
+    sadmoe.set_tau(other, 1.0)
+    layer = next(iter(sadmoe.moe_layers(other).values()))
+    seen = []
+    layer.register_forward_pre_hook(lambda m, args: seen.append(m.mask(args[0]).flatten(0, -2).any(0)))
+    before = layer.w_down.detach().clone()
+    config = sadmoe.FinetuneConfig(steps=3, tau=None, lr=1e-2, weight_decay=0.0)
+    sadmoe.finetune_(other, batches, config, teacher=teacher, progress=False)
+    ran = torch.stack(seen).any(0)
+    changed = (layer.w_down != before).flatten(1).any(1)
+    assert torch.equal(changed, ran)
+    assert not ran.all()
+
+
+def test_the_ramp_says_when_the_threshold_is_whole(converted):
+    seen = {}
+    for ramp in (0.0, 1.0):
+        teacher, model, batches = converted
+        model = copy.deepcopy(model)
+        layer = next(iter(sadmoe.moe_layers(model).values()))
+        taus = seen.setdefault(ramp, [])
+        layer.register_forward_pre_hook(lambda m, args, taus=taus: taus.append(m.gate.tau))
+        config = sadmoe.FinetuneConfig(steps=4, tau=0.2, ramp=ramp)
+        sadmoe.finetune_(model, batches, config, teacher=teacher, progress=False)
+    assert seen[0.0] == [0.2] * 4
+    assert seen[1.0] == pytest.approx([0.025, 0.075, 0.125, 0.175])
+
+
+def test_a_loss_on_the_outputs_is_added_to_the_hidden_states(converted):
+    teacher, model, batches = converted
+    calls = []
+
+    def output_loss(output, wanted, batch):
+        calls.append((output, wanted, batch))
+        return (output.last_hidden_state - wanted.last_hidden_state).square().mean() + 7
+
+    reports = [
+        sadmoe.finetune_(
+            copy.deepcopy(model),
+            batches,
+            sadmoe.FinetuneConfig(steps=1, alpha=0.0),
+            teacher=teacher,
+            output_loss=loss,
+            progress=False,
+        )
+        for loss in (None, output_loss)
+    ]
+    (output, wanted, batch), extra = calls[0], output_loss(*calls[0])
+    assert batch.keys() == batches[0].keys()
+    assert not wanted.last_hidden_state.requires_grad
+    assert output.last_hidden_state.requires_grad
+    plain, more = (report.history[0].objective for report in reports)
+    assert more - plain == pytest.approx(extra.item(), rel=1e-5)
+
+
 def test_wrong_settings_are_named(converted):
     teacher, model, batches = converted
     for settings, message in (
         ({}, "give steps or seconds"),
         ({"steps": 1, "share": 0.0}, r"share must be in \(0, 1\], got 0.0"),
         ({"steps": 1, "tau": 2.0}, r"tau must be in \[0, 1\]"),
+        ({"steps": 1, "ramp": 1.5}, r"ramp must be a share of the run in \[0, 1\], got 1.5"),
         ({"steps": 1, "lr": -1.0}, "lr must be greater than 0"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -119,3 +185,5 @@ def test_wrong_settings_are_named(converted):
         sadmoe.finetune_(teacher, batches, config)
     with pytest.raises(ValueError, match="give teacher or loss, not both"):
         sadmoe.finetune_(model, batches, config, teacher=teacher, loss=lambda m, b: 0)
+    with pytest.raises(ValueError, match="output_loss compares .*: give it as teacher"):
+        sadmoe.finetune_(model, batches, config, output_loss=lambda y, t, b: 0)

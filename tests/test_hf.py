@@ -91,6 +91,7 @@ def test_from_pretrained_gives_the_same_bits_without_a_warning(name, shard, tmp_
     a, b = model.state_dict(), loaded.state_dict()
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
+    assert all(p.data_ptr() % 64 == 0 for layer in moe_layers(loaded).values() for p in layer.parameters())
     assert [r.getMessage() for r in caplog.records if r.name.startswith("transformers")] == []
 
 

@@ -177,3 +177,9 @@ def test_a_single_token_is_too_little():
     dense, model = pair()
     with pytest.raises(ValueError, match=r"0\.inner needs at least 2 tokens, one to hold out, got 1"):
         finetune_layers_(model, [torch.randn(1, D)], short(), teacher=dense, progress=False)
+
+
+def test_layers_need_a_threshold():
+    dense, model = pair()
+    with pytest.raises(ValueError, match=r"give config\.tau a threshold"):
+        finetune_layers_(model, data(), short(tau=None), teacher=dense, progress=False)

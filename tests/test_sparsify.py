@@ -345,6 +345,17 @@ def test_the_penalty_falls_and_the_report_says_so(objective, swap):
     assert (report.zero > 0.3) == swap
 
 
+def test_an_autocast_around_the_run_sees_every_update():
+    """Autocast keeps its casts of the weights: with them, and without, the run must be the same."""
+    runs = []
+    for cache in (True, False):
+        model = two_ffns(nn.GELU)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cache):
+            run_sparsify(model, short())
+        runs.append(state(model))
+    assert same(*runs)
+
+
 def test_training_without_the_penalty_brings_distillation_to_the_dense_model():
     model = two_ffns(nn.GELU)
     x = data(1)[0]

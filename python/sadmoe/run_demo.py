@@ -31,21 +31,21 @@ from sadmoe.tables import format_table
 from sadmoe.texts import tokenized
 
 SECONDS = 200.0  # of training, two thirds of the whole demo on two cores
-EXPERT_SIZE = 32  # neurons: smaller experts hold fewer that do not count, but run slower at the same share
-    8  # neurons: larger experts run faster at the same share, but more of them hold a neuron that counts
+EXPERT_SIZE = (
+    16  # neurons: smaller experts hold fewer that do not count, larger ones run faster at the same share
 )
 SPARSIFY = SparsifyConfig(seconds=0.38 * SECONDS, alpha=0.3)  # neurons of the dense model
 LAYERS = FinetuneConfig(  # whole experts, each layer on its own
-    seconds=0.24 * SECONDS, tau=0.065, ramp=0.0, alpha=0.016, share=0.2, lr=1e-3
+    seconds=0.24 * SECONDS, tau=0.075, ramp=0.0, alpha=0.024, share=0.2, lr=1e-3
 )
-WHOLE = FinetuneConfig(seconds=0.2 * SECONDS, tau=0.05, ramp=0.0, alpha=0.1, share=0.2, lr=1e-4)
-ROUTED = FinetuneConfig(seconds=0.18 * SECONDS, tau=None, lr=1e-4)  # by the routers, as in use
-EMBEDDING = 8.0  # weight of the embedding's error, 1 - cosine, beside the hidden states'
+WHOLE = FinetuneConfig(seconds=0.2 * SECONDS, tau=0.05, ramp=0.0, alpha=0.1, share=0.2, lr=5e-5)
+ROUTED = FinetuneConfig(seconds=0.18 * SECONDS, tau=None, lr=5e-5)  # by the routers, as in use
+EMBEDDING = 24.0  # weight of the embedding's error, 1 - cosine, beside the hidden states'
 ROUTERS = RouterConfig(steps=800, target_power=0.5)  # roots of the norms: small experts are told apart better
 ROUTED_TOKENS = 60_000  # all of the text
 UNTRAINED = RouterConfig(steps=1)  # of the conversion: routers are trained after the experts
-TAUS = (0.1, 0.15, 0.25)
-BUDGET = 0.42  # FLOPs of the FFNs, router included, for which the saved model's tau is solved
+TAUS = (0.1, 0.18, 0.3)
+BUDGET = 0.39  # FLOPs of the FFNs, router included, for which the saved model's tau is solved
 TIMED = 5  # batches of the held-out texts whose time is taken
 
 
@@ -119,8 +119,8 @@ class Clock:
 def converted(
     dense: nn.Module, tokenizer: Any, texts: Sequence[str], seconds: float, clock: Clock, progress: bool
 ) -> tuple[nn.Module, float, str]:
-    """The recipe: a copy of `dense` made sparse, converted, and taught to do with few experts; the tau that is set; and what
-    to tell of it.
+    """The recipe: a copy of `dense` made sparse, converted, and taught to do with few experts; the tau that is set;
+    and what to tell of it.
 
     seconds: of training, split as the configurations above split SECONDS.
     """

@@ -16,6 +16,7 @@ from sadmoe.convert import restore_
 from sadmoe.ffn import moe_layers
 
 logger = logging.getLogger(__name__)
+CACHE_LINE = 64  # bytes, to which torch aligns what it allocates
 
 METHOD = "sadmoe"
 
@@ -96,6 +97,7 @@ class SadmoeQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         _check_loaded(model, self._shapes)
+        _align(model)
         # for these transformers refuses half() and training
         model.__dict__.pop("is_quantized", None)
         model.__dict__.pop("quantization_method", None)
@@ -167,6 +169,14 @@ def _layer_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
         for name, layer in moe_layers(model).items()
         for key, tensor in layer.state_dict(keep_vars=True).items()
     }
+
+
+def _align(model: nn.Module) -> None:
+    """Copies the weights of converted layers that do not start at a cache line, as those mapped from a file: vectors
+    that straddle two lines cost the kernels a fifth of their speed. One tensor at a time."""
+    for tensor in _layer_tensors(model).values():
+        if tensor.device.type == "cpu" and tensor.data_ptr() % CACHE_LINE:
+            tensor.data = tensor.data.clone()
 
 
 def _check_loaded(model: nn.Module, shapes: dict[str, torch.Size]) -> None:
