@@ -13,6 +13,10 @@ void accumulate_tile(const Accumulate& p, int64_t i0, int64_t c0, int64_t part =
   float* y[Rows];
   for (int i = 0; i < Rows; ++i) y[i] = p.y + (p.rows ? p.rows[i0 + i] : i0 + i) * p.ld + c0;
   const auto each = [](auto body) { unroll<Rows>([&](auto i) { unroll<Vecs>([&](auto v) { body(i, v); }); }); };
+  for (int64_t i = i0 + Rows; i < p.n && i < i0 + 2 * Rows; ++i) {  // rows come in no order that hardware foresees
+    const float* next = p.y + (p.rows ? p.rows[i] : i) * p.ld + c0;
+    for (int v = 0; v < Vecs; ++v) __builtin_prefetch(next + v * Vec::width, 1);
+  }
   Vec sums[Rows][Vecs];
   each([&](auto i, auto v) { sums[i.value][v.value] = load(y[i.value] + v.value * Vec::width); });
   const float* h = p.h + i0 * p.m;

@@ -55,7 +55,7 @@ struct Vec {
     for (int64_t i = 0; i < n; ++i) p[i] = full[i];
   }
 
-  static Vec reduce(const Vec (&a)[width]) {
+  static Vec reduce(const Vec* a) {
     __m256 quads[2];
     for (int i = 0; i < 2; ++i) {
       const auto pair = [&](int j) {

@@ -8,7 +8,7 @@ namespace {
 
 struct Vec {
   static constexpr int width = 16;
-  static constexpr int project_rows = 4, project_columns = 4;     // 16 sums, 10 loads a step, of which 2 from afar
+  static constexpr int project_rows = 6, project_columns = 4;     // 24 sums, 10 loads a step
   static constexpr int accumulate_rows = 6, accumulate_vecs = 4;  // 24 sums, 4 weights, 1 activation: 29 of 32 registers
 
   __m512 v;
@@ -48,7 +48,7 @@ struct Vec {
     _mm256_mask_storeu_epi16(p, first(n), narrow(v, H{}));
   }
 
-  static Vec reduce(const Vec (&a)[width]) {
+  static Vec reduce(const Vec* a) {
     const auto add_pairs = [](__m512 x, __m512 y) { return _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y)); };
     const auto add_quads = [](__m512 x, __m512 y) {
       const __m512d even = _mm512_castps_pd(x), odd = _mm512_castps_pd(y);

@@ -80,7 +80,7 @@ struct Vec {
     for (int64_t i = 0; i < n; ++i) p[i] = full[i];
   }
 
-  static Vec reduce(const Vec (&a)[width]) {
+  static Vec reduce(const Vec* a) {
     const auto sum = [](Floats f) { return (f[0] + f[2]) + (f[1] + f[3]); };
     return {Floats{sum(a[0].v), sum(a[1].v), sum(a[2].v), sum(a[3].v)}};
   }

@@ -1,23 +1,24 @@
 // Dot products of token rows with neuron rows, in tiles. One template for every instruction set; no intrinsics here.
 #pragma once
+#include <cstring>
+
 #include "cpu/kernels.h"
 #include "cpu/unroll.h"
 
 namespace sadmoe::cpu {
 
-// One tile: Rows tokens x Columns neurons, Rows * Columns <= Vec::width, so that one transposed reduction ends them all.
-// Every product has its own accumulator over k, hence the same bits in any tile.
+// One tile: Rows tokens x Columns neurons. A transposed reduction ends Vec::width of its sums at a time. Every product has its own accumulator over k, hence the same bits in any tile.
 template <class Vec, class W, int Rows, int Columns>
 void project_tile(const Project& p, int64_t i0, int64_t j0) {
-  static_assert(Rows * Columns <= Vec::width);
+  constexpr int kSums = (Rows * Columns + Vec::width - 1) / Vec::width * Vec::width;
   const float* x[Rows];
   const W* w[Columns];
   for (int i = 0; i < Rows; ++i) x[i] = p.x + (p.rows ? p.rows[i0 + i] : i0 + i) * p.d;
   for (int j = 0; j < Columns; ++j)  // past the last neuron: repeat it, and drop the result
     w[j] = static_cast<const W*>(p.w) + (j0 + j < p.m ? j0 + j : p.m - 1) * p.d;
 
-  Vec sums[Vec::width];
-  unroll<Vec::width>([&](auto n) { sums[n.value] = Vec::zero(); });
+  Vec sums[kSums];
+  unroll<kSums>([&](auto n) { sums[n.value] = Vec::zero(); });
   const auto step = [&](auto load, int64_t k) {
     Vec xs[Rows];
     unroll<Rows>([&](auto i) { xs[i.value] = load(x[i.value] + k); });
@@ -33,21 +34,25 @@ void project_tile(const Project& p, int64_t i0, int64_t j0) {
   for (; k + Vec::width <= p.d; k += Vec::width) step([](auto* from) { return Vec::load(from); }, k);
   if (k < p.d) step([&](auto* from) { return Vec::load_part(from, p.d - k); }, k);
 
-  float total[Vec::width];
-  Vec::reduce(sums).store(total);
+  float total[kSums];
+  unroll<kSums / Vec::width>([&](auto n) { Vec::reduce(sums + n.value * Vec::width).store(total + n.value * Vec::width); });
   const int64_t valid = p.m - j0 < Columns ? p.m - j0 : Columns;
-  for (int i = 0; i < Rows; ++i)
-    for (int64_t j = 0; j < valid; ++j) p.out[(i0 + i) * p.ld + j0 + j] = total[i * Columns + j];
+  float* out = p.out + i0 * p.ld + j0;
+  if (valid == Columns) {
+    unroll<Rows>([&](auto i) { std::memcpy(out + i.value * p.ld, total + i.value * Columns, Columns * sizeof(float)); });
+  } else {
+    for (int i = 0; i < Rows; ++i) std::memcpy(out + i * p.ld, total + i * Columns, valid * sizeof(float));
+  }
 }
 
-// The neurons j0 .. j1 of rows i0 .. n, in tiles of Rows rows, the rest in tiles of half as many, down to one.
+// The neurons j0 .. j1 of rows i0 .. n, in tiles of Rows rows, the rest in smaller ones: 6, 4, 2, 1.
 template <class Vec, class W, int Rows>
 void project_rows(const Project& p, int64_t i0, int64_t j0, int64_t j1) {
   constexpr int kColumns = Vec::project_columns;
   for (; i0 + Rows <= p.n; i0 += Rows)
     for (int64_t j = j0; j < j1; j += kColumns) project_tile<Vec, W, Rows, kColumns>(p, i0, j);
   if constexpr (Rows > 1)
-    if (i0 < p.n) project_rows<Vec, W, Rows / 2>(p, i0, j0, j1);
+    if (i0 < p.n) project_rows<Vec, W, (Rows > 4 ? 4 : Rows / 2)>(p, i0, j0, j1);
 }
 
 template <class Vec, class W>

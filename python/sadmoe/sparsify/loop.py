@@ -215,7 +215,7 @@ def train(
     rest = [p for p in parameters if p.dim() <= 1]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.lr, weight_decay=config.weight_decay
+        [g for g in groups if g["params"]], lr=config.lr, weight_decay=config.weight_decay, fused=True
     )
     history: list[Step] = []
     device, stream, started = device_of(model), _endless(batches, config.seed), time.perf_counter()
