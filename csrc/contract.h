@@ -46,19 +46,4 @@ struct Experts {  // w_up, w_gate [E, s, d]   w_down [E, s, d_out]   b_up, b_gat
   void* y;  // [T, d_out], x's dtype
 };
 
-// The rule of dynamic-k on one row. Negative scores count as 0; NaN is never selected and never the maximum;
-// comparisons in float32. An all-zero row selects every expert. Returns the number selected.
-inline int64_t select_row(const float* scores, int64_t E, float tau, bool* mask) {
-  float best = 0;
-  for (int64_t e = 0; e < E; ++e) best = scores[e] > best ? scores[e] : best;
-  const float threshold = tau == 0 ? 0 : tau * best;  // 0 * inf would be NaN
-  int64_t k = 0;
-  for (int64_t e = 0; e < E; ++e) {
-    const float score = scores[e] < 0 ? 0 : scores[e];
-    mask[e] = score >= threshold;
-    k += mask[e];
-  }
-  return k;
-}
-
 }  // namespace sadmoe

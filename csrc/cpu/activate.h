@@ -51,8 +51,22 @@ Vec gelu_tanh(Vec x) {
   return x / (Vec::set(1.0f) + exp(u * Vec::set(-1.5957691216057308f)));
 }
 
+// Rows shorter than a vector that stand one after the other: whole vectors of several rows, the bias as often.
+template <class Vec, class Act>
+void activate_short_rows(const Activate& p, Act act) {
+  float repeated[Vec::width] = {};
+  if (p.bias)
+    for (int64_t i = 0; i < Vec::width; ++i) repeated[i] = p.bias[i % p.m];
+  const Vec bias = Vec::load(repeated);
+  const int64_t all = p.n * p.m;
+  int64_t i = 0;
+  for (; i + Vec::width <= all; i += Vec::width) act(Vec::load(p.h + i) + bias).store(p.h + i);
+  if (i < all) act(Vec::load_part(p.h + i, all - i) + bias).store_part(p.h + i, all - i);
+}
+
 template <class Vec, class Act>
 void activate_with(const Activate& p, Act act) {
+  if (!p.gate && p.ld == p.m && p.m < Vec::width && Vec::width % p.m == 0) return activate_short_rows<Vec>(p, act);
   for (int64_t i = 0; i < p.n; ++i) {
     float* h = p.h + i * p.ld;
     const float* gate = p.gate ? p.gate + i * p.ld : nullptr;

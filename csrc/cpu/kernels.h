@@ -34,12 +34,22 @@ struct Accumulate {
   float* y;
 };
 
+// The rule of dynamic-k on one row: mask[e] = scores[e] >= tau * max(scores). Negative scores count as 0; NaN is never
+// selected and never the maximum; comparisons in float32. An all-zero row selects every expert.
+struct Select {
+  int64_t n;
+  const float* scores;
+  float tau;
+  bool* mask;
+};
+
 struct Kernels {
   const char* isa;
   int64_t strip;                             // columns of y that accumulate is best given at once
   void (*project[3])(const Project&);        // by DType of w
   void (*accumulate[3])(const Accumulate&);  // by DType of w
   void (*activate)(const Activate&);
+  void (*select)(const Select&);
   void (*widen[3])(const void* from, float* to, int64_t n);   // to float32
   void (*narrow[3])(const float* from, void* to, int64_t n);  // round to nearest even
 };

@@ -214,7 +214,7 @@ void dynamic_k_moe(const Experts& p, const Router& router, const Threads& thread
     const Floats scores(T * E);
     const std::unique_ptr<bool[]> mask(new bool[T * E]);
     route(block.x(), router, {T, p.shape.d, router.r, E}, scores.get(), inner);
-    for (int64_t t = 0; t < T; ++t) select_row(scores.get() + t * E, E, router.tau, mask.get() + t * E);
+    for (int64_t t = 0; t < T; ++t) kernels().select({E, scores.get() + t * E, router.tau, mask.get() + t * E});
     run_block(block, p, mask.get(), b_out, inner);
   });
 }

@@ -7,7 +7,8 @@
 
 namespace sadmoe::cpu {
 
-// One tile: Rows tokens x Columns neurons. A transposed reduction ends Vec::width of its sums at a time. Every product has its own accumulator over k, hence the same bits in any tile.
+// One tile: Rows tokens x Columns neurons. A transposed reduction ends Vec::width of its sums at a time. Every product has its
+// own accumulator over k, hence the same bits in any tile.
 template <class Vec, class W, int Rows, int Columns>
 void project_tile(const Project& p, int64_t i0, int64_t j0) {
   constexpr int kSums = (Rows * Columns + Vec::width - 1) / Vec::width * Vec::width;

@@ -14,6 +14,19 @@
 
 namespace sadmoe::cpu {
 
+template <class Vec>
+void select(const Select& p) {
+  Vec most = Vec::zero();
+  int64_t i = 0;
+  for (; i + Vec::width <= p.n; i += Vec::width) most = max(Vec::load(p.scores + i), most);
+  if (i < p.n) most = max(Vec::load_part(p.scores + i, p.n - i), most);
+  float lanes[Vec::width], best = 0;
+  most.store(lanes);
+  for (const float lane : lanes) best = lane > best ? lane : best;
+  const float threshold = p.tau == 0 ? 0 : p.tau * best;  // 0 * inf would be NaN
+  for (int64_t e = 0; e < p.n; ++e) p.mask[e] = (p.scores[e] < 0 ? 0 : p.scores[e]) >= threshold;
+}
+
 template <class Vec, class W>
 void widen(const void* from, float* to, int64_t n) {
   const W* source = static_cast<const W*>(from);
@@ -38,6 +51,7 @@ constexpr Kernels table(const char* isa) {
           {project<Vec, float>, project<Vec, bf16>, project<Vec, f16>},
           {accumulate<Vec, float>, accumulate<Vec, bf16>, accumulate<Vec, f16>},
           activate<Vec>,
+          select<Vec>,
           {widen<Vec, float>, widen<Vec, bf16>, widen<Vec, f16>},
           {narrow<Vec, float>, narrow<Vec, bf16>, narrow<Vec, f16>}};
 }

@@ -67,8 +67,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_demo(commands: Any) -> None:
     command = commands.add_parser(
         "demo",
-        help="the whole method on a real model and real text, in five to eight minutes on two cores",
-        description="Converts MiniLM-L6 (22.7 M parameters), fine-tunes its experts on paragraphs of Python's own "
+        help="the whole method on a real model and real text, in about five minutes on two cores",
+        description="Converts MiniLM-L6 (22.7 M parameters), trains it on paragraphs of Python's own "
         "documentation, prints fidelity, cost and time at several tau on held-out paragraphs, saves it, "
         "reloads it, and checks that both give the same bits. Needs: pip install 'sadmoe[demo]'. Uses no network.",
     )
@@ -79,7 +79,7 @@ def _add_demo(commands: Any) -> None:
         help="folder for model, table and picture (default: %(default)s)",
     )
     command.add_argument(
-        "--seconds", type=float, default=SECONDS, help="of sparsity fine-tuning (default: %(default)s)"
+        "--seconds", type=float, default=SECONDS, help="of training (default: %(default)s)"
     )
     _add_common(command)
     command.set_defaults(command=_demo)
