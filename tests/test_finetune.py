@@ -185,5 +185,5 @@ def test_wrong_settings_are_named(converted):
         sadmoe.finetune_(teacher, batches, config)
     with pytest.raises(ValueError, match="give teacher or loss, not both"):
         sadmoe.finetune_(model, batches, config, teacher=teacher, loss=lambda m, b: 0)
-    with pytest.raises(ValueError, match="output_loss compares .*: give it as teacher"):
+    with pytest.raises(ValueError, match=r"output_loss compares .*: give it as teacher"):
         sadmoe.finetune_(model, batches, config, output_loss=lambda y, t, b: 0)

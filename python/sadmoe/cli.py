@@ -78,9 +78,7 @@ def _add_demo(commands: Any) -> None:
         default=Path("sadmoe-demo"),
         help="folder for model, table and picture (default: %(default)s)",
     )
-    command.add_argument(
-        "--seconds", type=float, default=SECONDS, help="of training (default: %(default)s)"
-    )
+    command.add_argument("--seconds", type=float, default=SECONDS, help="of training (default: %(default)s)")
     _add_common(command)
     command.set_defaults(command=_demo)
 

@@ -40,11 +40,16 @@ LAYERS = FinetuneConfig(  # whole experts, each layer on its own
 WHOLE = FinetuneConfig(seconds=0.2 * SECONDS, tau=0.05, ramp=0.0, alpha=0.1, share=0.2, lr=5e-5)
 ROUTED = FinetuneConfig(seconds=0.18 * SECONDS, tau=None, lr=5e-5)  # by the routers, as in use
 EMBEDDING = 24.0  # weight of the embedding's error, 1 - cosine, beside the hidden states'
-ROUTERS = RouterConfig(steps=800, target_power=0.5)  # roots of the norms: small experts are told apart better
+ROUTER_WIDTH = 96
+ROUTERS = RouterConfig(  # of roots of the norms: small experts are told apart better
+    width=ROUTER_WIDTH, steps=800, target_power=0.5
+)
 ROUTED_TOKENS = 60_000  # all of the text
-UNTRAINED = RouterConfig(steps=1)  # of the conversion: routers are trained after the experts
+UNTRAINED = RouterConfig(
+    width=ROUTER_WIDTH, steps=1
+)  # of the conversion: routers are trained after the experts
 TAUS = (0.1, 0.3)
-BUDGET = 0.405  # FLOPs of the FFNs, router included, for which the saved model's tau is solved
+BUDGET = 0.387  # FLOPs of the FFNs, router included, for which the saved model's tau is solved
 TIMED = 5  # batches of the held-out texts whose time is taken
 
 
