@@ -1,6 +1,5 @@
 // Loops that are unrolled for certain, so that an array indexed by them lives in registers.
 #pragma once
-#include <utility>
 
 namespace sadmoe::cpu {
 
@@ -9,15 +8,13 @@ struct Index {
   static constexpr int value = I;
 };
 
-template <class Body, int... I>
-[[gnu::always_inline]] inline void unroll(Body body, std::integer_sequence<int, I...>) {
-  (body(Index<I>{}), ...);
-}
-
-// body(Index<0>{}), ..., body(Index<N - 1>{})
-template <int N, class Body>
-[[gnu::always_inline]] inline void unroll(Body body) {
-  unroll(body, std::make_integer_sequence<int, N>{});
+// body(Index<I>{}), ..., body(Index<N - 1>{})
+template <int N, int I = 0, class Body>
+[[gnu::always_inline]] inline void unroll(const Body& body) {
+  if constexpr (I < N) {
+    body(Index<I>{});
+    unroll<N, I + 1>(body);
+  }
 }
 
 }  // namespace sadmoe::cpu
