@@ -21,8 +21,9 @@ def _version(folder: Path) -> str | None:
 
 
 def _candidates() -> Iterator[Path]:
-    if os.environ.get("SADMOE_TORCH_DIR"):
+    if os.environ.get("SADMOE_TORCH_DIR"):  # a choice, not a hint: no other is taken in its place
         yield Path(os.environ["SADMOE_TORCH_DIR"])
+        return
     for key in ("platlib", "purelib"):  # in pip's isolated build these are still the target environment's
         yield Path(sysconfig.get_path(key)) / "torch"
     spec = importlib.util.find_spec("torch")
@@ -37,6 +38,8 @@ def find_torch() -> tuple[Path | None, list[str]]:
         version = _version(folder)
         numbers = re.match(r"(\d+)\.(\d+)", version or "")
         if version is None or numbers is None:
+            if os.environ.get("SADMOE_TORCH_DIR"):
+                unfit.append(f"no torch in SADMOE_TORCH_DIR={folder}")
             continue
         if (int(numbers[1]), int(numbers[2])) >= OLDEST and (
             folder / "include/torch/csrc/stable/library.h"
