@@ -46,7 +46,7 @@ void project_tile(const Project& p, int64_t i0, int64_t j0) {
   }
 }
 
-// The neurons j0 .. j1 of rows i0 .. n, in tiles of Rows rows, the rest in smaller ones: 6, 4, 2, 1.
+// The neurons j0 .. j1 of rows i0 .. n, in tiles of Rows rows, the rest in smaller ones: of 4 after 6, then half.
 template <class Vec, class W, int Rows>
 void project_rows(const Project& p, int64_t i0, int64_t j0, int64_t j1) {
   constexpr int kColumns = Vec::project_columns;

@@ -4,7 +4,7 @@
 //   load, load_part(p, n): n < width, the other lanes 0    store, store_part    from float, bf16 and f16 (widened)
 //   max, min: the second argument where either is NaN      where_less(a, b, x, y): x where a < b, else y
 //   scale2(v, n) = v 2^n for whole n    reduce(v[width]): lane i is the sum of v[i], by one fixed tree
-//   project_rows (a power of two) * project_columns <= width, accumulate_rows, accumulate_vecs: register tiles
+//   project_rows (6 or a power of two), project_columns, accumulate_rows, accumulate_vecs: register tiles
 #pragma once
 #include "cpu/accumulate.h"
 #include "cpu/activate.h"
