@@ -40,7 +40,7 @@ int64_t block_tokens(int64_t d, int64_t d_out) {
 #else
     const int64_t size = 0;
 #endif
-    return size > 0 ? size : int64_t{1} << 20;  // unknown: what most have at least
+    return size > 0 ? size : int64_t{1} << 20;  // unknown: assumed
   }();
   return std::clamp(cache * 5 / 8 / (int64_t{sizeof(float)} * (d + d_out)), kSmallestBlock, kLargestBlock);
 }
@@ -106,7 +106,7 @@ class Block {
       else
         std::fill(row + begin, row + end, 0.0f);
     }
-    for (int64_t c = begin; c < end; c += k_.strip) {  // a strip of y stays in the first-level cache for all experts
+    for (int64_t c = begin; c < end; c += k_.strip) {  // near caches hold a strip of y for all experts
       const int64_t columns = std::min(k_.strip, end - c);
       for (const int64_t e : plan_.active)
         k_.accumulate[int(p_.w_down.dtype)]({plan_.count(e), s_.s, columns, s_.d_out, h_.get() + plan_.offsets[e] * s_.s,

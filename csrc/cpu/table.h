@@ -45,7 +45,7 @@ void narrow(const float* from, void* to, int64_t n) {
 
 template <class Vec>
 constexpr Kernels table(const char* isa) {
-  constexpr int64_t kTile = Vec::accumulate_vecs * Vec::width, kStrip = 72;  // of 128 tokens: 36 KiB
+  constexpr int64_t kTile = Vec::accumulate_vecs * Vec::width, kStrip = 72;  // of 400 tokens: 113 KiB
   return {isa,
           kStrip / kTile * kTile,
           {project<Vec, float>, project<Vec, bf16>, project<Vec, f16>},
