@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 PYTHON = ROOT / "python/sadmoe"
 ROOMS = [  # a room imports only rooms above it
     {"reference", "tables"},
+    {"gradients"},
     {"ops", "_partition"},
     {"gates"},
     {"layer"},

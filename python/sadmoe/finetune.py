@@ -41,6 +41,9 @@ class FinetuneConfig:
     weight_decay: float = 0.01  # of the matrices, not of biases and norms
     grad_clip: float = 1.0  # largest norm of the gradient
     seed: int = 0  # of the order of the batches
+    kept_bytes: int = (
+        2**30
+    )  # of what the dense model gives, kept for the next time the same batch of a list comes
 
     def __post_init__(self) -> None:
         if self.tau is not None:
@@ -62,6 +65,7 @@ class FinetuneConfig:
             weight_decay=self.weight_decay,
             grad_clip=self.grad_clip,
             seed=self.seed,
+            kept_bytes=self.kept_bytes,
         )
 
 
@@ -126,7 +130,7 @@ def finetune_(
         else:
             teacher.eval()
             sites = [site_of(layer) for layer in layers.values()]
-            objective = distill_hidden(model, teacher, sites, output_loss)
+            objective = distill_hidden(model, teacher, sites, output_loss, kept_bytes=config.kept_bytes)
         share = None
         if config.tau is None:
             history = train(model, batches, config.schedule(), objective, no_penalty, progress)

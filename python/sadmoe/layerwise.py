@@ -109,7 +109,7 @@ def _fit(
     chunks = zip(*(value[held_out:].split(batch_tokens) for value in whole.values()), strict=True)
     batches = [dict(zip(whole, chunk, strict=True)) for chunk in chunks]
 
-    def error(batch: Any) -> Tensor:
+    def error(batch: Any, number: int | None = None) -> Tensor:
         return (layer(batch["rows"]) - batch["targets"]).square().sum(-1).div(batch["scale"]).mean()
 
     assert config.tau is not None

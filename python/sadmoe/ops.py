@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sadmoe import reference
+from sadmoe import gradients, reference
 
 _LIBRARY = Path(__file__).with_name("_ops.so")
 
@@ -126,26 +126,7 @@ def _dynamic_k_moe_shape(
     return x.new_empty((x.shape[0], w_down.shape[2]))
 
 
-# --- Gradients: the reference is recomputed and differentiated, with the mask held constant.
-
-
-def _gradients(
-    function: Callable[..., Tensor], inputs: list[Tensor | None], grad: Tensor
-) -> list[Tensor | None]:
-    """Vector-Jacobian product of a function of optional tensors; None where the input is None."""
-    present = [i for i, tensor in enumerate(inputs) if tensor is not None]
-
-    def of_present(*tensors: Tensor) -> Tensor:
-        full = list(inputs)
-        for i, tensor in zip(present, tensors, strict=True):
-            full[i] = tensor
-        return function(*full)
-
-    products = torch.func.vjp(of_present, *(inputs[i] for i in present))[1](grad)
-    gradients: list[Tensor | None] = [None] * len(inputs)
-    for i, product in zip(present, products, strict=True):
-        gradients[i] = product
-    return gradients
+# --- Gradients, with the mask held constant: see `gradients`.
 
 
 def _keep_router(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -153,7 +134,7 @@ def _keep_router(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _router_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return tuple(_gradients(reference.router_scores, list(ctx.saved_tensors), grad))
+    return gradients.of_router_scores(grad, *ctx.saved_tensors)
 
 
 def _keep_experts(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -163,13 +144,8 @@ def _keep_experts(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _experts_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, mask, *weights = ctx.saved_tensors
-
-    def experts(x: Tensor, *weights: Any) -> Tensor:
-        w_up, w_down, b_up, w_gate, b_gate, b_out = weights
-        return reference.sparse_experts(x, mask, w_up, w_down, b_up, w_gate, b_gate, b_out, ctx.act)
-
-    grad_x, *grad_weights = _gradients(experts, [x, *weights], grad)
-    return grad_x, None, *grad_weights, None
+    of_x, *of_weights = gradients.of_sparse_experts(grad, x, mask, *weights, ctx.act)  # type: ignore[call-arg]
+    return of_x, None, *of_weights, None
 
 
 def _keep_moe(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -180,13 +156,8 @@ def _keep_moe(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _moe_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, v1, v2, *weights = ctx.saved_tensors
     mask = dynamic_k_select(router_scores(x, v1, v2), ctx.tau)
-
-    def experts(x: Tensor, *weights: Any) -> Tensor:
-        w_up, w_down, b_up, w_gate, b_gate, b_out = weights
-        return reference.sparse_experts(x, mask, w_up, w_down, b_up, w_gate, b_gate, b_out, ctx.act)
-
-    grad_x, *grad_weights = _gradients(experts, [x, *weights], grad)
-    return grad_x, None, None, *grad_weights, None, None
+    of_x, *of_weights = gradients.of_sparse_experts(grad, x, mask, *weights, ctx.act)  # type: ignore[call-arg]
+    return of_x, None, None, *of_weights, None, None
 
 
 torch.library.register_autograd("sadmoe::router_scores", _router_backward, setup_context=_keep_router)

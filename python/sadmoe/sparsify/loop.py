@@ -46,6 +46,9 @@ class SparsifyConfig:
     weight_decay: float = 0.01  # of the matrices, not of biases and norms
     grad_clip: float = 1.0  # largest norm of the gradient, as in the paper's code
     seed: int = 0  # of the order of the batches and of dropout
+    kept_bytes: int = (
+        2**30
+    )  # of the dense model's hidden states, kept for the next time the same batch of a list comes
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.seconds is None):
@@ -63,7 +66,7 @@ class SparsifyConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be greater than 0, got {value}")
-        for name in ("alpha", "weight_decay"):
+        for name in ("alpha", "weight_decay", "kept_bytes"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.warmup < 1:
@@ -194,7 +197,7 @@ def _objective(
         return task(model, loss)
     if config.objective == "distill_logits":
         return distill_logits(model, dense)
-    return distill_hidden(model, dense, sites)
+    return distill_hidden(model, dense, sites, kept_bytes=config.kept_bytes)
 
 
 def train(
@@ -206,7 +209,7 @@ def train(
     progress: bool,
     at: Callable[[float], None] = lambda done: None,
 ) -> list[Step]:
-    """Minimises objective(batch) + alpha * penalty_of(batch or None) by the config's schedule.
+    """Minimises objective(batch, number) + alpha * penalty_of(batch or None) by the config's schedule.
 
     at(done) is called before each update with the share of the run that is over.
     """
@@ -230,8 +233,9 @@ def train(
             alpha, lr = config.alpha_at(done), config.lr_at(done)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            batch = to_device(next(stream), device)
-            value = objective(batch)
+            number, batch = next(stream)
+            batch = to_device(batch, device)
+            value = objective(batch, number)
             penalty = penalty_of(batch if isinstance(batch, Mapping) else None)
             _check_finite(value, penalty, len(history))
             optimizer.zero_grad(set_to_none=True)
@@ -254,14 +258,14 @@ def _done(config: SparsifyConfig, steps: int, seconds: float) -> float:
     return max(seconds / config.seconds, 1e-3) if steps == 0 else seconds / config.seconds
 
 
-def _endless(batches: Batches, seed: int) -> Iterator[Batch]:
-    """The batches again and again: a list in a new order each time, anything else in its own."""
+def _endless(batches: Batches, seed: int) -> Iterator[tuple[int | None, Batch]]:
+    """The batches again and again: a list in a new order each time, with numbers, anything else in its own, without."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         if isinstance(batches, Sequence):
-            yield from (batches[i] for i in torch.randperm(len(batches), generator=generator).tolist())
+            yield from ((i, batches[i]) for i in torch.randperm(len(batches), generator=generator).tolist())
         else:
-            yield from batches
+            yield from ((None, batch) for batch in batches)
 
 
 def _check_finite(value: Tensor, penalty: Tensor, step: int) -> None:

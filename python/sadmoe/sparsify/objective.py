@@ -8,19 +8,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from sadmoe.batches import Batch, real_rows, run
 from sadmoe.ffn import FFNSite
 
 Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> scalar; it runs the model itself
-Objective = Callable[[Batch], Tensor]  # runs the model on a batch and says how far off it is
+# Runs the model on a batch and says how far off it is. The number is the same whenever the same batch comes; None where
+# that is not known.
+Objective = Callable[[Batch, int | None], Tensor]
 OutputLoss = Callable[[Any, Any, Any], Tensor]  # (model's output, dense model's output, batch) -> scalar
 
 
 def task(model: nn.Module, loss: Loss | None) -> Objective:
     """loss(model, batch), or the `.loss` that the model puts into its output."""
 
-    def objective(batch: Batch) -> Tensor:
+    def objective(batch: Batch, number: int | None = None) -> Tensor:
         value = loss(model, batch) if loss is not None else _field(run(model, batch), "loss")
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise ValueError(
@@ -36,7 +39,7 @@ def task(model: nn.Module, loss: Loss | None) -> Objective:
 def distill_logits(model: nn.Module, dense: nn.Module) -> Objective:
     """KL(dense || model) of the logits at temperature 1, averaged over the real tokens (or samples)."""
 
-    def objective(batch: Batch) -> Tensor:
+    def objective(batch: Batch, number: int | None = None) -> Tensor:
         with torch.no_grad():
             target = _logits(run(dense, batch))
         logits = _logits(run(model, batch))
@@ -50,18 +53,29 @@ def distill_logits(model: nn.Module, dense: nn.Module) -> Objective:
 
 
 def distill_hidden(
-    model: nn.Module, dense: nn.Module, sites: Sequence[FFNSite], output_loss: OutputLoss | None = None
+    model: nn.Module,
+    dense: nn.Module,
+    sites: Sequence[FFNSite],
+    output_loss: OutputLoss | None = None,
+    *,
+    kept_bytes: int = 0,
 ) -> Objective:
     """Mean over blocks of |h - h_dense|^2 / |h_dense|^2, the norms over the real tokens together, + output_loss.
 
     h is what leaves the block that the FFN sits in: the nearest module around it that is an entry of a
-    ModuleList or Sequential, else the FFN's last linear layer.
+    ModuleList or Sequential, else the FFN's last linear layer. kept_bytes: of what the dense model gave, kept for when
+    the same batch comes again.
     """
     names = list(dict.fromkeys(block_of(model, site) for site in sites))
+    kept = Kept(kept_bytes)
 
-    def objective(batch: Batch) -> Tensor:
+    def dense_states(batch: Batch) -> tuple[dict[str, list[Tensor]], Any]:
         with torch.no_grad(), outputs(dense, names) as targets:
-            wanted = run(dense, batch)
+            output = run(dense, batch)
+        return targets, output if output_loss is not None else None
+
+    def objective(batch: Batch, number: int | None = None) -> Tensor:
+        targets, wanted = kept.get(number, lambda: dense_states(batch))
         with outputs(model, names) as hidden:
             given = run(model, batch)
         missed = [name for name in names if len(hidden[name]) != len(targets[name]) or not hidden[name]]
@@ -76,6 +90,30 @@ def distill_hidden(
         return error if output_loss is None else error + output_loss(given, wanted, batch)
 
     return objective
+
+
+class Kept:
+    """Results by number, kept as long as all their tensors together fit in `limit` bytes."""
+
+    def __init__(self, limit: int):
+        self.free = limit
+        self.results: dict[int, Any] = {}
+
+    def get(self, number: int | None, make: Callable[[], Any]) -> Any:
+        """The result of that number: the one kept, or a new one. None is never kept."""
+        if number in self.results:
+            return self.results[number]
+        result = make()
+        if number is not None and (size := _bytes(result)) <= self.free:
+            self.free -= size
+            self.results[number] = result
+        return result
+
+
+def _bytes(result: Any) -> int:
+    """Of memory that the tensors inside hold alive; what several of them share counts once."""
+    storages = [leaf.untyped_storage() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def block_of(model: nn.Module, site: FFNSite) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from sadmoe import reference
@@ -23,13 +24,35 @@ SMALL = 0.01  # share of a token's largest |activation| below which a neuron cou
 def square_hoyer(a: Tensor) -> Tensor:
     """(sum |a|)^2 / sum a^2 over the last dimension: how many neurons are effectively active.
 
-    a [..., n] -> [...], float32, differentiable. m equal entries give m, so it lies in [1, n]; the scale of
+    a [..., n] -> [...], float32, differentiable once. m equal entries give m, so it lies in [1, n]; the scale of
     `a` does not matter. The zero vector gives 0, with gradient 0. Source: Kurtz et al., ICML 2020, section
     2.1.
     """
-    a = a.float()
-    scaled = a / a.detach().abs().amax(dim=-1, keepdim=True).clamp(min=FLOOR)
-    return scaled.abs().sum(-1).square() / scaled.square().sum(-1).clamp(min=1.0)
+    return _SquareHoyer.apply(a)
+
+
+class _SquareHoyer(torch.autograd.Function):
+    """By hand, for it is a large part of a training step: plain autograd makes eight copies of `a` in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor) -> Tensor:
+        sums, roots = (
+            torch.linalg.vector_norm(a, p, dim=-1, keepdim=True, dtype=torch.float32) for p in (1, 2)
+        )
+        ctx.save_for_backward(a, sums, roots)
+        return (sums / roots.clamp(min=FLOOR)).square().squeeze(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        a, sums, roots = ctx.saved_tensors
+        squares = roots.clamp(min=FLOOR).square()
+        of_sum = 2 * grad.unsqueeze(-1) * sums / squares
+        of_entry = (-of_sum * sums / squares).masked_fill(
+            roots < FLOOR, 0
+        )  # below it the divisor is constant
+        wide = a if a.dtype == torch.bfloat16 else a.float()
+        return torch.addcmul(wide.sign() * of_sum.to(wide.dtype), wide, of_entry.to(wide.dtype)).to(a.dtype)
 
 
 def l1(a: Tensor) -> Tensor:
