@@ -33,6 +33,17 @@ def test_the_split_is_repeatable_and_keeps_held_out_texts_apart():
     assert demo.split(texts, seed=1) != (train, held_out)
 
 
+def test_recombined_paragraphs_are_new_ones_of_old_sentences():
+    texts, _ = demo.split(demo.topics())
+    made = demo.recombined(texts, 200)
+    assert made == demo.recombined(texts, 200) != demo.recombined(texts, 200, seed=1)
+    assert len(set(made) - set(texts)) > 150
+    assert all(len(text) <= 400 for text in made)
+    assert sum(map(len, made)) / 200 == pytest.approx(sum(map(len, texts)) / len(texts), rel=0.35)
+    words = {word for text in texts for word in text.split()}
+    assert all(word in words for text in made for word in text.split()[:-1])  # the last may be cut
+
+
 @pytest.mark.parametrize("held_out", [0, 3])
 def test_a_split_that_leaves_nothing_is_refused(held_out):
     with pytest.raises(ValueError, match=rf"held_out must be between 1 and 2 of the 3 texts, got {held_out}"):

@@ -139,14 +139,14 @@ class _Converted(NamedTuple):
 
 @dataclass(frozen=True)
 class _Problem:
-    """The regression: inputs [n, d] -> norms [n, E] ** power, each divided by a scale for the optimiser.
+    """The regression: inputs [n, d] -> targets [n, E], norms ** power, each divided by a scale for the optimiser.
 
     The scales are powers of two, so that folding them back into the weights rounds nothing.
     """
 
     inputs: Tensor
     norms: Tensor
-    power: float
+    targets: Tensor
     x_scale: float
     y_scale: float
 
@@ -158,11 +158,12 @@ class _Problem:
             raise ValueError(
                 "inputs: not every expert's output norm is finite; look for NaN or inf in inputs or weights"
             )
-        x_scale, y_scale = inputs.float().square().mean().sqrt(), norms.pow(power).mean()
-        return _Problem(inputs, norms, power, _power_of_two(x_scale), _power_of_two(y_scale))
+        targets = norms.pow(power)
+        x_scale, y_scale = inputs.float().square().mean().sqrt(), targets.mean()
+        return _Problem(inputs, norms, targets, _power_of_two(x_scale), _power_of_two(y_scale))
 
     def at(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return self.inputs[rows].float() / self.x_scale, self.norms[rows].pow(self.power) / self.y_scale
+        return self.inputs[rows].float() / self.x_scale, self.targets[rows] / self.y_scale
 
 
 def _check_fit(layer: DynamicKMoE, inputs: Tensor, config: RouterConfig) -> None:
