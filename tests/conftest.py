@@ -9,7 +9,7 @@ torch.set_num_threads(1)
 
 def _as_found(native):
     native.sadmoe_schedule(0, 1, 1)
-    native.sadmoe_limit_hidden(256 << 20)
+    native.sadmoe_set_options(256 << 20, 64, False)
 
 
 @pytest.fixture(params=["emulator", pytest.param("cuda", marks=pytest.mark.cuda)])

@@ -28,7 +28,7 @@ def emulator():
     torch.ops.load_library(path)
     native = ctypes.CDLL(path)
     native.sadmoe_run_planted.restype = ctypes.c_char_p
-    native.sadmoe_limit_hidden.argtypes = [ctypes.c_int64]
+    native.sadmoe_set_options.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_bool]
     native.definitions = library  # they live as long as this object
     return native
 

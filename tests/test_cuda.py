@@ -185,8 +185,58 @@ def test_tokens_that_do_not_fit_the_workspace_go_in_chunks(native):
     args = experts_problem(200, 16, 5, 8, 20)
     whole = backend.sparse_experts(*args)
     for limit in (0, 64 * 5 * 8 * 4, 2 * 64 * 5 * 8 * 4):
-        native.sadmoe_limit_hidden(limit)
+        native.sadmoe_set_options(limit, 64, False)
         assert torch.equal(backend.sparse_experts(*args), whole), limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("T", "d", "s"), [(1, 72, 24), (16, 40, 8), (17, 64, 33), (64, 33, 10)])
+def test_few_tokens_have_the_bits_of_many(native, T, d, s, dtype):
+    """The kernels of few tokens sum in the order of those of many: the shape of a call changes no result."""
+    backend = Backend("sadmoe_emulated", "cpu")
+    for tf32, gated in ((False, False), (False, True), (True, True)):
+        x, _, *weights = experts_problem(T, d, 9, s, 35, gated=gated, dtype=dtype)
+        routers = [router_problem(d, 9, dtype=v) for v in (dtype, torch.float16)]
+        results = []
+        for decode_tokens in (64, 0):
+            native.sadmoe_set_options(256 << 20, decode_tokens, tf32)
+            scores = [backend.router_scores(x, *router) for router in routers]
+            y = backend.dynamic_k_moe(x, *routers[0], *weights, tau=0.3, act="gelu")
+            results.append([*scores, y])
+        assert all(map(torch.equal, *results)), (tf32, gated)
+
+
+def tf32(t):
+    """float32 to the nearest of 11 significant bits, ties away from zero."""
+    return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("T", [33, 100])
+def test_tf32_is_as_good_as_torch_on_rounded_operands(native, T):
+    args = experts_problem(T, 96, 5, 24, gated=True)
+    native.sadmoe_set_options(256 << 20, 64, True)
+    y = Backend("sadmoe_emulated", "cpu").sparse_experts(*args, act="silu")
+    x, mask, w_up, w_down, b_up, w_gate, b_gate, b_out = args
+    flat = [tf32(w).flatten(0, 1) for w in (w_up, w_gate, w_down)]
+    gate = torch.nn.functional.silu(tf32(x) @ flat[1].T + b_gate.flatten())
+    hidden = gate * (tf32(x) @ flat[0].T + b_up.flatten()) * mask.repeat_interleave(24, 1)
+    assert_as_good_as_torch(
+        y, tf32(hidden) @ flat[2] + b_out, reference.sparse_experts(*in_double(args), act="silu")
+    )
+    exact = reference.sparse_experts(*args, act="silu")
+    assert not torch.allclose(y, exact, rtol=1e-5, atol=1e-5), "tf32 was not used"
+
+
+@pytest.mark.parametrize("T", [9, 80])
+def test_a_token_that_no_expert_or_every_expert_reaches(backend, T):
+    """NaN scores choose none, zero scores all; also where the mask is never written."""
+    x, _, *weights = experts_problem(T, 24, 5, 8)
+    v1, v2 = router_problem(24, 5)
+    x[3], x[4] = float("nan"), 0
+    y = backend.dynamic_k_moe(x, v1, v2, *weights, tau=0.9)
+    everyone = torch.ones(T, 5, dtype=torch.bool)
+    assert torch.equal(y[3], weights[-1])
+    assert torch.equal(y[4], backend.sparse_experts(x, everyone, *weights)[4])
 
 
 @pytest.mark.parametrize(

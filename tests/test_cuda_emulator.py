@@ -37,6 +37,9 @@ PLANTED = {
     "product": "",
     "product_transposed": "",
     "product_of_wrong_columns": "wrong numbers",
+    "product_tf32": "",
+    "product_tf32_of_wrong_depths": "wrong numbers",
+    "bits": "",
     "too_many_threads": "invalid launch: 1 x 1 blocks of 2048 threads",
 }
 

@@ -18,14 +18,14 @@ struct Down {
 
 template <class Tile>
 struct DownStages {
-  typename Tile::RowStage h;
-  typename Tile::DepthStage w;
+  RowStage<Tile> h;
+  DepthStage<Tile> w;
 };
 
 template <class Tile>
 struct DownMemory {
   float y[kTileTokens][kColumns];
-  DownStages<Tile> stages[2];
+  DownStages<Tile> stages[kStages];
 };
 
 static_assert(kTileTokens == kRows, "the pairs of an expert in a tile of tokens are the rows of one product");
@@ -35,20 +35,23 @@ template <class Tile>
 SADMOE_DEVICE void add_expert(DownMemory<Tile>& memory, const Down& p, int64_t e, int64_t p0, int n, int64_t t0, int64_t c0) {
   using Stages = DownStages<Tile>;
   Tile sums;
-  pipeline<Tile::kDepth>(
-      memory.stages, p.s,
-      [&](Stages& stage, int64_t k) {
-        Tile::load(stage.h, p.h, k, p.s, [&](int r) { return r < n ? p0 + r : -1; });
-        Tile::load(stage.w, p.w_down, c0, p.d_out, [&](int r) { return k + r < p.s ? e * p.s + k + r : -1; });
+  pipeline(
+      memory.stages, static_cast<int>((p.s + Tile::kDepth - 1) / Tile::kDepth),
+      [&](Stages& stage, int step) {
+        const int64_t k = int64_t{step} * Tile::kDepth;
+        const auto pair = [&](int r) { return r < n ? p0 + r : -1; };
+        const auto neuron = [&](int r) { return k + r < p.s ? e * p.s + k + r : -1; };
+        Tile::template load<kThreads>(stage.h, p.h, k, p.s, pair);
+        Tile::template load<kThreads>(stage.w, p.w_down, c0, p.d_out, neuron);
       },
-      [&](const Stages& stage) { sums.multiply(stage.h, stage.w, n); });
+      [&](const Stages& stage, int) { sums.multiply(stage.h, stage.w, n); });
   SADMOE_UNROLL
   for (int i = 0; i < kSums; ++i)
     if (const int r = Tile::row(i); r < n) memory.y[p.rows[p0 + r] - t0][Tile::column(i)] += sums.sums[i];
 }
 
 template <class Tile>
-SADMOE_KERNEL(kThreads)
+SADMOE_KERNEL(kThreads, 4)
 down(Down p) {
   SADMOE_SHARED(DownMemory<Tile>, memory);
   const int64_t t0 = block_x() * kTileTokens, c0 = block_y() * kColumns;

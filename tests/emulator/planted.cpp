@@ -146,6 +146,42 @@ product(Buffers p) {
   p.out[lane] = right ? 1.0f : 0.0f;
 }
 
+// The same of tf32: a [16, 8] and b [8, 8]. The thousandths of a are rounded away.
+struct FloatProduct {
+  alignas(16) float a[16][8], b[8][8];
+};
+
+template <int kWrong>
+SADMOE_KERNEL(32)
+product_tf32(Buffers p) {
+  SADMOE_SHARED(FloatProduct, m);
+  const int lane = thread_index();
+  for (int i = lane; i < 128; i += 32) m.a[i / 8][i % 8] = number(i / 8, i % 8) * 1.0001f;
+  for (int i = lane; i < 64; i += 32) m.b[i / 8][i % 8] = number(i / 8, i % 8);
+  sync_block();
+  unsigned a[4];
+  load_matrices(a, &m.a[lane % 16][lane / 16 * 4]);
+  for (int i = 0; i < 4; ++i) a[i] = to_tf32(as_float(a[i]));
+  const int depth = lane % 4 + kWrong;
+  float sums[4] = {};
+  multiply_16x8x8(sums, a, as_bits(m.b[depth % 8][lane / 4]), as_bits(m.b[(depth + 4) % 8][lane / 4]));
+  bool right = true;
+  for (int i = 0; i < 4; ++i) {
+    const int r = lane / 4 + i / 2 * 8, c = lane % 4 * 2 + i % 2;
+    float sum = 0;
+    for (int k = 0; k < 8; ++k) sum += number(r, k) * number(k, c);
+    right = right && sum == sums[i];
+  }
+  p.out[lane] = right ? 1.0f : 0.0f;
+}
+SADMOE_KERNEL(32) bits(Buffers p) {
+  const float above = 1 + 1.0f / 2048, below = 1 + 1.0f / 4096;  // half of the 11th bit, and less
+  const bool right = as_float(to_tf32(above)) == 1 + 1.0f / 1024 && as_float(to_tf32(below)) == 1 &&
+                     as_float(to_tf32(-above)) == -1 - 1.0f / 1024 && as_float(as_bits(above)) == above &&
+                     count_bits(0xf0f1) == 9;
+  p.out[thread_index()] = right ? 1.0f : 0.0f;
+}
+
 struct Case {
   const char* name;
   void (*kernel)(Buffers);
@@ -180,6 +216,9 @@ const Case kCases[] = {
     {"product", product<false, 0>, 1, 32},
     {"product_transposed", product<true, 0>, 1, 32},
     {"product_of_wrong_columns", product<false, 1>, 1, 32},
+    {"product_tf32", product_tf32<0>, 1, 32},
+    {"product_tf32_of_wrong_depths", product_tf32<1>, 1, 32},
+    {"bits", bits, 1, 32},
     {"too_many_threads", blocks_apart, 1, 2048},
 };
 
