@@ -61,7 +61,7 @@ int run_chunk(const Experts& experts, const Plan& plan, bool tf32, void* h, void
   Down q{};
   q.h = matrix({h, dtype}, padded(s.s)), q.w_down = matrix(experts.w_down, s.d_out);
   q.b_out = experts.b_out;
-  q.starts = plan.starts, q.rows = plan.rows;
+  q.starts = plan.starts, q.words = plan.words;
   q.T = plan.T, q.E = s.E, q.s = s.s, q.d_out = s.d_out;
   q.y = experts.y, q.dtype = dtype;
   return with_experts_tile(dtype, tf32, [&](auto tile) { return launch_down<typename decltype(tile)::type>(q, stream); });

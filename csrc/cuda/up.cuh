@@ -41,9 +41,12 @@ struct UpStages {
 };
 
 template <class Tile, bool kGated>
-union UpMemory {
-  UpStages<Tile, kGated> stages[kStages];
-  float sums[kGated ? 2 : 1][kRows][kColumns];
+struct UpMemory {
+  int32_t tokens[kRows];
+  union {
+    UpStages<Tile, kGated> stages[kStages];
+    float sums[kGated ? 2 : 1][kRows][kColumns];
+  };
 };
 
 // P: Up or DecodeUp.
@@ -66,7 +69,10 @@ up(Up p) {
   const int64_t begin = p.starts ? p.starts[e] : 0, end = p.starts ? p.starts[p.tiles * p.E + e] : p.T;
   for (int64_t p0 = begin + block_y() * kRows; p0 < end; p0 += blocks_y() * kRows) {
     const int n = static_cast<int>(end - p0 < kRows ? end - p0 : kRows);
-    const auto token = [&](int r) { return r < n ? p.rows ? p.rows[p0 + r] : p0 + r : -1; };
+    if (const int r = thread_index(); r < kRows)
+      memory.tokens[r] = r < n ? p.rows ? p.rows[p0 + r] : static_cast<int32_t>(p0 + r) : -1;
+    sync_block();
+    const auto token = [&](int r) { return memory.tokens[r]; };
     const auto neuron = [&](int r) { return j0 + r < p.s ? e * p.s + j0 + r : -1; };
     Tile sums, gates;
     pipeline(
