@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+import re
+from pathlib import Path
 
 import pytest
 from sadmoe import crossover
@@ -85,6 +87,15 @@ def test_a_file_of_measured_constants_is_read(tmp_path):
     assert card.launch == 1e-3
     assert "launch" not in card.unmeasured
     assert sparse_seconds(BERT[64], 1, 0.1, card) > 5e-3
+
+
+def test_bench_cuda_writes_what_the_model_asks():
+    source = (Path(__file__).parent.parent / "bench/cuda/constants.cu").read_text()
+    written = set(re.findall(r'\\"(\w+)\\":', source))
+    by_torch = {"dense_16", "dense_32", "ours_16", "ours_32"}
+    wanted = {field.name for field in dataclasses.fields(crossover.Card)} - by_torch - {"unmeasured"}
+    assert wanted - written == {"shared"}, "what stays a datasheet's"
+    assert {"products_16", "products_32"} <= written
 
 
 def test_a_missing_constant_is_named(tmp_path):

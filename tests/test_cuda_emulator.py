@@ -14,10 +14,10 @@ PLANTED = {
     "missing_barrier": f"{UNINITIALISED}|{RACE}",
     "missing_barrier_before_reuse": RACE,
     "shuffle_as_barrier": f"{UNINITIALISED}|{RACE}",
-    "divergent_barrier": "divergent barrier: planted.cpp:",
-    "barrier_without_some": "deadlock: thread 0 waits at planted.cpp:.*, thread 32 has returned",
-    "warp_operation_without_some": "deadlock: thread 0 waits at planted.cpp:.*, thread 16 has returned",
-    "different_warp_operations": "lanes of a warp meet in different operations: planted.cpp:",
+    "divergent_barrier": "divergent barrier: planted.cuh:",
+    "barrier_without_some": "deadlock: thread 0 waits at planted.cuh:.*, thread 32 has returned",
+    "warp_operation_without_some": "deadlock: thread 0 waits at planted.cuh:.*, thread 16 has returned",
+    "different_warp_operations": "lanes of a warp meet in different operations: planted.cuh:",
     "warp_operations": "",
     "uninitialised_shared_memory": UNINITIALISED,
     "uninitialised_output": "read of uninitialised out",
@@ -53,7 +53,7 @@ def test_the_emulator_sees_a_planted_bug_and_passes_its_right_twin(native, name)
 
 
 def test_every_planted_case_is_expected():
-    source = (Path(__file__).parent / "emulator/planted.cpp").read_text()
+    source = (Path(__file__).parent / "emulator/planted.cuh").read_text()
     assert set(re.findall(r'^    \{"(\w+)"', source, re.MULTILINE)) == PLANTED.keys()
 
 
@@ -66,3 +66,9 @@ def test_kernels_are_written_in_the_words_of_device_cuh_alone():
             path.read_text(),
         )
         assert not found, f"{path.name} uses {found}"
+
+
+def test_a_device_runs_the_right_twins():
+    source = (Path(__file__).parent.parent / "bench/cuda/conformance.cu").read_text()
+    right = re.search(r"kRight\[\] = \{(.*?)\};", source, re.DOTALL)[1]
+    assert set(re.findall(r'"(\w+)"', right)) == {name for name, said in PLANTED.items() if not said}
