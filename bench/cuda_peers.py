@@ -2,11 +2,12 @@
 
     python bench/cuda_peers.py [--constants constants.json] [--tokens 1 8 ...] [--json FILE]
 
-bf16, all weights cold in L2 where tokens are few, graphs of several calls. sadmoe's time holds the router and the
-selection; the peers are given the mask, and grouped_mm and Triton their index lists, for free. Columns: share of pairs
-executed; union of the weights that some token needs; times in us; eta: what dense would take for the share (few
-tokens: the union) over sadmoe's time; floor: the least the card could take over sadmoe's time; auto: time of the way
-that sadmoe.crossover chooses over dense. A peer that fails is n/a, and why stands below.
+bf16, graphs of several calls; where tokens are few, each with weights of its own, as many as L2 does not hold (at most
+64 sets, which small layers at small shares do not fill). sadmoe's time holds the router and the selection; the peers
+are given the mask, and grouped_mm and Triton their index lists, for free. Columns: share of pairs executed; union of
+the weights that some token needs; times in us; eta: what dense would take for the share (few tokens: the union) over
+sadmoe's time; floor: the least the card could take over sadmoe's time; auto: time of the way that sadmoe.crossover
+chooses over dense. A peer that fails is n/a, and why stands below.
 """
 
 import argparse
@@ -34,7 +35,8 @@ SHAPES = [  # d, E, s, gated
 TOKENS = [1, 8, 64, 512, 8192]
 SHARES = [0.05, 0.1, 0.25, 0.5]
 ROUTER_WIDTH = 128
-COLD = 200e6  # bytes of weights that L2 does not hold
+COLD = 200e6  # bytes that L2 does not hold
+MOST_SETS = 64  # of weights, one a call of a graph
 
 
 def problem(shape: tuple[int, int, int, bool], T: int, share: float) -> SimpleNamespace:
@@ -46,7 +48,8 @@ def problem(shape: tuple[int, int, int, bool], T: int, share: float) -> SimpleNa
         return (torch.randn(*size, generator=g, device="cuda") * scale).bfloat16()
 
     layer = Layer(d, d, E, s, ROUTER_WIDTH, gated)
-    sets = min(16, int(COLD / (layer.neurons * layer.neuron_width * 2)) + 1) if T <= 64 else 1
+    read = 2 * share * layer.neurons * layer.neuron_width
+    sets = min(MOST_SETS, int(COLD / read) + 1) if T <= 64 else 1
     p = SimpleNamespace(layer=layer, T=T, x=normal(T, d, scale=1), v1=normal(ROUTER_WIDTH, d, scale=d**-0.5))
     p.v2 = normal(E, ROUTER_WIDTH, scale=ROUTER_WIDTH**-0.5)
     p.act = "silu" if gated else "relu"
@@ -130,7 +133,9 @@ def measured(p: SimpleNamespace, card: Card, reasons: set[str]) -> dict:
     share = p.mask.float().mean().item()
     union = p.mask.any(0).float().mean().item()
     calls = usable(p, [dense, masked, grouped_mm, triton, sadmoe], reasons)
-    times = {name: t.median for name, t in graph_seconds(calls, 8 if p.T <= 512 else 3).items()}
+    times = {
+        name: t.median for name, t in graph_seconds(calls, max(len(p.up), 8 if p.T <= 512 else 3)).items()
+    }
     row = {"T": p.T, "share": share, "union": union, "seconds": times}
     if "dense" in times and "sadmoe" in times:
         ours, needed = times["sadmoe"], union if p.T <= 64 else share
