@@ -43,26 +43,41 @@ COPY, MATRICES = r"LDGSTS\.E\.BYPASS\.128", r"LDSM\.16\.M88\.4"
 TRANSPOSED = r"LDSM\.16\.MT88\.4"
 
 
-def _tensor_cores(dtype: str, *more: str) -> tuple[str, ...]:
-    product = {"__nv_bfloat16": r"HMMA\.16816\.F32\.BF16", "__half": r"HMMA\.16816\.F32 "}[dtype]
-    return (product, COPY, MATRICES, *more)
-
-
-BUDGETS = {
-    "select": Budget(40, (r"SHFL\.BFLY",)),
-    "plan_count": Budget(40),
-    "plan_scan": Budget(40, (r"SHFL\.UP",)),
-    "plan_fill": Budget(40),
-    "up<Fma, false>": Budget(72, ("FFMA",)),
-    "up<Fma, true>": Budget(104, ("FFMA",)),
-    "down<Fma>": Budget(72, ("FFMA", "VOTE")),
+MMA = {
+    "Fma": ("FFMA",),
+    "Mma<__nv_bfloat16>": (r"HMMA\.16816\.F32\.BF16", MATRICES),
+    "Mma<__half>": (r"HMMA\.16816\.F32 ", MATRICES),
+    "Tf32<1>": (r"HMMA\.1688\.F32\.TF32", MATRICES),
+    "Tf32<2>": (r"HMMA\.1688\.F32\.TF32", MATRICES),
 }
-for _dtype in ("__nv_bfloat16", "__half"):
-    BUDGETS |= {
-        f"up<Mma<{_dtype}>, false>": Budget(104, _tensor_cores(_dtype)),
-        f"up<Mma<{_dtype}>, true>": Budget(168, _tensor_cores(_dtype)),
-        f"down<Mma<{_dtype}>>": Budget(128, _tensor_cores(_dtype, TRANSPOSED, "VOTE")),
+
+
+def _budgets() -> dict[str, Budget]:
+    budgets = {
+        "select": Budget(40, (r"SHFL\.BFLY",)),
+        "plan_words": Budget(40, (r"SHFL\.BFLY",)),
+        "plan_scan": Budget(40, ("POPC",)),
+        "plan_fill": Budget(40, (r"SHFL\.UP",)),
+        "plan_decode": Budget(40, (r"SHFL\.UP",)),
     }
+    for tile, must in MMA.items():
+        turned = (TRANSPOSED,) if tile.startswith("Mma") else ()
+        experts = tile != "Tf32<2>"  # that one is the router's
+        for gated in ("false", "true") if experts else ("false",):
+            wide = gated == "true"
+            budgets[f"up<{tile}, {gated}>"] = Budget(168 if wide else 128, (COPY, *must))
+            for tokens in (16, 64):
+                budgets[f"decode_up<{tile}, {gated}, {tokens}>"] = Budget(
+                    96 if tokens == 16 else 128, (COPY, *must)
+                )
+        if experts:
+            budgets[f"down<{tile}>"] = Budget(128, (COPY, "VOTE", *must, *turned))
+            for tokens in (16, 64):
+                budgets[f"decode_down<{tile}, {tokens}>"] = Budget(128, (COPY, *must, *turned))
+    return budgets
+
+
+BUDGETS = _budgets()
 
 Kernels = dict[tuple[str, str], Kernel]  # by architecture and name
 

@@ -1,78 +1,14 @@
-"""The CUDA kernels against plain torch: on the emulator, and on a CUDA device where there is one.
+"""The CUDA kernels against plain torch: on the emulator, and on a CUDA device where there is one."""
 
-The emulator needs no GPU: `cmake -DSADMOE_EMULATOR=ON` builds it; SADMOE_EMULATOR_LIB is its library's path.
-"""
-
-import ctypes
 import itertools
-import os
-import re
-from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
+from cuda_backends import DTYPES, SCHEDULES, Backend
 from problems import assert_as_good_as_torch, experts_problem, in_double, router_problem
-from sadmoe import ops, reference
+from sadmoe import reference
 
-CUDA_SOURCES = Path(__file__).parent.parent / "csrc/cuda"
-OPS = ("router_scores", "dynamic_k_select", "sparse_experts", "dynamic_k_moe")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTS = list(reference.ACTIVATIONS)
-SCHEDULES = [(order, seed, late) for order, seed in ((0, 1), (1, 1), (2, 1), (2, 2)) for late in (0, 1)]
-
-
-@cache
-def emulator():
-    """The emulator's library, its ops defined as sadmoe's are, under torch.ops.sadmoe_emulated."""
-    path = os.environ.get("SADMOE_EMULATOR_LIB")
-    if path is None:
-        pytest.skip("SADMOE_EMULATOR_LIB is not set: the emulator was not built")
-    library = torch.library.Library("sadmoe_emulated", "FRAGMENT")
-    for name in OPS:
-        library.define(str(getattr(torch.ops.sadmoe, name).default._schema).removeprefix("sadmoe::"))
-    torch.ops.load_library(path)
-    native = ctypes.CDLL(path)
-    native.sadmoe_run_planted.restype = ctypes.c_char_p
-    native.sadmoe_limit_hidden.argtypes = [ctypes.c_int64]
-    native.definitions = library  # they live as long as this object
-    return native
-
-
-class Backend:
-    """An implementation of the ops: arguments from the CPU, results back on it."""
-
-    def __init__(self, namespace, device):
-        self.namespace, self.device = namespace, device
-
-    def __getattr__(self, name):
-        op = getattr(getattr(torch.ops, self.namespace), name)
-
-        def run(*args, **kwargs):
-            return op(
-                *(a.to(self.device) if isinstance(a, torch.Tensor) else a for a in args), **kwargs
-            ).cpu()
-
-        return run
-
-
-@pytest.fixture(params=["emulator", pytest.param("cuda", marks=pytest.mark.cuda)])
-def backend(request):
-    if request.param == "emulator":
-        emulator()
-        return Backend("sadmoe_emulated", "cpu")
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if "cuda: yes" not in ops.build_info():
-        pytest.skip(f"built without CUDA kernels ({ops.build_info()})")
-    return Backend("sadmoe", "cuda")
-
-
-@pytest.fixture
-def native():
-    yield emulator()
-    emulator().sadmoe_schedule(0, 1, 1)
-    emulator().sadmoe_limit_hidden(256 << 20)
 
 
 def check_experts(backend, args, act):
@@ -249,8 +185,58 @@ def test_tokens_that_do_not_fit_the_workspace_go_in_chunks(native):
     args = experts_problem(200, 16, 5, 8, 20)
     whole = backend.sparse_experts(*args)
     for limit in (0, 64 * 5 * 8 * 4, 2 * 64 * 5 * 8 * 4):
-        native.sadmoe_limit_hidden(limit)
+        native.sadmoe_set_options(limit, 64, False)
         assert torch.equal(backend.sparse_experts(*args), whole), limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("T", "d", "s"), [(1, 72, 24), (16, 40, 8), (17, 64, 33), (64, 33, 10)])
+def test_few_tokens_have_the_bits_of_many(native, T, d, s, dtype):
+    """The kernels of few tokens sum in the order of those of many: the shape of a call changes no result."""
+    backend = Backend("sadmoe_emulated", "cpu")
+    for tf32, gated in ((False, False), (False, True), (True, True)):
+        x, _, *weights = experts_problem(T, d, 9, s, 35, gated=gated, dtype=dtype)
+        routers = [router_problem(d, 9, dtype=v) for v in (dtype, torch.float16)]
+        results = []
+        for decode_tokens in (64, 0):
+            native.sadmoe_set_options(256 << 20, decode_tokens, tf32)
+            scores = [backend.router_scores(x, *router) for router in routers]
+            y = backend.dynamic_k_moe(x, *routers[0], *weights, tau=0.3, act="gelu")
+            results.append([*scores, y])
+        assert all(map(torch.equal, *results)), (tf32, gated)
+
+
+def tf32(t):
+    """float32 to the nearest of 11 significant bits, ties away from zero."""
+    return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("T", [33, 100])
+def test_tf32_is_as_good_as_torch_on_rounded_operands(native, T):
+    args = experts_problem(T, 96, 5, 24, gated=True)
+    native.sadmoe_set_options(256 << 20, 64, True)
+    y = Backend("sadmoe_emulated", "cpu").sparse_experts(*args, act="silu")
+    x, mask, w_up, w_down, b_up, w_gate, b_gate, b_out = args
+    flat = [tf32(w).flatten(0, 1) for w in (w_up, w_gate, w_down)]
+    gate = torch.nn.functional.silu(tf32(x) @ flat[1].T + b_gate.flatten())
+    hidden = gate * (tf32(x) @ flat[0].T + b_up.flatten()) * mask.repeat_interleave(24, 1)
+    assert_as_good_as_torch(
+        y, tf32(hidden) @ flat[2] + b_out, reference.sparse_experts(*in_double(args), act="silu")
+    )
+    exact = reference.sparse_experts(*args, act="silu")
+    assert not torch.allclose(y, exact, rtol=1e-5, atol=1e-5), "tf32 was not used"
+
+
+@pytest.mark.parametrize("T", [9, 80])
+def test_a_token_that_no_expert_or_every_expert_reaches(backend, T):
+    """NaN scores choose none, zero scores all; also where the mask is never written."""
+    x, _, *weights = experts_problem(T, 24, 5, 8)
+    v1, v2 = router_problem(24, 5)
+    x[3], x[4] = float("nan"), 0
+    y = backend.dynamic_k_moe(x, v1, v2, *weights, tau=0.9)
+    everyone = torch.ones(T, 5, dtype=torch.bool)
+    assert torch.equal(y[3], weights[-1])
+    assert torch.equal(y[4], backend.sparse_experts(x, everyone, *weights)[4])
 
 
 @pytest.mark.parametrize(
@@ -266,122 +252,3 @@ def test_tokens_that_do_not_fit_the_workspace_go_in_chunks(native):
 def test_a_wrong_argument_is_named(backend, args, message):
     with pytest.raises(RuntimeError, match=f"sadmoe::sparse_experts: {message}"):
         backend.sparse_experts(*args, *experts_problem(6, 12, 3, 4)[2:])
-
-
-# --- On a device only.
-
-
-@pytest.fixture
-def cuda():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-
-
-@pytest.mark.cuda
-def test_a_tensor_on_another_device_is_named(cuda):
-    args = [a if a is None else a.cuda() for a in experts_problem()]
-    args[4] = args[4].cpu()
-    with pytest.raises(
-        RuntimeError, match="all tensors must be on one device: b_up is on the CPU, x on cuda:0"
-    ):
-        ops.sparse_experts(*args)
-
-
-@pytest.mark.cuda
-def test_a_captured_graph_replays_with_another_mask(cuda):
-    args = [a if a is None else a.cuda() for a in experts_problem(100, 64, 8, 16, dtype=torch.bfloat16)]
-    ops.sparse_experts(*args)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = ops.sparse_experts(*args)
-    for share in (0.0, 0.2, 1.0):
-        args[1].copy_(torch.rand(100, 8, device="cuda") < share)
-        graph.replay()
-        assert torch.equal(y, ops.sparse_experts(*args)), share
-
-
-@pytest.mark.cuda
-def test_work_is_queued_on_the_current_stream_of_the_tensors_device(cuda):
-    args = experts_problem(100, 64, 8, 16)
-    for index in range(torch.cuda.device_count()):
-        moved = [a if a is None else a.to(f"cuda:{index}") for a in args]
-        wanted = ops.sparse_experts(*moved)
-        torch.cuda.synchronize(index)
-        with torch.cuda.stream(torch.cuda.Stream(index)):
-            torch.cuda._sleep(10_000_000)
-            late = moved[0] * 2  # queued on the same stream: an op elsewhere would read it too early
-            y = ops.sparse_experts(late / 2, *moved[1:])
-        torch.cuda.synchronize(index)
-        assert y.device == moved[0].device
-        assert torch.equal(y, wanted)
-
-
-@pytest.mark.cuda
-def test_nothing_waits_for_the_device(cuda):
-    x, _, *weights = (a if a is None else a.cuda() for a in experts_problem(100, 64, 8, 16))
-    v1, v2 = (v.cuda() for v in router_problem(64, 8))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        ops.dynamic_k_moe(x, v1, v2, *weights, tau=0.3)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-# --- The emulator itself: bugs that it must see, beside right twins that it must pass.
-
-UNINITIALISED, RACE = "read of uninitialised shared memory", "data race on shared memory"
-IN_FLIGHT = "read of shared memory.* while a copy to it is in flight"
-PLANTED = {
-    "barrier_between_warps": "",
-    "missing_barrier": f"{UNINITIALISED}|{RACE}",
-    "missing_barrier_before_reuse": RACE,
-    "shuffle_as_barrier": f"{UNINITIALISED}|{RACE}",
-    "divergent_barrier": "divergent barrier: planted.cpp:",
-    "barrier_without_some": "deadlock: thread 0 waits at planted.cpp:.*, thread 32 has returned",
-    "warp_operation_without_some": "deadlock: thread 0 waits at planted.cpp:.*, thread 16 has returned",
-    "different_warp_operations": "lanes of a warp meet in different operations: planted.cpp:",
-    "warp_operations": "",
-    "uninitialised_shared_memory": UNINITIALISED,
-    "uninitialised_output": "read of uninitialised out",
-    "shared_memory_overflow": "write of 4 bytes out of bounds.* thread 31",
-    "read_past_the_end": "read of 4 bytes out of bounds.* thread 31",
-    "write_past_the_end": "write of 4 bytes out of bounds.* thread 31",
-    "write_to_input": "write to read-only in",
-    "misaligned": "misaligned read of 4 bytes of in",
-    "blocks_write_one_place": "data race on out.*, unordered with a write by another block",
-    "block_reads_another": "data race on out.*, .* by another block|read of uninitialised out",
-    "blocks_apart": "",
-    "copies": "",
-    "copies_without_wait": IN_FLIGHT,
-    "copies_without_barrier": f"{UNINITIALISED}|{IN_FLIGHT}|{RACE}",
-    "copies_misaligned": "misaligned source of a copy of 16 bytes",
-    "copy_over_what_is_read": f"{RACE}|{IN_FLIGHT}",
-    "product": "",
-    "product_transposed": "",
-    "product_of_wrong_columns": "wrong numbers",
-    "too_many_threads": "invalid launch: 1 x 1 blocks of 2048 threads",
-}
-
-
-@pytest.mark.parametrize("name", PLANTED)
-def test_the_emulator_sees_a_planted_bug_and_passes_its_right_twin(native, name):
-    for schedule in SCHEDULES:
-        native.sadmoe_schedule(*schedule)
-        said = native.sadmoe_run_planted(name.encode()).decode()
-        assert re.match(PLANTED[name] or "$", said), f"{name} in schedule {schedule}: {said!r}"
-
-
-def test_every_planted_case_is_expected():
-    source = (Path(__file__).parent / "emulator/planted.cpp").read_text()
-    assert set(re.findall(r'^    \{"(\w+)"', source, re.MULTILINE)) == PLANTED.keys()
-
-
-def test_kernels_are_written_in_the_words_of_device_cuh_alone():
-    for path in sorted(CUDA_SOURCES.iterdir()):
-        if path.name == "device.cuh":
-            continue
-        found = re.findall(
-            r"\basm\b|__\w+|\b(?:thread|block)Idx\b|\b(?:block|grid)Dim\b|cuda\w+\(|#include <cuda",
-            path.read_text(),
-        )
-        assert not found, f"{path.name} uses {found}"

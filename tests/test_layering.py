@@ -12,7 +12,7 @@ ROOMS = [  # a room imports only rooms above it
     {"reference", "tables"},
     {"gradients"},
     {"ops", "_partition"},
-    {"gates"},
+    {"gates", "crossover"},
     {"layer"},
     {"batches", "partition", "ffn"},
     {"dial"},

@@ -17,6 +17,7 @@ STABLE_TORCH_LIBRARY(sadmoe, m) {
   m.def("_build_info() -> str");
   m.def("_cpu_isas() -> str");
   m.def("_use_cpu_isa(str isa) -> ()");
+  m.def("_allow_tf32(bool allow) -> ()");
 }
 
 namespace {

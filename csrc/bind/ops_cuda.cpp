@@ -8,7 +8,9 @@
 namespace sadmoe {
 namespace {
 
-int64_t hidden_limit = int64_t{256} << 20;  // bytes of hidden activations at once; more tokens go in chunks
+cuda::Options options;
+
+[[maybe_unused]] void allow_tf32(bool allow) { options.tf32 = allow; }
 
 void check_launch(int code, const char* op) { check(code == 0, op, "CUDA error ", code, ": ", cuda::error_string(code)); }
 
@@ -25,28 +27,23 @@ Router router_of(Arguments& keep, const Tensor& v1, const Tensor& v2, float tau)
 Tensor run_router(OnDevice& device, const char* op, const Tensor& x, View rows, const Router& router, const RouterShape& shape) {
   const Tensor hidden = torch::stable::new_empty(x, {shape.T, shape.r}, ScalarType::Float);
   const Tensor scores = torch::stable::new_empty(x, {shape.T, shape.E}, ScalarType::Float);
-  check_launch(cuda::router_scores(rows, router, shape, written<float>(device, "hidden", hidden),
+  check_launch(cuda::router_scores(rows, router, shape, options, written<float>(device, "hidden", hidden),
                                    written<float>(device, "scores", scores), device.stream()),
                op);
   return scores;
 }
 
-Tensor run_select(OnDevice& device, const char* op, const Tensor& like, const float* scores, int64_t T, int64_t E, float tau) {
-  const Tensor mask = torch::stable::new_empty(like, {T, E}, ScalarType::Bool);
-  check_launch(cuda::select(scores, T, E, tau, written<bool>(device, "mask", mask), device.stream()), op);
-  return mask;
-}
-
-Tensor run_experts(OnDevice& device, const char* op, const Tensor& x, Experts& p, const bool* mask) {
-  const cuda::Workspace size = cuda::workspace(p.shape, p.x.dtype, hidden_limit);
+Tensor run_experts(OnDevice& device, const char* op, const Tensor& x, Experts& p, const cuda::Choice& choice) {
+  const cuda::Workspace size = cuda::workspace(p.shape, p.x.dtype, options);
+  const Tensor words = torch::stable::new_empty(x, {size.words}, ScalarType::Int);
   const Tensor starts = torch::stable::new_empty(x, {size.starts}, ScalarType::Int);
   const Tensor rows = torch::stable::new_empty(x, {size.rows}, ScalarType::Int);
   const Tensor h = torch::stable::new_empty(x, {size.h});
   const Tensor y = torch::stable::new_empty(x, {p.shape.T, p.shape.d_out});
   p.y = written<void>(device, "y", y);
-  const cuda::Scratch scratch{written<int32_t>(device, "starts", starts), written<int32_t>(device, "rows", rows),
-                              written<void>(device, "h", h)};
-  check_launch(cuda::sparse_experts(p, mask, size, scratch, device.stream()), op);
+  const cuda::Scratch scratch{written<int32_t>(device, "words", words), written<int32_t>(device, "starts", starts),
+                              written<int32_t>(device, "rows", rows), written<void>(device, "h", h)};
+  check_launch(cuda::sparse_experts(p, choice, options, size, scratch, device.stream()), op);
   return y;
 }
 
@@ -67,7 +64,10 @@ Tensor dynamic_k_select(const Tensor& scores, double tau) {
   Arguments keep(op);
   const float* rows = static_cast<const float*>(keep.add("scores", scores).data);
   OnDevice device(keep, scores);
-  return run_select(device, op, scores, rows, scores.size(0), scores.size(1), threshold);
+  const int64_t T = scores.size(0), E = scores.size(1);
+  const Tensor mask = torch::stable::new_empty(scores, {T, E}, ScalarType::Bool);
+  check_launch(cuda::select(rows, T, E, threshold, written<bool>(device, "mask", mask), device.stream()), op);
+  return mask;
 }
 
 Tensor sparse_experts(const Tensor& x, const Tensor& mask, const Tensor& w_up, const Tensor& w_down, const MaybeTensor& b_up,
@@ -76,9 +76,9 @@ Tensor sparse_experts(const Tensor& x, const Tensor& mask, const Tensor& w_up, c
   Arguments keep(op);
   Experts p = check_arguments(keep, op, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act);
   check_shape(op, "mask", mask, {p.shape.T, p.shape.E}, "[T, E]");
-  const bool* chosen = keep.add_mask("mask", mask);
+  const cuda::Choice choice{keep.add_mask("mask", mask)};
   OnDevice device(keep, x);
-  return run_experts(device, op, x, p, chosen);
+  return run_experts(device, op, x, p, choice);
 }
 
 Tensor dynamic_k_moe(const Tensor& x, const Tensor& v1, const Tensor& v2, const Tensor& w_up, const Tensor& w_down,
@@ -92,8 +92,7 @@ Tensor dynamic_k_moe(const Tensor& x, const Tensor& v1, const Tensor& v2, const 
   const Router router = router_of(keep, v1, v2, check_tau(op, tau));
   OnDevice device(keep, x);
   const Tensor scores = run_router(device, op, x, p.x, router, shape);
-  const Tensor mask = run_select(device, op, x, static_cast<const float*>(scores.const_data_ptr()), shape.T, shape.E, router.tau);
-  return run_experts(device, op, x, p, static_cast<const bool*>(mask.const_data_ptr()));
+  return run_experts(device, op, x, p, {nullptr, static_cast<const float*>(scores.const_data_ptr()), router.tau});
 }
 
 }  // namespace
@@ -107,6 +106,11 @@ STABLE_TORCH_LIBRARY_IMPL(SADMOE_NAMESPACE, SADMOE_KEY, m) {
 }
 
 #if defined(SADMOE_EMULATOR)
-// For tests: chunks without large shapes.
-extern "C" __attribute__((visibility("default"))) void sadmoe_limit_hidden(int64_t bytes) { sadmoe::hidden_limit = bytes; }
+// For tests: chunks without large shapes, and the kernels of many tokens on few.
+extern "C" __attribute__((visibility("default"))) void sadmoe_set_options(int64_t hidden_bytes, int64_t decode_tokens,
+                                                                          bool tf32) {
+  sadmoe::options = {hidden_bytes, decode_tokens, tf32};
+}
+#else
+STABLE_TORCH_LIBRARY_IMPL(sadmoe, CompositeExplicitAutograd, m) { m.impl("_allow_tf32", TORCH_BOX(&sadmoe::allow_tf32)); }
 #endif

@@ -12,7 +12,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#define SADMOE_KERNEL(threads) __global__ void __launch_bounds__(threads)
+// Threads of a block, and of how many blocks a multiprocessor must hold the registers.
+#define SADMOE_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define SADMOE_DEVICE __device__ __forceinline__
 #define SADMOE_UNROLL _Pragma("unroll")
 #define SADMOE_ROLLED _Pragma("unroll 1")
@@ -30,6 +31,7 @@ using f16 = __half;
 SADMOE_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 SADMOE_DEVICE int64_t block_x() { return blockIdx.x; }
 SADMOE_DEVICE int64_t block_y() { return blockIdx.y; }
+SADMOE_DEVICE int64_t blocks_x() { return gridDim.x; }
 SADMOE_DEVICE int64_t blocks_y() { return gridDim.y; }
 
 // --- Numbers.
@@ -43,6 +45,15 @@ SADMOE_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); 
 SADMOE_DEVICE float exp(float v) { return expf(v); }
 SADMOE_DEVICE float erfc(float v) { return erfcf(v); }
 SADMOE_DEVICE int lowest_bit(unsigned v) { return __ffs(static_cast<int>(v)) - 1; }
+SADMOE_DEVICE int count_bits(unsigned v) { return __popc(v); }
+SADMOE_DEVICE float as_float(unsigned bits) { return __uint_as_float(bits); }
+SADMOE_DEVICE unsigned as_bits(float v) { return __float_as_uint(v); }
+// To the nearest of 11 significant bits, ties away from zero.
+SADMOE_DEVICE unsigned to_tf32(float v) {
+  unsigned bits;
+  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(v));
+  return bits;
+}
 
 // --- Threads together. A shuffle orders no memory.
 SADMOE_DEVICE void sync_block() { __syncthreads(); }
@@ -101,6 +112,13 @@ SADMOE_DEVICE void multiply_16x8x16(float* sums, const unsigned (&a)[4], unsigne
                : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+// sums [16, 8] += a [16, 8] b [8, 8] of tf32. A lane holds of a: (g, t) (g + 8, t) (g, t + 4) (g + 8, t + 4); of b: (t, g)
+// (t + 4, g).
+SADMOE_DEVICE void multiply_16x8x8(float* sums, const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 
 // --- The host's side: 0 or a cudaError_t.
 struct Grid {
@@ -112,6 +130,12 @@ int launch(void (*kernel)(Parameters), Grid grid, int threads, size_t shared_byt
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
   return static_cast<int>(
       cudaLaunchKernel(kernel, blocks, dim3(threads), arguments, shared_bytes, static_cast<cudaStream_t>(stream)));
+}
+// Of the current device.
+inline int multiprocessors(int& count) {
+  int device = 0;
+  const cudaError_t code = cudaGetDevice(&device);
+  return static_cast<int>(code ? code : cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
 }
 inline int set_device(int index) { return static_cast<int>(cudaSetDevice(index)); }
 inline const char* error_text(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

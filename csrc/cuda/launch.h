@@ -10,26 +10,42 @@ namespace sadmoe::cuda {
 // Makes a device current for this library's own copy of the CUDA runtime, beside torch's.
 int use_device(int index);
 
+struct Options {
+  int64_t hidden_bytes = int64_t{256} << 20;  // of hidden activations at once; more tokens go in chunks
+  int64_t decode_tokens = 64;  // at most these, and 64, go to the decode kernels, whose results are the same bit for bit
+  bool tf32 = false;           // float32 experts by tensor cores, operands rounded to 11 bits; never the router
+};
+
 // scores [T, E]; hidden [T, r] is scratch. x, v1, v2 of any dtypes.
-int router_scores(View x, const Router& router, const RouterShape& shape, float* hidden, float* scores, void* stream);
+int router_scores(View x, const Router& router, const RouterShape& shape, const Options& options, float* hidden, float* scores,
+                  void* stream);
 
 int select(const float* scores, int64_t T, int64_t E, float tau, bool* mask, void* stream);
 
-// Scratch of sparse_experts, bounded by the shapes alone, for any mask: tokens are taken in chunks, one after another.
+// Who chose whom: a mask, or, where it is null, who reaches tau.
+struct Choice {
+  const bool* mask = nullptr;     // [T, E]
+  const float* scores = nullptr;  // [T, E]
+  float tau = 0;
+};
+
+// Scratch of sparse_experts, bounded by the shapes alone, for any choice: tokens are taken in chunks, one after another.
 struct Workspace {
   int64_t chunk;   // tokens
+  int64_t words;   // int32
   int64_t starts;  // int32
   int64_t rows;    // int32
   int64_t h;       // elements of x's dtype, on 16 bytes
 };
-// `limit` bytes of h, or the least that one tile of tokens needs.
-Workspace workspace(const ExpertsShape& shape, DType dtype, int64_t limit);
+// Of options.hidden_bytes of h, or the least that one tile of tokens needs.
+Workspace workspace(const ExpertsShape& shape, DType dtype, const Options& options);
 
 struct Scratch {
-  int32_t *starts, *rows;
+  int32_t *words, *starts, *rows;
   void* h;
 };
-int sparse_experts(const Experts& experts, const bool* mask, const Workspace& workspace, const Scratch& scratch, void* stream);
+int sparse_experts(const Experts& experts, const Choice& choice, const Options& options, const Workspace& workspace,
+                   const Scratch& scratch, void* stream);
 
 const char* error_string(int code);
 

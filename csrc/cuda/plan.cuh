@@ -1,87 +1,80 @@
-// A mask as work, made on the device: counts, a scan, lists. No sort, no atomics, no word to the host, so a captured
-// graph replays with any mask.
+// A mask as work, made on the device: words of bits, their counts, a scan, lists by rank. No sort, no atomics, no word to
+// the host, so a captured graph replays with any mask.
 //
-//   tile i = tokens [i n, (i + 1) n), n = kTileTokens
+//   group g = tokens [32 g, 32 g + 32);   bit t % 32 of words[g, e] = token t chose expert e
+//   tile i = groups 2 i and 2 i + 1
 //   rows[starts[i, e] .. starts[i + 1, e])      = the tokens of tile i that chose expert e, ascending
 //   rows[starts[0, e] .. starts[tiles, e])      = all tokens that chose e, ascending; starts[0, e + 1] follows
+//   active = how many experts some token chose, then those, ascending                 (decode: T <= kTileTokens)
 #pragma once
-#include "cuda/device.cuh"
+#include "cuda/rule.cuh"
 
 namespace sadmoe::cuda {
 
-constexpr int kTileTokens = 64;
-constexpr int kPlanThreads = 128;
-constexpr int kScanThreads = 256;
+constexpr int kGroupTokens = 32, kTileTokens = 2 * kGroupTokens;
+constexpr int kWordThreads = 256;
 
 struct Plan {
-  const bool* mask;  // [T, E]
-  int32_t* starts;   // [tiles + 1, E]
-  int32_t* rows;     // [T E] at most
+  const bool* mask;     // [T, E]; null: who reaches tau
+  const float* scores;  // [T, E]
+  float tau;
+  uint32_t* words;  // [2 tiles, E]
+  int32_t* starts;  // [tiles + 2, E]; the last row: how many tokens chose e
+  int32_t* rows;    // [T E] at most; decode: active
   int64_t T, E, tiles;
+
+  SADMOE_DEVICE int32_t* totals() const { return starts + (tiles + 1) * E; }
+  SADMOE_DEVICE int tile_count(int64_t i, int64_t e) const {
+    return count_bits(words[2 * i * E + e]) + count_bits(words[(2 * i + 1) * E + e]);
+  }
 };
 
-// starts[i, e] = tokens of tile i that chose e. A thread an expert, so that a warp reads whole lines of the mask.
-SADMOE_KERNEL(kPlanThreads) plan_count(Plan p) {
-  const int64_t i = block_x(), e = block_y() * kPlanThreads + thread_index();
-  if (e >= p.E) return;
-  int32_t count = 0;
-  for (int64_t t = i * kTileTokens; t < p.T && t < (i + 1) * kTileTokens; ++t) count += p.mask[t * p.E + e];
-  p.starts[i * p.E + e] = count;
+struct WordMemory {
+  float thresholds[kGroupTokens];
+  int32_t warp_sums[kWordThreads / 32];
+};
+
+// The words of group g, by the block: lanes are experts, so that a warp reads whole lines.
+SADMOE_DEVICE void make_words(const Plan& p, int64_t g, WordMemory& memory) {
+  constexpr int kWarps = kWordThreads / 32;
+  const int64_t t0 = g * kGroupTokens, left = p.T - t0;
+  const int n = left < 0 ? 0 : left < kGroupTokens ? static_cast<int>(left) : kGroupTokens;
+  if (!p.mask)
+    for (int t = thread_index() / 32; t < n; t += kWarps) {
+      const float threshold = threshold_of(p.scores + (t0 + t) * p.E, p.E, p.tau);
+      if (thread_index() % 32 == 0) memory.thresholds[t] = threshold;
+    }
+  sync_block();
+  for (int64_t e = thread_index(); e < p.E; e += kWordThreads) {
+    uint32_t word = 0;
+    for (int t = 0; t < n; ++t) {
+      const int64_t i = (t0 + t) * p.E + e;
+      const bool chosen = p.mask ? p.mask[i] : reaches(p.scores[i], memory.thresholds[t]);
+      word |= static_cast<uint32_t>(chosen) << t;
+    }
+    p.words[g * p.E + e] = word;
+  }
 }
 
-struct ScanMemory {
-  int32_t warp_sums[kScanThreads / 32];
-};
-
 // Inclusive sums over the threads of the block, and the sum of all.
-SADMOE_DEVICE int32_t scan_block(int32_t value, int32_t& total, ScanMemory& memory) {
-  constexpr int kWarps = kScanThreads / 32;
+template <int kThreads>
+SADMOE_DEVICE int32_t scan_block(int32_t value, int32_t& total, int32_t (&warp_sums)[kThreads / 32]) {
   const int lane = thread_index() % 32, warp = thread_index() / 32;
   SADMOE_UNROLL
   for (int lanes = 1; lanes < 32; lanes *= 2) {
     const int32_t below = shuffle_up(value, lanes);
     value += lane >= lanes ? below : 0;
   }
-  if (lane == 31) memory.warp_sums[warp] = value;
+  if (lane == 31) warp_sums[warp] = value;
   sync_block();
   total = 0;
   SADMOE_UNROLL
-  for (int w = 0; w < kWarps; ++w) {
-    value += w < warp ? memory.warp_sums[w] : 0;
-    total += memory.warp_sums[w];
+  for (int w = 0; w < kThreads / 32; ++w) {
+    value += w < warp ? warp_sums[w] : 0;
+    total += warp_sums[w];
   }
   sync_block();
   return value;
-}
-
-// Counts to starts, in one block.
-SADMOE_KERNEL(kScanThreads) plan_scan(Plan p) {
-  SADMOE_SHARED(ScanMemory, memory);
-  int32_t before = 0;  // pairs of the experts below e0
-  for (int64_t e0 = 0; e0 < p.E; e0 += kScanThreads) {
-    const int64_t e = e0 + thread_index();
-    int32_t count = 0, total;
-    if (e < p.E)
-      for (int64_t i = 0; i < p.tiles; ++i) count += p.starts[i * p.E + e];
-    int32_t start = before + scan_block(count, total, memory) - count;
-    if (e < p.E) {
-      for (int64_t i = 0; i < p.tiles; ++i) {
-        const int32_t n = p.starts[i * p.E + e];
-        p.starts[i * p.E + e] = start;
-        start += n;
-      }
-      p.starts[p.tiles * p.E + e] = start;
-    }
-    before += total;
-  }
-}
-
-SADMOE_KERNEL(kPlanThreads) plan_fill(Plan p) {
-  const int64_t i = block_x(), e = block_y() * kPlanThreads + thread_index();
-  if (e >= p.E) return;
-  int32_t at = p.starts[i * p.E + e];
-  for (int64_t t = i * kTileTokens; t < p.T && t < (i + 1) * kTileTokens; ++t)
-    if (p.mask[t * p.E + e]) p.rows[at++] = static_cast<int32_t>(t);
 }
 
 }  // namespace sadmoe::cuda

@@ -1,6 +1,6 @@
-// The rule of dynamic-k (contract.h, select_row): a warp a token.
+// The mask of scores.
 #pragma once
-#include "cuda/device.cuh"
+#include "cuda/rule.cuh"
 
 namespace sadmoe::cuda {
 
@@ -13,20 +13,13 @@ struct Select {
   float tau;
 };
 
+// A warp a token.
 SADMOE_KERNEL(kSelectThreads) select(Select p) {
-  const int lane = thread_index() % 32;
   const int64_t t = block_x() * (kSelectThreads / 32) + thread_index() / 32;
   if (t >= p.T) return;
   const float* scores = p.scores + t * p.E;
-  float best = 0;
-  for (int64_t e = lane; e < p.E; e += 32) best = scores[e] > best ? scores[e] : best;
-  SADMOE_UNROLL
-  for (int lanes = 16; lanes; lanes /= 2) {
-    const float other = shuffle_xor(best, lanes);
-    best = other > best ? other : best;
-  }
-  const float threshold = p.tau == 0 ? 0 : p.tau * best;  // 0 * inf would be NaN
-  for (int64_t e = lane; e < p.E; e += 32) p.mask[t * p.E + e] = (scores[e] < 0 ? 0 : scores[e]) >= threshold;
+  const float threshold = threshold_of(scores, p.E, p.tau);
+  for (int64_t e = thread_index() % 32; e < p.E; e += 32) p.mask[t * p.E + e] = reaches(scores[e], threshold);
 }
 
 }  // namespace sadmoe::cuda

@@ -37,18 +37,21 @@ SADMOE_DEVICE float activate(Activation act, float v) {
 
 template <class Tile, bool kGated>
 struct UpStages {
-  typename Tile::RowStage x, w[kGated ? 2 : 1];
+  RowStage<Tile> x, w[kGated ? 2 : 1];
 };
 
-// Sums pass through shared memory so that a warp writes whole lines of h, and the epilogue is compiled once an element.
 template <class Tile, bool kGated>
-union UpMemory {
-  UpStages<Tile, kGated> stages[2];
-  float sums[kGated ? 2 : 1][kRows][kColumns];
+struct UpMemory {
+  int32_t tokens[kRows];
+  union {
+    UpStages<Tile, kGated> stages[kStages];
+    float sums[kGated ? 2 : 1][kRows][kColumns];
+  };
 };
 
-template <bool kGated>
-SADMOE_DEVICE float epilogue(const Up& p, int64_t neuron, float value, float gate) {
+// P: Up or DecodeUp.
+template <bool kGated, class P>
+SADMOE_DEVICE float epilogue(const P& p, int64_t neuron, float value, float gate) {
   if (p.b_up.data) value += load(p.b_up, neuron);
   if constexpr (!kGated) return activate(p.act, value);
   if (p.b_gate.data) gate += load(p.b_gate, neuron);
@@ -57,7 +60,7 @@ SADMOE_DEVICE float epilogue(const Up& p, int64_t neuron, float value, float gat
 
 // Block (x, y): expert and strip of its neurons x, every blocks_y-th strip of its tokens from y on.
 template <class Tile, bool kGated>
-SADMOE_KERNEL(kThreads)
+SADMOE_KERNEL(kThreads, kGated ? 3 : 4)
 up(Up p) {
   using Stages = UpStages<Tile, kGated>;
   using Memory = UpMemory<Tile, kGated>;
@@ -66,22 +69,26 @@ up(Up p) {
   const int64_t begin = p.starts ? p.starts[e] : 0, end = p.starts ? p.starts[p.tiles * p.E + e] : p.T;
   for (int64_t p0 = begin + block_y() * kRows; p0 < end; p0 += blocks_y() * kRows) {
     const int n = static_cast<int>(end - p0 < kRows ? end - p0 : kRows);
-    const auto token = [&](int r) { return r < n ? p.rows ? p.rows[p0 + r] : p0 + r : -1; };
+    if (const int r = thread_index(); r < kRows)
+      memory.tokens[r] = r < n ? p.rows ? p.rows[p0 + r] : static_cast<int32_t>(p0 + r) : -1;
+    sync_block();
+    const auto token = [&](int r) { return memory.tokens[r]; };
     const auto neuron = [&](int r) { return j0 + r < p.s ? e * p.s + j0 + r : -1; };
     Tile sums, gates;
-    pipeline<Tile::kDepth>(
-        memory.stages, p.d,
-        [&](Stages& stage, int64_t k) {
-          Tile::load(stage.x, p.x, k, p.d, token);
-          Tile::load(stage.w[0], p.w_up, k, p.d, neuron);
-          if constexpr (kGated) Tile::load(stage.w[1], p.w_gate, k, p.d, neuron);
+    pipeline(
+        memory.stages, static_cast<int>((p.d + Tile::kDepth - 1) / Tile::kDepth),
+        [&](Stages& stage, int step) {
+          const int64_t k = int64_t{step} * Tile::kDepth;
+          Tile::template load<kThreads>(stage.x, p.x, k, p.d, token);
+          Tile::template load<kThreads>(stage.w[0], p.w_up, k, p.d, neuron);
+          if constexpr (kGated) Tile::template load<kThreads>(stage.w[1], p.w_gate, k, p.d, neuron);
         },
-        [&](const Stages& stage) {
+        [&](const Stages& stage, int) {
           sums.multiply(stage.x, stage.w[0], n);
           if constexpr (kGated) gates.multiply(stage.x, stage.w[1], n);
         });
-    sums.store(memory.sums[0]);
-    if constexpr (kGated) gates.store(memory.sums[1]);
+    store_sums(sums, memory.sums[0]);
+    if constexpr (kGated) store_sums(gates, memory.sums[1]);
     sync_block();
     SADMOE_ROLLED
     for (int i = thread_index(); i < n * kColumns; i += kThreads) {

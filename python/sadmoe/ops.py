@@ -286,3 +286,14 @@ def cpu_isas() -> list[str]:
 def use_cpu_isa(isa: str) -> None:
     """Use one instruction set of `cpu_isas()` in the whole process, or "auto": for tests and benches."""
     torch.ops.sadmoe._use_cpu_isa(isa)
+
+
+def allow_tf32(allow: bool) -> None:
+    """Whether tensor cores may multiply float32 experts on CUDA, operands rounded to 11 bits; at first they may not.
+
+    For the whole process, like torch's own setting, which is not looked at. The router is always float32. Raises
+    RuntimeError where sadmoe was built without CUDA kernels.
+    """
+    if "cuda: yes" not in build_info():
+        raise RuntimeError(f"allow_tf32 is for CUDA kernels, and sadmoe was built without ({build_info()})")
+    torch.ops.sadmoe._allow_tf32(allow)

@@ -5,7 +5,7 @@
 
 #include "emulator/emulator.h"
 
-#define SADMOE_KERNEL(threads) void
+#define SADMOE_KERNEL(...) void
 #define SADMOE_DEVICE inline __attribute__((always_inline))
 #define SADMOE_UNROLL
 #define SADMOE_ROLLED
@@ -27,6 +27,7 @@ struct f16 {
 SADMOE_WORD int thread_index() { return emulator::here().thread; }
 SADMOE_WORD int64_t block_x() { return emulator::here().block_x; }
 SADMOE_WORD int64_t block_y() { return emulator::here().block_y; }
+SADMOE_WORD int64_t blocks_x() { return emulator::here().blocks_x; }
 SADMOE_WORD int64_t blocks_y() { return emulator::here().blocks_y; }
 
 SADMOE_WORD float to_float(float v) { return v; }
@@ -61,6 +62,19 @@ SADMOE_WORD float fma(float a, float b, float c) { return std::fma(a, b, c); }
 SADMOE_WORD float exp(float v) { return std::exp(v); }
 SADMOE_WORD float erfc(float v) { return std::erfc(v); }
 SADMOE_WORD int lowest_bit(unsigned v) { return __builtin_ctz(v); }
+SADMOE_WORD int count_bits(unsigned v) { return __builtin_popcount(v); }
+SADMOE_WORD float as_float(unsigned bits) {
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+SADMOE_WORD unsigned as_bits(float v) {
+  unsigned bits;
+  std::memcpy(&bits, &v, 4);
+  return bits;
+}
+constexpr unsigned kTf32Bits = ~0x1fffu;  // of a float, what tensor cores look at
+SADMOE_WORD unsigned to_tf32(float v) { return (std::isfinite(v) ? as_bits(v) + 0x1000 : as_bits(v)) & kTf32Bits; }
 
 SADMOE_WORD void sync_block(SADMOE_CALLER) { emulator::barrier(file, line); }
 
@@ -142,6 +156,19 @@ SADMOE_WORD void multiply_16x8x16(float* sums, const unsigned (&a)[4], unsigned 
     sums[i] += sum;
   }
 }
+SADMOE_WORD void multiply_16x8x8(float* sums, const unsigned (&a)[4], unsigned b0, unsigned b1, SADMOE_CALLER) {
+  const Fragments mine{{a[0], a[1], a[2], a[3]}, {b0, b1}};
+  const Fragments* all = static_cast<const Fragments*>(emulator::meet(&mine, sizeof mine, file, line));
+  const int g = thread_index() % 32 / 4, t = thread_index() % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int column = 2 * t + i % 2;
+    float sum = 0;
+    for (int k = 0; k < 8; ++k)
+      sum +=
+          as_float(all[g * 4 + k % 4].a[i / 2 + k / 4 * 2] & kTf32Bits) * as_float(all[column * 4 + k % 4].b[k / 4] & kTf32Bits);
+    sums[i] += sum;
+  }
+}
 
 struct Grid {
   int64_t x, y = 1;
@@ -159,6 +186,10 @@ template <class Parameters>
 int launch(void (*kernel)(Parameters), Grid grid, int threads, size_t shared_bytes, void*, const Parameters& parameters) {
   const Call<Parameters> call{kernel, parameters};
   return emulator::run({grid.x, grid.y, threads, shared_bytes, &Call<Parameters>::run, &call, sizeof call});
+}
+inline int multiprocessors(int& count) {
+  count = 3;  // few, so that blocks take turns with small problems too
+  return 0;
 }
 inline int set_device(int) { return 0; }
 inline const char* error_text(int) { return emulator::last_error(); }

@@ -1,2 +1,3 @@
 // The kernels, as they are, for the emulator.
+#include "cuda/decode.cu"
 #include "cuda/launch.cu"

@@ -1,0 +1,95 @@
+// What the cost model (python/sadmoe/crossover.py) must know of a card, measured on it.
+#include "constants.h"
+#include "layer.h"
+
+namespace bench {
+namespace {
+
+// Reads n uint4, each thread many at once; never true, so the sum is needed.
+__global__ void read_all(const uint4* data, size_t n, unsigned* out) {
+  unsigned sum = 0;
+  const size_t step = gridDim.x * size_t{512};
+  for (size_t i = blockIdx.x * size_t{512} + threadIdx.x; i < n; i += 8 * step)
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      if (i + j * step < n) sum ^= data[i + j * step].x;
+  if (sum == 0x12345678) *out = sum;
+}
+__global__ void nothing() {}
+
+int processors() {
+  int count = 0;
+  must(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, 0), "multiprocessors");
+  return count;
+}
+
+double read_rate(size_t bytes, int calls) {
+  const Buffer data(bytes), out(4);
+  const int blocks = 4 * processors();
+  const double time = seconds(
+      [&](int, cudaStream_t stream) {
+        read_all<<<blocks, 512, 0, stream>>>(data.as<uint4>(), bytes / sizeof(uint4), out.as<unsigned>());
+        must(cudaGetLastError(), "read_all");
+      },
+      calls);
+  return static_cast<double>(bytes) / time;
+}
+
+double launch_gap() {
+  return seconds(
+      [](int, cudaStream_t stream) {
+        nothing<<<1, 32, 0, stream>>>();
+        must(cudaGetLastError(), "nothing");
+      },
+      200);
+}
+
+// Products of one expert that all tokens take: nothing is sparse, all is at hand.
+double product_rate(sadmoe::DType dtype) {
+  Layer layer({8192, 2048, 2048, 1, 2048}, dtype, false, 1);
+  layer.mask(1);
+  return layer.flops() / seconds([&](int i, cudaStream_t stream) { layer.run(i, stream); }, 4);
+}
+
+// Weights read while decoding one token, from memory: the sets are more than L2 holds.
+double decode_rate() {
+  Layer layer({1, 4096, 4096, 64, 172}, sadmoe::DType::bf16, true, 4);
+  layer.mask(1);
+  const double time = seconds([&](int i, cudaStream_t stream) { layer.run(i, stream); }, 8);
+  return layer.weight_bytes() / (time - 3 * launch_gap());
+}
+
+// A step of a pipeline whose loads L2 answers: two narrow layers whose depth differs, one tile. Two steps are on their way.
+double step_seconds() {
+  double times[2];
+  for (int i = 0; i < 2; ++i) {
+    Layer layer({65, i ? 16384 : 8192, 64, 1, 8}, sadmoe::DType::bf16, false, 1);
+    layer.mask(1);
+    times[i] = seconds([&](int set, cudaStream_t stream) { layer.run(set, stream); });
+  }
+  return 3 * (times[1] - times[0]) / (8192 / 32);
+}
+
+}  // namespace
+
+void measure_constants(const char* path) {
+  cudaDeviceProp card{};
+  must(cudaGetDeviceProperties(&card, 0), "cudaGetDeviceProperties");
+  int clock = 0;
+  must(cudaDeviceGetAttribute(&clock, cudaDevAttrClockRate, 0), "clock rate");
+  FILE* file = std::fopen(path, "w");
+  if (!file) {
+    std::fprintf(stderr, "bench_cuda: cannot write %s\n", path);
+    std::exit(1);
+  }
+  const double memory = read_rate(size_t{1} << 30, 4);
+  std::fprintf(file, "{\"name\": \"%s\", \"capability\": [%d, %d], \"processors\": %d, \"clock\": %.6g,\n", card.name, card.major,
+               card.minor, card.multiProcessorCount, clock * 1e3);
+  std::fprintf(file, " \"memory\": %.6g, \"streamed\": %.6g, \"l2\": %.6g, \"launch\": %.6g, \"step\": %.6g,\n", memory,
+               decode_rate() / memory, read_rate(size_t{16} << 20, 50), launch_gap(), step_seconds());
+  std::fprintf(file, " \"products_16\": %.6g, \"products_32\": %.6g}\n", product_rate(sadmoe::DType::bf16),
+               product_rate(sadmoe::DType::f32));
+  std::fclose(file);
+}
+
+}  // namespace bench

@@ -1,0 +1,58 @@
+// bench_cuda conformance | constants FILE | layers: the CUDA kernels on a device, without torch.
+#include <cstring>
+
+#include "conformance.h"
+#include "constants.h"
+#include "layer.h"
+
+namespace bench {
+namespace {
+
+struct Shape {
+  const char* name;
+  int64_t d, E, s;
+  bool gated;
+};
+const Shape kShapes[] = {{"768 x 3072, s 24", 768, 128, 24, false},
+                         {"768 x 3072, s 64", 768, 48, 64, false},
+                         {"768 x 3072, s 128", 768, 24, 128, false},
+                         {"2048 x 16384 GLU, s 32", 2048, 512, 32, true},
+                         {"2048 x 16384 GLU, s 128", 2048, 128, 128, true}};
+const int64_t kTokens[] = {1, 8, 64, 512, 2048, 8192};
+const float kShares[] = {0.05f, 0.1f, 0.25f, 0.5f, 1.0f};
+
+// Weights sets of more than L2 holds, within reason.
+int sets_of(const Shape& shape) {
+  const double bytes = 2.0 * static_cast<double>(shape.E * shape.s * shape.d) * (shape.gated ? 3 : 2);
+  return std::clamp(static_cast<int>(200e6 / bytes) + 1, 1, 24);
+}
+
+void time_layers() {
+  std::printf("%-26s %6s  us at an executed share of", "bf16, router not included", "T");
+  for (const float share : kShares) std::printf(" %9.0f%%", share * 100);
+  std::printf("\n");
+  for (const Shape& shape : kShapes)
+    for (const int64_t T : kTokens) {
+      Layer layer({T, shape.d, shape.d, shape.E, shape.s}, sadmoe::DType::bf16, shape.gated, sets_of(shape));
+      std::printf("%-26s %6lld                          ", shape.name, static_cast<long long>(T));
+      for (const float share : kShares) {
+        layer.mask(share);
+        const double time = seconds([&](int i, cudaStream_t stream) { layer.run(i, stream); }, T > 1000 ? 4 : 20, 15);
+        std::printf(" %10.1f", time * 1e6);
+      }
+      std::printf("\n");
+      std::fflush(stdout);
+    }
+}
+
+}  // namespace
+}  // namespace bench
+
+int main(int count, char** words) {
+  const char* word = count > 1 ? words[1] : "";
+  if (!std::strcmp(word, "conformance") && count == 2) return bench::check_conformance() ? 1 : 0;
+  if (!std::strcmp(word, "constants") && count == 3) return bench::measure_constants(words[2]), 0;
+  if (!std::strcmp(word, "layers") && count == 2) return bench::time_layers(), 0;
+  std::fprintf(stderr, "usage: bench_cuda conformance | constants FILE | layers\n");
+  return 2;
+}

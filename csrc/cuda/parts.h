@@ -1,0 +1,66 @@
+// What launch.cu and decode.cu share: views as matrices, and which tile multiplies which dtypes.
+#pragma once
+#include <algorithm>
+
+#include "cuda/launch.h"
+#include "cuda/plan.cuh"
+#include "cuda/tile.cuh"
+#include "cuda/up.cuh"
+
+namespace sadmoe::cuda {
+
+inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+inline int64_t divide(int64_t n, int64_t by) { return (n + by - 1) / by; }
+inline int64_t padded(int64_t n) { return divide(n, 8) * 8; }  // whole 16 bytes in any dtype
+
+inline View at(View view, int64_t i) {
+  if (view) view.data = static_cast<const char*>(view.data) + i * size_of(view.dtype);
+  return view;
+}
+
+inline Matrix matrix(View view, int64_t ld) {
+  const bool wide = reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && ld * size_of(view.dtype) % 16 == 0;
+  return {view.data, ld, view.dtype, wide};
+}
+
+// Shared memory that every device gives a block without being asked.
+template <class Memory>
+constexpr size_t shared_bytes() {
+  static_assert(sizeof(Memory) <= 48 << 10);
+  return sizeof(Memory);
+}
+
+template <class T>
+struct Type {
+  using type = T;
+};
+
+// body(Type<Tile>) of the tile for experts, all operands of one dtype.
+template <class Body>
+int with_experts_tile(DType dtype, bool tf32, Body body) {
+  if (dtype == DType::bf16) return body(Type<Mma<bf16>>{});
+  if (dtype == DType::f16) return body(Type<Mma<f16>>{});
+  return tf32 ? body(Type<Tf32<1>>{}) : body(Type<Fma>{});
+}
+
+// The same for a layer of the router, with the accuracy of float32 whatever the dtypes: 16 bits fit tf32.
+template <class Body>
+int with_router_tile(DType x, DType w, Body body) {
+  if (x == w && x == DType::bf16) return body(Type<Mma<bf16>>{});
+  if (x == w && x == DType::f16) return body(Type<Mma<f16>>{});
+  return x == DType::f32 && w != DType::f32 ? body(Type<Tf32<2>>{}) : body(Type<Fma>{});
+}
+
+// One layer of the router: out [T, columns] = act(x wᵀ), a single expert that every token takes.
+struct Projection {
+  View x, w;
+  int64_t T, depth, columns;
+  Activation act;
+  float* out;
+};
+
+// At most kTileTokens tokens, in decode.cu.
+int decode_projection(const Projection& p, void* stream);
+int decode_experts(const Experts& experts, const Plan& plan, bool tf32, void* h, void* stream);
+
+}  // namespace sadmoe::cuda

@@ -1,0 +1,128 @@
+// A strip of a matrix product, few tokens by the 8 columns of a warp: what decoding multiplies. The sum of an element runs
+// over the depth by the same instructions in the same order as in tile.cuh, so it is the same bit for bit.
+//
+//   rows(a, b, c0):   b a stage whose rows are columns of the product, c0 the first of the warp's
+//   depths(a, b, c0): b a stage whose rows are steps of the depth
+#pragma once
+#include "cuda/tile.cuh"
+
+namespace sadmoe::cuda {
+
+template <class Tile, int kTokens>
+struct Strip;
+
+template <int kTokens>
+struct Strip<Fma, kTokens> {
+  static constexpr int kSums = kTokens / 4;
+  float sums[kSums] = {};
+
+  SADMOE_DEVICE static int row(int i) { return thread_index() % 4 + i * 4; }
+  SADMOE_DEVICE static int column(int) { return thread_index() % 32 / 4; }
+
+  template <class A, class B>
+  SADMOE_DEVICE void rows(const A& a, const B& b, int c0) {
+    SADMOE_ROLLED
+    for (int k = 0; k < A::columns; ++k) add(a, k, b.at[c0 + column(0)][k]);
+  }
+  template <class A, class B>
+  SADMOE_DEVICE void depths(const A& a, const B& b, int c0) {
+    SADMOE_ROLLED
+    for (int k = 0; k < A::columns; ++k) add(a, k, b.at[k][c0 + column(0)]);
+  }
+
+ private:
+  template <class A>
+  SADMOE_DEVICE void add(const A& a, int k, float w) {
+    SADMOE_UNROLL
+    for (int i = 0; i < kSums; ++i) sums[i] = fma(a.at[row(i)][k], w, sums[i]);
+  }
+};
+
+// Where the sums are: [tiles of 16 tokens][4].
+template <int kTokens>
+struct TensorStrip {
+  static constexpr int kSums = kTokens / 4;
+  float sums[kSums] = {};
+
+  SADMOE_DEVICE static int lane() { return thread_index() % 32; }
+  SADMOE_DEVICE static int row(int i) { return i / 4 * 16 + i % 4 / 2 * 8 + lane() / 4; }
+  SADMOE_DEVICE static int column(int i) { return lane() % 4 * 2 + i % 2; }
+};
+
+template <class T, int kTokens>
+struct Strip<Mma<T>, kTokens> : TensorStrip<kTokens> {
+  using TensorStrip<kTokens>::lane, TensorStrip<kTokens>::sums;
+
+  // Fragments of 32 depths at a time: two of 16.
+  template <class A, class B>
+  SADMOE_DEVICE void rows(const A& a, const B& b, int c0) {
+    SADMOE_UNROLL
+    for (int k = 0; k < A::columns; k += 32) {
+      unsigned bs[4];
+      load_matrices(bs, &b.at[c0 + lane() % 8][k + lane() / 8 * 8]);
+      add(a, k, bs);
+    }
+  }
+  template <class A, class B>
+  SADMOE_DEVICE void depths(const A& a, const B& b, int c0) {
+    SADMOE_UNROLL
+    for (int k = 0; k < A::columns; k += 32) {
+      unsigned bs[4];
+      load_matrices_transposed(bs, &b.at[k + lane()][c0]);
+      add(a, k, bs);
+    }
+  }
+
+ private:
+  template <class A>
+  SADMOE_DEVICE void add(const A& a, int k, const unsigned (&bs)[4]) {
+    SADMOE_UNROLL
+    for (int half = 0; half < 2; ++half) SADMOE_UNROLL
+    for (int m = 0; m < kTokens / 16; ++m) {
+      unsigned as[4];
+      load_matrices(as, &a.at[m * 16 + lane() % 16][k + half * 16 + lane() / 16 * 8]);
+      multiply_16x8x16(sums + m * 4, as, bs[half * 2], bs[half * 2 + 1], T{});
+    }
+  }
+};
+
+template <int kParts, int kTokens>
+struct Strip<Tf32<kParts>, kTokens> : TensorStrip<kTokens> {
+  using TensorStrip<kTokens>::lane, TensorStrip<kTokens>::sums;
+
+  // Fragments of 16 depths at a time: two of 8.
+  template <class A, class B>
+  SADMOE_DEVICE void rows(const A& a, const B& b, int c0) {
+    SADMOE_UNROLL
+    for (int k = 0; k < A::columns; k += 16) {
+      unsigned bs[4];
+      load_matrices(bs, &b.at[c0 + lane() % 8][k + lane() / 8 * 4]);
+      add(a, k, bs);
+    }
+  }
+  template <class A, class B>
+  SADMOE_DEVICE void depths(const A& a, const B& b, int c0) {
+    SADMOE_UNROLL
+    for (int k = 0; k < A::columns; k += 16) {
+      unsigned bs[4];
+      SADMOE_UNROLL
+      for (int i = 0; i < 4; ++i) bs[i] = as_bits(b.at[k + i * 4 + lane() % 4][c0 + lane() / 4]);
+      add(a, k, bs);
+    }
+  }
+
+ private:
+  template <class A>
+  SADMOE_DEVICE void add(const A& a, int k, const unsigned (&raw)[4]) {
+    const Split<1> bs(raw);
+    SADMOE_UNROLL
+    for (int half = 0; half < 2; ++half) SADMOE_UNROLL
+    for (int m = 0; m < kTokens / 16; ++m) {
+      unsigned as[4];
+      load_matrices(as, &a.at[m * 16 + lane() % 16][k + half * 8 + lane() / 16 * 4]);
+      multiply_parts(sums + m * 4, Split<kParts>(as), bs.parts[0][half * 2], bs.parts[0][half * 2 + 1]);
+    }
+  }
+};
+
+}  // namespace sadmoe::cuda

@@ -1,0 +1,67 @@
+"""Where the CUDA kernels run in tests: on the emulator, and on a CUDA device where there is one.
+
+The emulator needs no GPU: `cmake -DSADMOE_EMULATOR=ON` builds it; SADMOE_EMULATOR_LIB is its library's path.
+"""
+
+import ctypes
+import os
+from functools import cache
+
+import pytest
+import torch
+from sadmoe import ops
+
+OPS = ("router_scores", "dynamic_k_select", "sparse_experts", "dynamic_k_moe")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SCHEDULES = [(order, seed, late) for order, seed in ((0, 1), (1, 1), (2, 1), (2, 2)) for late in (0, 1)]
+
+
+@cache
+def emulator():
+    """The emulator's library, its ops defined as sadmoe's are, under torch.ops.sadmoe_emulated."""
+    path = os.environ.get("SADMOE_EMULATOR_LIB")
+    if path is None:
+        pytest.skip("SADMOE_EMULATOR_LIB is not set: the emulator was not built")
+    library = torch.library.Library("sadmoe_emulated", "FRAGMENT")
+    for name in OPS:
+        library.define(str(getattr(torch.ops.sadmoe, name).default._schema).removeprefix("sadmoe::"))
+    torch.ops.load_library(path)
+    native = ctypes.CDLL(path)
+    native.sadmoe_run_planted.restype = ctypes.c_char_p
+    native.sadmoe_set_options.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_bool]
+    native.definitions = library  # they live as long as this object
+    return native
+
+
+class Backend:
+    """An implementation of the ops: arguments from the CPU, results back on it."""
+
+    def __init__(self, namespace, device):
+        self.namespace, self.device = namespace, device
+
+    def __getattr__(self, name):
+        op = getattr(getattr(torch.ops, self.namespace), name)
+
+        def run(*args, **kwargs):
+            return op(
+                *(a.to(self.device) if isinstance(a, torch.Tensor) else a for a in args), **kwargs
+            ).cpu()
+
+        return run
+
+    def reschedule(self, schedule):
+        """Another order of threads, blocks and copies; a device has its own, different every time."""
+        if self.device == "cpu":
+            emulator().sadmoe_schedule(*schedule)
+
+
+def backend_of(name):
+    """ "emulator" or "cuda"; skips where there is none."""
+    if name == "emulator":
+        emulator()
+        return Backend("sadmoe_emulated", "cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if "cuda: yes" not in ops.build_info():
+        pytest.skip(f"built without CUDA kernels ({ops.build_info()})")
+    return Backend("sadmoe", "cuda")

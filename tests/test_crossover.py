@@ -1,0 +1,120 @@
+"""The model that says which way through a layer a CUDA device takes least time."""
+
+import dataclasses
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pytest
+from sadmoe import crossover
+from sadmoe.crossover import Layer, card_for, cards, choose, dense_seconds, masked_seconds, sparse_seconds
+
+BERT = {s: Layer(768, 768, 3072 // s, s, 128) for s in (24, 64, 128)}
+GEMMA = Layer(2048, 2048, 128, 128, 128, gated=True)
+TOKENS = (1, 8, 64, 65, 512, 8192, 65536)
+SHARES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.9, 1.0)
+CARDS = list(cards().values())
+BY_CARD = pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+
+
+@BY_CARD
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layer", [*BERT.values(), GEMMA], ids=str)
+def test_the_choice_is_never_slower_than_dense_by_the_model(layer, masked, card):
+    ways = set()
+    for tokens, share in itertools.product(TOKENS, SHARES):
+        way = choose(layer, tokens, share, card, masked)
+        dense = (masked_seconds if masked else dense_seconds)(layer, tokens, card)
+        sparse = sparse_seconds(layer, tokens, share, card)
+        assert (dense if way == "dense" else sparse) <= 1.0001 * min(dense, sparse), (tokens, share, way)
+        assert way in ("dense", "decode" if tokens <= 64 else "sparse")
+        ways.add(way)
+    assert "dense" in ways
+
+
+@BY_CARD
+def test_time_grows_with_the_share_the_tokens_and_the_layer(card):
+    for tokens in TOKENS:
+        times = [sparse_seconds(GEMMA, tokens, share, card) for share in SHARES]
+        assert times == sorted(times)
+    assert sparse_seconds(GEMMA, 8192, 0.1, card) > sparse_seconds(GEMMA, 4096, 0.1, card)
+    assert dense_seconds(GEMMA, 8192, card) > dense_seconds(BERT[64], 8192, card)
+    for tokens in TOKENS:
+        assert masked_seconds(GEMMA, tokens, card) > dense_seconds(GEMMA, tokens, card)
+
+
+@BY_CARD
+def test_what_is_known_of_the_kernels_shows(card):
+    limits = [crossover.crossover(BERT[s], 8192, card) for s in BERT]
+    assert limits == sorted(limits), "larger experts pay sooner"
+    assert choose(GEMMA, 1, 0.1, card) == "decode", "a tenth of the weights is read"
+    assert choose(GEMMA, 32, 0.5, card) == "dense", "32 tokens of a half each need all weights"
+    assert choose(BERT[24], 512, 0.9, card) == "dense"
+
+
+def test_fp32_has_its_own_rates():
+    h100 = cards()["H100"]
+    wide = dataclasses.replace(GEMMA, bytes_each=4)
+    assert dense_seconds(wide, 8192, h100) > 5 * dense_seconds(GEMMA, 8192, h100)
+
+
+def test_the_limit_is_where_the_choice_turns():
+    h100 = cards()["H100"]
+    limit = crossover.crossover(GEMMA, 1, h100)
+    assert 0.1 < limit < 1
+    assert choose(GEMMA, 1, limit * 0.999, h100) == "decode"
+    assert choose(GEMMA, 1, min(1.0, limit * 1.001), h100) == "dense"
+
+
+def test_every_constant_has_a_unit_a_source_and_says_whether_it_was_measured():
+    for name, table in json.loads(crossover.CONSTANTS.read_text()).items():
+        if name == "_":
+            continue
+        for constant, entry in table.items():
+            assert entry.keys() == {"value", "unit", "source", "measured"}, (name, constant)
+            assert all((entry["unit"], entry["source"])), (name, constant)
+        unmeasured = {constant for constant, entry in table.items() if not entry["measured"]}
+        assert set(cards()[name].unmeasured) == unmeasured
+
+
+def test_a_file_of_measured_constants_is_read(tmp_path):
+    table = json.loads(crossover.CONSTANTS.read_text())
+    table["H100"]["launch"] |= {"value": 1e-3, "measured": True}
+    path = tmp_path / "constants.json"
+    path.write_text(json.dumps(table))
+    card = cards(path)["H100"]
+    assert card.launch == 1e-3
+    assert "launch" not in card.unmeasured
+    assert sparse_seconds(BERT[64], 1, 0.1, card) > 5e-3
+
+
+def test_bench_cuda_writes_what_the_model_asks():
+    source = (Path(__file__).parent.parent / "bench/cuda/constants.cu").read_text()
+    written = set(re.findall(r'\\"(\w+)\\":', source))
+    by_torch = {"dense_16", "dense_32", "ours_16", "ours_32"}
+    wanted = {field.name for field in dataclasses.fields(crossover.Card)} - by_torch - {"unmeasured"}
+    assert wanted - written == {"shared"}, "what stays a datasheet's"
+    assert {"products_16", "products_32"} <= written
+
+
+def test_a_missing_constant_is_named(tmp_path):
+    table = json.loads(crossover.CONSTANTS.read_text())
+    del table["A100"]["l2"]
+    path = tmp_path / "constants.json"
+    path.write_text(json.dumps(table))
+    with pytest.raises(ValueError, match="card A100 lacks l2"):
+        cards(path)
+
+
+def test_a_card_is_found_by_its_capability():
+    assert card_for((8, 0)).name == "A100"
+    assert card_for((8, 6)).name == "A100"
+    assert card_for((9, 0)).name == card_for((12, 0)).name == "H100"
+    with pytest.raises(ValueError, match=r"capability must be at least \(8, 0\), that of A100, got \(7, 5\)"):
+        card_for((7, 5))
+
+
+def test_a_wrong_share_is_named():
+    with pytest.raises(ValueError, match=r"share must be the executed share, in \[0, 1\], got 1.5"):
+        choose(GEMMA, 1, 1.5, CARDS[0])

@@ -1,0 +1,75 @@
+"""What only a CUDA device can show: streams, devices, graphs, and that nothing waits."""
+
+import pytest
+import torch
+from problems import experts_problem, router_problem
+from sadmoe import ops
+
+
+@pytest.mark.cuda
+def test_a_tensor_on_another_device_is_named(cuda):
+    args = [a if a is None else a.cuda() for a in experts_problem()]
+    args[4] = args[4].cpu()
+    with pytest.raises(
+        RuntimeError, match="all tensors must be on one device: b_up is on the CPU, x on cuda:0"
+    ):
+        ops.sparse_experts(*args)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("T", [1, 40, 100])
+def test_a_captured_graph_replays_with_another_mask(cuda, T):
+    args = [a if a is None else a.cuda() for a in experts_problem(T, 64, 8, 16, dtype=torch.bfloat16)]
+    ops.sparse_experts(*args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ops.sparse_experts(*args)
+    for share in (0.0, 0.2, 1.0):
+        args[1].copy_(torch.rand(T, 8, device="cuda") < share)
+        graph.replay()
+        assert torch.equal(y, ops.sparse_experts(*args)), share
+
+
+@pytest.mark.cuda
+def test_work_is_queued_on_the_current_stream_of_the_tensors_device(cuda):
+    args = experts_problem(100, 64, 8, 16)
+    for index in range(torch.cuda.device_count()):
+        moved = [a if a is None else a.to(f"cuda:{index}") for a in args]
+        wanted = ops.sparse_experts(*moved)
+        torch.cuda.synchronize(index)
+        with torch.cuda.stream(torch.cuda.Stream(index)):
+            torch.cuda._sleep(10_000_000)
+            late = moved[0] * 2  # queued on the same stream: an op elsewhere would read it too early
+            y = ops.sparse_experts(late / 2, *moved[1:])
+        torch.cuda.synchronize(index)
+        assert y.device == moved[0].device
+        assert torch.equal(y, wanted)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("T", [1, 100])
+def test_nothing_waits_for_the_device(cuda, T):
+    x, _, *weights = (a if a is None else a.cuda() for a in experts_problem(T, 64, 8, 16))
+    v1, v2 = (v.cuda() for v in router_problem(64, 8))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.dynamic_k_moe(x, v1, v2, *weights, tau=0.3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+def test_tf32_is_used_where_it_is_allowed(cuda):
+    args = [a if a is None else a.cuda() for a in experts_problem(100, 96, 5, 24)]
+    exact = ops.sparse_experts(*args)
+    ops.allow_tf32(True)
+    try:
+        assert not torch.equal(ops.sparse_experts(*args), exact)
+    finally:
+        ops.allow_tf32(False)
+
+
+@pytest.mark.skipif("cuda: yes" in ops.build_info(), reason="built with CUDA kernels")
+def test_tf32_without_cuda_kernels_is_an_error():
+    with pytest.raises(RuntimeError, match="allow_tf32 is for CUDA kernels, and sadmoe was built without"):
+        ops.allow_tf32(True)
