@@ -65,7 +65,7 @@ def recombined(texts: Sequence[str], number: int, seed: int = 0) -> list[str]:
         wanted, text = len(draw.choice(texts)), ""
         while len(text) < wanted:
             text = f"{text} {draw.choice(sentences)}".strip()
-        made.append(textwrap.wrap(text, CHARACTERS[1])[0])
+        made.append(textwrap.wrap(text, wanted)[0])
     return made
 
 
