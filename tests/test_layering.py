@@ -20,7 +20,7 @@ ROOMS = [  # a room imports only rooms above it
     {"calibrate", "finetune"},
     {"layerwise"},
     {"convert"},
-    {"checkpoint"},
+    {"attention", "checkpoint"},
     {"hf"},
     {"report", "texts"},
     {"demo"},

@@ -1,11 +1,12 @@
 """Turns a pretrained dense transformer into a dynamic-k Mixture-of-Experts (arXiv 2310.04361) that is really faster.
 
-The steps in order: `sparsify_` (optional), `convert_`, `calibrate_`, then the model runs as before and computes less;
-`set_tau` is its dial, `cost` and `record_masks` say what it does, `restore_` makes it dense again. The compiled ops are
-in `sadmoe.ops` and under `torch.ops.sadmoe`.
+The steps in order: `replace_projections_` and `sparsify_` (optional), `convert_`, `calibrate_`, then the model runs as
+before and computes less; `set_tau` is its dial, `cost` and `record_masks` say what it does, `restore_` makes it dense
+again. The compiled ops are in `sadmoe.ops` and under `torch.ops.sadmoe`.
 """
 
 from sadmoe import hf
+from sadmoe.attention import ProjectionConfig, ProjectionReport, find_projections, replace_projections_
 from sadmoe.batches import padding_mask
 from sadmoe.calibrate import Calibration, calibrate_
 from sadmoe.checkpoint import CheckpointError, load, save
@@ -36,6 +37,8 @@ __all__ = [
     "FFNNotFoundError",
     "FinetuneConfig",
     "FinetuneReport",
+    "ProjectionConfig",
+    "ProjectionReport",
     "Router",
     "RouterConfig",
     "SparsifyConfig",
@@ -47,6 +50,7 @@ __all__ = [
     "convert_",
     "cost",
     "find_ffns",
+    "find_projections",
     "finetune_",
     "finetune_layers_",
     "fit_router_",
@@ -57,6 +61,7 @@ __all__ = [
     "padding_mask",
     "partition",
     "record_masks",
+    "replace_projections_",
     "restore_",
     "save",
     "set_tau",

@@ -22,7 +22,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sadmoe.convert import surgery
-from sadmoe.ffn import layer_from_dense, moe_layers, site_from_spec, site_of, spec, swap_in
+from sadmoe.ffn import (
+    ProjectionMLP,
+    bare_mlps,
+    empty_mlp,
+    layer_from_dense,
+    moe_layers,
+    site_from_spec,
+    site_of,
+    spec,
+    stand_in,
+    swap_in,
+)
+from sadmoe.ffn.linears import linear_shape
 from sadmoe.gates import DynamicK, Gate, TopK
 from sadmoe.layer import DynamicKMoE
 
@@ -51,11 +63,25 @@ def describe(layer: DynamicKMoE) -> dict[str, Any]:
     }
 
 
-def rebuild(model: nn.Module, name: str, description: Any) -> None:
+def describe_mlp(mlp: ProjectionMLP) -> dict[str, Any]:
+    """An MLP in the place of a projection, not converted, as what json can write."""
+    return {"projection": {"width": mlp.up.out_features, "act": mlp.act_name}}
+
+
+def describe_all(model: nn.Module) -> dict[str, Any]:
+    """Name -> description of everything in the model that a dense one does not have."""
+    converted = {name: describe(layer) for name, layer in moe_layers(model).items()}
+    return converted | {name: describe_mlp(mlp) for name, mlp in bare_mlps(model).items()}
+
+
+def rebuild(model: nn.Module, name: str, description: Any, *, keep: bool = False) -> None:
     """Cuts the FFN `name` of a dense model as `describe` said, neurons in their order, the router untrained.
 
-    Raises ValueError, with nothing changed, where the description is damaged or of another model.
+    Or puts an untrained MLP where the projection `name` is, cut as well where `describe` said so; keep: hold on to the
+    projection, for `restore_`. Raises ValueError where the description is damaged or of another model.
     """
+    if isinstance(description, Mapping) and set(description) == {"projection"}:
+        return _rebuild_mlp(model, name, description["projection"], keep)
     keys = {"experts", "expert_size", "router_width", "gate", "ffn"}
     if not isinstance(description, Mapping) or set(description) != keys:
         raise ValueError(f"{name}: its description must have {', '.join(sorted(keys))}")
@@ -64,12 +90,28 @@ def rebuild(model: nn.Module, name: str, description: Any) -> None:
         raise ValueError(
             f"{name}: experts, expert_size and router_width must be positive, got {experts}, {size}, {width}"
         )
-    site = site_from_spec(model, name, description["ffn"])
+    ffn = description["ffn"]
+    if isinstance(ffn, Mapping) and ffn.get("adapter") == "projection":
+        _rebuild_mlp(model, name, {"width": experts * size, "act": ffn.get("act")}, keep)
+    site = site_from_spec(model, name, ffn)
     dense = site.dense()
     if dense.f != experts * size:
         raise ValueError(f"{name}: has {dense.f} neurons in this model, {experts} x {size} in the one saved")
     order = torch.arange(dense.f, device=dense.w_up.device)
     swap_in(model, site, layer_from_dense(dense, order, experts, width, _gate(name, description["gate"])))
+
+
+def _rebuild_mlp(model: nn.Module, name: str, description: Any, keep: bool) -> None:
+    try:
+        linear = model.get_submodule(name)
+        width, act = description["width"], description["act"]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{name}: is no projection of this {type(model).__name__}: {error}") from error
+    if linear_shape(linear) is None or not (isinstance(width, int) and width > 0):
+        raise ValueError(
+            f"{name}: a projection is a linear layer and has a positive width, got a {type(linear).__name__}, {width}"
+        )
+    stand_in(model, name, empty_mlp(linear, width, act), keep=keep)
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -80,7 +122,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
     Raises ValueError where nothing is converted, FileExistsError where path is there and overwrite is False.
     """
     path = Path(path)
-    layers = {name: describe(layer) for name, layer in moe_layers(model).items()}
+    layers = describe_all(model)
     if not layers:
         raise ValueError(f"nothing to save: no FFN of this {type(model).__name__} is converted, see convert_")
     if path.is_dir() or (path.exists() and not overwrite):
@@ -111,7 +153,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> None:
     sadmoe, or of another model.
     """
     path = Path(path)
-    if converted := moe_layers(model):
+    if converted := describe_all(model):
         raise ValueError(
             f"{len(converted)} FFNs of this model are converted already: load takes a dense model"
         )

@@ -16,7 +16,7 @@ from sadmoe.batches import Batches, check_batches
 from sadmoe.dial import converted_layers
 from sadmoe.ffn import DenseFFN, FFNSite, find_ffns
 from sadmoe.finetune import ExpertPenalty, FinetuneConfig, frozen_in
-from sadmoe.inputs import stream_inputs
+from sadmoe.inputs import held_out_and_batches, stream_inputs
 from sadmoe.layer import DynamicKMoE
 from sadmoe.sparsify.guards import all_or_nothing, mode, seeded
 from sadmoe.sparsify.loop import Step, train
@@ -103,11 +103,7 @@ def _fit(
     rows = rows[torch.randperm(len(rows), device=rows.device)]
     targets = torch.cat([dense(part) for part in rows.split(CHUNK)])
     scale = rows.square().sum(-1) + targets.square().sum(-1)  # of the residual sum, token by token
-    held_out = max(1, len(rows) // 10)
-    whole = {"rows": rows, "targets": targets, "scale": scale}
-    test = {key: value[:held_out] for key, value in whole.items()}
-    chunks = zip(*(value[held_out:].split(batch_tokens) for value in whole.values()), strict=True)
-    batches = [dict(zip(whole, chunk, strict=True)) for chunk in chunks]
+    test, batches = held_out_and_batches({"rows": rows, "targets": targets, "scale": scale}, batch_tokens)
 
     def error(batch: Any) -> Tensor:
         return (layer(batch["rows"]) - batch["targets"]).square().sum(-1).div(batch["scale"]).mean()

@@ -140,19 +140,21 @@ def sparsify_(
     config: SparsifyConfig,
     *,
     loss: Loss | None = None,
+    teacher: nn.Module | None = None,
     filter: Callable[[str], bool] | None = None,
     progress: bool = True,
 ) -> SparsifyReport:
     """Fine-tunes the model in place so that fewer neurons are active: objective + alpha * penalty.
 
     It trains every parameter that requires a gradient; freeze what should stay. With a distilling objective
-    a frozen copy of the model as it was is the teacher, and dropout is off. Lists are shuffled by
+    a frozen copy of the model as it was is the teacher, or `teacher`, and dropout is off. Lists are shuffled by
     `config.seed`, a DataLoader goes by its own order; with `steps` two runs on one machine are equal.
     Padding counts nowhere. For mixed precision call it under torch.autocast. The global random state and
     training flags are left alone; gradients are dropped.
 
     loss: (model, batch) -> scalar that runs the model itself, as in `calibrate_`, for the objective "task";
-    the model's own `.loss` if None.
+    the model's own `.loss` if None.   teacher: a model of the same blocks, such as the one that
+    `replace_projections_` was given a copy of; put into eval mode.
     filter: which FFNs, as in `find_ffns`.   Source: arXiv 2310.04361, section 3.1.
     Raises ValueError and TypeError for wrong input, FloatingPointError where the loss is not finite.
     Whatever is raised, the model is as it was before, bit for bit.
@@ -160,6 +162,8 @@ def sparsify_(
     check_batches(batches)
     if loss is not None and config.objective != "task":
         raise ValueError(f'loss is used by objective "task" alone, got objective={config.objective!r}')
+    if teacher is not None and config.objective == "task":
+        raise ValueError('teacher is used by the distilling objectives, got objective="task"')
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")
     sites = find_ffns(model, filter)
@@ -171,7 +175,10 @@ def sparsify_(
     ):
         sample = list(islice(batches, MEASURED_BATCHES))
         before = measure_sparsity(model, sample, sites)
-        dense = copy.deepcopy(model).eval().requires_grad_(False) if config.objective != "task" else None
+        dense = None
+        if config.objective != "task":
+            dense = copy.deepcopy(model).requires_grad_(False) if teacher is None else teacher
+            dense.eval()
         if config.relu_swap:
             undo.append(swap_activations_(model, sites, "relu"))
         objective = _objective(model, dense, config, sites, loss)
