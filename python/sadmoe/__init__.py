@@ -22,11 +22,19 @@ from sadmoe.masks import record_masks
 from sadmoe.ops import build_info
 from sadmoe.partition import partition
 from sadmoe.routers import RouterConfig, fit_router_, fit_routers_
-from sadmoe.sparsify import SparsifyConfig, SparsifyReport, SparsityLoss, measure_sparsity, sparsify_
+from sadmoe.sparsify import (
+    Checkpoint,
+    SparsifyConfig,
+    SparsifyReport,
+    SparsityLoss,
+    measure_sparsity,
+    sparsify_,
+)
 
 __version__ = "0.1.0"
 __all__ = [
     "Calibration",
+    "Checkpoint",
     "CheckpointError",
     "ConversionReport",
     "ConvertConfig",

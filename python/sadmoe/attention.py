@@ -23,9 +23,9 @@ from sadmoe.ffn.probe import Unsupported
 from sadmoe.ffn.scan import Uses
 from sadmoe.ffn.sites import Parts
 from sadmoe.inputs import held_out_and_batches, stream_inputs
-from sadmoe.sparsify import SparsifyConfig, SparsityLoss
+from sadmoe.sparsify import Checkpoint, SparsifyConfig, SparsityLoss
 from sadmoe.sparsify.guards import seeded
-from sadmoe.sparsify.loop import train
+from sadmoe.sparsify.train import train
 from sadmoe.tables import format_table
 
 logger = logging.getLogger(__name__)
@@ -163,7 +163,12 @@ def find_projections(model: nn.Module, filter: Callable[[str], bool] | None = No
 
 
 def replace_projections_(
-    model: nn.Module, batches: Batches, config: ProjectionConfig | None = None, *, progress: bool = True
+    model: nn.Module,
+    batches: Batches,
+    config: ProjectionConfig | None = None,
+    *,
+    checkpoint: Checkpoint | None = None,
+    progress: bool = True,
 ) -> ProjectionReport:
     """Replaces each projection of attention by a two-layer MLP of equal cost, in place.
 
@@ -173,7 +178,8 @@ def replace_projections_(
     `find_ffns`, `sparsify_` and `convert_` take them for FFNs; `restore_` gives the original projections back, bit for
     bit, for which they are kept in memory beside the MLPs (not in files).
 
-    batches: as in `convert_`.   Source: arXiv 2310.04361, section 3.4, whose MLPs start at random.
+    batches: as in `convert_`.   checkpoint: where to resume from after a kill, see `Checkpoint`.
+    Source: arXiv 2310.04361, section 3.4, whose MLPs start at random.
     Raises ValueError and TypeError for wrong input, NotImplementedError where no projection can be replaced,
     FloatingPointError where a loss is not finite.
     """
@@ -189,7 +195,7 @@ def replace_projections_(
     built: dict[str, tuple[ProjectionMLP, ProjectionFit]] = {}
     with seeded(model, config.seed):
         for name, rows in tqdm(stream, "projections", len(sites), disable=not progress):
-            built[name] = _distilled(by_name[name], rows, config)
+            built[name] = _distilled(by_name[name], rows, config, checkpoint)
             logger.info("%s", built[name][1])
     with surgery(model):
         for site in sites:
@@ -216,7 +222,7 @@ def _words(class_name: str) -> str:
 
 
 def _distilled(
-    site: ProjectionSite, rows: Tensor, config: ProjectionConfig
+    site: ProjectionSite, rows: Tensor, config: ProjectionConfig, checkpoint: Checkpoint | None
 ) -> tuple[ProjectionMLP, ProjectionFit]:
     """The MLP of one projection, trained in float32, in the dtype of the projection at the end."""
     if len(rows) < 2:
@@ -245,7 +251,7 @@ def _distilled(
 
     before = judged()[0]
     with SparsityLoss(mlp, _site_of(mlp)) as sparsity, torch.enable_grad():
-        train(mlp, batches, config.schedule(), error, sparsity, progress=False)
+        train(mlp, batches, config.schedule(), error, sparsity, False, checkpoint=checkpoint, name=site.name)
     fit = ProjectionFit(site.name, *shape, width, before, *judged())
     mlp.zero_grad(set_to_none=True)
     return mlp.to(weight.dtype).requires_grad_(weight.requires_grad), fit

@@ -18,8 +18,10 @@ from sadmoe.ffn import DenseFFN, FFNSite, find_ffns
 from sadmoe.finetune import ExpertPenalty, FinetuneConfig, frozen_in
 from sadmoe.inputs import held_out_and_batches, stream_inputs
 from sadmoe.layer import DynamicKMoE
+from sadmoe.sparsify.config import Step
 from sadmoe.sparsify.guards import all_or_nothing, mode, seeded
-from sadmoe.sparsify.loop import Step, train
+from sadmoe.sparsify.resume import Checkpoint
+from sadmoe.sparsify.train import train
 
 logger = logging.getLogger(__name__)
 CHUNK = 4096  # tokens whose dense outputs are computed at once
@@ -51,6 +53,7 @@ def finetune_layers_(
     teacher: nn.Module,
     batch_tokens: int = 1024,
     max_tokens: int = 32768,
+    checkpoint: Checkpoint | None = None,
     progress: bool = True,
 ) -> list[LayerFit]:
     """Fine-tunes every converted layer in place on its own: mean of |y - t|^2 / (|x|^2 + |t|^2) + alpha * penalty.
@@ -61,6 +64,7 @@ def finetune_layers_(
     trained: `fit_routers_` afterwards.
 
     batch_tokens: in each update.   max_tokens: inputs of a layer to train on, of which a tenth is held out.
+    checkpoint: where to resume from after a kill, a file for each layer, see `Checkpoint`.
     Raises ValueError where `teacher` has no FFN of a layer's name and sizes. After any error the model is as it was.
     """
     check_batches(batches)
@@ -81,7 +85,7 @@ def finetune_layers_(
             teacher, sites, batches, max_tokens=max_tokens, seed=config.seed, progress=progress
         ):
             dense = next(site for site in sites if site.name == name).dense()
-            fits.append(_fit(name, layers[name], dense, rows, batch_tokens, config, progress))
+            fits.append(_fit(name, layers[name], dense, rows, batch_tokens, config, checkpoint, progress))
             logger.info("fine-tuned %s", fits[-1])
     return fits
 
@@ -93,6 +97,7 @@ def _fit(
     rows: Tensor,
     batch_tokens: int,
     config: FinetuneConfig,
+    checkpoint: Checkpoint | None,
     progress: bool,
 ) -> LayerFit:
     if len(rows) < 2:
@@ -110,7 +115,17 @@ def _fit(
 
     assert config.tau is not None
     with ExpertPenalty(layer, {name: layer}, config, config.tau) as penalty:
-        history = train(layer, batches, config.schedule(), error, penalty, progress, penalty.at)
+        history = train(
+            layer,
+            batches,
+            config.schedule(),
+            error,
+            penalty,
+            progress,
+            penalty.at,
+            checkpoint=checkpoint,
+            name=name,
+        )
         penalty.at(1.0)
         with torch.no_grad():
             missed, share = error(test).item(), layer.mask(test["rows"]).float().mean().item()
