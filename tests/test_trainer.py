@@ -1,6 +1,12 @@
 """Sparsity fine-tuning in transformers' Trainer, and in a loop of one's own."""
 
 import copy
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import sadmoe
@@ -189,3 +195,41 @@ def test_a_converted_model_trains_in_the_trainer(tmp_path):
     transformers.Trainer(model, arguments, train_dataset=Rows(8, causal=False)).train()
     moved = states_differ(model, before)
     assert any("w_up" in key for key in moved)
+
+
+WORKER = """
+    import sys
+    from pathlib import Path
+    import test_trainer, torch
+    from safetensors.torch import save_file
+
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    settings = test_trainer.PLAIN_SGD | {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}
+    callback = test_trainer.SparsityCallback(alpha=5.0, schedule="constant")
+    model, trainer = test_trainer.trained(folder, callback, "llama", **settings)
+    assert trainer.args.world_size == 2
+    if trainer.args.process_index == 0:
+        save_file(dict(model.named_parameters()), folder / "model.safetensors")
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_do_what_one_does(tmp_path):
+    from safetensors.torch import load_file
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = []
+    for rank in ("0", "1"):
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, "-c", textwrap.dedent(WORKER), str(tmp_path)]
+        workers.append(subprocess.Popen(command, cwd=Path(__file__).parent, env=os.environ | places))
+    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+    two = load_file(tmp_path / "model.safetensors")
+    one, _ = trained(tmp_path, SparsityCallback(alpha=5.0, schedule="constant"), "llama", **PLAIN_SGD)
+    assert len(states_differ(one, model_of("llama"))) > 10
+    for name, p in one.named_parameters():
+        torch.testing.assert_close(two[name], p.detach(), rtol=1e-3, atol=1e-5, msg=name)
