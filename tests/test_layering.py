@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PYTHON = ROOT / "python/sadmoe"
 ROOMS = [  # a room imports only rooms above it
-    {"reference", "tables"},
+    {"reference", "tables", "files"},
     {"ops", "_partition"},
     {"gates"},
     {"layer"},
@@ -22,6 +22,7 @@ ROOMS = [  # a room imports only rooms above it
     {"layerwise"},
     {"convert"},
     {"attention", "checkpoint"},
+    {"adapter"},
     {"hf"},
     {"report", "texts"},
     {"demo"},

@@ -6,6 +6,7 @@ again. The compiled ops are in `sadmoe.ops` and under `torch.ops.sadmoe`.
 """
 
 from sadmoe import hf
+from sadmoe.adapter import load_adapter, save_adapter
 from sadmoe.attention import ProjectionConfig, ProjectionReport, find_projections, replace_projections_
 from sadmoe.batches import padding_mask
 from sadmoe.calibrate import Calibration, calibrate_
@@ -64,6 +65,7 @@ __all__ = [
     "fit_router_",
     "fit_routers_",
     "load",
+    "load_adapter",
     "measure_sparsity",
     "moe_layers",
     "padding_mask",
@@ -72,6 +74,7 @@ __all__ = [
     "replace_projections_",
     "restore_",
     "save",
+    "save_adapter",
     "set_tau",
     "sparsify_",
     "tau",

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sadmoe import files
 from sadmoe.convert import surgery
 from sadmoe.ffn import (
     ProjectionMLP,
@@ -74,8 +74,12 @@ def describe_all(model: nn.Module) -> dict[str, Any]:
     return converted | {name: describe_mlp(mlp) for name, mlp in bare_mlps(model).items()}
 
 
-def rebuild(model: nn.Module, name: str, description: Any, *, keep: bool = False) -> None:
-    """Cuts the FFN `name` of a dense model as `describe` said, neurons in their order, the router untrained.
+def rebuild(
+    model: nn.Module, name: str, description: Any, *, keep: bool = False, order: Tensor | None = None
+) -> None:
+    """Cuts the FFN `name` of a dense model as `describe` said, the router untrained.
+
+    order: the neuron of each slot, int64 [f]; None: as they come.
 
     Or puts an untrained MLP where the projection `name` is, cut as well where `describe` said so; keep: hold on to the
     projection, for `restore_`. Raises ValueError where the description is damaged or of another model.
@@ -97,7 +101,7 @@ def rebuild(model: nn.Module, name: str, description: Any, *, keep: bool = False
     dense = site.dense()
     if dense.f != experts * size:
         raise ValueError(f"{name}: has {dense.f} neurons in this model, {experts} x {size} in the one saved")
-    order = torch.arange(dense.f, device=dense.w_up.device)
+    order = torch.arange(dense.f, device=dense.w_up.device) if order is None else order
     swap_in(model, site, layer_from_dense(dense, order, experts, width, _gate(name, description["gate"])))
 
 
@@ -135,12 +139,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
     tensors, aliases = _stored(_everything(model))
     crc = {name: _crc32(tensor) for name, tensor in tensors.items()}
     header = {"format": FORMAT, "layers": layers, "aliases": aliases, "crc32": crc}
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, beside, metadata={"format": "pt", KEY: json.dumps(header)})
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    files.write(path, tensors, KEY, header)
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -13,10 +13,11 @@ from sadmoe import reference
 from sadmoe.batches import Batches
 from sadmoe.dial import converted_layers, tau
 from sadmoe.ffn import projection_mlps
+from sadmoe.files import checksum
 from sadmoe.inputs import collect_inputs, stream_inputs
 from sadmoe.layer import DynamicKMoE
 from sadmoe.sparsify.processes import place
-from sadmoe.sparsify.resume import Checkpoint, checksum, read, write
+from sadmoe.sparsify.resume import Checkpoint, read, write
 
 __all__ = ["RouterConfig", "RouterFit", "collect_inputs", "fit_router_", "fit_routers_", "stream_inputs"]
 

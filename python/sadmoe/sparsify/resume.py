@@ -10,17 +10,15 @@ one. It holds the trained weights, buffers, AdamW's moments and the random state
 import json
 import os
 import time
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sadmoe import files
 from sadmoe.batches import device_of
 from sadmoe.sparsify.processes import place
 
@@ -58,26 +56,10 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def checksum(tensors: Mapping[str, Tensor]) -> int:
-    """Of names, dtypes, shapes and bits."""
-    crc = 0
-    for name, tensor in tensors.items():
-        crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
-        crc = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
-    return crc
-
-
 def write(path: Path, tensors: Mapping[str, Tensor], run: dict[str, Any], state: dict[str, Any]) -> None:
     """Replaces the file at once. What differs from `run` when it is read is another run."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    text = json.dumps({"format": FORMAT, "run": run, "state": state})
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(plain, beside, metadata={KEY: text})
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    files.write(path, files.plain(tensors), KEY, {"format": FORMAT, "run": run, "state": state})
 
 
 def read(path: Path, run: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -85,11 +67,9 @@ def read(path: Path, run: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
     if not path.exists():
         return None
     try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})[KEY])
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        saved, version = header["run"], header["format"]
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        tensors, header = files.read(path, KEY)
+        saved, version, state = header["run"], header["format"], header["state"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"checkpoint: {path} is no saved run of sadmoe, or is damaged: {error}") from error
     if version != FORMAT:
         raise ValueError(
@@ -101,7 +81,7 @@ def read(path: Path, run: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
         raise ValueError(
             f"checkpoint: {path} is of another run: {told}. Give that run again, or an empty folder"
         )
-    return tensors, header["state"]
+    return tensors, state
 
 
 class Saver:
@@ -119,7 +99,7 @@ class Saver:
         self.path, self.every = checkpoint.file(name), checkpoint.every
         self.model, self.optimizer, self.memory = model, optimizer, memory
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.run = {"weights": checksum(self.trained), **config}
+        self.run = {"weights": files.checksum(self.trained), **config}
         self.random: dict[str, Tensor] = {}
         self.saved = time.perf_counter()
 
