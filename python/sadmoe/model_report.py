@@ -1,0 +1,88 @@
+"""`sadmoe report`: everything about one converted text model on one page."""
+
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from sadmoe.batches import evaluating, run
+from sadmoe.dial import converted_layers
+from sadmoe.evaluate import HEADER, Point
+from sadmoe.gates import DynamicK
+from sadmoe.masks import experts_per_token, record_masks
+from sadmoe.report import Heat, Page, Panel, Series
+from sadmoe.tables import si
+
+LONGEST = 40  # tokens of the sentence that are shown
+
+
+def report_page(
+    model: nn.Module,
+    tokenizer: Any,
+    points: Sequence[Point],
+    batches: Sequence[dict[str, Any]],
+    sentence: str,
+) -> Page:
+    """The page of a converted transformers model: `points` from `evaluate`, the rest as its gates stand now."""
+    layers = converted_layers(model)
+    with record_masks(model) as record, evaluating(model):
+        for batch in batches:
+            with record.batch(batch):
+                run(model, batch)
+    tokens = sum(counts.tokens for counts in record.layers.values()) // len(layers)
+    gate = next(iter(layers.values())).gate
+    now = f"tau {gate.tau:g}" if isinstance(gate, DynamicK) else str(gate)
+    parameters = sum(p.numel() for p in model.parameters())
+    return Page(
+        title=f"{type(model).__name__}, converted",
+        facts={
+            "parameters": si(parameters),
+            "converted": f"{len(layers)} layers of {_sizes(layers)}",
+            "as saved": now,
+            "text": f"{tokens} tokens",
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        },
+        table=(HEADER, [point.cells() for point in points]),
+        notes=("error: of the last hidden states or logits, |y - y0| / |y0|, y0 those at tau = 0.",),
+        panels=_panels(points),
+        heats=[_heat(model, tokenizer, sentence, now)],
+        histograms={name: counts.histogram.tolist() for name, counts in record.layers.items()},
+    )
+
+
+def _panels(points: Sequence[Point]) -> list[Panel]:
+    ordered = sorted(points, key=lambda point: point.flops)
+    labels = [f"tau {point.tau:g}" for point in ordered]
+
+    def series(name: str, x: str) -> Series:
+        return Series(name, [100 * getattr(p, x) for p in ordered], [p.error for p in ordered], labels)
+
+    by_time = sorted(points, key=lambda point: point.gain)
+    gains = Series(
+        "whole model",
+        [p.gain for p in by_time],
+        [p.error for p in by_time],
+        [f"tau {p.tau:g}" for p in by_time],
+    )
+    costs = [series("whole model", "flops"), series("converted layers", "ffn_flops")]
+    return [
+        Panel("FLOPs", "executed FLOPs, % of dense", "error", costs, "lower left"),
+        Panel("Wall time", "times faster than at tau = 0", "error", [gains], "lower right"),
+    ]
+
+
+def _heat(model: nn.Module, tokenizer: Any, sentence: str, now: str) -> Heat:
+    batch = dict(tokenizer(sentence, truncation=True, max_length=LONGEST, return_tensors="pt"))
+    counts = experts_per_token(model, batch)
+    words = [tokenizer.decode([i]).strip() or "␣" for i in batch["input_ids"][0].tolist()]
+    whole = {name: k for name, k in counts.items() if k.numel() == len(words)}
+    layers = converted_layers(model)
+    values = [[float(v) / layers[name].experts for v in k.flatten()] for name, k in whole.items()]
+    return Heat(f"Experts of each token at {now}", values, list(whole), words)
+
+
+def _sizes(layers: Any) -> str:
+    sizes = dict.fromkeys(f"{layer.experts} x {layer.expert_size}" for layer in layers.values())
+    return ", ".join(sizes)
