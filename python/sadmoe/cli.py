@@ -137,8 +137,8 @@ def _add_report(commands: Any) -> None:
         "report",
         help="one HTML page about a converted model: curve, experts per token and layer, table",
         description="Runs a converted model over TEXT at several tau, and writes one self-contained HTML file, with "
-        "the numbers in a JSON file beside it: the curve of error against cost and time, a heat map of the experts that "
-        "each token of a sentence runs in each layer, a histogram for each layer, and the table of `sadmoe evaluate`.",
+        "the numbers in a JSON file beside it: the curve of error against cost and time, a heat map of the experts "
+        "that each token of a sentence runs in each layer, a histogram for each layer, and `sadmoe evaluate`'s table.",
     )
     command.add_argument(
         "--out", type=Path, default=Path("sadmoe-report.html"), help="file to write (default: %(default)s)"

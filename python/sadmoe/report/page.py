@@ -44,8 +44,9 @@ class Page:
 
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1c2330; --faint: #667085; --line: #e3e6ec; --paper: #fff; --heat: 33, 102, 172;
-  --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #cc79a7; --c4: #b58900; --c5: #56b4e9; --c6: #7a5195; --c7: #666; }
+:root { color-scheme: light dark; --ink: #1c2330; --faint: #667085; --line: #e3e6ec; --paper: #fff;
+  --heat: 33, 102, 172; --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #cc79a7; --c4: #b58900; --c5: #56b4e9;
+  --c6: #7a5195; --c7: #666; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --faint: #98a2b3; --line: #2d3442; --paper: #12161d;
   --heat: 120, 180, 240; --c0: #4aa8e0; --c1: #f0824a; --c2: #35c79a; --c7: #aaa; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 1080px;
@@ -64,7 +65,8 @@ svg { display: block; max-width: 100%; height: auto; } .scroll svg { max-width: 
 svg text { font: 11px system-ui, sans-serif; fill: var(--faint); }
 .grid, .axis { stroke: var(--line); fill: none; } .bar { fill: var(--c0); }
 .mean { stroke: var(--c1); stroke-width: 1.5; } .cell { fill: rgba(var(--heat), calc(0.04 + 0.96 * var(--v))); }
-.key { display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: 13px; } .key svg { display: inline; vertical-align: -2px; }
+.key { display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: 13px; }
+.key svg { display: inline; vertical-align: -2px; }
 .scale { display: inline-block; width: 120px; height: 10px; vertical-align: -1px; margin: 0 .4rem;
   background: linear-gradient(to right, rgba(var(--heat), .04), rgb(var(--heat))); }
 """
@@ -72,28 +74,21 @@ svg text { font: 11px system-ui, sans-serif; fill: var(--faint); }
 
 def write_page(path: Path, page: Page) -> None:
     """Writes the page as one HTML file in UTF-8."""
-    parts = [
-        f"<h1>{escaped(page.title)}</h1>",
-        _facts(page.facts),
-        '<div class="scroll">',
-        _table(*page.table),
-        "</div>",
-    ]
+    parts = [f"<h1>{escaped(page.title)}</h1>", _facts(page.facts)]
+    parts += [f'<div class="scroll">{_table(*page.table)}</div>']
     parts += [f"<p>{escaped(note)}</p>" for note in page.notes]
     if page.panels:
         parts += ['<h2>What it costs and keeps</h2><div class="panels">', *map(_panel, page.panels), "</div>"]
-    parts += [part for one in page.heats for part in _heat(one)]
+    parts += [_heat(one) for one in page.heats]
     if page.histograms:
         parts.append("<h2>Experts of a token, layer by layer</h2>")
         parts.append("<p>How many tokens ran how many experts, from none to all; the line is the mean.</p>")
-        parts.append('<div class="histograms">')
-        parts += [f"<div>{escaped(name)}{bars(counts)}</div>" for name, counts in page.histograms.items()]
-        parts.append("</div>")
+        cells = [f"<div>{escaped(name)}{bars(counts)}</div>" for name, counts in page.histograms.items()]
+        parts.append(f'<div class="histograms">{"".join(cells)}</div>')
     head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escaped(page.title)}</title>'
     view = '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    path.write_text(
-        f"{head}{view}<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n", encoding="utf-8"
-    )
+    whole = f"{head}{view}<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    path.write_text(whole, encoding="utf-8")
 
 
 def _facts(facts: Mapping[str, str]) -> str:
@@ -117,8 +112,8 @@ def _panel(panel: Panel) -> str:
     return f'<div><h3>{escaped(panel.heading)}{better}</h3>{chart}<div class="key">{key}</div></div>'
 
 
-def _heat(one: Heat) -> list[str]:
+def _heat(one: Heat) -> str:
     scale = '<p>share of the experts that run: none<span class="scale"></span>all</p>'
     note = f"<p>{escaped(one.note)}</p>" if one.note else ""
     picture = heat(one.values, one.rows, one.columns, "of the experts")
-    return [f"<h2>{escaped(one.heading)}</h2>{note}{scale}", f'<div class="scroll">{picture}</div>']
+    return f'<h2>{escaped(one.heading)}</h2>{note}{scale}<div class="scroll">{picture}</div>'
