@@ -11,6 +11,7 @@ import torch
 from converted import converted
 from sadmoe import cli
 from sadmoe.evaluate import evaluate, table
+from sadmoe.model_report import short_names
 from sadmoe.report import Heat, Page, Panel, Series, write_page
 from sadmoe.report.svg import bars, curves, heat, ticks
 from tiny_models import TINY
@@ -133,6 +134,12 @@ def test_a_heat_map_shows_each_share():
     svg = ElementTree.fromstring(heat([[0.1, 1.0]], ["layer"], ["a", "b"], "of it"))
     assert re.findall(r"--v:([0-9.]+)", ElementTree.tostring(svg, "unicode")) == ["0.1000", "1.0000"]
     assert [t.text for t in svg.iter("title")] == ["layer a: 10.0% of it", "layer b: 100.0% of it"]
+
+
+def test_names_lose_what_they_share():
+    assert short_names(["a.b.0.x", "a.b.0.y", "a.b.1.x"]) == ["0.x", "0.y", "1.x"]
+    assert short_names(["a.b"]) == ["b"]
+    assert short_names(["a", "a.b"]) == ["a", "a.b"]
 
 
 def test_evaluate_measures_and_puts_the_gates_back():

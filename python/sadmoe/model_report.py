@@ -1,7 +1,7 @@
 """`sadmoe report`: everything about one converted text model on one page."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -48,28 +48,31 @@ def report_page(
         notes=("error: of the last hidden states or logits, |y - y0| / |y0|, y0 those at tau = 0.",),
         panels=_panels(points),
         heats=[_heat(model, tokenizer, sentence, now)],
-        histograms={name: counts.histogram.tolist() for name, counts in record.layers.items()},
+        histograms={
+            name: counts.histogram.tolist()
+            for name, counts in zip(short_names(record.layers), record.layers.values(), strict=True)
+        },
     )
+
+
+def short_names(names: Iterable[str]) -> list[str]:
+    """The names without the modules that they all are in."""
+    paths = [name.split(".") for name in names]
+    shared = 0
+    while all(len(path) > shared + 1 for path in paths) and len({path[shared] for path in paths}) == 1:
+        shared += 1
+    return [".".join(path[shared:]) for path in paths]
 
 
 def _panels(points: Sequence[Point]) -> list[Panel]:
-    ordered = sorted(points, key=lambda point: point.flops)
-    labels = [f"tau {point.tau:g}" for point in ordered]
-
-    def series(name: str, x: str) -> Series:
-        return Series(name, [100 * getattr(p, x) for p in ordered], [p.error for p in ordered], labels)
-
-    by_time = sorted(points, key=lambda point: point.gain)
-    gains = Series(
-        "whole model",
-        [p.gain for p in by_time],
-        [p.error for p in by_time],
-        [f"tau {p.tau:g}" for p in by_time],
-    )
-    costs = [series("whole model", "flops"), series("converted layers", "ffn_flops")]
+    ordered = sorted(points, key=lambda point: point.tau)
+    labels, errors = [f"tau {point.tau:g}" for point in ordered], [point.error for point in ordered]
+    whole, ffns = [100 * p.flops for p in ordered], [100 * p.ffn_flops for p in ordered]
+    costs = [Series("whole model", whole, errors, labels), Series("converted layers", ffns, errors, labels)]
+    gains = [Series("whole model", [p.gain for p in ordered], errors, labels)]
     return [
         Panel("FLOPs", "executed FLOPs, % of dense", "error", costs, "lower left"),
-        Panel("Wall time", "times faster than at tau = 0", "error", [gains], "lower right"),
+        Panel("Wall time", "times faster than at tau = 0", "error", gains, "lower right"),
     ]
 
 
@@ -80,7 +83,7 @@ def _heat(model: nn.Module, tokenizer: Any, sentence: str, now: str) -> Heat:
     whole = {name: k for name, k in counts.items() if k.numel() == len(words)}
     layers = converted_layers(model)
     values = [[float(v) / layers[name].experts for v in k.flatten()] for name, k in whole.items()]
-    return Heat(f"Experts of each token at {now}", values, list(whole), words)
+    return Heat(f"Experts of each token at {now}", values, short_names(whole), words)
 
 
 def _sizes(layers: Any) -> str:

@@ -8,6 +8,7 @@ from sadmoe.report.plots import Series
 
 WIDTH, HEIGHT = 460, 320  # of a chart of curves, in CSS pixels
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 44
+LABELLED = 8  # points of the first series that are labelled beside their tooltips
 COLOURS = 8  # --c0 to --c7 of the page
 MARKS = ("M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0", "M-4,-4h8v8h-8z", "M0,-5l5,9h-10z", "M0,-6l5,6l-5,6l-5,-6z")
 
@@ -56,6 +57,11 @@ def curves(series: Sequence[Series], x_label: str, y_label: str) -> str:
             )
         labels = [*one.labels, *[""] * len(one.x)]
         told = [(x, y, text) for x, y, text in zip(one.x, one.y, labels, strict=False) if math.isfinite(y)]
+        if i == 0 and len(told) <= LABELLED:
+            for (px, py), (_, _, text) in zip(places, told, strict=True):
+                end = px > 0.85 * WIDTH  # else it would run out of the picture
+                place = f'x="{px + (-7 if end else 7):.1f}" y="{py - 7:.1f}" text-anchor="{"end" if end else "start"}"'
+                parts.append(f"<text {place}>{escaped(text)}</text>")
         for (px, py), (x, y, text) in zip(places, told, strict=True):
             tip = escaped(f"{one.name} {text}: {x:.4g}, {y:.4g}".replace(" :", ":"))
             parts.append(f'<g transform="translate({px:.1f},{py:.1f})">{mark(i)}<title>{tip}</title></g>')
