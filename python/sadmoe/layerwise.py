@@ -53,6 +53,7 @@ def finetune_layers_(
     teacher: nn.Module,
     batch_tokens: int = 1024,
     max_tokens: int = 32768,
+    max_bytes: int | None = None,
     checkpoint: Checkpoint | None = None,
     progress: bool = True,
 ) -> list[LayerFit]:
@@ -64,6 +65,7 @@ def finetune_layers_(
     trained: `fit_routers_` afterwards.
 
     batch_tokens: in each update.   max_tokens: inputs of a layer to train on, of which a tenth is held out.
+    max_bytes: of inputs held together, see `stream_inputs`.
     checkpoint: where to resume from after a kill, a file for each layer, see `Checkpoint`.
     Raises ValueError where `teacher` has no FFN of a layer's name and sizes. After any error the model is as it was.
     """
@@ -82,7 +84,13 @@ def finetune_layers_(
     fits = []
     with all_or_nothing(model), mode(model, train=False), seeded(model, config.seed), frozen_in(routers):
         for name, rows in stream_inputs(
-            teacher, sites, batches, max_tokens=max_tokens, seed=config.seed, progress=progress
+            teacher,
+            sites,
+            batches,
+            max_tokens=max_tokens,
+            max_bytes=max_bytes,
+            seed=config.seed,
+            progress=progress,
         ):
             dense = next(site for site in sites if site.name == name).dense()
             fits.append(_fit(name, layers[name], dense, rows, batch_tokens, config, checkpoint, progress))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sadmoe.batches import evaluating, run
+from sadmoe.batches import Batch, device_of, evaluating, run, to_device
 from sadmoe.dial import converted_layers
 from sadmoe.evaluate import HEADER, Point
 from sadmoe.gates import DynamicK
@@ -47,7 +47,7 @@ def report_page(
         table=(HEADER, [point.cells() for point in points]),
         notes=("error: of the last hidden states or logits, |y - y0| / |y0|, y0 those at tau = 0.",),
         panels=_panels(points),
-        heats=[_heat(model, tokenizer, sentence, now)],
+        heats=[sentence_heat(f"Experts of each token at {now}", model, tokenizer, sentence)],
         histograms={
             name: counts.histogram.tolist()
             for name, counts in zip(short_names(record.layers), record.layers.values(), strict=True)
@@ -76,14 +76,19 @@ def _panels(points: Sequence[Point]) -> list[Panel]:
     ]
 
 
-def _heat(model: nn.Module, tokenizer: Any, sentence: str, now: str) -> Heat:
-    batch = dict(tokenizer(sentence, truncation=True, max_length=LONGEST, return_tensors="pt"))
-    counts = experts_per_token(model, batch)
-    words = [tokenizer.decode([i]).strip() or "␣" for i in batch["input_ids"][0].tolist()]
-    whole = {name: k for name, k in counts.items() if k.numel() == len(words)}
+def layer_heat(heading: str, model: nn.Module, batch: Batch, labels: Sequence[str]) -> Heat:
+    """The executed share of every layer for every token of a batch of one sample, one label a token, as gates stand."""
     layers = converted_layers(model)
-    values = [[float(v) / layers[name].experts for v in k.flatten()] for name, k in whole.items()]
-    return Heat(f"Experts of each token at {now}", values, short_names(whole), words)
+    counts = {n: k.flatten() for n, k in experts_per_token(model, batch).items() if k.numel() == len(labels)}
+    values = [[float(v) / layers[name].experts for v in k] for name, k in counts.items()]
+    return Heat(heading, values, short_names(counts), labels)
+
+
+def sentence_heat(heading: str, model: nn.Module, tokenizer: Any, sentence: str) -> Heat:
+    """The same for the tokens of a sentence, the first 40."""
+    batch = dict(tokenizer(sentence, truncation=True, max_length=LONGEST, return_tensors="pt"))
+    words = [tokenizer.decode([i]).strip() or "␣" for i in batch["input_ids"][0].tolist()]
+    return layer_heat(heading, model, to_device(batch, device_of(model)), words)
 
 
 def _sizes(layers: Any) -> str:
