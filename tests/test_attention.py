@@ -122,7 +122,7 @@ def generators(n: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in range(n)]
 
 
-@pytest.mark.parametrize("act", ["relu", "gelu", "silu"])
+@pytest.mark.parametrize("act", ["relu", "gelu", "gelu_tanh", "silu"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_start_of_full_rank_is_the_projection(act, bias):
     torch.manual_seed(0)
@@ -255,7 +255,7 @@ def test_wrong_settings_are_named(wrong, message):
 
 
 def test_an_activation_must_be_known():
-    with pytest.raises(ValueError, match="act must be one of relu, gelu, silu, got 'tanh'"):
+    with pytest.raises(ValueError, match="act must be one of relu, gelu, gelu_tanh, silu, got 'tanh'"):
         ProjectionMLP(4, 4, 4, "tanh")
 
 
@@ -264,6 +264,6 @@ def test_a_damaged_description_is_refused(tmp_path):
     name = "encoder.layer.0.attention.self.query"
     for wrong in ({"projection": {"width": 0, "act": "relu"}}, {"projection": {}}):
         with pytest.raises(ValueError, match=name):
-            sadmoe.checkpoint.rebuild(model, name, wrong)
+            sadmoe.describe.rebuild(model, name, wrong)
     with pytest.raises(ValueError, match="is a linear layer"):
-        sadmoe.checkpoint.rebuild(model, "encoder", {"projection": {"width": 4, "act": "relu"}})
+        sadmoe.describe.rebuild(model, "encoder", {"projection": {"width": 4, "act": "relu"}})

@@ -20,7 +20,7 @@ ROOMS = [  # a room imports only rooms above it
     {"routers"},
     {"calibrate", "finetune", "evaluate"},
     {"layerwise"},
-    {"convert"},
+    {"convert", "describe"},
     {"attention", "checkpoint"},
     {"adapter"},
     {"hf"},

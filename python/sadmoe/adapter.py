@@ -3,7 +3,7 @@
 Of an FFN it holds router, permutation and gate with its tau; of a projection of attention, which the base has as a
 linear layer, the whole MLP. The metadata key "sadmoe adapter" is JSON:
   format   version of all this
-  layers   name -> what `checkpoint.describe` says of the layer there
+  layers   name -> what `describe.describe` says of the layer there
   base     name -> checksum of the dense weights it was made from, null where they are not known
   crc32    of the tensors
 """
@@ -16,8 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from sadmoe import files
-from sadmoe.checkpoint import CheckpointError, describe_all, rebuild
+from sadmoe.checkpoint import CheckpointError
 from sadmoe.convert import surgery
+from sadmoe.describe import describe_all, rebuild
 from sadmoe.ffn import dense_from_layer, original_of, projection_mlps, scan_ffns
 from sadmoe.ffn.dense import TENSORS, DenseFFN
 from sadmoe.ffn.linears import bias_of, linear_shape, weight_rows

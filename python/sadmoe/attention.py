@@ -39,7 +39,7 @@ class ProjectionConfig:
 
     ratio: float = 1.0  # multiply-adds of the MLP over those of the projection
     multiple: int = 8  # the width is rounded to a multiple of it, so that it splits into experts
-    act: str = "relu"  # relu or, for what is swapped later, gelu or silu
+    act: str = "relu"  # or, for what is swapped later, gelu, gelu_tanh or silu
     # "low_rank": from the best linear map of half the width, on the tokens at hand, each direction once for its
     # positive and once for its negative part. "random": torch's own, as the paper. Eight projections of MiniLM, 1000
     # steps, alpha 0.2: the first ended with a mean error of 0.032 and 33 % zeros, the second with 0.042 and 16 %.
@@ -135,6 +135,8 @@ def find_projections(model: nn.Module, filter: Callable[[str], bool] | None = No
     filter: takes a projection's path, False leaves it alone. What cannot be replaced is logged with the reason.
     Raises ValueError where there is none at all, NotImplementedError where none can be replaced.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found, refused = [], []
     uses = Uses(model)
     for name, parent, linear in _linears_of_attention(model):

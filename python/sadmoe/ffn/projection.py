@@ -1,6 +1,8 @@
 """The two-layer MLP in the place of a linear layer, by which a projection of attention becomes an FFN."""
 
-from typing import Any, cast
+from collections.abc import Callable
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +10,14 @@ from torch import Tensor, nn
 from sadmoe.ffn.activations import which_activation
 from sadmoe.ffn.linears import bias_of, linear_shape
 from sadmoe.ffn.paths import lookup, put
-from sadmoe.layer import DynamicKMoE
+from sadmoe.ffn.surgery import replaced_module
 
-ACTIVATIONS: dict[str, Any] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "silu": nn.SiLU,
+}
 _KEY = "original"  # in the MLP's __dict__: deepcopy takes it along, state_dict and modules() do not see it
 
 
@@ -108,11 +115,12 @@ def put_back_projections(model: nn.Module) -> None:
     check_originals(model)
     for name, mlp in bare_mlps(model).items():
         linear, like = cast(nn.Module, original_of(mlp)), mlp.up.weight
-        linear.to(like.device, like.dtype).requires_grad_(like.requires_grad).train(mlp.training)
+        linear.to(like.device, like.dtype).train(mlp.training)
+        if cast(Tensor, linear.weight).requires_grad != like.requires_grad:
+            linear.requires_grad_(like.requires_grad)
         put(model, name, linear)
 
 
 def _mlp_of(module: nn.Module) -> ProjectionMLP | None:
-    if isinstance(module, DynamicKMoE) and "replaced" in module.__dict__:
-        module = module.__dict__["replaced"].removed.get("")
-    return module if isinstance(module, ProjectionMLP) else None
+    whole = replaced_module(module)
+    return next((m for m in (module, whole) if isinstance(m, ProjectionMLP)), None)

@@ -11,9 +11,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sadmoe.checkpoint import FORMAT, CheckpointError, check_safetensors, rebuild
-from sadmoe.checkpoint import describe_all as descriptions
+from sadmoe.checkpoint import FORMAT, CheckpointError, check_safetensors
 from sadmoe.convert import restore_
+from sadmoe.describe import describe_all as descriptions
+from sadmoe.describe import rebuild
 from sadmoe.ffn import bare_mlps, moe_layers, projection_mlps
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ METHOD = "sadmoe"
 class SadmoeConfig(QuantizationConfigMixin):
     """What config.json holds of a converted model.
 
-    layers: name of each converted FFN -> what `checkpoint.describe` says of it.   format: version of that.
+    layers: name of each converted FFN -> what `describe.describe` says of it.   format: version of that.
     """
 
     def __init__(self, layers: dict[str, Any] | None = None, format: int = FORMAT, **unknown: Any):
