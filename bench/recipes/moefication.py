@@ -35,9 +35,8 @@ def moefied(dense: nn.Module, batches: Batches, expert_size: int, steps: int, to
     """A copy of a ReLU model in experts, with that router in every layer. Its gates are for the caller: TopK."""
     model = copy.deepcopy(dense)
     router = RouterConfig(width=WIDTH, steps=1)
-    convert_(
-        model, batches, ConvertConfig(expert_size=expert_size, router=router, max_tokens=min(tokens, 8192))
-    )
+    config = ConvertConfig(expert_size=expert_size, router=router, max_tokens=min(tokens, 8192))
+    convert_(model, batches, config, progress=False)
     layers = moe_layers(model)
     sites = [_Site(name, layer) for name, layer in layers.items()]
     with tau(model, 0.0), seeded(model, 0):
