@@ -73,7 +73,9 @@ class Effort:
 
 
 TINY = Effort(1, 3, 1, 1, 1, 5, 0.5, 500, 64, 32, 0.05)  # to see that it runs
-CPU = Effort(210, 600, 420, 300, 240, 800, 180, 30_000, 12_000, 2_000, 3)  # two cores, under 40 minutes
+CPU = Effort(
+    200, 600, 300, 150, 150, 800, 90, 20_000, 12_000, 2_000, 2
+)  # two cores, meant for under 40 minutes
 GPU = Effort(600, 3000, 1800, 900, 1200, 3000, 600, 200_000, 60_000, 10_000, 3)
 EFFORTS = {"tiny": TINY, "cpu": CPU, "gpu": GPU}
 
@@ -90,7 +92,7 @@ def arguments(description: str) -> argparse.Namespace:
         "--out", type=Path, default=Path("bench/results"), help="folder for results (%(default)s)"
     )
     parser.add_argument(
-        "--effort", choices=EFFORTS, default="cpu", help="tiny: seconds, cpu: under 40 minutes, gpu"
+        "--effort", choices=EFFORTS, default="cpu", help="tiny: to see that it runs, cpu: two cores, gpu"
     )
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=[8, 32], help="neurons in an expert; the first is ours"
@@ -190,7 +192,8 @@ class Recipe:
         """The dense model's FFNs in experts, with nothing fine-tuned."""
         model = copy.deepcopy(self.work.dense)
         router = RouterConfig(width=96, steps=1)
-        config = ConvertConfig(expert_size=size, cluster="activity", router=router)
+        tokens = min(self.effort.tokens, 8192)
+        config = ConvertConfig(expert_size=size, cluster="activity", router=router, max_tokens=tokens)
         convert_(model, self.work.train, config, progress=False)
         self.route(model, f"untrained s{size} routers")
         return model

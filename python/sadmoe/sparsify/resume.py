@@ -32,7 +32,8 @@ class Checkpoint:
 
     Call the same function again with the same model, batches, configuration and folder: it goes on where it was. A run
     that had ended is not run again, only loaded.   every: seconds between two saves; 0: after each update. Give each
-    step a folder of its own. With several processes the first one writes, and all must see the folder.
+    step a folder of its own, and keep the number of threads: what a run begins with is compared bit for bit. With
+    several processes the first one writes, and all must see the folder.
     """
 
     folder: str | os.PathLike[str]
