@@ -43,6 +43,8 @@ def test_a_recipe_runs_tells_all_of_it_and_is_not_trained_twice(tmp_path, monkey
     monkeypatch.setitem(recipe.EFFORTS, "micro", MICRO)
     monkeypatch.setattr(recipe, "TAUS", (0.0, 0.1, 1.0))
     monkeypatch.setattr(recipe, "SHARES", (0.2, 0.5))
+    monkeypatch.setattr(recipe, "ROUTER", 3)
+    monkeypatch.setattr(recipe, "PROJECTION_ROUTER", 2)
     dense, (one, *_) = TINY["bert classifier"].model(), batches(1, 2)
     work = Workload(
         name="tiny",

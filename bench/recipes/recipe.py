@@ -52,6 +52,7 @@ from timing import machine
 
 TAUS = (0.0, 0.003, 0.01, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8)  # of the experts, for static top-k
+ROUTER, PROJECTION_ROUTER = 96, 32  # widths of the routers of FFNs, and of projections of attention
 BUDGET = 0.4  # FLOPs of the converted layers, for the tau at which the routed fine-tune runs
 
 
@@ -155,8 +156,8 @@ class Recipe:
         """The sparse model in experts of `size` neurons, fine-tuned to do with few of them."""
         model, effort, work, name = copy.deepcopy(sparse), self.effort, self.work, f"s{size}"
         untrained = ConvertConfig(
-            expert_size=size, cluster="activity", router=RouterConfig(width=96, steps=1),
-            projection_router=RouterConfig(width=32, steps=1), max_tokens=min(effort.tokens, 8192),
+            expert_size=size, cluster="activity", router=RouterConfig(width=ROUTER, steps=1),
+            projection_router=RouterConfig(width=PROJECTION_ROUTER, steps=1), max_tokens=min(effort.tokens, 8192),
         )  # fmt: skip
         convert_(model, work.train, untrained, progress=False)
         layers = FinetuneConfig(seconds=effort.layers, tau=0.07, ramp=0.0, alpha=0.02, share=0.2, lr=1e-3)
@@ -177,7 +178,7 @@ class Recipe:
 
     def route(self, model: nn.Module, step: str, power: float = 0.5) -> None:
         """Fits the routers, and notes how well they predict."""
-        config = RouterConfig(width=96, steps=self.effort.routers, target_power=power)
+        config = RouterConfig(width=ROUTER, steps=self.effort.routers, target_power=power)
         fits = fit_routers_(
             model,
             self.work.train,
@@ -191,7 +192,7 @@ class Recipe:
     def untrained(self, size: int) -> nn.Module:
         """The dense model's FFNs in experts, with nothing fine-tuned."""
         model = copy.deepcopy(self.work.dense)
-        router = RouterConfig(width=96, steps=1)
+        router = RouterConfig(width=ROUTER, steps=1)
         tokens = min(self.effort.tokens, 8192)
         config = ConvertConfig(expert_size=size, cluster="activity", router=router, max_tokens=tokens)
         convert_(model, self.work.train, config, progress=False)
