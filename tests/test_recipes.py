@@ -70,7 +70,7 @@ def test_a_recipe_runs_tells_all_of_it_and_is_not_trained_twice(tmp_path, monkey
         assert all(point["kept"] == pytest.approx(point["metric"]) for point in points)
     ours = next(iter(found["curves"].values()))
     assert [point["setting"] for point in ours] == ["tau 0", "tau 0.1", "tau 1"]
-    assert ours[0]["flops"] == 1 > ours[1]["flops"] > ours[2]["flops"]
+    assert ours[0]["flops"] == 1 > ours[2]["flops"]
     assert all(point["gains"]["whole"] > 0 for point in ours)
     assert (tmp_path / "tiny-micro.png").read_bytes().startswith(b"\x89PNG")
     assert "a tiny model" in (tmp_path / "tiny-micro.html").read_text()
