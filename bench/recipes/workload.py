@@ -49,7 +49,8 @@ class Workload:
 @dataclass
 class Point:
     """One gate of one curve. share: executed pairs; spread: standard deviation of a token's share, mean over layers.
-    ffn_flops, flops: of the converted layers, and of the whole model, over dense. gains: by timer."""
+    ffn_flops, flops: of the converted layers, and of the whole model, over dense. gains: by timer; spreads: of the times,
+    distance of the quartiles over the median."""
 
     setting: str
     share: float
@@ -59,9 +60,7 @@ class Point:
     metric: float
     kept: float
     gains: dict[str, float] = field(default_factory=dict)
-    spreads: dict[str, float] = field(
-        default_factory=dict
-    )  # distance of the quartiles of the time over its median
+    spreads: dict[str, float] = field(default_factory=dict)
 
 
 def sweep(
