@@ -49,8 +49,8 @@ class Workload:
 @dataclass
 class Point:
     """One gate of one curve. share: executed pairs; spread: standard deviation of a token's share, mean over layers.
-    ffn_flops, flops: of the converted layers, and of the whole model, over dense. gains: by timer; spreads: of the times,
-    distance of the quartiles over the median."""
+    ffn_flops, flops: of the converted layers, and of the whole model, over dense. gains: by timer; spreads: of the
+    times, distance of the quartiles over the median."""
 
     setting: str
     share: float
