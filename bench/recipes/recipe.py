@@ -8,9 +8,10 @@ Each step saves itself under OUT/state and is not done again, so a killed run go
 import argparse
 import copy
 import json
+import math
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -137,10 +138,11 @@ class Recipe:
     def checkpoint(self, step: str) -> Checkpoint:
         return Checkpoint(self.state / step, every=30)
 
-    def sparse(self) -> nn.Module:
-        """Dense still: projections are MLPs, activations ReLU, and most of them zero."""
+    def sparse(self, sizes: Sequence[int]) -> nn.Module:
+        """Dense still: projections are MLPs that split into experts of all sizes, activations ReLU, most of them zero."""
         model, effort = copy.deepcopy(self.work.dense), self.effort
-        projections = ProjectionConfig(steps=effort.projections, max_tokens=max(1000, effort.tokens // 2))
+        tokens, multiple = max(1000, effort.tokens // 2), math.lcm(*sizes)
+        projections = ProjectionConfig(steps=effort.projections, max_tokens=tokens, multiple=multiple)
         print(
             replace_projections_(
                 model, self.work.train, projections, checkpoint=self.checkpoint("projections")
@@ -212,7 +214,7 @@ def run_recipe(work: Workload, args: argparse.Namespace) -> None:
     static: list[tuple[str, Gate]] = [(f"top {s:.0%}", TopK(round(1000 * s))) for s in SHARES]
     curves: dict[str, list[Point]] = {}
 
-    sparse, ours = recipe.sparse(), args.sizes[0]
+    sparse, ours = recipe.sparse(args.sizes), args.sizes[0]
     model = recipe.converted(sparse, ours)
     curves[f"sadmoe, dynamic k, s = {ours}"] = sweep(work, model, dynamic, dense, effort.timed)
     curves["the same, static top-k"] = sweep(work, model, static, dense, 0)
