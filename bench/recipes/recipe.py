@@ -139,7 +139,7 @@ class Recipe:
         return Checkpoint(self.state / step, every=30)
 
     def sparse(self, sizes: Sequence[int]) -> nn.Module:
-        """Dense still: projections are MLPs that split into experts of all sizes, activations ReLU, most of them zero."""
+        """Dense still: projections are MLPs that split into experts of all sizes, activations ReLU and mostly zero."""
         model, effort = copy.deepcopy(self.work.dense), self.effort
         tokens, multiple = max(1000, effort.tokens // 2), math.lcm(*sizes)
         projections = ProjectionConfig(steps=effort.projections, max_tokens=tokens, multiple=multiple)
