@@ -2,6 +2,14 @@
 
 #include <atomic>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace sadmoe::cpu {
 namespace {
 
@@ -11,6 +19,22 @@ bool runs_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 bool runs_avx512() {
   return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+// Linux lends the tile registers to processes that ask; the answer holds for all threads.
+bool runs_amx() {
+#if defined(__linux__)
+  static const bool lent = [] {
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+    constexpr long kAskForFeature = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned a, b, c, d;
+    return runs_avx512() && __builtin_cpu_supports("avx512bf16") && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) &&
+           (d & kTile) && syscall(SYS_arch_prctl, kAskForFeature, kTileData) == 0;
+  }();
+  return lent;
+#else
+  return false;
+#endif
 }
 #endif
 

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "contract.h"
+#include "cpu/half.h"
 
 namespace sadmoe::cpu {
 
@@ -43,6 +44,26 @@ struct Select {
   bool* mask;
 };
 
+// Products of bf16 matrices by a unit that multiplies tiles of 1 KiB, summed in float32, k ascending for every entry:
+//   left  [n, k]  tiles of 16 rows x 32 k:                    left[i / 16][k / 32][i % 16][k % 32]
+//   right [k, m]  tiles of 32 k, in pairs, x 16 columns:      right[j / 16][k / 32][k % 32 / 2][j % 16][k % 2]
+// Tiles are filled up with zeros beyond k; what they hold beyond n and m is used for nothing.
+struct Tiles {
+  void (*left_of_rows)(const bf16* x, const int32_t* rows, int64_t n, int64_t k, bf16* left);  // of x[rows[i], :]
+  void (*left_of_floats)(const float* h, int64_t ld, int64_t n, int64_t k, bf16* left);        // of h [n, k], rounded
+  void (*right_of_rows)(const bf16* w, int64_t m, int64_t k, bf16* right);                     // of w [m, k]: its transpose
+  void (*right_of_columns)(const bf16* w, int64_t ld, int64_t k, int64_t m, bf16* right);      // of w [k, m]
+  // out = left right: [n, m], both rounded up to 16, leading dimension ld
+  void (*multiply)(const bf16* left, const bf16* right, int64_t n, int64_t m, int64_t k, float* out, int64_t ld);
+  // y[rows[i], j] += (left right)[i, j]   for i < n and j < m rounded up to 16. Rows are distinct.
+  void (*multiply_add)(const bf16* left, const bf16* right, int64_t n, int64_t m, int64_t k, const int32_t* rows, float* y,
+                       int64_t ld);
+};
+
+constexpr int64_t kTile = 512;  // entries
+inline int64_t left_size(int64_t n, int64_t k) { return (n + 15) / 16 * ((k + 31) / 32) * kTile; }
+inline int64_t right_size(int64_t k, int64_t m) { return left_size(m, k); }
+
 struct Kernels {
   const char* isa;
   int64_t strip;                             // columns of y that accumulate is best given at once
@@ -52,6 +73,7 @@ struct Kernels {
   void (*select)(const Select&);
   void (*widen[3])(const void* from, float* to, int64_t n);   // to float32
   void (*narrow[3])(const float* from, void* to, int64_t n);  // round to nearest even
+  const Tiles* tiles;                                         // null where there is no such unit
 };
 
 // One line of kernels.inc each.

@@ -4,36 +4,22 @@
 
 #include <algorithm>
 #include <memory>
-#include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/scratch.h"
+#include "cpu/tiled.h"
 #include "plan.h"
 
 namespace sadmoe::cpu {
 namespace {
 
 constexpr int64_t kSmallestBlock = 64, kLargestBlock = 512;
+constexpr int64_t kTiledBlock = 512;      // 256 and 1,024 were as fast
 constexpr int64_t kSharedPerThread = 32;  // up to this many tokens a thread, threads share every token and split the weights
-
-int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
-View at(View view, int64_t elements) {
-  return {view ? static_cast<const char*>(view.data) + elements * size_of(view.dtype) : nullptr, view.dtype};
-}
-
-// Uninitialised scratch of floats.
-class Floats {
- public:
-  explicit Floats(int64_t n) : data_(new float[n]) {}
-  float* get() const { return data_.get(); }
-
- private:
-  std::unique_ptr<float[]> data_;
-};
 
 // Tokens a thread works on at once: the more, the fewer times the weights are read, while the rows of x and y stay in
 // the second-level cache. No result depends on it.
-int64_t block_tokens(int64_t d, int64_t d_out) {
+int64_t block_tokens(int64_t bytes_each) {
   static const int64_t cache = [] {
 #ifdef _SC_LEVEL2_CACHE_SIZE
     const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);
@@ -42,34 +28,14 @@ int64_t block_tokens(int64_t d, int64_t d_out) {
 #endif
     return size > 0 ? size : int64_t{1} << 20;  // unknown: assumed
   }();
-  return std::clamp(cache * 5 / 8 / (int64_t{sizeof(float)} * (d + d_out)), kSmallestBlock, kLargestBlock);
+  return std::clamp(cache * 5 / 8 / bytes_each, kSmallestBlock, kLargestBlock);
 }
-
-// A vector of n values as float32: itself, or widened into scratch.
-class AsFloat {
- public:
-  AsFloat(View view, int64_t n) {
-    if (!view || view.dtype == DType::f32) {
-      data_ = static_cast<const float*>(view.data);
-    } else {
-      scratch_.resize(n);
-      kernels().widen[int(view.dtype)](view.data, scratch_.data(), n);
-      data_ = scratch_.data();
-    }
-  }
-  const float* get() const { return data_; }
-  const float* from(int64_t i) const { return data_ ? data_ + i : nullptr; }
-
- private:
-  const float* data_;
-  std::vector<float> scratch_;
-};
 
 // The tokens of one block with everything they need on the way from x to y. A part of the work (hidden units, scores,
 // experts, columns of y) is a range, so that one thread may do it all, or several threads share it.
 class Block {
  public:
-  Block(const Experts& experts, int64_t begin, int64_t end)
+  Block(const Experts& experts, int64_t begin, int64_t end, const bool* mask)
       : p_(experts),
         s_(experts.shape),
         k_(kernels()),
@@ -77,15 +43,12 @@ class Block {
         x_(at(experts.x, begin * s_.d), T_ * s_.d),
         y_out_(static_cast<char*>(experts.y) + begin * s_.d_out * size_of(experts.x.dtype)),
         y_scratch_(experts.x.dtype == DType::f32 ? 0 : T_ * s_.d_out),
-        y_(experts.x.dtype == DType::f32 ? reinterpret_cast<float*>(y_out_) : y_scratch_.get()) {}
-
-  void plan(const bool* mask) {
+        y_(experts.x.dtype == DType::f32 ? reinterpret_cast<float*>(y_out_) : y_scratch_.get()) {
     plan_.build(mask, T_, s_.E);
     h_ = Floats(plan_.pairs() * s_.s);
     if (p_.w_gate) gate_ = Floats(plan_.pairs() * s_.s);
   }
 
-  const float* x() const { return x_.get(); }
   int64_t active_neurons() const { return static_cast<int64_t>(plan_.active.size()) * s_.s; }
 
   // Hidden activations of the neurons [begin, end) of the active experts, put in a row.
@@ -143,10 +106,18 @@ class Block {
   Floats h_{0}, gate_{0};
 };
 
-// hidden [T, r] = relu(x v1ᵀ), units [begin, end)
-void route_hidden(const float* x, const Router& router, const RouterShape& s, int64_t begin, int64_t end, float* hidden) {
+bool by_tiles(View x, const Router& router) {
+  return kernels().tiles && x.dtype == DType::bf16 && router.v1.dtype == DType::bf16;
+}
+
+// hidden [T, r] = relu(x v1ᵀ), units [begin, end). By tiles the products of bf16 are as exact, and their sums as float32.
+void route_hidden(View x, const Router& router, const RouterShape& s, int64_t begin, int64_t end, float* hidden) {
   const Kernels& k = kernels();
-  k.project[int(router.v1.dtype)]({s.T, end - begin, s.d, s.r, x, nullptr, at(router.v1, begin * s.d).data, hidden + begin});
+  if (by_tiles(x, router))
+    tiled_hidden(static_cast<const bf16*>(x.data), static_cast<const bf16*>(router.v1.data), s, begin, end, hidden);
+  else
+    k.project[int(router.v1.dtype)]({s.T, end - begin, s.d, s.r, static_cast<const float*>(x.data), nullptr,
+                                     at(router.v1, begin * s.d).data, hidden + begin});
   k.activate({s.T, end - begin, s.r, hidden + begin, nullptr, nullptr, nullptr, Activation::relu});
 }
 
@@ -158,9 +129,14 @@ void route_scores(const float* hidden, const Router& router, const RouterShape& 
 }
 
 // Scores of few tokens by all threads, or of one block by one.
-void route(const float* x, const Router& router, const RouterShape& s, float* scores, const Threads& threads) {
+void route(View x, const Router& router, const RouterShape& s, float* scores, const Threads& threads) {
+  const bool tiles = by_tiles(x, router);
+  const AsFloat wide(tiles ? View{} : x, tiles ? 0 : s.T * s.d);
+  const View rows = tiles ? x : View{wide.get(), DType::f32};
   const Floats hidden(s.T * s.r);
-  threads.parallel_for(s.r, 32, [&](int64_t i0, int64_t i1) { route_hidden(x, router, s, i0, i1, hidden.get()); });
+  threads.parallel_for((s.r + 15) / 16, 2, [&](int64_t i0, int64_t i1) {
+    route_hidden(rows, router, s, 16 * i0, std::min(16 * i1, s.r), hidden.get());
+  });
   threads.parallel_for(s.E, 32, [&](int64_t e0, int64_t e1) { route_scores(hidden.get(), router, s, e0, e1, scores); });
 }
 
@@ -182,40 +158,56 @@ void for_blocks(int64_t T, int64_t block, const Threads& threads,
   });
 }
 
-void run_block(Block& block, const Experts& p, const bool* mask, const AsFloat& b_out, const Threads& threads) {
-  block.plan(mask);
-  threads.parallel_for(block.active_neurons(), 16, [&](int64_t n0, int64_t n1) { block.up(n0, n1); });
-  threads.parallel_for(p.shape.d_out, 64, [&](int64_t c0, int64_t c1) { block.down(c0, c1, b_out); });
-}
+// The tokens [begin, end) of a call, under mask [end - begin, E].
+class Runner {
+ public:
+  Runner(const Experts& p, const Threads& threads) : p_(p), b_out_(p.b_out, p.shape.d_out) {
+    if (!runs_by_tiles(p)) return;
+    weights_ = std::make_unique<TiledWeights>(p);
+    if (p.shape.T > block() * threads.count) weights_->lay_out_all(threads);
+  }
+
+  // Tokens at once. By tiles only a strip of y is at work at a time.
+  int64_t block() const { return weights_ ? kTiledBlock : block_tokens(4 * (p_.shape.d + p_.shape.d_out)); }
+
+  void operator()(const bool* mask, int64_t begin, int64_t end, const Threads& threads) {
+    if (weights_) return run_tiled(p_, *weights_, mask, begin, end, b_out_, threads);
+    Block block(p_, begin, end, mask);
+    threads.parallel_for(block.active_neurons(), 16, [&](int64_t n0, int64_t n1) { block.up(n0, n1); });
+    threads.parallel_for(p_.shape.d_out, 64, [&](int64_t c0, int64_t c1) { block.down(c0, c1, b_out_); });
+  }
+
+ private:
+  const Experts& p_;
+  AsFloat b_out_;
+  std::unique_ptr<TiledWeights> weights_;
+};
 
 }  // namespace
 
 void router_scores(View x, const Router& router, const RouterShape& shape, float* scores, const Threads& threads) {
-  for_blocks(shape.T, block_tokens(shape.d, shape.r), threads, [&](int64_t begin, int64_t end, const Threads& inner) {
-    const AsFloat rows(at(x, begin * shape.d), (end - begin) * shape.d);
-    route(rows.get(), router, {end - begin, shape.d, shape.r, shape.E}, scores + begin * shape.E, inner);
+  for_blocks(shape.T, block_tokens(4 * (shape.d + shape.r)), threads, [&](int64_t begin, int64_t end, const Threads& inner) {
+    const RouterShape part{end - begin, shape.d, shape.r, shape.E};
+    route(at(x, begin * shape.d), router, part, scores + begin * shape.E, inner);
   });
 }
 
 void sparse_experts(const Experts& p, const bool* mask, const Threads& threads) {
-  const AsFloat b_out(p.b_out, p.shape.d_out);
-  for_blocks(p.shape.T, block_tokens(p.shape.d, p.shape.d_out), threads, [&](int64_t begin, int64_t end, const Threads& inner) {
-    Block block(p, begin, end);
-    run_block(block, p, mask + begin * p.shape.E, b_out, inner);
-  });
+  Runner run(p, threads);
+  for_blocks(p.shape.T, run.block(), threads,
+             [&](int64_t begin, int64_t end, const Threads& inner) { run(mask + begin * p.shape.E, begin, end, inner); });
 }
 
 void dynamic_k_moe(const Experts& p, const Router& router, const Threads& threads) {
   const int64_t E = p.shape.E;
-  const AsFloat b_out(p.b_out, p.shape.d_out);
-  for_blocks(p.shape.T, block_tokens(p.shape.d, p.shape.d_out), threads, [&](int64_t begin, int64_t end, const Threads& inner) {
+  Runner run(p, threads);
+  for_blocks(p.shape.T, run.block(), threads, [&](int64_t begin, int64_t end, const Threads& inner) {
     const int64_t T = end - begin;
-    Block block(p, begin, end);
     const Floats scores(T * E);
-    const std::unique_ptr<bool[]> mask(new bool[T * E]);
-    route(block.x(), router, {T, p.shape.d, router.r, E}, scores.get(), inner);
+    const Buffer<bool> mask(T * E);
+    route(at(p.x, begin * p.shape.d), router, {T, p.shape.d, router.r, E}, scores.get(), inner);
     for (int64_t t = 0; t < T; ++t) kernels().select({E, scores.get() + t * E, router.tau, mask.get() + t * E});
-    run_block(block, p, mask.get(), b_out, inner);
+    run(mask.get(), begin, end, inner);
   });
 }
 

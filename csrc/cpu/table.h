@@ -44,16 +44,17 @@ void narrow(const float* from, void* to, int64_t n) {
 }
 
 template <class Vec>
-constexpr Kernels table(const char* isa) {
-  constexpr int64_t kTile = Vec::accumulate_vecs * Vec::width, kStrip = 72;  // of 400 tokens: 113 KiB
+constexpr Kernels table(const char* isa, const Tiles* tiles = nullptr) {
+  constexpr int64_t kColumns = Vec::accumulate_vecs * Vec::width, kStrip = 72;  // of 400 tokens: 113 KiB
   return {isa,
-          kStrip / kTile * kTile,
+          kStrip / kColumns * kColumns,
           {project<Vec, float>, project<Vec, bf16>, project<Vec, f16>},
           {accumulate<Vec, float>, accumulate<Vec, bf16>, accumulate<Vec, f16>},
           activate<Vec>,
           select<Vec>,
           {widen<Vec, float>, widen<Vec, bf16>, widen<Vec, f16>},
-          {narrow<Vec, float>, narrow<Vec, bf16>, narrow<Vec, f16>}};
+          {narrow<Vec, float>, narrow<Vec, bf16>, narrow<Vec, f16>},
+          tiles};
 }
 
 }  // namespace sadmoe::cpu

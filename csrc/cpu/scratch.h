@@ -1,0 +1,50 @@
+// Memory that a call works in, and float32 views of what has another dtype.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "contract.h"
+#include "cpu/isa.h"
+
+namespace sadmoe::cpu {
+
+inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+inline View at(View view, int64_t elements) {
+  return {view ? static_cast<const char*>(view.data) + elements * size_of(view.dtype) : nullptr, view.dtype};
+}
+
+// Uninitialised.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n = 0) : data_(new T[n]) {}
+  T* get() const { return data_.get(); }
+
+ private:
+  std::unique_ptr<T[]> data_;
+};
+using Floats = Buffer<float>;
+
+// A vector of n values as float32: itself, or widened into scratch.
+class AsFloat {
+ public:
+  AsFloat(View view, int64_t n) {
+    if (!view || view.dtype == DType::f32) {
+      data_ = static_cast<const float*>(view.data);
+    } else {
+      scratch_.resize(n);
+      kernels().widen[int(view.dtype)](view.data, scratch_.data(), n);
+      data_ = scratch_.data();
+    }
+  }
+  const float* get() const { return data_; }
+  const float* from(int64_t i) const { return data_ ? data_ + i : nullptr; }
+
+ private:
+  const float* data_;
+  std::vector<float> scratch_;
+};
+
+}  // namespace sadmoe::cpu

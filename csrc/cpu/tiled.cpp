@@ -1,0 +1,149 @@
+#include "cpu/tiled.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace sadmoe::cpu {
+namespace {
+
+constexpr int64_t kStripEntries = 8192;  // floats of y in the first-level cache
+
+int64_t whole_tiles(int64_t n) { return (n + 15) / 16 * 16; }
+
+// Memory for n entries that stays with this thread: fresh pages would cost as much as filling them.
+bf16* kept_memory(int64_t n) {
+  thread_local Buffer<bf16> memory;
+  thread_local int64_t size = 0;
+  if (size < n) memory = Buffer<bf16>(0), memory = Buffer<bf16>(n), size = n;
+  return memory.get();
+}
+
+const bf16* bits(View view, int64_t elements) { return static_cast<const bf16*>(at(view, elements).data); }
+
+class TiledBlock {
+ public:
+  TiledBlock(const Experts& experts, const TiledWeights& weights, int64_t begin, int64_t end, const bool* mask)
+      : p_(experts), s_(experts.shape), k_(kernels()), w_(weights), begin_(begin), T_(end - begin) {
+    plan_.build(mask, T_, s_.E);
+    starts_.reserve(plan_.active.size() + 1);
+    starts_.push_back(0);
+    for (const int64_t e : plan_.active) starts_.push_back(starts_.back() + left_size(plan_.count(e), s_.s));
+    h_ = Buffer<bf16>(starts_.back());
+  }
+
+  int64_t active() const { return static_cast<int64_t>(plan_.active.size()); }
+
+  // Hidden activations of the a-th to b-th active expert.
+  void up(int64_t a, int64_t b) {
+    int64_t most = 0;
+    for (int64_t i = a; i < b; ++i) most = std::max(most, plan_.count(plan_.active[i]));
+    const Buffer<bf16> x(left_size(most, s_.d)), w(w_.input_size());
+    const int64_t ld = whole_tiles(s_.s);
+    const Floats h(whole_tiles(most) * ld), gate(p_.w_gate ? whole_tiles(most) * ld : 0);
+    for (; a < b; ++a) up_expert(a, x.get(), w.get(), h.get(), gate.get(), ld);
+  }
+
+  // The columns [begin, end) of y, begin a multiple of 16, in strips that the first-level cache holds for all experts.
+  void down(int64_t begin, int64_t end, const AsFloat& b_out) {
+    const int64_t strip = std::clamp(kStripEntries / T_ / 32 * 32, int64_t{32}, (end - begin + 31) / 32 * 32);
+    const Floats y(T_ * strip);
+    const Buffer<bf16> w(right_size(s_.s, strip));
+    bf16* out = static_cast<bf16*>(p_.y) + begin_ * s_.d_out;
+    for (int64_t c = begin; c < end; c += strip) {
+      const int64_t columns = std::min(strip, end - c);
+      std::fill_n(y.get(), T_ * strip, 0.0f);
+      for (int64_t t = 0; t < T_ && b_out.get(); ++t) std::copy_n(b_out.from(c), columns, y.get() + t * strip);
+      for (int64_t a = 0; a < active(); ++a) {
+        const int64_t e = plan_.active[a];
+        k_.tiles->multiply_add(h_.get() + starts_[a], w_.down(e, c, columns, w.get()), plan_.count(e), columns, s_.s,
+                               plan_.rows_of(e), y.get(), strip);
+      }
+      for (int64_t t = 0; t < T_; ++t) k_.narrow[int(DType::bf16)](y.get() + t * strip, out + t * s_.d_out + c, columns);
+    }
+  }
+
+ private:
+  void up_expert(int64_t a, bf16* x, bf16* w, float* h, float* gate, int64_t ld) {
+    const int64_t e = plan_.active[a], n = plan_.count(e);
+    k_.tiles->left_of_rows(bits(p_.x, begin_ * s_.d), plan_.rows_of(e), n, s_.d, x);
+    k_.tiles->multiply(x, w_.up(e, w), n, s_.s, s_.d, h, ld);
+    if (p_.w_gate) k_.tiles->multiply(x, w_.gate(e, w), n, s_.s, s_.d, gate, ld);
+    const AsFloat bias(at(p_.b_up, e * s_.s), s_.s), gate_bias(at(p_.b_gate, e * s_.s), s_.s);
+    k_.activate({n, s_.s, ld, h, bias.get(), p_.w_gate ? gate : nullptr, gate_bias.get(), p_.act});
+    k_.tiles->left_of_floats(h, ld, n, s_.s, h_.get() + starts_[a]);
+  }
+
+  const Experts& p_;
+  const ExpertsShape& s_;
+  const Kernels& k_;
+  const TiledWeights& w_;
+  int64_t begin_, T_;
+  Plan plan_;
+  std::vector<int64_t> starts_;  // of each active expert in h
+  Buffer<bf16> h_;
+};
+
+}  // namespace
+
+bool runs_by_tiles(const Experts& experts) { return kernels().tiles && experts.x.dtype == DType::bf16; }
+
+TiledWeights::TiledWeights(const Experts& experts)
+    : p_(experts), tiles_(*kernels().tiles), input_size_(right_size(p_.shape.d, p_.shape.s)) {
+  expert_size_ = (p_.w_gate ? 2 : 1) * input_size_ + right_size(p_.shape.s, p_.shape.d_out);
+}
+
+void TiledWeights::lay_out_all(const Threads& threads) {
+  const ExpertsShape& s = p_.shape;
+  bf16* all = kept_memory(s.E * expert_size_);
+  threads.parallel_for(s.E, 1, [&](int64_t e0, int64_t e1) {
+    for (int64_t e = e0; e < e1; ++e) {
+      bf16* to = all + e * expert_size_;
+      up(e, to);
+      if (p_.w_gate) gate(e, to + input_size_);
+      tiles_.right_of_columns(bits(p_.w_down, e * s.s * s.d_out), s.d_out, s.s, s.d_out,
+                              to + expert_size_ - right_size(s.s, s.d_out));
+    }
+  });
+  all_ = all;
+}
+
+const bf16* TiledWeights::input(View w, int64_t e, int64_t all_at, bf16* scratch) const {
+  if (all_) return all_ + e * expert_size_ + all_at;
+  tiles_.right_of_rows(bits(w, e * p_.shape.s * p_.shape.d), p_.shape.s, p_.shape.d, scratch);
+  return scratch;
+}
+
+const bf16* TiledWeights::up(int64_t e, bf16* scratch) const { return input(p_.w_up, e, 0, scratch); }
+
+const bf16* TiledWeights::gate(int64_t e, bf16* scratch) const { return input(p_.w_gate, e, input_size_, scratch); }
+
+const bf16* TiledWeights::down(int64_t e, int64_t c, int64_t columns, bf16* scratch) const {
+  const ExpertsShape& s = p_.shape;
+  if (all_) return all_ + (e + 1) * expert_size_ - right_size(s.s, s.d_out) + right_size(s.s, c);
+  tiles_.right_of_columns(bits(p_.w_down, e * s.s * s.d_out + c), s.d_out, s.s, columns, scratch);
+  return scratch;
+}
+
+void run_tiled(const Experts& experts, const TiledWeights& weights, const bool* mask, int64_t begin, int64_t end,
+               const AsFloat& b_out, const Threads& threads) {
+  TiledBlock block(experts, weights, begin, end, mask);
+  threads.parallel_for(block.active(), 1, [&](int64_t a, int64_t b) { block.up(a, b); });
+  const int64_t d_out = experts.shape.d_out;
+  threads.parallel_for((d_out + 15) / 16, 4,
+                       [&](int64_t c0, int64_t c1) { block.down(16 * c0, std::min(16 * c1, d_out), b_out); });
+}
+
+void tiled_hidden(const bf16* x, const bf16* v1, const RouterShape& s, int64_t begin, int64_t end, float* hidden) {
+  const Tiles& tiles = *kernels().tiles;
+  std::vector<int32_t> rows(s.T);
+  std::iota(rows.begin(), rows.end(), 0);
+  const Buffer<bf16> left(left_size(s.T, s.d)), right(right_size(s.d, end - begin));
+  const int64_t ld = whole_tiles(end - begin);
+  const Floats out(whole_tiles(s.T) * ld);
+  tiles.left_of_rows(x, rows.data(), s.T, s.d, left.get());
+  tiles.right_of_rows(v1 + begin * s.d, end - begin, s.d, right.get());
+  tiles.multiply(left.get(), right.get(), s.T, end - begin, s.d, out.get(), ld);
+  for (int64_t t = 0; t < s.T; ++t) std::copy_n(out.get() + t * ld, end - begin, hidden + t * s.r + begin);
+}
+
+}  // namespace sadmoe::cpu
