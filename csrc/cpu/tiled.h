@@ -7,7 +7,7 @@
 
 namespace sadmoe::cpu {
 
-// Whether a call goes this way: all in bf16, on a processor that has the unit.
+// Whether a call goes this way: all in bf16, experts not too small, on a processor that has the unit.
 bool runs_by_tiles(const Experts& experts);
 
 // The experts' weights in tiles: laid out anew in every call, by each block for itself, or once for all where there are many.
