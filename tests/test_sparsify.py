@@ -482,6 +482,23 @@ def test_hidden_distillation_is_a_relative_error_without_padding():
     torch.testing.assert_close(got, torch.stack(want).mean())
 
 
+@pytest.mark.parametrize(("kept_bytes", "runs"), [(2**20, 1), (0, 3)])
+def test_the_dense_model_runs_once_a_batch_where_its_states_are_kept(kept_bytes, runs):
+    tiny = TINY["bert"]
+    model, dense, batch = tiny.model(), tiny.model(), tiny.batch()
+    with torch.no_grad():
+        model.encoder.layer[1].output.dense.bias += 0.1
+    calls = []
+    dense.register_forward_hook(lambda *_: calls.append(1))
+    objective = distill_hidden(model, dense, find_ffns(model), kept_bytes=kept_bytes)
+    errors = [objective(batch, 7) for _ in range(3)]
+    assert errors[0] == errors[1] == errors[2] > 0
+    assert len(calls) == runs
+    objective(batch, None)
+    objective(batch, 8)
+    assert len(calls) == runs + 2, "another batch, or one that is not known, is not the one kept"
+
+
 @pytest.mark.parametrize("schedule", ["constant", "linear", "linear_warmup"])
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_schedules_are_safe_in_the_shortest_runs(schedule, steps):
