@@ -8,6 +8,7 @@ import pytest
 import sadmoe.checkpoint as checkpoint
 import torch
 from converted import converted
+from sadmoe import files
 from sadmoe.checkpoint import CheckpointError, load, save
 from sadmoe.convert import restore_
 from sadmoe.dial import set_tau
@@ -162,7 +163,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_other(file, error, monkeyp
         path.write_bytes(b"half")
         raise error("disk full")
 
-    monkeypatch.setattr(checkpoint, "save_file", half)
+    monkeypatch.setattr(files, "save_file", half)
     with pytest.raises(error, match="disk full"):
         save(converted("bert"), file, overwrite=True)
     assert file.read_bytes() == before

@@ -840,7 +840,7 @@ def test_a_bert_inside_another_model_takes_its_spec_along():
 
 
 def test_every_adapter_has_a_model():
-    assert {tiny.adapter for tiny in TINY.values()} == set(ADAPTERS)
+    assert {tiny.adapter for tiny in TINY.values()} == set(ADAPTERS) - {"projection"}  # see test_attention
 
 
 def test_padded_text_converts_like_any_other():

@@ -400,7 +400,7 @@ def test_sadmoe_may_be_imported_after_transformers(monkeypatch):
     monkeypatch.setattr(sadmoe.hf.importlib, "import_module", imported.append)
     assert "transformers.modeling_utils" in sys.modules
     sadmoe.hf.register()
-    assert imported == ["sadmoe.hf.quantizer"]
+    assert imported == ["sadmoe.hf.quantizer", "sadmoe.hf.experts"]
 
 
 def test_a_transformers_that_is_too_old_is_a_warning_and_not_an_error(monkeypatch):

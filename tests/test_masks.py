@@ -3,7 +3,7 @@ import torch
 from converted import converted
 from sadmoe.dial import converted_layers, set_tau, tau
 from sadmoe.gates import DynamicK, TopK
-from sadmoe.masks import record_masks
+from sadmoe.masks import experts_per_token, record_masks
 from tiny_models import TINY, call
 
 
@@ -103,3 +103,14 @@ def test_a_dense_model_is_refused():
         record_masks(TINY["bert"].model()),
     ):
         pass
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "vit"])
+def test_experts_per_token_are_those_of_the_masks(name):
+    model, batch = converted(name), TINY[name].batch()
+    set_tau(model, 0.4)
+    masks, found = masks_by_hand(model, batch), experts_per_token(model, batch)
+    assert list(found) == list(masks)
+    for layer, k in found.items():
+        assert k.dim() == 2
+        assert torch.equal(k.flatten(), masks[layer].sum(-1))

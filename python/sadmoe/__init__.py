@@ -1,11 +1,13 @@
 """Turns a pretrained dense transformer into a dynamic-k Mixture-of-Experts (arXiv 2310.04361) that is really faster.
 
-The steps in order: `sparsify_` (optional), `convert_`, `calibrate_`, then the model runs as before and computes less;
-`set_tau` is its dial, `cost` and `record_masks` say what it does, `restore_` makes it dense again. The compiled ops are
-in `sadmoe.ops` and under `torch.ops.sadmoe`.
+The steps in order: `replace_projections_` and `sparsify_` (optional), `convert_`, `calibrate_`, then the model runs as
+before and computes less; `set_tau` is its dial, `cost` and `record_masks` say what it does, `restore_` makes it dense
+again. The compiled ops are in `sadmoe.ops` and under `torch.ops.sadmoe`.
 """
 
 from sadmoe import hf
+from sadmoe.adapter import load_adapter, save_adapter
+from sadmoe.attention import ProjectionConfig, ProjectionReport, find_projections, replace_projections_
 from sadmoe.batches import padding_mask
 from sadmoe.calibrate import Calibration, calibrate_
 from sadmoe.checkpoint import CheckpointError, load, save
@@ -21,11 +23,19 @@ from sadmoe.masks import record_masks
 from sadmoe.ops import build_info
 from sadmoe.partition import partition
 from sadmoe.routers import RouterConfig, fit_router_, fit_routers_
-from sadmoe.sparsify import SparsifyConfig, SparsifyReport, SparsityLoss, measure_sparsity, sparsify_
+from sadmoe.sparsify import (
+    Checkpoint,
+    SparsifyConfig,
+    SparsifyReport,
+    SparsityLoss,
+    measure_sparsity,
+    sparsify_,
+)
 
 __version__ = "0.1.0"
 __all__ = [
     "Calibration",
+    "Checkpoint",
     "CheckpointError",
     "ConversionReport",
     "ConvertConfig",
@@ -36,6 +46,8 @@ __all__ = [
     "FFNNotFoundError",
     "FinetuneConfig",
     "FinetuneReport",
+    "ProjectionConfig",
+    "ProjectionReport",
     "Router",
     "RouterConfig",
     "SparsifyConfig",
@@ -47,18 +59,22 @@ __all__ = [
     "convert_",
     "cost",
     "find_ffns",
+    "find_projections",
     "finetune_",
     "finetune_layers_",
     "fit_router_",
     "fit_routers_",
     "load",
+    "load_adapter",
     "measure_sparsity",
     "moe_layers",
     "padding_mask",
     "partition",
     "record_masks",
+    "replace_projections_",
     "restore_",
     "save",
+    "save_adapter",
     "set_tau",
     "sparsify_",
     "tau",

@@ -2,7 +2,7 @@
 
 The metadata key "sadmoe" is JSON:
   format   version of all this
-  layers   name -> what `describe` says of the layer there
+  layers   name -> what `describe.describe` says of the layer there
   aliases  name -> the stored name it shares its tensor with (tied weights are stored once)
   crc32    stored name -> checksum of the tensor's bytes
 """
@@ -11,65 +11,23 @@ import copy
 import json
 import os
 import zlib
-from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sadmoe import files
 from sadmoe.convert import surgery
-from sadmoe.ffn import layer_from_dense, moe_layers, site_from_spec, site_of, spec, swap_in
-from sadmoe.gates import DynamicK, Gate, TopK
-from sadmoe.layer import DynamicKMoE
+from sadmoe.describe import describe_all, rebuild
 
 FORMAT = 1
 KEY = "sadmoe"
-RULES: dict[str, type] = {"dynamic_k": DynamicK, "top_k": TopK}
 
 
 class CheckpointError(ValueError):
     """A file that is not what it should be, or not of this model. The model is as it was."""
-
-
-def describe(layer: DynamicKMoE) -> dict[str, Any]:
-    """A converted layer as what json can write: how it is cut, its gate, and the FFN it replaced."""
-    rule = next((rule for rule, kind in RULES.items() if type(layer.gate) is kind), None)
-    if rule is None:
-        raise NotImplementedError(
-            f"a gate of type {type(layer.gate).__name__} cannot be saved; these can: {', '.join(RULES)}"
-        )
-    return {
-        "experts": layer.experts,
-        "expert_size": layer.expert_size,
-        "router_width": layer.router.v1.shape[0],
-        "gate": {"rule": rule, **asdict(layer.gate)},  # type: ignore[call-overload]
-        "ffn": spec(site_of(layer)),
-    }
-
-
-def rebuild(model: nn.Module, name: str, description: Any) -> None:
-    """Cuts the FFN `name` of a dense model as `describe` said, neurons in their order, the router untrained.
-
-    Raises ValueError, with nothing changed, where the description is damaged or of another model.
-    """
-    keys = {"experts", "expert_size", "router_width", "gate", "ffn"}
-    if not isinstance(description, Mapping) or set(description) != keys:
-        raise ValueError(f"{name}: its description must have {', '.join(sorted(keys))}")
-    experts, size, width = (description[key] for key in ("experts", "expert_size", "router_width"))
-    if not all(isinstance(n, int) and n > 0 for n in (experts, size, width)):
-        raise ValueError(
-            f"{name}: experts, expert_size and router_width must be positive, got {experts}, {size}, {width}"
-        )
-    site = site_from_spec(model, name, description["ffn"])
-    dense = site.dense()
-    if dense.f != experts * size:
-        raise ValueError(f"{name}: has {dense.f} neurons in this model, {experts} x {size} in the one saved")
-    order = torch.arange(dense.f, device=dense.w_up.device)
-    swap_in(model, site, layer_from_dense(dense, order, experts, width, _gate(name, description["gate"])))
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -80,7 +38,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
     Raises ValueError where nothing is converted, FileExistsError where path is there and overwrite is False.
     """
     path = Path(path)
-    layers = {name: describe(layer) for name, layer in moe_layers(model).items()}
+    layers = describe_all(model)
     if not layers:
         raise ValueError(f"nothing to save: no FFN of this {type(model).__name__} is converted, see convert_")
     if path.is_dir() or (path.exists() and not overwrite):
@@ -93,12 +51,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
     tensors, aliases = _stored(_everything(model))
     crc = {name: _crc32(tensor) for name, tensor in tensors.items()}
     header = {"format": FORMAT, "layers": layers, "aliases": aliases, "crc32": crc}
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, beside, metadata={"format": "pt", KEY: json.dumps(header)})
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    files.write(path, tensors, KEY, header)
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -111,7 +64,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> None:
     sadmoe, or of another model.
     """
     path = Path(path)
-    if converted := moe_layers(model):
+    if converted := describe_all(model):
         raise ValueError(
             f"{len(converted)} FFNs of this model are converted already: load takes a dense model"
         )
@@ -132,14 +85,6 @@ def check_safetensors(path: Path) -> None:
             pass
     except SafetensorError as error:
         raise CheckpointError(f"{path} is no safetensors file, or is cut short: {error}") from error
-
-
-def _gate(name: str, description: Any) -> Gate:
-    try:
-        arguments = dict(description)
-        return RULES[arguments.pop("rule")](**arguments)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{name}: unknown gate {description!r}: {error}") from error
 
 
 def _everything(model: nn.Module) -> dict[str, Tensor]:

@@ -1,26 +1,24 @@
-"""The command line: `sadmoe demo | convert | evaluate | info`, thin over the API."""
+"""The command line: `sadmoe demo | convert | evaluate | report | info`, thin over the API."""
 
 import argparse
+import json
 import logging
 import shutil
 import sys
-import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
 
 from sadmoe import ops
-from sadmoe.batches import evaluating, run
 from sadmoe.convert import ConvertConfig, convert_
-from sadmoe.cost import cost
-from sadmoe.dial import converted_layers, tau
+from sadmoe.evaluate import evaluate, table
+from sadmoe.model_report import report_page
+from sadmoe.report import write_page
 from sadmoe.run_demo import SECONDS, run_demo
 from sadmoe.sparsify import SparsifyConfig, sparsify_
-from sadmoe.tables import format_table
 from sadmoe.texts import load_model, paragraphs, tokenized
 
 EPILOG = """\
@@ -28,6 +26,7 @@ examples:
   sadmoe demo                                          convert a real text encoder, see what it costs and keeps
   sadmoe convert ./my-bert ./my-moe --text corpus.txt  convert a transformers model of a local folder
   sadmoe evaluate ./my-moe --text held_out.txt         cost, time and fidelity at several tau
+  sadmoe report ./my-moe --text held_out.txt           the same and more, as one HTML page
 """
 
 
@@ -59,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_convert(commands)
     _add_evaluate(commands)
+    _add_report(commands)
     info = commands.add_parser("info", help="what was built and which kernels run here")
     info.set_defaults(command=lambda _: print(ops.build_info()))
     return parser
@@ -128,6 +128,27 @@ def _add_evaluate(commands: Any) -> None:
         description="Runs a converted model over TEXT at several tau. error: of the last hidden states or logits, "
         "|y - y0| / |y0| with y0 those at tau = 0, padding left out.",
     )
+    _add_sweep(command)
+    command.set_defaults(command=_evaluate)
+
+
+def _add_report(commands: Any) -> None:
+    command = commands.add_parser(
+        "report",
+        help="one HTML page about a converted model: curve, experts per token and layer, table",
+        description="Runs a converted model over TEXT at several tau, and writes one self-contained HTML file, with "
+        "the numbers in a JSON file beside it: the curve of error against cost and time, a heat map of the experts "
+        "that each token of a sentence runs in each layer, a histogram for each layer, and `sadmoe evaluate`'s table.",
+    )
+    command.add_argument(
+        "--out", type=Path, default=Path("sadmoe-report.html"), help="file to write (default: %(default)s)"
+    )
+    command.add_argument("--sentence", help="of the heat map (default: the first paragraph of TEXT)")
+    _add_sweep(command)
+    command.set_defaults(command=_report)
+
+
+def _add_sweep(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", type=Path, help="folder that `sadmoe convert` or save_pretrained wrote")
     command.add_argument("--text", type=Path, required=True)
     command.add_argument(
@@ -139,7 +160,6 @@ def _add_evaluate(commands: Any) -> None:
     )
     _add_text(command)
     _add_common(command)
-    command.set_defaults(command=_evaluate)
 
 
 def _add_text(command: argparse.ArgumentParser) -> None:
@@ -197,50 +217,21 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     model, tokenizer = load_model(arguments.model)
-    converted_layers(model)
+    print(table(evaluate(model, _batches(arguments, tokenizer), arguments.tau)))
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    if arguments.out.exists() and not arguments.force:
+        raise FileExistsError(f"{arguments.out} is there already: choose another, or replace it with --force")
+    model, tokenizer = load_model(arguments.model)
     batches = _batches(arguments, tokenizer)
-    with tau(model, 0.0):
-        dense, dense_seconds = _outputs(model, batches)
-    rows = []
-    for value in arguments.tau:
-        with tau(model, value):
-            outputs, seconds = _outputs(model, batches)
-            report = cost(model, batches)
-        error = (outputs - dense).norm() / dense.norm()
-        rows.append(
-            (
-                f"{value:g}",
-                f"{report.share:.1%}",
-                f"{report.executed / report.dense:.1%}",
-                f"{error:.4f}",
-                f"{seconds * 1e3:.0f}",
-                f"{dense_seconds / seconds:.2f}x",
-            )
-        )
-    print(
-        format_table(
-            ("tau", "executed share", "FFN FLOPs of dense", "error", "ms", "faster than dense"), rows
-        )
-    )
+    points = evaluate(model, batches, sorted(arguments.tau), progress=True)
+    sentence = arguments.sentence or paragraphs(arguments.text)[0]
+    write_page(arguments.out, report_page(model, tokenizer, points, batches, sentence))
+    arguments.out.with_suffix(".json").write_text(json.dumps([asdict(point) for point in points], indent=1))
+    print(f"{table(points)}\n\n{arguments.out}, and the numbers in {arguments.out.with_suffix('.json')}")
 
 
 def _batches(arguments: argparse.Namespace, tokenizer: Any) -> list[dict[str, Any]]:
     texts = sorted(paragraphs(arguments.text), key=len)
     return tokenized(tokenizer, texts, batch_size=arguments.batch_size, max_length=arguments.max_length)
-
-
-def _outputs(model: nn.Module, batches: list[dict[str, Any]]) -> tuple[torch.Tensor, float]:
-    """What the model says of every real token, [tokens, n], and the seconds of one pass (median of three)."""
-    seconds = []
-    with evaluating(model):
-        for _ in range(3):
-            started, found = time.perf_counter(), []
-            for batch in batches:
-                output = run(model, batch)
-                found.append(output["logits"] if "logits" in output else output[0])
-            seconds.append(time.perf_counter() - started)
-    real = [
-        y[batch["attention_mask"].bool()] if y.dim() == 3 else y
-        for y, batch in zip(found, batches, strict=True)
-    ]
-    return torch.cat([y.float() for y in real]), median(seconds)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ from sadmoe.dial import converted_layers
 from sadmoe.ffn import site_of
 from sadmoe.gates import DynamicK
 from sadmoe.layer import DynamicKMoE
+from sadmoe.sparsify.config import SparsifyConfig, Step
 from sadmoe.sparsify.guards import all_or_nothing, mode, seeded
-from sadmoe.sparsify.loop import SparsifyConfig, Step, train
 from sadmoe.sparsify.objective import Loss, OutputLoss, distill_hidden, task
 from sadmoe.sparsify.penalty import square_hoyer
+from sadmoe.sparsify.processes import mean_over_processes
+from sadmoe.sparsify.resume import Checkpoint
+from sadmoe.sparsify.train import train
 
 logger = logging.getLogger(__name__)
 MEMORY = 0.9  # of the executed share: how much of the last value stays at each update
@@ -40,10 +44,11 @@ class FinetuneConfig:
     warmup: float = 0.1  # share of the run in which lr rises
     weight_decay: float = 0.01  # of the matrices, not of biases and norms
     grad_clip: float = 1.0  # largest norm of the gradient
+    accumulate: int = 1  # batches in each update; processes share them out: a multiple of how many there are
     seed: int = 0  # of the order of the batches
     kept_bytes: int = (
         2**30
-    )  # of what the dense model gives, kept for the next time the same batch of a list comes
+    )  # of what the dense model gives, kept for when the same batch of a list comes again
 
     def __post_init__(self) -> None:
         if self.tau is not None:
@@ -64,6 +69,7 @@ class FinetuneConfig:
             warmup=self.warmup,
             weight_decay=self.weight_decay,
             grad_clip=self.grad_clip,
+            accumulate=self.accumulate,
             seed=self.seed,
             kept_bytes=self.kept_bytes,
         )
@@ -96,6 +102,7 @@ def finetune_(
     teacher: nn.Module | None = None,
     loss: Loss | None = None,
     output_loss: OutputLoss | None = None,
+    checkpoint: Checkpoint | None = None,
     progress: bool = True,
 ) -> FinetuneReport:
     """Fine-tunes a converted model in place while experts of small norm are skipped: objective + alpha * penalty.
@@ -108,6 +115,7 @@ def finetune_(
     The objective is the relative error of the hidden states of `teacher`, the dense model, after every block (see
     `sparsify_`), or loss(model, batch) -> scalar, or without both the model's own `.loss`. To the first,
     output_loss(model's output, teacher's output, batch) -> scalar is added: what the outputs are used for.
+    checkpoint: where to resume from after a kill, see `Checkpoint`.
     Raises ValueError and TypeError for wrong input, FloatingPointError where the loss is not finite. Whatever is
     raised, the model is as it was before, bit for bit.
     """
@@ -131,12 +139,14 @@ def finetune_(
             teacher.eval()
             sites = [site_of(layer) for layer in layers.values()]
             objective = distill_hidden(model, teacher, sites, output_loss, kept_bytes=config.kept_bytes)
+        run = partial(train, model, batches, config.schedule(), objective, progress=progress)
+        run = partial(run, checkpoint=checkpoint, name="finetune")
         share = None
         if config.tau is None:
-            history = train(model, batches, config.schedule(), objective, no_penalty, progress)
+            history = run(penalty_of=no_penalty)
         else:
             with ExpertPenalty(model, layers, config, config.tau) as penalty:
-                history = train(model, batches, config.schedule(), objective, penalty, progress, penalty.at)
+                history = run(penalty_of=penalty, at=penalty.at)
             share = penalty.share
     report = FinetuneReport(history, share, time.perf_counter() - started)
     logger.info("fine-tuned %d converted FFNs: %s", len(layers), report)
@@ -181,6 +191,13 @@ class ExpertPenalty:
             layer.norms_hook = None
             layer.gate = self.gates[name]
 
+    def state_dict(self) -> dict[str, float]:
+        """What it remembers from update to update."""
+        return {"share": self.share}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.share = state["share"]
+
     def at(self, done: float) -> None:
         """Sets the threshold of the moment when the share `done` of the run is over."""
         risen = min(done / self.config.ramp, 1.0) if self.config.ramp else 1.0
@@ -197,6 +214,7 @@ class ExpertPenalty:
                 values.append(square_hoyer(kept).mean() / kept.shape[1])
                 shares.append(self.layers[name].gate.mask(kept.detach()).float().mean())
             norms.clear()
-        self.share = MEMORY * self.share + (1 - MEMORY) * torch.stack(shares).mean().item()
+        now = mean_over_processes(torch.stack(shares).mean().item(), shares[0].device)
+        self.share = MEMORY * self.share + (1 - MEMORY) * now
         mean = torch.stack(values).mean()
         return mean if self.share > self.config.share else mean.detach()

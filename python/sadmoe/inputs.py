@@ -92,6 +92,16 @@ def stream_inputs(
             yield name, samples.pop(name).rows
 
 
+def held_out_and_batches(
+    whole: dict[str, Tensor], batch_tokens: int
+) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """Tensors of equal length n >= 2 as the first tenth of their rows, and the rest in batches of batch_tokens."""
+    held_out = max(1, len(next(iter(whole.values()))) // 10)
+    test = {key: value[:held_out] for key, value in whole.items()}
+    chunks = zip(*(value[held_out:].split(batch_tokens) for value in whole.values()), strict=True)
+    return test, [dict(zip(whole, chunk, strict=True)) for chunk in chunks]
+
+
 class _Sample:
     """A uniform sample without replacement of the rows that went by, in one buffer of fixed size.
 

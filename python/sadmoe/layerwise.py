@@ -16,10 +16,12 @@ from sadmoe.batches import Batches, check_batches
 from sadmoe.dial import converted_layers
 from sadmoe.ffn import DenseFFN, FFNSite, find_ffns
 from sadmoe.finetune import ExpertPenalty, FinetuneConfig, frozen_in
-from sadmoe.inputs import stream_inputs
+from sadmoe.inputs import held_out_and_batches, stream_inputs
 from sadmoe.layer import DynamicKMoE
+from sadmoe.sparsify.config import Step
 from sadmoe.sparsify.guards import all_or_nothing, mode, seeded
-from sadmoe.sparsify.loop import Step, train
+from sadmoe.sparsify.resume import Checkpoint
+from sadmoe.sparsify.train import train
 
 logger = logging.getLogger(__name__)
 CHUNK = 4096  # tokens whose dense outputs are computed at once
@@ -51,6 +53,8 @@ def finetune_layers_(
     teacher: nn.Module,
     batch_tokens: int = 1024,
     max_tokens: int = 32768,
+    max_bytes: int | None = None,
+    checkpoint: Checkpoint | None = None,
     progress: bool = True,
 ) -> list[LayerFit]:
     """Fine-tunes every converted layer in place on its own: mean of |y - t|^2 / (|x|^2 + |t|^2) + alpha * penalty.
@@ -61,6 +65,8 @@ def finetune_layers_(
     trained: `fit_routers_` afterwards.
 
     batch_tokens: in each update.   max_tokens: inputs of a layer to train on, of which a tenth is held out.
+    max_bytes: of inputs held together, see `stream_inputs`.
+    checkpoint: where to resume from after a kill, a file for each layer, see `Checkpoint`.
     Raises ValueError where `teacher` has no FFN of a layer's name and sizes. After any error the model is as it was.
     """
     check_batches(batches)
@@ -78,10 +84,16 @@ def finetune_layers_(
     fits = []
     with all_or_nothing(model), mode(model, train=False), seeded(model, config.seed), frozen_in(routers):
         for name, rows in stream_inputs(
-            teacher, sites, batches, max_tokens=max_tokens, seed=config.seed, progress=progress
+            teacher,
+            sites,
+            batches,
+            max_tokens=max_tokens,
+            max_bytes=max_bytes,
+            seed=config.seed,
+            progress=progress,
         ):
             dense = next(site for site in sites if site.name == name).dense()
-            fits.append(_fit(name, layers[name], dense, rows, batch_tokens, config, progress))
+            fits.append(_fit(name, layers[name], dense, rows, batch_tokens, config, checkpoint, progress))
             logger.info("fine-tuned %s", fits[-1])
     return fits
 
@@ -93,6 +105,7 @@ def _fit(
     rows: Tensor,
     batch_tokens: int,
     config: FinetuneConfig,
+    checkpoint: Checkpoint | None,
     progress: bool,
 ) -> LayerFit:
     if len(rows) < 2:
@@ -103,18 +116,24 @@ def _fit(
     rows = rows[torch.randperm(len(rows), device=rows.device)]
     targets = torch.cat([dense(part) for part in rows.split(CHUNK)])
     scale = rows.square().sum(-1) + targets.square().sum(-1)  # of the residual sum, token by token
-    held_out = max(1, len(rows) // 10)
-    whole = {"rows": rows, "targets": targets, "scale": scale}
-    test = {key: value[:held_out] for key, value in whole.items()}
-    chunks = zip(*(value[held_out:].split(batch_tokens) for value in whole.values()), strict=True)
-    batches = [dict(zip(whole, chunk, strict=True)) for chunk in chunks]
+    test, batches = held_out_and_batches({"rows": rows, "targets": targets, "scale": scale}, batch_tokens)
 
-    def error(batch: Any, number: int | None = None) -> Tensor:
+    def error(batch: Any, index: int | None = None) -> Tensor:
         return (layer(batch["rows"]) - batch["targets"]).square().sum(-1).div(batch["scale"]).mean()
 
     assert config.tau is not None
     with ExpertPenalty(layer, {name: layer}, config, config.tau) as penalty:
-        history = train(layer, batches, config.schedule(), error, penalty, progress, penalty.at)
+        history = train(
+            layer,
+            batches,
+            config.schedule(),
+            error,
+            penalty,
+            progress,
+            penalty.at,
+            checkpoint=checkpoint,
+            name=name,
+        )
         penalty.at(1.0)
         with torch.no_grad():
             missed, share = error(test).item(), layer.mask(test["rows"]).float().mean().item()

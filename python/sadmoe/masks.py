@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sadmoe.batches import Batch, real_rows
+from sadmoe.batches import Batch, evaluating, real_rows, run
 from sadmoe.dial import converted_layers
 from sadmoe.gates import DynamicK
 from sadmoe.layer import DynamicKMoE
@@ -108,3 +108,28 @@ def record_masks(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def experts_per_token(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """How many experts every converted layer runs for every token of one batch: name -> int64, x's shape but the last.
+
+    The model runs once in eval mode. A layer that runs several times counts the last; one that does not is left out.
+    """
+    found: dict[str, Tensor] = {}
+
+    def hook_for(name: str) -> Any:
+        def see(layer: DynamicKMoE, args: Any, kwargs: Any) -> None:
+            x = args[0] if args else kwargs["x"]
+            found[name] = layer.mask(x).sum(-1).cpu()
+
+        return see
+
+    layers = converted_layers(model)
+    hooks = [layer.register_forward_pre_hook(hook_for(n), with_kwargs=True) for n, layer in layers.items()]
+    try:
+        with evaluating(model):
+            run(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: found[name] for name in layers if name in found}

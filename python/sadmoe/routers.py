@@ -1,8 +1,8 @@
 """Training of the routers: regression of every expert's output norm. Source: arXiv 2310.04361, section 3."""
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,12 @@ from tqdm.auto import tqdm
 from sadmoe import reference
 from sadmoe.batches import Batches
 from sadmoe.dial import converted_layers, tau
+from sadmoe.ffn import projection_mlps
+from sadmoe.files import checksum
 from sadmoe.inputs import collect_inputs, stream_inputs
 from sadmoe.layer import DynamicKMoE
+from sadmoe.sparsify.processes import place
+from sadmoe.sparsify.resume import Checkpoint, read, write
 
 __all__ = ["RouterConfig", "RouterFit", "collect_inputs", "fit_router_", "fit_routers_", "stream_inputs"]
 
@@ -110,15 +114,26 @@ def fit_routers_(
     max_tokens: int = 20_000,
     max_bytes: int = 2**30,
     skip_padding: bool = True,
+    checkpoint: Checkpoint | None = None,
     progress: bool = False,
 ) -> dict[str, RouterFit]:
     """Trains the routers of a converted model anew: `fit_router_` on what enters each layer at tau = 0.
 
     max_tokens, max_bytes and skip_padding: see `stream_inputs`. Gates stay as they are.
-    Raises ValueError where nothing was converted, or where the routers are not as wide as the config says.
+    checkpoint: where to resume from after a kill: routers that were done are loaded, see `Checkpoint`.
+    Raises ValueError where nothing was converted, or where the routers of FFNs are not as wide as the config says;
+    those of projections of attention keep their width.
     """
-    layers = converted_layers(model)
-    sites = [_Converted(name, layer) for name, layer in layers.items()]
+    layers, projections = converted_layers(model), projection_mlps(model)
+    configs = {
+        name: _for_width(config, layer.router.v1.shape[0], free=config is None or name in projections)
+        for name, layer in layers.items()
+    }
+    saved = {
+        name: _Saved(checkpoint, name, layer, configs[name], max_tokens) for name, layer in layers.items()
+    }
+    fits = {name: fit for name, one in saved.items() if (fit := one.load_()) is not None}
+    sites = [_Converted(name, layer) for name, layer in layers.items() if name not in fits]
     with tau(model, 0.0):
         stream = stream_inputs(
             model,
@@ -129,7 +144,42 @@ def fit_routers_(
             skip_padding=skip_padding,
             progress=progress,
         )
-        return {name: fit_router_(layers[name], x, config, progress=progress) for name, x in stream}
+        for name, x in stream:
+            fits[name] = fit_router_(layers[name], x, configs[name], progress=progress)
+            saved[name].save(fits[name])
+    return {name: fits[name] for name in layers}
+
+
+def _for_width(config: RouterConfig | None, width: int, free: bool) -> RouterConfig:
+    config = RouterConfig() if config is None else config
+    return replace(config, width=width) if free else config
+
+
+@dataclass
+class _Saved:
+    """A router that was fitted, on disk: it takes seconds, so that is how often `fit_routers_` saves."""
+
+    checkpoint: Checkpoint | None
+    name: str
+    layer: DynamicKMoE
+    config: RouterConfig
+    max_tokens: int
+
+    def run(self) -> dict[str, Any]:
+        experts = {key: p for key, p in self.layer.named_parameters() if not key.startswith("router.")}
+        return {"config": asdict(self.config), "max_tokens": self.max_tokens, "weights": checksum(experts)}
+
+    def load_(self) -> RouterFit | None:
+        """Puts the saved router into the layer, if there is one."""
+        found = None if self.checkpoint is None else read(self.checkpoint.file(self.name), self.run())
+        if found is None:
+            return None
+        self.layer.router.load_state_dict(found[0])
+        return RouterFit(**found[1])
+
+    def save(self, fit: RouterFit) -> None:
+        if self.checkpoint is not None and place()[0] == 0:
+            write(self.checkpoint.file(self.name), self.layer.router.state_dict(), self.run(), asdict(fit))
 
 
 class _Converted(NamedTuple):

@@ -1,7 +1,7 @@
 """What can be chosen about a conversion."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from sadmoe.gates import DynamicK
@@ -35,6 +35,9 @@ class ConvertConfig:
     restarts: int = 1  # runs of the k-means, the best of which is kept; more take that much longer for little
     seed: int = 0  # of the sample of inputs and of the k-means; the routers have their own in `router`
     filter: Callable[[str], bool] | None = None  # of an FFN's name; False leaves it dense. None: convert all
+    # What differs for the MLPs of `replace_projections_`, which are narrower than FFNs: their routers should be too.
+    projection_expert_size: int | None = None  # None: as the FFNs
+    projection_router: RouterConfig | None = None  # None: as the FFNs
 
     def __post_init__(self) -> None:
         if self.expert_size is not None and self.experts is not None:
@@ -51,7 +54,8 @@ class ConvertConfig:
                 "ConvertConfig: give tau, or budget to have it solved; "
                 f"got tau={self.tau} and budget={self.budget}"
             )
-        for name in ("expert_size", "experts", "max_tokens", "max_bytes", "restarts"):
+        sizes = ("expert_size", "experts", "projection_expert_size")
+        for name in (*sizes, "max_tokens", "max_bytes", "restarts"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"ConvertConfig: {name} must be at least 1, got {value}")
@@ -61,6 +65,14 @@ class ConvertConfig:
             )
         if self.tau is not None:
             DynamicK(self.tau)  # checks the range
+
+    def of(self, adapter: str) -> "ConvertConfig":
+        """The same for a site of that adapter: with what differs for projections in the place of the rest."""
+        if adapter != "projection":
+            return self
+        size = self.projection_expert_size
+        sizes = {} if size is None else {"expert_size": size, "experts": None}
+        return replace(self, router=self.projection_router or self.router, **sizes)  # type: ignore[arg-type]
 
     @property
     def gate(self) -> DynamicK:

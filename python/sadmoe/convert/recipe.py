@@ -15,7 +15,18 @@ from sadmoe.convert.config import ConvertConfig
 from sadmoe.convert.report import ConversionReport, LayerReport
 from sadmoe.convert.undo import surgery
 from sadmoe.cost import layer_cost
-from sadmoe.ffn import DenseFFN, FFNSite, find_ffns, layer_from_dense, moe_layers, swap_in, swap_out
+from sadmoe.ffn import (
+    DenseFFN,
+    FFNSite,
+    check_originals,
+    find_ffns,
+    layer_from_dense,
+    moe_layers,
+    projection_mlps,
+    put_back_projections,
+    swap_in,
+    swap_out,
+)
 from sadmoe.ffn.dense import TENSORS
 from sadmoe.gates import DynamicK
 from sadmoe.inputs import stream_inputs
@@ -64,17 +75,23 @@ def convert_(
     return ConversionReport(rows, gate.tau, config.budget, max(one.tokens for one in built), clock.seconds)
 
 
-def restore_(model: nn.Module) -> None:
+def restore_(model: nn.Module, *, projections: bool = True) -> None:
     """Puts the dense FFNs back, in place: bit for bit as they were, unless they were trained or cast since.
 
-    Raises ValueError where nothing is converted.
+    projections: also put the original projections of attention where `replace_projections_` put MLPs, bit for bit;
+    False leaves the MLPs. Raises ValueError, with the model as it was, where nothing is converted or replaced, or the
+    original projections are not known.
     """
     names = list(moe_layers(model))
-    if not names:
+    if not names and not (projections and projection_mlps(model)):
         raise ValueError(f"nothing to restore: no FFN of this {type(model).__name__} is converted")
+    if projections:
+        check_originals(model)
     with surgery(model):
         for name in names:
             swap_out(model, name)
+        if projections:
+            put_back_projections(model)
 
 
 @dataclass
@@ -119,7 +136,7 @@ def _checked_sites(model: nn.Module, config: ConvertConfig) -> list[FFNSite]:
     for site in sites:
         dense = site.dense()
         try:
-            config.experts_of(dense.f)
+            config.of(site.adapter).experts_of(dense.f)
         except ValueError as error:
             wrong.append(f"{site.name}: {error}")
         if dense.w_up.dtype not in DTYPES:
@@ -135,12 +152,10 @@ def _check_budget(sites: list[FFNSite], config: ConvertConfig, budget: float) ->
     """Refuses what no tau can meet before routers are trained for it, by the closed forms of the cost."""
     floors = []
     for site in sites:
-        dense = site.dense()
+        dense, own = site.dense(), config.of(site.adapter)
         weights = {name: w.to("meta") for name in TENSORS if (w := getattr(dense, name)) is not None}
         order = torch.empty(dense.f, dtype=torch.int64, device="meta")
-        layer = layer_from_dense(
-            replace(dense, **weights), order, config.experts_of(dense.f), config.router.width
-        )
+        layer = layer_from_dense(replace(dense, **weights), order, own.experts_of(dense.f), own.router.width)
         cost = layer_cost(layer, share=1.0)
         floors.append(cost.floor / cost.dense)
     if budget < min(floors):
@@ -179,7 +194,7 @@ def _build_all(
 
 
 def _build(site: FFNSite, inputs: Tensor, config: ConvertConfig, clock: _Clock, progress: bool) -> _Built:
-    dense = site.dense()
+    dense, config = site.dense(), config.of(site.adapter)
     experts = config.experts_of(dense.f)
     with clock("partition"):
         alike = _activity(dense, inputs) if config.cluster == "activity" else dense.first

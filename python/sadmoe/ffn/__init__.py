@@ -2,6 +2,16 @@
 
 from sadmoe.ffn.adapters import ADAPTERS
 from sadmoe.ffn.dense import DenseFFN, dense_from_layer, layer_from_dense
+from sadmoe.ffn.projection import (
+    ProjectionMLP,
+    bare_mlps,
+    check_originals,
+    empty_mlp,
+    original_of,
+    projection_mlps,
+    put_back_projections,
+    stand_in,
+)
 from sadmoe.ffn.scan import FFNNotFoundError, Skipped, find_ffns, scan_ffns
 from sadmoe.ffn.sites import FFNSite, Parts, site_from_spec, spec
 from sadmoe.ffn.surgery import moe_layers, site_of, swap_in, swap_out
@@ -13,15 +23,23 @@ __all__ = [
     "FFNNotFoundError",
     "FFNSite",
     "Parts",
+    "ProjectionMLP",
     "Skipped",
+    "bare_mlps",
+    "check_originals",
     "dense_from_layer",
+    "empty_mlp",
     "find_ffns",
     "layer_from_dense",
     "moe_layers",
+    "original_of",
+    "projection_mlps",
+    "put_back_projections",
     "scan_ffns",
     "site_from_spec",
     "site_of",
     "spec",
+    "stand_in",
     "swap_activations_",
     "swap_in",
     "swap_out",

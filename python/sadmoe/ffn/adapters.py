@@ -16,6 +16,7 @@ from sadmoe import reference
 from sadmoe.ffn.activations import activation_attributes, activation_children
 from sadmoe.ffn.linears import linear_shape
 from sadmoe.ffn.probe import Call
+from sadmoe.ffn.projection import ProjectionMLP
 from sadmoe.ffn.sites import Parts
 from sadmoe.ffn.surgery import FAST_PATH
 
@@ -39,6 +40,13 @@ class Proposal:
 
 
 Adapter = Callable[[nn.Module], Iterator[Proposal]]
+
+
+def projection(module: nn.Module) -> Iterator[Proposal]:
+    """The MLP that stands for a projection of attention, whatever its widths: the MoE layer takes its place."""
+    if isinstance(module, ProjectionMLP):
+        parts = Parts("", "up", "down", activation="act")
+        yield Proposal(parts, (module.act_name,) if module.act_name else (), (_call_once,), True)
 
 
 def whole_plain(module: nn.Module) -> Iterator[Proposal]:
@@ -110,7 +118,8 @@ def in_pair(module: nn.Module) -> Iterator[Proposal]:
 
 
 ADAPTERS: dict[str, Adapter] = {
-    adapter.__name__: adapter for adapter in (whole_plain, whole_gated, whole_fused, in_block, in_pair)
+    adapter.__name__: adapter
+    for adapter in (projection, whole_plain, whole_gated, whole_fused, in_block, in_pair)
 }
 
 

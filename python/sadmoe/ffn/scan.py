@@ -60,7 +60,7 @@ def scan_ffns(
     """`find_ffns` without errors and warnings: the sites, and what only looks like one, with the reason."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    uses, sites, skipped = _Uses(model), [], []
+    uses, sites, skipped = Uses(model), [], []
     done: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, DynamicKMoE) or any(name == d or name.startswith(f"{d}.") for d in done):
@@ -74,7 +74,7 @@ def scan_ffns(
 
 
 def _look_at(
-    module: nn.Module, name: str, uses: "_Uses", filter: Callable[[str], bool] | None
+    module: nn.Module, name: str, uses: "Uses", filter: Callable[[str], bool] | None
 ) -> tuple[list[FFNSite], list[str]]:
     """The FFNs in one module, and why its other proposals were refused."""
     sites: list[FFNSite] = []
@@ -97,7 +97,7 @@ def _look_at(
 
 
 @dataclass
-class _Uses:
+class Uses:
     """Who else holds a parameter or a module, which decides whether it can be taken away."""
 
     model: nn.Module

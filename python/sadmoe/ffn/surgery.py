@@ -113,6 +113,12 @@ def moe_layers(model: nn.Module) -> dict[str, DynamicKMoE]:
     return {name: m for name, m in model.named_modules() if isinstance(m, DynamicKMoE)}
 
 
+def replaced_module(layer: nn.Module) -> Any:
+    """The module whose place a MoE layer took whole; None where it took that of parts, or is none."""
+    replaced = layer.__dict__.get(_KEY)
+    return replaced.removed.get("") if isinstance(replaced, _Replaced) else None
+
+
 def site_of(layer: DynamicKMoE) -> FFNSite:
     """The site that `swap_in` put the layer at; its `spec` is what a checkpoint needs. Else ValueError."""
     return _replaced(layer, "the layer").site

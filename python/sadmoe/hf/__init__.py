@@ -4,6 +4,8 @@ It works as the quantization methods of transformers do: config.json says, under
 quant_method "sadmoe", how each FFN was cut, and from_pretrained cuts the model that it has built on the meta
 device before it loads the weights. No remote code, only safetensors. `quantizer` has the classes for that.
 
+`experts` lets stock MoE models run on sadmoe's kernels, `trainer` has the callback of sparsity fine-tuning.
+
 transformers is never imported from here: `register` waits until somebody else has imported it.
 """
 
@@ -22,6 +24,7 @@ from sadmoe.convert import after_surgery
 
 MODELS = "transformers.modeling_utils"  # every model imports it, and it has all that registering needs
 QUANTIZER = "sadmoe.hf.quantizer"
+EXPERTS = "sadmoe.hf.experts"
 
 
 def register() -> None:
@@ -46,6 +49,7 @@ def describe_to_transformers(model: nn.Module) -> None:
 def _import_quantizer() -> None:
     try:
         importlib.import_module(QUANTIZER)
+        importlib.import_module(EXPERTS)
     except ImportError as error:  # inside somebody's import of transformers, which must go on
         warnings.warn(
             f"sadmoe cannot register with this version of transformers ({error}): converted models work, but "

@@ -11,9 +11,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sadmoe.checkpoint import FORMAT, CheckpointError, check_safetensors, describe, rebuild
+from sadmoe.checkpoint import FORMAT, CheckpointError, check_safetensors
 from sadmoe.convert import restore_
-from sadmoe.ffn import moe_layers
+from sadmoe.describe import describe_all as descriptions
+from sadmoe.describe import rebuild
+from sadmoe.ffn import bare_mlps, moe_layers, projection_mlps
 
 logger = logging.getLogger(__name__)
 CACHE_LINE = 64  # bytes, to which torch aligns what it allocates
@@ -25,7 +27,7 @@ METHOD = "sadmoe"
 class SadmoeConfig(QuantizationConfigMixin):
     """What config.json holds of a converted model.
 
-    layers: name of each converted FFN -> what `checkpoint.describe` says of it.   format: version of that.
+    layers: name of each converted FFN -> what `describe.describe` says of it.   format: version of that.
     """
 
     def __init__(self, layers: dict[str, Any] | None = None, format: int = FORMAT, **unknown: Any):
@@ -93,6 +95,7 @@ class SadmoeQuantizer(HfQuantizer):
                 raise CheckpointError(
                     f"config.json does not fit this {type(model).__name__}: {error}"
                 ) from error
+        _leave_attention_alone(model)
         self._shapes = {name: tensor.shape for name, tensor in _layer_tensors(model).items()}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -119,7 +122,7 @@ def describe_all(model: nn.Module) -> None:
 
 
 def _describe(model: Any) -> None:
-    layers = {name: describe(layer) for name, layer in moe_layers(model).items()}
+    layers = descriptions(model)
     ours = isinstance(getattr(model, "hf_quantizer", None), SadmoeQuantizer)
     if layers and not ours and getattr(model, "hf_quantizer", None) is not None:
         logger.warning(
@@ -166,9 +169,16 @@ def _found_in(model: Any, layers: dict[str, Any]) -> dict[str, Any]:
 def _layer_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
         f"{name}.{key}": tensor
-        for name, layer in moe_layers(model).items()
+        for name, layer in (*moe_layers(model).items(), *bare_mlps(model).items())
         for key, tensor in layer.state_dict(keep_vars=True).items()
     }
+
+
+def _leave_attention_alone(model: nn.Module) -> None:
+    """Keeps transformers from initialising attentions whose projections are MLPs: some read the projections' weights
+    (GPT-2, T5). What they hold is all in the file, or `_check_loaded` says so."""
+    for name in projection_mlps(model):
+        model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def _align(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from sadmoe.batches import Batch, real_rows, run
 from sadmoe.ffn import FFNSite
 
 Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> scalar; it runs the model itself
-# Runs the model on a batch and says how far off it is. The number is the same whenever the same batch comes; None where
+# Runs the model on a batch and says how far off it is. The index is the same whenever the same batch comes; None where
 # that is not known.
 Objective = Callable[[Batch, int | None], Tensor]
 OutputLoss = Callable[[Any, Any, Any], Tensor]  # (model's output, dense model's output, batch) -> scalar
@@ -23,7 +23,7 @@ OutputLoss = Callable[[Any, Any, Any], Tensor]  # (model's output, dense model's
 def task(model: nn.Module, loss: Loss | None) -> Objective:
     """loss(model, batch), or the `.loss` that the model puts into its output."""
 
-    def objective(batch: Batch, number: int | None = None) -> Tensor:
+    def objective(batch: Batch, index: int | None = None) -> Tensor:
         value = loss(model, batch) if loss is not None else _field(run(model, batch), "loss")
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise ValueError(
@@ -39,7 +39,7 @@ def task(model: nn.Module, loss: Loss | None) -> Objective:
 def distill_logits(model: nn.Module, dense: nn.Module) -> Objective:
     """KL(dense || model) of the logits at temperature 1, averaged over the real tokens (or samples)."""
 
-    def objective(batch: Batch, number: int | None = None) -> Tensor:
+    def objective(batch: Batch, index: int | None = None) -> Tensor:
         with torch.no_grad():
             target = _logits(run(dense, batch))
         logits = _logits(run(model, batch))
@@ -74,8 +74,8 @@ def distill_hidden(
             output = run(dense, batch)
         return targets, output if output_loss is not None else None
 
-    def objective(batch: Batch, number: int | None = None) -> Tensor:
-        targets, wanted = kept.get(number, lambda: dense_states(batch))
+    def objective(batch: Batch, index: int | None = None) -> Tensor:
+        targets, wanted = kept.get(index, lambda: dense_states(batch))
         with outputs(model, names) as hidden:
             given = run(model, batch)
         missed = [name for name in names if len(hidden[name]) != len(targets[name]) or not hidden[name]]
@@ -93,20 +93,20 @@ def distill_hidden(
 
 
 class Kept:
-    """Results by number, kept as long as all their tensors together fit in `limit` bytes."""
+    """Results by index, kept as long as all their tensors together fit in `limit` bytes."""
 
     def __init__(self, limit: int):
         self.free = limit
         self.results: dict[int, Any] = {}
 
-    def get(self, number: int | None, make: Callable[[], Any]) -> Any:
-        """The result of that number: the one kept, or a new one. None is never kept."""
-        if number in self.results:
-            return self.results[number]
+    def get(self, index: int | None, make: Callable[[], Any]) -> Any:
+        """The result of that index: the one kept, or a new one. None is never kept."""
+        if index in self.results:
+            return self.results[index]
         result = make()
-        if number is not None and (size := _bytes(result)) <= self.free:
+        if index is not None and (size := _bytes(result)) <= self.free:
             self.free -= size
-            self.results[number] = result
+            self.results[index] = result
         return result
 
 

@@ -132,6 +132,10 @@ class SparsityLoss:
         ]
         return torch.stack(means).mean()
 
+    def forget(self) -> None:
+        """Drops what passes since the last call left, as after an evaluation."""
+        self._seen.clear()
+
     def _record(self, site: FFNSite, module: nn.Module, args: Any, output: Tensor) -> None:
         z = site.pre_activation(output)
         a = z.relu() if site.act == "relu" else (z.float() - self.displacement).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Pictures of what a conversion costs and keeps."""
+"""Pictures of curves, by matplotlib."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,0 +1,76 @@
+"""MoEfication (arXiv 2110.01786) as a baseline: k-means on input weights, its router, static top-k.
+
+Its router tells which experts are active, not how large their outputs are: two layers with tanh between, trained with
+binary cross-entropy on each expert's summed activation over the largest in sight.
+"""
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sadmoe import ConvertConfig, RouterConfig, SparsifyConfig, convert_, moe_layers, tau
+from sadmoe.batches import Batches
+from sadmoe.inputs import held_out_and_batches, stream_inputs
+from sadmoe.layer import DynamicKMoE
+from sadmoe.sparsify.guards import seeded
+from sadmoe.sparsify.train import train
+from torch import Tensor, nn
+
+WIDTH = 128  # of the router, as in that paper's re-implementation
+
+
+class ActivityRouter(nn.Module):
+    """x v1ᵀ, tanh, v2ᵀ: logits that an expert is active. v1 [r, d], v2 [E, r]: the names that costs are told by."""
+
+    def __init__(self, like: nn.Module):
+        super().__init__()
+        self.v1, self.v2 = (nn.Parameter(v.detach().clone()) for v in (like.v1, like.v2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(torch.tanh(F.linear(x.float(), self.v1.float())), self.v2.float())
+
+
+def moefied(dense: nn.Module, batches: Batches, expert_size: int, steps: int, tokens: int) -> nn.Module:
+    """A copy of a ReLU model in experts, with that router in every layer. Its gates are for the caller: TopK."""
+    model = copy.deepcopy(dense)
+    router = RouterConfig(width=WIDTH, steps=1)
+    config = ConvertConfig(expert_size=expert_size, router=router, max_tokens=min(tokens, 8192))
+    convert_(model, batches, config, progress=False)
+    layers = moe_layers(model)
+    sites = [_Site(name, layer) for name, layer in layers.items()]
+    with tau(model, 0.0), seeded(model, 0):
+        for name, rows in stream_inputs(model, sites, batches, max_tokens=tokens):
+            layers[name].router = fitted(layers[name], rows, steps)
+    return model
+
+
+class _Site:
+    def __init__(self, name: str, first: nn.Module):
+        self.name, self.first = name, first
+
+
+def fitted(layer: DynamicKMoE, rows: Tensor, steps: int) -> ActivityRouter:
+    """The router of one layer, from what enters it."""
+    with torch.no_grad():
+        sums = torch.cat([activity(layer, part) for part in rows.split(2048)])
+    router = ActivityRouter(layer.router)
+    _, chunks = held_out_and_batches({"rows": rows, "labels": sums / sums.max().clamp(min=1e-12)}, 512)
+
+    def objective(batch: Any, index: int | None = None) -> Tensor:
+        return F.binary_cross_entropy_with_logits(router(batch["rows"]), batch["labels"])
+
+    config = SparsifyConfig(steps=steps, alpha=0.0, lr=1e-3)
+    train(router, chunks, config, objective, lambda batch: torch.zeros(()), progress=False)
+    return router
+
+
+def activity(layer: DynamicKMoE, rows: Tensor) -> Tensor:
+    """Summed activations of each expert's neurons: [T, d] -> [T, E]."""
+    up = F.linear(rows, layer.w_up.flatten(0, 1), None if layer.b_up is None else layer.b_up.flatten())
+    gate = up
+    if layer.w_gate is not None:
+        gate = F.linear(
+            rows, layer.w_gate.flatten(0, 1), None if layer.b_gate is None else layer.b_gate.flatten()
+        )
+    return gate.relu().unflatten(-1, (layer.experts, layer.expert_size)).sum(-1)

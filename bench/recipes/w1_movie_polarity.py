@@ -1,0 +1,76 @@
+"""W1: MiniLM-L6 fine-tuned on the polarity of film reviews; accuracy on 1,000 held-out sentences (s.e. 1.1 points).
+
+bench/recipes/fetch.sh data && python bench/recipes/w1_movie_polarity.py --data data [--effort tiny|cpu|gpu]
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from recipe import EFFORTS, arguments, run_recipe, task_trained
+from sadmoe.batches import device_of, evaluating, to_device
+from sadmoe.model_report import sentence_heat
+from sadmoe.texts import tokenized
+from sources import minilm_classifier, movie_polarity
+from torch import Tensor, nn
+from workload import Workload, inputs
+
+SENTENCE = "A film of rare charm that, for all its talk, never once forgets to be funny."
+WEIGHT = 1.0  # of the logits beside the hidden states
+
+
+def batches(tokenizer: Any, labelled: list[tuple[str, int]], size: int) -> list[dict[str, Tensor]]:
+    """Those of few words first, so that a batch has little padding."""
+    ordered = sorted(labelled, key=lambda one: len(one[0]))
+    made = tokenized(tokenizer, [text for text, _ in ordered], batch_size=size, max_length=64)
+    labels = torch.tensor([label for _, label in ordered]).split(size)
+    return [batch | {"labels": part} for batch, part in zip(made, labels, strict=True)]
+
+
+def accuracy(model: nn.Module, tests: Any) -> float:
+    """Share of the labels that the model gives."""
+    right, seen = 0, 0
+    with evaluating(model):
+        for batch in tests:
+            batch = to_device(batch, device_of(model))
+            right += int((model(**inputs(batch)).logits.argmax(-1) == batch["labels"]).sum())
+            seen += len(batch["labels"])
+    return right / seen
+
+
+def same_logits(output: Any, wanted: Any, batch: Any) -> Tensor:
+    """KL of the model's classes to the dense model's."""
+    ours, theirs = (o.logits.float().log_softmax(-1) for o in (output, wanted))
+    return WEIGHT * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+
+def main() -> None:
+    args = arguments(__doc__ or "")
+    effort = EFFORTS[args.effort]
+    data, (model, tokenizer) = movie_polarity(args.data), minilm_classifier()
+    labelled = batches(tokenizer, data["train"][: effort.train], 32)
+    tests = batches(tokenizer, data["test"][: effort.tests], 64)
+    state = args.out / "state" / f"w1-{args.effort}"
+    dense = task_trained(model, labelled, None, effort, 1e-4, state, args.device)
+    timed = [to_device(inputs(batch), args.device) for batch in tests[:: max(1, len(tests) // 4)]]
+    run_recipe(
+        Workload(
+            name="w1",
+            title="W1: MiniLM-L6, polarity of film reviews",
+            dense=dense,
+            train=[inputs(batch) for batch in labelled],
+            tests=tests,
+            metric=accuracy,
+            metric_name="accuracy",
+            higher_is_better=True,
+            heat=lambda model: sentence_heat("Experts of each token", model, tokenizer, SENTENCE),
+            timers={"64 sentences": lambda model: [model(**batch) for batch in timed]},
+            output_loss=same_logits,
+            notes=("Two sentences of one review may be in both train and test: compare with dense only.",),
+        ),
+        args,
+    )
+
+
+if __name__ == "__main__":
+    main()

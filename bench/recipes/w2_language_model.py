@@ -1,0 +1,108 @@
+"""W2: SmolLM2-135M; bits per byte of held-out *Persuasion*, Brown news and Python's documentation, and time of prefill
+and of decoding.
+
+    bench/recipes/fetch.sh data && python bench/recipes/w2_language_model.py --data data [--effort tiny|cpu|gpu]
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from recipe import EFFORTS, arguments, run_recipe
+from sadmoe.batches import device_of, evaluating
+from sadmoe.model_report import sentence_heat
+from sources import austen, brown_news, python_docs, smollm2
+from torch import Tensor, nn
+from workload import Workload
+
+BLOCK = 512  # tokens, the first of them BOS
+PROMPT, NEW = 64, 32  # tokens, of the decoding that is timed
+SENTENCE = (
+    "The yield statement suspends the generator, and its local state is kept until the next call resumes it."
+)
+WEIGHT = 0.1  # of the logits beside the hidden states
+TOKENS = 8000  # of each layer at most: 150 layers are held together
+
+
+def blocks(tokenizer: Any, text: str, count: int) -> list[dict[str, Tensor]]:
+    """The first blocks of a text, each a batch of one."""
+    ids = tokenizer(text[: count * BLOCK * 8], add_special_tokens=False)["input_ids"]
+    parts = [ids[i * (BLOCK - 1) : (i + 1) * (BLOCK - 1)] for i in range(count)]
+    return [
+        {"input_ids": torch.tensor([[tokenizer.bos_token_id, *part]])}
+        for part in parts
+        if len(part) == BLOCK - 1
+    ]
+
+
+class BitsPerByte:
+    """Cross-entropy of all but the BOS, by the bytes of the text that those tokens are."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def __call__(self, model: nn.Module, tests: Sequence[Any]) -> float:
+        bits, length = 0.0, 0
+        with evaluating(model):
+            for batch in tests:
+                ids = batch["input_ids"].to(device_of(model))
+                logits = model(input_ids=ids).logits[0, :-1].float()
+                bits += F.cross_entropy(logits, ids[0, 1:], reduction="sum").item() / math.log(2)
+                length += len(self.tokenizer.decode(ids[0, 1:].tolist()).encode())
+        return bits / length
+
+
+def same_logits(output: Any, wanted: Any, batch: Any) -> Tensor:
+    """KL of the next token to the dense model's, mean over tokens."""
+    ours, theirs = (o.logits.float().flatten(0, -2).log_softmax(-1) for o in (output, wanted))
+    return WEIGHT * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+
+def main() -> None:
+    args = arguments(__doc__ or "")
+    effort = EFFORTS[args.effort]
+    EFFORTS[args.effort] = replace(effort, tokens=min(effort.tokens, TOKENS))
+    model, tokenizer = smollm2()
+    docs, held_out_docs = python_docs()
+    count, least = max(2, effort.train // 128), max(1, effort.tests // 750)
+    novels = austen(args.data, "prideprejudice", "sensesensibility")
+    train = [batch for text in (docs, novels) for batch in blocks(tokenizer, text, count // 2)]
+    held_out = (austen(args.data, "persuasion")[2000:], brown_news(args.data), held_out_docs)
+    tests = [batch for text in held_out for batch in blocks(tokenizer, text, least)]
+    one = tests[0]["input_ids"].to(args.device)
+    settings = {
+        "max_new_tokens": NEW,
+        "min_new_tokens": NEW,
+        "do_sample": False,
+        "pad_token_id": tokenizer.eos_token_id,
+    }
+    run_recipe(
+        Workload(
+            name="w2",
+            title="W2: SmolLM2-135M",
+            dense=model.to(args.device),
+            train=train,
+            tests=tests,
+            metric=BitsPerByte(tokenizer),
+            metric_name="bits per byte",
+            higher_is_better=False,
+            heat=lambda model: sentence_heat("Experts of each token", model, tokenizer, SENTENCE),
+            timers={
+                f"prefill of {BLOCK} tokens": lambda model: model(input_ids=one),
+                f"decoding of {NEW} tokens": lambda model: model.generate(one[:, :PROMPT], **settings),
+            },
+            output_loss=same_logits,
+            notes=(
+                "The novels are probably in the model's own training data: compare with dense only.",
+                "The weights carry the 4-bit rounding of the GGUF file, dense and converted alike.",
+            ),
+        ),
+        args,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""W3: ViT-S/14 (DINOv2's architecture) fine-tuned on Fashion-MNIST at 56 pixels; top-1 of the first test images.
+
+bench/recipes/fetch.sh data && python bench/recipes/w3_image_classifier.py --data data [--effort tiny|cpu|gpu]
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from recipe import EFFORTS, arguments, run_recipe, task_trained
+from sadmoe.batches import device_of, evaluating
+from sadmoe.model_report import layer_heat
+from sadmoe.report import Heat
+from sources import fashion_mnist, pixels, vit_small
+from torch import Tensor, nn
+from workload import Workload
+
+WEIGHT = 1.0  # of the logits beside the hidden states
+SIDE = 4  # patches
+
+
+def accuracy(model: nn.Module, tests: Any) -> float:
+    """Share of the images whose class the model names."""
+    right, seen = 0, 0
+    with evaluating(model):
+        for batch in tests:
+            classes = model(batch["pixel_values"].to(device_of(model))).argmax(-1).cpu()
+            right, seen = right + int((classes == batch["labels"]).sum()), seen + len(classes)
+    return right / seen
+
+
+def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch["pixel_values"]), batch["labels"])
+
+
+def same_logits(output: Tensor, wanted: Tensor, batch: Any) -> Tensor:
+    """KL of the model's classes to the dense model's."""
+    ours, theirs = (logits.float().log_softmax(-1) for logits in (output, wanted))
+    return WEIGHT * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+
+def batches(images: Tensor, labels: Tensor, size: int) -> list[dict[str, Tensor]]:
+    parts = zip(images.split(size), labels.split(size), strict=True)
+    return [{"pixel_values": pixels(part), "labels": classes} for part, classes in parts]
+
+
+def heat(model: nn.Module, image: Tensor) -> Heat:
+    """Layers by the class token and the patches, row by row, of one image."""
+    labels = ["class", *(f"{i // SIDE},{i % SIDE}" for i in range(SIDE * SIDE))]
+    return layer_heat(
+        "Experts of each patch (row, column) of one image", model, {"pixel_values": image}, labels
+    )
+
+
+def main() -> None:
+    args = arguments(__doc__ or "")
+    effort = EFFORTS[args.effort]
+    labelled = batches(*fashion_mnist(args.data, "train", effort.train), 64)
+    tests = batches(*fashion_mnist(args.data, "t10k", effort.tests), 200)
+    torch.manual_seed(0)
+    state = args.out / "state" / f"w3-{args.effort}"
+    dense = task_trained(vit_small(), labelled, cross_entropy, effort, 1e-4, state, args.device)
+    one = tests[0]["pixel_values"][:64].to(args.device)
+    run_recipe(
+        Workload(
+            name="w3",
+            title="W3: ViT-S/14, Fashion-MNIST",
+            dense=dense,
+            train=[{"pixel_values": batch["pixel_values"]} for batch in labelled],
+            tests=[{"pixel_values": batch["pixel_values"], "labels": batch["labels"]} for batch in tests],
+            metric=accuracy,
+            metric_name="top-1",
+            higher_is_better=True,
+            heat=lambda model: heat(model, one[:1]),
+            timers={"64 images": lambda model: model(one)},
+            output_loss=same_logits,
+        ),
+        args,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""What a recipe is run on, and what is measured of a model on it."""
+
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from sadmoe import TopK, moe_layers
+from sadmoe.batches import Batch, device_of, evaluating, run, samples_in, to_device
+from sadmoe.cost import cost_of_masks
+from sadmoe.ffn import find_ffns
+from sadmoe.flops import FlopCount
+from sadmoe.gates import Gate
+from sadmoe.masks import record_masks
+from sadmoe.report import Heat
+from sadmoe.run_demo import masked, top_half
+from sadmoe.sparsify.objective import OutputLoss
+from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).parent.parent))
+from timing import measure
+
+
+@dataclass
+class Workload:
+    """One model, its data, and what is asked of it."""
+
+    name: str
+    title: str
+    dense: nn.Module
+    train: list[Any]  # batches, labels unused
+    tests: list[Any]
+    metric: Callable[[nn.Module, Sequence[Any]], float]
+    metric_name: str
+    higher_is_better: bool
+    heat: Callable[[nn.Module], Heat]
+    timers: dict[str, Callable[[nn.Module], object]]  # name -> what is timed
+    output_loss: OutputLoss | None = None
+    notes: tuple[str, ...] = ()
+
+    def kept(self, value: float, dense: float) -> float:
+        """Share of the dense metric that is left; above 1 where it got better."""
+        return value / dense if self.higher_is_better else dense / value
+
+
+@dataclass
+class Point:
+    """One gate of one curve. share: executed pairs; spread: standard deviation of a token's share, mean over layers.
+    ffn_flops, flops: of the converted layers, and of the whole model, over dense. gains: by timer; spreads: of the
+    times, distance of the quartiles over the median."""
+
+    setting: str
+    share: float
+    spread: float
+    ffn_flops: float
+    flops: float
+    metric: float
+    kept: float
+    gains: dict[str, float] = field(default_factory=dict)
+    spreads: dict[str, float] = field(default_factory=dict)
+
+
+def sweep(
+    work: Workload, model: nn.Module, gates: Sequence[tuple[str, Gate]], dense: float, timed: float
+) -> list[Point]:
+    """The model under every gate, which all layers get. timed: seconds of timing at each point, 0 for none."""
+    points = []
+    for setting, gate in gates:
+        for layer in moe_layers(model).values():
+            layer.gate = (
+                gate if not isinstance(gate, TopK) else TopK(max(1, round(gate.k / 1000 * layer.experts)))
+            )
+        point = measured(work, model, setting, dense)
+        for name, call in work.timers.items() if timed else ():
+            with evaluating(model):
+                times = measure(
+                    {"dense": lambda call=call: call(work.dense), "ours": lambda call=call: call(model)},
+                    timed,
+                    least=3,
+                )
+            point.gains[name] = times["dense"].median / times["ours"].median
+            point.spreads[name] = max(time.spread for time in times.values())
+        points.append(point)
+        print(
+            f"  {setting}: share {point.share:.1%}, FLOPs {point.flops:.1%}, {work.metric_name} {point.metric:.4f}",
+            flush=True,
+        )
+    return points
+
+
+def measured(work: Workload, model: nn.Module, setting: str, dense: float) -> Point:
+    """Cost and metric of the model as its gates stand."""
+    device, samples = device_of(model), 0
+    with evaluating(model), FlopCount(model) as count, record_masks(model) as record:
+        for batch in work.tests:
+            batch = to_device(batch, device)
+            samples += samples_in(batch)
+            with record.batch(batch):
+                run(model, inputs(batch))
+    report = cost_of_masks(model, record.layers, samples, count.flops / samples)
+    rest, value = report.rest or 0.0, work.metric(model, work.tests)
+    spread = statistics.mean(_spread(counts.histogram) for counts in record.layers.values())
+    flops = (rest + report.executed) / (rest + report.dense)
+    return Point(
+        setting, report.share, spread, report.executed / report.dense, flops, value, work.kept(value, dense)
+    )
+
+
+def inputs(batch: Batch) -> Batch:
+    """A batch without its labels."""
+    return {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, dict) else batch
+
+
+def _spread(histogram: Tensor) -> float:
+    shares = torch.arange(len(histogram)) / (len(histogram) - 1)
+    weights = histogram / histogram.sum()
+    mean = (weights * shares).sum()
+    return ((weights * (shares - mean).square()).sum() ** 0.5).item()
+
+
+def controls(work: Workload, dense: float) -> dict[str, float]:
+    """What the metric says of the dense model without FFNs, and with the best half of each token's neurons."""
+    sites, found = find_ffns(work.dense), {"dense": dense}
+    for name, keep in (
+        ("FFN off", lambda c, site: torch.zeros_like(c, dtype=torch.bool)),
+        ("best half of the neurons of each token", lambda c, site: top_half(c)),
+    ):
+        with masked(sites, keep):
+            found[name] = work.metric(work.dense, work.tests)
+    return found

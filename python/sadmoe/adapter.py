@@ -1,0 +1,145 @@
+"""What a conversion adds to a base checkpoint, in a file of its own: small, because the weights stay where they are.
+
+Of an FFN it holds router, permutation and gate with its tau; of a projection of attention, which the base has as a
+linear layer, the whole MLP. The metadata key "sadmoe adapter" is JSON:
+  format   version of all this
+  layers   name -> what `describe.describe` says of the layer there
+  base     name -> checksum of the dense weights it was made from, null where they are not known
+  crc32    of the tensors
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from sadmoe import files
+from sadmoe.checkpoint import CheckpointError
+from sadmoe.convert import surgery
+from sadmoe.describe import describe_all, rebuild
+from sadmoe.ffn import dense_from_layer, original_of, projection_mlps, scan_ffns
+from sadmoe.ffn.dense import TENSORS, DenseFFN
+from sadmoe.ffn.linears import bias_of, linear_shape, weight_rows
+from sadmoe.layer import DynamicKMoE
+
+FORMAT = 1
+KEY = "sadmoe adapter"
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Writes what the converted model has and its base has not into one safetensors file, for `load_adapter`.
+
+    The base must have the FFNs as they were converted: a model whose experts were fine-tuned since, or which was made
+    sparse, is its own base and is saved whole (`save`, save_pretrained; of a sparse one, before `convert_`).
+    Raises ValueError where nothing is converted, FileExistsError where path is there and overwrite is False.
+    """
+    path = Path(path)
+    layers = describe_all(model)
+    if not layers:
+        raise ValueError(f"nothing to save: no FFN of this {type(model).__name__} is converted, see convert_")
+    if path.is_dir() or (path.exists() and not overwrite):
+        hint = (
+            "a directory; give a file"
+            if path.is_dir()
+            else "there already; pass overwrite=True to replace it"
+        )
+        raise FileExistsError(f"{path} is {hint}")
+    mlps = projection_mlps(model)
+    tensors: dict[str, Tensor] = {}
+    base: dict[str, int | None] = {}
+    for name in layers:
+        layer = model.get_submodule(name)
+        own = layer.state_dict()
+        if name in mlps:
+            original = original_of(mlps[name])
+            base[name] = None if original is None else _of_linear(original)
+        else:
+            assert isinstance(layer, DynamicKMoE)
+            base[name] = _of_dense(dense_from_layer(layer))
+            own = {key: own[key] for key in ("router.v1", "router.v2", "permutation")}
+        tensors |= {f"{name}.{key}": tensor for key, tensor in own.items()}
+    tensors = files.plain(tensors)
+    crc = files.checksum(dict(sorted(tensors.items())))
+    files.write(path, tensors, KEY, {"format": FORMAT, "layers": layers, "base": base, "crc32": crc})
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Makes the base model the converted one that `save_adapter` was given: the same outputs, bit for bit.
+
+    model: the dense base, its weights loaded. `restore_` gives it back, the projections of attention too.
+    Raises CheckpointError, with the model as it was, where the file is damaged or foreign, or its base is another.
+    """
+    path = Path(path)
+    if describe_all(model):
+        raise ValueError("something in this model is converted already: load_adapter takes the dense base")
+    header, tensors = _read(path)
+    layers = header["layers"]
+    _check_base(model, layers, header["base"], path)
+    with surgery(model):
+        for name, description in layers.items():
+            own = {
+                key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")
+            }
+            try:
+                rebuild(model, name, description, keep=True, order=own.get("permutation"))
+                layer = model.get_submodule(name)
+                layer.load_state_dict(layer.state_dict() | own)
+            except (ValueError, RuntimeError) as error:
+                raise CheckpointError(f"{path} does not fit this {type(model).__name__}: {error}") from error
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        tensors, header = files.read(path, KEY)
+        version = header["format"]
+        complete = version != FORMAT or header["layers"].keys() == header["base"].keys()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is no adapter that sadmoe wrote: {error}") from error
+    if version != FORMAT:
+        raise CheckpointError(f"{path} has format {version}, this sadmoe reads {FORMAT}: update sadmoe")
+    if not complete or files.checksum(dict(sorted(tensors.items()))) != header.get("crc32"):
+        raise CheckpointError(f"{path} is damaged: its checksum is wrong; copy or save it again")
+    return header, tensors
+
+
+def _check_base(model: nn.Module, layers: Mapping[str, Any], base: Mapping[str, Any], path: Path) -> None:
+    """Raises CheckpointError unless what the layers were made from is in the model, bit for bit."""
+    ffns = {site.name: site for site in scan_ffns(model)[0]}
+    modules = dict(model.named_modules())
+    wrong = []
+    for name, description in layers.items():
+        if _is_projection(description):
+            linear = modules.get(name)
+            if linear is None or linear_shape(linear) is None:
+                wrong.append(f"{name} is no linear layer here")
+            elif base[name] not in (None, _of_linear(linear)):
+                wrong.append(f"{name} has other weights")
+        elif name not in ffns:
+            wrong.append(f"{name} is no FFN here")
+        elif ffns[name].act != description["ffn"]["act"]:
+            wrong.append(f"{name} has {ffns[name].act}, not {description['ffn']['act']}")
+        elif _of_dense(ffns[name].dense()) != base[name]:
+            wrong.append(f"{name} has other weights, or others dtypes")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(
+            f"{path} was made on another base: {'; '.join(wrong[:3])}{more}. Load the base that was converted, in the "
+            "dtype it had; a model that was trained after its conversion is saved whole"
+        )
+
+
+def _is_projection(description: Mapping[str, Any]) -> bool:
+    return "projection" in description or description.get("ffn", {}).get("adapter") == "projection"
+
+
+def _of_dense(dense: DenseFFN) -> int:
+    return files.checksum({n: t for n in TENSORS if (t := getattr(dense, n)) is not None})
+
+
+def _of_linear(linear: nn.Module) -> int:
+    bias = bias_of(linear)
+    return files.checksum({"weight": weight_rows(linear), **({} if bias is None else {"bias": bias})})

@@ -1,0 +1,105 @@
+"""A converted model's layers as what JSON can write, and a dense model cut again as that says."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sadmoe.ffn import (
+    ProjectionMLP,
+    bare_mlps,
+    empty_mlp,
+    layer_from_dense,
+    moe_layers,
+    site_from_spec,
+    site_of,
+    spec,
+    stand_in,
+    swap_in,
+)
+from sadmoe.ffn.linears import linear_shape
+from sadmoe.gates import DynamicK, Gate, TopK
+from sadmoe.layer import DynamicKMoE
+
+RULES: dict[str, type] = {"dynamic_k": DynamicK, "top_k": TopK}
+
+
+def describe(layer: DynamicKMoE) -> dict[str, Any]:
+    """A converted layer as what json can write: how it is cut, its gate, and the FFN it replaced."""
+    rule = next((rule for rule, kind in RULES.items() if type(layer.gate) is kind), None)
+    if rule is None:
+        raise NotImplementedError(
+            f"a gate of type {type(layer.gate).__name__} cannot be saved; these can: {', '.join(RULES)}"
+        )
+    return {
+        "experts": layer.experts,
+        "expert_size": layer.expert_size,
+        "router_width": layer.router.v1.shape[0],
+        "gate": {"rule": rule, **asdict(layer.gate)},  # type: ignore[call-overload]
+        "ffn": spec(site_of(layer)),
+    }
+
+
+def describe_mlp(mlp: ProjectionMLP) -> dict[str, Any]:
+    """An MLP in the place of a projection, not converted, as what json can write."""
+    return {"projection": {"width": mlp.up.out_features, "act": mlp.act_name}}
+
+
+def describe_all(model: nn.Module) -> dict[str, Any]:
+    """Name -> description of everything in the model that a dense one does not have."""
+    converted = {name: describe(layer) for name, layer in moe_layers(model).items()}
+    return converted | {name: describe_mlp(mlp) for name, mlp in bare_mlps(model).items()}
+
+
+def rebuild(
+    model: nn.Module, name: str, description: Any, *, keep: bool = False, order: Tensor | None = None
+) -> None:
+    """Cuts the FFN `name` of a dense model as `describe` said, the router untrained.
+
+    order: the neuron of each slot, int64 [f]; None: as they come.
+
+    Or puts an untrained MLP where the projection `name` is, cut as well where `describe` said so; keep: hold on to the
+    projection, for `restore_`. Raises ValueError where the description is damaged or of another model.
+    """
+    if isinstance(description, Mapping) and set(description) == {"projection"}:
+        return _rebuild_mlp(model, name, description["projection"], keep)
+    keys = {"experts", "expert_size", "router_width", "gate", "ffn"}
+    if not isinstance(description, Mapping) or set(description) != keys:
+        raise ValueError(f"{name}: its description must have {', '.join(sorted(keys))}")
+    experts, size, width = (description[key] for key in ("experts", "expert_size", "router_width"))
+    if not all(isinstance(n, int) and n > 0 for n in (experts, size, width)):
+        raise ValueError(
+            f"{name}: experts, expert_size and router_width must be positive, got {experts}, {size}, {width}"
+        )
+    ffn = description["ffn"]
+    if isinstance(ffn, Mapping) and ffn.get("adapter") == "projection":
+        _rebuild_mlp(model, name, {"width": experts * size, "act": ffn.get("act")}, keep)
+    site = site_from_spec(model, name, ffn)
+    dense = site.dense()
+    if dense.f != experts * size:
+        raise ValueError(f"{name}: has {dense.f} neurons in this model, {experts} x {size} in the one saved")
+    order = torch.arange(dense.f, device=dense.w_up.device) if order is None else order
+    swap_in(model, site, layer_from_dense(dense, order, experts, width, _gate(name, description["gate"])))
+
+
+def _rebuild_mlp(model: nn.Module, name: str, description: Any, keep: bool) -> None:
+    try:
+        linear = model.get_submodule(name)
+        width, act = description["width"], description["act"]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{name}: is no projection of this {type(model).__name__}: {error}") from error
+    if linear_shape(linear) is None or not (isinstance(width, int) and width > 0):
+        raise ValueError(
+            f"{name}: a projection is a linear layer and has a positive width, got a {type(linear).__name__}, {width}"
+        )
+    stand_in(model, name, empty_mlp(linear, width, act), keep=keep)
+
+
+def _gate(name: str, description: Any) -> Gate:
+    try:
+        arguments = dict(description)
+        return RULES[arguments.pop("rule")](**arguments)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{name}: unknown gate {description!r}: {error}") from error

@@ -1,0 +1,52 @@
+"""Tensors and JSON in one safetensors file, written so that a kill leaves the old file or the new one."""
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], key: str, header: Any) -> None:
+    """Replaces the file at once. tensors: on the CPU, contiguous, no two in one storage.   header: goes under `key`."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(dict(tensors), beside, metadata={"format": "pt", key: json.dumps(header)})
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read(path: Path, key: str) -> tuple[dict[str, Tensor], Any]:
+    """The tensors, and what is under `key`. Raises ValueError where the file is not one that `write` wrote with it."""
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {})[key])
+            # cloned, because the file is only mapped: whoever cut it short later would end the process
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, header  # noqa: SIM118
+    except KeyError as error:
+        raise ValueError(f"it has no {error} in its metadata") from error
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"it is damaged: {error}") from error
+
+
+def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as `write` takes them: copies."""
+    return {
+        name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()
+    }
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> int:
+    """Of names, dtypes, shapes and bits."""
+    crc = 0
+    for name, tensor in tensors.items():
+        crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
+    return crc

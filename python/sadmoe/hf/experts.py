@@ -1,0 +1,133 @@
+"""Stock mixtures of experts of transformers (Mixtral, Qwen-MoE and their like) on sadmoe's kernels.
+
+After `import sadmoe`, `model.set_experts_implementation("sadmoe")` is enough. Only the experts change hands: which run
+is still the choice of the model's own top-k router, of which `set_experts_tau` leaves out what it hardly wants.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from sadmoe import ops
+from sadmoe.ffn.activations import which_activation
+
+NAME = "sadmoe"
+_TAU, _PACKED, _ACT = "sadmoe_tau", "sadmoe_packed", "sadmoe_act"  # in the __dict__ of an experts module
+
+Packed = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def set_experts_tau(model: nn.Module, tau: float) -> None:
+    """Stock MoE layers run, of the experts their router chose for a token, those of weight >= tau * the largest one.
+
+    tau in [0, 1]: 0 runs all that were chosen, 1 the first alone. What is left is scaled up to the sum of the weights
+    of all that were chosen. Switches the model to sadmoe's kernels; `model.set_experts_implementation("eager")` is the
+    way back. Raises ValueError where tau is out of range or the model has no such layer, NotImplementedError where
+    its experts compute what the kernels do not.
+    """
+    if not 0 <= tau <= 1:
+        raise ValueError(f"tau must be in [0, 1] (0: all experts chosen, 1: the first), got {tau}")
+    layers = [module for module in model.modules() if _is_experts(module)]
+    if not layers:
+        raise ValueError(
+            f"model: {type(model).__name__} has no layer whose experts can be run by others; a dense one takes convert_"
+        )
+    for layer in layers:
+        _check(layer)
+    model.set_experts_implementation(NAME)  # type: ignore[operator]
+    for layer in layers:
+        layer.__dict__[_TAU] = float(tau)
+
+
+def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """sum over k of top_k_weights[t, k] * expert top_k_index[t, k] of token t, as in every experts module.
+
+    hidden_states [T, d], top_k_index int64 [T, k] (the number of experts, where it runs on another device),
+    top_k_weights [T, k] -> [T, d]. Each (token, expert) pair is a row for the kernel, whose sum is unweighted.
+    """
+    act = self.__dict__.get(_ACT) or _check(self)
+    weights, pairs = top_k_weights.float(), top_k_index.flatten()
+    tau = self.__dict__.get(_TAU, 0.0)
+    if tau > 0:
+        kept = weights >= tau * weights.amax(-1, keepdim=True)
+        weights = weights * (weights.sum(-1, keepdim=True) / (weights * kept).sum(-1, keepdim=True)) * kept
+        pairs = pairs.where(kept.flatten(), self.num_experts)
+    here = pairs < self.num_experts
+    mask = F.one_hot(pairs, self.num_experts + 1)[:, : self.num_experts].bool()
+    rows = hidden_states.repeat_interleave(top_k_index.shape[1], dim=0)
+    w_up, w_down, w_gate, b_up, b_gate, b_down = _packed(self)
+    y = ops.sparse_experts(rows, mask, w_up, w_down, b_up, w_gate, b_gate, act=act)
+    if b_down is not None:
+        y = y + b_down[pairs.where(here, 0)]
+    if self.has_post_expert_norm:
+        y = self.post_expert_norm(y)
+    weighted = y.float().view(*weights.shape, -1) * (weights * here.view_as(weights)).unsqueeze(-1)
+    return weighted.sum(1).to(hidden_states.dtype)
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """Whether its class was decorated with transformers' use_experts_implementation."""
+    return hasattr(module, "_is_expert_parallel") and hasattr(module, "down_proj")
+
+
+@torch.compiler.assume_constant_result
+def _check(experts: Any) -> str:
+    """The activation, noted for later calls. Raises NotImplementedError where the experts do what no kernel does."""
+    kind = type(experts).__name__
+    act = which_activation(experts.act_fn) if callable(getattr(experts, "act_fn", None)) else None
+    default = getattr(type(experts)._apply_gate, "__module__", "") == "transformers.integrations.moe"
+    if act is None or (experts.has_gate and not default):
+        raise NotImplementedError(
+            f"{kind} has an activation or a gating of its own, which sadmoe's kernels do not compute: "
+            'use model.set_experts_implementation("grouped_mm")'
+        )
+    experts.__dict__[_ACT] = act
+    return act
+
+
+def _packed(experts: Any) -> Packed:
+    """w_up, w_down, w_gate, b_up, b_gate [E, s, ...] and the down bias [E, d], contiguous, as the kernels read them.
+
+    Kept for the next call, which takes the experts' memory again, as long as the weights are the same tensors and
+    nothing wrote to them in place; in training, where gradients pass through, made each time.
+    """
+    names = ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
+    biases = tuple(f"{name}_bias" for name in names) if experts.has_bias else ()
+    sources = [getattr(experts, name) for name in names + biases]
+    training = torch.is_grad_enabled() and any(p.requires_grad for p in sources)
+    if training or torch.compiler.is_compiling():
+        return _in_layout(experts, *sources)
+    key = [(p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in sources]
+    kept = experts.__dict__.get(_PACKED)
+    if kept is None or kept[0] != key:
+        kept = (key, _in_layout(experts, *sources))
+        experts.__dict__[_PACKED] = kept
+    return kept[1]
+
+
+def _in_layout(
+    experts: Any,
+    first: Tensor,
+    down: Tensor,
+    first_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Packed:
+    first = first.transpose(1, 2) if experts.is_transposed else first  # [E, s or 2 s, d]
+    down = down if experts.is_transposed else down.transpose(1, 2)  # [E, s, d]
+    if not experts.has_gate:
+        return first.contiguous(), down.contiguous(), None, first_bias, None, down_bias
+    gate, up = _halves(first, experts.is_concatenated)
+    b_gate, b_up = (None, None) if first_bias is None else _halves(first_bias, experts.is_concatenated)
+    return up, down.contiguous(), gate, b_up, b_gate, down_bias
+
+
+def _halves(both: Tensor, concatenated: bool) -> tuple[Tensor, Tensor]:
+    """Gate and up of dimension 1, where they are one after the other, or take turns."""
+    gate, up = both.chunk(2, dim=1) if concatenated else (both[:, ::2], both[:, 1::2])
+    return gate.contiguous(), up.contiguous()
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)

@@ -1,0 +1,96 @@
+"""`sadmoe report`: everything about one converted text model on one page."""
+
+import platform
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from sadmoe.batches import Batch, device_of, evaluating, run, to_device
+from sadmoe.dial import converted_layers
+from sadmoe.evaluate import HEADER, Point
+from sadmoe.gates import DynamicK
+from sadmoe.masks import experts_per_token, record_masks
+from sadmoe.report import Heat, Page, Panel, Series
+from sadmoe.tables import si
+
+LONGEST = 40  # tokens of the sentence that are shown
+
+
+def report_page(
+    model: nn.Module,
+    tokenizer: Any,
+    points: Sequence[Point],
+    batches: Sequence[dict[str, Any]],
+    sentence: str,
+) -> Page:
+    """The page of a converted transformers model: `points` from `evaluate`, the rest as its gates stand now."""
+    layers = converted_layers(model)
+    with record_masks(model) as record, evaluating(model):
+        for batch in batches:
+            with record.batch(batch):
+                run(model, batch)
+    tokens = sum(counts.tokens for counts in record.layers.values()) // len(layers)
+    gate = next(iter(layers.values())).gate
+    now = f"tau {gate.tau:g}" if isinstance(gate, DynamicK) else str(gate)
+    parameters = sum(p.numel() for p in model.parameters())
+    return Page(
+        title=f"{type(model).__name__}, converted",
+        facts={
+            "parameters": si(parameters),
+            "converted": f"{len(layers)} layers of {_sizes(layers)}",
+            "as saved": now,
+            "text": f"{tokens} tokens",
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        },
+        table=(HEADER, [point.cells() for point in points]),
+        notes=("error: of the last hidden states or logits, |y - y0| / |y0|, y0 those at tau = 0.",),
+        panels=_panels(points),
+        heats=[sentence_heat(f"Experts of each token at {now}", model, tokenizer, sentence)],
+        histograms={
+            name: counts.histogram.tolist()
+            for name, counts in zip(short_names(record.layers), record.layers.values(), strict=True)
+        },
+    )
+
+
+def short_names(names: Iterable[str]) -> list[str]:
+    """The names without the modules that they all are in."""
+    paths = [name.split(".") for name in names]
+    shared = 0
+    while all(len(path) > shared + 1 for path in paths) and len({path[shared] for path in paths}) == 1:
+        shared += 1
+    return [".".join(path[shared:]) for path in paths]
+
+
+def _panels(points: Sequence[Point]) -> list[Panel]:
+    ordered = sorted(points, key=lambda point: point.tau)
+    labels, errors = [f"tau {point.tau:g}" for point in ordered], [point.error for point in ordered]
+    whole, ffns = [100 * p.flops for p in ordered], [100 * p.ffn_flops for p in ordered]
+    costs = [Series("whole model", whole, errors, labels), Series("converted layers", ffns, errors, labels)]
+    gains = [Series("whole model", [p.gain for p in ordered], errors, labels)]
+    return [
+        Panel("FLOPs", "executed FLOPs, % of dense", "error", costs, "lower left"),
+        Panel("Wall time", "times faster than at tau = 0", "error", gains, "lower right"),
+    ]
+
+
+def layer_heat(heading: str, model: nn.Module, batch: Batch, labels: Sequence[str]) -> Heat:
+    """The executed share of every layer for every token of a batch of one sample, one label a token, as gates stand."""
+    layers = converted_layers(model)
+    counts = {n: k.flatten() for n, k in experts_per_token(model, batch).items() if k.numel() == len(labels)}
+    values = [[float(v) / layers[name].experts for v in k] for name, k in counts.items()]
+    return Heat(heading, values, short_names(counts), labels)
+
+
+def sentence_heat(heading: str, model: nn.Module, tokenizer: Any, sentence: str) -> Heat:
+    """The same for the tokens of a sentence, the first 40."""
+    batch = dict(tokenizer(sentence, truncation=True, max_length=LONGEST, return_tensors="pt"))
+    words = [tokenizer.decode([i]).strip() or "␣" for i in batch["input_ids"][0].tolist()]
+    return layer_heat(heading, model, to_device(batch, device_of(model)), words)
+
+
+def _sizes(layers: Any) -> str:
+    sizes = dict.fromkeys(f"{layer.experts} x {layer.expert_size}" for layer in layers.values())
+    return ", ".join(sizes)

@@ -1,0 +1,51 @@
+"""Training on several processes at once: each runs its part of an update's batches, all make the same update.
+
+Whoever launches them (torchrun, accelerate launch) has made the process group; without one there is one process.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, distributed
+
+
+def place() -> tuple[int, int]:
+    """Rank of this process, and how many there are."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+@torch.no_grad()
+def sum_(tensors: Iterable[Tensor]) -> None:
+    """Each tensor becomes its sum over the processes, in place."""
+    if place()[1] > 1:
+        for tensor in tensors:
+            distributed.all_reduce(tensor)
+
+
+@torch.no_grad()
+def as_first_(tensors: Iterable[Tensor]) -> None:
+    """Each tensor becomes what it is in the first process, in place."""
+    if place()[1] > 1:
+        for tensor in tensors:
+            distributed.broadcast(tensor, src=0)
+
+
+def mean_over_processes(value: float, device: torch.device) -> float:
+    """The mean of the processes' values."""
+    world = place()[1]
+    if world == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    distributed.all_reduce(total)
+    return total.item() / world
+
+
+def of_first(value: float, device: torch.device) -> float:
+    """The first process's value: clocks differ, and all must stop at the same update."""
+    if place()[1] == 1:
+        return value
+    shared = torch.tensor(value, dtype=torch.float64, device=device)
+    distributed.broadcast(shared, src=0)
+    return shared.item()

@@ -1,0 +1,148 @@
+"""What a training loop leaves on disk, so that a killed run goes on where it last saved.
+
+One safetensors file for each run, written beside its path and renamed, so that a kill leaves the old one or the new
+one. It holds the trained weights, buffers, AdamW's moments and the random state; its metadata key "sadmoe run" is JSON:
+  format   version of all this
+  run      what the run is of: function, configuration, checksum of the weights it began with
+  state    updates done, their history, seconds, what the penalty remembers
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from sadmoe import files
+from sadmoe.batches import device_of
+from sadmoe.sparsify.processes import place
+
+FORMAT = 1
+KEY = "sadmoe run"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder in which a long step leaves its state, and how often.
+
+    Call the same function again with the same model, batches, configuration and folder: it goes on where it was. A run
+    that had ended is not run again, only loaded.   every: seconds between two saves; 0: after each update. Give each
+    step a folder of its own, and keep the number of threads: what a run begins with is compared bit for bit. With
+    several processes the first one writes, and all must see the folder.
+    """
+
+    folder: str | os.PathLike[str]
+    every: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not self.every >= 0:
+            raise ValueError(f"Checkpoint: every must be at least 0 seconds, got {self.every}")
+
+    def file(self, name: str) -> Path:
+        """Where the run `name` is kept."""
+        return Path(self.folder) / f"{name or 'run'}.safetensors"
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What remembers something from update to update."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], run: dict[str, Any], state: dict[str, Any]) -> None:
+    """Replaces the file at once. What differs from `run` when it is read is another run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write(path, files.plain(tensors), KEY, {"format": FORMAT, "run": run, "state": state})
+
+
+def read(path: Path, run: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Tensors and state of the run, None where nothing was saved. Raises ValueError where it is of another run."""
+    if not path.exists():
+        return None
+    try:
+        tensors, header = files.read(path, KEY)
+        saved, version, state = header["run"], header["format"], header["state"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint: {path} is no saved run of sadmoe, or is damaged: {error}") from error
+    if version != FORMAT:
+        raise ValueError(
+            f"checkpoint: {path} has format {version}, this sadmoe reads {FORMAT}: update sadmoe"
+        )
+    wanted = json.loads(json.dumps(run))
+    if differing := [key for key in wanted.keys() | saved.keys() if wanted.get(key) != saved.get(key)]:
+        told = "; ".join(f"{key} was {saved.get(key)}, is {wanted.get(key)}" for key in sorted(differing))
+        raise ValueError(
+            f"checkpoint: {path} is of another run: {told}. Give that run again, or an empty folder"
+        )
+    return tensors, state
+
+
+class Saver:
+    """Saves a training loop when it is time, and brings it back."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        name: str,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: dict[str, Any],
+        memory: Any,
+    ):
+        self.path, self.every = checkpoint.file(name), checkpoint.every
+        self.model, self.optimizer, self.memory = model, optimizer, memory
+        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.run = {"weights": files.checksum(self.trained), **config}
+        self.random: dict[str, Tensor] = {}
+        self.saved = time.perf_counter()
+
+    def resume(self) -> dict[str, Any] | None:
+        """Puts weights, moments and memory back as saved; the state that `save` was given, None at the first start."""
+        found = read(self.path, self.run)
+        if found is None:
+            return None
+        tensors, state = found
+        with torch.no_grad():
+            for name, target in {**self.trained, **dict(self.model.named_buffers())}.items():
+                target.copy_(tensors[f"weights.{name}"])
+        order = [p for group in self.optimizer.param_groups for p in group["params"]]
+        names = {id(p): name for name, p in self.trained.items()}
+        moments = {
+            i: {key: tensors[f"{key}.{names[id(p)]}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            for i, p in enumerate(order)
+            if f"step.{names[id(p)]}" in tensors
+        }
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        if isinstance(self.memory, Stateful):
+            self.memory.load_state_dict(state["memory"])
+        self.random = {key: tensors[key] for key in ("random", "random.cuda") if key in tensors}
+        return state
+
+    def resume_random(self) -> None:
+        """Puts the random state back: last, because what comes before may use it."""
+        torch.set_rng_state(self.random["random"])
+        if "random.cuda" in self.random:
+            torch.cuda.set_rng_state(self.random["random.cuda"], device_of(self.model))
+
+    def save(self, state: dict[str, Any], *, last: bool = False) -> None:
+        """Writes if it is time, or at the last update."""
+        if place()[0] != 0 or not (last or time.perf_counter() - self.saved >= self.every):
+            return
+        everything = {**self.trained, **dict(self.model.named_buffers())}
+        tensors = {f"weights.{name}": t for name, t in everything.items()}
+        for name, p in self.trained.items():
+            tensors |= {f"{key}.{name}": t for key, t in self.optimizer.state.get(p, {}).items()}
+        tensors["random"] = torch.get_rng_state()
+        if device_of(self.model).type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(device_of(self.model))
+        memory = self.memory.state_dict() if isinstance(self.memory, Stateful) else None
+        write(self.path, tensors, self.run, {**state, "memory": memory})
+        self.saved = time.perf_counter()

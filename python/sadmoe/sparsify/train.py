@@ -1,0 +1,163 @@
+"""The one training loop of sadmoe: an objective, a penalty, a schedule."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, astuple
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from sadmoe.batches import Batch, Batches, device_of, to_device
+from sadmoe.sparsify import processes
+from sadmoe.sparsify.config import SparsifyConfig, Step
+from sadmoe.sparsify.objective import Objective
+from sadmoe.sparsify.resume import Checkpoint, Saver
+
+PenaltyOf = Callable[[Any], Tensor]
+
+
+def train(
+    model: nn.Module,
+    batches: Batches,
+    config: SparsifyConfig,
+    objective: Objective,
+    penalty_of: PenaltyOf,
+    progress: bool,
+    at: Callable[[float], None] = lambda done: None,
+    *,
+    checkpoint: Checkpoint | None = None,
+    name: str = "",
+) -> list[Step]:
+    """Minimises objective(batch, index) + alpha * penalty_of(batch or None) by the config's schedule.
+
+    at(done) is called before each update with the share of the run that is over.   name: of the run, in `checkpoint`.
+    In a process group the batches of each update are shared out; every process must be given the same ones.
+    """
+    processes.as_first_([*model.parameters(), *model.buffers()])
+    update = _Update(model, config, objective, penalty_of, _endless(batches, config.seed))
+    saver = None
+    if checkpoint is not None:
+        saver = Saver(checkpoint, name, model, update.optimizer, {"config": asdict(config)}, penalty_of)
+    history, before = update.resumed(saver)
+    device, started = device_of(model), time.perf_counter() - before
+    with tqdm(
+        total=config.steps or math.ceil(config.seconds or 0),
+        unit="step" if config.steps else "s",
+        desc="sparsify",
+        disable=not progress,
+    ) as bar:
+
+        def elapsed() -> float:
+            return time.perf_counter() - started
+
+        while (done := processes.of_first(_done(config, len(history), elapsed()), device)) < 1:
+            at(done)
+            history.append(update(done, len(history)))
+            if saver is not None:
+                saver.save({"history": [astuple(step) for step in history], "seconds": elapsed()})
+            bar.update(1 if config.steps else min(int(elapsed()), bar.total) - bar.n)
+            bar.set_postfix(objective=f"{history[-1].objective:.4f}", penalty=f"{history[-1].penalty:.4f}")
+    if saver is not None:
+        saver.save({"history": [astuple(step) for step in history], "seconds": elapsed()}, last=True)
+    return history
+
+
+class _Update:
+    """One update after the other, by AdamW."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SparsifyConfig,
+        objective: Objective,
+        penalty_of: PenaltyOf,
+        stream: Iterator[tuple[int | None, Batch]],
+    ):
+        self.rank, self.world = processes.place()
+        if config.accumulate % self.world:
+            raise ValueError(
+                f"accumulate must be a multiple of the {self.world} processes that share the batches of an update, got "
+                f"{config.accumulate}"
+            )
+        self.config, self.objective, self.penalty_of, self.stream = config, objective, penalty_of, stream
+        self.device = device_of(model)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        decayed = [p for p in self.parameters if p.dim() > 1]
+        rest = [p for p in self.parameters if p.dim() <= 1]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=config.lr, weight_decay=config.weight_decay, fused=True
+        )
+
+    def resumed(self, saver: Saver | None) -> tuple[list[Step], float]:
+        """History and seconds of what is saved, the batches that it used left behind; nothing at the first start."""
+        state = None if saver is None else saver.resume()
+        if saver is None or state is None:
+            return [], 0.0
+        history = [Step(*step) for step in state["history"]]
+        for _ in range(len(history) * self.config.accumulate):
+            next(self.stream)
+        saver.resume_random()
+        return history, state["seconds"]
+
+    def __call__(self, done: float, number: int) -> Step:
+        alpha, lr = self.config.alpha_at(done), self.config.lr_at(done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for turn in range(self.config.accumulate):
+            index, batch = next(self.stream)
+            if turn % self.world == self.rank:
+                totals += self._backward(to_device(batch, self.device), index, alpha)
+        processes.sum_([totals])
+        value, penalty = totals.tolist()
+        _check_finite(value, penalty, number)
+        self._sum_gradients()
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+        self.optimizer.step()
+        torch.clear_autocast_cache()  # an autocast around the whole run keeps the weights of before the step
+        return Step(value, penalty, alpha, lr)
+
+    def _backward(self, batch: Batch, index: int | None, alpha: float) -> Tensor:
+        """Adds the gradients of one batch; its objective and penalty, as shares of the update's."""
+        value = self.objective(batch, index)
+        penalty = self.penalty_of(batch if isinstance(batch, Mapping) else None)
+        parts = 1 / self.config.accumulate
+        ((value + alpha * penalty) * parts).backward()
+        return torch.stack([value.detach().double(), penalty.detach().to(self.device).double()]) * parts
+
+    def _sum_gradients(self) -> None:
+        if self.world > 1:
+            for p in self.parameters:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            processes.sum_(p.grad for p in self.parameters if p.grad is not None)
+
+
+def _done(config: SparsifyConfig, steps: int, seconds: float) -> float:
+    """Share of the run that is over: by steps the middle of the next one, so that no update has lr 0; 1
+    ends it."""
+    if config.steps is not None:
+        return (steps + 0.5) / config.steps if steps < config.steps else 1.0
+    assert config.seconds is not None
+    return max(seconds / config.seconds, 1e-3) if steps == 0 else seconds / config.seconds
+
+
+def _endless(batches: Batches, seed: int) -> Iterator[tuple[int | None, Batch]]:
+    """The batches again and again: a list in a new order each time, with indices, anything else in its own, without."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        if isinstance(batches, Sequence):
+            yield from ((i, batches[i]) for i in torch.randperm(len(batches), generator=generator).tolist())
+        else:
+            yield from ((None, batch) for batch in batches)
+
+
+def _check_finite(value: float, penalty: float, step: int) -> None:
+    if not (math.isfinite(value) and math.isfinite(penalty)):
+        raise FloatingPointError(
+            f"sparsify_ diverged at update {step}: objective {value}, penalty {penalty}; lower lr or alpha"
+        )

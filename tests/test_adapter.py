@@ -1,0 +1,151 @@
+"""Adapter files: a conversion without the weights it was made from."""
+
+import copy
+
+import pytest
+import sadmoe
+import torch
+from sadmoe import CheckpointError, load_adapter, restore_, save_adapter
+from sadmoe.ffn import moe_layers
+from safetensors.torch import load_file, save_file
+from tiny_models import TINY, call
+from torch import Tensor, nn
+
+NAMES = ["bert", "gpt2", "llama", "t5", "vit", "phi3", "torch encoder", "user glu"]
+
+
+def converted(name: str, projections: bool) -> nn.Module:
+    model, batch = TINY[name].model(), TINY[name].batch()
+    if projections:
+        config = sadmoe.ProjectionConfig(steps=2, multiple=4)
+        sadmoe.replace_projections_(model, [batch], config, progress=False)
+    config = sadmoe.ConvertConfig(expert_size=4, tau=0.2, router=sadmoe.RouterConfig(steps=2, width=4))
+    sadmoe.convert_(model, [batch], config, progress=False)
+    return model
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("projections", [False, True])
+def test_base_and_adapter_are_the_converted_model_and_the_base_comes_back(name, projections, tmp_path):
+    if projections and name in ("torch encoder", "user glu"):
+        pytest.skip("has no projection that can be replaced")
+    model, base = converted(name, projections), TINY[name].model()
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    before, modules, batch = state(base), dict(base.named_modules()), TINY[name].batch()
+    load_adapter(base, tmp_path / "adapter.safetensors")
+    assert same(state(base), state(model))
+    assert list(moe_layers(base)) == list(moe_layers(model))
+    assert torch.equal(call(base, batch), call(model, batch))
+    restore_(base)
+    assert same(state(base), before)
+    assert dict(base.named_modules()) == modules
+
+
+def test_it_holds_routers_and_permutations_only(tmp_path):
+    model = converted("bert", projections=False)
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    kinds = {name.rpartition(".")[2] for name in load_file(tmp_path / "adapter.safetensors")}
+    assert kinds == {"v1", "v2", "permutation"}
+    sadmoe.save(model, tmp_path / "whole.safetensors")
+    small, whole = ((tmp_path / f"{n}.safetensors").stat().st_size for n in ("adapter", "whole"))
+    assert small < whole / 4
+
+
+def test_projections_that_are_not_converted_are_in_it_too(tmp_path):
+    model, batch = TINY["bert"].model(), TINY["bert"].batch()
+    sadmoe.replace_projections_(model, [batch], sadmoe.ProjectionConfig(steps=2), progress=False)
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    base = TINY["bert"].model()
+    load_adapter(base, tmp_path / "adapter.safetensors")
+    assert torch.equal(call(base, batch), call(model, batch))
+    restore_(base)
+    assert same(state(base), state(TINY["bert"].model()))
+
+
+def test_it_goes_onto_a_model_of_transformers_and_is_saved_whole(tmp_path):
+    model = converted("llama", projections=True)
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    base = TINY["llama"].model()
+    load_adapter(base, tmp_path / "adapter.safetensors")
+    base.save_pretrained(tmp_path / "whole")
+    again = type(base).from_pretrained(tmp_path / "whole")
+    assert torch.equal(call(again, TINY["llama"].batch()), call(model, TINY["llama"].batch()))
+
+
+def refused(base: nn.Module, path, message: str) -> None:
+    before, modules = state(base), dict(base.named_modules())
+    with pytest.raises(CheckpointError, match=message):
+        load_adapter(base, path)
+    assert same(state(base), before)
+    assert dict(base.named_modules()) == modules
+
+
+def test_another_base_is_refused(tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    save_adapter(converted("bert", projections=True), path)
+    names = dict(TINY["bert"].model().named_parameters())
+    for changed in ("encoder.layer.1.output.dense.weight", "encoder.layer.0.attention.self.key.bias"):
+        assert changed in names
+        base = TINY["bert"].model()
+        with torch.no_grad():
+            dict(base.named_parameters())[changed][0] += 1
+        refused(base, path, "was made on another base: .* has other weights")
+    refused(TINY["bert"].model().bfloat16(), path, "was made on another base: .* in the dtype it had")
+    refused(TINY["gpt2"].model(), path, "was made on another base: .* is no linear layer here")
+
+
+def test_another_activation_is_refused(tmp_path):
+    model = TINY["bert"].model()
+    sites = sadmoe.find_ffns(model)
+    sadmoe.ffn.swap_activations_(model, sites, "relu")
+    config = sadmoe.ConvertConfig(expert_size=4, router=sadmoe.RouterConfig(steps=2, width=4))
+    sadmoe.convert_(model, [TINY["bert"].batch()], config, progress=False)
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    refused(TINY["bert"].model(), tmp_path / "adapter.safetensors", "has gelu, not relu")
+
+
+def test_experts_that_were_trained_since_do_not_fit_the_base(tmp_path):
+    model = converted("bert", projections=False)
+    with torch.no_grad():
+        next(iter(moe_layers(model).values())).w_down[0, 0, 0] += 1
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    refused(
+        TINY["bert"].model(), tmp_path / "adapter.safetensors", "trained after its conversion is saved whole"
+    )
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    model = converted("bert", projections=False)
+    save_adapter(model, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    refused(TINY["bert"].model(), path, "is no adapter that sadmoe wrote: it is damaged")
+    path.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    refused(TINY["bert"].model(), path, "its checksum is wrong")
+    save_file({"a": torch.ones(1)}, path)
+    refused(TINY["bert"].model(), path, "is no adapter that sadmoe wrote: it has no 'sadmoe adapter'")
+    sadmoe.save(model, tmp_path / "whole.safetensors")
+    refused(TINY["bert"].model(), tmp_path / "whole.safetensors", "is no adapter")
+
+
+def test_wrong_calls_are_named(tmp_path):
+    model, path = converted("bert", projections=False), tmp_path / "adapter.safetensors"
+    save_adapter(model, path)
+    with pytest.raises(FileExistsError, match="pass overwrite=True"):
+        save_adapter(model, path)
+    save_adapter(copy.deepcopy(model), path, overwrite=True)
+    with pytest.raises(ValueError, match="converted already: load_adapter takes the dense base"):
+        load_adapter(model, path)
+    with pytest.raises(ValueError, match="nothing to save"):
+        save_adapter(TINY["bert"].model(), tmp_path / "other")
+    with pytest.raises(FileNotFoundError, match="no file"):
+        load_adapter(TINY["bert"].model(), tmp_path / "missing")

@@ -1,0 +1,269 @@
+"""Projections of attention as MLPs: found, distilled, converted, counted, restored, saved."""
+
+import copy
+
+import pytest
+import sadmoe
+import torch
+from sadmoe import (
+    ConvertConfig,
+    ProjectionConfig,
+    RouterConfig,
+    find_projections,
+    replace_projections_,
+    restore_,
+)
+from sadmoe.attention import start_low_rank_
+from sadmoe.ffn import ProjectionMLP, empty_mlp, find_ffns, moe_layers, projection_mlps
+from tiny_models import TINY, call, tokens
+from torch import Tensor, nn
+
+SEPARATE = {"q": (24, 24), "k": (24, 24), "v": (24, 24), "o": (24, 24)}
+GROUPED = {"q": (24, 24), "k": (24, 12), "v": (24, 12), "o": (24, 24)}
+FAMILIES = {  # the (d, d_out) of the projections of one block
+    "bert": SEPARATE,
+    "vit": SEPARATE,
+    "dinov2": SEPARATE,
+    "gpt2": {"qkv": (24, 72), "o": (24, 24)},
+    "llama": GROUPED,
+    "gemma": GROUPED,
+}
+SHORT = ProjectionConfig(steps=3, multiple=4)
+CONVERT = ConvertConfig(expert_size=4, tau=0.2, router=RouterConfig(steps=2, width=4))
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def replaced(name: str, config: ProjectionConfig = SHORT) -> nn.Module:
+    model = TINY[name].model()
+    replace_projections_(model, [TINY[name].batch()], config, progress=False)
+    return model
+
+
+def replaced_and_converted(name: str) -> nn.Module:
+    model = replaced(name)
+    sadmoe.convert_(model, [TINY[name].batch()], CONVERT, progress=False)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_projection_is_found_and_no_other_linear_layer(family):
+    sites = find_projections(TINY[family].model())
+    shapes = [sadmoe.ffn.linears.linear_shape(site.first) for site in sites]
+    assert shapes == list(FAMILIES[family].values()) * 2  # blocks
+
+
+def test_other_families_have_projections_too():
+    counts = {name: len(find_projections(TINY[name].model())) for name in ("t5", "opt", "phi3", "timm vit")}
+    assert counts == {"t5": 12, "opt": 8, "phi3": 4, "timm vit": 4}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_they_become_ffns_are_converted_and_come_back_bit_for_bit(family):
+    tiny = TINY[family]
+    model, batch = tiny.model(), tiny.batch()
+    before, dense, modules = state(model), call(model, batch), dict(model.named_modules())
+    names = [site.name for site in find_projections(model)]
+    report = replace_projections_(model, [batch], SHORT, progress=False)
+    assert [fit.name for fit in report.layers] == names == list(projection_mlps(model))
+    assert names[0] in str(report)
+    ffns = [site.name for site in find_ffns(model)]
+    assert set(ffns) == {*names, *tiny.names}
+
+    as_mlps = call(model, batch)
+    assert not torch.equal(as_mlps, dense)
+    conversion = sadmoe.convert_(model, [batch], CONVERT, progress=False)
+    assert [row.name for row in conversion.layers] == ffns
+    assert set(moe_layers(model)) == set(ffns)
+    with sadmoe.tau(model, 0.0):
+        torch.testing.assert_close(call(model, batch), as_mlps)
+    assert {layer.name for layer in sadmoe.cost(model, [batch]).layers} == set(ffns)
+
+    sadmoe.restore_(model, projections=False)
+    assert torch.equal(call(model, batch), as_mlps)
+    assert list(projection_mlps(model)) == names
+    restore_(model)
+    assert same(state(model), before)
+    assert dict(model.named_modules()) == modules  # the same objects
+    assert torch.equal(call(model, batch), dense)
+
+
+@pytest.mark.parametrize(("d", "d_out"), [(768, 768), (384, 384), (576, 192), (768, 2304), (24, 12)])
+def test_an_mlp_costs_what_its_projection_did(d, d_out):
+    width = ProjectionConfig(multiple=1).width_of(d, d_out)
+    assert width * (d + d_out) == pytest.approx(d * d_out, rel=0.5 / width)
+    assert ProjectionConfig().width_of(d, d_out) % 8 == 0
+
+
+def test_the_paper_s_width():
+    assert ProjectionConfig(multiple=1).width_of(768, 768) == 384
+
+
+def test_training_lowers_the_error_and_sparsity_costs_some_of_it():
+    batches = [tokens() | {"input_ids": torch.randint(3, 50, (2, 9), generator=g)} for g in generators(12)]
+    long = {"steps": 150, "multiple": 4, "lr": 3e-3}
+    fits = {}
+    for alpha in (0.0, 1.0):
+        model = TINY["bert"].model()
+        report = replace_projections_(model, batches, ProjectionConfig(alpha=alpha, **long), progress=False)
+        fits[alpha] = report.layers
+    assert all(fit.error < 0.8 * fit.start_error for fit in fits[0.0])
+    zero = {alpha: sum(fit.zero for fit in layers) for alpha, layers in fits.items()}
+    assert zero[1.0] > zero[0.0]
+
+
+def generators(n: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in range(n)]
+
+
+@pytest.mark.parametrize("act", ["relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_start_of_full_rank_is_the_projection(act, bias):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(10, 6, bias), torch.randn(40, 10)
+    mlp = empty_mlp(linear, 13, act)
+    start_low_rank_(mlp, linear, linear(x).detach())
+    torch.testing.assert_close(mlp(x), linear(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_start_of_low_rank_leaves_the_smallest_directions():
+    torch.manual_seed(0)
+    linear, x = nn.Linear(10, 6), torch.randn(40, 10)
+    mlp, y = empty_mlp(linear, 4), linear(x).detach()
+    start_low_rank_(mlp, linear, y)
+    singular = torch.linalg.svdvals(y)
+    torch.testing.assert_close((mlp(x) - y).square().sum(), singular[2:].square().sum())
+
+
+def test_the_same_seed_gives_the_same_bits_and_the_global_one_is_left_alone():
+    torch.manual_seed(9)
+    a = state(replaced("llama", ProjectionConfig(steps=2, start="random")))
+    expected = torch.rand(3)
+    torch.manual_seed(9)
+    TINY["llama"].model()
+    b = state(replaced("llama", ProjectionConfig(steps=2, start="random")))
+    assert same(a, b)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit", "t5"])
+@pytest.mark.parametrize("make", [replaced, replaced_and_converted])
+def test_saved_and_loaded_bit_for_bit(name, make, tmp_path):
+    model, batch = make(name), TINY[name].batch()
+    sadmoe.save(model, tmp_path / "whole.safetensors")
+    model.save_pretrained(tmp_path / "folder")
+    dense = TINY[name].model()
+    sadmoe.load(dense, tmp_path / "whole.safetensors")
+    loaded = type(model).from_pretrained(tmp_path / "folder")
+    for again in (dense, loaded):
+        assert same(state(again), state(model))
+        assert torch.equal(call(again, batch), call(model, batch))
+        with pytest.raises(ValueError, match="were not saved with the model"):
+            restore_(again)
+        assert same(state(again), state(model))
+    if make is replaced_and_converted:
+        restore_(loaded, projections=False)
+        assert list(projection_mlps(loaded)) == list(projection_mlps(model))
+
+
+def test_a_copy_is_restored_too_and_in_the_dtype_it_was_cast_to():
+    model = replaced_and_converted("bert")
+    twin = copy.deepcopy(model).to(torch.bfloat16)
+    restore_(twin)
+    dense = TINY["bert"].model()
+    assert same(state(twin), state(dense.to(torch.bfloat16)))
+    restore_(model)
+    assert same(state(model), state(TINY["bert"].model()))
+
+
+def test_a_filter_leaves_projections_alone():
+    config = ProjectionConfig(steps=1, filter=lambda name: name.endswith("query"))
+    model = replaced("bert", config)
+    assert list(projection_mlps(model)) == [f"encoder.layer.{i}.attention.self.query" for i in (0, 1)]
+
+
+def test_projections_have_their_own_routers_and_expert_size():
+    model = replaced("bert")
+    config = ConvertConfig(
+        experts=6, router=RouterConfig(steps=1, width=8), projection_router=RouterConfig(steps=1, width=4),
+        projection_expert_size=2,
+    )  # fmt: skip
+    sadmoe.convert_(model, [TINY["bert"].batch()], config, progress=False)
+    shapes = {(layer.expert_size, layer.router.v1.shape[0]) for layer in moe_layers(model).values()}
+    assert shapes == {(10, 8), (2, 4)}
+
+
+def test_sparsify_trains_them_with_the_ffns_and_against_the_model_before():
+    dense, model, batch = TINY["bert"].model(), replaced("bert"), TINY["bert"].batch()
+    config = sadmoe.SparsifyConfig(steps=30, lr=3e-3, alpha=0.1)
+    report = sadmoe.sparsify_(model, [batch], config, teacher=dense, progress=False)
+    assert len(report.after) == 10
+    assert report.history[-1].objective < report.history[0].objective
+
+
+@pytest.mark.parametrize("failing", ["train", "put in"])
+def test_a_failure_leaves_the_model_as_it_was(failing, monkeypatch):
+    model = TINY["llama"].model()
+    before, modules = state(model), dict(model.named_modules())
+    calls = []
+
+    def stand_in(model, name, mlp):
+        calls.append(name)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        sadmoe.ffn.stand_in(model, name, mlp)
+
+    config = SHORT
+    if failing == "put in":
+        monkeypatch.setattr("sadmoe.attention.stand_in", stand_in)
+    else:
+        config = ProjectionConfig(steps=20, lr=1e30)
+    with pytest.raises(KeyboardInterrupt if failing == "put in" else FloatingPointError):
+        replace_projections_(model, [TINY["llama"].batch()], config, progress=False)
+    assert same(state(model), before)
+    assert dict(model.named_modules()) == modules
+
+
+def test_what_cannot_be_replaced_says_why():
+    with pytest.raises(NotImplementedError, match="reads its weights itself"):
+        find_projections(TINY["torch encoder"].model())
+    with pytest.raises(ValueError, match="no projection of attention found in this Sequential"):
+        find_projections(TINY["user module"].model())
+    with pytest.raises(ValueError, match="8 are MLPs already"):
+        find_projections(replaced("bert"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"start": "zero"}, "start must be one of low_rank, random, got 'zero'"),
+        ({"ratio": 0}, "ratio must be positive, got 0"),
+        ({"multiple": 0}, "multiple must be at least 1, got 0"),
+        ({"max_tokens": 1}, "max_tokens must be at least 2"),
+        ({"steps": 0}, "steps must be greater than 0"),
+    ],
+)
+def test_wrong_settings_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        ProjectionConfig(**wrong)
+
+
+def test_an_activation_must_be_known():
+    with pytest.raises(ValueError, match="act must be one of relu, gelu, gelu_tanh, silu, got 'tanh'"):
+        ProjectionMLP(4, 4, 4, "tanh")
+
+
+def test_a_damaged_description_is_refused(tmp_path):
+    model = TINY["bert"].model()
+    name = "encoder.layer.0.attention.self.query"
+    for wrong in ({"projection": {"width": 0, "act": "relu"}}, {"projection": {}}):
+        with pytest.raises(ValueError, match=name):
+            sadmoe.describe.rebuild(model, name, wrong)
+    with pytest.raises(ValueError, match="is a linear layer"):
+        sadmoe.describe.rebuild(model, "encoder", {"projection": {"width": 4, "act": "relu"}})

@@ -1,0 +1,225 @@
+"""Stock mixtures of experts on sadmoe's kernels."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import sadmoe  # noqa: F401  (registers)
+import torch
+import torch.nn.functional as F
+from tiny_models import tokens
+from torch import nn
+
+transformers = pytest.importorskip("transformers")
+
+from sadmoe.hf.experts import experts_forward, set_experts_tau
+from transformers.integrations.moe import use_experts_implementation
+
+SIZES = {
+    "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50,
+    "pad_token_id": 0, "num_experts_per_tok": 3,
+}  # fmt: skip
+QWEN = SIZES | {"moe_intermediate_size": 20, "intermediate_size": 20, "num_experts": 8}
+MODELS = {
+    "mixtral": (
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        SIZES | {"intermediate_size": 20, "num_local_experts": 8},
+    ),
+    "qwen2": ("Qwen2MoeForCausalLM", "Qwen2MoeConfig", QWEN | {"shared_expert_intermediate_size": 20}),
+    "qwen3": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", QWEN | {"norm_topk_prob": True}),
+}
+
+
+def stock(name: str) -> nn.Module:
+    model, config, sizes = MODELS[name]
+    torch.manual_seed(0)
+    made = getattr(transformers, model)(getattr(transformers, config)(**sizes)).eval()
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(torch.randn_like(p), alpha=0.15)
+    made.set_experts_implementation("eager")
+    return made
+
+
+def on_sadmoe(model: nn.Module, tau: float | None = None) -> nn.Module:
+    model = copy.deepcopy(model)
+    if tau is None:
+        model.set_experts_implementation("sadmoe")
+    else:
+        set_experts_tau(model, tau)
+    return model
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**tokens()).logits
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_computes_what_the_model_does(name):
+    model = stock(name)
+    ours = on_sadmoe(model)
+    torch.testing.assert_close(logits(ours), logits(model), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(on_sadmoe(model, 0.0)), logits(model), rtol=1e-4, atol=1e-5)
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    assert torch.equal(ours.generate(**tokens(), **settings), model.generate(**tokens(), **settings))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_so_are_its_gradients(name):
+    model = stock(name)
+    ours, batch = on_sadmoe(model), tokens()
+    for one in (model, ours):
+        one(**batch, labels=batch["input_ids"]).loss.backward()
+    for (key, p), q in zip(model.named_parameters(), ours.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), key
+        if p.grad is not None:
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-6, msg=key)
+
+
+def test_a_model_can_be_loaded_for_it(tmp_path):
+    model = stock("mixtral")
+    model.save_pretrained(tmp_path)
+    ours = type(model).from_pretrained(tmp_path, experts_implementation="sadmoe")
+    torch.testing.assert_close(logits(ours), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_tau_drops_experts_of_small_weight_and_scales_up_the_rest():
+    model = stock("mixtral")
+    experts = next(m for m in model.modules() if hasattr(m, "_is_expert_parallel"))
+    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(1))
+    index = torch.tensor([[0, 1, 2], [3, 4, 5], [6, 7, 0], [1, 2, 3], [7, 6, 5]])
+    weights = torch.tensor(
+        [[0.5, 0.3, 0.2], [0.9, 0.05, 0.05], [0.4, 0.3, 0.3], [0.7, 0.2, 0.1], [0.2, 0.2, 0.2]]
+    )
+    set_experts_tau(model, 0.4)
+    kept = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1]]).bool()
+    scaled = weights * kept * (weights.sum(1) / (weights * kept).sum(1)).unsqueeze(1)
+    with torch.no_grad():
+        found = experts(x, index, weights)
+        experts.config._experts_implementation = "eager"
+        torch.testing.assert_close(found, experts(x, index, scaled), rtol=1e-4, atol=1e-5)
+
+
+def test_what_tau_drops_is_not_computed():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = stock("mixtral")
+    counts = []
+    for tau in (0.0, 0.6, 1.0):
+        ours = on_sadmoe(model, tau)
+        with FlopCounterMode(display=False) as count:
+            logits(ours)
+        counts.append(sum(v for k, v in count.get_flop_counts()["Global"].items() if "sadmoe" in str(k)))
+    assert counts[0] > counts[1] > counts[2]
+    assert counts[0] == 3 * counts[2]  # of three experts the first
+
+
+def test_the_way_back():
+    model = stock("mixtral")
+    ours = on_sadmoe(model, 1.0)
+    assert not torch.allclose(logits(ours), logits(model))
+    ours.set_experts_implementation("eager")
+    assert torch.equal(logits(ours), logits(model))
+
+
+def test_weights_that_change_are_noticed():
+    model = stock("mixtral")
+    ours = on_sadmoe(model)
+    logits(ours)  # keeps the weights in its layout
+    for one in (model, ours):
+        with torch.no_grad():
+            one.model.layers[0].mlp.experts.down_proj.mul_(2.0)
+    torch.testing.assert_close(logits(ours), logits(model), rtol=1e-4, atol=1e-5)
+    twin = copy.deepcopy(ours).bfloat16()
+    torch.testing.assert_close(logits(twin).float(), logits(model), rtol=0.1, atol=0.3)
+
+
+def test_inference_mode_and_bfloat16():
+    model = stock("qwen3").bfloat16()
+    ours = on_sadmoe(model)
+    with torch.inference_mode():
+        found, expected = ours(**tokens()).logits, model(**tokens()).logits
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.1)
+
+
+def test_it_compiles_without_a_graph_break():
+    model = on_sadmoe(stock("mixtral"))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        traced = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(traced(**tokens()).logits, logits(model))
+
+
+class Experts(nn.Module):
+    """All that the decorator knows: biases, a norm after, ungated, transposed, interleaved."""
+
+    def __init__(self, config: SimpleNamespace, gate: bool, transposed: bool):
+        super().__init__()
+        self.num_experts, d, s = 4, 10, 6
+        wide = 2 * s if gate else s
+        shapes = {"gate_up_proj" if gate else "up_proj": (4, wide, d), "down_proj": (4, d, s)}
+        for name, (e, out, inner) in shapes.items():
+            shape = (e, inner, out) if transposed else (e, out, inner)
+            self.register_parameter(name, nn.Parameter(torch.randn(shape)))
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.randn(e, out)))
+        self.post_expert_norm = nn.LayerNorm(d)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x, index, weights):
+        raise AssertionError("not asked for")
+
+
+@pytest.mark.parametrize("concatenated", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("gate", [True, False])
+def test_every_layout(gate, transposed, concatenated):
+    torch.manual_seed(0)
+    kind = use_experts_implementation(
+        type("E", (Experts,), {}), is_concatenated=concatenated, is_transposed=transposed, has_bias=True, has_gate=gate,
+        has_post_expert_norm=True,
+    )  # fmt: skip
+    experts = kind(SimpleNamespace(_experts_implementation="sadmoe"), gate, transposed)
+    x, weights = torch.randn(5, 10), torch.rand(5, 2)
+    index = torch.tensor([[0, 1], [2, 3], [1, 4], [4, 4], [3, 0]])  # 4: elsewhere
+    expected = torch.zeros(5, 10)
+    name = "gate_up_proj" if gate else "up_proj"
+    for t in range(5):
+        for k in range(2):
+            e = int(index[t, k])
+            if e == 4:
+                continue
+            first, down = getattr(experts, name)[e], experts.down_proj[e]
+            first, down = (first.t(), down.t()) if transposed else (first, down)
+            h = F.linear(x[t], first, getattr(experts, f"{name}_bias")[e])
+            if gate:
+                g, u = h.chunk(2) if concatenated else (h[::2], h[1::2])
+                h = F.silu(g) * u
+            else:
+                h = F.silu(h)
+            y = experts.post_expert_norm(F.linear(h, down, experts.down_proj_bias[e]))
+            expected[t] += weights[t, k] * y
+    torch.testing.assert_close(experts(x, index, weights), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_wrong_settings_are_named():
+    model = stock("mixtral")
+    with pytest.raises(ValueError, match=r"tau must be in \[0, 1\] .* got 1.5"):
+        set_experts_tau(model, 1.5)
+    with pytest.raises(ValueError, match="has no layer whose experts can be run by others"):
+        set_experts_tau(nn.Linear(2, 2), 0.5)
+
+
+def test_experts_with_a_gating_of_their_own_are_refused():
+    config = transformers.GptOssConfig(
+        **(SIZES | {"intermediate_size": 20, "num_local_experts": 4, "head_dim": 6})
+    )
+    model = transformers.GptOssForCausalLM(config).eval()
+    before = model.config._experts_implementation
+    with pytest.raises(NotImplementedError, match="a gating of its own"):
+        set_experts_tau(model, 0.1)
+    assert model.config._experts_implementation == before
+    experts = next(m for m in model.modules() if hasattr(m, "_is_expert_parallel"))
+    with pytest.raises(NotImplementedError, match="GptOssExperts"):
+        experts_forward(experts, torch.zeros(1, 24), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))

@@ -1,0 +1,180 @@
+"""The HTML page of a result: whole in itself, and true to its numbers."""
+
+import json
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+import sadmoe
+import torch
+from converted import converted
+from sadmoe import cli
+from sadmoe.evaluate import evaluate, table
+from sadmoe.model_report import short_names
+from sadmoe.report import Heat, Page, Panel, Series, write_page
+from sadmoe.report.svg import bars, curves, heat, ticks
+from tiny_models import TINY
+
+PAGE = Page(
+    title="a <b> & c",
+    facts={"model": "tiny <script>"},
+    table=(("tau", "share"), [("0.1", "50%"), ("0.2", "40%")]),
+    notes=("a note & more",),
+    panels=[
+        Panel("FLOPs", "x", "y", [Series("ours", [1, 2, 3], [3.0, 2.0, 1.5], ["p", "q", "r"])], "lower left")
+    ],
+    heats=[Heat("tokens", [[0.1, 1.0], [0.0, 0.5]], ["layer 0", "layer 1"], ["hello", "<unk>"])],
+    histograms={"layer 0": [0, 4, 2, 0], "layer 1": [0] * 200 + [9]},
+)
+VOID = {"meta", "br", "img", "link", "hr", "input"}
+
+
+class Balance(HTMLParser):
+    """Fails where a tag is closed that is not open, and notes all there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def parsed(path) -> Balance:
+    parser = Balance()
+    parser.feed(path.read_text(encoding="utf-8"))
+    assert parser.open == []
+    return parser
+
+
+def test_a_page_is_whole_in_itself(tmp_path):
+    write_page(tmp_path / "page.html", PAGE)
+    page = parsed(tmp_path / "page.html")
+    assert not {"script", "link", "img", "iframe"} & set(page.seen)
+    assert not {"src", "href"} & {name for name, _ in page.attributes}
+    assert "http" not in (tmp_path / "page.html").read_text()
+
+
+def test_a_page_says_all_that_it_was_given(tmp_path):
+    write_page(tmp_path / "page.html", PAGE)
+    text = parsed(tmp_path / "page.html").text
+    for said in (
+        "a <b> & c",
+        "tiny <script>",
+        "50%",
+        "a note & more",
+        "ours",
+        "lower left",
+        "hello",
+        "<unk>",
+        "layer 1",
+    ):
+        assert said in text
+
+
+def test_a_page_without_charts_is_a_table(tmp_path):
+    write_page(tmp_path / "page.html", Page("t", {}, (("a",), [("1",)])))
+    assert "svg" not in parsed(tmp_path / "page.html").seen
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.1, 0.93], [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        ([0, 100], [0, 20, 40, 60, 80, 100]),
+        ([-3, 5], [-4, -2, 0, 2, 4, 6]),
+        ([7.0], None),
+        ([0.0], None),
+    ],
+)
+def test_ticks_are_round_and_hold_the_values(values, expected):
+    found = ticks(values)
+    assert found[0] <= min(values) <= max(values) <= found[-1]
+    assert len(found) > 2
+    if expected is not None:
+        assert found == expected
+
+
+def test_a_curve_has_a_tooltip_at_every_point_and_leaves_out_what_is_not_finite():
+    svg = ElementTree.fromstring(
+        curves([Series("ours", [1, 2, 3], [3.0, float("nan"), 1.5], ["p", "q", "r"])], "x", "y")
+    )
+    assert [title.text for title in svg.iter("title")] == ["ours p: 1, 3", "ours r: 3, 1.5"]
+
+
+def test_bars_are_as_high_as_tokens_are_many():
+    svg = ElementTree.fromstring(bars([0, 4, 2, 0]))
+    heights = [float(rect.get("height")) for rect in svg.iter("rect")]
+    assert heights[0] == 2 * heights[1]
+    assert [t.text for t in svg.iter("title")] == [
+        "1 experts: 66.7% of the tokens",
+        "2 experts: 33.3% of the tokens",
+    ]
+    (many,) = ElementTree.fromstring(bars([0] * 200 + [9])).iter("title")
+    assert many.text == "200-200 experts: 100.0% of the tokens"
+
+
+def test_a_heat_map_shows_each_share():
+    svg = ElementTree.fromstring(heat([[0.1, 1.0]], ["layer"], ["a", "b"], "of it"))
+    assert re.findall(r"--v:([0-9.]+)", ElementTree.tostring(svg, "unicode")) == ["0.1000", "1.0000"]
+    assert [t.text for t in svg.iter("title")] == ["layer a: 10.0% of it", "layer b: 100.0% of it"]
+
+
+def test_names_lose_what_they_share():
+    assert short_names(["a.b.0.x", "a.b.0.y", "a.b.1.x"]) == ["0.x", "0.y", "1.x"]
+    assert short_names(["a.b"]) == ["b"]
+    assert short_names(["a", "a.b"]) == ["a", "a.b"]
+
+
+def test_evaluate_measures_and_puts_the_gates_back():
+    model, batch = converted("bert"), TINY["bert"].batch()
+    sadmoe.set_tau(model, 0.7)
+    dense, sparse, one = evaluate(model, [batch], [0.0, 0.3, 1.0])
+    assert dense.error == 0
+    assert dense.flops == dense.ffn_flops == dense.share == 1
+    assert 1 > sparse.share > one.share > 0
+    assert sparse.ffn_flops < sparse.flops
+    assert one.error > sparse.error > 0
+    assert {layer.gate.tau for layer in sadmoe.moe_layers(model).values()} == {0.7}
+    assert "executed share" in table([sparse])
+
+
+def test_the_command_writes_page_and_numbers(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(45))]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    model = converted("bert")
+    sadmoe.hf.describe_to_transformers(model)
+    sadmoe.set_tau(model, 0.3)
+    model.save_pretrained(tmp_path / "model")
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("w1 w2 w3\n\nw4 w5 w40 w41\n")
+    out = tmp_path / "report.html"
+    command = ["report", str(tmp_path / "model"), "--text", str(tmp_path / "text.txt"), "--out", str(out)]
+    threads = torch.get_num_threads()
+    assert cli.main([*command, "--tau", "0", "0.5", "--sentence", "w7 w8"]) == 0
+    page = parsed(out).text
+    assert "BertModel, converted" in page
+    assert "w7" in page
+    assert "tau 0.3" in page
+    points = json.loads(out.with_suffix(".json").read_text())
+    assert [point["tau"] for point in points] == [0.0, 0.5]
+    assert cli.main(command) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert torch.get_num_threads() == threads

@@ -1,0 +1,328 @@
+"""Long steps that are killed and go on, and steps that several processes share."""
+
+import copy
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import sadmoe
+import torch
+from sadmoe import Checkpoint, ConvertConfig, FinetuneConfig, RouterConfig, SparsifyConfig
+from safetensors import safe_open
+from tiny_models import TINY, tokens
+from torch import Tensor, nn
+
+STEPS = 6
+
+
+def batches(n: int = 5) -> list[dict[str, Tensor]]:
+    ids = (torch.randint(3, 50, (2, 9), generator=torch.Generator().manual_seed(i)) for i in range(n))
+    return [tokens() | {"input_ids": one} for one in ids]
+
+
+def converted() -> tuple[nn.Module, nn.Module]:
+    """A dense model, and the same converted."""
+    dense = TINY["bert"].model()
+    model = copy.deepcopy(dense)
+    config = ConvertConfig(experts=6, tau=0.2, router=RouterConfig(steps=2, width=4))
+    sadmoe.convert_(model, batches(), config, progress=False)
+    return dense, model
+
+
+def sparsify(model: nn.Module, dense: nn.Module, checkpoint: Checkpoint | None, data=None):
+    config = SparsifyConfig(
+        steps=STEPS, objective="task", lr=1e-3, seed=3
+    )  # dropout is on: random state counts
+    return sadmoe.sparsify_(
+        model, data or batches(), config, loss=mean_square, checkpoint=checkpoint, progress=False
+    )
+
+
+def finetune(model: nn.Module, dense: nn.Module, checkpoint: Checkpoint | None, data=None):
+    config = FinetuneConfig(steps=STEPS, lr=1e-3)
+    return sadmoe.finetune_(
+        model, data or batches(), config, teacher=dense, checkpoint=checkpoint, progress=False
+    )
+
+
+def finetune_layers(model: nn.Module, dense: nn.Module, checkpoint: Checkpoint | None, data=None):
+    config = FinetuneConfig(steps=STEPS // 2, lr=1e-3)
+    return sadmoe.finetune_layers_(
+        model, data or batches(), config, teacher=dense, batch_tokens=8, checkpoint=checkpoint, progress=False
+    )
+
+
+def fit_routers(model: nn.Module, dense: nn.Module, checkpoint: Checkpoint | None, data=None):
+    config = RouterConfig(steps=4, width=4)
+    return sadmoe.fit_routers_(model, data or batches(), config, checkpoint=checkpoint)
+
+
+def replace_projections(model: nn.Module, dense: nn.Module, checkpoint: Checkpoint | None, data=None):
+    config = sadmoe.ProjectionConfig(steps=2)
+    return sadmoe.replace_projections_(
+        model, data or batches(), config, checkpoint=checkpoint, progress=False
+    )
+
+
+def mean_square(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return model(**batch).last_hidden_state.square().mean()
+
+
+def start(step) -> tuple[nn.Module, nn.Module]:
+    dense, model = converted()
+    return (copy.deepcopy(dense), dense) if step in (sparsify, replace_projections) else (model, dense)
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Killed(Exception):
+    """Stands for whatever ends a run."""
+
+
+class KilledAt(list):
+    """Batches that end the run when they are asked for one the n-th time."""
+
+    def __init__(self, values: list, n: int):
+        super().__init__(values)
+        self.left = n
+
+    def __getitem__(self, i):
+        self.left -= 1
+        if self.left < 0:
+            raise Killed
+        return super().__getitem__(i)
+
+
+@pytest.mark.parametrize("step", [sparsify, finetune])
+def test_a_run_that_was_killed_ends_as_if_it_had_not_been(step, tmp_path):
+    uninterrupted, dense = start(step)
+    whole = step(uninterrupted, dense, None)
+    for killed_at in (2, STEPS - 1):
+        model, dense = start(step)
+        before, folder = state(model), Checkpoint(tmp_path / str(killed_at), every=0.0)
+        with pytest.raises(Killed):
+            step(model, dense, folder, KilledAt(batches(), killed_at))
+        assert same(state(model), before)
+        report = step(model, dense, folder)
+        assert report.history == whole.history
+        assert same(state(model), state(uninterrupted))
+
+
+@pytest.mark.parametrize("step", [finetune_layers, fit_routers, replace_projections])
+def test_layers_that_were_done_are_not_done_again(step, tmp_path, monkeypatch):
+    uninterrupted, dense = start(step)
+    step(uninterrupted, dense, None)
+    model, dense = start(step)
+    name = "sadmoe.routers.fit_router_" if step is fit_routers else f"sadmoe.{MODULES[step]}.train"
+    real, calls = vars(sys.modules[name.rpartition(".")[0]])[name.rpartition(".")[2]], []
+
+    def counted(*args, **kw):
+        calls.append(args)
+        if len(calls) == 2:
+            raise Killed
+        return real(*args, **kw)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(name, counted)
+        with pytest.raises(Killed):
+            step(model, dense, Checkpoint(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 1
+    step(model, dense, Checkpoint(tmp_path))
+    assert same(state(model), state(uninterrupted))
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert len(files) > 1
+    assert all(".tmp" not in path.name for path in files)
+
+
+MODULES = {finetune_layers: "layerwise", replace_projections: "attention"}
+
+
+@pytest.mark.parametrize("step", [sparsify, finetune, finetune_layers, fit_routers, replace_projections])
+def test_a_run_that_had_ended_is_loaded(step, tmp_path, monkeypatch):
+    first, dense = start(step)
+    step(first, dense, Checkpoint(tmp_path))
+    second, dense = start(step)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: pytest.fail("it was run again"))
+    step(second, dense, Checkpoint(tmp_path))
+    assert same(state(first), state(second))
+
+
+def test_seconds_go_on_where_they_were(tmp_path):
+    dense, _ = converted()
+    config = SparsifyConfig(seconds=0.2, lr=1e-3)
+    folder = Checkpoint(tmp_path, every=0.0)
+    first, second = copy.deepcopy(dense), copy.deepcopy(dense)
+    report = sadmoe.sparsify_(first, batches(), config, checkpoint=folder, progress=False)
+    again = sadmoe.sparsify_(second, batches(), config, checkpoint=folder, progress=False)
+    assert again.history == report.history
+
+
+def test_a_folder_of_another_run_is_refused_and_says_what_differs(tmp_path):
+    model, dense = start(sparsify)
+    sparsify(model, dense, Checkpoint(tmp_path))
+    other = copy.deepcopy(dense)
+    config = SparsifyConfig(steps=STEPS, objective="task", lr=2e-3, seed=3)
+    with pytest.raises(ValueError, match=r"is of another run: config was .*'lr': 0.001.* or an empty folder"):
+        sadmoe.sparsify_(
+            other, batches(), config, loss=mean_square, checkpoint=Checkpoint(tmp_path), progress=False
+        )
+    with pytest.raises(ValueError, match="is of another run: weights was"):
+        sparsify(model, dense, Checkpoint(tmp_path))  # no longer the model that it began with
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    model, dense = start(sparsify)
+    sparsify(copy.deepcopy(model), dense, Checkpoint(tmp_path))
+    path = tmp_path / "sparsify.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(ValueError, match="is no saved run of sadmoe, or is damaged"):
+        sparsify(model, dense, Checkpoint(tmp_path))
+
+
+def test_it_holds_no_pickle_and_its_state_is_json(tmp_path):
+    model, dense = start(finetune)
+    finetune(model, dense, Checkpoint(tmp_path))
+    with safe_open(tmp_path / "finetune.safetensors", "pt") as file:
+        header = json.loads(file.metadata()["sadmoe run"])
+    assert len(header["state"]["history"]) == STEPS
+    assert set(header["state"]["memory"]) == {"share"}
+
+
+def test_every_is_checked():
+    with pytest.raises(ValueError, match="every must be at least 0 seconds, got -1"):
+        Checkpoint("folder", every=-1)
+
+
+KILLED = """
+    import os, signal
+    import test_resume, torch
+    from sadmoe import Checkpoint
+    from sadmoe.sparsify import resume
+
+    torch.set_num_threads(1)
+    written, write = [], resume.write
+
+    def write_and_die(*args):
+        write(*args)
+        written.append(1)
+        if len(written) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    resume.write = write_and_die
+    model, dense = test_resume.start(test_resume.sparsify)
+    test_resume.sparsify(model, dense, Checkpoint({folder!r}, every=0.0))
+"""
+
+
+def test_a_kill_dash_nine_loses_at_most_an_interval(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLED.format(folder=str(tmp_path)))],
+        cwd=Path(__file__).parent,
+    )
+    assert run.returncode == -signal.SIGKILL
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model, dense = start(sparsify)
+        uninterrupted = copy.deepcopy(model)
+        with safe_open(tmp_path / "sparsify.safetensors", "pt") as file:
+            assert len(json.loads(file.metadata()["sadmoe run"])["state"]["history"]) == 3
+        report = sparsify(model, dense, Checkpoint(tmp_path))
+        assert report.history == sparsify(uninterrupted, dense, None).history
+    finally:
+        torch.set_num_threads(threads)
+    assert same(state(model), state(uninterrupted))
+
+
+# ---------------------------------------------------------------- several processes
+
+
+WORKER = """
+    import sys
+    import test_resume, torch
+    from safetensors.torch import save_file
+
+    rank = int(sys.argv[1])
+    torch.set_num_threads(1)
+    store = f"file://{sys.argv[2]}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    for name, model in test_resume.shared(spoil=rank == 1).items():
+        save_file(test_resume.state(model), f"{sys.argv[2]}/{name}.{rank}.safetensors")
+    torch.distributed.destroy_process_group()
+"""
+
+
+def shared(spoil: bool = False) -> dict[str, nn.Module]:
+    """What two processes train together, each update from two batches. spoil: start from other weights, as the first
+    process's must win."""
+    dense, model = converted()
+    sparse = copy.deepcopy(dense)
+    if spoil:
+        for one in (sparse, model):
+            next(one.parameters()).data.add_(1.0)
+    settings = {"steps": 4, "lr": 1e-3, "accumulate": 2}
+    sadmoe.sparsify_(sparse, batches(), SparsifyConfig(**settings), teacher=dense, progress=False)
+    config = FinetuneConfig(**settings, share=0.01)  # so low that the penalty never rests
+    sadmoe.finetune_(model, batches(), config, teacher=dense, progress=False)
+    return {"sparsify": sparse, "finetune": model}
+
+
+def assert_close_states(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """To rounding, of which AdamW makes more. Attention does not feel the bias of the keys: its gradient is nothing
+    but rounding, and so is where AdamW takes it."""
+    assert a.keys() == b.keys()
+    for key in a:
+        if not key.endswith("key.bias"):
+            torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_do_what_one_does(tmp_path):
+    from safetensors.torch import load_file
+
+    code = textwrap.dedent(WORKER)
+    workers = [
+        subprocess.Popen([sys.executable, "-c", code, str(rank), str(tmp_path)], cwd=Path(__file__).parent)
+        for rank in range(2)
+    ]
+    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+    for name, model in shared().items():
+        first, second = (load_file(tmp_path / f"{name}.{rank}.safetensors") for rank in range(2))
+        assert same(first, second)
+        start_of = dict(converted()[name == "finetune"].state_dict())
+        moved = [key for key in first if not torch.equal(first[key], start_of[key])]
+        assert len(moved) > 20
+        assert_close_states(first, state(model))
+
+
+def test_accumulation_is_one_large_batch():
+    dense, _ = converted()
+    both = {key: torch.cat([batch[key] for batch in batches(2)]) for key in batches()[0]}
+    models = [copy.deepcopy(dense) for _ in range(2)]
+    for model, data, accumulate in zip(models, (batches(2), [both]), (2, 1), strict=True):
+        config = SparsifyConfig(steps=3, objective="task", lr=1e-3, accumulate=accumulate, alpha=0.0)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        model.config.attention_probs_dropout_prob = 0.0
+        sadmoe.sparsify_(model, data, config, loss=mean_square, progress=False)
+    assert_close_states(*(state(model) for model in models))
+
+
+def test_accumulate_must_suit_the_processes(monkeypatch):
+    monkeypatch.setattr("sadmoe.sparsify.processes.place", lambda: (0, 2))
+    monkeypatch.setattr("sadmoe.sparsify.processes.as_first_", lambda tensors: None)
+    dense, _ = converted()
+    with pytest.raises(ValueError, match=r"accumulate must be a multiple of the 2 processes .* got 3"):
+        sadmoe.sparsify_(dense, batches(), SparsifyConfig(steps=1, accumulate=3), progress=False)
+    with pytest.raises(ValueError, match="accumulate must be at least 1, got 0"):
+        SparsifyConfig(steps=1, accumulate=0)

@@ -1,0 +1,235 @@
+"""Sparsity fine-tuning in transformers' Trainer, and in a loop of one's own."""
+
+import copy
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import sadmoe
+import torch
+from tiny_models import TINY, tokens
+from torch import Tensor, nn
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from sadmoe.hf.trainer import SparsityCallback
+
+STEPS = 4
+PLAIN_SGD = {"learning_rate": 1e-2, "optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+
+
+class Rows(torch.utils.data.Dataset):
+    """Token ids with a class label, or with the ids themselves as labels."""
+
+    def __init__(self, n: int, causal: bool):
+        ids = torch.randint(3, 50, (n, 9), generator=torch.Generator().manual_seed(7))
+        self.rows = [{"input_ids": row, "labels": row if causal else row[0] % 2} for row in ids]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return self.rows[i]
+
+
+def model_of(name: str) -> nn.Module:
+    model = TINY[name].model()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.config.attention_probs_dropout_prob = 0.0
+    return model
+
+
+def trained(
+    tmp_path,
+    callback: SparsityCallback | None,
+    name="bert classifier",
+    n=8,
+    scaled_by_model=None,
+    **arguments,
+):
+    """The model after a Trainer's run, and the Trainer. scaled_by_model: whether the model is told how many labels the
+    whole update has, by which it then divides its loss."""
+    model = model_of(name)
+    settings = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "save_strategy": "no",
+    }
+    settings |= {"use_cpu": True, "report_to": [], "disable_tqdm": True, "seed": 1} | arguments
+    callbacks = [] if callback is None else [callback]
+    data = Rows(n, causal=name == "llama")
+    arguments_ = transformers.TrainingArguments(tmp_path, **settings)
+    trainer = transformers.Trainer(model, arguments_, train_dataset=data, callbacks=callbacks)
+    if scaled_by_model is not None:
+        trainer.model_accepts_loss_kwargs = scaled_by_model
+    trainer.train(resume_from_checkpoint=arguments.get("resume_from_checkpoint"))
+    return model, trainer
+
+
+def zeros(model: nn.Module) -> float:
+    layers = sadmoe.measure_sparsity(model, [tokens()])
+    return sum(layer.zero for layer in layers) / len(layers)
+
+
+def states_differ(a: nn.Module, b: nn.Module) -> list[str]:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return [key for key in ours if not torch.equal(ours[key], theirs[key])]
+
+
+@pytest.mark.parametrize("name", ["bert classifier", "llama"])
+def test_the_callback_makes_neurons_fewer(name, tmp_path):
+    long = {"max_steps": 40, "learning_rate": 5e-3}
+    sparse, _ = trained(tmp_path, SparsityCallback(alpha=1.0), name, **long)
+    without, _ = trained(tmp_path, SparsityCallback(alpha=0.0), name, **long)
+    assert zeros(sparse) > zeros(without) + 0.02
+
+
+def test_after_training_the_model_is_free_of_it(tmp_path):
+    model, _ = trained(tmp_path, SparsityCallback(alpha=1.0))
+    assert all(not module._forward_hooks for module in model.modules())
+
+
+def test_with_alpha_zero_it_changes_nothing(tmp_path):
+    ours, _ = trained(tmp_path, SparsityCallback(alpha=0.0))
+    plain, _ = trained(tmp_path, None)  # a ReLU model, so nothing is swapped
+    assert states_differ(ours, plain) == []
+
+
+@pytest.mark.parametrize(("name", "scaled_by_model"), [("bert classifier", False), ("llama", True)])
+def test_accumulated_batches_weigh_as_one_large_one(name, scaled_by_model, tmp_path):
+    settings = PLAIN_SGD | {"max_steps": 2, "scaled_by_model": scaled_by_model}
+    alpha = {"alpha": 5.0, "schedule": "constant"}
+    whole, _ = trained(tmp_path, SparsityCallback(**alpha), name, **settings)
+    settings |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    parts, _ = trained(tmp_path, SparsityCallback(**alpha), name, **settings)
+    start = model_of(name)
+    assert len(states_differ(whole, start)) > 10
+    for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bert classifier", "llama"])
+def test_gradient_checkpointing_changes_nothing_but_rounding(name, tmp_path):
+    plain, _ = trained(tmp_path, SparsityCallback(alpha=1.0), name)
+    checkpointed, _ = trained(tmp_path, SparsityCallback(alpha=1.0), name, gradient_checkpointing=True)
+    for p, q in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_bf16_trains_close_to_float32(tmp_path):
+    callback, mixed = SparsityCallback(alpha=1.0), SparsityCallback(alpha=1.0)
+    plain, _ = trained(tmp_path, callback)
+    bf16, _ = trained(tmp_path, mixed, bf16=True)
+    assert mixed.last.dtype == torch.float32
+    torch.testing.assert_close(mixed.last, callback.last, rtol=0.02, atol=0.0)
+    assert states_differ(bf16, plain) != []
+
+
+def test_it_resumes_from_the_trainer_s_checkpoint(tmp_path):
+    callback, again = SparsityCallback(alpha=1.0), SparsityCallback(alpha=1.0)
+    whole, _ = trained(tmp_path / "a", callback, save_strategy="steps", save_steps=2)
+    resumed, _ = trained(tmp_path / "a", again, resume_from_checkpoint=tmp_path / "a" / "checkpoint-2")
+    assert again.alpha == callback.alpha
+    for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
+def test_evaluation_inside_training_has_no_penalty(tmp_path):
+    model = model_of("bert classifier")
+    arguments = transformers.TrainingArguments(
+        tmp_path, use_cpu=True, report_to=[], disable_tqdm=True, max_steps=1, eval_strategy="steps", eval_steps=1,
+        save_strategy="no", learning_rate=1e-9,
+    )  # fmt: skip
+    data = Rows(8, causal=False)
+    callback = SparsityCallback(alpha=1e6, schedule="constant")
+    trainer = transformers.Trainer(
+        model, arguments, train_dataset=data, eval_dataset=data, callbacks=[callback]
+    )
+    trainer.train()
+    losses = {
+        key: value for entry in trainer.state.log_history for key, value in entry.items() if "loss" in key
+    }
+    assert losses["eval_loss"] < 10 < losses["train_loss"]
+
+
+def test_a_loss_of_the_trainer_s_own_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="label smoothing and compute_loss_func out"):
+        trained(tmp_path, SparsityCallback(alpha=1.0), label_smoothing_factor=0.1)
+
+
+def test_wrong_settings_are_named():
+    with pytest.raises(ValueError, match="penalty must be one of hoyer, l1, got 'l2'"):
+        SparsityCallback(penalty="l2")
+
+
+def test_the_plain_loop_does_what_the_callback_does(tmp_path):
+    callback = SparsityCallback(alpha=2.0, schedule="constant")
+    ours, _ = trained(tmp_path, callback, n=4, **PLAIN_SGD, max_steps=1)
+    model = model_of("bert classifier").train()
+    rows = Rows(4, causal=False)
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    with sadmoe.SparsityLoss(model) as sparsity:
+        (model(**batch).loss + 2.0 * sparsity(batch)).backward()
+    for (name, p), q in zip(model.named_parameters(), ours.parameters(), strict=True):
+        expected = p if p.grad is None else p - 1e-2 * p.grad
+        torch.testing.assert_close(q, expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_converted_model_trains_in_the_trainer(tmp_path):
+    model = model_of("bert classifier")
+    config = sadmoe.ConvertConfig(experts=6, tau=0.1, router=sadmoe.RouterConfig(steps=2, width=4))
+    sadmoe.convert_(model, [tokens()], config, progress=False)
+    before = copy.deepcopy(model)
+    arguments = transformers.TrainingArguments(
+        tmp_path, use_cpu=True, report_to=[], disable_tqdm=True, max_steps=2, save_strategy="no", bf16=True,
+        gradient_checkpointing=True,
+    )  # fmt: skip
+    transformers.Trainer(model, arguments, train_dataset=Rows(8, causal=False)).train()
+    moved = states_differ(model, before)
+    assert any("w_up" in key for key in moved)
+
+
+WORKER = """
+    import sys
+    from pathlib import Path
+    import test_trainer, torch
+    from safetensors.torch import save_file
+
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    settings = test_trainer.PLAIN_SGD | {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}
+    callback = test_trainer.SparsityCallback(alpha=5.0, schedule="constant")
+    model, trainer = test_trainer.trained(folder, callback, "llama", **settings)
+    assert trainer.args.world_size == 2
+    if trainer.args.process_index == 0:
+        save_file(dict(model.named_parameters()), folder / "model.safetensors")
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_do_what_one_does(tmp_path):
+    from safetensors.torch import load_file
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = []
+    for rank in ("0", "1"):
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, "-c", textwrap.dedent(WORKER), str(tmp_path)]
+        workers.append(subprocess.Popen(command, cwd=Path(__file__).parent, env=os.environ | places))
+    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+    two = load_file(tmp_path / "model.safetensors")
+    one, _ = trained(tmp_path, SparsityCallback(alpha=5.0, schedule="constant"), "llama", **PLAIN_SGD)
+    assert len(states_differ(one, model_of("llama"))) > 10
+    for name, p in one.named_parameters():
+        torch.testing.assert_close(two[name], p.detach(), rtol=1e-3, atol=1e-5, msg=name)
