@@ -54,8 +54,9 @@ def code_faults(isa: str, disassembly: str) -> list[str]:
 
 
 def symbol_faults(isa: str, symbols: str) -> list[str]:
-    """What nm lists as defined for others to link, beyond the table of the instruction set."""
-    names = [line.split()[-1] for line in symbols.splitlines() if line.split()]
+    """The code that nm lists as defined for others to link, beyond the table of the instruction set."""
+    code = re.compile(r"[0-9a-f]+ [TWi] (\S+)")  # T: code, W: linked from whichever object, i: chosen at load
+    names = code.findall(symbols)
     table = f"sadmoe::cpu::kernels_{isa}()"
     plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
     exported = plain.stdout.splitlines()

@@ -51,6 +51,7 @@ def test_an_object_exports_its_table_alone():
     table = "0 T _ZN6sadmoe3cpu12kernels_avx2Ev"
     assert symbol_faults("avx2", table) == []
     assert symbol_faults("avx2", f"{table}\n9 W _ZN6sadmoe3cpu4tailEv") == ["exports sadmoe::cpu::tail()"]
+    assert symbol_faults("avx2", f"{table}\n8 V DW.ref.__gxx_personality_v0") == []  # data
     assert symbol_faults("avx2", "") == ["does not export sadmoe::cpu::kernels_avx2()"]
 
 
