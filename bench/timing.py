@@ -1,6 +1,9 @@
-"""The one timer of the benches. Variants take turns, so that the machine's drift falls on all of them alike."""
+"""The one timer of the benches. Variants take turns, so that the machine's drift falls on all of them alike, and in a
+new order every round, for what one leaves in the caches makes the next one faster or slower.
+"""
 
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -27,9 +30,11 @@ def measure(
     for call in variants.values():
         call()
         call()
+    order, shuffle = list(variants.items()), random.Random(0).shuffle
     started, rounds = time.perf_counter(), 0
     while rounds < least or time.perf_counter() - started < seconds * len(variants):
-        for name, call in variants.items():
+        shuffle(order)
+        for name, call in order:
             start = time.perf_counter()
             call()
             samples[name].append(time.perf_counter() - start)

@@ -1,0 +1,215 @@
+"""One layer over a grid of shapes, tokens, shares and kinds of masks, beside dense torch and the peers.
+
+    python bench/layers.py [--layers 384x1536 576x1536-glu] [--s 32] [--tokens 1 256] [--shares 0.25]
+                           [--masks independent skewed] [--dtypes float32 bfloat16] [--isas all]
+                           [--peers loop grouped_mm] [--threads 1] [--out FOLDER]
+
+Without options: the whole grid, which takes hours. sadmoe's time holds the router and the selection; the peers get the
+mask for free. Masks: independent, those of a random router at the tau of the share; skewed, a few experts run for most
+tokens; clustered, neighbouring tokens run the same experts; recorded, of a converted model (`--recorded FILE` that
+record_masks.py wrote), where shape and s match, at their own share. All but independent are no router's: sadmoe then
+runs its three ops one after another. With several --isas each call switches first, a few microseconds of its time.
+
+speedup: dense over sadmoe. of_ideal: the same times the share. of_floor: floor over sadmoe, where
+  floor = max(executed FLOPs / peak, bytes of the weights that some token needs / bandwidth) + the router's own floor
+with the rate of torch's largest product and the rate of reading a buffer as large as the layer's weights, of this run
+and its threads. Writes layers.json and a picture of each shape and dtype.
+"""
+
+import argparse
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from layers_plot import draw
+from mask_kinds import clustered, recorded, skewed
+from sadmoe import ops
+from timing import Timing, machine, measure
+from torch import Tensor
+from variants import (
+    ROUTER_WIDTH,
+    LayerShape,
+    checked,
+    copied,
+    dense,
+    grouped_mm,
+    loop,
+    problem,
+    sadmoe,
+    with_mask,
+)
+
+LAYERS = ["384x1536", "768x3072", "2048x8192", "576x1536-glu", "2048x8192-glu"]
+SIZES = [16, 24, 32, 64, 128]
+TOKENS = [1, 2, 4, 8, 16, 64, 256, 1024, 4096]
+SHARES = [0.05, 0.1, 0.25, 0.5, 1.0]
+MASKS = ["independent", "skewed", "clustered", "recorded"]
+PEERS = {"loop": loop, "grouped_mm": grouped_mm}
+
+
+def shape_of(text: str, s: int) -> LayerShape:
+    found = re.fullmatch(r"(\d+)x(\d+)(-glu)?", text)
+    if not found:
+        raise SystemExit(f"--layers takes DxF or DxF-glu, as 768x3072 or 576x1536-glu, got {text!r}")
+    return LayerShape(int(found[1]), int(found[2]), s, gated=bool(found[3]))
+
+
+def limits(layer: LayerShape, dtype: torch.dtype) -> dict[str, float]:
+    """A second: flops of torch's largest product, bytes read of a buffer as large as the layer's weights."""
+    x, w = torch.randn(1024, layer.d).to(dtype), torch.randn(layer.f, layer.d).to(dtype)
+    size = layer.matrices * layer.d * layer.f * dtype.itemsize
+    buffer = torch.ones(size // 4)  # as floats, whatever the dtype
+    calls = {
+        "product": lambda: torch.nn.functional.linear(x, w),
+        "sum": buffer.sum,
+        "dot": lambda: buffer.dot(buffer),
+    }
+    times = {name: t.median for name, t in measure(calls).items()}
+    return {
+        "flops": 2 * 1024 * layer.d * layer.f / times["product"],
+        "bytes": size / min(times["sum"], times["dot"]),
+    }
+
+
+def floor(layer: LayerShape, mask: Tensor, dtype: torch.dtype, limit: dict[str, float]) -> float:
+    """Seconds that the executed products and the weights that they need take at the least, and the router."""
+    neuron, router = layer.matrices * layer.d, ROUTER_WIDTH * (layer.d + layer.experts)
+    work = 2 * int(mask.sum()) * layer.s * neuron / limit["flops"]
+    read = int(mask.any(0).sum()) * layer.s * neuron * dtype.itemsize / limit["bytes"]
+    routing = max(2 * len(mask) * router / limit["flops"], router * dtype.itemsize / limit["bytes"])
+    return max(work, read) + routing
+
+
+def masks(
+    layer: LayerShape, T: int, dtype: torch.dtype, args: argparse.Namespace
+) -> Iterator[tuple[str, SimpleNamespace]]:
+    """Problems by kind of mask. A share of 1 has one kind; recorded masks have their own shares."""
+    for share in args.shares:
+        p = problem(layer, T, share, dtype)
+        if "independent" in args.masks or share == 1:
+            yield "independent", p
+        for name, make in (("skewed", skewed), ("clustered", clustered)):
+            if name in args.masks and share < 1:
+                yield name, with_mask(p, make(T, layer.experts, share))
+    for name, mask in recorded(args.recorded, layer, T) if args.recorded and "recorded" in args.masks else ():
+        yield f"recorded {name}", with_mask(problem(layer, T, mask.float().mean().item(), dtype), mask)
+
+
+def with_isa(isa: str, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def switched() -> Tensor:
+        ops.use_cpu_isa(isa)
+        return run()
+
+    return switched
+
+
+def variants(p: SimpleNamespace, args: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
+    """Each with weights of its own: what the variant before has left in the caches is of no use to it."""
+    found = {"dense": dense(copied(p))} | {name: PEERS[name](copied(p)) for name in args.peers}
+    if len(args.isas) == 1:  # chosen once, by main
+        return found | {args.isas[0]: sadmoe(copied(p))}
+    return found | {isa: with_isa(isa, sadmoe(copied(p))) for isa in args.isas}
+
+
+def results(p: SimpleNamespace, times: dict[str, Timing], least: float, isas: list[str]) -> Iterator[dict]:
+    """One row an instruction set."""
+    share = p.mask.float().mean().item()
+    for isa in isas:
+        ours, whole = times[isa].median, times["dense"].median
+        yield {
+            "isa": isa, "share": share, "union": p.mask.any(0).float().mean().item(),
+            "seconds": {n: t.median for n, t in times.items() if n not in isas} | {"sadmoe": ours},
+            "spread": {n: t.spread for n, t in times.items() if n not in isas} | {"sadmoe": times[isa].spread},
+            "floor": least, "speedup": whole / ours, "of_ideal": share * whole / ours, "of_floor": least / ours,
+        }  # fmt: skip
+
+
+def line(row: dict, peers: list[str]) -> str:
+    seconds, spread = row["seconds"], row["spread"]
+    cells = "".join(f"{seconds[n] * 1e3:11.3f} ±{spread[n]:4.0%}" for n in ("dense", *peers, "sadmoe"))
+    figures = "".join(f"{row[n]:9.2f}" for n in ("speedup", "of_ideal", "of_floor"))
+    return (
+        f"{row['T']:5d} {row['share']:6.1%} {row['union']:6.1%}{cells}{figures}  {row['isa']}, {row['masks']}"
+    )
+
+
+def cells(args: argparse.Namespace) -> Iterator[dict]:
+    """Measures and prints the grid."""
+    for name, dtype, s in itertools.product(args.layers, args.dtypes, args.s):
+        layer, kind = shape_of(name, s), getattr(torch, dtype)
+        if layer.f % s:
+            print(f"\n{name}: f = {layer.f} is not a multiple of s = {s}, left out")
+            continue
+        limit = limits(layer, kind)
+        print(
+            f"\n{name}, s {s}, E {layer.experts}, {layer.act}, {dtype}; "
+            f"peak {limit['flops'] / 1e9:.0f} GFLOP/s, read {limit['bytes'] / 1e9:.1f} GB/s"
+        )
+        heads = "".join(f"{n:>17}" for n in ("dense", *args.peers, "sadmoe"))
+        print(f"    T  share  union{heads}  speedup of_ideal of_floor")
+        for T in args.tokens:
+            for masked_by, p in masks(layer, T, kind, args):
+                calls = variants(p, args)
+                checked(p, calls)
+                times = measure(calls, seconds=args.seconds)
+                for row in results(p, times, floor(layer, p.mask, kind, limit), args.isas):
+                    row = (
+                        {"layer": name, "s": s, "dtype": dtype, "T": T, "masks": masked_by}
+                        | row
+                        | {"limits": limit}
+                    )
+                    print(line(row, args.peers), flush=True)
+                    yield row
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", nargs="+", default=LAYERS)
+    parser.add_argument("--s", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
+    parser.add_argument("--masks", nargs="+", choices=MASKS, default=MASKS[:3])
+    parser.add_argument("--recorded", type=Path, help="masks that record_masks.py wrote")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32", "bfloat16"]
+    )
+    parser.add_argument(
+        "--isas", nargs="+", default=["auto"], help="of sadmoe.ops.cpu_isas(); all; auto, the fastest"
+    )
+    parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=0.6, help="for each variant of a cell")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if args.isas == ["all"]:
+        args.isas = ops.cpu_isas()
+    if ("recorded" in args.masks) != bool(args.recorded):
+        parser.error("--masks recorded and --recorded FILE go together")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    ops.use_cpu_isa(args.isas[0])
+    title = machine()
+    print(f"# {title}\nTimes in ms: median and distance of the quartiles.")
+    rows = []
+    with torch.inference_mode():
+        for row in cells(args):
+            rows.append(row)
+            if args.out:  # after every cell: a long run may be cut off
+                args.out.mkdir(parents=True, exist_ok=True)
+                (args.out / "layers.json").write_text(json.dumps({"machine": title, "rows": rows}, indent=1))
+    if args.out:
+        draw(rows, title, args.out)
+
+
+if __name__ == "__main__":
+    main()

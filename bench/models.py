@@ -1,0 +1,189 @@
+"""Whole models, dense beside converted, at fixed executed shares: MiniLM, SmolLM2 and DINOv2, where their packages are.
+
+    python bench/models.py [--models minilm smollm2 vit] [--shares 0.25 0.5] [--threads 1] [--json FILE]
+
+It is time that is measured, not quality: the models are converted without fine-tuning, with routers trained for a few
+steps, and every layer's tau is solved for the share on the scores of its own inputs. So the outputs are of no use, and
+the masks less clustered and less skewed than those of a fine-tuned model. The executed share printed is that of the
+timed inputs; that of a decode is of its prompt. Models take turns. bench/recipes/fetch.sh brings the packages.
+"""
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from recipes import sources
+from sadmoe import ConvertConfig, convert_
+from sadmoe.demo import minilm, topics
+from sadmoe.dial import converted_layers
+from sadmoe.gates import DynamicK
+from sadmoe.masks import record_masks
+from sadmoe.routers import RouterConfig
+from sadmoe.texts import tokenized
+from timing import machine, measure
+from torch import Tensor, nn
+from variants import ROUTER_WIDTH, tau_of_share
+
+ROUTER_STEPS = 20
+NEW_TOKENS = 32
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, the batches that it is converted with, and what is timed: by name, a batch and how it is called."""
+
+    model: nn.Module
+    batches: list[Batch]
+    calls: dict[str, tuple[Batch, Callable[[nn.Module, Batch], object]]]
+
+
+def forward(model: nn.Module, batch: Batch) -> object:
+    return model(**batch)
+
+
+def decode(model: nn.Module, batch: Batch) -> object:
+    """One token after another, T = 1 in every layer but for the prompt."""
+    settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    return model.generate(**batch, **settings, pad_token_id=0)
+
+
+def text_encoder() -> Workload:
+    model, tokenizer = minilm()
+    batches = tokenized(tokenizer, topics()[:96])
+    one = {name: t[:1] for name, t in batches[0].items()}
+    return Workload(model.eval(), batches, {"batch of 16": (batches[0], forward), "one text": (one, forward)})
+
+
+def language_model() -> Workload:
+    model, tokenizer = sources.smollm2()
+    batches = tokenized(tokenizer, topics()[:32], batch_size=4)
+    prompt = {name: t[:1, :8] for name, t in batches[0].items()}
+    whole = {name: t[:1] for name, t in batches[0].items()}
+    calls = {"one text": (whole, forward), f"decode of {NEW_TOKENS} tokens": (prompt, decode)}
+    return Workload(model, batches, calls)
+
+
+def image_model() -> Workload:
+    model = sources.vit_small().eval()
+    g = torch.Generator().manual_seed(0)
+    batches = [{"pixel_values": torch.randn(8, 3, 224, 224, generator=g)} for _ in range(4)]
+    one = {"pixel_values": batches[0]["pixel_values"][:1]}
+    return Workload(model, batches, {"batch of 8": (batches[0], forward), "one image": (one, forward)})
+
+
+MODELS = {"minilm": text_encoder, "smollm2": language_model, "vit": image_model}
+
+
+def converted(workload: Workload) -> nn.Module:
+    """A converted copy, its experts as large as by default."""
+    model = copy.deepcopy(workload.model)
+    router = RouterConfig(width=ROUTER_WIDTH, steps=ROUTER_STEPS)
+    convert_(model, workload.batches, ConvertConfig(router=router, max_tokens=2048))
+    return model
+
+
+def gates_at(model: nn.Module, batch: Batch, share: float) -> dict[str, DynamicK]:
+    """For each layer in turn the tau of the share, on the inputs that it gets with the layers before at theirs."""
+    found: dict[str, DynamicK] = {}
+
+    def solve(layer: nn.Module, args: tuple[Tensor, ...], name: str) -> None:
+        layer.gate = found[name] = DynamicK(tau_of_share(layer.router(args[0]).flatten(0, -2), share))
+
+    hooks = [
+        layer.register_forward_pre_hook(partial(solve, name=name))
+        for name, layer in converted_layers(model).items()
+    ]
+    try:
+        forward(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def set_gates(model: nn.Module, gates: dict[str, DynamicK]) -> None:
+    for name, layer in converted_layers(model).items():
+        layer.gate = gates[name]
+
+
+def executed(model: nn.Module, batch: Batch) -> float:
+    with record_masks(model, skip_padding=False) as record:
+        forward(model, batch)
+    counts = record.layers.values()
+    return sum(c.share * c.tokens for c in counts) / sum(c.tokens for c in counts)
+
+
+def timed(workload: Workload, model: nn.Module, shares: list[float]) -> list[dict]:
+    """A row for every call and share."""
+    rows = []
+    for name, (batch, call) in workload.calls.items():
+        gates = {share: gates_at(model, batch, share) for share in shares}
+
+        def at(share: float, gates: dict = gates, call: Callable = call, batch: Batch = batch) -> object:
+            set_gates(model, gates[share])
+            return call(model, batch)
+
+        variants = {"dense": partial(call, workload.model, batch)} | {str(s): partial(at, s) for s in shares}
+        times = measure(variants)
+        for share in shares:
+            set_gates(model, gates[share])
+            dense, ours = times["dense"], times[str(share)]
+            rows.append(
+                {
+                    "call": name,
+                    "wanted": share,
+                    "share": executed(model, batch),
+                    "seconds": {"dense": dense.median, "sadmoe": ours.median},
+                    "spread": {"dense": dense.spread, "sadmoe": ours.spread},
+                    "speedup": dense.median / ours.median,
+                }
+            )
+    return rows
+
+
+def line(row: dict) -> str:
+    cells = "".join(f"{row['seconds'][n] * 1e3:11.2f} ±{row['spread'][n]:4.0%}" for n in ("dense", "sadmoe"))
+    return f"{row['model']:8} {row['call']:20} {row['share']:6.1%}{cells} {row['speedup']:8.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    title = machine()
+    print(f"# {title}, float32\n{'model':8} {'call':20}  share{'dense':>17}{'sadmoe':>17}  speedup")
+    rows = []
+    for name in args.models:
+        try:
+            workload = MODELS[name]()
+        except (ImportError, SystemExit) as missing:
+            print(f"{name} is left out: {missing}", file=sys.stderr)
+            continue
+        model = converted(workload)
+        with torch.inference_mode():
+            for row in timed(workload, model, args.shares):
+                rows.append({"model": name} | row)
+                print(line(rows[-1]), flush=True)
+    print("Times in ms: median and distance of the quartiles.")
+    if not rows:
+        raise SystemExit("no model could be loaded: bench/recipes/fetch.sh brings them")
+    if args.json:
+        args.json.write_text(json.dumps({"machine": title, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The masks that a converted model uses on text, for `layers.py --recorded`.
+
+    python bench/record_masks.py sadmoe-demo/model masks.safetensors [--texts FILE] [--tau 0.2] [--tokens 4096]
+
+A folder that `save_pretrained` wrote; paragraphs of a text file, by default of Python's own documentation. Of each
+converted layer the file holds the mask [T, E] of its first tokens, padding left out, and shape in the metadata.
+"""
+
+import argparse
+from pathlib import Path
+
+import sadmoe
+import torch
+from sadmoe.demo import topics
+from sadmoe.dial import converted_layers
+from sadmoe.layer import DynamicKMoE
+from sadmoe.texts import load_model, paragraphs, tokenized
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+def recorded_masks(model: nn.Module, batches: list[dict[str, Tensor]], tokens: int) -> dict[str, Tensor]:
+    """uint8 [tokens or fewer, E] of every converted layer, by name. Batches with an attention_mask [B, T]."""
+    layers = converted_layers(model)
+    kept: dict[str, list[Tensor]] = {name: [] for name in layers}
+    real = torch.empty(0)
+
+    def hook_for(name: str):
+        def hook(layer: DynamicKMoE, args: tuple[Tensor, ...]) -> None:
+            rows = args[0].reshape(-1, args[0].shape[-1])
+            kept[name].append(layer.mask(rows[real] if len(real) == len(rows) else rows))
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(hook_for(name)) for name, layer in layers.items()]
+    try:
+        with torch.inference_mode():
+            for batch in tqdm(batches, "masks"):
+                real = batch["attention_mask"].flatten().bool()
+                model(**batch)
+                if all(sum(map(len, masks)) >= tokens for masks in kept.values()):
+                    break
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: torch.cat(masks)[:tokens].to(torch.uint8) for name, masks in kept.items()}
+
+
+def shape_text(layer: DynamicKMoE) -> str:
+    """As `mask_kinds.recorded` looks for it."""
+    E, s, d = layer.w_up.shape
+    return f"d={d} f={E * s} s={s} gated={layer.w_gate is not None}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--texts", type=Path)
+    parser.add_argument("--tau", type=float, help="by default the model's own")
+    parser.add_argument("--tokens", type=int, default=4096)
+    args = parser.parse_args()
+    model, tokenizer = load_model(args.model)
+    if not converted_layers(model):
+        raise SystemExit(f"{args.model} has no converted layer: sadmoe convert, or sadmoe demo, writes one")
+    if args.tau is not None:
+        sadmoe.set_tau(model, args.tau)
+    texts = topics() if args.texts is None else paragraphs(args.texts)
+    masks = recorded_masks(model, tokenized(tokenizer, texts), args.tokens)
+    shapes = {name: shape_text(layer) for name, layer in converted_layers(model).items()}
+    save_file(masks, args.file, metadata=shapes)
+    for name, mask in masks.items():
+        print(f"{name}: {len(mask)} tokens, share {mask.float().mean():.1%}, {shapes[name]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+#include "layer.h"
+
+namespace sadmoe::test {
+namespace {
+
+constexpr double kSqrtHalf = 0.70710678118654752440, kSqrtTwoOverPi = 0.79788456080286535588;
+
+template <class Real>
+Real activate(Real x, Activation act) {
+  switch (act) {
+    case Activation::none:
+      return x;
+    case Activation::abs:
+      return std::fabs(x);
+    case Activation::relu:
+      return x > 0 ? x : Real(0);
+    case Activation::gelu:
+      return Real(0.5) * x * std::erfc(-x * Real(kSqrtHalf));
+    case Activation::gelu_tanh:
+      return Real(0.5) * x * (1 + std::tanh(Real(kSqrtTwoOverPi) * (x + Real(0.044715) * x * x * x)));
+    case Activation::silu:
+      return x / (1 + std::exp(-x));
+  }
+  return x;
+}
+
+template <class Real>
+Real dot(const double* a, const double* b, int64_t n) {
+  Real sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += Real(a[i]) * Real(b[i]);
+  return sum;
+}
+
+// A float is rounded to the dtype where a plain library would store it; a double is kept.
+template <class Real>
+Real stored(Real x, DType dtype) {
+  return sizeof(Real) == sizeof(float) ? static_cast<Real>(rounded(x, dtype)) : x;
+}
+
+}  // namespace
+
+Layer::Layer(const Shape& p, const Kind& k, unsigned seed)
+    : shape(p),
+      kind(k),
+      random_(seed),
+      x_(Numbers::normal(p.T * p.d, 1, k.dtype, random_)),
+      v1_(Numbers::normal(p.r * p.d, 1 / std::sqrt(p.d), k.dtype, random_)),
+      v2_(Numbers::normal(p.E * p.r, 1 / std::sqrt(p.r), k.dtype, random_)),
+      w_up_(Numbers::normal(p.E * p.s * p.d, 1 / std::sqrt(p.d), k.dtype, random_)),
+      w_gate_(Numbers::normal(k.gated ? p.E * p.s * p.d : 0, 1 / std::sqrt(p.d), k.dtype, random_)),
+      w_down_(Numbers::normal(p.E * p.s * p.d_out, 1 / std::sqrt(p.E * p.s), k.dtype, random_)),
+      b_up_(Numbers::normal(k.bias ? p.E * p.s : 0, 1, k.dtype, random_)),
+      b_gate_(Numbers::normal(k.bias && k.gated ? p.E * p.s : 0, 1, k.dtype, random_)),
+      b_out_(Numbers::normal(k.bias ? p.d_out : 0, 1, k.dtype, random_)) {}
+
+Experts Layer::experts(Numbers& y) const {
+  return {{shape.T, shape.d, shape.d_out, shape.E, shape.s},
+          x_.view(),
+          w_up_.view(),
+          b_up_.view(),
+          w_gate_.view(),
+          b_gate_.view(),
+          w_down_.view(),
+          b_out_.view(),
+          kind.act,
+          y.data()};
+}
+
+Router Layer::router(float tau) const { return {v1_.view(), v2_.view(), shape.r, tau}; }
+
+template <class Real>
+Sums Layer::output(const bool* mask) const {
+  const auto& [T, d, E, s, d_out, r] = shape;
+  const auto linear = [&](const Numbers& w, const Numbers& b, int64_t t, int64_t neuron) {
+    const Real sum = dot<Real>(&x_.values()[t * d], &w.values()[neuron * d], d);
+    return stored(b.size() ? sum + Real(b.values()[neuron]) : sum, kind.dtype);
+  };
+  Sums y{std::vector<double>(T * d_out)};
+  for (int64_t t = 0; t < T; ++t) {
+    std::vector<Real> sums(d_out);
+    std::vector<double> terms(d_out);
+    for (int64_t n = 0; n < E * s; ++n) {
+      if (!mask[t * E + n / s]) continue;
+      Real h = linear(w_up_, b_up_, t, n);
+      if (kind.gated)
+        h = stored(stored(activate(linear(w_gate_, b_gate_, t, n), kind.act), kind.dtype) * h, kind.dtype);
+      else
+        h = stored(activate(h, kind.act), kind.dtype);
+      for (int64_t c = 0; c < d_out; ++c) {
+        const Real term = h * Real(w_down_.values()[n * d_out + c]);
+        sums[c] += term;
+        terms[c] += std::fabs(term);
+      }
+    }
+    for (int64_t c = 0; c < d_out; ++c) {
+      const double bias = b_out_.size() ? b_out_.values()[c] : 0;
+      y.values[t * d_out + c] = stored(sums[c] + Real(bias), kind.dtype);
+      y.terms = std::max(y.terms, terms[c] + std::fabs(bias));
+    }
+  }
+  return y;
+}
+
+template <class Real>
+Sums Layer::scores() const {
+  Sums out{std::vector<double>(shape.T * shape.E)};
+  for (int64_t t = 0; t < shape.T; ++t) {
+    std::vector<double> hidden(shape.r);
+    for (int64_t i = 0; i < shape.r; ++i)
+      hidden[i] = std::max(Real(0), dot<Real>(&x_.values()[t * shape.d], &v1_.values()[i * shape.d], shape.d));
+    for (int64_t e = 0; e < shape.E; ++e) {
+      const double* row = &v2_.values()[e * shape.r];
+      out.values[t * shape.E + e] = std::fabs(dot<Real>(hidden.data(), row, shape.r));
+      double terms = 0;
+      for (int64_t i = 0; i < shape.r; ++i) terms += std::fabs(hidden[i] * row[i]);
+      out.terms = std::max(out.terms, terms);
+    }
+  }
+  return out;
+}
+
+template Sums Layer::output<float>(const bool*) const;
+template Sums Layer::output<double>(const bool*) const;
+template Sums Layer::scores<float>() const;
+template Sums Layer::scores<double>() const;
+
+std::unique_ptr<bool[]> random_mask(const Shape& shape, double share, unsigned seed) {
+  std::mt19937 random(seed);
+  std::bernoulli_distribution draw(share);
+  std::unique_ptr<bool[]> mask(new bool[shape.T * shape.E]);
+  for (int64_t i = 0; i < shape.T * shape.E; ++i) mask[i] = draw(random) && (shape.T == 1 || i >= shape.E);
+  return mask;
+}
+
+double error_of_allowed(const std::vector<double>& ours, const Sums& plain, const Sums& truth, DType dtype) {
+  double error = 0, plain_error = 0, size = 0;
+  for (size_t i = 0; i < ours.size(); ++i) {
+    if (!std::isfinite(ours[i])) return INFINITY;
+    error = std::max(error, std::fabs(ours[i] - truth.values[i]));
+    plain_error = std::max(plain_error, std::fabs(plain.values[i] - truth.values[i]));
+    size = std::max(size, std::fabs(truth.values[i]));
+  }
+  const double granted = 4 * epsilon(DType::f32) * truth.terms + 0.51 * epsilon(dtype) * size;
+  const double allowed = std::max(2 * plain_error, granted);
+  return allowed > 0 ? error / allowed : error > 0 ? INFINITY : 0;
+}
+
+}  // namespace sadmoe::test

@@ -1,0 +1,55 @@
+// One layer with random weights, and what it must compute by loops that a reader can check against contract.h.
+#pragma once
+#include <memory>
+
+#include "numbers.h"
+
+namespace sadmoe::test {
+
+struct Shape {
+  int64_t T, d, E, s, d_out, r;
+};
+
+struct Kind {
+  DType dtype;
+  Activation act;
+  bool gated, bias;
+};
+
+// Results, and the largest sum of the absolute terms of one of them: what its rounding errors are in proportion to.
+struct Sums {
+  std::vector<double> values;
+  double terms = 0;
+};
+
+class Layer {
+ public:
+  Layer(const Shape& shape, const Kind& kind, unsigned seed);
+
+  Experts experts(Numbers& y) const;
+  Router router(float tau) const;
+  RouterShape router_shape() const { return {shape.T, shape.d, shape.r, shape.E}; }
+
+  // Real = double: the truth. Real = float: what a plain library makes of it, each step rounded to the dtype.
+  template <class Real>
+  Sums output(const bool* mask) const;
+  template <class Real>
+  Sums scores() const;
+
+  const Shape shape;
+  const Kind kind;
+
+ private:
+  std::mt19937 random_;
+  Numbers x_, v1_, v2_, w_up_, w_gate_, w_down_, b_up_, b_gate_, b_out_;
+};
+
+// A mask in which experts, and the first token, may have nothing.
+std::unique_ptr<bool[]> random_mask(const Shape& shape, double share, unsigned seed);
+
+// The largest error as a share of what is allowed: twice that of plain floats, or four float roundings of the largest sum of
+// terms and the last one of the largest result to the dtype, where plain floats are better by luck. The rule of
+// tests/problems.py.
+double error_of_allowed(const std::vector<double>& ours, const Sums& plain, const Sums& truth, DType dtype);
+
+}  // namespace sadmoe::test

@@ -1,0 +1,171 @@
+// kernel_test [--expect ISAS]: every instruction set that this processor has, against loops in double precision. No torch.
+//
+//   --expect "avx2, portable"   fail unless these are the ones that may run here, fastest first: for an emulated processor
+//   --force ISA                 run it though the processor lacks it, and die: shows that the emulator notices
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <string>
+
+#include "cpu/isa.h"
+#include "cpu/moe.h"
+#include "layer.h"
+
+namespace sadmoe::test {
+namespace {
+
+// Sizes on both sides of vectors of 4, 8, 16 and 32, of register tiles, and of blocks of tokens and columns.
+constexpr Shape kShapes[] = {
+    {1, 1, 1, 1, 1, 1},      {1, 33, 5, 6, 33, 9},    {2, 31, 3, 7, 17, 4},   {3, 64, 4, 16, 48, 16},  {4, 15, 17, 3, 95, 31},
+    {5, 100, 6, 24, 77, 7},  {6, 47, 9, 13, 130, 3},  {7, 65, 3, 32, 129, 5}, {8, 32, 8, 8, 64, 8},    {13, 9, 65, 2, 5, 12},
+    {19, 40, 5, 17, 71, 10}, {70, 24, 33, 4, 39, 11}, {3, 2, 2, 128, 3, 2},   {33, 130, 2, 64, 31, 6}, {70, 70, 3, 40, 50, 8},
+};
+constexpr DType kDtypes[] = {DType::f32, DType::bf16, DType::f16};
+constexpr const char* kDtypeNames[] = {"float32", "bfloat16", "float16"};
+constexpr Activation kActivations[] = {Activation::relu, Activation::gelu, Activation::gelu_tanh, Activation::silu};
+constexpr const char* kActivationNames[] = {"none", "relu", "gelu", "gelu_tanh", "silu", "abs"};
+
+// The parts that `count` threads would get, in turn on this one.
+cpu::Threads threads(int count) {
+  return {count, [count](int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+            const int64_t part = std::max(grain, (n + count - 1) / count);
+            for (int64_t begin = 0; begin < n; begin += part) body(begin, std::min(begin + part, n));
+          }};
+}
+
+struct Tally {
+  int runs = 0, wrong = 0;
+  double worst = 0;
+};
+
+class Test {
+ public:
+  void run() {
+    unsigned seed = 0;
+    for (const Shape& shape : kShapes)
+      for (const DType dtype : kDtypes)
+        for (const Activation act : kActivations)
+          for (const bool gated : {false, true}) {
+            const bool bias = ++seed % 4 != 0;
+            const Layer layer(shape, {dtype, act, gated, bias}, seed);
+            given_mask(layer, random_mask(shape, 0.4, seed));
+            if (act == Activation::relu && !gated) routed(layer);
+          }
+  }
+
+  bool report() const {
+    bool passed = true;
+    for (const auto& [isa, tally] : tallies_) {
+      std::printf("%-12s %5d results, %d wrong, largest error %.2f of what is allowed\n", isa.c_str(), tally.runs, tally.wrong,
+                  tally.worst);
+      passed = passed && tally.runs && !tally.wrong;
+    }
+    return passed && !tallies_.empty();
+  }
+
+ private:
+  // y for a mask from outside: right, and the same bits in the parts of three threads.
+  void given_mask(const Layer& layer, const std::unique_ptr<bool[]>& mask) {
+    const auto truth = layer.output<double>(mask.get()), plain = layer.output<float>(mask.get());
+    for_isas([&](const std::string& isa) {
+      const auto y = output(layer, [&](const Experts& p) { cpu::sparse_experts(p, mask.get(), threads(1)); });
+      const auto shared = output(layer, [&](const Experts& p) { cpu::sparse_experts(p, mask.get(), threads(3)); });
+      judge(isa, "sparse_experts", layer, error_of_allowed(y, plain, truth, layer.kind.dtype));
+      judge(isa, "sparse_experts of 3 threads", layer, y == shared ? 0 : INFINITY);
+    });
+  }
+
+  // Scores, and y for the mask that follows from them. The truth of y takes the mask of our own scores, which decide in float.
+  void routed(const Layer& layer) {
+    const float tau = 0.4f;
+    const RouterShape shape = layer.router_shape();
+    const auto truth = layer.scores<double>(), plain = layer.scores<float>();
+    for_isas([&](const std::string& isa) {
+      std::vector<float> scores(shape.T * shape.E);
+      Numbers unused(shape.T * layer.shape.d_out, layer.kind.dtype);
+      cpu::router_scores(layer.experts(unused).x, layer.router(tau), shape, scores.data(), threads(1));
+      judge(isa, "router_scores", layer, error_of_allowed({scores.begin(), scores.end()}, plain, truth, DType::f32));
+
+      std::unique_ptr<bool[]> mask(new bool[shape.T * shape.E]);
+      for (int64_t t = 0; t < shape.T; ++t) {
+        const float* row = scores.data() + t * shape.E;
+        for (int64_t e = 0; e < shape.E; ++e) mask[t * shape.E + e] = row[e] >= tau * *std::max_element(row, row + shape.E);
+      }
+      const auto y = output(layer, [&](const Experts& p) { cpu::dynamic_k_moe(p, layer.router(tau), threads(1)); });
+      judge(isa, "dynamic_k_moe", layer,
+            error_of_allowed(y, layer.output<float>(mask.get()), layer.output<double>(mask.get()), layer.kind.dtype));
+    });
+  }
+
+  template <class Run>
+  static std::vector<double> output(const Layer& layer, Run run) {
+    Numbers y(layer.shape.T * layer.shape.d_out, layer.kind.dtype);
+    run(layer.experts(y));
+    return y.read();
+  }
+
+  template <class Body>
+  static void for_isas(Body body) {
+    for (const std::string& isa : cpu::supported_isas()) {
+      cpu::use_isa(isa);
+      body(isa);
+    }
+  }
+
+  void judge(const std::string& isa, const char* what, const Layer& layer, double share) {
+    Tally& tally = tallies_[isa];
+    ++tally.runs;
+    tally.worst = std::max(tally.worst, share);
+    if (share <= 1) return;
+    const auto& [T, d, E, s, d_out, r] = layer.shape;
+    if (++tally.wrong <= 20)
+      std::printf("%s %s %s %s%s%s T=%d d=%d E=%d s=%d d_out=%d r=%d: error %.3g of what is allowed\n", isa.c_str(), what,
+                  kDtypeNames[int(layer.kind.dtype)], kActivationNames[int(layer.kind.act)], layer.kind.gated ? " gated" : "",
+                  layer.kind.bias ? "" : " no bias", int(T), int(d), int(E), int(s), int(d_out), int(r), share);
+  }
+
+  std::map<std::string, Tally> tallies_;
+};
+
+// A call past the choice of cpu/isa.h.
+bool force(const std::string& isa) {
+  const float x[32] = {}, w[32] = {};
+  float out = 0;
+#define SADMOE_KERNELS(name) \
+  if (isa == #name) return cpu::kernels_##name().project[0]({1, 1, 32, 1, x, nullptr, w, &out}), true;
+#include "cpu/kernels.inc"
+#undef SADMOE_KERNELS
+  return false;
+}
+
+std::string joined(const std::vector<std::string>& words) {
+  std::string text;
+  for (const std::string& word : words) text += (text.empty() ? "" : ", ") + word;
+  return text;
+}
+
+int run(int count, char** words) {
+  if (count == 3 && !std::strcmp(words[1], "--force")) return force(words[2]) ? 0 : 2;
+  if (count != 1 && (count != 3 || std::strcmp(words[1], "--expect") != 0)) {
+    std::fprintf(stderr, "usage: kernel_test [--expect ISAS | --force ISA]\n");
+    return 2;
+  }
+  std::vector<std::string> compiled;
+#define SADMOE_KERNELS(name) compiled.push_back(#name);
+#include "cpu/kernels.inc"
+#undef SADMOE_KERNELS
+  const std::string isas = joined(cpu::supported_isas());
+  std::printf("compiled: %s; run by this processor: %s\n", joined(compiled).c_str(), isas.c_str());
+  if (count == 3 && isas != words[2]) {
+    std::printf("expected to run here: %s\n", words[2]);
+    return 1;
+  }
+  Test test;
+  test.run();
+  return test.report() ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace sadmoe::test
+
+int main(int count, char** words) { return sadmoe::test::run(count, words); }

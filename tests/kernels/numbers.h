@@ -1,0 +1,99 @@
+// Numbers of the three dtypes without the kernels' own conversions: doubles rounded to a dtype, and their bits.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "contract.h"
+
+namespace sadmoe::test {
+
+// Significant bits, the exponent of the smallest number above zero, bytes.
+struct Format {
+  int digits, least, bytes;
+};
+
+inline Format format(DType t) {
+  return t == DType::f32 ? Format{24, -149, 4} : t == DType::bf16 ? Format{8, -133, 2} : Format{11, -24, 2};
+}
+
+inline double epsilon(DType t) { return std::ldexp(1.0, 1 - format(t).digits); }
+
+// To nearest, ties to even; below the overflow of the dtype.
+inline double rounded(double x, DType t) {
+  int exponent;
+  std::frexp(x, &exponent);
+  const double unit = std::ldexp(1.0, std::max(exponent - format(t).digits, format(t).least));
+  return std::nearbyint(x / unit) * unit;
+}
+
+// The bits of a number that the dtype has.
+inline uint32_t encode(double x, DType t) {
+  if (t == DType::f16) {
+    int exponent;
+    const double fraction = std::frexp(std::fabs(x), &exponent);
+    const double magnitude = exponent < -13 ? std::ldexp(std::fabs(x), 24) : (exponent + 13) * 1024 + fraction * 2048;
+    return static_cast<uint32_t>(magnitude) | (std::signbit(x) ? 0x8000u : 0u);
+  }
+  const float narrow = static_cast<float>(x);
+  uint32_t bits;
+  std::memcpy(&bits, &narrow, sizeof bits);
+  return t == DType::f32 ? bits : bits >> 16;
+}
+
+inline double decode(uint32_t bits, DType t) {
+  if (t == DType::f16) {
+    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    const double magnitude = exponent == 31  ? (fraction ? std::nan("") : INFINITY)
+                             : exponent == 0 ? std::ldexp(fraction, -24)
+                                             : std::ldexp(fraction + 1024, exponent - 25);
+    return bits & 0x8000 ? -magnitude : magnitude;
+  }
+  const uint32_t wide = t == DType::f32 ? bits : bits << 16;
+  float x;
+  std::memcpy(&x, &wide, sizeof x);
+  return x;
+}
+
+// n numbers of a dtype, as bits for a kernel and as doubles. The bits begin one number past an aligned address and end with their
+// allocation: kernels may not assume alignment, and a sanitizer sees what they read past the end.
+class Numbers {
+ public:
+  Numbers(int64_t n, DType dtype) : dtype_(dtype), bytes_((n + 1) * format(dtype).bytes), values_(n) {}
+
+  static Numbers normal(int64_t n, double scale, DType dtype, std::mt19937& random) {
+    Numbers out(n, dtype);
+    std::normal_distribution<double> draw(0.0, scale);
+    for (int64_t i = 0; i < n; ++i) {
+      out.values_[i] = rounded(draw(random), dtype);
+      const uint32_t bits = encode(out.values_[i], dtype);
+      std::memcpy(out.data() + i * format(dtype).bytes, &bits, format(dtype).bytes);
+    }
+    return out;
+  }
+
+  int64_t size() const { return static_cast<int64_t>(values_.size()); }
+  char* data() { return bytes_.data() + format(dtype_).bytes; }
+  View view() const { return {values_.empty() ? nullptr : bytes_.data() + format(dtype_).bytes, dtype_}; }
+  const std::vector<double>& values() const { return values_; }
+
+  // What a kernel has written.
+  std::vector<double> read() const {
+    std::vector<double> out(values_.size());
+    for (size_t i = 0; i < out.size(); ++i) {
+      uint32_t bits = 0;
+      std::memcpy(&bits, bytes_.data() + (i + 1) * format(dtype_).bytes, format(dtype_).bytes);
+      out[i] = decode(bits, dtype_);
+    }
+    return out;
+  }
+
+ private:
+  DType dtype_;
+  std::vector<char> bytes_;
+  std::vector<double> values_;
+};
+
+}  // namespace sadmoe::test

@@ -1,0 +1,75 @@
+"""The benches' own arithmetic, where it can be checked by hand: masks, floors, peers that compute the same thing."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+sys.path.append(str(Path(__file__).parent.parent / "bench"))
+
+from layers import floor, shape_of
+from mask_kinds import clustered, recorded, skewed
+from variants import ROUTER_WIDTH, LayerShape, checked, dense, loop, problem, sadmoe, with_mask
+
+
+@pytest.mark.parametrize("kind", [skewed, clustered])
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_a_kind_of_mask_has_the_share(kind, share):
+    mask = kind(4096, 48, share)
+    assert mask.shape == (4096, 48)
+    assert mask.float().mean().item() == pytest.approx(share, abs=0.02)
+
+
+def test_skewed_masks_have_popular_experts_and_clustered_ones_like_neighbours():
+    popularity = skewed(4096, 48, 0.1).float().mean(0)
+    assert popularity.max() > 5 * popularity.median()
+    mask = clustered(4096, 48, 0.25)
+    changes = (mask[1:] != mask[:-1]).float().mean(1)
+    inside = torch.arange(1, 4096) % 16 != 0
+    assert changes[inside].mean() < 0.3 * changes[~inside].mean()
+
+
+def test_recorded_masks_are_those_of_the_shape_and_repeat(tmp_path, capsys):
+    layer, mask = LayerShape(8, 12, 4), torch.tensor([[1, 0, 0], [0, 1, 1]], dtype=torch.uint8)
+    save_file(
+        {"a": mask, "b": mask.clone()},
+        tmp_path / "m",
+        {"a": "d=8 f=12 s=4 gated=False", "b": "d=9 f=12 s=4 gated=False"},
+    )
+    ((name, found),) = recorded(tmp_path / "m", layer, 3)
+    assert name == "a"
+    assert torch.equal(found, mask[[0, 1, 0]].bool())
+    assert not list(recorded(tmp_path / "m", LayerShape(7, 12, 4), 3))
+    assert "no masks of d=7" in capsys.readouterr().out
+
+
+def test_the_floor_is_the_executed_products_or_the_needed_weights_and_the_router():
+    layer = LayerShape(d=10, f=12, s=4, gated=True)
+    mask = torch.tensor([[True, False, False], [True, True, False]])
+    router = ROUTER_WIDTH * (10 + 3)
+    work = 2 * 3 * 4 * 3 * 10 + 2 * 2 * router  # FLOPs: pairs, neurons, matrices, width; tokens
+    read = (2 * 4 * 3 * 10 + router) * 2  # bytes: the two experts that some token needs
+    assert floor(layer, mask, torch.bfloat16, {"flops": 1.0, "bytes": 1e12}) == pytest.approx(work)
+    assert floor(layer, mask, torch.bfloat16, {"flops": 1e12, "bytes": 1.0}) == pytest.approx(read)
+
+
+def test_a_shape_that_cannot_be_read_is_named():
+    assert shape_of("576x1536-glu", 32) == LayerShape(576, 1536, 32, gated=True)
+    with pytest.raises(SystemExit, match=r"DxF or DxF-glu.*'576-glu'"):
+        shape_of("576-glu", 32)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_variants_compute_the_same_thing(gated):
+    routed = problem(LayerShape(16, 24, 4, gated), T=5, share=0.5, dtype=torch.float32)
+    for p in (
+        routed,
+        with_mask(routed, clustered(5, 6, 0.5)),
+        problem(LayerShape(16, 24, 4, gated), 5, 1, torch.float32),
+    ):
+        checked(p, {"sadmoe": sadmoe(p), "loop": loop(p)})
+    assert (dense(p)() - sadmoe(p)()).abs().max() < 1e-5  # p runs every expert
+    with pytest.raises(SystemExit, match="wrong is wrong"):
+        checked(p, {"wrong": lambda: sadmoe(p)() + 1e-3})
