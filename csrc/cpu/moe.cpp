@@ -121,10 +121,16 @@ void route_hidden(View x, const Router& router, const RouterShape& s, int64_t be
   k.activate({s.T, end - begin, s.r, hidden + begin, nullptr, nullptr, nullptr, Activation::relu});
 }
 
-// scores [T, E] = |hidden v2ᵀ|, experts [begin, end)
-void route_scores(const float* hidden, const Router& router, const RouterShape& s, int64_t begin, int64_t end, float* scores) {
+// scores [T, E] = |hidden v2ᵀ|, experts [begin, end). r is small: dot products would spend as long on ending their sums as on
+// the products, so v2 is turned, into scratch `turned` [r, E], and its rows are accumulated.
+void route_scores(const float* hidden, const Router& router, const RouterShape& s, int64_t begin, int64_t end, float* turned,
+                  float* scores) {
   const Kernels& k = kernels();
-  k.project[int(router.v2.dtype)]({s.T, end - begin, s.r, s.E, hidden, nullptr, at(router.v2, begin * s.r).data, scores + begin});
+  const AsFloat v2(at(router.v2, begin * s.r), (end - begin) * s.r);
+  for (int64_t e = begin; e < end; ++e)
+    for (int64_t i = 0; i < s.r; ++i) turned[i * s.E + e] = v2.get()[(e - begin) * s.r + i];
+  for (int64_t t = 0; t < s.T; ++t) std::fill(scores + t * s.E + begin, scores + t * s.E + end, 0.0f);
+  k.accumulate[int(DType::f32)]({s.T, s.r, end - begin, s.E, hidden, nullptr, turned + begin, scores + begin});
   k.activate({s.T, end - begin, s.E, scores + begin, nullptr, nullptr, nullptr, Activation::abs});
 }
 
@@ -137,7 +143,9 @@ void route(View x, const Router& router, const RouterShape& s, float* scores, co
   threads.parallel_for((s.r + 15) / 16, 2, [&](int64_t i0, int64_t i1) {
     route_hidden(rows, router, s, 16 * i0, std::min(16 * i1, s.r), hidden.get());
   });
-  threads.parallel_for(s.E, 32, [&](int64_t e0, int64_t e1) { route_scores(hidden.get(), router, s, e0, e1, scores); });
+  const Floats turned(s.r * s.E);
+  threads.parallel_for(s.E, 32,
+                       [&](int64_t e0, int64_t e1) { route_scores(hidden.get(), router, s, e0, e1, turned.get(), scores); });
 }
 
 const Threads& one_thread() {

@@ -60,7 +60,7 @@ UNTRAINED = RouterConfig(
 CLUSTERED = 6  # every sixth batch is enough to see which neurons fire together
 TAUS = (0.1, 0.3)
 BUDGET = 0.402  # FLOPs of the FFNs, router included, for which the saved model's tau is solved
-TIMED = 3  # batches of the held-out texts whose time is taken
+TIMED = 4  # batches of the held-out texts whose time is taken
 
 
 @dataclass(frozen=True)
@@ -300,25 +300,31 @@ def embedded_with(record: Any, model: nn.Module, batch: Any) -> Tensor:
 
 
 def times(
-    dense: nn.Module, model: nn.Module, tests: Sequence[Any], rounds: int = 4
+    dense: nn.Module, model: nn.Module, tests: Sequence[Any], rounds: int = 5
 ) -> tuple[float, float, float]:
-    """Gain of the FFNs, gain of the whole model, and its seconds: medians of passes that take turns with dense."""
+    """Gain of the FFNs, gain of the whole model, and its seconds: sums over the batches of medians over rounds.
+
+    The two models take turns at every batch, so that the machine's moods fall on both alike.
+    """
     ends: dict[nn.Module, list[tuple[nn.Module, nn.Module]]] = {
         dense: [(site.first, site.down) for site in find_ffns(dense)],
         model: [(layer, layer) for layer in converted_layers(model).values()],
     }
-    seconds: dict[nn.Module, list[tuple[float, float]]] = {dense: [], model: []}
-    for _ in range(rounds):
-        for one, passes in seconds.items():
-            passes.append(one_pass(one, ends[one], tests))
-    (dense_ffn, dense_whole), (ffn, whole) = (
-        [median(column) for column in zip(*passes, strict=True)] for passes in seconds.values()
-    )
+    totals = {one: [0.0, 0.0] for one in ends}
+    for batch in tests:
+        passes: dict[nn.Module, list[tuple[float, float]]] = {one: [] for one in ends}
+        for _ in range(rounds):
+            for one, seconds in passes.items():
+                seconds.append(one_pass(one, ends[one], batch))
+        for one, seconds in passes.items():
+            for i, column in enumerate(zip(*seconds, strict=True)):
+                totals[one][i] += median(column)
+    (dense_ffn, dense_whole), (ffn, whole) = totals[dense], totals[model]
     return dense_ffn / ffn, dense_whole / whole, whole
 
 
 def one_pass(
-    model: nn.Module, ends: Sequence[tuple[nn.Module, nn.Module]], tests: Sequence[Any]
+    model: nn.Module, ends: Sequence[tuple[nn.Module, nn.Module]], batch: Any
 ) -> tuple[float, float]:
     """Seconds inside the FFNs, each from the start of its first module to the end of its last, and of the model."""
     inside: list[float] = []
@@ -329,8 +335,7 @@ def one_pass(
     try:
         with evaluating(model):
             started = time.perf_counter()
-            for batch in tests:
-                run(model, batch)
+            run(model, batch)
             return sum(inside), time.perf_counter() - started
     finally:
         for handle in handles:
