@@ -147,10 +147,12 @@ def outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[T
 
 
 def _relative_error(h: Tensor, target: Tensor, real: Tensor | None) -> Tensor:
+    """|h - target|^2 / |target|^2 over the real rows. The others are made 0: quicker than to pick rows, forth and back."""
     h, target = h.float().flatten(0, -2), target.float().flatten(0, -2)
+    wrong = h - target
     if real is not None:
-        h, target = h[real], target[real]
-    return (h - target).square().sum() / target.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+        wrong, target = (rows.where(real.unsqueeze(-1), 0) for rows in (wrong, target))
+    return wrong.square().sum() / target.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _logits(output: Any) -> Tensor:
