@@ -14,10 +14,12 @@ INK, FAINT = "#1c2330", "#667085"
 
 
 def text(x: float, y: float, words: str, size: int = 13, colour: str = INK, anchor: str = "start") -> str:
+    """Words at a point."""
     return f'<text x="{x}" y="{y}" font-size="{size}" fill="{colour}" text-anchor="{anchor}">{words}</text>'
 
 
 def circle(x: float, y: float, colour: str) -> str:
+    """A neuron."""
     return f'<circle cx="{x}" cy="{y}" r="7" fill="{colour}"/>'
 
 
@@ -35,7 +37,8 @@ def experts(x: float, y: float) -> list[str]:
     for expert, colour in enumerate(COLOURS):
         left = x + 34 * expert
         parts.append(
-            f'<rect x="{left}" y="{y + 18}" width="28" height="96" rx="6" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+            f'<rect x="{left}" y="{y + 18}" width="28" height="96" rx="6" fill="none" stroke="{colour}" '
+            'stroke-width="1.5"/>'
         )
         parts += [circle(left + 14, y + 36 + 30 * i, colour) for i in range(NEURONS.count(expert))]
     return [*parts, text(x, y + 136, "the sum is the same", 12, FAINT)]
