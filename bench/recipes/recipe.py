@@ -67,9 +67,10 @@ def fast(device: str, *models: nn.Module) -> Iterator[None]:
         with torch.autocast("cuda", torch.bfloat16):
             yield
         return
-    switchable = [
-        next(part for part in model.modules() if hasattr(part, "set_attn_implementation")) for model in models
-    ]
+    parts = (
+        [part for part in model.modules() if hasattr(part, "set_attn_implementation")] for model in models
+    )
+    switchable = [found[0] for found in parts if found]  # the outermost, of models of transformers
     with fast_training(*switchable):
         yield
 
