@@ -27,7 +27,7 @@ class Effort:
     train: int  # samples
     tests: int  # samples
     timed: float  # seconds of timing at each point
-    taus: tuple[float, ...] = (0.0, 0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.5)
+    taus: tuple[float, ...] = (0.0, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55)
     shares: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # of the experts, for static top-k
 
     def training(self, sizes: int) -> float:
