@@ -32,8 +32,8 @@ TAUS = (0.0, 0.03, 0.1, 0.2, 0.3, 0.4, 0.55)
 EFFORTS = {  # 150 layers, and slow to run: less of everything than the others
     "tiny": TINY,
     "cpu": replace(
-        CPU, task=0, projections=80, sparsify=270, layers=120, whole=120, routers=200, routed=60, tokens=6000, timed=0.3,
-        taus=TAUS,
+        CPU, task=0, projections=80, sparsify=270, layers=120, whole=120, routers=200, routed=60, tokens=6000,
+        timed=0.3, taus=TAUS,
     ),
     "gpu": replace(GPU, task=0, tokens=20_000),
 }  # fmt: skip
