@@ -3,7 +3,6 @@
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +13,12 @@ pytest.importorskip("matplotlib")
 sys.path.append(str(Path(__file__).parent.parent / "bench/recipes"))
 
 import recipe
+from run import Effort, Run
 from sadmoe.batches import evaluating
 from sadmoe.model_report import layer_heat
 from workload import Workload
 
-MICRO = recipe.Effort(0.2, 2, 0.2, 0.2, 0.2, 2, 0.2, 60, 8, 4, 0.01)
+MICRO = Effort(0.2, 2, 0.2, 0.2, 0.2, 2, 0.2, 60, 1, 8, 4, 0.01, taus=(0.0, 0.1, 1.0), shares=(0.2, 0.5))
 
 
 def batches(n: int, seed: int) -> list[dict]:
@@ -38,16 +38,15 @@ def likeness(dense):
     return metric
 
 
-@pytest.mark.slow
-def test_a_recipe_runs_tells_all_of_it_and_is_not_trained_twice(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(recipe.EFFORTS, "micro", MICRO)
-    monkeypatch.setattr(recipe, "TAUS", (0.0, 0.1, 1.0))
-    monkeypatch.setattr(recipe, "SHARES", (0.2, 0.5))
+@pytest.fixture
+def small_routers(monkeypatch):
     monkeypatch.setattr(recipe, "ROUTER", 3)
     monkeypatch.setattr(recipe, "PROJECTION_ROUTER", 2)
+
+
+def workload() -> Workload:
     dense, (one, *_) = TINY["bert classifier"].model(), batches(1, 2)
-    work = Workload(
-        name="tiny",
+    return Workload(
         title="a tiny model",
         dense=dense,
         train=batches(4, 1),
@@ -60,8 +59,15 @@ def test_a_recipe_runs_tells_all_of_it_and_is_not_trained_twice(tmp_path, monkey
         ),
         timers={"whole": lambda model: model(**one)},
     )
-    args = SimpleNamespace(effort="micro", out=tmp_path, sizes=[4, 2], device="cpu")
-    recipe.run_recipe(work, args)
+
+
+def start(out: Path) -> Run:
+    return Run("tiny-micro", MICRO, out, out, [4, 2], "cpu")
+
+
+@pytest.mark.slow
+def test_a_recipe_runs_tells_all_of_it_and_is_not_trained_twice(tmp_path, small_routers, capsys):
+    recipe.run_recipe(workload(), start(tmp_path))
     found = json.loads((tmp_path / "tiny-micro.json").read_text())
     assert found["dense"] == 1
     assert len(found["curves"]) == 6
@@ -72,12 +78,34 @@ def test_a_recipe_runs_tells_all_of_it_and_is_not_trained_twice(tmp_path, monkey
     assert [point["setting"] for point in ours] == ["tau 0", "tau 0.1", "tau 1"]
     assert ours[0]["flops"] == 1 > ours[2]["flops"]
     assert all(point["gains"]["whole"] > 0 for point in ours)
+    assert found["seconds"].keys() >= {"controls", "sparsify", "s4 layers", "s2 routed", "MoEfication"}
     assert (tmp_path / "tiny-micro.png").read_bytes().startswith(b"\x89PNG")
-    assert "a tiny model" in (tmp_path / "tiny-micro.html").read_text()
-    assert "FLOPs saved" in capsys.readouterr().out
+    page = (tmp_path / "tiny-micro.html").read_text()
+    assert "a tiny model" in page
+    assert page.count("<svg") > 2  # curves, heat map, histograms
+    told = capsys.readouterr().out
+    assert "FLOPs saved" in told
+    assert "] s2 routed: took" in told
 
-    recipe.run_recipe(work, args)  # as after a kill at the very end: nothing is trained again
+    recipe.run_recipe(
+        workload(), start(tmp_path)
+    )  # as after a kill at the very end: nothing is trained again
     again = json.loads((tmp_path / "tiny-micro.json").read_text())
     for name, points in found["curves"].items():
         if "MoEfication" not in name:
             assert [p["metric"] for p in again["curves"][name]] == [p["metric"] for p in points]
+
+
+@pytest.mark.slow
+def test_what_was_measured_before_a_failure_is_on_disk(tmp_path, small_routers, monkeypatch):
+    def fails(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(recipe, "moefied", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        recipe.run_recipe(workload(), start(tmp_path))
+    found = json.loads((tmp_path / "tiny-micro.json").read_text())
+    ours = ("sadmoe, dynamic k, s = 4", "the same, static top-k", "the same, oracle gate")
+    assert list(found["curves"]) == [*ours, "no fine-tuning, FFNs only, s = 4"]
+    assert (tmp_path / "tiny-micro.png").exists()
+    assert "the same, oracle gate" in (tmp_path / "tiny-micro.html").read_text()

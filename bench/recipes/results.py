@@ -1,21 +1,105 @@
-"""What a recipe's curves come to: the table, the picture, the page."""
+"""What a recipe's curves come to: the table, the picture, the page, written anew after every curve."""
 
-from collections.abc import Callable
+import json
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from run import Run
+from sadmoe import DynamicK, moe_layers
 from sadmoe.batches import device_of, evaluating, run, to_device
+from sadmoe.gates import Gate
 from sadmoe.masks import record_masks
 from sadmoe.model_report import short_names
-from sadmoe.report import Page, Panel, Series, plot_curves
+from sadmoe.report import Heat, Page, Panel, Series, plot_curves, write_page
+from sadmoe.tables import format_table
 from torch import nn
-from workload import Point, Workload, inputs
+from workload import Point, Workload, inputs, sweep
+
+sys.path.append(str(Path(__file__).parent.parent))
+from timing import machine
 
 KEPT = (0.99, 0.98)  # of the dense metric, at which savings are told
 
 
-def best(work: Workload, curves: dict[str, list[Point]]) -> dict[str, dict[str, Any]]:
+class Results:
+    """Curves as they come, and the files that tell of them."""
+
+    def __init__(self, work: Workload, run: Run, dense: float, facts: dict[str, Any]):
+        self.work, self.run, self.dense = work, run, dense
+        self.facts = {
+            "title": work.title,
+            "machine": machine(),
+            "metric": work.metric_name,
+            "dense": dense,
+            **facts,
+        }
+        self.curves: dict[str, list[Point]] = {}
+        self.heat: Heat | None = None
+        self.histograms: dict[str, list[int]] = {}
+
+    def add(
+        self, name: str, model: nn.Module, gates: Sequence[tuple[str, Gate]], *, timed: bool = False
+    ) -> None:
+        """Measures a model under every gate, and writes all that is known. The first one's tokens are looked into."""
+        with self.run.stage(name):
+            seconds = self.run.effort.timed if timed else 0.0
+            self.curves[name] = sweep(self.work, model, gates, self.dense, seconds)
+            if self.heat is None:
+                self.look_into(model)
+        self.write()
+
+    def look_into(self, model: nn.Module) -> None:
+        """The heat map, and the histograms of the layers, at the working tau."""
+        for layer in moe_layers(model).values():
+            layer.gate = DynamicK(working_tau(self.curves))
+        with evaluating(model), record_masks(model) as record:
+            for batch in self.work.tests:
+                batch = to_device(batch, device_of(model))
+                with record.batch(batch):
+                    run(model, inputs(batch))
+        counts = zip(short_names(record.layers), record.layers.values(), strict=True)
+        self.histograms = {name: one.histogram.tolist() for name, one in counts}
+        self.heat = self.work.heat(model)
+
+    def write(self) -> None:
+        """JSON, PNG and HTML."""
+        path, curves = self.run.out / self.run.name, self.curves
+        self.run.out.mkdir(parents=True, exist_ok=True)
+        found = {**self.facts, "seconds": self.run.seconds, "kept": best(curves)}
+        found["curves"] = {name: [asdict(point) for point in points] for name, points in curves.items()}
+        path.with_suffix(".json").write_text(json.dumps(found, indent=1))
+        pictures(self.work, curves, self.dense, path.with_suffix(".png"))
+        write_page(path.with_suffix(".html"), self.page())
+
+    def table(self) -> str:
+        """What each method saves, as people read it."""
+        return format_table(*kept_table(best(self.curves)))
+
+    def page(self) -> Page:
+        """The HTML report."""
+        controls = ", ".join(f"{name} {value:.4f}" for name, value in self.facts["controls"].items())
+        return Page(
+            title=self.work.title,
+            facts={
+                self.work.metric_name: controls,
+                "router R²": ", ".join(f"{name} {r2:.3f}" for name, r2 in self.facts["router_r2"].items()),
+                "heat map and histograms": f"the first method at tau {working_tau(self.curves):g}",
+                "machine": self.facts["machine"],
+            },
+            table=kept_table(best(self.curves)),
+            notes=(
+                "Each row: the gate of fewest FLOPs that keeps that share of the dense metric.", *self.work.notes
+            ),
+            panels=panels(self.work, self.curves, self.dense),
+            heats=[self.heat] if self.heat is not None else [],
+            histograms=self.histograms,
+        )  # fmt: skip
+
+
+def best(curves: dict[str, list[Point]]) -> dict[str, dict[str, Any]]:
     """Of each curve the point of fewest FLOPs that keeps that much of the dense metric; null where none does."""
     found: dict[str, dict[str, Any]] = {}
     for share in KEPT:
@@ -106,28 +190,3 @@ def pictures(work: Workload, curves: dict[str, list[Point]], dense: float, path:
 
 def _unlabelled(series: Series) -> Series:
     return Series(series.name, series.x, series.y)
-
-
-def page(work: Workload, curves: dict[str, list[Point]], found: dict[str, Any], model: nn.Module) -> Page:
-    """The HTML report, its heat map and histograms with the model as its gates stand."""
-    with evaluating(model), record_masks(model) as record:
-        for batch in work.tests:
-            batch = to_device(batch, device_of(model))
-            with record.batch(batch):
-                run(model, inputs(batch))
-    names = short_names(record.layers)
-    controls_told = ", ".join(f"{name} {value:.4f}" for name, value in found["controls"].items())
-    return Page(
-        title=work.title,
-        facts={
-            work.metric_name: controls_told,
-            "router R²": ", ".join(f"{name} {r2:.3f}" for name, r2 in found["router_r2"].items()),
-            "heat map and histograms": f"the first method at tau {working_tau(curves):g}",
-            "machine": found["machine"],
-        },
-        table=kept_table(found["kept"]),
-        notes=("Each row: the gate of fewest FLOPs that keeps that share of the dense metric.", *work.notes),
-        panels=panels(work, curves, found["dense"]),
-        heats=[work.heat(model)],
-        histograms={n: c.histogram.tolist() for n, c in zip(names, record.layers.values(), strict=True)},
-    )

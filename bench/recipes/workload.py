@@ -28,7 +28,6 @@ from timing import measure
 class Workload:
     """One model, its data, and what is asked of it."""
 
-    name: str
     title: str
     dense: nn.Module
     train: list[Any]  # batches, labels unused

@@ -1,0 +1,91 @@
+"""One start of a recipe: what its command line asks for, how long that takes, and where its time went."""
+
+import argparse
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from sadmoe import Checkpoint
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a recipe takes. Seconds are of training."""
+
+    task: float  # the dense model on its task
+    projections: int  # updates of each MLP of attention
+    sparsify: float
+    layers: float
+    whole: float
+    routers: int  # updates of each router
+    routed: float
+    tokens: int  # of each layer, for routers and layers
+    stride: int  # they come from every stride-th batch of the training data
+    train: int  # samples
+    tests: int  # samples
+    timed: float  # seconds of timing at each point
+    taus: tuple[float, ...] = (0.0, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55)
+    shares: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # of the experts, for static top-k
+
+    def training(self, sizes: int) -> float:
+        """Seconds of training alone, for so many expert sizes."""
+        return self.task + self.sparsify + sizes * (self.layers + self.whole + self.routed)
+
+
+TINY = Effort(1, 3, 1, 1, 1, 5, 0.5, 500, 1, 64, 32, 0.05, (0.0, 0.1, 1.0), (0.1, 0.5))
+CPU = Effort(150, 400, 210, 90, 100, 500, 80, 20_000, 4, 12_000, 2_000, 1.5)
+GPU = Effort(600, 3000, 1800, 900, 1200, 3000, 600, 200_000, 1, 60_000, 10_000, 3)
+
+
+@dataclass
+class Run:
+    """name: of its files, such as w1-cpu.   sizes: neurons in an expert, ours first.   seconds: by stage."""
+
+    name: str
+    effort: Effort
+    data: Path
+    out: Path
+    sizes: Sequence[int]
+    device: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    def checkpoint(self, step: str) -> Checkpoint:
+        """Where a step saves itself, to be taken up again after a kill."""
+        return Checkpoint(self.out / "state" / self.name / step, every=30)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Says when a stage begins and ends, and notes how long it took."""
+        began = time.perf_counter()
+        print(f"[{began - self.started:5.0f} s] {name}", flush=True)
+        yield
+        now = time.perf_counter()
+        self.seconds[name] = now - began
+        print(f"[{now - self.started:5.0f} s] {name}: took {now - began:.0f} s", flush=True)
+
+
+def from_command_line(
+    name: str, description: str, efforts: Mapping[str, Effort], sizes: Sequence[int] = (8, 32)
+) -> Run:
+    """What every recipe's command line takes."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", type=Path, default=Path("data"), help="folder that fetch.sh filled (%(default)s)")
+    add("--out", type=Path, default=Path("bench/results"), help="folder for results (%(default)s)")
+    add("--effort", choices=efforts, default="cpu", help="tiny: to see that it runs, cpu: two cores, gpu")
+    add("--sizes", type=int, nargs="+", default=sizes, help="neurons in an expert; the first is ours")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    effort = efforts[args.effort]
+    print(
+        f"{name}, effort {args.effort}: {effort.training(len(args.sizes)):.0f} s of training, and its measurements"
+    )
+    return Run(f"{name}-{args.effort}", effort, args.data, args.out, args.sizes, args.device)

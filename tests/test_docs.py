@@ -1,0 +1,54 @@
+"""The pages of docs: every block runs, every link leads somewhere, the picture is what its script draws."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+NEEDS = {"evaluate-with-lm-eval": "lm_eval"}  # what a page is about, where the tests do not bring it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_block_runs(page, tmp_path):
+    if page.stem in NEEDS:
+        pytest.importorskip(NEEDS[page.stem])
+    scripts = Path(sys.executable).parent  # sadmoe, torchrun, accelerate
+    places = {
+        "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, str(ROOT / "tests/run_blocks.py"), "--bash", str(page)]
+    run = subprocess.run(command, cwd=tmp_path, env=os.environ | places, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name
+)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:)([^)#\s]+)(#[^)]*)?\)", page.read_text())
+    missing = [link for link, _ in links if not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_every_page_is_found_from_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    assert [page.name for page in PAGES if f"docs/{page.name}" not in readme] == []
+
+
+def test_the_picture_is_what_its_script_draws():
+    spec = importlib.util.spec_from_file_location("picture", ROOT / "docs/picture.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs/how-it-works.svg").read_text() == module.picture()
