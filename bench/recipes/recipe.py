@@ -49,7 +49,7 @@ from torch import nn
 from workload import Point, Workload, controls, sweep
 
 sys.path.append(str(Path(__file__).parent.parent))
-from timing import machine
+from sadmoe.timing import machine
 
 TAUS = (0.0, 0.003, 0.01, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8)  # of the experts, for static top-k

@@ -21,7 +21,7 @@ from sadmoe.sparsify.objective import OutputLoss
 from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).parent.parent))
-from timing import measure
+from sadmoe.timing import measure
 
 
 @dataclass
