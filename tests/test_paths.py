@@ -206,9 +206,11 @@ def test_batch_invariant_holds_at_tau_zero_too(monkeypatch):
     with torch.no_grad():
         dense = layer(x)
         assert names == []
+        assert layer.takes_dense_path(x)
         layer.batch_invariant = True
         y = layer(x)
         assert names == ["dynamic_k_moe"]
+        assert not layer.takes_dense_path(x)
         torch.testing.assert_close(y, dense)
         assert torch.equal(layer(x[2:3]), y[2:3])
 

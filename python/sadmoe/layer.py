@@ -142,6 +142,11 @@ class DynamicKMoE(nn.Module):
         gated, r = self.w_gate is not None, self.router.v1.shape[0]
         return Layer(d, self.w_down.shape[2], E, s, r, gated, bytes_each)
 
+    @property
+    def _is_dense(self) -> bool:
+        """Whether it is the dense FFN, without router and mask."""
+        return isinstance(self.gate, DynamicK) and self.gate.tau == 0.0 and not self.batch_invariant
+
     def expert_weights(
         self,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
@@ -158,7 +163,7 @@ class DynamicKMoE(nn.Module):
             )
         if gate.true_norms:
             y = self._by_true_norms(rows)
-        elif isinstance(gate, DynamicK) and gate.tau == 0.0 and not self.batch_invariant:
+        elif self._is_dense:
             y = self._down(self._hidden(rows))
         else:
             y = self._selected(rows)
@@ -172,8 +177,8 @@ class DynamicKMoE(nn.Module):
         return self.gate.mask(scores).reshape(*x.shape[:-1], self.experts)
 
     def takes_dense_path(self, x: Tensor) -> bool:
-        """Whether `forward` would compute all experts of x [..., d] and mask them, instead of running the sparse op."""
-        return self._choose(x.reshape(-1, x.shape[-1]))[0]
+        """Whether `forward` would compute every expert of x [..., d] by torch's products, instead of the sparse op."""
+        return self.gate.true_norms or self._is_dense or self._choose(x.reshape(-1, x.shape[-1]))[0]
 
     def masked_dense(self, x: Tensor, mask: Tensor) -> Tensor:
         """`ops.sparse_experts` by torch's own products, every expert computed: x [T, d], mask [T, E] -> [T, d_out]."""
