@@ -186,7 +186,7 @@ def test_a_model_and_its_layers_are_compared_at_their_own_gates_and_others():
     set_tau(model, 0.4)
     layers = converted_layers(model)
     gates = [layer.gate for layer in layers.values()]
-    rows = list(compare(model, batch, [0.0, 0.9], seconds=0.0))
+    rows = compare(model, batch, [0.0, 0.9], seconds=0.0)
     assert [layer.gate for layer in layers.values()] == gates
     assert [(row.name, row.tau) for row in rows] == [
         (name, tau) for name in (*layers, WHOLE) for tau in (None, 0.0, 0.9)

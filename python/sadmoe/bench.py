@@ -91,11 +91,11 @@ def random_batch(model: nn.Module, samples: int, length: int, seed: int = 0) -> 
 
 def compare(
     model: nn.Module, batch: dict[str, Tensor], taus: Sequence[float], seconds: float = 0.6
-) -> Iterator[Row]:
-    """Times every layer on its own input, then the whole model, at its own gates and at every tau, beside dense.
+) -> list[Row]:
+    """Times every layer on what enters it at the model's own gates, then the whole model, at those and at every tau.
 
-    Dense is the model that `restore_` gives back, of which a copy is made, and for a layer its FFN by torch's linear
-    layers. seconds: for each variant. The model's gates come back.
+    Beside them dense: a copy of the model that `restore_` made dense, and for a layer its FFN by torch's linear layers.
+    seconds: for each variant. The model's gates come back.
     """
     layers, batch = converted_layers(model), to_device(batch, device_of(model))
     saved = {name: layer.gate for name, layer in layers.items()}
@@ -104,9 +104,10 @@ def compare(
     try:
         with evaluating(model):
             seen = [_seen(model, layers, batch, gates) for _, gates in settings]
+            rows: list[Row] = []
             for name, layer in layers.items():
-                yield from _compare_layer(name, layer, settings, seen, seconds)
-            yield from _compare_whole(model, layers, batch, settings, seen, seconds)
+                rows += _compare_layer(name, layer, settings, seen[0].inputs[name], seconds)
+            return rows + list(_compare_whole(model, layers, batch, settings, seen, seconds))
     finally:
         _set(layers, saved)
 
@@ -140,34 +141,29 @@ def _seen(model: nn.Module, layers: dict[str, DynamicKMoE], batch: Any, gates: G
     if missed := [name for name in layers if name not in inputs]:
         raise ValueError(f"the input never reaches {', '.join(missed)}")
     shares = {name: counts.share for name, counts in record.layers.items()}
-    return _Seen(
-        inputs, shares, {name: layer.takes_dense_path(inputs[name]) for name, layer in layers.items()}
-    )
+    dense = {name: layer.takes_dense_path(inputs[name]) for name, layer in layers.items()}
+    return _Seen(inputs, shares, dense)
 
 
 def _compare_layer(
     name: str,
     layer: DynamicKMoE,
     settings: list[tuple[float | None, Gates]],
-    seen: list[_Seen],
+    x: Tensor,
     seconds: float,
 ) -> Iterator[Row]:
-    x = seen[0].inputs[name]
-
-    def at(gate: Gate) -> None:
+    def at(gate: Gate) -> Tensor:
         layer.gate = gate
-        layer(x)
+        return layer(x)
 
-    variants = {str(i): partial(at, gates[name]) for i, (_, gates) in enumerate(settings)}
+    own = [gates[name] for _, gates in settings]
+    variants: dict[str, Callable[[], object]] = {str(i): partial(at, gate) for i, gate in enumerate(own)}
     variants["dense"] = partial(_linear(dense_from_layer(layer)), x)
     times = measure({key: waiting(call, x.device) for key, call in variants.items()}, seconds)
-    for i, (tau, gates) in enumerate(settings):
-        layer.gate = gates[name]
-        share = (
-            layer.mask(x).float().mean().item()
-        )  # of the timed input, whatever the layers before do at this tau
-        dense = layer.takes_dense_path(x)
-        tokens = x[..., 0].numel()
+    for i, (tau, _) in enumerate(settings):
+        layer.gate = own[i]
+        share = layer.mask(x).float().mean().item()  # of x, which other tau earlier would have changed
+        dense, tokens = layer.takes_dense_path(x), x[..., 0].numel()
         yield Row(name, tau, tokens, share, times["dense"], times[str(i)], 1, int(dense))
 
 

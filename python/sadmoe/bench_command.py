@@ -91,7 +91,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         batch = batches_of(arguments, load_tokenizer(arguments.model))[0]
     else:
         batch = random_batch(model, arguments.batch_size, arguments.max_length)
-    rows = list(compare(model, batch, arguments.tau, arguments.seconds))
+    rows = compare(model, batch, arguments.tau, arguments.seconds)
     print(f"{machine()}, {dtype_name(next(model.parameters()).dtype)}, {arguments.device}\n\n{table(rows)}")
     if arguments.json:
         numbers = {"machine": machine(), "rows": [asdict(row) for row in rows]}

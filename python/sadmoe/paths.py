@@ -70,7 +70,10 @@ class ShareHint:
     EVERY = 16  # calls; counting adds two small kernels to one that is counted
 
     def __init__(self) -> None:
-        self._forget(None)
+        self._gate: Any = None
+        self._calls = 0
+        self._share: float | None = None
+        self._arriving: Callable[[], float | None] | None = None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return ShareHint, ()  # a copy of a layer learns its own
@@ -78,7 +81,7 @@ class ShareHint:
     def read(self, gate: Any) -> float | None:
         """The share under this gate, None where none has arrived."""
         if gate != self._gate:
-            self._forget(gate)
+            self._gate, self._calls, self._share, self._arriving = gate, 0, None, None
         if self._arriving is not None and not _capturing():
             arrived = self._arriving()
             if arrived is not None:
@@ -95,11 +98,6 @@ class ShareHint:
     def send(self, mask: Tensor) -> None:
         """Starts to count mask [T, E]."""
         self._arriving = _on_its_way(mask)
-
-    def _forget(self, gate: Any) -> None:
-        self._gate, self._calls = gate, 0
-        self._share: float | None = None
-        self._arriving: Callable[[], float | None] | None = None
 
 
 def _capturing() -> bool:
