@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from timing import Timing
+from sadmoe.timing import Timing
 
 
 def captured(call: Callable[[int], object], calls: int) -> torch.cuda.CUDAGraph:

@@ -28,7 +28,7 @@ import torch
 from layers_plot import draw
 from mask_kinds import clustered, recorded, skewed
 from sadmoe import ops
-from timing import Timing, machine, measure
+from sadmoe.timing import Timing, machine, measure
 from torch import Tensor
 from variants import (
     ROUTER_WIDTH,

@@ -26,7 +26,7 @@ from sadmoe.gates import DynamicK
 from sadmoe.masks import record_masks
 from sadmoe.routers import RouterConfig
 from sadmoe.texts import tokenized
-from timing import machine, measure
+from sadmoe.timing import machine, measure
 from torch import Tensor, nn
 from variants import ROUTER_WIDTH, tau_of_share
 

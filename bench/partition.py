@@ -8,7 +8,7 @@ import time
 
 import torch
 from sadmoe.partition import inertia, partition
-from timing import machine
+from sadmoe.timing import machine
 from torch import Tensor
 
 

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 import torch
-from timing import machine, measure
+from sadmoe.timing import machine, measure
 from variants import LayerShape, checked, dense, grouped_mm, loop, problem, sadmoe
 
 TOKENS = [1, 2, 4, 8, 16, 64, 256, 1024, 4096]

@@ -69,6 +69,7 @@ def test_gates_routers_and_flags_come_back(converted):
     for name, layer in sadmoe.moe_layers(model).items():
         old = sadmoe.moe_layers(before)[name]
         assert layer.gate == old.gate
+        assert not layer.keeps_hidden
         assert layer.norms_hook is None
         assert torch.equal(layer.router.v1, old.router.v1)
         assert layer.router.v1.requires_grad

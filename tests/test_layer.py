@@ -179,3 +179,17 @@ def test_trains_through_the_sparse_op():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("gate", [DynamicK(0.6), TopK(2)])
+def test_what_is_kept_for_the_backward_pass_gives_the_gradients_of_the_op(gate):
+    layer, x = make_layer(gate=gate, gated=True, bias=("b_up", "b_out")), tokens(9, 20).requires_grad_()
+    weights = [x, *(w for w in layer.expert_weights() if w is not None)]
+    assert not layer.mask(x).all()
+    by_op = layer(x)
+    wanted = torch.autograd.grad(by_op.square().sum(), weights)
+    layer.keeps_hidden = True
+    kept = layer(x)
+    torch.testing.assert_close(kept, by_op)
+    for grad, right in zip(torch.autograd.grad(kept.square().sum(), weights), wanted, strict=True):
+        torch.testing.assert_close(grad, right, rtol=1e-4, atol=1e-5)

@@ -1,7 +1,6 @@
 """What a recipe's curves come to: the table, the picture, the page, written anew after every curve."""
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,11 +14,9 @@ from sadmoe.masks import record_masks
 from sadmoe.model_report import short_names
 from sadmoe.report import Heat, Page, Panel, Series, plot_curves, write_page
 from sadmoe.tables import format_table
+from sadmoe.timing import machine
 from torch import nn
 from workload import Point, Workload, inputs, sweep
-
-sys.path.append(str(Path(__file__).parent.parent))
-from timing import machine
 
 KEPT = (0.99, 0.98)  # of the dense metric, at which savings are told
 

@@ -1,10 +1,8 @@
 """What a recipe is run on, and what is measured of a model on it."""
 
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +16,8 @@ from sadmoe.masks import record_masks
 from sadmoe.report import Heat
 from sadmoe.run_demo import masked, top_half
 from sadmoe.sparsify.objective import OutputLoss
+from sadmoe.timing import measure
 from torch import Tensor, nn
-
-sys.path.append(str(Path(__file__).parent.parent))
-from timing import measure
 
 
 @dataclass

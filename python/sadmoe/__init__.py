@@ -13,7 +13,7 @@ from sadmoe.calibrate import Calibration, calibrate_
 from sadmoe.checkpoint import CheckpointError, load, save
 from sadmoe.convert import ConversionReport, ConvertConfig, convert_, restore_
 from sadmoe.cost import CostReport, cost
-from sadmoe.dial import set_tau, tau
+from sadmoe.dial import set_batch_invariant, set_tau, tau
 from sadmoe.ffn import DenseFFN, FFNNotFoundError, find_ffns, moe_layers
 from sadmoe.finetune import FinetuneConfig, FinetuneReport, finetune_
 from sadmoe.gates import DynamicK, TopK
@@ -75,6 +75,7 @@ __all__ = [
     "restore_",
     "save",
     "save_adapter",
+    "set_batch_invariant",
     "set_tau",
     "sparsify_",
     "tau",

@@ -1,4 +1,4 @@
-"""The command line: `sadmoe demo | convert | evaluate | report | info`, thin over the API."""
+"""The command line: `sadmoe demo | convert | evaluate | report | bench | info`, thin over the API."""
 
 import argparse
 import json
@@ -13,13 +13,15 @@ from typing import Any
 import torch
 
 from sadmoe import ops
+from sadmoe.bench_command import add_bench
 from sadmoe.convert import ConvertConfig, convert_
 from sadmoe.evaluate import evaluate, table
 from sadmoe.model_report import report_page
+from sadmoe.options import add_common, add_text, batches_of
 from sadmoe.report import write_page
 from sadmoe.run_demo import SECONDS, run_demo
 from sadmoe.sparsify import SparsifyConfig, sparsify_
-from sadmoe.texts import load_model, paragraphs, tokenized
+from sadmoe.texts import load_model, paragraphs
 
 EPILOG = """\
 examples:
@@ -27,6 +29,8 @@ examples:
   sadmoe convert ./my-bert ./my-moe --text corpus.txt  convert a transformers model of a local folder
   sadmoe evaluate ./my-moe --text held_out.txt         cost, time and fidelity at several tau
   sadmoe report ./my-moe --text held_out.txt           the same and more, as one HTML page
+  sadmoe bench ./my-moe --tau 0.1 0.3                  its layers and all of it, timed beside dense
+  sadmoe bench ./my-moe --calibrate                    measure where its layers are better off dense on this machine
 """
 
 
@@ -59,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_evaluate(commands)
     _add_report(commands)
+    add_bench(commands)
     info = commands.add_parser("info", help="what was built and which kernels run here")
     info.set_defaults(command=lambda _: print(ops.build_info()))
     return parser
@@ -79,7 +84,7 @@ def _add_demo(commands: Any) -> None:
         help="folder for model, table and picture (default: %(default)s)",
     )
     command.add_argument("--seconds", type=float, default=SECONDS, help="of training (default: %(default)s)")
-    _add_common(command)
+    add_common(command)
     command.set_defaults(command=_demo)
 
 
@@ -116,8 +121,8 @@ def _add_convert(commands: Any) -> None:
         help="first swap the activation for ReLU and fine-tune that long by self-distillation",
     )
     command.add_argument("--seed", type=int, default=0)
-    _add_text(command)
-    _add_common(command)
+    add_text(command)
+    add_common(command)
     command.set_defaults(command=_convert)
 
 
@@ -158,25 +163,8 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
         default=[0.0, 0.01, 0.03, 0.1, 0.3, 1.0],
         help="(default: %(default)s)",
     )
-    _add_text(command)
-    _add_common(command)
-
-
-def _add_text(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--batch-size", type=int, default=16, help="paragraphs in a batch (default: %(default)s)"
-    )
-    command.add_argument(
-        "--max-length",
-        type=int,
-        default=128,
-        help="tokens after which a paragraph is cut (default: %(default)s)",
-    )
-
-
-def _add_common(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--threads", type=int, help="of torch (default: torch's own choice)")
-    command.add_argument("--force", action="store_true", help="replace what a former run wrote")
+    add_text(command)
+    add_common(command)
 
 
 def free(folder: Path, force: bool) -> None:
@@ -198,7 +186,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _convert(arguments: argparse.Namespace) -> None:
     free(arguments.out, arguments.force)
     model, tokenizer = load_model(arguments.model)
-    batches = _batches(arguments, tokenizer)
+    batches = batches_of(arguments, tokenizer)
     if arguments.sparsify is not None:
         print(sparsify_(model, batches, SparsifyConfig(seconds=arguments.sparsify, seed=arguments.seed)))
     budget = None if arguments.tau is not None else arguments.budget
@@ -217,21 +205,16 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     model, tokenizer = load_model(arguments.model)
-    print(table(evaluate(model, _batches(arguments, tokenizer), arguments.tau)))
+    print(table(evaluate(model, batches_of(arguments, tokenizer), arguments.tau)))
 
 
 def _report(arguments: argparse.Namespace) -> None:
     if arguments.out.exists() and not arguments.force:
         raise FileExistsError(f"{arguments.out} is there already: choose another, or replace it with --force")
     model, tokenizer = load_model(arguments.model)
-    batches = _batches(arguments, tokenizer)
+    batches = batches_of(arguments, tokenizer)
     points = evaluate(model, batches, sorted(arguments.tau), progress=True)
     sentence = arguments.sentence or paragraphs(arguments.text)[0]
     write_page(arguments.out, report_page(model, tokenizer, points, batches, sentence))
     arguments.out.with_suffix(".json").write_text(json.dumps([asdict(point) for point in points], indent=1))
     print(f"{table(points)}\n\n{arguments.out}, and the numbers in {arguments.out.with_suffix('.json')}")
-
-
-def _batches(arguments: argparse.Namespace, tokenizer: Any) -> list[dict[str, Any]]:
-    texts = sorted(paragraphs(arguments.text), key=len)
-    return tokenized(tokenizer, texts, batch_size=arguments.batch_size, max_length=arguments.max_length)

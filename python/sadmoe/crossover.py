@@ -130,12 +130,13 @@ def sparse_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float
 
 
 @lru_cache(maxsize=4096)
-def crossover(layer: Layer, tokens: int, card: Card, masked: bool = False) -> float:
+def crossover(layer: Layer, tokens: int, card: Card, masked: bool = False, slack: float = 1.0) -> float:
     """The largest executed share at which the sparse op is no slower than dense; 0 where it always is.
 
     masked: against dense products that leave out what the mask does, instead of the plain FFN.
+    slack: how many times what dense takes the sparse op may take.
     """
-    dense = (masked_seconds if masked else dense_seconds)(layer, tokens, card)
+    dense = slack * (masked_seconds if masked else dense_seconds)(layer, tokens, card)
     if sparse_seconds(layer, tokens, 0.0, card) > dense:
         return 0.0
     if sparse_seconds(layer, tokens, 1.0, card) <= dense:

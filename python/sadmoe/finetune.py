@@ -143,7 +143,8 @@ def finetune_(
         run = partial(run, checkpoint=checkpoint, name="finetune")
         share = None
         if config.tau is None:
-            history = run(penalty_of=no_penalty)
+            with hidden_kept(layers):
+                history = run(penalty_of=no_penalty)
         else:
             with ExpertPenalty(model, layers, config, config.tau) as penalty:
                 history = run(penalty_of=penalty, at=penalty.at)
@@ -163,6 +164,18 @@ def frozen_in(parameters: set[nn.Parameter]) -> Iterator[None]:
     finally:
         for p in parameters:
             p.requires_grad_(True)
+
+
+@contextmanager
+def hidden_kept(layers: Mapping[str, DynamicKMoE]) -> Iterator[None]:
+    """Inside, the layers compute all experts and keep what their backward pass needs."""
+    for layer in layers.values():
+        layer.keeps_hidden = True
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.keeps_hidden = False
 
 
 def no_penalty(batch: Any) -> Tensor:

@@ -1,13 +1,15 @@
 """The modules that replace an FFN: a router, and the experts with a gate."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sadmoe import ops, reference
+from sadmoe import ops, paths, reference
+from sadmoe.crossover import Layer
 from sadmoe.gates import DynamicK, Gate
 
 NORM_FLOOR = 1e-12  # norms below it are 0: what rounding leaves of a silent expert
@@ -54,6 +56,21 @@ class DynamicKMoE(nn.Module):
 
     w_up, w_gate [E, s, d]; w_down [E, s, d_out]; b_up, b_gate [E, s]; b_out [d_out]; permutation [E * s]: the neuron
     of the dense FFN that each slot holds. `dropout` acts on the output, in training only.
+
+    batch_invariant: whether a token's bits may depend on nothing but the token. Where many experts run, computing all
+    of them by torch's products and masking their neurons can be faster than the sparse op, and `paths` says where; but
+    how torch's products round differs with the number of tokens.
+      True   nothing else: always the op, also at tau = 0.
+      None   the default. float32: as True, but tau = 0 is the dense model, by torch. 16 bits: dense where that is over
+             10 % faster. What decides is the same from run to run: on the CPU the mask of the call itself, on CUDA
+             `expected_share` (without it: the op), as the share of this call would have to be waited for.
+      False  dense wherever it is faster. On CUDA by the share of earlier calls, from whenever it has arrived.
+    With gradients, and in graphs of torch.compile and torch.export, always the op, but for `keeps_hidden`; gates on
+    true norms compute all experts. `expected_share`: the executed share in [0, 1] that decides on CUDA instead of that
+    of earlier calls, so also under graph capture. Neither is saved with the model.
+
+    keeps_hidden: True while it is trained by `finetune_`. Every expert is computed, as the backward pass has to, and
+    what it computed is kept until then; the op's backward pass computes it again.
     """
 
     w_up: nn.Parameter
@@ -77,6 +94,7 @@ class DynamicKMoE(nn.Module):
         bias: tuple[str, ...] = (),
         dropout: float = 0.0,
         gate: Gate | None = None,
+        batch_invariant: bool | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -104,6 +122,10 @@ class DynamicKMoE(nn.Module):
         self.act = act
         self.dropout = dropout
         self.gate: Gate = DynamicK(0.0) if gate is None else gate
+        self.batch_invariant = batch_invariant
+        self.expected_share: float | None = None
+        self._share_hint = paths.ShareHint()
+        self.keeps_hidden = False
         self.check_nan = False
         self.norms_hook: Callable[[Tensor], None] | None = (
             None  # sees the norms of a gate on true norms, in training
@@ -116,6 +138,18 @@ class DynamicKMoE(nn.Module):
     @property
     def expert_size(self) -> int:
         return self.w_up.shape[1]
+
+    @property
+    def shape(self) -> Layer:
+        """Its sizes, as the costs of paths are looked up by."""
+        (E, s, d), bytes_each = self.w_up.shape, self.w_up.dtype.itemsize
+        gated, r = self.w_gate is not None, self.router.v1.shape[0]
+        return Layer(d, self.w_down.shape[2], E, s, r, gated, bytes_each)
+
+    @property
+    def _is_dense(self) -> bool:
+        """Whether it is the dense FFN, without router and mask."""
+        return isinstance(self.gate, DynamicK) and self.gate.tau == 0.0 and not self.batch_invariant
 
     def expert_weights(
         self,
@@ -133,14 +167,10 @@ class DynamicKMoE(nn.Module):
             )
         if gate.true_norms:
             y = self._by_true_norms(rows)
-        elif not isinstance(gate, DynamicK):
-            y = ops.sparse_experts(rows, self.mask(rows), *self.expert_weights(), act=self.act)
-        elif gate.tau == 0.0:
+        elif self._is_dense:
             y = self._down(self._hidden(rows))
         else:
-            y = ops.dynamic_k_moe(
-                rows, self.router.v1, self.router.v2, *self.expert_weights(), tau=gate.tau, act=self.act
-            )
+            y = self._selected(rows)
         y = F.dropout(y, self.dropout, self.training)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
@@ -150,10 +180,65 @@ class DynamicKMoE(nn.Module):
         scores = self.expert_norms(rows) if self.gate.true_norms else self.router(rows)
         return self.gate.mask(scores).reshape(*x.shape[:-1], self.experts)
 
+    def takes_dense_path(self, x: Tensor) -> bool:
+        """Whether `forward` would compute every expert of x [..., d] by torch's products, instead of the sparse op."""
+        return self.gate.true_norms or self._is_dense or self._choose(x.reshape(-1, x.shape[-1]))[0]
+
+    def masked_dense(self, x: Tensor, mask: Tensor) -> Tensor:
+        """`ops.sparse_experts` by torch's own products, every expert computed: x [T, d], mask [T, E] -> [T, d_out]."""
+        return self._down(self._kept(self._hidden(x), mask))
+
     @torch.no_grad()
     def expert_norms(self, x: Tensor) -> Tensor:
         """L2 norm of every expert's output, without b_out: x [T, d] -> [T, E], float32 (the router's target)."""
         return self._norms(self._hidden(x))
+
+    def _selected(self, x: Tensor) -> Tensor:
+        """The experts that the gate picks, by the path that `_choose` says."""
+        if self.keeps_hidden:
+            return self._down(self._kept(self._hidden(x), self.mask(x)))
+        dense, mask = self._choose(x)
+        if isinstance(self.gate, DynamicK) and mask is None and not dense:
+            v1, v2, tau = self.router.v1, self.router.v2, self.gate.tau
+            return ops.dynamic_k_moe(x, v1, v2, *self.expert_weights(), tau=tau, act=self.act)
+        mask = self.mask(x) if mask is None else mask
+        if dense:
+            return self.masked_dense(x, mask)
+        return ops.sparse_experts(x, mask, *self.expert_weights(), act=self.act)
+
+    def _choose(self, x: Tensor) -> tuple[bool, Tensor | None]:
+        """Whether x [T, d] takes the dense path, and its mask where that had to be known. Waits for no CUDA device."""
+        until = self._sparse_until(len(x), x.device, x.dtype) if self._may_choose(x) else 1.0
+        if until >= 1.0:
+            return False, None
+        if x.device.type == "cpu":  # counted before it is run: the choice is a function of this call
+            mask = self.mask(x)
+            return mask.sum().item() > until * mask.numel(), mask
+        if self.expected_share is not None:
+            return self.expected_share > until, None
+        share, counted = self._share_hint.read(self.gate), None
+        if until > 0.0 and self._share_hint.wanted():
+            counted = self.mask(x)
+            self._share_hint.send(counted)
+        return share is None or share > until, counted  # unknown: dense, at worst as slow as dense
+
+    def _may_choose(self, x: Tensor) -> bool:
+        if self.batch_invariant or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return False
+        data = type(x) is Tensor and not torch.jit.is_tracing()  # to count, and not only a shape
+        return data and x.device.type in ("cpu", "cuda") and len(x) > 0
+
+    def _sparse_until(self, tokens: int, device: torch.device, dtype: torch.dtype) -> float:
+        """The executed share up to which the op runs for so many tokens of that device and dtype; 1: always."""
+        unasked = self.batch_invariant is None
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        elif dtype != self.w_up.dtype:  # which torch's products refuse
+            return 1.0
+        if unasked and (dtype.itemsize > 2 or (device.type == "cuda" and self.expected_share is None)):
+            return 1.0
+        shape = replace(self.shape, bytes_each=dtype.itemsize)
+        return paths.sparse_until(shape, tokens, device, dtype, paths.WORTH if unasked else 1.0)
 
     def _by_true_norms(self, x: Tensor) -> Tensor:
         """Every expert is computed to know its norm, so this path is plain torch; gradients hold the mask constant."""
@@ -161,10 +246,12 @@ class DynamicKMoE(nn.Module):
         norms = self._norms(hidden)
         if self.norms_hook is not None:
             self.norms_hook(norms)
-        kept = hidden.unflatten(-1, (self.experts, self.expert_size)).where(
-            self.gate.mask(norms.detach()).unsqueeze(-1), 0
-        )
-        return self._down(kept.flatten(-2))
+        return self._down(self._kept(hidden, self.gate.mask(norms.detach())))
+
+    def _kept(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """hidden [T, E * s] with the neurons of experts outside the mask [T, E] zero, also where they were NaN."""
+        neurons = hidden.unflatten(-1, (self.experts, self.expert_size))
+        return neurons.where(mask.unsqueeze(-1), 0).flatten(-2)
 
     def _norms(self, hidden: Tensor) -> Tensor:
         """Through the Gram matrices G_e = W_down,e W_down,eᵀ: the norm squared is aᵀ G_e a, so no [T, E, d] is made.

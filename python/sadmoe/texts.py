@@ -19,7 +19,12 @@ def paragraphs(path: Path) -> list[str]:
 
 
 def load_model(folder: Path) -> tuple[nn.Module, Any]:
-    """A transformers model in eval mode, of the class its config names, and its tokenizer, from local files alone."""
+    """`load_bare_model` and its tokenizer."""
+    return load_bare_model(folder), load_tokenizer(folder)
+
+
+def load_bare_model(folder: Path) -> nn.Module:
+    """A transformers model in eval mode, of the class its config names, from local files alone."""
     try:
         import transformers
     except ImportError as error:
@@ -30,7 +35,14 @@ def load_model(folder: Path) -> tuple[nn.Module, Any]:
     named = getattr(transformers, (config.architectures or [""])[0], None)
     model_class: Any = named if isinstance(named, type) else transformers.AutoModel
     model = model_class.from_pretrained(folder, local_files_only=True)
-    return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model.eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a transformers model, from local files alone."""
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def tokenized(

@@ -147,7 +147,7 @@ def outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[T
 
 
 def _relative_error(h: Tensor, target: Tensor, real: Tensor | None) -> Tensor:
-    """|h - target|^2 / |target|^2 over the real rows. The others are made 0: quicker than to pick rows, forth and back."""
+    """|h - target|^2 / |target|^2 over the real rows; the others are made 0, which is quicker than to pick rows."""
     h, target = h.float().flatten(0, -2), target.float().flatten(0, -2)
     wrong = h - target
     if real is not None:

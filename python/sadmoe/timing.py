@@ -1,5 +1,7 @@
-"""The one timer of the benches. Variants take turns, so that the machine's drift falls on all of them alike, and in a
-new order every round, for what one leaves in the caches makes the next one faster or slower.
+"""The one timer of `sadmoe bench` and the benches.
+
+Variants take turns, so that the machine's drift falls on all of them alike, and in a new order every round, for what
+one leaves in the caches makes the next one faster or slower.
 """
 
 import platform
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from sadmoe import ops
 
 
@@ -42,22 +45,32 @@ def measure(
     return {name: _timing(values) for name, values in samples.items()}
 
 
+def waiting(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """The call, and on a CUDA device the wait for what it queued."""
+    if device.type != "cuda":
+        return call
+
+    def waited() -> None:
+        call()
+        torch.cuda.synchronize(device)
+
+    return waited
+
+
 def _timing(values: list[float]) -> Timing:
     low, median, high = statistics.quantiles(values, n=4)
     return Timing(median, (high - low) / median)
 
 
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def machine() -> str:
     """Processor, threads, torch and kernels, for the first line of every table."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip()
-            for line in info.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        name = names[0] if names else name
-    return (
-        f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, kernels {ops.cpu_isas()[0]}"
-    )
+    threads = f"{torch.get_num_threads()} threads"
+    return f"{processor()}, {threads}, torch {torch.__version__}, kernels {ops.cpu_isas()[0]}"

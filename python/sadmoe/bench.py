@@ -1,0 +1,211 @@
+"""A converted model and its layers timed beside dense: `sadmoe bench`.
+
+Variants take turns in one process (`timing`); medians and spreads are of a call, on a CUDA device with the wait for it.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sadmoe import reference
+from sadmoe.batches import device_of, evaluating, run, to_device
+from sadmoe.convert import restore_
+from sadmoe.dial import converted_layers
+from sadmoe.ffn import DenseFFN, dense_from_layer
+from sadmoe.gates import DynamicK, Gate
+from sadmoe.layer import DynamicKMoE
+from sadmoe.masks import record_masks
+from sadmoe.tables import format_table
+from sadmoe.timing import Timing, measure, waiting
+
+WHOLE = "whole model"
+Gates = dict[str, Gate]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer, or the whole model, at one tau. tau: None for the gates that the model came with.
+
+    share: executed pairs of the timed tokens.   dense_layers: how many of its layers took the dense path.
+    """
+
+    name: str
+    tau: float | None
+    tokens: int
+    share: float
+    dense: Timing
+    ours: Timing
+    layers: int
+    dense_layers: int
+
+    @property
+    def faster(self) -> float:
+        """Dense over ours."""
+        return self.dense.median / self.ours.median
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as people read them."""
+    header = ("", "tau", "tokens", "executed", "dense ms", "sadmoe ms", "faster", "dense path")
+    cells = [
+        (
+            row.name,
+            "saved" if row.tau is None else f"{row.tau:g}",
+            str(row.tokens),
+            f"{row.share:.1%}",
+            *(f"{t.median * 1e3:.3f} ±{t.spread:4.0%}" for t in (row.dense, row.ours)),
+            f"{row.faster:.2f}x",
+            f"{row.dense_layers} of {row.layers}",
+        )
+        for row in rows
+    ]
+    return format_table(header, cells)
+
+
+def random_batch(model: nn.Module, samples: int, length: int, seed: int = 0) -> dict[str, Tensor]:
+    """What a transformers model is called with, at random: [samples, length] token ids, or as many images.
+
+    Raises NotImplementedError where the model takes something else.
+    """
+    config: Any = getattr(model, "config", None)
+    generator = torch.Generator().manual_seed(seed)
+    kind = getattr(model, "main_input_name", None)
+    if kind == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
+        size = (samples, config.num_channels, config.image_size, config.image_size)
+        dtype = next(model.parameters()).dtype
+        return {kind: torch.randn(size, generator=generator).to(dtype)}
+    if kind != "input_ids" or not isinstance(getattr(config, "vocab_size", None), int):
+        raise NotImplementedError(
+            f"{type(model).__name__} takes neither token ids nor images, so no random input can be made for it"
+        )
+    ids = torch.randint(config.vocab_size, (samples, length), generator=generator)
+    decoder = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **decoder}
+
+
+def compare(
+    model: nn.Module, batch: dict[str, Tensor], taus: Sequence[float], seconds: float = 0.6
+) -> list[Row]:
+    """Times every layer on what enters it at the model's own gates, then the whole model, at those and at every tau.
+
+    Beside them dense: a copy of the model that `restore_` made dense, and for a layer its FFN by torch's linear layers.
+    seconds: for each variant. The model's gates come back.
+    """
+    layers, batch = converted_layers(model), to_device(batch, device_of(model))
+    saved = {name: layer.gate for name, layer in layers.items()}
+    settings: list[tuple[float | None, Gates]] = [(None, saved)]
+    settings += [(tau, dict.fromkeys(layers, DynamicK(tau))) for tau in taus]
+    try:
+        with evaluating(model):
+            seen = [_seen(model, layers, batch, gates) for _, gates in settings]
+            rows: list[Row] = []
+            for name, layer in layers.items():
+                rows += _compare_layer(name, layer, settings, seen[0].inputs[name], seconds)
+            return rows + list(_compare_whole(model, layers, batch, settings, seen, seconds))
+    finally:
+        _set(layers, saved)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one run of the model showed: by layer its input [..., d], its executed share, and whether it was dense."""
+
+    inputs: dict[str, Tensor]
+    shares: dict[str, float]
+    dense: dict[str, bool]
+
+
+def _seen(model: nn.Module, layers: dict[str, DynamicKMoE], batch: Any, gates: Gates) -> _Seen:
+    _set(layers, gates)
+    inputs: dict[str, Tensor] = {}
+
+    def keep(name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        inputs[name] = args[0] if args else kwargs["x"]
+
+    hooks = [
+        layer.register_forward_pre_hook(partial(keep, name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    try:
+        with record_masks(model, skip_padding=False) as record:
+            run(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if missed := [name for name in layers if name not in inputs]:
+        raise ValueError(f"the input never reaches {', '.join(missed)}")
+    shares = {name: counts.share for name, counts in record.layers.items()}
+    dense = {name: layer.takes_dense_path(inputs[name]) for name, layer in layers.items()}
+    return _Seen(inputs, shares, dense)
+
+
+def _compare_layer(
+    name: str,
+    layer: DynamicKMoE,
+    settings: list[tuple[float | None, Gates]],
+    x: Tensor,
+    seconds: float,
+) -> Iterator[Row]:
+    def at(gate: Gate) -> Tensor:
+        layer.gate = gate
+        return layer(x)
+
+    own = [gates[name] for _, gates in settings]
+    variants: dict[str, Callable[[], object]] = {str(i): partial(at, gate) for i, gate in enumerate(own)}
+    variants["dense"] = partial(_linear(dense_from_layer(layer)), x)
+    times = measure({key: waiting(call, x.device) for key, call in variants.items()}, seconds)
+    for i, (tau, _) in enumerate(settings):
+        layer.gate = own[i]
+        share = layer.mask(x).float().mean().item()  # of x, which other tau earlier would have changed
+        dense, tokens = layer.takes_dense_path(x), x[..., 0].numel()
+        yield Row(name, tau, tokens, share, times["dense"], times[str(i)], 1, int(dense))
+
+
+def _compare_whole(
+    model: nn.Module,
+    layers: dict[str, DynamicKMoE],
+    batch: Any,
+    settings: list[tuple[float | None, Gates]],
+    seen: list[_Seen],
+    seconds: float,
+) -> Iterator[Row]:
+    original = copy.deepcopy(model)
+    restore_(original)
+
+    def at(gates: Gates) -> None:
+        _set(layers, gates)
+        run(model, batch)
+
+    variants = {str(i): partial(at, gates) for i, (_, gates) in enumerate(settings)}
+    variants["dense"] = partial(run, original, batch)
+    device = device_of(model)
+    times = measure({key: waiting(call, device) for key, call in variants.items()}, seconds)
+    for i, (tau, _) in enumerate(settings):
+        rows = {name: x[..., 0].numel() for name, x in seen[i].inputs.items()}
+        pairs = sum(seen[i].shares[name] * rows[name] * layer.experts for name, layer in layers.items())
+        share = pairs / sum(rows[name] * layer.experts for name, layer in layers.items())
+        dense = sum(seen[i].dense.values())
+        yield Row(WHOLE, tau, max(rows.values()), share, times["dense"], times[str(i)], len(layers), dense)
+
+
+def _linear(ffn: DenseFFN) -> Callable[[Tensor], Tensor]:
+    """The FFN as a model runs it, by linear layers; DenseFFN itself holds w_down as the transpose."""
+    act, down = reference.ACTIVATIONS[ffn.act], ffn.w_down.T.contiguous()
+
+    def forward(x: Tensor) -> Tensor:
+        up = F.linear(x, ffn.w_up, ffn.b_up)
+        hidden = act(up) if ffn.w_gate is None else act(F.linear(x, ffn.w_gate, ffn.b_gate)) * up
+        return F.linear(hidden, down, ffn.b_out)
+
+    return forward
+
+
+def _set(layers: dict[str, DynamicKMoE], gates: Gates) -> None:
+    for name, layer in layers.items():
+        layer.gate = gates[name]

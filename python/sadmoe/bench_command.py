@@ -1,0 +1,111 @@
+"""`sadmoe bench`: a converted model timed beside dense, and the measurements by which its layers choose."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sadmoe.bench import compare, random_batch, table
+from sadmoe.dial import set_batch_invariant
+from sadmoe.measure_costs import TOKENS, calibrate_costs, costs_table
+from sadmoe.measured import cache_file, read
+from sadmoe.options import add_common, add_text, batches_of
+from sadmoe.paths import dtype_name, use_costs
+from sadmoe.texts import load_bare_model, load_tokenizer
+from sadmoe.timing import machine
+
+
+def add_bench(commands: Any) -> None:
+    """The command and its arguments."""
+    command = commands.add_parser(
+        "bench",
+        help="time a converted model and its layers beside dense; or measure where its layers are better off dense",
+        description="Times every layer of MODEL on its own input, and the whole model, beside dense ones: all take "
+        "turns, medians and the distance of the quartiles. With --calibrate instead measures, for each shape of layer, "
+        "what the sparse op costs beside dense products at several numbers of tokens and executed shares, and keeps it "
+        "in a file that later loads on this machine decide by. In float32 only layers with batch_invariant=False "
+        "decide; in bfloat16 and float16 also those that are left as they are.",
+    )
+    command.add_argument("model", type=Path, help="folder that `sadmoe convert` or save_pretrained wrote")
+    command.add_argument("--text", type=Path, help="what to run on (default: random tokens or images)")
+    command.add_argument(
+        "--tau",
+        type=float,
+        nargs="*",
+        default=[],
+        help="to be timed beside the tau that the model was saved with",
+    )
+    command.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="to run in (default: as the model was saved)",
+    )
+    command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
+    command.add_argument(
+        "--batch-invariant",
+        choices=["yes", "no"],
+        help="never take the dense path, or wherever it is faster (default: as layers do by themselves)",
+    )
+    command.add_argument(
+        "--seconds", type=float, default=0.6, help="for each variant of each row (default: %(default)s)"
+    )
+    command.add_argument("--json", type=Path, help="file to write the numbers to as well")
+    command.add_argument("--calibrate", action="store_true", help="measure, and keep it for later loads")
+    command.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=TOKENS,
+        help="of a call, to --calibrate at; other calls go by the nearest (default: %(default)s)",
+    )
+    command.add_argument(
+        "--cache",
+        type=Path,
+        metavar="FOLDER",
+        help=f"of the measurements, to read and to write (default: {cache_file().parent}, where later loads look)",
+    )
+    add_text(command)
+    add_common(command)
+    command.set_defaults(command=_bench)
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {arguments.device}: torch {torch.__version__} sees no CUDA device here")
+    model = load_bare_model(arguments.model).to(arguments.device)
+    model = model.to(getattr(torch, arguments.dtype)) if arguments.dtype else model
+    if arguments.calibrate:
+        return _calibrate(arguments, model)
+    if arguments.json and arguments.json.exists() and not arguments.force:
+        raise FileExistsError(
+            f"{arguments.json} is there already: choose another, or replace it with --force"
+        )
+    if arguments.cache:
+        use_costs(read(cache_file(arguments.cache)).values())
+    if arguments.batch_invariant:
+        set_batch_invariant(model, arguments.batch_invariant == "yes")
+    if arguments.text:
+        batch = batches_of(arguments, load_tokenizer(arguments.model))[0]
+    else:
+        batch = random_batch(model, arguments.batch_size, arguments.max_length)
+    rows = compare(model, batch, arguments.tau, arguments.seconds)
+    print(f"{machine()}, {dtype_name(next(model.parameters()).dtype)}, {arguments.device}\n\n{table(rows)}")
+    if arguments.json:
+        numbers = {"machine": machine(), "rows": [asdict(row) for row in rows]}
+        arguments.json.write_text(json.dumps(numbers, indent=1))
+
+
+def _calibrate(arguments: argparse.Namespace, model: Any) -> None:
+    path = cache_file(arguments.cache)
+    found = calibrate_costs(
+        model, path, tokens=arguments.tokens, seconds=arguments.seconds, force=arguments.force
+    )
+    print(f"{machine()}, {arguments.device}. Cost: the sparse op over dense products, at an executed share.")
+    for costs in found:
+        layer = costs.layer
+        shape = f"d {layer.d}, {layer.experts} experts of {layer.expert_size}{', GLU' if layer.gated else ''}"
+        print(f"\n{shape}, {costs.dtype}\n{costs_table(costs)}")
+    print(f"\nwrote {path}: layers of these shapes decide by it on this machine")

@@ -1,0 +1,110 @@
+"""Measures what a layer's sparse op costs beside its dense path, and keeps it: `sadmoe bench --calibrate`."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sadmoe import measured, ops, paths
+from sadmoe.dial import converted_layers
+from sadmoe.layer import DynamicKMoE
+from sadmoe.measured import Costs, Curve
+from sadmoe.tables import format_table
+from sadmoe.timing import measure, waiting
+
+TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024)  # measured T; other calls go by the nearest
+SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # measured executed shares
+
+
+def calibrate_costs(
+    model: nn.Module,
+    path: Path,
+    *,
+    tokens: Sequence[int] = TOKENS,
+    seconds: float = 0.2,
+    force: bool = False,
+) -> list[Costs]:
+    """Measures one layer of each shape of a converted model, adds that to the file, and returns it.
+
+    What the file holds of other shapes and devices stays. Without force, shapes that it holds are left out; with it
+    they are measured again, and a damaged file is replaced. This process reads the user's file again.
+    Raises FileExistsError where there is nothing to measure, ValueError where the file is damaged.
+    """
+    shapes = {layer.shape: layer for layer in converted_layers(model).values()}
+    known = _read(path, force)
+    todo = [layer for layer in shapes.values() if force or _key(layer) not in known]
+    if not todo:
+        raise FileExistsError(
+            f"{path} holds this model's shapes on this device already: measure them again with --force"
+        )
+    found = [measure_costs(layer, tokens, seconds=seconds) for layer in todo]
+    measured.write(path, (known | {costs.key: costs for costs in found}).values())
+    paths.use_costs(None)
+    return found
+
+
+def measure_costs(
+    layer: DynamicKMoE,
+    tokens: Sequence[int] = TOKENS,
+    shares: Sequence[float] = SHARES,
+    seconds: float = 0.2,
+) -> Costs:
+    """What the sparse op costs beside the dense path in this layer, with its weights, on random tokens and masks.
+
+    Masks are independent of the router, so that they have the share; every token runs an expert. seconds: for each
+    variant at each T. Raises ValueError where a number of tokens is below 1.
+    """
+    if min(tokens) < 1:
+        raise ValueError(f"tokens must be at least 1 in every measured call, got {min(tokens)}")
+    with torch.inference_mode():
+        curves = {T: _curve(layer, T, shares, seconds) for T in tokens}
+    return Costs(*_key(layer), torch.get_num_threads(), curves)
+
+
+def costs_table(costs: Costs) -> str:
+    """The costs of a layer as people read them: op over dense, and up to which executed share the op is taken."""
+    lines = [
+        (str(T), *(f"{cost:.2f} at {share:.0%}" for share, cost in curve), f"{costs.sparse_until(T):.0%}")
+        for T, curve in costs.curves.items()
+    ]
+    width = max(map(len, lines))
+    padded = [(*line[:-1], *[""] * (width - len(line)), line[-1]) for line in lines]
+    return format_table(("tokens", *["cost"] * (width - 2), "sparse until"), padded)
+
+
+def _curve(layer: DynamicKMoE, T: int, shares: Sequence[float], seconds: float) -> Curve:
+    g = torch.Generator().manual_seed(T)
+    device, dtype = layer.w_up.device, layer.w_up.dtype
+    x = torch.randn(T, layer.shape.d, generator=g).to(device, dtype)
+    masks: dict[float, Tensor] = {}
+    for share in shares:
+        mask = torch.rand(T, layer.experts, generator=g) < share
+        mask[torch.arange(T), torch.randint(layer.experts, (T,), generator=g)] = True
+        masks[mask.float().mean().item()] = mask.to(device)
+
+    def routed(way: Callable[[Tensor, Tensor], Tensor], mask: Tensor) -> None:
+        ops.dynamic_k_select(layer.router(x), 0.5)
+        way(x, mask)
+
+    def sparse(x: Tensor, mask: Tensor) -> Tensor:
+        return ops.sparse_experts(x, mask, *layer.expert_weights(), act=layer.act)
+
+    variants = {str(share): partial(routed, sparse, mask) for share, mask in masks.items()}
+    variants["dense"] = partial(routed, layer.masked_dense, masks[min(masks)])
+    times = measure({name: waiting(call, device) for name, call in variants.items()}, seconds)
+    return tuple((share, times[str(share)].median / times["dense"].median) for share in sorted(masks))
+
+
+def _key(layer: DynamicKMoE) -> measured.Key:
+    return paths.device_name(layer.w_up.device), paths.dtype_name(layer.w_up.dtype), layer.shape
+
+
+def _read(path: Path, force: bool) -> dict[measured.Key, Costs]:
+    try:
+        return measured.read(path)
+    except ValueError:
+        if not force:
+            raise
+        return {}

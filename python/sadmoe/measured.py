@@ -1,0 +1,120 @@
+"""Measured costs of the sparse op, in a file: what `sadmoe bench --calibrate` writes and a layer's choice reads.
+
+A cost is seconds of the sparse op over seconds of the dense path for the same tokens and mask, router and selection
+in both: below 1 the op is faster. T tokens, as everywhere.
+"""
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from sadmoe.crossover import Layer
+
+FORMAT = 1
+BUILT_IN = Path(__file__).with_name("cpu_costs.json")
+
+Curve = tuple[tuple[float, float], ...]  # (executed share, cost), shares ascending in (0, 1]
+Key = tuple[str, str, Layer]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """One shape of layer on one device. dtype: torch's name for it; threads: of torch, while it was measured."""
+
+    device: str
+    dtype: str
+    layer: Layer
+    threads: int
+    curves: Mapping[int, Curve]  # by T
+
+    @property
+    def key(self) -> Key:
+        """What it is looked up by. Not the threads: the same call gives the same bits for any number of them."""
+        return self.device, self.dtype, self.layer
+
+    def sparse_until(self, tokens: int, slack: float = 1.0) -> float:
+        """The largest executed share at which the op costs at most `slack`, at the measured T nearest to tokens."""
+        nearest = min(self.curves, key=lambda T: abs(math.log(T / tokens)))
+        return sparse_until(self.curves[nearest], slack)
+
+
+def sparse_until(curve: Curve, slack: float) -> float:
+    """The largest share at which the cost is at most `slack`, 0 where there is none.
+
+    Cost is linear between measured shares. Past the last it is taken to grow as the share does, which overestimates
+    it, as part of it is the router's; below the first it is that of the first.
+    """
+    if curve[0][1] > slack:
+        return 0.0
+    for (low, below), (high, above) in pairwise(curve):
+        if above > slack:
+            return low + (high - low) * (slack - below) / (above - below)
+    share, cost = curve[-1]
+    return min(1.0, share * slack / cost)
+
+
+def cache_file(folder: Path | None = None) -> Path:
+    """The file of this user's measurements: in `folder`, by default `sadmoe` in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    folder = folder or (Path(home) if home else Path.home() / ".cache") / "sadmoe"
+    return folder / "costs.json"
+
+
+def write(path: Path, rows: Iterable[Costs]) -> None:
+    """Replaces the file at once, with its folder made where it is missing."""
+    table = [_plain(row) for row in rows]
+    text = json.dumps({"format": FORMAT, "crc32": _crc32(table), "rows": table}, indent=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_text(text + "\n")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read(path: Path) -> dict[Key, Costs]:
+    """What `write` wrote, {} where there is no file. Raises ValueError that says what to do where it is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        whole = json.loads(path.read_text())
+        if whole["format"] != FORMAT:
+            raise ValueError(f"has format {whole['format']}, this sadmoe reads {FORMAT}")
+        if _crc32(whole["rows"]) != whole["crc32"]:
+            raise ValueError("its checksum is wrong")
+        rows = [_costs(row) for row in whole["rows"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}, the measured costs of layers, is damaged ({error}): delete it, or measure again with "
+            "`sadmoe bench MODEL --calibrate --force`"
+        ) from error
+    return {row.key: row for row in rows}
+
+
+def _plain(row: Costs) -> dict[str, Any]:
+    curves = {str(T): [list(point) for point in curve] for T, curve in row.curves.items()}
+    return {**asdict(row), "curves": curves}
+
+
+def _costs(row: Mapping[str, Any]) -> Costs:
+    """Raises ValueError, KeyError or TypeError where it is not what `_plain` makes."""
+    curves = {int(T): tuple((float(s), float(c)) for s, c in curve) for T, curve in row["curves"].items()}
+    for T, curve in curves.items():
+        shares = [share for share, _ in curve]
+        sane = T > 0 and shares and shares == sorted(set(shares)) and shares[0] > 0 and shares[-1] <= 1
+        if not sane or not all(0 < cost < math.inf for _, cost in curve):
+            raise ValueError(f"the costs at T = {T} are no costs: {curve}")
+    if not curves:
+        raise ValueError("a layer has no costs")
+    return Costs(row["device"], row["dtype"], Layer(**row["layer"]), int(row["threads"]), curves)
+
+
+def _crc32(rows: Any) -> int:
+    return zlib.crc32(json.dumps(rows, sort_keys=True).encode())

@@ -1,0 +1,134 @@
+"""Which path a converted layer takes: the sparse op, or dense products of torch with a mask over the hidden neurons.
+
+Both compute the same function to rounding. The answer is one number, the executed share up to which the op is taken:
+from costs measured on this machine where there are some, from the cost model of the card on a CUDA device, else from
+costs that came with sadmoe.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sadmoe import crossover, measured, ops
+from sadmoe.crossover import Layer
+from sadmoe.measured import Costs, Key
+from sadmoe.timing import processor
+
+WORTH = 1.1  # how many times faster dense must be where nobody asked for it
+
+_costs: dict[Key, Costs] | None = None  # None: the user's file has not been read
+
+
+def use_costs(rows: Iterable[Costs] | None) -> None:
+    """Decide by these measurements in this process; None: by the user's file, read at the next decision.
+
+    use_costs(measured.read(measured.cache_file(folder)).values())
+    """
+    global _costs
+    _costs = None if rows is None else {row.key: row for row in rows}
+
+
+@lru_cache
+def device_name(device: torch.device) -> str:
+    """What measurements hold for: processor or card, kernels and torch."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"{processor()}, kernels {ops.cpu_isas()[0]}, torch {torch.__version__}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """float32, bfloat16, ..."""
+    return str(dtype).removeprefix("torch.")
+
+
+def sparse_until(layer: Layer, tokens: int, device: torch.device, dtype: torch.dtype, slack: float) -> float:
+    """The executed share up to which the sparse op takes at most `slack` times what the dense path takes.
+
+    tokens >= 1. Reads the user's file of measurements at the first call of a process, and raises ValueError where it is
+    damaged. Waits for no device.
+    """
+    found = _table().get((device_name(device), dtype_name(dtype), layer))
+    if found is not None:
+        return found.sparse_until(tokens, slack)
+    if device.type == "cuda":
+        card = crossover.card_for(torch.cuda.get_device_capability(device))
+        return crossover.crossover(layer, tokens, card, masked=True, slack=slack)
+    nearest = _nearest_built_in(layer, dtype)
+    return 1.0 if nearest is None else nearest.sparse_until(tokens, slack)
+
+
+class ShareHint:
+    """The executed share of an earlier call on a CUDA device, brought to the host without waiting for the device.
+
+    Under graph capture it stays what it is.
+    """
+
+    EVERY = 16  # calls; counting adds two small kernels to one that is counted
+
+    def __init__(self) -> None:
+        self._gate: Any = None
+        self._calls = 0
+        self._share: float | None = None
+        self._arriving: Callable[[], float | None] | None = None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return ShareHint, ()  # a copy of a layer learns its own
+
+    def read(self, gate: Any) -> float | None:
+        """The share under this gate, None where none has arrived."""
+        if gate != self._gate:
+            self._gate, self._calls, self._share, self._arriving = gate, 0, None, None
+        if self._arriving is not None and not _capturing():
+            arrived = self._arriving()
+            if arrived is not None:
+                self._share, self._arriving = arrived, None
+        return self._share
+
+    def wanted(self) -> bool:
+        """Whether this call should be counted: `send` its mask. Asked once a call."""
+        if self._arriving is not None or _capturing():
+            return False
+        self._calls += 1
+        return self._share is None or self._calls % self.EVERY == 0
+
+    def send(self, mask: Tensor) -> None:
+        """Starts to count mask [T, E]."""
+        self._arriving = _on_its_way(mask)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
+
+
+def _on_its_way(mask: Tensor) -> Callable[[], float | None]:
+    """What returns the share of the mask once the device has counted it, None before."""
+    pairs = mask.numel()
+    with torch.cuda.device(mask.device):
+        count = torch.empty((), dtype=torch.int64, pin_memory=True)
+        count.copy_(mask.sum(), non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+    return lambda: int(count) / pairs if done.query() else None
+
+
+def _table() -> dict[Key, Costs]:
+    global _costs
+    if _costs is None:
+        _costs = measured.read(measured.cache_file())
+    return _costs
+
+
+@lru_cache(maxsize=256)
+def _nearest_built_in(layer: Layer, dtype: torch.dtype) -> Costs | None:
+    """Of the measurements that came with sadmoe those of the likest shape, None where there are none of that dtype."""
+    rows = [row for row in measured.read(measured.BUILT_IN).values() if row.dtype == dtype_name(dtype)]
+
+    def unlike(row: Costs) -> float:
+        sizes = [(each.d, each.neurons, each.expert_size, each.inputs) for each in (layer, row.layer)]
+        return sum(abs(math.log(a / b)) for a, b in zip(*sizes, strict=True))
+
+    return min(rows, key=unlike, default=None)

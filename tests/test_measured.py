@@ -1,0 +1,294 @@
+"""The file of measured costs, measuring them, and `sadmoe bench` on a tiny model of a local folder."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from converted import converted, random_layer
+from sadmoe import cli, hf, measure_costs, measured, paths
+from sadmoe.bench import WHOLE, compare, random_batch, table
+from sadmoe.crossover import Layer
+from sadmoe.dial import converted_layers, set_tau
+from sadmoe.gates import DynamicK, TopK
+from sadmoe.measured import Costs, sparse_until
+from sadmoe.timing import Timing
+from tiny_models import TINY
+
+LAYER = Layer(24, 24, 8, 5, 16, False, 4)
+CURVES = {1: ((0.25, 0.6), (0.5, 1.2)), 16: ((0.1, 0.5),)}
+ROW = Costs("a processor", "float32", LAYER, 2, CURVES)
+
+
+@pytest.fixture(autouse=True)
+def user(monkeypatch, tmp_path):
+    """A user whose cache folder is empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    paths.use_costs(None)
+    yield tmp_path / "cache/sadmoe/costs.json"
+    paths.use_costs(None)
+
+
+# ---------------------------------------------------------------- costs and their file
+
+
+@pytest.mark.parametrize(
+    ("curve", "slack", "until"),
+    [
+        (((0.25, 0.6), (0.5, 1.2), (1.0, 2.0)), 1.0, 0.25 + 0.25 * 0.4 / 0.6),  # between two
+        (((0.25, 0.6), (0.5, 1.2)), 1.2, 0.5),
+        (((0.25, 0.6), (0.5, 1.2)), 2.4, 1.0),
+        (((0.25, 0.5),), 1.0, 0.5),  # past the last: as the share grows
+        (((0.25, 0.1),), 1.0, 1.0),
+        (((0.25, 1.01),), 1.0, 0.0),  # at no measured share
+        (((0.25, 1.01), (0.5, 0.9)), 1.0, 0.0),
+        (((0.25, 0.9), (0.5, 1.1), (1.0, 0.8)), 1.0, 0.375),  # the first crossing
+    ],
+)
+def test_where_the_op_begins_to_cost_more(curve, slack, until):
+    assert sparse_until(curve, slack) == pytest.approx(until)
+
+
+def test_a_file_gives_back_what_was_written_and_nothing_is_there_before(tmp_path):
+    path = tmp_path / "new folder" / "costs.json"
+    assert measured.read(path) == {}
+    other = dataclasses.replace(ROW, dtype="bfloat16")
+    measured.write(path, [ROW, other])
+    assert measured.read(path) == {ROW.key: ROW, other.key: other}
+    assert [file.name for file in path.parent.iterdir()] == ["costs.json"]
+
+
+def test_what_came_with_sadmoe_can_be_read():
+    (row,) = measured.read(measured.BUILT_IN).values()
+    assert row.dtype == "float32"
+    assert 0.3 < row.sparse_until(1) < row.sparse_until(4096) < 1
+
+
+def damage(how, path):
+    text = path.read_text()
+    whole = json.loads(text)
+    if how == "cut short":
+        return text[: len(text) // 2]
+    if how == "empty":
+        return ""
+    if how == "a cost changed":
+        return text.replace("0.6", "0.7")
+    if how == "newer":
+        return json.dumps(whole | {"format": 2})
+    if how == "not a table":
+        return "[1, 2]"
+    rows = whole["rows"]
+    if how == "a negative cost":
+        rows[0]["curves"]["1"][0][1] = -1.0
+    if how == "no costs":
+        rows[0]["curves"] = {}
+    if how == "shares in no order":
+        rows[0]["curves"]["1"].reverse()
+    if how == "a key is missing":
+        del rows[0]["device"]
+    return json.dumps(whole | {"crc32": measured._crc32(rows)})
+
+
+DAMAGES = {
+    "cut short": "",
+    "empty": "",
+    "a cost changed": "its checksum is wrong",
+    "newer": "has format 2, this sadmoe reads 1",
+    "not a table": "",
+    "a negative cost": "the costs at T = 1 are no costs",
+    "no costs": "a layer has no costs",
+    "shares in no order": "the costs at T = 1 are no costs",
+    "a key is missing": "'device'",
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_file_is_never_used(how, user):
+    measured.write(user, [ROW])
+    user.write_text(damage(how, user))
+    with pytest.raises(ValueError, match=rf"costs.json.* is damaged \(.*{DAMAGES[how]}.*--calibrate --force"):
+        measured.read(user)
+    layer = random_layer(gate=DynamicK(0.2), batch_invariant=False)
+    with torch.no_grad(), pytest.raises(ValueError, match="is damaged"):
+        layer(torch.randn(3, 24))
+    layer.batch_invariant = True
+    layer(torch.randn(3, 24))  # does not ask
+
+
+def test_the_users_file_is_read_at_the_first_decision_of_a_process(user):
+    layer = random_layer(gate=DynamicK(0.2), batch_invariant=False)
+    device = paths.device_name(torch.device("cpu"))
+    measured.write(user, [Costs(device, "float32", layer.shape, 1, {1: ((0.01, 9.0),)})])
+    with torch.no_grad():
+        assert layer.takes_dense_path(torch.randn(3, 24))
+        user.write_text("damaged later")
+        assert layer.takes_dense_path(torch.randn(3, 24))
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def test_costs_are_measured_at_the_shares_of_the_masks_and_both_paths_run(monkeypatch):
+    layer = random_layer(gate=TopK(2)).eval()
+    ran = []
+
+    def half_of_dense(variants, seconds):
+        for name, call in variants.items():
+            call()
+            ran.append(name)
+        return {name: Timing(2.0 if name == "dense" else 1.0, 0.0) for name in variants}
+
+    monkeypatch.setattr(measure_costs, "measure", half_of_dense)
+    costs = measure_costs.measure_costs(layer, tokens=(1, 64), shares=(0.25, 1.0))
+    assert costs.key == (paths.device_name(torch.device("cpu")), "float32", layer.shape)
+    assert costs.curves.keys() == {1, 64}
+    (low, cost), (high, _) = costs.curves[64]
+    assert low == pytest.approx(0.32, abs=0.06)  # a quarter, and an expert for every token
+    assert (high, cost) == (1.0, 0.5)
+    assert len(ran) == 2 * 3
+    assert "0.50 at 100%" in measure_costs.costs_table(costs)
+
+
+QUICK = {"tokens": (1, 3), "seconds": 0.0}
+
+
+def test_every_shape_is_measured_once_kept_beside_others_and_again_only_by_force(user):
+    model = converted("bert")
+    measured.write(user, [ROW])
+    (found,) = measure_costs.calibrate_costs(model, user, **QUICK)
+    first, *_ = converted_layers(model).values()
+    assert found.layer == first.shape
+    assert measured.read(user) == {ROW.key: ROW, found.key: found}
+    before = user.read_bytes()
+    with pytest.raises(FileExistsError, match=r"holds this model's shapes .* --force"):
+        measure_costs.calibrate_costs(model, user, **QUICK)
+    assert user.read_bytes() == before
+    (again,) = measure_costs.calibrate_costs(model, user, force=True, **QUICK)
+    assert measured.read(user) == {ROW.key: ROW, again.key: again}
+    assert again.curves != found.curves  # two measurements
+    measure_costs.calibrate_costs(model.bfloat16(), user, **QUICK)
+    assert len(measured.read(user)) == 3
+
+
+def test_a_damaged_file_is_measured_again_only_by_force(user):
+    user.parent.mkdir(parents=True)
+    user.write_text("{}")
+    with pytest.raises(ValueError, match="is damaged"):
+        measure_costs.calibrate_costs(converted("bert"), user, **QUICK)
+    assert user.read_text() == "{}"
+    measure_costs.calibrate_costs(converted("bert"), user, force=True, **QUICK)
+    assert len(measured.read(user)) == 1
+
+
+def test_a_model_and_its_layers_are_compared_at_their_own_gates_and_others():
+    model, batch = converted("bert"), TINY["bert"].batch()
+    set_tau(model, 0.4)
+    layers = converted_layers(model)
+    gates = [layer.gate for layer in layers.values()]
+    rows = compare(model, batch, [0.0, 0.9], seconds=0.0)
+    assert [layer.gate for layer in layers.values()] == gates
+    assert [(row.name, row.tau) for row in rows] == [
+        (name, tau) for name in (*layers, WHOLE) for tau in (None, 0.0, 0.9)
+    ]
+    for own, zero, high in zip(*[iter(rows)] * 3, strict=True):
+        assert zero.share == 1.0 > own.share > high.share
+        assert own.dense is zero.dense
+        assert own.tokens == 18
+        assert own.faster == own.dense.median / own.ours.median > 0
+    assert f"{rows[-1].share:.1%}" in table(rows).splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "vit", "llama"])
+def test_random_inputs_fit_the_model(name):
+    model = TINY[name].model()
+    with torch.no_grad():
+        model(**random_batch(model, 2, 5))
+    with pytest.raises(NotImplementedError, match="Linear takes neither token ids nor images"):
+        random_batch(torch.nn.Linear(2, 2), 2, 5)
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    pytest.importorskip("transformers")
+    path = tmp_path_factory.mktemp("models") / "moe"
+    model = converted("bert")
+    hf.describe_to_transformers(model)
+    set_tau(model, 0.3)
+    model.save_pretrained(path)
+    return path
+
+
+SMALL = ["--batch-size", "2", "--max-length", "6", "--seconds", "0"]
+
+
+def test_bench_times_layers_and_model_beside_dense(folder, tmp_path, capsys):
+    numbers = tmp_path / "numbers.json"
+    argv = ["bench", str(folder), *SMALL, "--tau", "0.9", "--json", str(numbers)]
+    assert cli.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(WHOLE) == 2
+    assert "saved" in printed
+    assert len(json.loads(numbers.read_text())["rows"]) == 6
+    assert cli.main(argv) == 2
+    assert "is there already: choose another, or replace it with --force" in capsys.readouterr().err
+    assert cli.main([*argv, "--force", "--batch-invariant", "yes", "--dtype", "bfloat16"]) == 0
+    assert "bfloat16, cpu" in capsys.readouterr().out
+
+
+def test_calibrate_says_what_it_wrote_and_later_runs_use_it(folder, user, tmp_path, capsys):
+    argv = ["bench", str(folder), "--calibrate", "--seconds", "0", "--tokens", "1"]
+    assert cli.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert f"wrote {user}" in printed
+    assert "d 24, 6 experts of 10, float32" in printed
+    (row,) = measured.read(user).values()
+    assert cli.main(argv) == 2
+    assert "measure them again with --force" in capsys.readouterr().err
+    assert cli.main([*argv, "--force"]) == 0
+    here = tmp_path / "here"
+    assert cli.main([*argv, "--cache", str(here)]) == 0
+    dense = dataclasses.replace(row, curves={1: ((0.01, 9.0),)})
+    measured.write(here / "costs.json", [dense])
+    capsys.readouterr()
+    argv = ["bench", str(folder), *SMALL, "--batch-invariant", "no", "--cache", str(here)]
+    assert cli.main(argv) == 0
+    assert "2 of 2" in capsys.readouterr().out
+    (here / "costs.json").write_text("")
+    assert cli.main(argv) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--device", "cuda:7"], "--device cuda:7: torch .* sees no CUDA device here"),
+        (["--tau", "1.5"], r"tau must be in \[0, 1\]"),
+        (["--calibrate", "--tokens", "4", "0"], "tokens must be at least 1 in every measured call, got 0"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_a_mistake_is_one_line_and_exit_status_2(folder, capsys, more, message):
+    assert cli.main(["bench", str(folder), *SMALL, *more]) == 2
+    capture = capsys.readouterr()
+    assert re.search(message, capture.err)
+    assert "Traceback" not in capture.err
+
+
+def test_a_dense_model_is_refused(tmp_path, capsys):
+    TINY["bert"].model().save_pretrained(tmp_path)
+    for more in ([], ["--calibrate"]):
+        assert cli.main(["bench", str(tmp_path), *SMALL, *more]) == 2
+        assert "has no converted layer: convert it first" in capsys.readouterr().err
+
+
+def test_help_teaches(user, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", "--help"])
+    assert stop.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--calibrate" in printed
+    assert "batch_invariant=False" in printed

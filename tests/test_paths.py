@@ -1,0 +1,545 @@
+"""Which path a layer takes, from costs that are given to it, and that both paths compute the same thing."""
+
+import copy
+import dataclasses
+import itertools
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from converted import converted, random_layer, random_rows
+from problems import assert_as_good_as_torch, in_double
+from sadmoe import crossover, measured, ops, paths, reference
+from sadmoe.dial import converted_layers, set_batch_invariant, set_tau
+from sadmoe.gates import DynamicK, TopK
+from sadmoe.layer import DynamicKMoE
+from sadmoe.measured import Costs
+from tiny_models import TINY, call
+from torch.utils.flop_counter import FlopCounterMode
+
+CPU = torch.device("cpu")
+ALWAYS_DENSE, NEVER_DENSE = {1: ((0.01, 50.0),)}, {1: ((1.0, 0.01),)}
+HALF = {1: ((0.25, 0.6), (0.75, 1.4))}  # as fast at an executed share of a half
+
+
+@pytest.fixture(autouse=True)
+def as_found():
+    yield
+    paths.use_costs(None)
+
+
+@pytest.fixture(autouse=True)
+def no_cache_of_this_user(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def give(layer, curves, device=CPU):
+    """Makes `curves` what was measured of the layer's shape."""
+    dtype = paths.dtype_name(layer.w_up.dtype)
+    paths.use_costs([Costs(paths.device_name(device), dtype, layer.shape, 1, curves)])
+
+
+def layer_of(dtype=torch.float32, tau=0.3, **kw):
+    layer = random_layer(gate=DynamicK(tau), **kw).to(dtype).eval()
+    give(layer, ALWAYS_DENSE)
+    return layer
+
+
+def by_hand(layer, x):
+    mask = layer.gate.mask(layer.router(x))
+    return reference.sparse_experts(x, mask, *layer.expert_weights(), act=layer.act)
+
+
+def called(monkeypatch):
+    """The names of the ops and paths that run from here on."""
+    names = []
+
+    def spy(owner, name):
+        original = getattr(owner, name)
+
+        def run(*args, **kwargs):
+            names.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, run)
+
+    for name in ("dynamic_k_moe", "sparse_experts", "router_scores"):
+        spy(ops, name)
+    spy(DynamicKMoE, "masked_dense")
+    return names
+
+
+# ---------------------------------------------------------------- both paths compute the same
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("act", list(reference.ACTIVATIONS))
+def test_the_dense_path_is_as_good_as_torch_at_what_the_op_computes(act, gated, dtype):
+    layer = layer_of(dtype, act=act, gated=gated, d_out=10)
+    layer.batch_invariant = False
+    for T in (33, 65):  # of fewer, torch's largest error may be small by luck
+        x = random_rows(T).to(dtype)
+        with torch.no_grad():
+            assert layer.takes_dense_path(x)
+            ours, wanted = layer(x), by_hand(layer, x)
+            args = in_double([x, layer.mask(x), *layer.expert_weights()])
+            assert_as_good_as_torch(ours, wanted, reference.sparse_experts(*args, act=act))
+
+
+def test_experts_outside_the_mask_leave_nothing_behind_not_even_nan():
+    layer = layer_of()
+    layer.batch_invariant = False
+    x = random_rows(40)
+    with torch.no_grad():
+        mask = layer.mask(x)
+        layer.w_up[3] = float("nan")
+        y = layer(x)
+    assert mask[:, 3].any()
+    assert not mask[:, 3].all()
+    assert torch.equal(y.isnan().any(1), mask[:, 3])
+
+
+def test_the_dense_path_is_what_the_cuda_kernels_compute(backend):
+    layer = layer_of(torch.bfloat16)
+    x = random_rows(70).bfloat16()
+    with torch.no_grad():
+        theirs = backend.dynamic_k_moe(
+            x, layer.router.v1, layer.router.v2, *layer.expert_weights(), tau=0.3, act=layer.act
+        )
+        args = [x, layer.mask(x), *layer.expert_weights()]
+        truth = reference.sparse_experts(*in_double(args), act=layer.act)
+        assert_as_good_as_torch(theirs, layer.masked_dense(x, layer.mask(x)), truth)
+
+
+# ---------------------------------------------------------------- what decides
+
+
+@pytest.mark.parametrize(
+    ("dtype", "batch_invariant", "dense"),
+    [
+        (torch.float32, None, False),
+        (torch.float32, True, False),
+        (torch.float32, False, True),
+        (torch.bfloat16, None, True),
+        (torch.bfloat16, True, False),
+        (torch.bfloat16, False, True),
+        (torch.float16, None, True),
+    ],
+    ids=str,
+)
+def test_float32_takes_the_dense_path_only_when_asked_and_16_bits_unless_told_not_to(
+    monkeypatch, dtype, batch_invariant, dense
+):
+    layer = layer_of(dtype)
+    layer.batch_invariant = batch_invariant
+    x, names = random_rows(9).to(dtype), called(monkeypatch)
+    with torch.no_grad():
+        layer(x)
+    assert names == (["router_scores", "masked_dense"] if dense else ["dynamic_k_moe"])
+
+
+def test_unasked_dense_must_be_a_tenth_faster():
+    layer = layer_of(torch.bfloat16, tau=1e-6)  # nearly every expert
+    x = random_rows(9).bfloat16()
+    share = layer.mask(x).float().mean().item()
+    for cost, unasked, asked in ((1.05, False, True), (1.15, True, True), (0.95, False, False)):
+        give(layer, {1: ((share * 0.99, cost), (1.0, cost * 1.001))})
+        with torch.no_grad():
+            layer.batch_invariant = None
+            assert layer.takes_dense_path(x) == unasked, cost
+            layer.batch_invariant = False
+            assert layer.takes_dense_path(x) == asked, cost
+
+
+def test_the_share_of_the_call_itself_decides_on_the_cpu(monkeypatch):
+    layer = layer_of()
+    layer.batch_invariant = False
+    give(layer, HALF)
+    x, names = random_rows(50), called(monkeypatch)
+    ways = set()
+    with torch.no_grad():
+        for tau in (0.05, 0.2, 0.4, 0.6, 0.9):
+            layer.gate = DynamicK(tau)
+            share = layer.mask(x).float().mean().item()
+            names.clear()
+            y = layer(x)
+            assert names == ["router_scores", "masked_dense" if share > 0.5 else "sparse_experts"]
+            ways.add(names[-1])
+            torch.testing.assert_close(y, by_hand(layer, x))
+    assert len(ways) == 2
+
+
+def test_the_choice_on_the_cpu_does_not_remember_earlier_calls():
+    layer = layer_of(torch.bfloat16)
+    give(layer, HALF)
+    few, many = DynamicK(0.9), DynamicK(0.01)
+    x = random_rows(50).bfloat16()
+    with torch.no_grad():
+        layer.gate = few
+        first = layer(x)
+        layer.gate = many
+        assert layer.takes_dense_path(x)
+        layer(x)
+        layer.gate = few
+        assert not layer.takes_dense_path(x)
+        assert torch.equal(layer(x), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_by_default_in_float32_and_always_when_asked_a_token_does_not_depend_on_its_neighbours(dtype):
+    layer = layer_of(dtype, d=64, experts=16, expert_size=16)
+    layer.batch_invariant = None if dtype == torch.float32 else True
+    x = random_rows(70, 64).to(dtype)
+    with torch.no_grad():
+        for tau in (0.3, 0.01):
+            layer.gate = DynamicK(tau)
+            whole = layer(x)
+            for rows in (slice(0, 1), slice(3, 10), slice(5, 70)):
+                assert torch.equal(layer(x[rows]), whole[rows])
+
+
+def test_batch_invariant_holds_at_tau_zero_too(monkeypatch):
+    layer = layer_of(tau=0.0)
+    x, names = random_rows(9), called(monkeypatch)
+    with torch.no_grad():
+        dense = layer(x)
+        assert names == []
+        assert layer.takes_dense_path(x)
+        layer.batch_invariant = True
+        y = layer(x)
+        assert names == ["dynamic_k_moe"]
+        assert not layer.takes_dense_path(x)
+        torch.testing.assert_close(y, dense)
+        assert torch.equal(layer(x[2:3]), y[2:3])
+
+
+def test_top_k_is_counted_like_any_mask(monkeypatch):
+    layer = layer_of()
+    layer.batch_invariant = False
+    give(layer, HALF)
+    x, names = random_rows(9), called(monkeypatch)
+    for k, way in ((2, "sparse_experts"), (7, "masked_dense")):
+        layer.gate = TopK(k)
+        names.clear()
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), by_hand(layer, x))
+        assert names[:2] == ["router_scores", way]
+
+
+def test_the_nearest_measured_number_of_tokens_counts():
+    layer = layer_of()
+    layer.batch_invariant = False
+    give(layer, {1: NEVER_DENSE[1], 64: ALWAYS_DENSE[1]})
+    with torch.no_grad():
+        dense = [layer.takes_dense_path(random_rows(T)) for T in (1, 7, 9, 500)]
+    assert dense == [False, False, True, True]
+
+
+def test_measurements_of_another_shape_dtype_or_device_do_not_count():
+    layer = layer_of()
+    layer.batch_invariant = False
+    row = Costs(paths.device_name(CPU), "float32", layer.shape, 1, ALWAYS_DENSE)
+    tau_of_a_few = DynamicK(0.95)  # so few that costs that came with sadmoe say sparse
+    layer.gate = tau_of_a_few
+    others = [
+        dataclasses.replace(row, device="another processor"),
+        dataclasses.replace(row, dtype="bfloat16"),
+        dataclasses.replace(row, layer=dataclasses.replace(layer.shape, d=25)),
+    ]
+    with torch.no_grad():
+        paths.use_costs(others)
+        assert not layer.takes_dense_path(random_rows(9))
+        paths.use_costs([*others, row])
+        assert layer.takes_dense_path(random_rows(9))
+
+
+def test_without_measurements_those_that_came_with_sadmoe_decide_in_float32_and_nothing_in_16_bits():
+    paths.use_costs([])
+    layer = random_layer(gate=DynamicK(1e-6))  # nearly every expert
+    layer.batch_invariant = False
+    x = random_rows(40)
+    (built_in,) = measured.read(measured.BUILT_IN).values()
+    until = paths.sparse_until(layer.shape, 40, CPU, torch.float32, 1.0)
+    assert until == built_in.sparse_until(40)
+    assert 0 < until < 1
+    with torch.no_grad():
+        assert layer.takes_dense_path(x)
+        assert not layer.bfloat16().takes_dense_path(x.bfloat16())
+
+
+# ---------------------------------------------------------------- what keeps the op
+
+
+def test_gradients_flow_through_the_op(monkeypatch):
+    layer = layer_of().train()
+    layer.batch_invariant = False
+    names = called(monkeypatch)
+    y = layer(random_rows(9))
+    assert names == ["dynamic_k_moe"]
+    y.sum().backward()
+    assert layer.w_up.grad.abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("strict", [False, True])
+def test_compiled_and_exported_graphs_take_the_op_with_any_number_of_tokens(strict):
+    layer = layer_of()
+    layer.batch_invariant = False
+    x = random_rows(6)
+    with torch.no_grad():
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+        shapes = {"x": {0: torch.export.Dim("T")}}
+        exported = torch.export.export(layer, (x,), dynamic_shapes=shapes, strict=strict)
+        assert any("dynamic_k_moe" in str(node.target) for node in exported.graph.nodes)
+        for T in (6, 3, 17):
+            x = random_rows(T, seed=T)
+            layer.batch_invariant = True
+            op = layer(x)
+            layer.batch_invariant = False
+            assert layer.takes_dense_path(x)
+            assert torch.equal(compiled(x), op)
+            assert torch.equal(exported.module()(x), op)
+        traced = torch.jit.trace(layer, (x,), check_trace=False)
+        assert torch.equal(traced(random_rows(5)), compiled(random_rows(5)))
+
+
+def test_meta_tensors_fake_tensors_and_no_tokens_take_the_op(monkeypatch):
+    layer = layer_of()
+    layer.batch_invariant = False
+    names = called(monkeypatch)
+    with torch.no_grad():
+        assert layer(torch.empty(0, 24)).shape == (0, 24)
+        assert names == ["dynamic_k_moe"]
+        assert copy.deepcopy(layer).to("meta")(torch.empty(5, 24, device="meta")).shape == (5, 24)
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert layer(mode.from_tensor(random_rows(5))).shape == (5, 24)
+    assert names == ["dynamic_k_moe"] * 3
+
+
+def test_autocast_decides_by_the_dtype_it_computes_in():
+    layer = layer_of()
+    x = random_rows(9)
+    low = dataclasses.replace(layer.shape, bytes_each=2)
+    paths.use_costs([Costs(paths.device_name(CPU), "bfloat16", low, 1, ALWAYS_DENSE)])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer.takes_dense_path(x)
+        dense = layer(x)
+        layer.batch_invariant = True
+        assert not layer.takes_dense_path(x)
+        op = layer(x)
+    assert dense.dtype == op.dtype == torch.bfloat16
+    torch.testing.assert_close(dense, op, rtol=0.05, atol=0.05)  # bfloat16 rounds to 0.004, hidden and sums
+    with torch.no_grad():
+        layer.batch_invariant = None
+        assert not layer.takes_dense_path(x)
+
+
+def test_the_dense_path_counts_the_flops_it_runs():
+    layer = layer_of()
+    x, (E, s, d) = random_rows(9), layer.w_up.shape
+    router = 2 * 9 * layer.router.v1.shape[0] * (d + E)
+
+    def counted():
+        with FlopCounterMode(display=False) as count, torch.no_grad():
+            layer(x)
+        return count.get_total_flops()
+
+    pairs = int(layer.mask(x).sum())
+    assert counted() == router + 2 * pairs * s * 2 * d
+    layer.batch_invariant = False
+    assert counted() == router + 2 * 9 * E * s * 2 * d
+    assert pairs < 9 * E
+
+
+# ---------------------------------------------------------------- a whole model
+
+
+def test_one_call_sets_a_whole_model():
+    model, batch = converted("bert"), TINY["bert"].batch()
+    set_tau(model, 0.3)
+    first = next(iter(converted_layers(model).values()))
+    give(first, ALWAYS_DENSE)
+    with torch.no_grad():
+        wanted = call(model, batch)
+        set_batch_invariant(model, False, expected_share=0.4)
+        assert {(m.batch_invariant, m.expected_share) for m in converted_layers(model).values()} == {
+            (False, 0.4)
+        }
+        assert first.takes_dense_path(torch.randn(3, first.shape.d))
+        torch.testing.assert_close(call(model, batch), wanted, rtol=1e-4, atol=1e-4)
+        set_batch_invariant(model, True)
+        assert torch.equal(call(model, batch), wanted)
+    with pytest.raises(ValueError, match=r"expected_share must be in \[0, 1\], got 1.5"):
+        set_batch_invariant(model, True, expected_share=1.5)
+    with pytest.raises(ValueError, match="has no converted layer"):
+        set_batch_invariant(torch.nn.Linear(2, 2), True)
+
+
+# ---------------------------------------------------------------- CUDA, with a card that is not there
+
+
+class Card:
+    """A CUDA device as far as the choice sees it; what is queued arrives when the test says so."""
+
+    def __init__(self, monkeypatch):
+        self.capturing, self.counted = False, []
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a card")
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(paths, "_on_its_way", self.send)
+        paths.device_name.cache_clear()
+
+    def send(self, mask):
+        self.counted.append(None)
+        index, share = len(self.counted) - 1, mask.float().mean().item()
+        self.arrive = lambda: self.counted.__setitem__(index, share)
+        return lambda: self.counted[index]
+
+
+@pytest.fixture
+def card(monkeypatch):
+    paths.device_name.cache_clear()
+    yield Card(monkeypatch)
+    paths.device_name.cache_clear()
+
+
+CUDA = torch.device("cuda", 0)
+WIDE = crossover.Layer(2048, 2048, 128, 128, 128, gated=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_on_cuda_the_cost_model_answers_and_measurements_take_its_place(card, dtype):
+    paths.use_costs([])
+    shape = dataclasses.replace(WIDE, bytes_each=dtype.itemsize)
+    h100 = crossover.card_for((9, 0))
+    for tokens, share in itertools.product((1, 64, 512, 8192), (0.01, 0.25, 0.5, 0.9, 1.0)):
+        until = paths.sparse_until(shape, tokens, CUDA, dtype, 1.0)
+        dense = crossover.choose(shape, tokens, share, h100, masked=True) == "dense"
+        assert dense == (until == 0 or share > until), (tokens, share)
+    paths.use_costs([Costs(paths.device_name(CUDA), paths.dtype_name(dtype), shape, 1, HALF)])
+    assert paths.sparse_until(shape, 8192, CUDA, dtype, 1.0) == pytest.approx(0.5)
+
+
+def test_slack_widens_what_the_cost_model_leaves_to_the_op():
+    h100 = crossover.card_for((9, 0))
+    until = [crossover.crossover(WIDE, 8192, h100, True, slack) for slack in (0.9, 1.0, 1.1)]
+    assert until == sorted(until)
+    assert until[0] < until[2]
+
+
+class OnCuda:
+    """As much of 50 tokens on a CUDA device as the choice looks at."""
+
+    device, dtype = CUDA, torch.float32
+
+    def __len__(self):
+        return 50
+
+
+def choices(layer, calls):
+    """What `_choose` says for calls of 50 tokens on a CUDA device that is not there: dense, and whether it counted."""
+    x, found = OnCuda(), []
+    for _ in range(calls):
+        dense, mask = layer._choose(x)
+        found.append((dense, mask is not None))
+    return found
+
+
+@pytest.fixture
+def on_cuda(card, monkeypatch):
+    """A layer whose costs turn at a half, its share 0.25; the mask is computed on the CPU."""
+    layer = layer_of()
+    layer.batch_invariant = False
+    give(layer, HALF, CUDA)
+    monkeypatch.setattr(DynamicKMoE, "_may_choose", lambda self, x: True)
+    mask = torch.arange(8).expand(50, 8) < 2
+    monkeypatch.setattr(layer, "mask", lambda x: mask)
+    return layer, card
+
+
+def test_on_cuda_the_share_of_an_earlier_call_decides_once_it_has_arrived(on_cuda):
+    layer, card = on_cuda
+    assert choices(layer, 3) == [(True, True), (True, False), (True, False)], (
+        "nothing is known: dense is safe"
+    )
+    card.arrive()
+    every = paths.ShareHint.EVERY
+    later = choices(layer, 2 * every)
+    assert not any(dense for dense, _ in later)
+    assert [counted for _, counted in later].count(True) == 1, "and one is on its way, not to be waited for"
+
+
+def test_on_cuda_another_tau_has_another_share(on_cuda):
+    layer, card = on_cuda
+    choices(layer, 1)
+    card.arrive()
+    assert choices(layer, 1) == [(False, False)]
+    layer.gate = DynamicK(0.6)
+    assert choices(layer, 1) == [(True, True)]
+
+
+def test_an_expected_share_takes_the_place_of_earlier_calls(on_cuda):
+    layer, card = on_cuda
+    for share, dense in ((0.4, False), (0.6, True)):
+        layer.expected_share = share
+        assert choices(layer, 2) == [(dense, False)] * 2
+    assert card.counted == []
+
+
+def test_under_graph_capture_nothing_is_counted_and_nothing_asked(on_cuda):
+    layer, card = on_cuda
+    card.capturing = True
+    assert choices(layer, 2) == [(True, False)] * 2
+    card.capturing = False
+    choices(layer, 1)
+    card.arrive()
+    card.capturing = True
+    assert choices(layer, 1) == [(True, False)], "it arrived, but an event may not be asked for now"
+    card.capturing = False
+    assert choices(layer, 1) == [(False, False)]
+    card.capturing = True
+    assert choices(layer, 1) == [(False, False)]
+
+
+def test_on_cuda_the_default_needs_an_expected_share(card):
+    layer = layer_of(torch.bfloat16)
+    give(layer, ALWAYS_DENSE, CUDA)
+    until = partial(layer._sparse_until, 9, CUDA, torch.bfloat16)
+    assert until() == 1.0
+    layer.expected_share = 0.3
+    assert until() == 0.0
+    layer.batch_invariant, layer.expected_share = False, None
+    assert until() == 0.0
+
+
+def test_a_copied_or_pickled_layer_learns_its_own_share(on_cuda):
+    layer, card = on_cuda
+    choices(layer, 1)
+    card.arrive()
+    hint = layer._share_hint
+    assert hint.read(layer.gate) == 0.25
+    for other in (copy.deepcopy(hint), pickle.loads(pickle.dumps(hint))):
+        assert other.read(layer.gate) is None
+
+
+@pytest.mark.cuda
+def test_on_a_real_card_nothing_waits_and_both_paths_agree(cuda):
+    layer = layer_of(torch.bfloat16, d=64, experts=16, expert_size=16).cuda()
+    layer.batch_invariant = False
+    x = random_rows(100, 64).bfloat16().cuda()
+    give(layer, HALF, x.device)
+    with torch.no_grad():
+        layer(x)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = [layer(x) for _ in range(3)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        share = layer.mask(x).float().mean().item()
+        assert layer.takes_dense_path(x) == (share > 0.5)
+        for y in found:
+            torch.testing.assert_close(y, by_hand(layer, x), rtol=0.05, atol=0.05)
