@@ -18,7 +18,7 @@ from sadmoe.batches import evaluating
 from sadmoe.model_report import layer_heat
 from workload import Workload
 
-MICRO = Effort(0.2, 2, 0.2, 0.2, 0.2, 2, 0.2, 60, 1, 8, 4, 0.01, taus=(0.0, 0.1, 1.0), shares=(0.2, 0.5))
+MICRO = Effort(0.2, 2, 0.2, 0.2, 2, 0.2, 60, 1, 8, 4, 0.01, taus=(0.0, 0.1, 1.0), shares=(0.2, 0.5))
 
 
 def batches(n: int, seed: int) -> list[dict]:

@@ -1,6 +1,6 @@
 """The whole method on one workload, and its curves beside those of other methods: what the scripts here share.
 
-    projections of attention -> sparsify -> convert -> layers -> whole -> routers -> routed -> a sweep of every gate
+    projections of attention -> sparsify -> convert -> layers -> routers -> routed -> a sweep of every gate
 
 Each training step saves itself under OUT/state and is not done again, so a killed run goes on when it is started again.
 JSON, PNG and HTML are written anew after every curve.
@@ -115,15 +115,13 @@ class Recipe:
                 model, self.fitted, layers, teacher=sparse, max_tokens=effort.tokens, max_bytes=2**32,
                 checkpoint=run.checkpoint(f"{name} layers"),
             )  # fmt: skip
-        whole = FinetuneConfig(seconds=effort.whole, tau=0.05, ramp=0.0, alpha=0.1, share=0.2, lr=5e-5)
-        self.finetune(model, f"{name} whole", whole)
         self.route(model, f"{name} routers")
         with run.stage(f"{name} calibrate"):
             some = work.train[:: max(1, len(work.train) // CALIBRATED)]
             print(
                 f"tau {calibrate_(model, some, budget=BUDGET).tau:.4f} for {BUDGET:.0%} of the layers' FLOPs"
             )
-        self.finetune(model, f"{name} routed", FinetuneConfig(seconds=effort.routed, tau=None, lr=5e-5))
+        self.finetune(model, f"{name} routed", FinetuneConfig(seconds=effort.routed, tau=None, lr=1e-4))
         return model
 
     def finetune(self, model: nn.Module, step: str, config: FinetuneConfig) -> None:

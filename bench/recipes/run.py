@@ -19,7 +19,6 @@ class Effort:
     projections: int  # updates of each MLP of attention
     sparsify: float
     layers: float
-    whole: float
     routers: int  # updates of each router
     routed: float
     tokens: int  # of each layer, for routers and layers
@@ -32,12 +31,12 @@ class Effort:
 
     def training(self, sizes: int) -> float:
         """Seconds of training alone, for so many expert sizes."""
-        return self.task + self.sparsify + sizes * (self.layers + self.whole + self.routed)
+        return self.task + self.sparsify + sizes * (self.layers + self.routed)
 
 
-TINY = Effort(1, 3, 1, 1, 1, 5, 0.5, 500, 1, 64, 32, 0.05, (0.0, 0.1, 1.0), (0.1, 0.5))
-CPU = Effort(150, 400, 210, 90, 100, 500, 80, 20_000, 4, 12_000, 2_000, 1.5)
-GPU = Effort(600, 3000, 1800, 900, 1200, 3000, 600, 200_000, 1, 60_000, 10_000, 3)
+TINY = Effort(1, 3, 1, 1, 5, 0.5, 500, 1, 64, 32, 0.05, (0.0, 0.1, 1.0), (0.1, 0.5))
+CPU = Effort(120, 400, 200, 80, 500, 130, 20_000, 4, 12_000, 2_000, 1.5)
+GPU = Effort(600, 3000, 1800, 900, 3000, 1200, 200_000, 1, 60_000, 10_000, 3)
 
 
 @dataclass

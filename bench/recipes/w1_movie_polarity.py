@@ -2,7 +2,7 @@
 
 bench/recipes/fetch.sh data && python bench/recipes/w1_movie_polarity.py --data data [--effort tiny|cpu|gpu]
 
---effort cpu, the default, trains for 900 s and is meant to end within 40 minutes on two cores; tiny only shows that all
+--effort cpu, the default, trains for 740 s and is meant to end within 40 minutes on two cores; tiny only shows that all
 of it runs. What is done is told with the seconds since the start, and not done again after a kill.
 """
 
