@@ -6,8 +6,8 @@
 namespace bench {
 namespace {
 
-const char* const kRight[] = {"barrier_between_warps", "warp_operations", "blocks_apart", "copies", "product",
-                              "product_transposed",    "product_tf32",    "bits"};
+const char* const kRight[] = {"barrier_between_warps", "warp_operations", "blocks_apart", "copies",      "product",
+                              "product_transposed",    "product_tf32",    "bits",         "warp_in_step"};
 
 bool passes(const sadmoe::cuda::Case& c) {
   using namespace sadmoe::cuda;
@@ -23,7 +23,7 @@ bool passes(const sadmoe::cuda::Case& c) {
 }  // namespace
 
 int check_conformance() {
-  int failed = 0;
+  int failed = check_hopper();
   for (const char* name : kRight)
     for (const sadmoe::cuda::Case& c : sadmoe::cuda::kCases) {
       if (std::strcmp(c.name, name)) continue;

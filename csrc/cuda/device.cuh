@@ -18,8 +18,8 @@
 #define SADMOE_UNROLL _Pragma("unroll")
 #define SADMOE_ROLLED _Pragma("unroll 1")
 // The block's shared memory as one struct, whose size the launch gives.
-#define SADMOE_SHARED(Type, name)                                  \
-  extern __shared__ __align__(128) unsigned char sadmoe_shared_[]; \
+#define SADMOE_SHARED(Type, name)                                   \
+  extern __shared__ __align__(1024) unsigned char sadmoe_shared_[]; \
   Type& name = *reinterpret_cast<Type*>(sadmoe_shared_)
 
 namespace sadmoe::cuda {
@@ -57,6 +57,7 @@ SADMOE_DEVICE unsigned to_tf32(float v) {
 
 // --- Threads together. A shuffle orders no memory.
 SADMOE_DEVICE void sync_block() { __syncthreads(); }
+SADMOE_DEVICE void sync_warp() { __syncwarp(); }
 template <class T>
 SADMOE_DEVICE T shuffle(T v, int lane) {
   return __shfl_sync(~0u, v, lane);
@@ -124,8 +125,14 @@ SADMOE_DEVICE void multiply_16x8x8(float* sums, const unsigned (&a)[4], unsigned
 struct Grid {
   int64_t x, y = 1;
 };
+constexpr size_t kGivenBytes = 48 << 10;  // of shared memory, to any block; more must be asked for
 template <class Parameters>
 int launch(void (*kernel)(Parameters), Grid grid, int threads, size_t shared_bytes, void* stream, const Parameters& parameters) {
+  if (shared_bytes > kGivenBytes) {
+    const auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    const cudaError_t code = cudaFuncSetAttribute(kernel, most, static_cast<int>(shared_bytes));
+    if (code) return static_cast<int>(code);
+  }
   void* arguments[] = {const_cast<Parameters*>(&parameters)};
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
   return static_cast<int>(
@@ -136,6 +143,12 @@ inline int multiprocessors(int& count) {
   int device = 0;
   const cudaError_t code = cudaGetDevice(&device);
   return static_cast<int>(code ? code : cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+}
+// Of compute capability; 9.0 gives 9.
+inline int capability(int& major) {
+  int device = 0;
+  const cudaError_t code = cudaGetDevice(&device);
+  return static_cast<int>(code ? code : cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
 }
 inline int set_device(int index) { return static_cast<int>(cudaSetDevice(index)); }
 inline const char* error_text(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

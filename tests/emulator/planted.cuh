@@ -41,6 +41,18 @@ SADMOE_KERNEL(32) shuffle_as_barrier(Buffers p) {
   const float other = shuffle_xor(1.0f, 1);
   p.out[thread_index()] = cells[31 - thread_index()] * other;
 }
+SADMOE_KERNEL(32) warp_in_step(Buffers p) {
+  SADMOE_SHARED(Cells, cells);
+  cells[thread_index()] = p.in[thread_index()];
+  sync_warp();
+  p.out[thread_index()] = cells[31 - thread_index()];
+}
+SADMOE_KERNEL(64) warp_as_block(Buffers p) {
+  SADMOE_SHARED(Cells, cells);
+  cells[thread_index()] = p.in[thread_index()];
+  sync_warp();
+  p.out[thread_index()] = cells[63 - thread_index()];
+}
 SADMOE_KERNEL(64) divergent_barrier(Buffers p) {
   if (thread_index() < 32)
     sync_block();
@@ -194,6 +206,8 @@ const Case kCases[] = {
     {"missing_barrier", missing_barrier, 1, 64},
     {"missing_barrier_before_reuse", missing_barrier_before_reuse, 1, 64},
     {"shuffle_as_barrier", shuffle_as_barrier, 1, 32},
+    {"warp_in_step", warp_in_step, 1, 32},
+    {"warp_as_block", warp_as_block, 1, 64},
     {"divergent_barrier", divergent_barrier, 1, 64},
     {"barrier_without_some", barrier_without_some, 1, 64},
     {"warp_operation_without_some", warp_operation_without_some, 1, 32},
