@@ -153,15 +153,28 @@ SADMOE_DEVICE void bring(const HopperUp& p, typename Block::Memory& memory) {
   for (const int64_t steps = step; step < steps + Block::kAhead;) advance();
 }
 
+// By a warp that is done with a stage.
+template <class Block>
+SADMOE_DEVICE void release(typename Block::Memory& memory, int stage) {
+  sync_warp();
+  if (thread_index() % 32 == 0) arrive(memory.empty[stage]);
+}
+
+// A tile without pairs for this warpgroup.
+template <class Block>
+SADMOE_DEVICE void skip(const HopperUp& p, typename Block::Memory& memory, Ring<Block>& ring) {
+  SADMOE_ROLLED
+  for (int64_t k = 0; k < p.up.d; k += Block::kDepth, ring.next()) {
+    wait_barrier(memory.full[ring.stage], ring.parity);
+    release<Block>(memory, ring.stage);
+  }
+}
+
 // A tile's sums, kLive of them, on a warpgroup: [64, kNeurons] each.
 template <class Block, int kLive>
 SADMOE_DEVICE void multiply(const HopperUp& p, typename Block::Memory& memory, Ring<Block>& ring,
                             float (&sums)[2][Block::kSums]) {
   const int first = (thread_index() / kWarpgroup - 1) * Block::kBlockRows;
-  const auto release = [&](int stage) {
-    sync_warp();
-    if (thread_index() % 32 == 0) arrive(memory.empty[stage]);
-  };
   SADMOE_UNROLL
   for (int q = 0; q < kLive; ++q) SADMOE_UNROLL
   for (int i = 0; i < Block::kSums; ++i) sums[q][i] = 0;
@@ -180,12 +193,12 @@ SADMOE_DEVICE void multiply(const HopperUp& p, typename Block::Memory& memory, R
     }
     commit_products();
     wait_products<1>();
-    if (before >= 0) release(before);
+    if (before >= 0) release<Block>(memory, before);
   }
   wait_products<0>();
   SADMOE_UNROLL
   for (int q = 0; q < kLive; ++q) settle(sums[q]);
-  if (before >= 0) release(before);
+  release<Block>(memory, before);
 }
 
 // h of a warp's 16 rows, from `row` of the tile on.
@@ -229,7 +242,7 @@ SADMOE_DEVICE void consume(const HopperUp& p, typename Block::Memory& memory) {
   for (UpWalk<Block> tile(p); tile.next();) {
     float sums[2][Block::kSums];
     if (first >= tile.n)
-      multiply<Block, 0>(p, memory, ring, sums);
+      skip<Block>(p, memory, ring);
     else if (!Block::kGated && first + kNext >= tile.n)
       multiply<Block, 1>(p, memory, ring, sums);
     else
