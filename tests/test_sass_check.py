@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from sass_check import BUDGETS, HOPPER_BUDGETS, Budget, check, parse, short_name
+from sass_check import BUDGETS, HOPPER_BUDGETS, Budget, Kernel, check, parse, short_name
 
 RESOURCES = """
 arch = sm_80
@@ -43,6 +43,14 @@ def test_a_kernel_within_its_budget_passes():
 )
 def test_a_kernel_beyond_its_budget_fails(change, fault):
     assert [text for text in found(**change) if fault in text]
+
+
+@pytest.mark.parametrize(("arch", "wrong"), [("sm_80", []), ("sm_90", ["ACQBULK", "PREEXIT"])])
+def test_decoding_begins_early_where_devices_can(arch, wrong):
+    kernel = Kernel(registers=1, stack=0)
+    assert check({(arch, "plan_decode"): kernel}, {"plan_decode": Budget(1)}, {}) == [
+        f"{arch} plan_decode: lacks {word}" for word in wrong
+    ]
 
 
 def test_products_that_wait_for_each_other_fail():

@@ -107,9 +107,9 @@ int use_device(int index) { return set_device(index); }
 
 int router_scores(View x, const Router& router, const RouterShape& s, const Options& options, float* hidden, float* scores,
                   void* stream) {
-  const int code = project({x, router.v1, s.T, s.d, router.r, Activation::relu, hidden}, options, stream);
+  const int code = project({x, router.v1, s.T, s.d, router.r, Activation::relu, hidden, false}, options, stream);
   if (code) return code;
-  return project({{hidden, DType::f32}, router.v2, s.T, router.r, s.E, Activation::abs, scores}, options, stream);
+  return project({{hidden, DType::f32}, router.v2, s.T, router.r, s.E, Activation::abs, scores, true}, options, stream);
 }
 
 int select(const float* scores, int64_t T, int64_t E, float tau, bool* mask, void* stream) {

@@ -57,6 +57,7 @@ struct Projection {
   int64_t T, depth, columns;
   Activation act;
   float* out;
+  bool early;  // the one of the other layer is just before
 };
 
 // Of 16 bits, in rows that begin on 16 bytes: the same as launching `up`, on a device of capability 9.0. In hopper.cu.

@@ -102,6 +102,9 @@ SADMOE_WORD unsigned ballot(bool v, SADMOE_CALLER) {
   return bits;
 }
 
+SADMOE_WORD void wait_kernel_before() { emulator::wait_kernel_before(); }
+SADMOE_WORD void start_kernel_after() {}
+
 SADMOE_WORD void copy16_async(void* shared, const void* global, int bytes) { emulator::copy_async(shared, global, bytes); }
 SADMOE_WORD void commit_copies() { emulator::commit_copies(); }
 template <int kLeft>
@@ -171,6 +174,7 @@ SADMOE_WORD void multiply_16x8x8(float* sums, const unsigned (&a)[4], unsigned b
 constexpr size_t kGivenBytes = 48 << 10;
 struct Grid {
   int64_t x, y = 1;
+  bool early = false;
 };
 template <class Parameters>
 struct Call {
@@ -184,7 +188,7 @@ struct Call {
 template <class Parameters>
 int launch(void (*kernel)(Parameters), Grid grid, int threads, size_t shared_bytes, void*, const Parameters& parameters) {
   const Call<Parameters> call{kernel, parameters};
-  return emulator::run({grid.x, grid.y, threads, shared_bytes, &Call<Parameters>::run, &call, sizeof call});
+  return emulator::run({grid.x, grid.y, threads, shared_bytes, &Call<Parameters>::run, &call, sizeof call, grid.early});
 }
 inline int multiprocessors(int& count) {
   count = 3;  // few, so that blocks take turns with small problems too

@@ -61,6 +61,7 @@ void Device::fail(const std::string& what, void* pc) {
 void Device::enter() {
   Device& d = device();
   d.launch_->kernel(d.launch_->parameters);
+  if (!d.current_->waited) d.fail("a thread of a kernel launched early returns without wait_kernel_before", nullptr);
   d.current_->state = State::done;
   for (;;) d.leave();
 }
@@ -73,6 +74,7 @@ void Device::start_fibers() {
     for (int i = 0; i < kSavedRegisters; ++i) *--top = nullptr;
     fibers_[t] = Fiber{};
     fibers_[t].stack_pointer = top;
+    fibers_[t].waited = !launch_->early;
   }
   for (Warp& warp : warps_) warp.meetings[0].arrived = warp.meetings[1].arrived = 0;
   waiting_ = 0;
@@ -213,6 +215,7 @@ void Device::sync_warp(const char* file, int line) {
 
 void Device::access(const void* p, size_t n, size_t alignment, Access kind, void* pc) {
   if (on_host(static_cast<const char*>(p))) return check_touch(static_cast<const char*>(p), pc);
+  if (!current_->waited && memory.may_be_written(p)) fail("memory that a kernel writes is touched before wait_kernel_before", pc);
   const std::string what = memory.access(p, n, alignment, kind, position.thread);
   if (!what.empty()) fail(what, pc);
 }
@@ -222,6 +225,7 @@ void* shared_memory() { return device().shared; }
 size_t shared_offset(const void* p) { return static_cast<const char*>(p) - device().shared; }
 void barrier(const char* file, int line) { device().barrier(file, line); }
 const void* meet(const void* bytes, size_t n, const char* file, int line) { return device().meet(bytes, n, file, line); }
+void wait_kernel_before() { device().wait_kernel_before(); }
 void sync_warp(const char* file, int line) { device().sync_warp(file, line); }
 void check_read(const void* p, size_t n, size_t alignment) {
   device().access(p, n, alignment, Access::read, __builtin_return_address(0));

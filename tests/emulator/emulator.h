@@ -17,6 +17,7 @@ struct Position {
 const Position& here();
 void* shared_memory();
 void barrier(const char* file, int line);
+void wait_kernel_before();
 // A meeting of the warp: every lane brings n <= 32 bytes, and gets those of all lanes, one after another.
 const void* meet(const void* bytes, size_t n, const char* file, int line);
 // The same, and what each did before is ordered before what any does after.
@@ -62,6 +63,7 @@ struct Launch {
   void (*kernel)(const void* parameters);
   const void* parameters;
   size_t parameters_bytes;
+  bool early;  // before what the kernels before it write is there
 };
 int run(const Launch& launch);  // 0, or an error that last_error() tells
 const char* last_error();

@@ -51,7 +51,8 @@ struct Fiber {
   State state = State::ready;
   const char* file = "";
   int line = 0;
-  int meetings = 0;  // of its warp that it took part in
+  int meetings = 0;     // of its warp that it took part in
+  bool waited = false;  // for the kernels before
   std::vector<Copy> open;
   std::vector<std::vector<Copy>> commits;
   const Flag* flag = nullptr;  // waited for, until its phase is not of this parity
@@ -86,6 +87,7 @@ class Device {
   void sync_warp(const char* file, int line);
   void access(const void* p, size_t n, size_t alignment, Access kind, void* pc);
   bool running() const { return current_ != nullptr; }
+  void wait_kernel_before() { current_->waited = true; }
 
   void copy_async(void* shared, const void* global, int bytes, void* pc);
   void commit_copies();

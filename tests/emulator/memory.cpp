@@ -70,6 +70,12 @@ std::string Memory::access(const void* p, size_t n, size_t alignment, Access kin
   return {};
 }
 
+bool Memory::may_be_written(const void* p) const {
+  for (const auto& span : spans)
+    if (span->contains(p)) return span->writable;
+  return false;
+}
+
 template <class Body>
 void Memory::each_shared(const void* p, size_t n, Body body) {
   const size_t first = static_cast<const char*>(p) - shared_.begin;

@@ -39,6 +39,8 @@ class Memory {
 
   // Empty, or what is wrong.
   std::string access(const void* p, size_t n, size_t alignment, Access kind, int thread);
+  // Global memory that some kernel may write.
+  bool may_be_written(const void* p) const;
   // Of shared memory: what the copy engine and products must not touch yet, because its writer did not fence.
   std::string unfenced(const void* p, size_t n) const;
   // A copy to shared memory begins or ends: until then nobody may touch it.

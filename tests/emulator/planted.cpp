@@ -16,10 +16,10 @@ struct {
 std::string said;
 
 template <class Parameters>
-const char* said_of(void (*kernel)(Parameters), int64_t blocks, int threads, size_t bytes, const Parameters& parameters,
+const char* said_of(void (*kernel)(Parameters), Grid grid, int threads, size_t bytes, const Parameters& parameters,
                     const float* out) {
-  said = launch(kernel, {blocks}, threads, bytes, nullptr, parameters) ? emulator::last_error() : "";
-  for (int64_t i = 0; said.empty() && i < blocks * threads; ++i)
+  said = launch(kernel, grid, threads, bytes, nullptr, parameters) ? emulator::last_error() : "";
+  for (int64_t i = 0; said.empty() && i < grid.x * threads; ++i)
     if (out[i] != 1) said = "wrong numbers";
   return said.c_str();
 }
@@ -28,7 +28,7 @@ const char* run(const Case& c) {
   auto& [in, gap, out] = memory;
   for (float& v : in) v = 1;
   const emulator::Region input("in", in, sizeof in, sizeof *in, false), output("out", out, sizeof out, sizeof *out, true);
-  return said_of(c.kernel, c.blocks, c.threads, sizeof(Product), Buffers{in, out}, out);
+  return said_of(c.kernel, {c.blocks, 1, c.early}, c.threads, sizeof(Product), Buffers{in, out}, out);
 }
 
 const char* run(const HopperCase& c) {
@@ -41,7 +41,7 @@ const char* run(const HopperCase& c) {
   HopperBuffers p{{}, out};
   if (make_tile_map(p.map, {in, DType::bf16}, kMapMatrices, kMapRows, kMapColumns, kBoxRows)) return "no map of tiles";
   const emulator::Region input("in", in, sizeof in, sizeof(bf16), false), output("out", out, sizeof out, sizeof *out, true);
-  return said_of(c.kernel, 1, c.threads, sizeof(BitsMemory), p, out);
+  return said_of(c.kernel, {1}, c.threads, sizeof(BitsMemory), p, out);
 }
 
 }  // namespace

@@ -105,6 +105,17 @@ SADMOE_KERNEL(32) block_reads_another(Buffers p) {
 }
 SADMOE_KERNEL(32) blocks_apart(Buffers p) { p.out[block_x() * 32 + thread_index()] = 1; }
 
+// Launched early.
+template <bool kWait, bool kTouch>
+SADMOE_KERNEL(32)
+early(Buffers p) {
+  const float in = p.in[thread_index()];
+  if (kTouch) p.out[thread_index()] = in;
+  start_kernel_after();
+  if (kWait) wait_kernel_before();
+  if (kWait) p.out[thread_index()] = in;
+}
+
 // 16 threads copy 16 bytes each; `wait`, then maybe a barrier, then all read.
 template <bool kWait, bool kBarrier, int kOffset>
 SADMOE_KERNEL(64)
@@ -200,6 +211,7 @@ struct Case {
   void (*kernel)(Buffers);
   int64_t blocks;
   int threads;
+  bool early = false;
 };
 const Case kCases[] = {
     {"barrier_between_warps", barrier_between_warps, 1, 64},
@@ -223,6 +235,9 @@ const Case kCases[] = {
     {"blocks_write_one_place", blocks_write_one_place, 2, 32},
     {"block_reads_another", block_reads_another, 2, 32},
     {"blocks_apart", blocks_apart, 2, 32},
+    {"early", early<true, false>, 1, 32, true},
+    {"early_without_wait", early<false, false>, 1, 32, true},
+    {"early_before_wait", early<true, true>, 1, 32, true},
     {"copies", copies<true, true, 0>, 1, 64},
     {"copies_without_wait", copies<false, true, 0>, 1, 64},
     {"copies_without_barrier", copies<true, false, 0>, 1, 64},
