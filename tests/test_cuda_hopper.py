@@ -1,8 +1,8 @@
-"""The kernels of sm_90a on the emulator: the bits of the others, whatever the schedule."""
+"""The kernels of sm_90a: as good as torch and, on the emulator, the bits of the others, whatever the schedule."""
 
 import pytest
 import torch
-from cuda_backends import SCHEDULES, Backend, set_options
+from cuda_backends import SCHEDULES, Backend, emulator, set_options
 from problems import assert_as_good_as_torch, experts_problem, in_double, router_problem
 from sadmoe import reference
 
@@ -56,12 +56,15 @@ def test_hopper_has_the_bits_of_the_others(native, name, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_hopper_is_as_good_as_torch(native, dtype):
-    set_options(native, hopper=True)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_hopper_is_as_good_as_torch(backend, name, dtype):
+    """On a device, by whatever kernels it has."""
+    if backend.device == "cpu":
+        set_options(emulator(), hopper=True)
     for gated, bias, act in ((False, True, "relu"), (True, False, "gelu_tanh"), (True, True, "gelu")):
-        args = experts_problem(150, 72, 5, 40, 35, gated=gated, bias=bias, dtype=dtype)
+        args = experts_problem(**PROBLEMS[name], gated=gated, bias=bias, dtype=dtype)
         assert_as_good_as_torch(
-            Backend("sadmoe_emulated", "cpu").sparse_experts(*args, act=act),
+            backend.sparse_experts(*args, act=act),
             reference.sparse_experts(*args, act=act),
             reference.sparse_experts(*in_double(args), act=act),
         )
