@@ -7,13 +7,14 @@ from problems import assert_as_good_as_torch, experts_problem, in_double, router
 from sadmoe import reference
 
 HALVES = [torch.bfloat16, torch.float16]
-PROBLEMS = {  # tiles of 64 to 256 pairs and 32 to 128 neurons: short, full, past; steps of 64 of the depth
+PROBLEMS = {  # tiles of 64 to 256 pairs, by how many there are, and 32 to 128 neurons: short, full, past; depths of 64
     "one tile": {"T": 70, "d": 64, "E": 2, "s": 8, "share": 1.0},
     "a short step": {"T": 70, "d": 8, "E": 2, "s": 8},
     "past a step": {"T": 90, "d": 72, "E": 3, "s": 32},
     "fewer steps than are on their way": {"T": 130, "d": 128, "E": 2, "s": 40},
     "many steps": {"T": 66, "d": 520, "E": 2, "s": 24, "share": 0.8},
-    "past a tile of pairs": {"T": 300, "d": 24, "E": 2, "s": 24, "share": 0.95},
+    "past the largest tile of pairs": {"T": 600, "d": 72, "E": 3, "s": 24, "share": 0.95},
+    "past a smaller one": {"T": 300, "d": 24, "E": 2, "s": 24, "share": 0.95},
     "neurons off a tile": {"T": 80, "d": 40, "E": 3, "s": 33},
     "two of 32 neurons": {"T": 80, "d": 40, "E": 3, "s": 64},
     "three of 32 neurons": {"T": 80, "d": 40, "E": 3, "s": 88},

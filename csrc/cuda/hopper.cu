@@ -13,7 +13,7 @@ int launch_tiles(HopperUp& p, void* stream) {
   if (code == 0) code = make_tile_map(p.w_up, {up.w_up.data, up.w_up.dtype}, up.E, up.s, up.d, kNeurons);
   if (code == 0 && kGated) code = make_tile_map(p.w_gate, {up.w_gate.data, up.w_gate.dtype}, up.E, up.s, up.d, kNeurons);
   if (code) return code;
-  const int64_t most = up.E * p.strips * divide(up.T, Block::kRows);
+  const int64_t most = up.E * p.strips * divide(up.T, Block::kBlockRows);
   return launch(hopper_up<T, kGated, kNeurons>, {std::min<int64_t>(most, processors)}, Block::kThreads,
                 sizeof(typename Block::Memory), stream, p);
 }

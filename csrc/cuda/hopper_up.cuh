@@ -1,6 +1,7 @@
 // up.cuh on devices of capability 9.0, 16 bits: the same function by the products of warpgroups. Of a block that stays for
 // many tiles, one warpgroup brings operands into a ring of stages, rows of tokens by its own copies and weights by the copy
-// engine; two multiply them. The sum of an element runs over the depth as in tile.cuh, 16 steps by 16.
+// engine; two multiply them. The sum of an element runs over the depth as in tile.cuh, 16 steps by 16; that products of a
+// warpgroup round as those of a warp do, so that all kernels have the same bits, bench_cuda conformance asks the device.
 #pragma once
 #include "cuda/hopper.cuh"
 #include "cuda/up.cuh"
@@ -50,22 +51,29 @@ struct HopperUpBlock {
 };
 
 // The tiles of this block: of all, expert by expert, every blocks_x-th. 32 experts at a glance, a lane each; every warp walks
-// alone and sees the same.
+// alone and sees the same. Where there are few pairs, tiles are of fewer rows, so that there are some for every block.
 template <class Block>
 struct UpWalk {
   const HopperUp& p;
+  int rows = Block::kRows;
   int64_t at = block_x(), e0 = -32;       // the next tile, counted from the first of expert e0
   int32_t begin = 0, end = 0;             // pairs of this lane's expert
   int32_t before = 0, last = 0, all = 0;  // tiles: before it, up to its last, of all 32
 
-  SADMOE_DEVICE explicit UpWalk(const HopperUp& p) : p(p) {}
+  SADMOE_DEVICE explicit UpWalk(const HopperUp& p) : p(p) {
+    const int32_t pairs = pairs_until(p.up.E - 1);
+    while (rows > Block::kBlockRows && pairs / rows * p.strips < blocks_x()) rows /= 2;
+  }
+
+  // Of all experts up to e.
+  SADMOE_DEVICE int32_t pairs_until(int64_t e) const {
+    return p.up.starts ? p.up.starts[p.up.tiles * p.up.E + e] : static_cast<int32_t>(p.up.T);
+  }
 
   SADMOE_DEVICE void look() {
     const int64_t e = e0 + thread_index() % 32;
-    const Up& up = p.up;
-    begin = e < up.E && up.starts ? up.starts[e] : 0;
-    end = e >= up.E ? 0 : up.starts ? up.starts[up.tiles * up.E + e] : static_cast<int32_t>(up.T);
-    const int32_t own = (end - begin + Block::kRows - 1) / Block::kRows * p.strips;
+    begin = e < p.up.E && p.up.starts ? p.up.starts[e] : 0, end = e < p.up.E ? pairs_until(e) : 0;
+    const int32_t own = (end - begin + rows - 1) / rows * p.strips;
     last = own;
     SADMOE_UNROLL
     for (int lanes = 1; lanes < 32; lanes *= 2) {
@@ -76,7 +84,7 @@ struct UpWalk {
   }
 
   int64_t e, p0, j0;  // of the tile: expert, first pair, first neuron
-  int n;              // pairs, at most kRows
+  int n;              // pairs, at most `rows`
   // False after the last.
   SADMOE_DEVICE bool next() {
     while (at >= all) {
@@ -86,9 +94,9 @@ struct UpWalk {
     }
     const int i = lowest_bit(ballot(last > at));
     const int32_t tile = static_cast<int32_t>(at) - shuffle(before, i);
-    const int32_t first = shuffle(begin, i) + tile / p.strips * Block::kRows, left = shuffle(end, i) - first;
+    const int32_t first = shuffle(begin, i) + tile / p.strips * rows, left = shuffle(end, i) - first;
     e = e0 + i, p0 = first, j0 = int64_t{tile % p.strips} * Block::kNeurons;
-    n = left < Block::kRows ? left : Block::kRows;
+    n = left < rows ? left : rows;
     at += blocks_x();
     return true;
   }
