@@ -18,6 +18,7 @@ trap 'rm -rf "$work"' EXIT
 export PYTHONPATH=$work/site PIP_DISABLE_PIP_VERSION_CHECK=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export CUDACXX=${CUDACXX:-$(command -v nvcc || echo "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc")}
 bench=$work/build/bench_cuda
+export SADMOE_BENCH_CUDA=$bench
 failed=()
 
 # step NAME SECONDS COMMAND...: its output to NAME.txt, its end to the screen.
@@ -64,8 +65,8 @@ export root python arch work out bench
 TAIL=20 step machine 30 bash -c machine
 step install 240 bash -c install
 step build 240 bash -c build
-TAIL=10 step conformance 60 "$bench" conformance
-TAIL=12 step tests 240 "$python" -m pytest tests/test_cuda.py tests/test_cuda_shapes.py tests/test_cuda_device.py -m cuda -p no:cacheprovider
+TAIL=40 step conformance 60 "$bench" conformance
+TAIL=12 step tests 240 "$python" -m pytest tests/test_cuda.py tests/test_cuda_hopper.py tests/test_cuda_shapes.py tests/test_cuda_device.py -m cuda -p no:cacheprovider
 step memcheck 150 bash -c 'sanitize memcheck'
 step racecheck 150 bash -c 'sanitize racecheck'
 step raw 90 "$bench" constants "$out/raw.json"
@@ -73,7 +74,7 @@ TAIL=14 step constants 60 "$python" bench/cuda_constants.py "$out/raw.json" "$ou
 constants=()
 if [ -s "$out/constants.json" ]; then constants=(--constants "$out/constants.json"); fi
 TAIL=200 step peers 420 "$python" bench/cuda_peers.py "${constants[@]}" --json "$out/peers.json"
-TAIL=40 step layers 180 "$bench" layers
+TAIL=60 step layers 180 "$bench" layers
 
 echo "-- $((SECONDS - begin)) s in all, results in $out; failed: ${failed[*]:-nothing}"
 exit ${#failed[@]}

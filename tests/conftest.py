@@ -9,19 +9,23 @@ torch.set_num_threads(1)
 
 def _as_found(native):
     native.sadmoe_schedule(0, 1, 1)
-    native.sadmoe_set_options(256 << 20, 64, False)
+    cuda_backends.set_options(native)
+    return native
 
 
 @pytest.fixture(params=["emulator", pytest.param("cuda", marks=pytest.mark.cuda)])
 def backend(request):
-    yield cuda_backends.backend_of(request.param)
+    backend = cuda_backends.backend_of(request.param)
+    if request.param == "emulator":
+        _as_found(cuda_backends.emulator())
+    yield backend
     if request.param == "emulator":
         _as_found(cuda_backends.emulator())
 
 
 @pytest.fixture
 def native():
-    yield cuda_backends.emulator()
+    yield _as_found(cuda_backends.emulator())
     _as_found(cuda_backends.emulator())
 
 

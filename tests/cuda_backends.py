@@ -28,7 +28,8 @@ def emulator():
     torch.ops.load_library(path)
     native = ctypes.CDLL(path)
     native.sadmoe_run_planted.restype = ctypes.c_char_p
-    native.sadmoe_set_options.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_bool]
+    native.sadmoe_set_options.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_bool, ctypes.c_bool]
+    native.sadmoe_products.restype = ctypes.c_int64
     native.definitions = library  # they live as long as this object
     return native
 
@@ -53,6 +54,11 @@ class Backend:
         """Another order of threads, blocks and copies; a device has its own, different every time."""
         if self.device == "cpu":
             emulator().sadmoe_schedule(*schedule)
+
+
+def set_options(native, hidden_bytes=256 << 20, decode_tokens=64, tf32=False, hopper=False):
+    """csrc/cuda/launch.h has them. Tests ask for hopper: else the kernels of sm_80 would run in none with 16 bits."""
+    native.sadmoe_set_options(hidden_bytes, decode_tokens, tf32, hopper)
 
 
 def backend_of(name):

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from cuda_backends import DTYPES, SCHEDULES, Backend
+from cuda_backends import DTYPES, SCHEDULES, Backend, set_options
 from problems import assert_as_good_as_torch, experts_problem, in_double, router_problem
 from sadmoe import reference
 
@@ -185,7 +185,7 @@ def test_tokens_that_do_not_fit_the_workspace_go_in_chunks(native):
     args = experts_problem(200, 16, 5, 8, 20)
     whole = backend.sparse_experts(*args)
     for limit in (0, 64 * 5 * 8 * 4, 2 * 64 * 5 * 8 * 4):
-        native.sadmoe_set_options(limit, 64, False)
+        set_options(native, hidden_bytes=limit)
         assert torch.equal(backend.sparse_experts(*args), whole), limit
 
 
@@ -199,7 +199,7 @@ def test_few_tokens_have_the_bits_of_many(native, T, d, s, dtype):
         routers = [router_problem(d, 9, dtype=v) for v in (dtype, torch.float16)]
         results = []
         for decode_tokens in (64, 0):
-            native.sadmoe_set_options(256 << 20, decode_tokens, tf32)
+            set_options(native, decode_tokens=decode_tokens, tf32=tf32)
             scores = [backend.router_scores(x, *router) for router in routers]
             y = backend.dynamic_k_moe(x, *routers[0], *weights, tau=0.3, act="gelu")
             results.append([*scores, y])
@@ -214,7 +214,7 @@ def tf32(t):
 @pytest.mark.parametrize("T", [33, 100])
 def test_tf32_is_as_good_as_torch_on_rounded_operands(native, T):
     args = experts_problem(T, 96, 5, 24, gated=True)
-    native.sadmoe_set_options(256 << 20, 64, True)
+    set_options(native, tf32=True)
     y = Backend("sadmoe_emulated", "cpu").sparse_experts(*args, act="silu")
     x, mask, w_up, w_down, b_up, w_gate, b_gate, b_out = args
     flat = [tf32(w).flatten(0, 1) for w in (w_up, w_gate, w_down)]

@@ -1,5 +1,8 @@
 """What only a CUDA device can show: streams, devices, graphs, and that nothing waits."""
 
+import os
+import subprocess
+
 import pytest
 import torch
 from problems import experts_problem, router_problem
@@ -67,6 +70,15 @@ def test_tf32_is_used_where_it_is_allowed(cuda):
         assert not torch.equal(ops.sparse_experts(*args), exact)
     finally:
         ops.allow_tf32(False)
+
+
+@pytest.mark.cuda
+def test_the_words_of_kernels_mean_what_the_emulator_takes_them_for(cuda):
+    bench = os.environ.get("SADMOE_BENCH_CUDA")
+    if bench is None:
+        pytest.skip("SADMOE_BENCH_CUDA is not set: bench_cuda was not built")
+    result = subprocess.run([bench, "conformance"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.skipif("cuda: yes" in ops.build_info(), reason="built with CUDA kernels")

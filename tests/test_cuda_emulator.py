@@ -14,6 +14,8 @@ PLANTED = {
     "missing_barrier": f"{UNINITIALISED}|{RACE}",
     "missing_barrier_before_reuse": RACE,
     "shuffle_as_barrier": f"{UNINITIALISED}|{RACE}",
+    "warp_in_step": "",
+    "warp_as_block": f"{UNINITIALISED}|{RACE}",
     "divergent_barrier": "divergent barrier: planted.cuh:",
     "barrier_without_some": "deadlock: thread 0 waits at planted.cuh:.*, thread 32 has returned",
     "warp_operation_without_some": "deadlock: thread 0 waits at planted.cuh:.*, thread 16 has returned",
@@ -29,6 +31,9 @@ PLANTED = {
     "blocks_write_one_place": "data race on out.*, unordered with a write by another block",
     "block_reads_another": "data race on out.*, .* by another block|read of uninitialised out",
     "blocks_apart": "",
+    "early": "",
+    "early_without_wait": "a thread of a kernel launched early returns without wait_kernel_before",
+    "early_before_wait": "memory that a kernel writes is touched before wait_kernel_before",
     "copies": "",
     "copies_without_wait": IN_FLIGHT,
     "copies_without_barrier": f"{UNINITIALISED}|{IN_FLIGHT}|{RACE}",
@@ -41,6 +46,38 @@ PLANTED = {
     "product_tf32_of_wrong_depths": "wrong numbers",
     "bits": "",
     "too_many_threads": "invalid launch: 1 x 1 blocks of 2048 threads",
+    "hand_over": "",
+    "hand_over_of_wrong_parity": f"{UNINITIALISED}|{RACE}|deadlock",
+    "hand_over_and_over": f"{RACE}|{UNINITIALISED}|deadlock",
+    "hand_over_of_too_few": "deadlock: thread 0 waits at planted_hopper.cuh:",
+    "hand_over_not_begun": "a barrier is used before init_barrier",
+    "hand_over_begun_unordered": f"a barrier is used before init_barrier|{RACE}",
+    "tile": "",
+    "tile_without_expect": f"{UNINITIALISED}|{IN_FLIGHT}|{RACE}|deadlock",
+    "tile_that_expects_more": "deadlock: thread 0 waits at planted_hopper.cuh:",
+    "tile_without_fence": "load_tile uses shared memory .*, which thread 0 wrote, without fence_async",
+    "tile_without_wait": f"{IN_FLIGHT}|{RACE}",
+    "tile_not_swizzled": "wrong numbers",
+    "tile_misplaced": "a swizzled tile that does not begin on 1024 bytes",
+    "tile_over_what_is_read": f"{RACE}|{IN_FLIGHT}",
+    "product_64": "",
+    "product_64_without_fence": "a product reads shared memory .*, which thread .* wrote, without fence_async",
+    "product_64_without_begin": "a product without begin_products",
+    "product_64_without_wait": "sums are touched before wait_products",
+    "product_64_over_its_operands": "write of shared memory .* while a product reads it",
+    "product_64_touched_early": "sums are touched between begin_products and their product",
+    "product_64_not_swizzled": "wrong numbers",
+    "product_64_of_wrong_depths": "wrong numbers",
+    "product_64_of_different_warps": "warps of a warpgroup issue different products",
+    "product_bits_bf16_32": "",
+    "product_bits_bf16_64": "",
+    "product_bits_bf16_96": "",
+    "product_bits_bf16_128": "",
+    "product_bits_f16_32": "",
+    "product_bits_f16_128": "",
+    "registers": "",
+    "registers_that_nobody_gave": "a block of 66560 registers, launched with 64512",
+    "registers_of_one_warp": "warps of a warpgroup set different registers",
 }
 
 
@@ -53,13 +90,16 @@ def test_the_emulator_sees_a_planted_bug_and_passes_its_right_twin(native, name)
 
 
 def test_every_planted_case_is_expected():
-    source = (Path(__file__).parent / "emulator/planted.cuh").read_text()
-    assert set(re.findall(r'^    \{"(\w+)"', source, re.MULTILINE)) == PLANTED.keys()
+    sources = [
+        (Path(__file__).parent / "emulator" / name).read_text()
+        for name in ("planted.cuh", "planted_hopper.cuh")
+    ]
+    assert set(re.findall(r'^    \{"(\w+)"', "".join(sources), re.MULTILINE)) == PLANTED.keys()
 
 
-def test_kernels_are_written_in_the_words_of_device_cuh_alone():
+def test_kernels_are_written_in_the_words_of_device_and_hopper_cuh_alone():
     for path in sorted(CUDA_SOURCES.iterdir()):
-        if path.name == "device.cuh":
+        if path.name in ("device.cuh", "hopper.cuh"):
             continue
         found = re.findall(
             r"\basm\b|__\w+|\b(?:thread|block)Idx\b|\b(?:block|grid)Dim\b|cuda\w+\(|#include <cuda",
@@ -69,6 +109,9 @@ def test_kernels_are_written_in_the_words_of_device_cuh_alone():
 
 
 def test_a_device_runs_the_right_twins():
-    source = (Path(__file__).parent.parent / "bench/cuda/conformance.cu").read_text()
-    right = re.search(r"kRight\[\] = \{(.*?)\};", source, re.DOTALL)[1]
-    assert set(re.findall(r'"(\w+)"', right)) == {name for name, said in PLANTED.items() if not said}
+    bench = Path(__file__).parent.parent / "bench/cuda"
+    right = [
+        re.search(r"kRight\[\] = \{(.*?)\};", (bench / name).read_text(), re.DOTALL)[1]
+        for name in ("conformance.cu", "conformance_hopper.cu")
+    ]
+    assert set(re.findall(r'"(\w+)"', "".join(right))) == {name for name, said in PLANTED.items() if not said}

@@ -1,7 +1,9 @@
 """The gate on compiled kernels sees what it is there to see."""
 
+import re
+
 import pytest
-from sass_check import BUDGETS, Budget, check, parse, short_name
+from sass_check import BUDGETS, HOPPER_BUDGETS, Budget, Kernel, check, parse, short_name
 
 RESOURCES = """
 arch = sm_80
@@ -17,8 +19,9 @@ code for sm_80
 BUDGET = {"down<Mma<__half>>": Budget(64, (r"HMMA\.16816\.F32 ",))}
 
 
-def found(registers=64, stack=0, more="EXIT", budgets=BUDGET):
-    return check(parse(RESOURCES.format(registers=registers, stack=stack), SASS.format(more=more)), budgets)
+def found(registers=64, stack=0, more="EXIT", budgets=BUDGET, hopper=None):
+    kernels = parse(RESOURCES.format(registers=registers, stack=stack), SASS.format(more=more))
+    return check(kernels, budgets, hopper or {})
 
 
 def test_a_kernel_within_its_budget_passes():
@@ -34,11 +37,27 @@ def test_a_kernel_within_its_budget_passes():
         ({"more": "RED.E.ADD.F32.FTZ.RN.STRONG.GPU [R2], R5"}, "has atomics"),
         ({"budgets": {}}, "has no budget"),
         ({"budgets": {"down<Mma<__half>>": Budget(64, ("LDSM",))}}, "lacks LDSM"),
-        ({"budgets": BUDGET | {"up": Budget(1)}}, "up: was not compiled"),
+        ({"budgets": BUDGET | {"up": Budget(1)}}, "sm_80 up: was not compiled"),
+        ({"hopper": {"hopper_up": Budget(1)}}, "sm_90a hopper_up: was not compiled"),
     ],
 )
 def test_a_kernel_beyond_its_budget_fails(change, fault):
     assert [text for text in found(**change) if fault in text]
+
+
+@pytest.mark.parametrize(("arch", "wrong"), [("sm_80", []), ("sm_90", ["ACQBULK", "PREEXIT"])])
+def test_decoding_begins_early_where_devices_can(arch, wrong):
+    kernel = Kernel(registers=1, stack=0)
+    assert check({(arch, "plan_decode"): kernel}, {"plan_decode": Budget(1)}, {}) == [
+        f"{arch} plan_decode: lacks {word}" for word in wrong
+    ]
+
+
+def test_products_that_wait_for_each_other_fail():
+    must = next(iter(HOPPER_BUDGETS.values())).must[1]
+    product, wait = "HGMMA.64x32x16.F32 R24, gdesc[UR4], R24 ;\n", "WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n"
+    assert re.search(must, product * 8 + wait)
+    assert not re.search(must, (product + wait) * 8)
 
 
 def test_a_library_without_kernels_fails():

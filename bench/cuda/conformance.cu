@@ -6,15 +6,16 @@
 namespace bench {
 namespace {
 
-const char* const kRight[] = {"barrier_between_warps", "warp_operations", "blocks_apart", "copies", "product",
-                              "product_transposed",    "product_tf32",    "bits"};
+const char* const kRight[] = {"barrier_between_warps", "warp_operations", "blocks_apart", "copies",       "product",
+                              "product_transposed",    "product_tf32",    "bits",         "warp_in_step", "early"};
 
 bool passes(const sadmoe::cuda::Case& c) {
   using namespace sadmoe::cuda;
   const std::vector<float> ones(kCells + 1, 1.0f);
   const Buffer in(sizeof(float) * (kCells + 1)), out(sizeof(float) * kCells);
   must(cudaMemcpy(in.as<float>(), ones.data(), in.bytes(), cudaMemcpyHostToDevice), "cudaMemcpy");
-  must(launch(c.kernel, {c.blocks}, c.threads, sizeof(Product), nullptr, Buffers{in.as<float>(), out.as<float>()}), c.name);
+  must(launch(c.kernel, {c.blocks, 1, c.early}, c.threads, sizeof(Product), nullptr, Buffers{in.as<float>(), out.as<float>()}),
+       c.name);
   std::vector<float> said(kCells);
   must(cudaMemcpy(said.data(), out.as<float>(), out.bytes(), cudaMemcpyDeviceToHost), c.name);
   return std::all_of(said.begin(), said.begin() + c.blocks * c.threads, [](float v) { return v == 1; });
@@ -23,7 +24,7 @@ bool passes(const sadmoe::cuda::Case& c) {
 }  // namespace
 
 int check_conformance() {
-  int failed = 0;
+  int failed = check_hopper();
   for (const char* name : kRight)
     for (const sadmoe::cuda::Case& c : sadmoe::cuda::kCases) {
       if (std::strcmp(c.name, name)) continue;

@@ -77,6 +77,13 @@ void Layer::run(int set, cudaStream_t stream) const {
        "sparse_experts");
 }
 
+std::vector<uint16_t> Layer::result() const {
+  run(0, nullptr);
+  std::vector<uint16_t> y(y_.bytes() / sizeof(uint16_t));
+  must(cudaMemcpy(y.data(), y_.as<void>(), y_.bytes(), cudaMemcpyDeviceToHost), "y");
+  return y;
+}
+
 double Layer::weight_bytes() const {
   return static_cast<double>(shape_.E * shape_.s) * ((gated_ ? 2 : 1) * shape_.d + shape_.d_out) * size_of(dtype_);
 }

@@ -15,8 +15,9 @@ class Layer {
   Layer(const sadmoe::ExpertsShape& shape, sadmoe::DType dtype, bool gated, int sets);
   void mask(float share) { choose(mask_, share, 7); }
   void run(int set, cudaStream_t stream) const;
-  double weight_bytes() const;  // of one set
-  double flops() const;         // of all pairs
+  std::vector<uint16_t> result() const;  // y, run once, as 16 bits
+  double weight_bytes() const;           // of one set
+  double flops() const;                  // of all pairs
   sadmoe::cuda::Options options;
 
  private:

@@ -27,21 +27,30 @@ int sets_of(const Shape& shape) {
   return std::clamp(static_cast<int>(200e6 / bytes) + 1, 1, 24);
 }
 
+void time_layer(Layer& layer, const char* name, int64_t T) {
+  std::printf("%-36s %6lld                ", name, static_cast<long long>(T));
+  for (const float share : kShares) {
+    layer.mask(share);
+    const double time = seconds([&](int i, cudaStream_t stream) { layer.run(i, stream); }, T > 1000 ? 4 : 20, 15);
+    std::printf(" %10.1f", time * 1e6);
+  }
+  std::printf("\n");
+  std::fflush(stdout);
+}
+
+// Where the device has kernels of its own for many tokens, the others' times too.
 void time_layers() {
-  std::printf("%-26s %6s  us at an executed share of", "bf16, router not included", "T");
+  int major = 0;
+  must(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "capability");
+  std::printf("%-36s %6s  us at a share of", "bf16, router not included", "T");
   for (const float share : kShares) std::printf(" %9.0f%%", share * 100);
   std::printf("\n");
   for (const Shape& shape : kShapes)
     for (const int64_t T : kTokens) {
       Layer layer({T, shape.d, shape.d, shape.E, shape.s}, sadmoe::DType::bf16, shape.gated, sets_of(shape));
-      std::printf("%-26s %6lld                          ", shape.name, static_cast<long long>(T));
-      for (const float share : kShares) {
-        layer.mask(share);
-        const double time = seconds([&](int i, cudaStream_t stream) { layer.run(i, stream); }, T > 1000 ? 4 : 20, 15);
-        std::printf(" %10.1f", time * 1e6);
-      }
-      std::printf("\n");
-      std::fflush(stdout);
+      time_layer(layer, shape.name, T);
+      layer.options.hopper = false;
+      if (major == 9 && T > layer.options.decode_tokens) time_layer(layer, "  without the kernels of sm_90a", T);
     }
 }
 

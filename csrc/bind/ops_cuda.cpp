@@ -106,10 +106,10 @@ STABLE_TORCH_LIBRARY_IMPL(SADMOE_NAMESPACE, SADMOE_KEY, m) {
 }
 
 #if defined(SADMOE_EMULATOR)
-// For tests: chunks without large shapes, and the kernels of many tokens on few.
-extern "C" __attribute__((visibility("default"))) void sadmoe_set_options(int64_t hidden_bytes, int64_t decode_tokens,
-                                                                          bool tf32) {
-  sadmoe::options = {hidden_bytes, decode_tokens, tf32};
+// For tests: chunks without large shapes, the kernels of many tokens on few, and those of sm_80 on what is a Hopper.
+extern "C" __attribute__((visibility("default"))) void sadmoe_set_options(int64_t hidden_bytes, int64_t decode_tokens, bool tf32,
+                                                                          bool hopper) {
+  sadmoe::options = {hidden_bytes, decode_tokens, tf32, hopper};
 }
 #else
 STABLE_TORCH_LIBRARY_IMPL(sadmoe, CompositeExplicitAutograd, m) { m.impl("_allow_tf32", TORCH_BOX(&sadmoe::allow_tf32)); }

@@ -7,24 +7,28 @@ namespace {
 // Blocks a multiprocessor: their stages are what it has on its way.
 constexpr int64_t kBlocksEach = 2;
 
+// early: the kernel before it is of this file too.
 template <class Tile, bool kGated, int kTokens>
-int launch_up(const DecodeUp& p, int64_t experts, void* stream) {
+int launch_up(const DecodeUp& p, int64_t experts, bool early, void* stream) {
   using Block = DecodeUpBlock<Tile, kGated, kTokens>;
   int processors = 0;
   if (const int code = multiprocessors(processors)) return code;
   const int64_t blocks = std::min(divide(experts * divide(p.s, 8), Block::kWarps), processors * kBlocksEach);
-  return launch(decode_up<Tile, kGated, kTokens>, {blocks}, Block::kThreads, shared_bytes<typename Block::Memory>(), stream, p);
+  return launch(decode_up<Tile, kGated, kTokens>, {blocks, 1, early}, Block::kThreads, shared_bytes<typename Block::Memory>(),
+                stream, p);
 }
 
 template <class Tile, bool kGated>
-int launch_up(const DecodeUp& p, int64_t experts, void* stream) {
-  return p.T <= 16 ? launch_up<Tile, kGated, 16>(p, experts, stream) : launch_up<Tile, kGated, kTileTokens>(p, experts, stream);
+int launch_up(const DecodeUp& p, int64_t experts, bool early, void* stream) {
+  return p.T <= 16 ? launch_up<Tile, kGated, 16>(p, experts, early, stream)
+                   : launch_up<Tile, kGated, kTileTokens>(p, experts, early, stream);
 }
 
 template <class Tile, int kTokens>
 int launch_down(const DecodeDown& p, void* stream) {
   using Memory = typename DecodeDownBlock<Tile, kTokens>::Memory;
-  return launch(decode_down<Tile, kTokens>, {divide(p.d_out, kDownColumns)}, kDownThreads, shared_bytes<Memory>(), stream, p);
+  return launch(decode_down<Tile, kTokens>, {divide(p.d_out, kDownColumns), 1, true}, kDownThreads, shared_bytes<Memory>(),
+                stream, p);
 }
 
 }  // namespace
@@ -37,13 +41,14 @@ int decode_projection(const Projection& q, void* stream) {
   p.h = q.out, p.ld_h = q.columns, p.h_dtype = DType::f32;
   p.act = q.act;
   return with_router_tile(q.x.dtype, q.w.dtype,
-                          [&](auto tile) { return launch_up<typename decltype(tile)::type, false>(p, 1, stream); });
+                          [&](auto tile) { return launch_up<typename decltype(tile)::type, false>(p, 1, q.early, stream); });
 }
 
 int decode_experts(const Experts& experts, const Plan& plan, bool tf32, void* h, void* stream) {
   const ExpertsShape& s = experts.shape;
   const DType dtype = experts.x.dtype;
-  int code = launch(plan_decode, {1}, kWordThreads, shared_bytes<WordMemory>(), stream, plan);
+  const bool routed = plan.scores;  // by kernels of this file, just before
+  int code = launch(plan_decode, {1, 1, routed}, kWordThreads, shared_bytes<WordMemory>(), stream, plan);
   if (code) return code;
   DecodeUp p{};
   p.x = matrix(experts.x, s.d), p.w_up = matrix(experts.w_up, s.d), p.w_gate = matrix(experts.w_gate, s.d);
@@ -54,7 +59,7 @@ int decode_experts(const Experts& experts, const Plan& plan, bool tf32, void* h,
   p.act = experts.act;
   code = with_experts_tile(dtype, tf32, [&](auto tile) {
     using Tile = typename decltype(tile)::type;
-    return p.w_gate.data ? launch_up<Tile, true>(p, s.E, stream) : launch_up<Tile, false>(p, s.E, stream);
+    return p.w_gate.data ? launch_up<Tile, true>(p, s.E, true, stream) : launch_up<Tile, false>(p, s.E, true, stream);
   });
   if (code || s.d_out == 0) return code;
   DecodeDown q{};

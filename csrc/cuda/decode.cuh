@@ -12,8 +12,15 @@ namespace sadmoe::cuda {
 constexpr int kStageBytes = 46 << 10, kMostStages = 12;
 constexpr int kInFlight = 8;  // copies of a thread on their way before the first is used
 
+// Every kernel here begins so: the launch of the next is under way while this one works.
+SADMOE_DEVICE void begin_kernel() {
+  start_kernel_after();
+  wait_kernel_before();
+}
+
 // The words of both groups and the active experts, by one block.
 SADMOE_KERNEL(kWordThreads) plan_decode(Plan p) {
+  begin_kernel();
   SADMOE_SHARED(WordMemory, memory);
   make_words(p, 0, memory);
   sync_block();
@@ -76,6 +83,7 @@ decode_up(DecodeUp p) {
   using Stages = typename Block::Stages;
   constexpr int kThreads = Block::kThreads, kDepth = Block::kDepth, kNeurons = Block::kNeurons;
   SADMOE_SHARED(Memory, memory);
+  begin_kernel();
   const int64_t strips = (p.s + 7) / 8, all = (p.active ? p.active[0] : 1) * strips;
   for (int64_t strip0 = block_x() * Block::kWarps; strip0 < all; strip0 += blocks_x() * Block::kWarps) {
     if (thread_index() < kNeurons) {
@@ -156,6 +164,7 @@ decode_down(DecodeDown p) {
   using Stages = typename Block::Stages;
   constexpr int kDepth = Block::kDepth;
   SADMOE_SHARED(Memory, memory);
+  begin_kernel();
   const int64_t block_c0 = block_x() * kDownColumns;
   const int c0 = thread_index() / 32 * 8, steps = static_cast<int>((p.s + kDepth - 1) / kDepth);
   Strip<Tile, kTokens> y, sums;

@@ -18,8 +18,8 @@
 #define SADMOE_UNROLL _Pragma("unroll")
 #define SADMOE_ROLLED _Pragma("unroll 1")
 // The block's shared memory as one struct, whose size the launch gives.
-#define SADMOE_SHARED(Type, name)                                  \
-  extern __shared__ __align__(128) unsigned char sadmoe_shared_[]; \
+#define SADMOE_SHARED(Type, name)                                   \
+  extern __shared__ __align__(1024) unsigned char sadmoe_shared_[]; \
   Type& name = *reinterpret_cast<Type*>(sadmoe_shared_)
 
 namespace sadmoe::cuda {
@@ -57,6 +57,7 @@ SADMOE_DEVICE unsigned to_tf32(float v) {
 
 // --- Threads together. A shuffle orders no memory.
 SADMOE_DEVICE void sync_block() { __syncthreads(); }
+SADMOE_DEVICE void sync_warp() { __syncwarp(); }
 template <class T>
 SADMOE_DEVICE T shuffle(T v, int lane) {
   return __shfl_sync(~0u, v, lane);
@@ -71,6 +72,20 @@ SADMOE_DEVICE T shuffle_up(T v, int lanes) {
   return __shfl_up_sync(~0u, v, lanes);
 }
 SADMOE_DEVICE unsigned ballot(bool v) { return __ballot_sync(~0u, v); }
+
+// --- Kernels one after another. One that is launched early may begin while the one before it still runs; nothing that a
+// kernel writes may be touched until wait_kernel_before, and every thread must come to it. Below capability 9.0 none is early.
+SADMOE_DEVICE void wait_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+// Once all blocks have said so, or ended, one that is launched early may begin.
+SADMOE_DEVICE void start_kernel_after() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
 
 // --- 16 bytes from global to shared memory, in the background. Only the first `bytes` are read, the rest is zero.
 SADMOE_DEVICE unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
@@ -123,19 +138,42 @@ SADMOE_DEVICE void multiply_16x8x8(float* sums, const unsigned (&a)[4], unsigned
 // --- The host's side: 0 or a cudaError_t.
 struct Grid {
   int64_t x, y = 1;
+  bool early = false;
 };
-template <class Parameters>
-int launch(void (*kernel)(Parameters), Grid grid, int threads, size_t shared_bytes, void* stream, const Parameters& parameters) {
-  void* arguments[] = {const_cast<Parameters*>(&parameters)};
-  const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
-  return static_cast<int>(
-      cudaLaunchKernel(kernel, blocks, dim3(threads), arguments, shared_bytes, static_cast<cudaStream_t>(stream)));
-}
 // Of the current device.
 inline int multiprocessors(int& count) {
   int device = 0;
   const cudaError_t code = cudaGetDevice(&device);
   return static_cast<int>(code ? code : cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+}
+// Of its compute capability; 9.0 gives 9.
+inline int capability(int& major) {
+  int device = 0;
+  const cudaError_t code = cudaGetDevice(&device);
+  return static_cast<int>(code ? code : cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+}
+constexpr size_t kGivenBytes = 48 << 10;  // of shared memory, to any block; more must be asked for
+template <class Parameters>
+int launch(void (*kernel)(Parameters), Grid grid, int threads, size_t shared_bytes, void* stream, const Parameters& parameters) {
+  int major = 0;
+  if (grid.early)
+    if (const int code = capability(major)) return code;
+  if (shared_bytes > kGivenBytes) {
+    const auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    if (const int code = cudaFuncSetAttribute(kernel, most, static_cast<int>(shared_bytes))) return code;
+  }
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &early;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  void* arguments[] = {const_cast<Parameters*>(&parameters)};
+  return static_cast<int>(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments));
 }
 inline int set_device(int index) { return static_cast<int>(cudaSetDevice(index)); }
 inline const char* error_text(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

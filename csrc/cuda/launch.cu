@@ -9,6 +9,14 @@ namespace {
 
 constexpr int64_t kRowBlocks = 64;  // blocks an expert and strip, each striding over the tokens; the rest exits at once
 
+// Whether the current device has the instructions of sm_90a, and may use them.
+int on_hopper(const Options& options, bool& is) {
+  int major = 0;
+  const int code = capability(major);
+  is = options.hopper && major == 9;
+  return code;
+}
+
 template <class Tile, bool kGated>
 int launch_up(const Up& p, void* stream) {
   const Grid grid{p.E * divide(p.s, kColumns), std::min(divide(p.T, kRows), kRowBlocks)};
@@ -36,15 +44,20 @@ int project(const Projection& q, const Options& options, void* stream) {
   p.T = q.T, p.d = q.depth, p.E = 1, p.s = q.columns;
   p.h = q.out, p.ld_h = q.columns, p.h_dtype = DType::f32;
   p.act = q.act;
+  bool hopper = false;
+  if (const int code = on_hopper(options, hopper)) return code;
+  if (hopper && fits_hopper(p)) return up_on_hopper(p, stream);
   return with_router_tile(q.x.dtype, q.w.dtype,
                           [&](auto tile) { return launch_up<typename decltype(tile)::type, false>(p, stream); });
 }
 
 // Any number of tokens that fits the workspace.
-int run_chunk(const Experts& experts, const Plan& plan, bool tf32, void* h, void* stream) {
+int run_chunk(const Experts& experts, const Plan& plan, const Options& options, void* h, void* stream) {
   const ExpertsShape& s = experts.shape;
   const DType dtype = experts.x.dtype;
-  int code = make_plan(plan, stream);
+  bool hopper = false;
+  int code = on_hopper(options, hopper);
+  if (code == 0) code = make_plan(plan, stream);
   if (code) return code;
   Up p{};
   p.x = matrix(experts.x, s.d), p.w_up = matrix(experts.w_up, s.d), p.w_gate = matrix(experts.w_gate, s.d);
@@ -53,10 +66,13 @@ int run_chunk(const Experts& experts, const Plan& plan, bool tf32, void* h, void
   p.T = plan.T, p.d = s.d, p.E = s.E, p.s = s.s, p.tiles = plan.tiles;
   p.h = h, p.ld_h = padded(s.s), p.h_dtype = dtype;
   p.act = experts.act;
-  code = with_experts_tile(dtype, tf32, [&](auto tile) {
-    using Tile = typename decltype(tile)::type;
-    return p.w_gate.data ? launch_up<Tile, true>(p, stream) : launch_up<Tile, false>(p, stream);
-  });
+  if (hopper && fits_hopper(p))
+    code = up_on_hopper(p, stream);
+  else
+    code = with_experts_tile(dtype, options.tf32, [&](auto tile) {
+      using Tile = typename decltype(tile)::type;
+      return p.w_gate.data ? launch_up<Tile, true>(p, stream) : launch_up<Tile, false>(p, stream);
+    });
   if (code || s.d_out == 0) return code;
   Down q{};
   q.h = matrix({h, dtype}, padded(s.s)), q.w_down = matrix(experts.w_down, s.d_out);
@@ -64,7 +80,7 @@ int run_chunk(const Experts& experts, const Plan& plan, bool tf32, void* h, void
   q.starts = plan.starts, q.words = plan.words;
   q.T = plan.T, q.E = s.E, q.s = s.s, q.d_out = s.d_out;
   q.y = experts.y, q.dtype = dtype;
-  return with_experts_tile(dtype, tf32, [&](auto tile) { return launch_down<typename decltype(tile)::type>(q, stream); });
+  return with_experts_tile(dtype, options.tf32, [&](auto tile) { return launch_down<typename decltype(tile)::type>(q, stream); });
 }
 
 // The tokens [begin, end) of a choice, and of the experts' arguments.
@@ -91,9 +107,9 @@ int use_device(int index) { return set_device(index); }
 
 int router_scores(View x, const Router& router, const RouterShape& s, const Options& options, float* hidden, float* scores,
                   void* stream) {
-  const int code = project({x, router.v1, s.T, s.d, router.r, Activation::relu, hidden}, options, stream);
+  const int code = project({x, router.v1, s.T, s.d, router.r, Activation::relu, hidden, false}, options, stream);
   if (code) return code;
-  return project({{hidden, DType::f32}, router.v2, s.T, router.r, s.E, Activation::abs, scores}, options, stream);
+  return project({{hidden, DType::f32}, router.v2, s.T, router.r, s.E, Activation::abs, scores, true}, options, stream);
 }
 
 int select(const float* scores, int64_t T, int64_t E, float tau, bool* mask, void* stream) {
@@ -118,8 +134,8 @@ int sparse_experts(const Experts& experts, const Choice& choice, const Options& 
     const int64_t end = std::min(t + workspace.chunk, s.T);
     const Plan plan = plan_of(choice, scratch, t, end, s.E);
     const Experts part = tokens_of(experts, t, end);
-    code = decode ? decode_experts(part, plan, options.tf32, scratch.h, stream)
-                  : run_chunk(part, plan, options.tf32, scratch.h, stream);
+    code =
+        decode ? decode_experts(part, plan, options.tf32, scratch.h, stream) : run_chunk(part, plan, options, scratch.h, stream);
   }
   return code;
 }

@@ -26,7 +26,7 @@ inline Matrix matrix(View view, int64_t ld) {
 // Shared memory that every device gives a block without being asked.
 template <class Memory>
 constexpr size_t shared_bytes() {
-  static_assert(sizeof(Memory) <= 48 << 10);
+  static_assert(sizeof(Memory) <= kGivenBytes);
   return sizeof(Memory);
 }
 
@@ -57,7 +57,12 @@ struct Projection {
   int64_t T, depth, columns;
   Activation act;
   float* out;
+  bool early;  // the one of the other layer is just before
 };
+
+// Of 16 bits, in rows that begin on 16 bytes: the same as launching `up`, on a device of capability 9.0. In hopper.cu.
+bool fits_hopper(const Up& p);
+int up_on_hopper(const Up& p, void* stream);
 
 // At most kTileTokens tokens, in decode.cu.
 int decode_projection(const Projection& p, void* stream);

@@ -49,13 +49,17 @@ struct UpMemory {
   };
 };
 
+template <bool kGated>
+SADMOE_DEVICE float activate(Activation act, float value, float gate) {
+  return kGated ? activate(act, gate) * value : activate(act, value);
+}
+
 // P: Up or DecodeUp.
 template <bool kGated, class P>
 SADMOE_DEVICE float epilogue(const P& p, int64_t neuron, float value, float gate) {
   if (p.b_up.data) value += load(p.b_up, neuron);
-  if constexpr (!kGated) return activate(p.act, value);
-  if (p.b_gate.data) gate += load(p.b_gate, neuron);
-  return activate(p.act, gate) * value;
+  if (kGated && p.b_gate.data) gate += load(p.b_gate, neuron);
+  return activate<kGated>(p.act, value, gate);
 }
 
 // Block (x, y): expert and strip of its neurons x, every blocks_y-th strip of its tokens from y on.

@@ -17,12 +17,9 @@
 
 namespace sadmoe::cuda {
 
-struct bf16 {
-  uint16_t bits;
-};
-struct f16 {
-  uint16_t bits;
-};
+// Not structs: the compiler calls no hook where it reads one for an argument.
+enum class bf16 : uint16_t {};
+enum class f16 : uint16_t {};
 
 SADMOE_WORD int thread_index() { return emulator::here().thread; }
 SADMOE_WORD int64_t block_x() { return emulator::here().block_x; }
@@ -32,14 +29,14 @@ SADMOE_WORD int64_t blocks_y() { return emulator::here().blocks_y; }
 
 SADMOE_WORD float to_float(float v) { return v; }
 SADMOE_WORD float to_float(bf16 v) {
-  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+  const uint32_t bits = static_cast<uint32_t>(v) << 16;
   float f;
   std::memcpy(&f, &bits, 4);
   return f;
 }
 SADMOE_WORD float to_float(f16 v) {
   _Float16 half;
-  std::memcpy(&half, &v.bits, 2);
+  std::memcpy(&half, &v, 2);
   return static_cast<float>(half);
 }
 SADMOE_WORD uint16_t bf16_bits(float v) {
@@ -56,8 +53,8 @@ SADMOE_WORD uint16_t f16_bits(float v) {
 }
 // The store itself is the kernel's.
 SADMOE_DEVICE void from_float(float v, float& to) { to = v; }
-SADMOE_DEVICE void from_float(float v, bf16& to) { to.bits = bf16_bits(v); }
-SADMOE_DEVICE void from_float(float v, f16& to) { to.bits = f16_bits(v); }
+SADMOE_DEVICE void from_float(float v, bf16& to) { to = bf16{bf16_bits(v)}; }
+SADMOE_DEVICE void from_float(float v, f16& to) { to = f16{f16_bits(v)}; }
 SADMOE_WORD float fma(float a, float b, float c) { return std::fma(a, b, c); }
 SADMOE_WORD float exp(float v) { return std::exp(v); }
 SADMOE_WORD float erfc(float v) { return std::erfc(v); }
@@ -77,6 +74,7 @@ constexpr unsigned kTf32Bits = ~0x1fffu;  // of a float, what tensor cores look 
 SADMOE_WORD unsigned to_tf32(float v) { return (std::isfinite(v) ? as_bits(v) + 0x1000 : as_bits(v)) & kTf32Bits; }
 
 SADMOE_WORD void sync_block(SADMOE_CALLER) { emulator::barrier(file, line); }
+SADMOE_WORD void sync_warp(SADMOE_CALLER) { emulator::sync_warp(file, line); }
 
 template <class T>
 SADMOE_WORD T of_lane(const void* all, int lane) {
@@ -103,6 +101,9 @@ SADMOE_WORD unsigned ballot(bool v, SADMOE_CALLER) {
   for (int lane = 0; lane < 32; ++lane) bits |= static_cast<unsigned>(of_lane<bool>(all, lane)) << lane;
   return bits;
 }
+
+SADMOE_WORD void wait_kernel_before() { emulator::wait_kernel_before(); }
+SADMOE_WORD void start_kernel_after() {}
 
 SADMOE_WORD void copy16_async(void* shared, const void* global, int bytes) { emulator::copy_async(shared, global, bytes); }
 SADMOE_WORD void commit_copies() { emulator::commit_copies(); }
@@ -170,8 +171,10 @@ SADMOE_WORD void multiply_16x8x8(float* sums, const unsigned (&a)[4], unsigned b
   }
 }
 
+constexpr size_t kGivenBytes = 48 << 10;
 struct Grid {
   int64_t x, y = 1;
+  bool early = false;
 };
 template <class Parameters>
 struct Call {
@@ -185,10 +188,14 @@ struct Call {
 template <class Parameters>
 int launch(void (*kernel)(Parameters), Grid grid, int threads, size_t shared_bytes, void*, const Parameters& parameters) {
   const Call<Parameters> call{kernel, parameters};
-  return emulator::run({grid.x, grid.y, threads, shared_bytes, &Call<Parameters>::run, &call, sizeof call});
+  return emulator::run({grid.x, grid.y, threads, shared_bytes, &Call<Parameters>::run, &call, sizeof call, grid.early});
 }
 inline int multiprocessors(int& count) {
   count = 3;  // few, so that blocks take turns with small problems too
+  return 0;
+}
+inline int capability(int& major) {
+  major = 9;
   return 0;
 }
 inline int set_device(int) { return 0; }

@@ -1,17 +1,11 @@
 // Fibers, their schedule, and where they meet. Compiled without instrumentation.
-#include "emulator/emulator.h"
-
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <cstring>
-#include <mutex>
 #include <numeric>
-#include <random>
-#include <string>
-#include <vector>
 
-#include "emulator/memory.h"
+#include "emulator/machine.h"
 #include "emulator/source_line.h"
 
 #if !defined(__x86_64__)
@@ -44,84 +38,11 @@ sadmoe_switch_fiber:
 namespace sadmoe::emulator {
 namespace {
 
-constexpr int kWarp = 32, kMaxThreads = 1024, kMaxLaneBytes = 32, kSavedRegisters = 6;
-constexpr size_t kStack = 64 << 10;
-constexpr size_t kMaxShared = 48 << 10;  // what a kernel gets without asking for more
-constexpr int kFailed = 719;             // cudaErrorLaunchFailure
-constexpr int kInvalid = 9;              // cudaErrorInvalidConfiguration
+constexpr int kSavedRegisters = 6;
+constexpr int kFailed = 719;  // cudaErrorLaunchFailure
+constexpr int kInvalid = 9;   // cudaErrorInvalidConfiguration
 
-struct Copy {
-  char* to;
-  const char* from;
-  int bytes;
-};
-
-enum class State { ready, at_barrier, in_warp, done };
-
-struct Fiber {
-  void* stack_pointer;
-  State state;
-  const char* file;
-  int line;
-  int meetings;  // of its warp that it took part in
-  std::vector<Copy> open;
-  std::vector<std::vector<Copy>> commits;
-};
-
-// What the lanes bring. Two take turns: a lane may come to the next meeting while others still read of the last.
-struct Meeting {
-  int arrived;
-  size_t n;
-  const char* file;
-  int line;
-  alignas(16) char bytes[kWarp * kMaxLaneBytes];
-};
-
-struct Warp {
-  Meeting meetings[2];
-};
-
-class Device {
- public:
-  int run(const Launch& launch);
-  void barrier(const char* file, int line);
-  const void* meet(const void* bytes, size_t n, const char* file, int line);
-  void copy_async(void* shared, const void* global, int bytes, void* pc);
-  void commit_copies();
-  void wait_copies(int left, void* pc);
-  void access(const void* p, size_t n, size_t alignment, Access kind, void* pc);
-  bool running() const { return current_ != nullptr; }
-
-  std::mutex lock;
-  Memory memory;
-  Position position{};
-  std::string error;
-  char* shared = nullptr;
-  Order order = Order::forward;
-  unsigned seed = 1;
-  bool late_copies = true;
-
- private:
-  static void enter();
-  void run_block(int64_t block);
-  void start_fibers();
-  void make_order(std::mt19937& random);
-  void leave();
-  [[noreturn]] void fail(const std::string& what, void* pc);
-  std::string stuck() const;
-  void set_waiting(State state, const char* file, int line);
-  void land(const Copy& copy);
-  bool on_host(const char* p) const;
-
-  const Launch* launch_ = nullptr;
-  std::vector<Fiber> fibers_;
-  std::vector<Warp> warps_;
-  std::vector<int> turns_;
-  Fiber* current_ = nullptr;
-  void* main_stack_ = nullptr;
-  char* stacks_ = nullptr;
-  int waiting_ = 0;  // at the barrier
-};
+}  // namespace
 
 Device& device() {
   static Device one;
@@ -140,6 +61,7 @@ void Device::fail(const std::string& what, void* pc) {
 void Device::enter() {
   Device& d = device();
   d.launch_->kernel(d.launch_->parameters);
+  if (!d.current_->waited) d.fail("a thread of a kernel launched early returns without wait_kernel_before", nullptr);
   d.current_->state = State::done;
   for (;;) d.leave();
 }
@@ -150,10 +72,15 @@ void Device::start_fibers() {
     *--top = nullptr;  // the stack is aligned as after a call
     *--top = reinterpret_cast<void*>(&Device::enter);
     for (int i = 0; i < kSavedRegisters; ++i) *--top = nullptr;
-    fibers_[t] = {top, State::ready, "", 0, 0, {}, {}};
+    fibers_[t] = Fiber{};
+    fibers_[t].stack_pointer = top;
+    fibers_[t].waited = !launch_->early;
   }
   for (Warp& warp : warps_) warp.meetings[0].arrived = warp.meetings[1].arrived = 0;
   waiting_ = 0;
+  flags_.clear();
+  tile_loads_.clear();
+  issued_.assign((launch_->threads + kWarpgroup - 1) / kWarpgroup, {});
 }
 
 void Device::make_order(std::mt19937& random) {
@@ -162,26 +89,42 @@ void Device::make_order(std::mt19937& random) {
   if (order == Order::random) std::shuffle(turns_.begin(), turns_.end(), random);
 }
 
-// Passes over the fibers, each run as far as it gets.
+bool Device::may_run(const Fiber& fiber) const {
+  return fiber.state == State::ready || (fiber.state == State::at_flag && fiber.flag->phase % 2 != fiber.parity);
+}
+
+// Every fiber as far as it gets; whether one got anywhere.
+bool Device::pass(std::mt19937& random) {
+  bool progress = false;
+  make_order(random);
+  for (const int t : turns_) {
+    if (!may_run(fibers_[t]) || (order == Order::random && progress && random() % 3 == 0)) continue;
+    progress = true;
+    position.thread = t;
+    current_ = &fibers_[t];
+    sadmoe_switch_fiber(&main_stack_, fibers_[t].stack_pointer);
+    current_ = nullptr;
+    if (!error.empty()) break;
+  }
+  return progress;
+}
+
+// Tiles land when nobody can go on without; in random order, at times before.
 void Device::run_block(int64_t block) {
   position = {0, block % launch_->blocks_x, block / launch_->blocks_x, launch_->blocks_x, launch_->blocks_y};
-  memory.begin_block(shared, launch_->shared_bytes);
+  memory.begin_block(shared, launch_->shared_bytes, launch_->threads);
   start_fibers();
   std::mt19937 random(seed + static_cast<unsigned>(block));
-  for (bool progress = true; progress && error.empty();) {
-    progress = false;
-    make_order(random);
-    for (const int t : turns_) {
-      if (fibers_[t].state != State::ready || (order == Order::random && progress && random() % 3 == 0)) continue;
-      progress = true;
-      position.thread = t;
-      current_ = &fibers_[t];
-      sadmoe_switch_fiber(&main_stack_, fibers_[t].stack_pointer);
-      current_ = nullptr;
-      if (!error.empty()) return;
+  for (bool going = true; going && error.empty();) {
+    going = pass(random);
+    const size_t loads = tile_loads_.size();
+    if (error.empty() && loads && (!going || (order == Order::random && random() % 4 == 0))) {
+      going = true;
+      land_tile(order == Order::random ? random() % loads : 0);
     }
   }
-  error = stuck();
+  if (error.empty()) error = stuck();
+  if (error.empty()) error = too_many_registers();
 }
 
 // Empty when every thread has returned.
@@ -209,6 +152,7 @@ int Device::run(const Launch& launch) {
     stacks_ = static_cast<char*>(mmap(nullptr, kMaxThreads * kStack, PROT_READ | PROT_WRITE, flags, -1, 0));
   }
   launch_ = &launch;
+  current_ = nullptr;
   fibers_.resize(launch.threads), turns_.resize(launch.threads), warps_.resize(launch.threads / kWarp);
   std::vector<char> buffer(kMaxShared + 1024);
   shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(buffer.data()) + 1023) / 1024 * 1024);
@@ -260,55 +204,29 @@ bool Device::on_host(const char* p) const {
   return (p >= stacks_ && p < stacks_ + kMaxThreads * kStack) || (p >= parameters && p < parameters + launch_->parameters_bytes);
 }
 
+void Device::sync_warp(const char* file, int line) {
+  Meeting& meeting = warps_[position.thread / kWarp].meetings[current_->meetings % 2];
+  if (meeting.arrived == 0) meeting.told.clear();
+  memory.clocks.tell(position.thread, meeting.told);
+  const char nothing = 0;
+  meet(&nothing, sizeof nothing, file, line);
+  memory.clocks.hear(position.thread, meeting.told);
+}
+
 void Device::access(const void* p, size_t n, size_t alignment, Access kind, void* pc) {
-  if (on_host(static_cast<const char*>(p))) return;
+  if (on_host(static_cast<const char*>(p))) return check_touch(static_cast<const char*>(p), pc);
+  if (!current_->waited && memory.may_be_written(p)) fail("memory that a kernel writes is touched before wait_kernel_before", pc);
   const std::string what = memory.access(p, n, alignment, kind, position.thread);
   if (!what.empty()) fail(what, pc);
 }
 
-void Device::land(const Copy& copy) {
-  std::memcpy(copy.to, copy.from, copy.bytes);
-  std::memset(copy.to + copy.bytes, 0, 16 - copy.bytes);
-}
-
-void Device::copy_async(void* to, const void* from, int bytes, void* pc) {
-  if (bytes < 0 || bytes > 16) fail("copy of " + std::to_string(bytes) + " of 16 bytes", pc);
-  if (!memory.is_shared(to, 16)) fail("copy to an address outside shared memory", pc);
-  if (reinterpret_cast<uintptr_t>(from) % 16) fail("misaligned source of a copy of 16 bytes", pc);
-  if (bytes) access(from, bytes, 16, Access::read, pc);
-  access(to, 16, 16, Access::write, pc);
-  const Copy copy{static_cast<char*>(to), static_cast<const char*>(from), bytes};
-  memory.set_in_flight(to, 16, 1);
-  if (!late_copies) land(copy);
-  current_->open.push_back(copy);
-}
-
-void Device::commit_copies() {
-  current_->commits.push_back(std::move(current_->open));
-  current_->open.clear();
-}
-
-void Device::wait_copies(int left, void* pc) {
-  auto& commits = current_->commits;
-  while (static_cast<int>(commits.size()) > left) {
-    for (const Copy& copy : commits.front()) {
-      memory.set_in_flight(copy.to, 16, -1);
-      if (late_copies) land(copy);
-      access(copy.to, 16, 16, Access::write, pc);
-    }
-    commits.erase(commits.begin());
-  }
-}
-
-}  // namespace
-
 const Position& here() { return device().position; }
 void* shared_memory() { return device().shared; }
+size_t shared_offset(const void* p) { return static_cast<const char*>(p) - device().shared; }
 void barrier(const char* file, int line) { device().barrier(file, line); }
 const void* meet(const void* bytes, size_t n, const char* file, int line) { return device().meet(bytes, n, file, line); }
-void copy_async(void* to, const void* from, int bytes) { device().copy_async(to, from, bytes, __builtin_return_address(0)); }
-void commit_copies() { device().commit_copies(); }
-void wait_copies(int left) { device().wait_copies(left, __builtin_return_address(0)); }
+void wait_kernel_before() { device().wait_kernel_before(); }
+void sync_warp(const char* file, int line) { device().sync_warp(file, line); }
 void check_read(const void* p, size_t n, size_t alignment) {
   device().access(p, n, alignment, Access::read, __builtin_return_address(0));
 }

@@ -17,13 +17,39 @@ struct Position {
 const Position& here();
 void* shared_memory();
 void barrier(const char* file, int line);
+void wait_kernel_before();
 // A meeting of the warp: every lane brings n <= 32 bytes, and gets those of all lanes, one after another.
 const void* meet(const void* bytes, size_t n, const char* file, int line);
+// The same, and what each did before is ordered before what any does after.
+void sync_warp(const char* file, int line);
 void copy_async(void* shared, const void* global, int bytes);
 void commit_copies();
 void wait_copies(int left);
 // A read by an instruction that the compiler does not see.
 void check_read(const void* p, size_t n, size_t alignment);
+
+// --- For kernels of sm_90a, through hopper.h.
+size_t shared_offset(const void* p);
+void init_barrier(void* barrier, int arrivals);
+void fence_async();
+void arrive(void* barrier);
+void expect_bytes(void* barrier, int bytes);
+void wait_barrier(void* barrier, int parity, const char* file, int line);
+// Row-major matrices of 16 bits, and how many rows of 128 bytes a load takes.
+struct TileMap {
+  const void* data;
+  int64_t matrices, rows, columns;
+  int box_rows;
+};
+void load_tile(void* shared, const TileMap& map, int64_t matrix, int64_t row, int64_t column, void* barrier);
+void set_registers(int registers, bool more, const char* file, int line);
+// sums [columns / 2] of a thread; a, b: operands as csrc/cuda/hopper.cuh describes them.
+using Convert = float (*)(uint16_t);
+void multiply(float* sums, int columns, uint64_t a, uint64_t b, Convert convert, const char* file, int line);
+void begin_products();
+void commit_products();
+void wait_products(int left);
+int64_t products();  // that threads have issued so far
 
 // --- For the compiler's hooks: an access by the instruction at pc, if a kernel runs.
 enum class Access { read, write };
@@ -37,6 +63,7 @@ struct Launch {
   void (*kernel)(const void* parameters);
   const void* parameters;
   size_t parameters_bytes;
+  bool early;  // before what the kernels before it write is there
 };
 int run(const Launch& launch);  // 0, or an error that last_error() tells
 const char* last_error();

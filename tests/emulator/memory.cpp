@@ -6,24 +6,29 @@ namespace sadmoe::emulator {
 
 std::string Span::at(const void* p) const { return name + " + " + std::to_string(static_cast<const char*>(p) - begin); }
 
-void Memory::begin_block(char* shared, size_t bytes) {
+void Memory::begin_block(char* shared, size_t bytes, int threads) {
   shared_.name = "shared memory";
   shared_.begin = shared, shared_.end = shared + bytes;
   shared_.element = 2;
   shared_.writable = shared_.shared = true;
   shared_.cells.resize(bytes / shared_.element + 1);
-  for (Cell& cell : shared_.cells) cell.in_flight = 0;
+  for (Cell& cell : shared_.cells) cell.in_flight = cell.multiplied = 0;
   std::memset(shared, 0xff, bytes);
   block_phase_ = ++phase_;
+  clocks.begin_block(threads);
 }
 
 bool Memory::ordered(const Span& span, const Mark& mark, int thread) const {
   if (mark.phase < (span.shared ? block_phase_ : launch_phase_)) return true;
-  return mark.phase >= block_phase_ && (mark.phase < phase_ || mark.thread == thread);
+  if (mark.phase < block_phase_) return false;
+  const bool by_barrier = mark.phase < phase_ && mark.thread != clocks.engine();
+  return by_barrier || mark.thread == thread || clocks.has_seen(thread, mark);
 }
 
 std::string Memory::race(const Span& span, const void* p, const char* now, const char* before, const Mark& mark) const {
-  const std::string by = mark.phase < block_phase_ ? "by another block" : "by thread " + std::to_string(mark.thread);
+  const std::string by = mark.phase < block_phase_        ? "by another block"
+                         : mark.thread == clocks.engine() ? "by the copy engine"
+                                                          : "by thread " + std::to_string(mark.thread);
   return "data race on " + span.at(p) + ": " + now + ", unordered with a " + before + " " + by;
 }
 
@@ -31,7 +36,7 @@ std::string Memory::read(Span& span, Cell& cell, const void* p, int thread) {
   if (cell.write.phase < (span.shared ? block_phase_ : 1)) return "read of uninitialised " + span.at(p);
   if (!ordered(span, cell.write, thread)) return race(span, p, "read", "write", cell.write);
   if (cell.read.thread != thread || cell.read.phase < block_phase_) cell.other = cell.read;
-  cell.read = {phase_, thread};
+  cell.read = {phase_, thread, clocks.now(thread)};
   return {};
 }
 
@@ -39,7 +44,7 @@ std::string Memory::write(Span& span, Cell& cell, const void* p, int thread) {
   if (!ordered(span, cell.write, thread)) return race(span, p, "write", "write", cell.write);
   for (const Mark& mark : {cell.read, cell.other})
     if (!ordered(span, mark, thread)) return race(span, p, "write", "read", mark);
-  cell.write = {phase_, thread};
+  cell.write = {phase_, thread, clocks.now(thread)};
   return {};
 }
 
@@ -58,15 +63,45 @@ std::string Memory::access(const void* p, size_t n, size_t alignment, Access kin
     Cell& cell = span->cells[i];
     const char* at = span->begin + i * span->element;
     if (cell.in_flight) return std::string(word) + " of " + span->at(at) + " while a copy to it is in flight";
+    if (kind == Access::write && cell.multiplied) return "write of " + span->at(at) + " while a product reads it";
     std::string error = kind == Access::read ? read(*span, cell, at, thread) : write(*span, cell, at, thread);
     if (!error.empty()) return error;
   }
   return {};
 }
 
-void Memory::set_in_flight(const void* p, size_t n, int change) {
+bool Memory::may_be_written(const void* p) const {
+  for (const auto& span : spans)
+    if (span->contains(p)) return span->writable;
+  return false;
+}
+
+template <class Body>
+void Memory::each_shared(const void* p, size_t n, Body body) {
   const size_t first = static_cast<const char*>(p) - shared_.begin;
-  for (size_t i = first / shared_.element; i < (first + n) / shared_.element; ++i) shared_.cells[i].in_flight += change;
+  for (size_t i = first / shared_.element; i < (first + n) / shared_.element; ++i) body(shared_.cells[i]);
+}
+
+void Memory::set_in_flight(const void* p, size_t n, int change) {
+  each_shared(p, n, [&](Cell& cell) { cell.in_flight += change; });
+}
+
+void Memory::set_multiplied(const void* p, size_t n, int change) {
+  each_shared(p, n, [&](Cell& cell) { cell.multiplied += change; });
+}
+
+void Memory::land(const void* p, size_t n) {
+  const int engine = clocks.engine();
+  each_shared(p, n, [&](Cell& cell) { cell.write = {phase_, engine, clocks.now(engine)}; });
+}
+
+std::string Memory::unfenced(const void* p, size_t n) const {
+  const size_t first = static_cast<const char*>(p) - shared_.begin;
+  for (size_t i = first / shared_.element; i < (first + n) / shared_.element; ++i)
+    if (const Mark& mark = shared_.cells[i].write; mark.phase >= block_phase_ && !clocks.is_fenced(mark))
+      return shared_.at(shared_.begin + i * shared_.element) + ", which thread " + std::to_string(mark.thread) +
+             " wrote, without fence_async";
+  return {};
 }
 
 }  // namespace sadmoe::emulator

@@ -41,6 +41,18 @@ SADMOE_KERNEL(32) shuffle_as_barrier(Buffers p) {
   const float other = shuffle_xor(1.0f, 1);
   p.out[thread_index()] = cells[31 - thread_index()] * other;
 }
+SADMOE_KERNEL(32) warp_in_step(Buffers p) {
+  SADMOE_SHARED(Cells, cells);
+  cells[thread_index()] = p.in[thread_index()];
+  sync_warp();
+  p.out[thread_index()] = cells[31 - thread_index()];
+}
+SADMOE_KERNEL(64) warp_as_block(Buffers p) {
+  SADMOE_SHARED(Cells, cells);
+  cells[thread_index()] = p.in[thread_index()];
+  sync_warp();
+  p.out[thread_index()] = cells[63 - thread_index()];
+}
 SADMOE_KERNEL(64) divergent_barrier(Buffers p) {
   if (thread_index() < 32)
     sync_block();
@@ -92,6 +104,17 @@ SADMOE_KERNEL(32) block_reads_another(Buffers p) {
   if (block_x() == 1) p.out[32 + thread_index()] = p.out[thread_index()];
 }
 SADMOE_KERNEL(32) blocks_apart(Buffers p) { p.out[block_x() * 32 + thread_index()] = 1; }
+
+// Launched early.
+template <bool kWait, bool kTouch>
+SADMOE_KERNEL(32)
+early(Buffers p) {
+  const float in = p.in[thread_index()];
+  if (kTouch) p.out[thread_index()] = in;
+  start_kernel_after();
+  if (kWait) wait_kernel_before();
+  if (kWait) p.out[thread_index()] = in;
+}
 
 // 16 threads copy 16 bytes each; `wait`, then maybe a barrier, then all read.
 template <bool kWait, bool kBarrier, int kOffset>
@@ -188,12 +211,15 @@ struct Case {
   void (*kernel)(Buffers);
   int64_t blocks;
   int threads;
+  bool early = false;
 };
 const Case kCases[] = {
     {"barrier_between_warps", barrier_between_warps, 1, 64},
     {"missing_barrier", missing_barrier, 1, 64},
     {"missing_barrier_before_reuse", missing_barrier_before_reuse, 1, 64},
     {"shuffle_as_barrier", shuffle_as_barrier, 1, 32},
+    {"warp_in_step", warp_in_step, 1, 32},
+    {"warp_as_block", warp_as_block, 1, 64},
     {"divergent_barrier", divergent_barrier, 1, 64},
     {"barrier_without_some", barrier_without_some, 1, 64},
     {"warp_operation_without_some", warp_operation_without_some, 1, 32},
@@ -209,6 +235,9 @@ const Case kCases[] = {
     {"blocks_write_one_place", blocks_write_one_place, 2, 32},
     {"block_reads_another", block_reads_another, 2, 32},
     {"blocks_apart", blocks_apart, 2, 32},
+    {"early", early<true, false>, 1, 32, true},
+    {"early_without_wait", early<false, false>, 1, 32, true},
+    {"early_before_wait", early<true, true>, 1, 32, true},
     {"copies", copies<true, true, 0>, 1, 64},
     {"copies_without_wait", copies<false, true, 0>, 1, 64},
     {"copies_without_barrier", copies<true, false, 0>, 1, 64},

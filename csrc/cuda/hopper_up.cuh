@@ -1,0 +1,283 @@
+// up.cuh on devices of capability 9.0, 16 bits: the same function by the products of warpgroups. Of a block that stays for
+// many tiles, one warpgroup brings operands into a ring of stages, rows of tokens by its own copies and weights by the copy
+// engine; two multiply them. The sum of an element runs over the depth as in tile.cuh, 16 steps by 16; that products of a
+// warpgroup round as those of a warp do, so that all kernels have the same bits, bench_cuda conformance asks the device.
+#pragma once
+#include "cuda/hopper.cuh"
+#include "cuda/up.cuh"
+
+namespace sadmoe::cuda {
+
+struct HopperUp {
+  TileMap w_up, w_gate;  // [E, s, d]
+  Up up;
+  int strips;  // of kNeurons neurons an expert
+};
+
+// Two sums of [64, kNeurons] a warpgroup: of two blocks of rows; or, gated, of both matrices. 128 columns fill its registers,
+// and bring least: 256 x 128 are 85 FLOP for every byte, where by a model, not measured, an H100's L2 is hidden from 95 on.
+template <class T, bool kGatedOf, int kNeuronsOf>
+struct HopperUpBlock {
+  using Element = T;
+  static constexpr bool kGated = kGatedOf;
+  static constexpr int kNeurons = kNeuronsOf, kSums = kNeurons / 2, kMatrices = kGated ? 2 : 1;
+  static constexpr int kConsumers = 2, kThreads = (1 + kConsumers) * kWarpgroup, kWarps = kWarpgroup / 32;
+  static constexpr int kBlockRows = 64, kRowBlocks = kGated ? kConsumers : 2 * kConsumers, kRows = kRowBlocks * kBlockRows;
+  static constexpr int kDepth = kSwizzledElements;
+  static constexpr int kGiven = 72, kTaken = 216;  // registers a thread; with 56 the first spills
+  static_assert(kGiven + kConsumers * kTaken <= 65536 / kThreads / 8 * 8 * (1 + kConsumers));
+
+  struct Stage {
+    unsigned char x[kRows][kSwizzledBytes], w[kMatrices][kNeurons][kSwizzledBytes];
+  };
+  // Of a warp: 32 columns of its sums, so that it writes whole sectors and an epilogue is compiled once an element. A row's
+  // columns are exchanged, that rows meet in different banks.
+  static constexpr int kColumns = 32;
+  struct Sums {
+    float at[kMatrices][16][kColumns];
+    SADMOE_DEVICE static int column(int r, int c) { return c ^ r % 4 * 8; }
+  };
+  static constexpr int kMostBytes = 227 << 10, kBarrierBytes = 1024;
+  static constexpr int kStages = stages_in<Stage>(kMostBytes - kBarrierBytes - kConsumers * kWarps * sizeof(Sums), 6);
+  // Steps that are on their way: a stage is still multiplied while the next already is, and both are waited for.
+  static constexpr int kAhead = kStages - 2;
+  static_assert(kAhead >= 2, "enough on its way");
+  struct Memory {
+    alignas(1024) Stage stages[kStages];
+    Barrier full[kStages], empty[kStages];
+    Sums sums[kConsumers * kWarps];
+  };
+  static_assert(sizeof(Memory) <= kMostBytes);
+};
+
+// The tiles of this block: of all, expert by expert, every blocks_x-th. 32 experts at a glance, a lane each; every warp walks
+// alone and sees the same. Where there are few pairs, tiles are of fewer rows, so that there are some for every block.
+template <class Block>
+struct UpWalk {
+  const HopperUp& p;
+  int rows = Block::kRows;
+  int64_t at = block_x(), e0 = -32;       // the next tile, counted from the first of expert e0
+  int32_t begin = 0, end = 0;             // pairs of this lane's expert
+  int32_t before = 0, last = 0, all = 0;  // tiles: before it, up to its last, of all 32
+
+  SADMOE_DEVICE explicit UpWalk(const HopperUp& p) : p(p) {
+    const int32_t pairs = pairs_until(p.up.E - 1);
+    while (rows > Block::kBlockRows && pairs / rows * p.strips < blocks_x()) rows /= 2;
+  }
+
+  // Of all experts up to e.
+  SADMOE_DEVICE int32_t pairs_until(int64_t e) const {
+    return p.up.starts ? p.up.starts[p.up.tiles * p.up.E + e] : static_cast<int32_t>(p.up.T);
+  }
+
+  SADMOE_DEVICE void look() {
+    const int64_t e = e0 + thread_index() % 32;
+    begin = e < p.up.E && p.up.starts ? p.up.starts[e] : 0, end = e < p.up.E ? pairs_until(e) : 0;
+    const int32_t own = (end - begin + rows - 1) / rows * p.strips;
+    last = own;
+    SADMOE_UNROLL
+    for (int lanes = 1; lanes < 32; lanes *= 2) {
+      const int32_t below = shuffle_up(last, lanes);
+      last += thread_index() % 32 >= lanes ? below : 0;
+    }
+    before = last - own, all = shuffle(last, 31);
+  }
+
+  int64_t e, p0, j0;  // of the tile: expert, first pair, first neuron
+  int n;              // pairs, at most `rows`
+  // False after the last.
+  SADMOE_DEVICE bool next() {
+    while (at >= all) {
+      at -= all, e0 += 32;
+      if (e0 >= p.up.E) return false;
+      look();
+    }
+    const int i = lowest_bit(ballot(last > at));
+    const int32_t tile = static_cast<int32_t>(at) - shuffle(before, i);
+    const int32_t first = shuffle(begin, i) + tile / p.strips * rows, left = shuffle(end, i) - first;
+    e = e0 + i, p0 = first, j0 = int64_t{tile % p.strips} * Block::kNeurons;
+    n = left < rows ? left : rows;
+    at += blocks_x();
+    return true;
+  }
+};
+
+// Where in the ring a step is, and which turn of the ring it is.
+template <class Block>
+struct Ring {
+  int stage = 0, parity = 0;
+  SADMOE_DEVICE void next() {
+    if (++stage == Block::kStages) stage = 0, parity ^= 1;
+  }
+};
+
+// The first warpgroup: steps of all tiles, one after another. A stage is full once copies that were started kAhead steps
+// ago have landed.
+template <class Block>
+SADMOE_DEVICE void bring(const HopperUp& p, typename Block::Memory& memory) {
+  constexpr int kEvery = kWarpgroup / 8, kCopies = Block::kRows / kEvery;  // 8 lanes a row, 16 bytes each
+  static_assert(kCopies % 8 == 0, "a lane keeps the token of a row of its warp for 8 copies");
+  using T = typename Block::Element;
+  const T* x = static_cast<const T*>(p.up.x.data);
+  const int lane = thread_index() % 32, r0 = thread_index() / 8, c = thread_index() % 8;
+  Ring<Block> filled, landed;
+  int64_t step = 0;
+  const auto advance = [&] {
+    commit_copies();
+    if (step++ < Block::kAhead) return;
+    wait_copies<Block::kAhead>();
+    fence_async();
+    sync_warp();
+    if (lane == 0) arrive(memory.full[landed.stage]);
+    landed.next();
+  };
+  for (UpWalk<Block> tile(p); tile.next();) {
+    int32_t tokens[kCopies / 8];
+    SADMOE_UNROLL
+    for (int i = 0; i < kCopies / 8; ++i) {
+      const int r = thread_index() / 32 * 4 + lane % 4 + (i * 8 + lane / 4) * kEvery;
+      tokens[i] = r >= tile.n ? -1 : p.up.rows ? p.up.rows[tile.p0 + r] : static_cast<int32_t>(tile.p0 + r);
+    }
+    SADMOE_ROLLED
+    for (int64_t k = 0; k < p.up.d; k += Block::kDepth, filled.next(), advance()) {
+      auto& stage = memory.stages[filled.stage];
+      Barrier& full = memory.full[filled.stage];
+      wait_barrier(memory.empty[filled.stage], filled.parity ^ 1);
+      if (thread_index() == 0) {
+        expect_bytes(full, sizeof stage.w);
+        load_tile(stage.w[0], p.w_up, tile.e, tile.j0, k, full);
+        if constexpr (Block::kGated) load_tile(stage.w[1], p.w_gate, tile.e, tile.j0, k, full);
+      }
+      const int64_t column = k + c * 8;
+      SADMOE_UNROLL
+      for (int i = 0; i < kCopies; ++i) {
+        if (i * kEvery / Block::kBlockRows * Block::kBlockRows >= tile.n) break;
+        const int32_t token = shuffle(tokens[i / 8], i % 8 * 4 + lane / 8);
+        const int r = r0 + i * kEvery, bytes = token >= 0 && column < p.up.d ? 16 : 0;
+        copy16_async(&stage.x[r][swizzled(r, c)], bytes ? x + token * p.up.x.ld + column : x, bytes);
+      }
+    }
+  }
+  for (const int64_t steps = step; step < steps + Block::kAhead;) advance();
+}
+
+// By a warp that is done with a stage.
+template <class Block>
+SADMOE_DEVICE void release(typename Block::Memory& memory, int stage) {
+  sync_warp();
+  if (thread_index() % 32 == 0) arrive(memory.empty[stage]);
+}
+
+// A tile without pairs for this warpgroup.
+template <class Block>
+SADMOE_DEVICE void skip(const HopperUp& p, typename Block::Memory& memory, Ring<Block>& ring) {
+  SADMOE_ROLLED
+  for (int64_t k = 0; k < p.up.d; k += Block::kDepth, ring.next()) {
+    wait_barrier(memory.full[ring.stage], ring.parity);
+    release<Block>(memory, ring.stage);
+  }
+}
+
+// A tile's sums, kLive of them, on a warpgroup: [64, kNeurons] each.
+template <class Block, int kLive>
+SADMOE_DEVICE void multiply(const HopperUp& p, typename Block::Memory& memory, Ring<Block>& ring,
+                            float (&sums)[2][Block::kSums]) {
+  const int first = (thread_index() / kWarpgroup - 1) * Block::kBlockRows;
+  SADMOE_UNROLL
+  for (int q = 0; q < kLive; ++q) SADMOE_UNROLL
+  for (int i = 0; i < Block::kSums; ++i) sums[q][i] = 0;
+  int before = -1;  // the stage that is still multiplied
+  SADMOE_ROLLED
+  for (int64_t k = 0; k < p.up.d; k += Block::kDepth, before = ring.stage, ring.next()) {
+    const auto& stage = memory.stages[ring.stage];
+    wait_barrier(memory.full[ring.stage], ring.parity);
+    begin_products();
+    SADMOE_UNROLL
+    for (int depth = 0; depth < kSwizzledBytes; depth += 32) SADMOE_UNROLL
+    for (int q = 0; q < kLive; ++q) {
+      const int row = Block::kGated ? first : q * Block::kConsumers * Block::kBlockRows + first;
+      multiply_64(sums[q], operand(&stage.x[row][depth]), operand(&stage.w[Block::kGated ? q : 0][0][depth]),
+                  typename Block::Element{});
+    }
+    commit_products();
+    wait_products<1>();
+    if (before >= 0) release<Block>(memory, before);
+  }
+  wait_products<0>();
+  SADMOE_UNROLL
+  for (int q = 0; q < kLive; ++q) settle(sums[q]);
+  release<Block>(memory, before);
+}
+
+// h of a warp's 16 rows, from `row` of the tile on.
+template <class Block, class Walk>
+SADMOE_DEVICE void finish(const Up& p, const Walk& tile, int row, typename Block::Sums& buffer,
+                          const float (&values)[Block::kSums], const float (&gates)[Block::kSums]) {
+  const int lane = thread_index() % 32, n = tile.n - row < 16 ? tile.n - row : 16;
+  SADMOE_UNROLL
+  for (int c0 = 0; c0 < Block::kNeurons; c0 += Block::kColumns) {
+    if (tile.j0 + c0 >= p.s) break;
+    SADMOE_UNROLL
+    for (int i = 0; i < Block::kColumns / 2; ++i) {
+      const int r = lane / 4 + i % 4 / 2 * 8, c = buffer.column(r, i / 4 * 8 + lane % 4 * 2 + i % 2);
+      buffer.at[0][r][c] = values[c0 / 2 + i];
+      if constexpr (Block::kGated) buffer.at[1][r][c] = gates[c0 / 2 + i];
+    }
+    sync_warp();
+    const int64_t j = tile.j0 + c0 + lane, neuron = tile.e * p.s + j;
+    if (j < p.s) {
+      const float up_bias = p.b_up.data ? load(p.b_up, neuron) : 0;
+      const float gate_bias = Block::kGated && p.b_gate.data ? load(p.b_gate, neuron) : 0;
+      SADMOE_ROLLED
+      for (int r = 0; r < n; ++r) {
+        const int c = buffer.column(r, lane);
+        const float gate = buffer.at[Block::kMatrices - 1][r][c] + gate_bias;
+        store(p.h, p.h_dtype, (tile.p0 + row + r) * p.ld_h + j,
+              activate<Block::kGated>(p.act, buffer.at[0][r][c] + up_bias, gate));
+      }
+    }
+    sync_warp();
+  }
+}
+
+// The other warpgroups: blocks of 64 rows in turn.
+template <class Block>
+SADMOE_DEVICE void consume(const HopperUp& p, typename Block::Memory& memory) {
+  const int warp = thread_index() / 32 - Block::kWarps, first = warp / Block::kWarps * Block::kBlockRows;
+  const int row = first + warp % Block::kWarps * 16;
+  constexpr int kNext = Block::kConsumers * Block::kBlockRows;
+  Ring<Block> ring;
+  for (UpWalk<Block> tile(p); tile.next();) {
+    float sums[2][Block::kSums];
+    if (first >= tile.n)
+      skip<Block>(p, memory, ring);
+    else if (!Block::kGated && first + kNext >= tile.n)
+      multiply<Block, 1>(p, memory, ring, sums);
+    else
+      multiply<Block, 2>(p, memory, ring, sums);
+    if (row < tile.n) finish<Block>(p.up, tile, row, memory.sums[warp], sums[0], sums[1]);
+    if (!Block::kGated && row + kNext < tile.n) finish<Block>(p.up, tile, row + kNext, memory.sums[warp], sums[1], sums[0]);
+  }
+}
+
+template <class T, bool kGated, int kNeurons>
+SADMOE_KERNEL(HopperUpBlock<T, kGated, kNeurons>::kThreads, 1)
+hopper_up(SADMOE_PARAMETER HopperUp p) {
+  using Block = HopperUpBlock<T, kGated, kNeurons>;
+  SADMOE_SHARED(typename Block::Memory, memory);
+  if (thread_index() == 0) {
+    for (Barrier& b : memory.full) init_barrier(b, Block::kWarps);
+    for (Barrier& b : memory.empty) init_barrier(b, Block::kConsumers * Block::kWarps);
+    fence_async();
+  }
+  sync_block();
+  if (thread_index() < kWarpgroup) {
+    give_registers<Block::kGiven>();
+    bring<Block>(p, memory);
+  } else {
+    take_registers<Block::kTaken>();
+    consume<Block>(p, memory);
+  }
+}
+
+}  // namespace sadmoe::cuda

@@ -1,0 +1,154 @@
+// Products of warpgroups, in the background, and the registers that they need. A thread computes its own sums; the operands
+// that it reads are checked in shares, so that a warpgroup checks all.
+#include <algorithm>
+#include <cstring>
+
+#include "emulator/machine.h"
+#include "emulator/source_line.h"
+
+namespace sadmoe::emulator {
+
+namespace {
+
+constexpr int kDepth = 16;
+constexpr uint64_t kSwizzle128 = 1;
+
+}  // namespace
+
+// 8 elements of a row: depths 0-7 or 8-15. The operand as the instruction decodes it: where it begins, how far apart groups of
+// 8 rows are, and the exchange of its address bits.
+const char* Device::chunk(uint64_t operand, int row, int half) const {
+  const size_t begin = (operand & 0x3fff) << 4, group = (operand >> 32 & 0x3fff) << 4;
+  const size_t plain = begin + row / 8 * group + row % 8 * 128 + half * 16;
+  return shared + (plain ^ (plain >> 7 & 7) << 4);
+}
+
+// Of this thread's share: a has a chunk for every thread of the warp.
+template <class Body>
+void Device::each_chunk(const Product& product, Body body) const {
+  const int thread = position.thread % kWarpgroup;
+  body(chunk(product.a, thread / 2, thread % 2));
+  for (int i = thread; i < product.columns * 2; i += kWarpgroup) body(chunk(product.b, i / 2, i % 2));
+}
+
+// All warps of a warpgroup issue the same.
+void Device::check_issued(const Product& product, const char* file, int line) {
+  std::vector<Product>& issued = issued_[position.thread / kWarpgroup];
+  const size_t i = current_->issued++;
+  if (i == issued.size()) issued.push_back(product);
+  const Product& other = issued[i];
+  if (other.a != product.a || other.b != product.b || other.columns != product.columns)
+    fail("warps of a warpgroup issue different products at " + source_line(file, line), nullptr);
+}
+
+void Device::multiply(const Product& product, const char* file, int line, void* pc) {
+  const uint64_t operands[] = {product.a, product.b};
+  const void* all = meet(operands, sizeof operands, file, line);
+  for (int lane = 0; lane < kWarp; ++lane)
+    if (std::memcmp(static_cast<const char*>(all) + lane * sizeof operands, operands, sizeof operands))
+      fail("lanes of a warp multiply different operands", pc);
+  for (const uint64_t operand : operands)
+    if (operand >> 62 != kSwizzle128) fail("an operand that is not swizzled by 128 bytes", pc);
+  if (!current_->begun) fail("a product without begin_products", pc);
+  const char* sums = reinterpret_cast<const char*>(product.sums);
+  for (const char* p : current_->touched)
+    if (p >= sums && p < sums + product.columns * 2) fail("sums are touched between begin_products and their product", pc);
+  check_issued(product, file, line);
+  each_chunk(product, [&](const char* p) {
+    if (!memory.is_shared(p, 16)) fail("an operand outside shared memory", pc);
+    access(p, 16, 16, Access::read, pc);
+    if (const std::string what = memory.unfenced(p, 16); !what.empty()) fail("a product reads " + what, pc);
+    memory.set_multiplied(p, 16, 1);
+  });
+  if (!late_copies) multiply_now(product);
+  current_->products.push_back(product);
+  ++products_issued;
+}
+
+// In the order of multiply_16x8x16: the sum of 16 depths, then to what there was.
+void Device::multiply_now(const Product& product) const {
+  const int row0 = position.thread % kWarpgroup / kWarp * 16 + position.thread % kWarp / 4, t = position.thread % 4;
+  const auto row_of = [&](uint64_t operand, int row, float (&to)[kDepth]) {
+    for (int k = 0; k < kDepth; ++k) {
+      uint16_t bits;
+      std::memcpy(&bits, chunk(operand, row, k / 8) + k % 8 * 2, 2);
+      to[k] = product.convert(bits);
+    }
+  };
+  float a[2][kDepth], b[kDepth];
+  for (int i = 0; i < 2; ++i) row_of(product.a, row0 + i * 8, a[i]);
+  for (int i = 0; i < product.columns / 4; ++i) {  // this thread's columns
+    row_of(product.b, i / 2 * 8 + t * 2 + i % 2, b);
+    for (int half = 0; half < 2; ++half) {
+      float sum = 0;
+      for (int k = 0; k < kDepth; ++k) sum += a[half][k] * b[k];
+      product.sums[i / 2 * 4 + half * 2 + i % 2] += sum;
+    }
+  }
+}
+
+void Device::begin_products() { current_->begun = true, current_->touched.clear(); }
+
+void Device::commit_products() {
+  current_->begun = false;
+  current_->product_commits.push_back(std::move(current_->products));
+  current_->products.clear();
+}
+
+void Device::wait_products(int left) {
+  auto& commits = current_->product_commits;
+  while (static_cast<int>(commits.size()) > left) {
+    for (const Product& product : commits.front()) {
+      each_chunk(product, [&](const char* p) { memory.set_multiplied(p, 16, -1); });
+      if (late_copies) multiply_now(product);
+    }
+    commits.erase(commits.begin());
+  }
+}
+
+// The kernel reads or writes its stack.
+void Device::check_touch(const char* p, void* pc) {
+  if (current_->begun) current_->touched.push_back(p);
+  const auto check = [&](const std::vector<Product>& products) {
+    for (const Product& product : products) {
+      const char* sums = reinterpret_cast<const char*>(product.sums);
+      if (p >= sums && p < sums + product.columns * 2) fail("sums are touched before wait_products", pc);
+    }
+  };
+  check(current_->products);
+  for (const auto& products : current_->product_commits) check(products);
+}
+
+void Device::set_registers(int registers, bool more, const char* file, int line) {
+  meet(&registers, sizeof registers, file, line);
+  const int launched = 65536 / launch_->threads / 8 * 8;
+  if (registers < 24 || registers > 256 || registers % 8 || (more ? registers < launched : registers > launched))
+    fail("a thread of " + std::to_string(launched) + " registers cannot " + (more ? "take " : "give up all but ") +
+             std::to_string(registers) + " at " + source_line(file, line),
+         nullptr);
+  current_->registers = registers;
+}
+
+// Empty where warpgroups agree, and together have no more than was launched.
+std::string Device::too_many_registers() const {
+  const int launched = 65536 / launch_->threads / 8 * 8;
+  int all = 0;
+  for (size_t t = 0; t < fibers_.size(); ++t) {
+    all += fibers_[t].registers ? fibers_[t].registers : launched;
+    if (fibers_[t].registers != fibers_[t / kWarpgroup * kWarpgroup].registers)
+      return "warps of a warpgroup set different registers";
+  }
+  const int most = launched * static_cast<int>(fibers_.size());
+  return all > most ? "a block of " + std::to_string(all) + " registers, launched with " + std::to_string(most) : "";
+}
+
+void multiply(float* sums, int columns, uint64_t a, uint64_t b, Convert convert, const char* file, int line) {
+  device().multiply({sums, columns, a, b, convert}, file, line, __builtin_return_address(0));
+}
+int64_t products() { return device().products_issued; }
+void begin_products() { device().begin_products(); }
+void commit_products() { device().commit_products(); }
+void wait_products(int left) { device().wait_products(left); }
+void set_registers(int registers, bool more, const char* file, int line) { device().set_registers(registers, more, file, line); }
+
+}  // namespace sadmoe::emulator
