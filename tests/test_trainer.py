@@ -198,7 +198,7 @@ def test_a_converted_model_trains_in_the_trainer(tmp_path):
 
 
 WORKER = """
-    import sys
+    import os, sys
     from pathlib import Path
     import test_trainer, torch
     from safetensors.torch import save_file
@@ -211,7 +211,9 @@ WORKER = """
     assert trainer.args.world_size == 2
     if trainer.args.process_index == 0:
         save_file(dict(model.named_parameters()), folder / "model.safetensors")
+    torch.distributed.barrier()  # neither leaves while the other may still talk to it
     torch.distributed.destroy_process_group()
+    os._exit(0)  # torch's own threads have aborted a process that ended by itself
 """
 
 
