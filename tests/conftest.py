@@ -3,6 +3,7 @@
 import cuda_backends
 import pytest
 import torch
+from sadmoe import paths
 
 torch.set_num_threads(1)
 
@@ -33,3 +34,11 @@ def native():
 def cuda():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def no_measurements(monkeypatch, tmp_path_factory):
+    """No layer chooses its path by what was measured on this machine, nor by what an earlier test made up."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    yield
+    paths.use_costs(None)

@@ -2,53 +2,19 @@
 
 import copy
 import dataclasses
-import itertools
-import pickle
-from functools import partial
 
 import pytest
 import torch
 from converted import converted, random_layer, random_rows
+from given_costs import ALWAYS_DENSE, CPU, HALF, NEVER_DENSE, by_hand, give, layer_of
 from problems import assert_as_good_as_torch, in_double
-from sadmoe import crossover, measured, ops, paths, reference
+from sadmoe import measured, ops, paths, reference
 from sadmoe.dial import converted_layers, set_batch_invariant, set_tau
 from sadmoe.gates import DynamicK, TopK
 from sadmoe.layer import DynamicKMoE
 from sadmoe.measured import Costs
 from tiny_models import TINY, call
 from torch.utils.flop_counter import FlopCounterMode
-
-CPU = torch.device("cpu")
-ALWAYS_DENSE, NEVER_DENSE = {1: ((0.01, 50.0),)}, {1: ((1.0, 0.01),)}
-HALF = {1: ((0.25, 0.6), (0.75, 1.4))}  # as fast at an executed share of a half
-
-
-@pytest.fixture(autouse=True)
-def as_found():
-    yield
-    paths.use_costs(None)
-
-
-@pytest.fixture(autouse=True)
-def no_cache_of_this_user(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def give(layer, curves, device=CPU):
-    """Makes `curves` what was measured of the layer's shape."""
-    dtype = paths.dtype_name(layer.w_up.dtype)
-    paths.use_costs([Costs(paths.device_name(device), dtype, layer.shape, 1, curves)])
-
-
-def layer_of(dtype=torch.float32, tau=0.3, **kw):
-    layer = random_layer(gate=DynamicK(tau), **kw).to(dtype).eval()
-    give(layer, ALWAYS_DENSE)
-    return layer
-
-
-def by_hand(layer, x):
-    mask = layer.gate.mask(layer.router(x))
-    return reference.sparse_experts(x, mask, *layer.expert_weights(), act=layer.act)
 
 
 def called(monkeypatch):
@@ -99,18 +65,6 @@ def test_experts_outside_the_mask_leave_nothing_behind_not_even_nan():
     assert mask[:, 3].any()
     assert not mask[:, 3].all()
     assert torch.equal(y.isnan().any(1), mask[:, 3])
-
-
-def test_the_dense_path_is_what_the_cuda_kernels_compute(backend):
-    layer = layer_of(torch.bfloat16)
-    x = random_rows(70).bfloat16()
-    with torch.no_grad():
-        theirs = backend.dynamic_k_moe(
-            x, layer.router.v1, layer.router.v2, *layer.expert_weights(), tau=0.3, act=layer.act
-        )
-        args = [x, layer.mask(x), *layer.expert_weights()]
-        truth = reference.sparse_experts(*in_double(args), act=layer.act)
-        assert_as_good_as_torch(theirs, layer.masked_dense(x, layer.mask(x)), truth)
 
 
 # ---------------------------------------------------------------- what decides
@@ -376,170 +330,3 @@ def test_one_call_sets_a_whole_model():
         set_batch_invariant(model, True, expected_share=1.5)
     with pytest.raises(ValueError, match="has no converted layer"):
         set_batch_invariant(torch.nn.Linear(2, 2), True)
-
-
-# ---------------------------------------------------------------- CUDA, with a card that is not there
-
-
-class Card:
-    """A CUDA device as far as the choice sees it; what is queued arrives when the test says so."""
-
-    def __init__(self, monkeypatch):
-        self.capturing, self.counted = False, []
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a card")
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
-        monkeypatch.setattr(paths, "_on_its_way", self.send)
-        paths.device_name.cache_clear()
-
-    def send(self, mask):
-        self.counted.append(None)
-        index, share = len(self.counted) - 1, mask.float().mean().item()
-        self.arrive = lambda: self.counted.__setitem__(index, share)
-        return lambda: self.counted[index]
-
-
-@pytest.fixture
-def card(monkeypatch):
-    paths.device_name.cache_clear()
-    yield Card(monkeypatch)
-    paths.device_name.cache_clear()
-
-
-CUDA = torch.device("cuda", 0)
-WIDE = crossover.Layer(2048, 2048, 128, 128, 128, gated=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_on_cuda_the_cost_model_answers_and_measurements_take_its_place(card, dtype):
-    paths.use_costs([])
-    shape = dataclasses.replace(WIDE, bytes_each=dtype.itemsize)
-    h100 = crossover.card_for((9, 0))
-    for tokens, share in itertools.product((1, 64, 512, 8192), (0.01, 0.25, 0.5, 0.9, 1.0)):
-        until = paths.sparse_until(shape, tokens, CUDA, dtype, 1.0)
-        dense = crossover.choose(shape, tokens, share, h100, masked=True) == "dense"
-        assert dense == (until == 0 or share > until), (tokens, share)
-    paths.use_costs([Costs(paths.device_name(CUDA), paths.dtype_name(dtype), shape, 1, HALF)])
-    assert paths.sparse_until(shape, 8192, CUDA, dtype, 1.0) == pytest.approx(0.5)
-
-
-def test_slack_widens_what_the_cost_model_leaves_to_the_op():
-    h100 = crossover.card_for((9, 0))
-    until = [crossover.crossover(WIDE, 8192, h100, True, slack) for slack in (0.9, 1.0, 1.1)]
-    assert until == sorted(until)
-    assert until[0] < until[2]
-
-
-class OnCuda:
-    """As much of 50 tokens on a CUDA device as the choice looks at."""
-
-    device, dtype = CUDA, torch.float32
-
-    def __len__(self):
-        return 50
-
-
-def choices(layer, calls):
-    """What `_choose` says for calls of 50 tokens on a CUDA device that is not there: dense, and whether it counted."""
-    x, found = OnCuda(), []
-    for _ in range(calls):
-        dense, mask = layer._choose(x)
-        found.append((dense, mask is not None))
-    return found
-
-
-@pytest.fixture
-def on_cuda(card, monkeypatch):
-    """A layer whose costs turn at a half, its share 0.25; the mask is computed on the CPU."""
-    layer = layer_of()
-    layer.batch_invariant = False
-    give(layer, HALF, CUDA)
-    monkeypatch.setattr(DynamicKMoE, "_may_choose", lambda self, x: True)
-    mask = torch.arange(8).expand(50, 8) < 2
-    monkeypatch.setattr(layer, "mask", lambda x: mask)
-    return layer, card
-
-
-def test_on_cuda_the_share_of_an_earlier_call_decides_once_it_has_arrived(on_cuda):
-    layer, card = on_cuda
-    assert choices(layer, 3) == [(True, True), (True, False), (True, False)], (
-        "nothing is known: dense is safe"
-    )
-    card.arrive()
-    every = paths.ShareHint.EVERY
-    later = choices(layer, 2 * every)
-    assert not any(dense for dense, _ in later)
-    assert [counted for _, counted in later].count(True) == 1, "and one is on its way, not to be waited for"
-
-
-def test_on_cuda_another_tau_has_another_share(on_cuda):
-    layer, card = on_cuda
-    choices(layer, 1)
-    card.arrive()
-    assert choices(layer, 1) == [(False, False)]
-    layer.gate = DynamicK(0.6)
-    assert choices(layer, 1) == [(True, True)]
-
-
-def test_an_expected_share_takes_the_place_of_earlier_calls(on_cuda):
-    layer, card = on_cuda
-    for share, dense in ((0.4, False), (0.6, True)):
-        layer.expected_share = share
-        assert choices(layer, 2) == [(dense, False)] * 2
-    assert card.counted == []
-
-
-def test_under_graph_capture_nothing_is_counted_and_nothing_asked(on_cuda):
-    layer, card = on_cuda
-    card.capturing = True
-    assert choices(layer, 2) == [(True, False)] * 2
-    card.capturing = False
-    choices(layer, 1)
-    card.arrive()
-    card.capturing = True
-    assert choices(layer, 1) == [(True, False)], "it arrived, but an event may not be asked for now"
-    card.capturing = False
-    assert choices(layer, 1) == [(False, False)]
-    card.capturing = True
-    assert choices(layer, 1) == [(False, False)]
-
-
-def test_on_cuda_the_default_needs_an_expected_share(card):
-    layer = layer_of(torch.bfloat16)
-    give(layer, ALWAYS_DENSE, CUDA)
-    until = partial(layer._sparse_until, 9, CUDA, torch.bfloat16)
-    assert until() == 1.0
-    layer.expected_share = 0.3
-    assert until() == 0.0
-    layer.batch_invariant, layer.expected_share = False, None
-    assert until() == 0.0
-
-
-def test_a_copied_or_pickled_layer_learns_its_own_share(on_cuda):
-    layer, card = on_cuda
-    choices(layer, 1)
-    card.arrive()
-    hint = layer._share_hint
-    assert hint.read(layer.gate) == 0.25
-    for other in (copy.deepcopy(hint), pickle.loads(pickle.dumps(hint))):
-        assert other.read(layer.gate) is None
-
-
-@pytest.mark.cuda
-def test_on_a_real_card_nothing_waits_and_both_paths_agree(cuda):
-    layer = layer_of(torch.bfloat16, d=64, experts=16, expert_size=16).cuda()
-    layer.batch_invariant = False
-    x = random_rows(100, 64).bfloat16().cuda()
-    give(layer, HALF, x.device)
-    with torch.no_grad():
-        layer(x)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            found = [layer(x) for _ in range(3)]
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        share = layer.mask(x).float().mean().item()
-        assert layer.takes_dense_path(x) == (share > 0.5)
-        for y in found:
-            torch.testing.assert_close(y, by_hand(layer, x), rtol=0.05, atol=0.05)
