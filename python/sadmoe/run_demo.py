@@ -39,27 +39,28 @@ from sadmoe.sparsify import SparsifyConfig, sparsify_
 from sadmoe.tables import format_table
 from sadmoe.texts import tokenized
 
-SECONDS = 200.0  # of training, three quarters of the whole demo on two cores
+SECONDS = 198.0  # of training, three quarters of the whole demo on two cores
 EXPERT_SIZE = 8  # neurons: larger experts run faster at the same share, but hold more that do not count
-SPARSIFY = SparsifyConfig(seconds=0.36 * SECONDS, alpha=0.3)  # neurons of the dense model
+SPARSIFY = SparsifyConfig(seconds=0.34 * SECONDS, alpha=0.3)  # neurons of the dense model
 LAYERS = FinetuneConfig(  # whole experts, each layer on its own
-    seconds=0.22 * SECONDS, tau=0.07, ramp=0.0, alpha=0.02, share=0.2, lr=1e-3
+    seconds=0.19 * SECONDS, tau=0.07, ramp=0.0, alpha=0.02, share=0.2, lr=1e-3
 )
 ROUTED = FinetuneConfig(
-    seconds=0.42 * SECONDS, tau=None, lr=1e-4
+    seconds=0.47 * SECONDS, tau=None, lr=2e-4
 )  # the whole model, by the routers, as in use
 EMBEDDING = 10.0  # weight of the embedding's error, 1 - cosine, beside the hidden states'
 ROUTER_WIDTH = 96
 ROUTERS = RouterConfig(  # of roots of the norms: small experts are told apart better
-    width=ROUTER_WIDTH, steps=800, target_power=0.5
+    width=ROUTER_WIDTH, steps=500, target_power=0.5
 )
 ROUTED_TOKENS = 60_000  # all of the text
 UNTRAINED = RouterConfig(
     width=ROUTER_WIDTH, steps=1
 )  # of the conversion: routers are trained after the experts
+FROZEN = ("embeddings", "attention.self", "attention.output.dense", "pooler")  # of BERT
 CLUSTERED = 6  # every sixth batch is enough to see which neurons fire together
 TAUS = (0.1, 0.3)
-BUDGET = 0.388  # FLOPs of the FFNs, router included, for which the saved model's tau is solved
+BUDGET = 0.408  # FLOPs of the FFNs, router included, for which the saved model's tau is solved
 TIMED = 4  # batches of the held-out texts whose time is taken
 
 
@@ -88,8 +89,7 @@ def run_demo(out: Path, *, seconds: float = SECONDS, progress: bool = True) -> s
     train, held_out = split(topics())
     train += long_topics()
     tests = tokenized(tokenizer, by_length(tokenizer, held_out), batch_size=32)
-    wanted = embeddings(dense, tests)
-    rows = controls(dense, tests, wanted)
+    rows, wanted = controls(dense, tests)
     clock.lap("controls")
     model, solved, told = converted(dense, tokenizer, train, seconds, clock, progress)
     rows += sweep(dense, model, sorted({0.0, *TAUS, solved}), tests, wanted)
@@ -147,7 +147,7 @@ def converted(
         return replace(config, seconds=config.seconds * seconds / SECONDS)
 
     model = copy.deepcopy(dense)
-    freeze_embeddings_(model)
+    train_ffns_(model)
     with fast_training(model, dense):
         sparsified = sparsify_(model, more, scaled(SPARSIFY), progress=progress)
     clock.lap("sparsify")
@@ -187,10 +187,10 @@ def by_length(tokenizer: Any, texts: Sequence[str]) -> list[str]:
     return sorted(texts, key=lambda text: len(tokenizer(text)["input_ids"]))
 
 
-def freeze_embeddings_(model: nn.Module) -> None:
-    """What stands before the first block and after the last is left as it is."""
+def train_ffns_(model: nn.Module) -> None:
+    """Freezes all but FFNs and norms: to train attention as well costs a tenth of the updates, and gains nothing."""
     for name, parameter in model.named_parameters():
-        if "embeddings" in name or "pooler" in name:
+        if any(part in name for part in FROZEN):
             parameter.requires_grad_(False)
 
 
@@ -222,11 +222,12 @@ def bf16_is_faster() -> bool:
     return seconds[1] < 0.8 * seconds[0]
 
 
-def controls(dense: nn.Module, tests: Sequence[Any], wanted: Tensor) -> list[Row]:
-    """The dense model, and three that show whether the metric notices the FFNs: off, half static, half by an oracle."""
+def controls(dense: nn.Module, tests: Sequence[Any]) -> tuple[list[Row], Tensor]:
+    """The dense model, and three that show whether the metric notices the FFNs: off, half static, half by an oracle;
+    and the dense model's embeddings."""
     sites = find_ffns(dense)
+    wanted, average = contributions(dense, sites, tests)
     rows = [Row("dense", None, 1.0, 1.0, fidelity(wanted, wanted), 1.0, 1.0)]
-    average = contributions(dense, sites, tests)
     for name, keep in (
         ("dense, best half of the neurons of each token", lambda c, site: top_half(c)),
         ("dense, the same half for all tokens", lambda c, site: top_half(average[site.name]).expand_as(c)),
@@ -234,7 +235,7 @@ def controls(dense: nn.Module, tests: Sequence[Any], wanted: Tensor) -> list[Row
     ):
         with masked(sites, keep):
             rows.append(Row(name, None, None, None, fidelity(embeddings(dense, tests), wanted)))
-    return rows
+    return rows, wanted
 
 
 def top_half(contribution: Tensor) -> Tensor:
@@ -261,8 +262,10 @@ def masked(sites: Sequence[FFNSite], keep: Callable[[Tensor, FFNSite], Tensor]) 
             handle.remove()
 
 
-def contributions(dense: nn.Module, sites: Sequence[FFNSite], tests: Sequence[Any]) -> dict[str, Tensor]:
-    """Mean contribution of each neuron, [f], by site."""
+def contributions(
+    dense: nn.Module, sites: Sequence[FFNSite], tests: Sequence[Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The dense model's embeddings, and the mean contribution of each neuron, [f], by site."""
     sums: dict[str, Tensor] = {}
 
     def add(contribution: Tensor, site: FFNSite) -> Tensor:
@@ -271,25 +274,24 @@ def contributions(dense: nn.Module, sites: Sequence[FFNSite], tests: Sequence[An
         return torch.ones_like(contribution, dtype=torch.bool)
 
     with masked(sites, add):
-        embeddings(dense, tests)
-    return sums
+        return embeddings(dense, tests), sums
 
 
 def sweep(dense: nn.Module, model: nn.Module, taus: Sequence[float], tests: Any, wanted: Tensor) -> list[Row]:
     """The converted model at every tau: what it costs, keeps, and how fast it is."""
     texts = sum(len(batch["input_ids"]) for batch in tests)
     rest = cost(model, tests).rest
+    gains = times(dense, model, taus, tests[:: max(1, len(tests) // TIMED)])
     rows = []
     for value in taus:
-        with tau(model, value):
-            with record_masks(model) as record:
-                embedded = torch.cat([embedded_with(record, model, batch) for batch in tests])
-            report = cost_of_masks(model, record.layers, texts, rest)
-            gains = times(dense, model, tests[:: max(1, len(tests) // TIMED)])
+        with tau(model, value), record_masks(model) as record:
+            embedded = torch.cat([embedded_with(record, model, batch) for batch in tests])
+        report = cost_of_masks(model, record.layers, texts, rest)
         outside = report.rest or 0.0
         executed = report.dense if value == 0 else report.executed
         flops = (executed + outside) / (report.dense + outside)
-        rows.append(Row("converted", value, report.share, flops, fidelity(embedded, wanted), *gains))
+        kept = fidelity(embedded, wanted)
+        rows.append(Row("converted", value, report.share, flops, kept, *gains[value]))
     return rows
 
 
@@ -300,27 +302,32 @@ def embedded_with(record: Any, model: nn.Module, batch: Any) -> Tensor:
 
 
 def times(
-    dense: nn.Module, model: nn.Module, tests: Sequence[Any], rounds: int = 5
-) -> tuple[float, float, float]:
-    """Gain of the FFNs, gain of the whole model, and its seconds: sums over the batches of medians over rounds.
+    dense: nn.Module, model: nn.Module, taus: Sequence[float], tests: Sequence[Any], rounds: int = 3
+) -> dict[float, tuple[float, float, float]]:
+    """By tau: gain of the FFNs, gain of the whole model, and its seconds: sums over the batches of medians over rounds.
 
-    The two models take turns at every batch, so that the machine's moods fall on both alike.
+    Dense and every tau take turns at every batch, so that the machine's moods fall on all alike.
     """
-    ends: dict[nn.Module, list[tuple[nn.Module, nn.Module]]] = {
-        dense: [(site.first, site.down) for site in find_ffns(dense)],
-        model: [(layer, layer) for layer in converted_layers(model).values()],
-    }
-    totals = {one: [0.0, 0.0] for one in ends}
+    plain = [(site.first, site.down) for site in find_ffns(dense)]
+    ours = [(layer, layer) for layer in converted_layers(model).values()]
+    totals: dict[float | None, list[float]] = {one: [0.0, 0.0] for one in (None, *taus)}  # None: dense
     for batch in tests:
-        passes: dict[nn.Module, list[tuple[float, float]]] = {one: [] for one in ends}
+        passes: dict[float | None, list[tuple[float, float]]] = {one: [] for one in totals}
         for _ in range(rounds):
-            for one, seconds in passes.items():
-                seconds.append(one_pass(one, ends[one], batch))
-        for one, seconds in passes.items():
+            for value, seconds in passes.items():
+                if value is None:
+                    seconds.append(one_pass(dense, plain, batch))
+                else:
+                    with tau(model, value):
+                        seconds.append(one_pass(model, ours, batch))
+        for value, seconds in passes.items():
             for i, column in enumerate(zip(*seconds, strict=True)):
-                totals[one][i] += median(column)
-    (dense_ffn, dense_whole), (ffn, whole) = totals[dense], totals[model]
-    return dense_ffn / ffn, dense_whole / whole, whole
+                totals[value][i] += median(column)
+    dense_ffn, dense_whole = totals[None]
+    return {
+        value: (dense_ffn / totals[value][0], dense_whole / totals[value][1], totals[value][1])
+        for value in taus
+    }
 
 
 def one_pass(
