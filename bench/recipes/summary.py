@@ -1,0 +1,55 @@
+"""The table of README: what every recipe saved, by method, from the JSON files that the recipes wrote.
+
+python bench/recipes/summary.py [bench/results/w1-cpu.json ...]
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from sadmoe.tables import format_table
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+def row(method: str, kept: dict[str, Any]) -> tuple[str, ...]:
+    """What a method saves at each share of the dense metric; nothing where no gate of it keeps that much."""
+    cells = [method]
+    for by_method in kept.values():
+        point = by_method[method]
+        if point is None:
+            cells += ["none", "", "", ""]
+            continue
+        cells += [
+            point["setting"],
+            f"{1 - point['flops']:.1%}",
+            f"{point['share']:.1%} ± {100 * point['spread']:.1f}",
+            ", ".join(f"{gain:.2f}" for gain in point["gains"].values()),
+        ]
+    return tuple(cells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="*", type=Path, default=sorted(RESULTS.glob("w*.json")))
+    for path in parser.parse_args().files:
+        found = json.loads(path.read_text())
+        told = found["metric"]
+        controls = ", ".join(f"{name} {value:.4f}" for name, value in found["controls"].items())
+        print(f"{found['title']}. {told}: {controls}")
+        print("router R²: " + ", ".join(f"{name} {r2:.2f}" for name, r2 in found["router_r2"].items()))
+        print(f"{found['machine']}, {sum(found['seconds'].values()) / 60:.0f} minutes in all")
+        timers = [list(point["gains"]) for points in found["curves"].values() for point in points]
+        print("faster: " + ", ".join(max(timers, key=len, default=[])))
+        header = ["method"]
+        for share in found["kept"]:
+            header += [f"{share} of dense", "FLOPs saved", "experts run", "faster"]
+        methods = next(iter(found["kept"].values()))
+        print(format_table(tuple(header), [row(method, found["kept"]) for method in methods]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
