@@ -20,6 +20,7 @@ bool runs_avx512() {
   return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+bool runs_avx512bf16() { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
 // Linux lends the tile registers to processes that ask; the answer holds for all threads.
 bool runs_amx() {
@@ -28,8 +29,8 @@ bool runs_amx() {
     constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
     constexpr long kAskForFeature = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     unsigned a, b, c, d;
-    return runs_avx512() && __builtin_cpu_supports("avx512bf16") && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) &&
-           (d & kTile) && syscall(SYS_arch_prctl, kAskForFeature, kTileData) == 0;
+    return runs_avx512bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTile) &&
+           syscall(SYS_arch_prctl, kAskForFeature, kTileData) == 0;
   }();
   return lent;
 #else
