@@ -29,6 +29,7 @@ ROOMS = [  # a room imports only rooms above it
     {"hf"},
     {"report", "texts"},
     {"demo", "model_report", "bench", "measure_costs", "options"},
+    {"demo_rows"},
     {"run_demo", "bench_command"},
     {"cli"},
     {"__init__", "__main__"},

@@ -9,12 +9,12 @@ import torch
 from sadmoe import TopK, moe_layers
 from sadmoe.batches import Batch, device_of, evaluating, run, samples_in, to_device
 from sadmoe.cost import cost_of_masks
+from sadmoe.demo_rows import masked, top_half
 from sadmoe.ffn import find_ffns
 from sadmoe.flops import FlopCount
 from sadmoe.gates import Gate
 from sadmoe.masks import record_masks
 from sadmoe.report import Heat
-from sadmoe.run_demo import masked, top_half
 from sadmoe.sparsify.objective import OutputLoss
 from sadmoe.timing import measure
 from torch import Tensor, nn
