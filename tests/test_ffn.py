@@ -3,8 +3,6 @@
 import ast
 import copy
 import json
-import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ from sadmoe.ffn import (
     ADAPTERS,
     DenseFFN,
     FFNNotFoundError,
-    FFNSite,
     dense_from_layer,
     find_ffns,
     layer_from_dense,
@@ -31,72 +28,11 @@ from sadmoe.ffn import (
     swap_out,
 )
 from sadmoe.layer import DynamicKMoE
+from sites import assert_close, assert_same_state, convert, restore, slots_of, state
 from tiny_models import F_, TINY, D, Residual, Tiny, UserFFN, UserGLU, call, hidden, tokens
 from torch import Tensor, nn
 
 every_model = pytest.mark.parametrize("tiny", TINY.values(), ids=TINY)
-
-
-def slots_of(site: FFNSite) -> Tensor:
-    return torch.randperm(site.dense().f, generator=torch.Generator().manual_seed(3))
-
-
-def convert(model: nn.Module, experts: int = 4, **kw: Any) -> list[FFNSite]:
-    """Every FFN becomes a layer of random experts at tau = 0, so it computes what the FFN did."""
-    sites = find_ffns(model, **kw)
-    layers = [layer_from_dense(site.dense(), slots_of(site), experts, router_width=8) for site in sites]
-    for site, layer in zip(sites, layers, strict=True):
-        swap_in(model, site, layer)
-    return sites
-
-
-def restore(model: nn.Module) -> nn.Module:
-    for name in moe_layers(model):
-        swap_out(model, name)
-    return model
-
-
-def state(model: nn.Module) -> dict[str, Any]:
-    """All that has to survive: tensors, which of them train, modes, and which module object is where."""
-    return {
-        "tensors": {name: t.clone() for name, t in model.state_dict().items()},
-        "trainable": {name: p.requires_grad for name, p in model.named_parameters()},
-        "modules": {name: (id(m), m.training) for name, m in model.named_modules(remove_duplicate=False)},
-    }
-
-
-def assert_same_state(a: dict[str, Any], b: dict[str, Any], *, modules: bool = True) -> None:
-    assert list(a["tensors"]) == list(b["tensors"])
-    for name, t in a["tensors"].items():
-        assert t.dtype == b["tensors"][name].dtype
-        assert t.is_meta or torch.equal(t, b["tensors"][name]), name
-    assert a["trainable"] == b["trainable"]
-    assert not modules or a["modules"] == b["modules"]
-
-
-def assert_close(y: Tensor, expected: Tensor) -> None:
-    """float32 rounding: the order of the sums differs, over f <= 72 neurons and two layers."""
-    assert (y - expected).abs().max() <= 3e-6 * expected.abs().max()
-
-
-class Reasons(nn.Module):
-    """A model around one module, for which find_ffns must give a reason."""
-
-    def __init__(self, inner: nn.Module):
-        super().__init__()
-        self.inner = inner
-
-
-def reason(inner: nn.Module) -> str:
-    """Why the FFN in `inner` is not converted; the model must be untouched by the attempt."""
-    model = Reasons(inner)
-    before = state(model)
-    with pytest.raises(NotImplementedError) as error:
-        find_ffns(model)
-    assert_same_state(before, state(model))
-    assert "inner" in str(error.value)
-    assert type(inner).__name__ in str(error.value)
-    return str(error.value)
 
 
 # Every kind of model
@@ -408,18 +344,6 @@ def test_only_the_dropouts_of_the_output_are_left_in_a_block(norm_first: bool):
     assert isinstance(layer.dropout, nn.Dropout)
 
 
-def test_dropout_of_the_input_is_refused():
-    inner = nn.Sequential(nn.Dropout(0.1), nn.Linear(D, F_), nn.ReLU(), nn.Linear(F_, D))
-    (site,) = find_ffns(Reasons(inner))
-    assert site.adapter == "in_block"  # so the dropout stays where it is
-
-    class Inside(UserFFN):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.contract(F.relu(self.expand(self.drop(x))))
-
-    assert "it has a dropout on its input" in reason(Inside())
-
-
 # torch's own transformer: its fast paths read the weights of linear1
 
 
@@ -469,196 +393,6 @@ def test_torch_layer_swapped_to_relu_takes_the_fast_path_of_relu():
     assert_close(fast, model(hidden()))
     undo()
     assert model[0].activation_relu_or_gelu == 2
-
-
-# What is no FFN, and what is one that cannot be converted
-
-
-@pytest.mark.parametrize(
-    "head",
-    [
-        nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 5)),
-        nn.Sequential(nn.Linear(D, F_), nn.ReLU(), nn.Linear(F_, 5)),
-        nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D)),
-        nn.Sequential(nn.Linear(D, 8), nn.GELU(), nn.Linear(8, D)),
-        nn.MultiheadAttention(D, 4),
-    ],
-    ids=["classifier", "projection", "square", "bottleneck", "attention"],
-)
-def test_heads_bottlenecks_and_attention_are_not_ffns(head: nn.Module):
-    assert scan_ffns(nn.Sequential(UserFFN(), head))[1] == []
-    assert [site.name for site in find_ffns(nn.Sequential(UserFFN(), head))] == ["0"]
-    with pytest.raises(FFNNotFoundError, match="no FFN found in this Sequential"):
-        find_ffns(nn.Sequential(head))
-
-
-def test_attention_wider_than_the_model_is_not_an_ffn():
-    model = TINY["qwen3"].model()
-    attention = model.model.layers[0].self_attn
-    assert attention.o_proj.in_features > attention.o_proj.out_features == D
-    assert tuple(site.name for site in find_ffns(model)) == TINY["qwen3"].names
-
-
-def test_nothing_found_lists_the_linear_layers():
-    with pytest.raises(FFNNotFoundError, match=r"d -> f and f -> d, f > d.*Seen:\n  0 \(Linear\): 24 -> 5"):
-        find_ffns(nn.Sequential(nn.Linear(D, 5)))
-    with pytest.raises(FFNNotFoundError, match="it has no linear layers"):
-        find_ffns(nn.Sequential(nn.ReLU()))
-    with pytest.raises(FFNNotFoundError, match=r"\.\.\. and 8 more"):
-        find_ffns(nn.Sequential(*(nn.Linear(D, 5) for _ in range(20))))
-    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
-        find_ffns("bert")
-
-
-def test_a_mixture_of_experts_already_is_named_as_one():
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": D, "intermediate_size": F_, "num_hidden_layers": 1, "vocab_size": 50}
-    config = transformers.MixtralConfig(
-        num_attention_heads=4, num_key_value_heads=2, num_local_experts=3, **sizes
-    )
-    with pytest.raises(
-        FFNNotFoundError, match=r"mlp\.experts \(MixtralExperts\).*a mixture of experts already"
-    ):
-        find_ffns(transformers.MixtralModel(config))
-    experts = nn.ModuleDict({"experts": nn.ModuleList([UserFFN(), UserFFN()])})
-    with pytest.raises(NotImplementedError, match=r"experts\.0 \(UserFFN\): it is an expert of a mixture"):
-        find_ffns(experts)
-
-
-class _Squared(UserFFN):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.contract(F.relu(self.expand(x)) ** 2)
-
-
-class _TwoInputs(UserFFN):
-    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        return self.contract(F.relu(self.expand(x)))
-
-
-class _Dictionary(UserFFN):
-    def forward(self, x: Tensor) -> Any:
-        return {"y": self.contract(F.relu(self.expand(x)))}
-
-
-class _Normed(UserFFN):
-    def __init__(self) -> None:
-        super().__init__(nn.ReLU())
-        self.inner_norm = nn.LayerNorm(F_)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.contract(self.inner_norm(self.nonlinearity(self.expand(x))))
-
-
-class _Transposed(UserFFN):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.contract(F.relu(self.expand(x))).transpose(0, 1)
-
-
-class _Inline(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.expand, self.contract = nn.LayerNorm(D), nn.Linear(D, F_), nn.Linear(F_, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.contract(F.relu(self.expand(self.norm(x))))
-
-
-class _OwnLinear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + 1
-
-
-def _with(change: Callable[[UserFFN], Any]) -> UserFFN:
-    ffn = UserFFN(nn.ReLU())
-    change(ffn)
-    return ffn
-
-
-def _parametrise(ffn: UserFFN) -> None:
-    nn.utils.parametrizations.weight_norm(ffn.expand)
-
-
-@pytest.mark.parametrize(
-    ("inner", "expected"),
-    [
-        (
-            lambda: UserFFN(nn.Tanh()),
-            "its activation, nonlinearity (Tanh), is none of relu, gelu, gelu_tanh, silu",
-        ),
-        (lambda: UserFFN(nn.ReLU6()), "its activation, nonlinearity (ReLU6), is none of"),
-        (lambda: UserFFN(F.mish), "it does not compute down(act(up(x))) or its gated form: off by"),
-        (_Squared, "it does not compute down(act(up(x)))"),
-        (_TwoInputs, "run on a probe [1, 8, 24] it raised TypeError"),
-        (_Dictionary, "its output is a dict, not a tensor"),
-        (_Normed, "it raised"),
-        (_Transposed, "its output is [8, 1, 24] where that of the FFN would make [1, 8, 24]"),
-        (
-            _Inline,
-            "expand and contract have the shapes of an FFN, but its activation is no module and no attribute",
-        ),
-        (lambda: _with(lambda m: m.to("meta")), "its weights are on the meta device, so it cannot be run"),
-        (
-            lambda: _with(lambda m: m.expand.bfloat16()),
-            "of several kinds (torch.bfloat16 on cpu, torch.float32 on",
-        ),
-        (
-            lambda: _with(lambda m: setattr(m, "expand", _OwnLinear(D, F_))),
-            "expand is a _OwnLinear; only nn.Linear",
-        ),
-        (lambda: _with(_parametrise), "expand is a ParametrizedLinear that something wraps or parametrises"),
-        (
-            lambda: _with(lambda m: setattr(m.expand, "forward", m.expand.forward)),
-            "expand is a Linear that something wraps",
-        ),
-        (
-            lambda: _with(lambda m: setattr(m.expand, "weight", nn.Parameter(m.expand.weight.int(), False))),
-            "expand has a weight of type Parameter and dtype torch.int32, not a float nn.Parameter",
-        ),
-    ],
-)
-def test_what_cannot_be_converted_says_why(inner: Callable[[], nn.Module], expected: str):
-    assert expected in reason(inner())
-
-
-def test_zero_output_weights_hide_a_functional_activation_only():
-    def zeroed(act: Any) -> UserFFN:
-        ffn = UserFFN(act)
-        nn.init.zeros_(ffn.contract.weight)
-        return ffn
-
-    assert "its output weights are all zero, so its activation cannot be told" in reason(zeroed(F.gelu))
-    assert [site.act for site in find_ffns(Reasons(zeroed(nn.GELU())))] == ["gelu"]
-
-
-def test_a_model_that_is_itself_the_ffn_has_to_be_wrapped():
-    with pytest.raises(NotImplementedError, match=r"wrap it: nn\.Sequential\(ffn\)"):
-        find_ffns(UserGLU())
-    ffn = UserGLU()
-    (inner,) = find_ffns(nn.Sequential(ffn))
-    assert inner.name == "0"
-    site = site_from_spec(ffn, "", spec(inner))
-    layer = layer_from_dense(site.dense(), slots_of(site), 4)
-    with pytest.raises(ValueError, match=r"wrap it: nn\.Sequential\(ffn\)"):
-        swap_in(ffn, site, layer)
-
-
-def test_tied_weights_and_modules_used_elsewhere_are_refused():
-    model = nn.Sequential(UserFFN(nn.ReLU()), UserFFN(nn.ReLU()))
-    model[1].expand.weight = model[0].expand.weight
-    with pytest.raises(
-        NotImplementedError, match=r"0 \(UserFFN\): expand\.weight is tied with 1\.expand\.weight"
-    ):
-        find_ffns(model)
-    model = nn.Sequential(UserFFN(nn.ReLU()), Residual(nn.Identity()))
-    model[1].probe = model[0].expand
-    with pytest.raises(NotImplementedError, match=r"expand is a child of 1 too"):
-        find_ffns(model)
-
-
-def test_ffns_left_out_beside_others_are_logged(caplog: pytest.LogCaptureFixture):
-    with caplog.at_level(logging.WARNING):
-        assert [site.name for site in find_ffns(nn.Sequential(UserFFN(), UserFFN(nn.Tanh())))] == ["0"]
-    assert "1 FFNs are not converted:\n  1 (UserFFN): its activation, nonlinearity (Tanh)" in caplog.text
 
 
 # The FFN as a value
