@@ -43,7 +43,6 @@ from torch import nn
 from workload import Workload, controls
 
 ROUTER, PROJECTION_ROUTER = 96, 32  # widths of the routers of FFNs, and of projections of attention
-BUDGET = 0.4  # FLOPs of the converted layers, for the tau at which the routed fine-tune runs
 CALIBRATED = 8  # batches for that tau
 
 
@@ -84,20 +83,23 @@ class Recipe:
         self.r2: dict[str, float] = {}
 
     def sparse(self, sizes: Sequence[int]) -> nn.Module:
-        """Dense still: projections are MLPs that split into experts of all sizes, activations ReLU and mostly zero."""
+        """Dense still: projections are MLPs that split into experts of all sizes, activations ReLU and mostly zero;
+        what the effort has no time for is as it was."""
         model, effort, run = copy.deepcopy(self.work.dense), self.effort, self.run
         for module in model.modules():
             if isinstance(module, nn.Embedding):  # and what is tied to it: large, and fine as it is
                 module.weight.requires_grad_(False)
         tokens, multiple = max(1000, effort.tokens // 2), math.lcm(*sizes)
-        projections = ProjectionConfig(steps=effort.projections, max_tokens=tokens, multiple=multiple)
-        with run.stage("projections"):
-            follow: dict[str, Any] = {"checkpoint": run.checkpoint("projections")}
-            print(replace_projections_(model, self.fitted, projections, **follow))
-        config = SparsifyConfig(seconds=effort.sparsify, alpha=0.3)
-        with run.stage("sparsify"), fast(run.device, model, self.work.dense):
-            follow = {"teacher": self.work.dense, "checkpoint": run.checkpoint("sparsify")}
-            print(sparsify_(model, self.work.train, config, **follow))
+        if effort.projections:
+            projections = ProjectionConfig(steps=effort.projections, max_tokens=tokens, multiple=multiple)
+            with run.stage("projections"):
+                follow: dict[str, Any] = {"checkpoint": run.checkpoint("projections")}
+                print(replace_projections_(model, self.fitted, projections, **follow))
+        if effort.sparsify:
+            config = SparsifyConfig(seconds=effort.sparsify, alpha=0.3)
+            with run.stage("sparsify"), fast(run.device, model, self.work.dense):
+                follow = {"teacher": self.work.dense, "checkpoint": run.checkpoint("sparsify")}
+                print(sparsify_(model, self.work.train, config, **follow))
         return model
 
     def converted(self, sparse: nn.Module, size: int) -> nn.Module:
@@ -109,7 +111,9 @@ class Recipe:
         )  # fmt: skip
         with run.stage(f"{name} convert"):
             convert_(model, self.fitted, untrained, progress=False)
-        layers = FinetuneConfig(seconds=effort.layers, tau=0.07, ramp=0.0, alpha=0.02, share=0.2, lr=1e-3)
+        layers = FinetuneConfig(
+            seconds=effort.layers, tau=0.07, ramp=0.0, alpha=0.02, share=effort.share, lr=1e-3
+        )
         with run.stage(f"{name} layers"), fast(run.device, model, sparse):
             finetune_layers_(
                 model, self.fitted, layers, teacher=sparse, max_tokens=effort.tokens, max_bytes=2**32,
@@ -118,9 +122,8 @@ class Recipe:
         self.route(model, f"{name} routers")
         with run.stage(f"{name} calibrate"):
             some = work.train[:: max(1, len(work.train) // CALIBRATED)]
-            print(
-                f"tau {calibrate_(model, some, budget=BUDGET).tau:.4f} for {BUDGET:.0%} of the layers' FLOPs"
-            )
+            tau = calibrate_(model, some, budget=effort.budget).tau
+            print(f"tau {tau:.4f} for {effort.budget:.0%} of the layers' FLOPs")
         self.finetune(model, f"{name} routed", FinetuneConfig(seconds=effort.routed, tau=None, lr=1e-4))
         return model
 

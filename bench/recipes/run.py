@@ -16,8 +16,8 @@ class Effort:
     """How long a recipe takes. Seconds are of training."""
 
     task: float  # the dense model on its task
-    projections: int  # updates of each MLP of attention
-    sparsify: float
+    projections: int  # updates of each MLP of attention; 0: attention stays as it is
+    sparsify: float  # 0: the activations stay as they are
     layers: float
     routers: int  # updates of each router
     routed: float
@@ -26,6 +26,8 @@ class Effort:
     train: int  # samples
     tests: int  # samples
     timed: float  # seconds of timing at each point
+    share: float = 0.2  # of the experts, at which the penalty on their norms rests
+    budget: float = 0.4  # FLOPs of the converted layers, for the tau at which the routed fine-tune runs
     taus: tuple[float, ...] = (0.0, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55)
     shares: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # of the experts, for static top-k
 
