@@ -124,7 +124,7 @@ class Recipe:
             some = work.train[:: max(1, len(work.train) // CALIBRATED)]
             tau = calibrate_(model, some, budget=effort.budget).tau
             print(f"tau {tau:.4f} for {effort.budget:.0%} of the layers' FLOPs")
-        self.finetune(model, f"{name} routed", FinetuneConfig(seconds=effort.routed, tau=None, lr=1e-4))
+        self.finetune(model, f"{name} routed", FinetuneConfig(seconds=effort.routed, tau=None, lr=2e-4))
         return model
 
     def finetune(self, model: nn.Module, step: str, config: FinetuneConfig) -> None:
