@@ -2,7 +2,7 @@
 
     python bench/layers.py [--layers 384x1536 576x1536-glu] [--s 32] [--tokens 1 256] [--shares 0.25]
                            [--masks independent skewed] [--dtypes float32 bfloat16] [--isas all]
-                           [--peers loop grouped_mm] [--threads 1] [--out FOLDER]
+                           [--peers loop grouped_mm int8] [--threads 1] [--out FOLDER]
 
 Without options: the whole grid, which takes hours. sadmoe's time holds the router and the selection; the peers get the
 mask for free. Masks: independent, those of a random router at the tau of the share; skewed, a few experts run for most
@@ -13,13 +13,16 @@ runs its three ops one after another. With several --isas each call switches fir
 speedup: dense over sadmoe. of_ideal: the same times the share. of_floor: floor over sadmoe, where
   floor = max(executed FLOPs / peak, bytes of the weights that some token needs / bandwidth) + the router's own floor
 with the rate of torch's largest product and the rate of reading a buffer as large as the layer's weights, of this run
-and its threads. Writes layers.json and a picture of each shape and dtype.
+and its threads. The peer int8 is sadmoe with its experts' weights in int8. Writes layers.json, what is printed as
+layers.md, and a picture of each shape and dtype.
 """
 
 import argparse
 import itertools
 import json
 import re
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,6 +40,7 @@ from variants import (
     copied,
     dense,
     grouped_mm,
+    int8,
     loop,
     problem,
     sadmoe,
@@ -48,7 +52,7 @@ SIZES = [16, 24, 32, 64, 128]
 TOKENS = [1, 2, 4, 8, 16, 64, 256, 1024, 4096]
 SHARES = [0.05, 0.1, 0.25, 0.5, 1.0]
 MASKS = ["independent", "skewed", "clustered", "recorded"]
-PEERS = {"loop": loop, "grouped_mm": grouped_mm}
+PEERS = {"loop": loop, "grouped_mm": grouped_mm, "int8": int8}
 
 
 def shape_of(text: str, s: int) -> LayerShape:
@@ -128,6 +132,21 @@ def results(p: SimpleNamespace, times: dict[str, Timing], least: float, isas: li
         }  # fmt: skip
 
 
+class Printed:
+    """Says a line, and keeps it for layers.md."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def __call__(self, text: str) -> None:
+        print(text, flush=True)
+        self.lines.append(text)
+
+    def write(self, path: Path) -> None:
+        command = shlex.join(["python", "bench/layers.py", *sys.argv[1:]])
+        path.write_text("\n".join([f"`{command}`", "", "```", *self.lines, "```", ""]))
+
+
 def line(row: dict, peers: list[str]) -> str:
     seconds, spread = row["seconds"], row["spread"]
     cells = "".join(f"{seconds[n] * 1e3:11.3f} ±{spread[n]:4.0%}" for n in ("dense", *peers, "sadmoe"))
@@ -137,20 +156,20 @@ def line(row: dict, peers: list[str]) -> str:
     )
 
 
-def cells(args: argparse.Namespace) -> Iterator[dict]:
-    """Measures and prints the grid."""
+def cells(args: argparse.Namespace, say: Printed) -> Iterator[dict]:
+    """Measures and tells the grid."""
     for name, dtype, s in itertools.product(args.layers, args.dtypes, args.s):
         layer, kind = shape_of(name, s), getattr(torch, dtype)
         if layer.f % s:
-            print(f"\n{name}: f = {layer.f} is not a multiple of s = {s}, left out")
+            say(f"\n{name}: f = {layer.f} is not a multiple of s = {s}, left out")
             continue
         limit = limits(layer, kind)
-        print(
+        say(
             f"\n{name}, s {s}, E {layer.experts}, {layer.act}, {dtype}; "
             f"peak {limit['flops'] / 1e9:.0f} GFLOP/s, read {limit['bytes'] / 1e9:.1f} GB/s"
         )
         heads = "".join(f"{n:>17}" for n in ("dense", *args.peers, "sadmoe"))
-        print(f"    T  share  union{heads}  speedup of_ideal of_floor")
+        say(f"    T  share  union{heads}  speedup of_ideal of_floor")
         for T in args.tokens:
             for masked_by, p in masks(layer, T, kind, args):
                 calls = variants(p, args)
@@ -162,7 +181,7 @@ def cells(args: argparse.Namespace) -> Iterator[dict]:
                         | row
                         | {"limits": limit}
                     )
-                    print(line(row, args.peers), flush=True)
+                    say(line(row, args.peers))
                     yield row
 
 
@@ -198,15 +217,15 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
     ops.use_cpu_isa(args.isas[0])
-    title = machine()
-    print(f"# {title}\nTimes in ms: median and distance of the quartiles.")
-    rows = []
+    title, rows, say = machine(), [], Printed()
+    say(f"# {title}\nTimes in ms: median and distance of the quartiles.")
     with torch.inference_mode():
-        for row in cells(args):
+        for row in cells(args, say):
             rows.append(row)
             if args.out:  # after every cell: a long run may be cut off
                 args.out.mkdir(parents=True, exist_ok=True)
                 (args.out / "layers.json").write_text(json.dumps({"machine": title, "rows": rows}, indent=1))
+                say.write(args.out / "layers.md")
     if args.out:
         draw(rows, title, args.out)
 

@@ -1,11 +1,12 @@
 """Whole models, dense beside converted, at fixed executed shares: MiniLM, SmolLM2 and DINOv2, where their packages are.
 
-    python bench/models.py [--models minilm smollm2 vit] [--shares 0.25 0.5] [--threads 1] [--json FILE]
+    python bench/models.py [--models minilm smollm2 vit] [--shares 0.25 0.5] [--int8] [--threads 1] [--json FILE]
 
 It is time that is measured, not quality: the models are converted without fine-tuning, with routers trained for a few
 steps, and every layer's tau is solved for the share on the scores of its own inputs. So the outputs are of no use, and
-the masks less clustered and less skewed than those of a fine-tuned model. The executed share printed is that of the
-timed inputs; that of a decode is of its prompt. Models take turns. bench/recipes/fetch.sh brings the packages.
+the masks less clustered and less skewed than those of a fine-tuned model. --int8: beside it with experts in int8. The
+executed share printed is that of the timed inputs; that of a decode is of its prompt. Models take turns.
+bench/recipes/fetch.sh brings the packages.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 from recipes import sources
-from sadmoe import ConvertConfig, convert_
+from sadmoe import ConvertConfig, convert_, quantize_experts_
 from sadmoe.demo import minilm, topics
 from sadmoe.dial import converted_layers
 from sadmoe.gates import DynamicK
@@ -121,37 +122,42 @@ def executed(model: nn.Module, batch: Batch) -> float:
     return sum(c.share * c.tokens for c in counts) / sum(c.tokens for c in counts)
 
 
-def timed(workload: Workload, model: nn.Module, shares: list[float]) -> list[dict]:
-    """A row for every call and share."""
-    rows = []
+def timed(workload: Workload, models: dict[str, nn.Module], shares: list[float]) -> list[dict]:
+    """A row for every call and share, with a column for each of the converted models, which are one and the same."""
+    rows, model = [], next(iter(models.values()))
     for name, (batch, call) in workload.calls.items():
         gates = {share: gates_at(model, batch, share) for share in shares}
 
-        def at(share: float, gates: dict = gates, call: Callable = call, batch: Batch = batch) -> object:
-            set_gates(model, gates[share])
-            return call(model, batch)
+        def at(
+            name: str, share: float, gates: dict = gates, call: Callable = call, batch: Batch = batch
+        ) -> object:
+            set_gates(models[name], gates[share])
+            return call(models[name], batch)
 
-        variants = {"dense": partial(call, workload.model, batch)} | {str(s): partial(at, s) for s in shares}
-        times = measure(variants)
+        variants = {f"{name} {s}": partial(at, name, s) for name in models for s in shares}
+        times = measure({"dense": partial(call, workload.model, batch)} | variants)
         for share in shares:
             set_gates(model, gates[share])
-            dense, ours = times["dense"], times[str(share)]
+            columns = {"dense": times["dense"]} | {name: times[f"{name} {share}"] for name in models}
             rows.append(
                 {
                     "call": name,
                     "wanted": share,
                     "share": executed(model, batch),
-                    "seconds": {"dense": dense.median, "sadmoe": ours.median},
-                    "spread": {"dense": dense.spread, "sadmoe": ours.spread},
-                    "speedup": dense.median / ours.median,
+                    "seconds": {name: time.median for name, time in columns.items()},
+                    "spread": {name: time.spread for name, time in columns.items()},
+                    "speedup": {name: times["dense"].median / columns[name].median for name in models},
                 }
             )
     return rows
 
 
 def line(row: dict) -> str:
-    cells = "".join(f"{row['seconds'][n] * 1e3:11.2f} ±{row['spread'][n]:4.0%}" for n in ("dense", "sadmoe"))
-    return f"{row['model']:8} {row['call']:20} {row['share']:6.1%}{cells} {row['speedup']:8.2f}"
+    cells = "".join(
+        f"{time * 1e3:11.2f} ±{row['spread'][name]:4.0%}" for name, time in row["seconds"].items()
+    )
+    gains = "".join(f"  {name} {gain:.2f}x" for name, gain in row["speedup"].items())
+    return f"{row['model']:8} {row['call']:20} {row['share']:6.1%}{cells}{gains}"
 
 
 def main() -> None:
@@ -160,12 +166,16 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5])
+    parser.add_argument("--int8", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     title = machine()
-    print(f"# {title}, float32\n{'model':8} {'call':20}  share{'dense':>17}{'sadmoe':>17}  speedup")
+    columns = ["dense", "sadmoe"] + ["int8"] * args.int8
+    print(
+        f"# {title}, float32\n{'model':8} {'call':20}  share{''.join(f'{name:>17}' for name in columns)}  faster"
+    )
     rows = []
     for name in args.models:
         try:
@@ -173,9 +183,12 @@ def main() -> None:
         except (ImportError, SystemExit) as missing:
             print(f"{name} is left out: {missing}", file=sys.stderr)
             continue
-        model = converted(workload)
+        models = {"sadmoe": converted(workload)}
+        if args.int8:
+            models["int8"] = copy.deepcopy(models["sadmoe"])
+            quantize_experts_(models["int8"])
         with torch.inference_mode():
-            for row in timed(workload, model, args.shares):
+            for row in timed(workload, models, args.shares):
                 rows.append({"model": name} | row)
                 print(line(rows[-1]), flush=True)
     print("Times in ms: median and distance of the quartiles.")

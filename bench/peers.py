@@ -1,9 +1,11 @@
 """One layer, the same mask, every way to run it: sadmoe, a loop over experts, transformers' grouped_mm, dense torch.
 
-    python bench/peers.py [--d 384 --f 1536 --s 32] [--share 0.25] [--threads 1] [--dtype float32] [--json FILE]
+    python bench/peers.py [--d 384 --f 1536 --s 32] [--share 0.25] [--threads 1] [--dtype float32] [--int8]
+                          [--json FILE]
 
 sadmoe's time holds the router and the selection; the peers are given the mask, and grouped_mm its index lists, for
-free. Masks are those of a random router at the tau that gives the share.
+free. Masks are those of a random router at the tau that gives the share. --int8: beside it sadmoe with its experts'
+weights in int8.
 """
 
 import argparse
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import torch
 from sadmoe.timing import machine, measure
-from variants import LayerShape, checked, dense, grouped_mm, loop, problem, sadmoe
+from variants import LayerShape, checked, dense, grouped_mm, int8, loop, problem, sadmoe
 
 TOKENS = [1, 2, 4, 8, 16, 64, 256, 1024, 4096]
 
@@ -26,27 +28,27 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.25)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--int8", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     args.dtype = getattr(torch, args.dtype)
     torch.set_num_threads(args.threads)
     title = f"{machine()}, d={args.d} f={args.f} s={args.s} E={args.f // args.s} relu, {args.dtype}"
     print(f"# {title}")
-    print(
-        f"{'T':>5} {'share':>6}  {'dense':>13}  {'sadmoe':>13}  {'loop':>13}  {'grouped_mm':>13}   "
-        "sadmoe is faster than"
-    )
+    ways = {"dense": dense, "sadmoe": sadmoe} | ({"int8": int8} if args.int8 else {})
+    ways |= {"loop": loop, "grouped_mm": grouped_mm}
+    print(f"{'T':>5} {'share':>6}  {'  '.join(f'{name:>13}' for name in ways)}   sadmoe is faster than")
     rows = []
     with torch.inference_mode():
         for T in args.tokens:
             p = problem(LayerShape(args.d, args.f, args.s), T, args.share, args.dtype, args.r)
-            variants = {"dense": dense(p), "sadmoe": sadmoe(p), "loop": loop(p), "grouped_mm": grouped_mm(p)}
+            variants = {name: way(p) for name, way in ways.items()}
             checked(p, variants)
             times = measure(variants)
             share = p.mask.float().mean().item()
             cells = "  ".join(f"{t.median * 1e3:7.3f} ±{t.spread:4.0%}" for t in times.values())
             gains = {
-                name: times[name].median / times["sadmoe"].median for name in ("dense", "loop", "grouped_mm")
+                name: time.median / times["sadmoe"].median for name, time in times.items() if name != "sadmoe"
             }
             print(
                 f"{T:5d} {share:6.1%}  {cells}   "

@@ -8,14 +8,15 @@
 //   h[t, e, j]   = act(x[t] . w_gate[e, j] + b_gate[e, j]) * (x[t] . w_up[e, j] + b_up[e, j])       GLU
 //   y[t]         = b_out + sum over e with mask[t, e], ascending, and j ascending, of h[t, e, j] w_down[e, j]
 //
-// Every matrix is row-major with one neuron a row, so up and down projection both stream whole neurons. Sums are
+// Every matrix is row-major with one neuron a row, so up and down projection both stream whole neurons. An int8 row stands for
+// itself times its neuron's scale: that multiplies sums and h instead, so no weight is ever widened in memory. Sums are
 // float32. The result of a token is the same bit for bit whatever its neighbours, their order, and the thread count.
 #pragma once
 #include <cstdint>
 
 namespace sadmoe {
 
-enum class DType { f32, bf16, f16 };
+enum class DType { f32, bf16, f16, i8 };  // i8: weights of experts, beside scales
 enum class Activation { none, relu, gelu, gelu_tanh, silu, abs };
 
 // A read-only matrix or vector of any dtype; data is null where the argument is absent.
@@ -43,7 +44,8 @@ struct Experts {  // w_up, w_gate [E, s, d]   w_down [E, s, d_out]   b_up, b_gat
   ExpertsShape shape;
   View x, w_up, b_up, w_gate, b_gate, w_down, b_out;
   Activation act;
-  void* y;  // [T, d_out], x's dtype
+  void* y;                                // [T, d_out], x's dtype
+  View scale_up, scale_gate, scale_down;  // [E, s], where w_up, w_gate, w_down are int8
 };
 
 }  // namespace sadmoe

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from sadmoe import cli, texts
+from sadmoe import cli, moe_layers, texts
 from sadmoe.report import Series, plot_curves
 
 transformers = pytest.importorskip("transformers")
@@ -50,6 +50,16 @@ def test_convert_then_evaluate(folder, text, tmp_path, capsys):
     assert "executed share" in header
     assert zero.split()[1] == "100.0%"
     assert float(half.split()[1].rstrip("%")) < 100
+
+
+def test_convert_to_int8(folder, text, tmp_path, capsys):
+    out = tmp_path / "moe"
+    assert converted(folder, text, out, "--tau", "0.2", "--int8") == 0
+    assert "MiB of experts" in capsys.readouterr().out
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["layers"]
+    assert cli.main(["evaluate", str(out), "--text", str(text), "--tau", "0", "0.5"]) == 0
+    (layer,) = moe_layers(transformers.BertModel.from_pretrained(out)).values()
+    assert layer.is_int8
 
 
 def test_nothing_is_overwritten_without_force(folder, text, tmp_path, capsys):

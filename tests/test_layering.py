@@ -18,7 +18,7 @@ ROOMS = [  # a room imports only rooms above it
     {"layer"},
     {"batches", "partition", "ffn"},
     {"dial"},
-    {"inputs", "masks", "flops"},
+    {"inputs", "masks", "flops", "int8"},
     {"sparsify", "cost"},
     {"routers"},
     {"calibrate", "finetune", "evaluate"},

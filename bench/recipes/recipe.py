@@ -177,7 +177,9 @@ def run_recipe(work: Workload, run: Run) -> None:
     results.add(f"sadmoe, dynamic k, s = {ours}", model, dynamic, timed=True)
     results.add("the same, static top-k", model, static)
     results.add("the same, oracle gate", model, oracle)
-    results.add(f"no fine-tuning, FFNs only, s = {ours}", recipe.untrained(ours), dynamic, timed=True)
+    untrained = recipe.untrained(ours)
+    results.add(f"no fine-tuning, FFNs only, s = {ours}", untrained, dynamic, timed=True)
+    results.add("no fine-tuning, oracle gate", untrained, oracle)
     last = run.sizes[-1]
     results.add(f"MoEfication, s = {last}", recipe.moefied(sparse, last), static)
     for size in others:

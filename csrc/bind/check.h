@@ -96,6 +96,17 @@ class Arguments {
   }
   View add_like(const char* name, const MaybeTensor& t, const Tensor& x) { return t ? add_like(name, *t, x) : View{}; }
 
+  // Weights of experts in int8, and their scales [E, s] of any floating dtype.
+  View add_int8(const char* name, const Tensor& t) {
+    check(t.scalar_type() == ScalarType::Char, op_, name, " must be int8, got ", torch::headeronly::toString(t.scalar_type()));
+    kept_.push_back({name, torch::stable::contiguous(t)});
+    return {kept_.back().tensor.const_data_ptr(), DType::i8};
+  }
+  View add_scale(const char* name, const Tensor& t, const ExpertsShape& shape) {
+    check_shape(op_, name, t, {shape.E, shape.s}, "[E, s]");
+    return add(name, t);
+  }
+
   const bool* add_mask(const char* name, const Tensor& t) {
     check(t.scalar_type() == ScalarType::Bool, op_, name, " must be bool, got ", torch::headeronly::toString(t.scalar_type()));
     kept_.push_back({name, torch::stable::contiguous(t)});
@@ -162,6 +173,28 @@ inline Experts check_arguments(Arguments& keep, const char* op, const Tensor& x,
   p.w_down = keep.add_like("w_down", w_down, x);
   p.b_up = keep.add_like("b_up", b_up, x);
   p.w_gate = keep.add_like("w_gate", w_gate, x);
+  p.b_gate = keep.add_like("b_gate", b_gate, x);
+  p.b_out = keep.add_like("b_out", b_out, x);
+  return p;
+}
+
+// The same of int8 weights and their scales.
+inline Experts check_int8_arguments(Arguments& keep, const char* op, const Tensor& x, const Tensor& w_up, const Tensor& w_down,
+                                    const Tensor& scale_up, const Tensor& scale_down, const MaybeTensor& b_up,
+                                    const MaybeTensor& w_gate, const MaybeTensor& scale_gate, const MaybeTensor& b_gate,
+                                    const MaybeTensor& b_out, const std::string& act) {
+  Experts p;
+  p.shape = check_experts(op, x, w_up, w_down, b_up, w_gate, b_gate, b_out);
+  check(w_gate.has_value() == scale_gate.has_value(), op, "w_gate and scale_gate need each other");
+  p.act = activation_of(op, act);
+  p.x = keep.add("x", x);
+  p.w_up = keep.add_int8("w_up", w_up);
+  p.w_down = keep.add_int8("w_down", w_down);
+  p.scale_up = keep.add_scale("scale_up", scale_up, p.shape);
+  p.scale_down = keep.add_scale("scale_down", scale_down, p.shape);
+  if (w_gate) p.w_gate = keep.add_int8("w_gate", *w_gate);
+  if (scale_gate) p.scale_gate = keep.add_scale("scale_gate", *scale_gate, p.shape);
+  p.b_up = keep.add_like("b_up", b_up, x);
   p.b_gate = keep.add_like("b_gate", b_gate, x);
   p.b_out = keep.add_like("b_out", b_out, x);
   return p;

@@ -44,16 +44,31 @@ Tensor dynamic_k_select(const Tensor& scores, double tau) {
   return mask;
 }
 
-Tensor sparse_experts(const Tensor& x, const Tensor& mask, const Tensor& w_up, const Tensor& w_down, const MaybeTensor& b_up,
-                      const MaybeTensor& w_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out, const std::string& act) {
-  const char* op = "sparse_experts";
-  Arguments keep(op);
-  Experts p = check_arguments(keep, op, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act);
-  check_shape(op, "mask", mask, {p.shape.T, p.shape.E}, "[T, E]");
+// y for a mask from outside.
+Tensor run(Arguments& keep, Experts p, const Tensor& x, const Tensor& mask) {
+  check_shape(keep.op(), "mask", mask, {p.shape.T, p.shape.E}, "[T, E]");
   Tensor y = torch::stable::new_empty(x, {p.shape.T, p.shape.d_out});
   p.y = y.mutable_data_ptr();
   cpu::sparse_experts(p, keep.add_mask("mask", mask), torch_threads());
   return y;
+}
+
+// y for the router's own mask.
+Tensor run(Arguments& keep, Experts p, const Tensor& x, const Tensor& v1, const Tensor& v2, double tau) {
+  check_router(keep.op(), x, v1, v2);
+  check_router_experts(keep.op(), v2, p.shape.E);
+  const Router router = router_of(keep, v1, v2, check_tau(keep.op(), tau));
+  Tensor y = torch::stable::new_empty(x, {p.shape.T, p.shape.d_out});
+  p.y = y.mutable_data_ptr();
+  cpu::dynamic_k_moe(p, router, torch_threads());
+  return y;
+}
+
+Tensor sparse_experts(const Tensor& x, const Tensor& mask, const Tensor& w_up, const Tensor& w_down, const MaybeTensor& b_up,
+                      const MaybeTensor& w_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out, const std::string& act) {
+  const char* op = "sparse_experts";
+  Arguments keep(op);
+  return run(keep, check_arguments(keep, op, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act), x, mask);
 }
 
 Tensor dynamic_k_moe(const Tensor& x, const Tensor& v1, const Tensor& v2, const Tensor& w_up, const Tensor& w_down,
@@ -61,14 +76,29 @@ Tensor dynamic_k_moe(const Tensor& x, const Tensor& v1, const Tensor& v2, const 
                      double tau, const std::string& act) {
   const char* op = "dynamic_k_moe";
   Arguments keep(op);
-  Experts p = check_arguments(keep, op, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act);
-  check_router(op, x, v1, v2);
-  check_router_experts(op, v2, p.shape.E);
-  const Router r = router_of(keep, v1, v2, check_tau(op, tau));
-  Tensor y = torch::stable::new_empty(x, {p.shape.T, p.shape.d_out});
-  p.y = y.mutable_data_ptr();
-  cpu::dynamic_k_moe(p, r, torch_threads());
-  return y;
+  return run(keep, check_arguments(keep, op, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act), x, v1, v2, tau);
+}
+
+Tensor sparse_experts_int8(const Tensor& x, const Tensor& mask, const Tensor& w_up, const Tensor& w_down, const Tensor& scale_up,
+                           const Tensor& scale_down, const MaybeTensor& b_up, const MaybeTensor& w_gate,
+                           const MaybeTensor& scale_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out,
+                           const std::string& act) {
+  const char* op = "sparse_experts_int8";
+  Arguments keep(op);
+  const Experts p =
+      check_int8_arguments(keep, op, x, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, act);
+  return run(keep, p, x, mask);
+}
+
+Tensor dynamic_k_moe_int8(const Tensor& x, const Tensor& v1, const Tensor& v2, const Tensor& w_up, const Tensor& w_down,
+                          const Tensor& scale_up, const Tensor& scale_down, const MaybeTensor& b_up, const MaybeTensor& w_gate,
+                          const MaybeTensor& scale_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out, double tau,
+                          const std::string& act) {
+  const char* op = "dynamic_k_moe_int8";
+  Arguments keep(op);
+  const Experts p =
+      check_int8_arguments(keep, op, x, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, act);
+  return run(keep, p, x, v1, v2, tau);
 }
 
 std::string join(const std::vector<std::string>& words) {
@@ -91,6 +121,8 @@ STABLE_TORCH_LIBRARY_IMPL(sadmoe, CPU, m) {
   m.impl("dynamic_k_select", TORCH_BOX(&sadmoe::dynamic_k_select));
   m.impl("sparse_experts", TORCH_BOX(&sadmoe::sparse_experts));
   m.impl("dynamic_k_moe", TORCH_BOX(&sadmoe::dynamic_k_moe));
+  m.impl("sparse_experts_int8", TORCH_BOX(&sadmoe::sparse_experts_int8));
+  m.impl("dynamic_k_moe_int8", TORCH_BOX(&sadmoe::dynamic_k_moe_int8));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sadmoe, CompositeExplicitAutograd, m) {

@@ -54,14 +54,17 @@ Vec gelu_tanh(Vec x) {
 // Rows shorter than a vector that stand one after the other: whole vectors of several rows, the bias as often.
 template <class Vec, class Act>
 void activate_short_rows(const Activate& p, Act act) {
-  float repeated[Vec::width] = {};
-  if (p.bias)
-    for (int64_t i = 0; i < Vec::width; ++i) repeated[i] = p.bias[i % p.m];
-  const Vec bias = Vec::load(repeated);
+  const auto repeated = [&](const float* from, float otherwise) {
+    float lanes[Vec::width];
+    for (int64_t i = 0; i < Vec::width; ++i) lanes[i] = from ? from[i % p.m] : otherwise;
+    return Vec::load(lanes);
+  };
+  const Vec bias = repeated(p.bias, 0), scale = repeated(p.scale, 1), out_scale = repeated(p.out_scale, 1);
+  const auto value = [&](Vec h) { return p.scale ? act(fma(h, scale, bias)) * out_scale : act(h + bias); };
   const int64_t all = p.n * p.m;
   int64_t i = 0;
-  for (; i + Vec::width <= all; i += Vec::width) act(Vec::load(p.h + i) + bias).store(p.h + i);
-  if (i < all) act(Vec::load_part(p.h + i, all - i) + bias).store_part(p.h + i, all - i);
+  for (; i + Vec::width <= all; i += Vec::width) value(Vec::load(p.h + i)).store(p.h + i);
+  if (i < all) value(Vec::load_part(p.h + i, all - i)).store_part(p.h + i, all - i);
 }
 
 template <class Vec, class Act>
@@ -71,12 +74,13 @@ void activate_with(const Activate& p, Act act) {
     float* h = p.h + i * p.ld;
     const float* gate = p.gate ? p.gate + i * p.ld : nullptr;
     const auto step = [&](int64_t j, auto load, auto store) {
-      Vec up = load(h + j);
-      if (p.bias) up = up + load(p.bias + j);
-      if (!gate) return store(act(up), h + j);
-      Vec g = load(gate + j);
-      if (p.gate_bias) g = g + load(p.gate_bias + j);
-      store(act(g) * up, h + j);
+      const auto linear = [&](const float* sums, const float* scale, const float* bias) {
+        const Vec v = load(sums + j), b = bias ? load(bias + j) : Vec::zero();
+        return scale ? fma(v, load(scale + j), b) : bias ? v + b : v;
+      };
+      const Vec up = linear(h, p.scale, p.bias);
+      const Vec out = gate ? act(linear(gate, p.gate_scale, p.gate_bias)) * up : act(up);
+      store(p.out_scale ? out * load(p.out_scale + j) : out, h + j);
     };
     int64_t j = 0;
     for (; j + Vec::width <= p.m; j += Vec::width)

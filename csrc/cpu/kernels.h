@@ -17,12 +17,14 @@ struct Project {
   float* out;
 };
 
-// In place on h [n, m], leading dimension ld:   h = act(h + bias),   or with a gate   h = act(gate + gate_bias) * (h + bias)
+// In place on h [n, m], leading dimension ld:
+//   h = act(scale h + bias) out_scale,   or with a gate   h = act(gate_scale gate + gate_bias) (scale h + bias) out_scale
 struct Activate {
   int64_t n, m, ld;
   float* h;
   const float *bias, *gate, *gate_bias;  // [m], [n, m] with leading dimension ld, [m]; each may be null
   Activation act;
+  const float *scale, *gate_scale, *out_scale;  // [m], all of them there that apply, or none
 };
 
 // y[rows[i], c] += sum over j ascending of h[i, j] w[j, c]   for i < n, c < columns. Rows are distinct.
@@ -67,8 +69,8 @@ inline int64_t right_size(int64_t k, int64_t m) { return left_size(m, k); }
 struct Kernels {
   const char* isa;
   int64_t strip;                             // columns of y that accumulate is best given at once
-  void (*project[3])(const Project&);        // by DType of w
-  void (*accumulate[3])(const Accumulate&);  // by DType of w
+  void (*project[4])(const Project&);        // by DType of w
+  void (*accumulate[4])(const Accumulate&);  // by DType of w
   void (*activate)(const Activate&);
   void (*select)(const Select&);
   void (*widen[3])(const void* from, float* to, int64_t n);   // to float32

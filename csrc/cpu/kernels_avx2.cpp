@@ -38,6 +38,9 @@ struct Vec {
   static Vec load(const H* p) {
     return {widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), H{})};
   }
+  static Vec load(const int8_t* p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+  }
   template <class H>
   static Vec load_part(const H* p, int64_t n) {
     H full[width] = {};

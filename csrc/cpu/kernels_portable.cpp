@@ -23,6 +23,8 @@ float widen(f16 h) {
   return bit_cast<float>(sign | rebased << 23 | fraction << 13);
 }
 
+float widen(int8_t b) { return b; }
+
 uint16_t narrow(float f, bf16) {
   const uint32_t bits = bit_cast<uint32_t>(f);
   if (f != f) return 0x7fc0;

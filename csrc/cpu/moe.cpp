@@ -90,8 +90,10 @@ class Block {
     float* gate = p_.w_gate ? gate_.get() + at_h : nullptr;
     project(p_.w_up, h);
     if (gate) project(p_.w_gate, gate);
-    const AsFloat bias(at(p_.b_up, first), m), gate_bias(at(p_.b_gate, first), m);
-    k_.activate({n, m, s_.s, h, bias.get(), gate, gate_bias.get(), p_.act});
+    const auto of_neurons = [&](View v) { return AsFloat(at(v, first), m); };
+    const AsFloat bias = of_neurons(p_.b_up), gate_bias = of_neurons(p_.b_gate), scale = of_neurons(p_.scale_up),
+                  gate_scale = of_neurons(p_.scale_gate), out_scale = of_neurons(p_.scale_down);
+    k_.activate({n, m, s_.s, h, bias.get(), gate, gate_bias.get(), p_.act, scale.get(), gate_scale.get(), out_scale.get()});
   }
 
   const Experts& p_;
@@ -118,7 +120,7 @@ void route_hidden(View x, const Router& router, const RouterShape& s, int64_t be
   else
     k.project[int(router.v1.dtype)]({s.T, end - begin, s.d, s.r, static_cast<const float*>(x.data), nullptr,
                                      at(router.v1, begin * s.d).data, hidden + begin});
-  k.activate({s.T, end - begin, s.r, hidden + begin, nullptr, nullptr, nullptr, Activation::relu});
+  k.activate({s.T, end - begin, s.r, hidden + begin, nullptr, nullptr, nullptr, Activation::relu, nullptr, nullptr, nullptr});
 }
 
 // scores [T, E] = |hidden v2ᵀ|, experts [begin, end). r is small: dot products would spend as long on ending their sums as on
@@ -131,7 +133,7 @@ void route_scores(const float* hidden, const Router& router, const RouterShape& 
     for (int64_t i = 0; i < s.r; ++i) turned[i * s.E + e] = v2.get()[(e - begin) * s.r + i];
   for (int64_t t = 0; t < s.T; ++t) std::fill(scores + t * s.E + begin, scores + t * s.E + end, 0.0f);
   k.accumulate[int(DType::f32)]({s.T, s.r, end - begin, s.E, hidden, nullptr, turned + begin, scores + begin});
-  k.activate({s.T, end - begin, s.E, scores + begin, nullptr, nullptr, nullptr, Activation::abs});
+  k.activate({s.T, end - begin, s.E, scores + begin, nullptr, nullptr, nullptr, Activation::abs, nullptr, nullptr, nullptr});
 }
 
 // Scores of few tokens by all threads, or of one block by one.

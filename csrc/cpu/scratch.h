@@ -9,7 +9,7 @@
 
 namespace sadmoe::cpu {
 
-inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::i8 ? 1 : 2; }
 
 inline View at(View view, int64_t elements) {
   return {view ? static_cast<const char*>(view.data) + elements * size_of(view.dtype) : nullptr, view.dtype};

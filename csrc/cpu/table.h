@@ -1,10 +1,10 @@
 // The kernels of one instruction set, from its Vec. Included by the ISA files alone.
 //
 // Vec is `width` floats in a register, in an anonymous namespace so that no function of one ISA is linked into another:
-//   load, load_part(p, n): n < width, the other lanes 0    store, store_part    from float, bf16 and f16 (widened)
-//   max, min: the second argument where either is NaN      where_less(a, b, x, y): x where a < b, else y
-//   scale2(v, n) = v 2^n for whole n    reduce(v[width]): lane i is the sum of v[i], by one fixed tree
-//   project_rows (6 or a power of two), project_columns, accumulate_rows, accumulate_vecs: register tiles
+//   load, load_part(p, n): n < width, the other lanes 0    store, store_part    from float, bf16 and f16 (widened); loads from
+//   int8_t too max, min: the second argument where either is NaN      where_less(a, b, x, y): x where a < b, else y scale2(v, n)
+//   = v 2^n for whole n    reduce(v[width]): lane i is the sum of v[i], by one fixed tree project_rows (6 or a power of two),
+//   project_columns, accumulate_rows, accumulate_vecs: register tiles
 #pragma once
 #include "cpu/accumulate.h"
 #include "cpu/activate.h"
@@ -48,8 +48,8 @@ constexpr Kernels table(const char* isa, const Tiles* tiles = nullptr) {
   constexpr int64_t kColumns = Vec::accumulate_vecs * Vec::width, kStrip = 72;  // of 400 tokens: 113 KiB
   return {isa,
           kStrip / kColumns * kColumns,
-          {project<Vec, float>, project<Vec, bf16>, project<Vec, f16>},
-          {accumulate<Vec, float>, accumulate<Vec, bf16>, accumulate<Vec, f16>},
+          {project<Vec, float>, project<Vec, bf16>, project<Vec, f16>, project<Vec, int8_t>},
+          {accumulate<Vec, float>, accumulate<Vec, bf16>, accumulate<Vec, f16>, accumulate<Vec, int8_t>},
           activate<Vec>,
           select<Vec>,
           {widen<Vec, float>, widen<Vec, bf16>, widen<Vec, f16>},

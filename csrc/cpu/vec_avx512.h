@@ -41,6 +41,12 @@ struct Vec {
   static Vec load_part(const H* p, int64_t n) {
     return {widen(_mm256_maskz_loadu_epi16(first(n), p), H{})};
   }
+  static Vec load(const int8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+  }
+  static Vec load_part(const int8_t* p, int64_t n) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p)))};
+  }
   template <class H>
   void store(H* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v, H{}));

@@ -17,6 +17,7 @@ from sadmoe.dial import set_batch_invariant, set_tau, tau
 from sadmoe.ffn import DenseFFN, FFNNotFoundError, find_ffns, moe_layers
 from sadmoe.finetune import FinetuneConfig, FinetuneReport, finetune_
 from sadmoe.gates import DynamicK, TopK
+from sadmoe.int8 import Int8Report, dequantize_experts_, quantize_experts_
 from sadmoe.layer import DynamicKMoE, Router
 from sadmoe.layerwise import finetune_layers_
 from sadmoe.masks import record_masks
@@ -46,6 +47,7 @@ __all__ = [
     "FFNNotFoundError",
     "FinetuneConfig",
     "FinetuneReport",
+    "Int8Report",
     "ProjectionConfig",
     "ProjectionReport",
     "Router",
@@ -58,6 +60,7 @@ __all__ = [
     "calibrate_",
     "convert_",
     "cost",
+    "dequantize_experts_",
     "find_ffns",
     "find_projections",
     "finetune_",
@@ -70,6 +73,7 @@ __all__ = [
     "moe_layers",
     "padding_mask",
     "partition",
+    "quantize_experts_",
     "record_masks",
     "replace_projections_",
     "restore_",

@@ -19,7 +19,7 @@ from sadmoe import files
 from sadmoe.checkpoint import CheckpointError
 from sadmoe.convert import surgery
 from sadmoe.describe import describe_all, rebuild
-from sadmoe.ffn import dense_from_layer, original_of, projection_mlps, scan_ffns
+from sadmoe.ffn import dense_from_layer, moe_layers, original_of, projection_mlps, scan_ffns
 from sadmoe.ffn.dense import TENSORS, DenseFFN
 from sadmoe.ffn.linears import bias_of, linear_shape, weight_rows
 from sadmoe.layer import DynamicKMoE
@@ -46,6 +46,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, overwrite: b
             else "there already; pass overwrite=True to replace it"
         )
         raise FileExistsError(f"{path} is {hint}")
+    if int8 := [name for name, layer in moe_layers(model).items() if layer.is_int8]:
+        raise ValueError(
+            f"{int8[0]} has its experts in int8, and an adapter leaves the base's weights as they are: save it before "
+            "quantize_experts_, or the whole model"
+        )
     mlps = projection_mlps(model)
     tensors: dict[str, Tensor] = {}
     base: dict[str, int | None] = {}

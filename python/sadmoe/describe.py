@@ -33,7 +33,8 @@ def describe(layer: DynamicKMoE) -> dict[str, Any]:
         raise NotImplementedError(
             f"a gate of type {type(layer.gate).__name__} cannot be saved; these can: {', '.join(RULES)}"
         )
-    return {
+    int8 = {"int8": True} if layer.is_int8 else {}
+    return int8 | {
         "experts": layer.experts,
         "expert_size": layer.expert_size,
         "router_width": layer.router.v1.shape[0],
@@ -66,7 +67,7 @@ def rebuild(
     if isinstance(description, Mapping) and set(description) == {"projection"}:
         return _rebuild_mlp(model, name, description["projection"], keep)
     keys = {"experts", "expert_size", "router_width", "gate", "ffn"}
-    if not isinstance(description, Mapping) or set(description) != keys:
+    if not isinstance(description, Mapping) or set(description) - {"int8"} != keys:
         raise ValueError(f"{name}: its description must have {', '.join(sorted(keys))}")
     experts, size, width = (description[key] for key in ("experts", "expert_size", "router_width"))
     if not all(isinstance(n, int) and n > 0 for n in (experts, size, width)):
@@ -81,7 +82,10 @@ def rebuild(
     if dense.f != experts * size:
         raise ValueError(f"{name}: has {dense.f} neurons in this model, {experts} x {size} in the one saved")
     order = torch.arange(dense.f, device=dense.w_up.device) if order is None else order
-    swap_in(model, site, layer_from_dense(dense, order, experts, width, _gate(name, description["gate"])))
+    layer = layer_from_dense(dense, order, experts, width, _gate(name, description["gate"]))
+    swap_in(model, site, layer)
+    if description.get("int8"):
+        layer.to_int8_()
 
 
 def _rebuild_mlp(model: nn.Module, name: str, description: Any, keep: bool) -> None:

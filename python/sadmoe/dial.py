@@ -20,6 +20,17 @@ def converted_layers(model: nn.Module) -> dict[str, DynamicKMoE]:
     return layers
 
 
+def trainable_layers(model: nn.Module) -> dict[str, DynamicKMoE]:
+    """The same, of which none may have experts in int8."""
+    layers = converted_layers(model)
+    for name, layer in layers.items():
+        if layer.is_int8:
+            raise ValueError(
+                f"the experts of {name} are int8 and cannot be trained: dequantize_experts_(model) first"
+            )
+    return layers
+
+
 def set_tau(model: nn.Module, tau: float) -> None:
     """Every converted layer runs expert e for token t iff scores[t, e] >= tau * max(scores[t]).
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sadmoe.batches import Batches, check_batches, real_rows
-from sadmoe.dial import converted_layers
+from sadmoe.dial import trainable_layers
 from sadmoe.ffn import site_of
 from sadmoe.gates import DynamicK
 from sadmoe.layer import DynamicKMoE
@@ -120,7 +120,7 @@ def finetune_(
     raised, the model is as it was before, bit for bit.
     """
     check_batches(batches)
-    layers = converted_layers(model)
+    layers = trainable_layers(model)
     if teacher is not None and loss is not None:
         raise ValueError("give teacher or loss, not both: the objective is one of them")
     if output_loss is not None and teacher is None:

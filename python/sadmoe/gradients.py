@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sadmoe.reference import ACTIVATIONS
+from sadmoe.reference import ACTIVATIONS, dequantized
 
 aten = torch.ops.aten
 BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # (gradient of act(z), z) -> gradient of z
@@ -68,6 +68,29 @@ def of_sparse_experts(
     of_w_up, of_b_up = _of_linear(grad_up, x, w_up, b_up)
     of_w_gate, of_b_gate = _of_linear(grad_gate, x, w_gate, b_gate)
     return grad_x, of_w_up, of_w_down, of_b_up, of_w_gate, of_b_gate, of_b_out
+
+
+def of_sparse_experts_int8(
+    grad: Tensor,
+    x: Tensor,
+    mask: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    scale_up: Tensor,
+    scale_down: Tensor,
+    b_up: Tensor | None,
+    w_gate: Tensor | None,
+    scale_gate: Tensor | None,
+    b_gate: Tensor | None,
+    b_out: Tensor | None,
+    act: str,
+) -> tuple[Tensor | None, ...]:
+    """Of x and the arguments from w_up to b_out: `reference.sparse_experts_int8`. Weights and scales have none."""
+    up, down = dequantized(w_up, scale_up, x.dtype), dequantized(w_down, scale_down, x.dtype)
+    gate = None if w_gate is None or scale_gate is None else dequantized(w_gate, scale_gate, x.dtype)
+    found = of_sparse_experts(grad, x, mask, up, down, b_up, gate, b_gate, b_out, act)
+    of_x, _, _, of_b_up, _, of_b_gate, of_b_out = found
+    return of_x, None, None, None, None, of_b_up, None, None, of_b_gate, of_b_out
 
 
 def _of_linear(

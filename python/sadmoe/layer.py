@@ -13,6 +13,7 @@ from sadmoe.crossover import Layer
 from sadmoe.gates import DynamicK, Gate
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an activation
+SCALES = {"w_up": "scale_up", "w_gate": "scale_gate", "w_down": "scale_down"}  # of weights in int8
 NORM_FLOOR = 1e-12  # norms below it are 0: what rounding leaves of a silent expert
 
 
@@ -72,6 +73,9 @@ class DynamicKMoE(nn.Module):
 
     keeps_hidden: True while it is trained by `finetune_`. Every expert is computed, as the backward pass has to, and
     what it computed is kept until then; the op's backward pass computes it again.
+
+    After `to_int8_`, w_up, w_gate and w_down are int8 and stand for themselves times scale_up, scale_gate and
+    scale_down [E, s]; else those are None. The sparse op then runs at every tau, whatever batch_invariant says.
     """
 
     w_up: nn.Parameter
@@ -81,6 +85,9 @@ class DynamicKMoE(nn.Module):
     b_gate: nn.Parameter | None
     b_out: nn.Parameter | None
     permutation: Tensor
+    scale_up: Tensor | None
+    scale_gate: Tensor | None
+    scale_down: Tensor | None
 
     def __init__(
         self,
@@ -119,6 +126,8 @@ class DynamicKMoE(nn.Module):
         for name, shape in shapes.items():
             self.register_parameter(name, None if shape is None else nn.Parameter(torch.empty(shape, **kw)))
         self.register_buffer("permutation", torch.arange(experts * expert_size, device=device))
+        for name in SCALES.values():
+            self.register_buffer(name, None)
         self.router = Router(d, experts, router_width, **kw)
         self.act = act
         self.dropout = dropout
@@ -150,13 +159,63 @@ class DynamicKMoE(nn.Module):
     @property
     def _is_dense(self) -> bool:
         """Whether it is the dense FFN, without router and mask."""
-        return isinstance(self.gate, DynamicK) and self.gate.tau == 0.0 and not self.batch_invariant
+        all_run = isinstance(self.gate, DynamicK) and self.gate.tau == 0.0
+        return all_run and not self.batch_invariant and not self.is_int8
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether the experts' weights are int8, with scales."""
+        return self.scale_up is not None
 
     def expert_weights(
         self,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """w_up, w_down, b_up, w_gate, b_gate, b_out: the order of the ops."""
         return self.w_up, self.w_down, self.b_up, self.w_gate, self.b_gate, self.b_out
+
+    def int8_weights(self) -> tuple[Any, ...]:
+        """The same with scales, in the order of the ops of int8; only where they are int8."""
+        scales = self.scale_up, self.scale_down
+        return (
+            self.w_up,
+            self.w_down,
+            *scales,
+            self.b_up,
+            self.w_gate,
+            self.scale_gate,
+            self.b_gate,
+            self.b_out,
+        )
+
+    def float_weights(self, name: str) -> Tensor:
+        """w_up, w_down or, of a GLU, w_gate as floats, by name: the parameter itself, or what int8 stands for."""
+        weight, scale = getattr(self, name), getattr(self, SCALES[name])
+        return weight if scale is None else reference.dequantized(weight, scale, scale.dtype)
+
+    @torch.no_grad()
+    def to_int8_(self) -> None:
+        """Rounds the experts' weights to int8, in place: 127 steps to each side of 0 up to a neuron's largest weight.
+
+        Scales are rounded up to what bfloat16 holds, so casting the layer loses nothing of them.
+        """
+        for name, scale_name in SCALES.items():
+            weight = getattr(self, name)
+            if weight is None:
+                continue
+            rows = weight.float()
+            scale = _up_to_bfloat16(rows.abs().amax(-1) / 127).to(weight.dtype)
+            divisor = scale.float().clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
+            steps = (rows / divisor).round().clamp(-127, 127)
+            setattr(self, name, nn.Parameter(steps.to(torch.int8), requires_grad=False))
+            setattr(self, scale_name, scale)
+
+    @torch.no_grad()
+    def to_float_(self) -> None:
+        """Undoes `to_int8_`, in place, but for its rounding; the weights then require no gradient."""
+        for name, scale_name in SCALES.items():
+            if getattr(self, name) is not None:
+                setattr(self, name, nn.Parameter(self.float_weights(name), requires_grad=False))
+            setattr(self, scale_name, None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d] -> [..., d_out]."""
@@ -201,10 +260,14 @@ class DynamicKMoE(nn.Module):
         dense, mask = self._choose(x)
         if isinstance(self.gate, DynamicK) and mask is None and not dense:
             v1, v2, tau = self.router.v1, self.router.v2, self.gate.tau
+            if self.is_int8:
+                return ops.dynamic_k_moe_int8(x, v1, v2, *self.int8_weights(), tau=tau, act=self.act)
             return ops.dynamic_k_moe(x, v1, v2, *self.expert_weights(), tau=tau, act=self.act)
         mask = self.mask(x) if mask is None else mask
         if dense:
             return self.masked_dense(x, mask)
+        if self.is_int8:
+            return ops.sparse_experts_int8(x, mask, *self.int8_weights(), act=self.act)
         return ops.sparse_experts(x, mask, *self.expert_weights(), act=self.act)
 
     def _choose(self, x: Tensor) -> tuple[bool, Tensor | None]:
@@ -224,7 +287,7 @@ class DynamicKMoE(nn.Module):
         return share is None or share > until, counted  # unknown: dense, at worst as slow as dense
 
     def _may_choose(self, x: Tensor) -> bool:
-        if self.batch_invariant or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if self.batch_invariant or self.is_int8 or torch.compiler.is_compiling() or torch.is_grad_enabled():
             return False
         data = type(x) is Tensor and not torch.jit.is_tracing()  # to count, and not only a shape
         return data and x.device.type in ("cpu", "cuda") and len(x) > 0
@@ -263,25 +326,23 @@ class DynamicKMoE(nn.Module):
         hidden [T, E * s] -> [T, E], float32, differentiable: the floor keeps the root's slope finite at silent experts.
         """
         by_expert = hidden.float().unflatten(-1, (self.experts, self.expert_size)).transpose(0, 1)
-        w_down = self.w_down.float()
+        w_down = self.float_weights("w_down").float()
         squared = (by_expert @ (w_down @ w_down.transpose(1, 2)) * by_expert).sum(-1)
         return squared.clamp(min=NORM_FLOOR**2).sqrt().masked_fill(squared <= NORM_FLOOR**2, 0).t()
 
     def _hidden(self, x: Tensor) -> Tensor:
         """Activations of every neuron, in slot order: [T, d] -> [T, E * s]."""
         act = reference.ACTIVATIONS[self.act]
-        up = F.linear(x, self.w_up.flatten(0, 1), None if self.b_up is None else self.b_up.flatten())
+        up = F.linear(
+            x, self.float_weights("w_up").flatten(0, 1), None if self.b_up is None else self.b_up.flatten()
+        )
         if self.w_gate is None:
             return act(up)
-        return (
-            act(
-                F.linear(x, self.w_gate.flatten(0, 1), None if self.b_gate is None else self.b_gate.flatten())
-            )
-            * up
-        )
+        w_gate = self.float_weights("w_gate").flatten(0, 1)
+        return act(F.linear(x, w_gate, None if self.b_gate is None else self.b_gate.flatten())) * up
 
     def _down(self, hidden: Tensor) -> Tensor:
-        w_down = self.w_down.flatten(0, 1)
+        w_down = self.float_weights("w_down").flatten(0, 1)
         return hidden @ w_down if self.b_out is None else torch.addmm(self.b_out, hidden, w_down)
 
     def extra_repr(self) -> str:
@@ -289,6 +350,13 @@ class DynamicKMoE(nn.Module):
         return (
             f"d={self.w_up.shape[2]}, experts={self.experts}, expert_size={self.expert_size}, act={self.act}"
             + (", gated" if self.w_gate is not None else "")
+            + (", int8" if self.is_int8 else "")
             + (f", d_out={d_out}" if d_out != self.w_up.shape[2] else "")
             + f", gate={self.gate}"
         )
+
+
+def _up_to_bfloat16(x: Tensor) -> Tensor:
+    """The smallest bfloat16 values that are not below x >= 0, in float32."""
+    bits = (x.view(torch.int32) + 0xFFFF) & ~0xFFFF
+    return bits.view(torch.float32)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sadmoe.batches import Batches, check_batches
-from sadmoe.dial import converted_layers
+from sadmoe.dial import trainable_layers
 from sadmoe.ffn import DenseFFN, FFNSite, find_ffns
 from sadmoe.finetune import ExpertPenalty, FinetuneConfig, frozen_in
 from sadmoe.inputs import held_out_and_batches, stream_inputs
@@ -76,7 +76,7 @@ def finetune_layers_(
         raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
     if max_tokens < 2:
         raise ValueError(f"max_tokens must be at least 2, to hold some out, got {max_tokens}")
-    layers = converted_layers(model)
+    layers = trainable_layers(model)
     sites = _teachers(teacher, layers)
     if config.seconds is not None:
         config = replace(config, seconds=config.seconds / len(layers))

@@ -6,7 +6,7 @@ and answers through `sadmoe.reference` on devices without a kernel, with one war
 
 import warnings
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,53 @@ def dynamic_k_moe(
     return torch.ops.sadmoe.dynamic_k_moe(x, v1, v2, w_up, w_down, b_up, w_gate, b_gate, b_out, tau, act)
 
 
+def sparse_experts_int8(
+    x: Tensor,
+    mask: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    scale_up: Tensor,
+    scale_down: Tensor,
+    b_up: Tensor | None = None,
+    w_gate: Tensor | None = None,
+    scale_gate: Tensor | None = None,
+    b_gate: Tensor | None = None,
+    b_out: Tensor | None = None,
+    act: str = "relu",
+) -> Tensor:
+    """`sparse_experts` of weights in int8: a neuron's are its row of integers times its scale.
+
+    w_up, w_gate, w_down int8, shapes as there; scale_up, scale_gate, scale_down floating [E, s]; x, biases and the
+    result as there. Products and sums are float32, so it is as exact as `sparse_experts` of the same weights. Only the
+    CPU has kernels for it; other devices multiply in plain torch, with one warning. Gradients reach x and biases.
+    """
+    return torch.ops.sadmoe.sparse_experts_int8(
+        x, mask, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, act
+    )
+
+
+def dynamic_k_moe_int8(
+    x: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    scale_up: Tensor,
+    scale_down: Tensor,
+    b_up: Tensor | None = None,
+    w_gate: Tensor | None = None,
+    scale_gate: Tensor | None = None,
+    b_gate: Tensor | None = None,
+    b_out: Tensor | None = None,
+    tau: float = 0.0,
+    act: str = "relu",
+) -> Tensor:
+    """`dynamic_k_moe` of weights in int8, as `sparse_experts_int8` takes them."""
+    return torch.ops.sadmoe.dynamic_k_moe_int8(
+        x, v1, v2, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, tau, act
+    )
+
+
 # --- Shapes, for meta tensors, torch.compile and torch.export.
 
 
@@ -115,11 +162,13 @@ def _dynamic_k_select_shape(scores: Tensor, tau: float) -> Tensor:
 
 
 @torch.library.register_fake("sadmoe::sparse_experts")
+@torch.library.register_fake("sadmoe::sparse_experts_int8")
 def _sparse_experts_shape(x: Tensor, mask: Tensor, w_up: Tensor, w_down: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((x.shape[0], w_down.shape[2]))
 
 
 @torch.library.register_fake("sadmoe::dynamic_k_moe")
+@torch.library.register_fake("sadmoe::dynamic_k_moe_int8")
 def _dynamic_k_moe_shape(
     x: Tensor, v1: Tensor, v2: Tensor, w_up: Tensor, w_down: Tensor, *rest: Any
 ) -> Tensor:
@@ -127,6 +176,8 @@ def _dynamic_k_moe_shape(
 
 
 # --- Gradients, with the mask held constant: see `gradients`.
+
+Gradient = Callable[..., tuple[Tensor | None, ...]]
 
 
 def _keep_router(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -142,9 +193,9 @@ def _keep_experts(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _experts_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _experts_backward(gradient: Gradient, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, mask, *weights = ctx.saved_tensors
-    of_x, *of_weights = gradients.of_sparse_experts(grad, x, mask, *weights, ctx.act)  # type: ignore[call-arg]
+    of_x, *of_weights = gradient(grad, x, mask, *weights, ctx.act)
     return of_x, None, *of_weights, None
 
 
@@ -153,16 +204,21 @@ def _keep_moe(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _moe_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _moe_backward(gradient: Gradient, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, v1, v2, *weights = ctx.saved_tensors
     mask = dynamic_k_select(router_scores(x, v1, v2), ctx.tau)
-    of_x, *of_weights = gradients.of_sparse_experts(grad, x, mask, *weights, ctx.act)  # type: ignore[call-arg]
+    of_x, *of_weights = gradient(grad, x, mask, *weights, ctx.act)
     return of_x, None, None, *of_weights, None, None
 
 
 torch.library.register_autograd("sadmoe::router_scores", _router_backward, setup_context=_keep_router)
-torch.library.register_autograd("sadmoe::sparse_experts", _experts_backward, setup_context=_keep_experts)
-torch.library.register_autograd("sadmoe::dynamic_k_moe", _moe_backward, setup_context=_keep_moe)
+for _suffix, _gradient in (("", gradients.of_sparse_experts), ("_int8", gradients.of_sparse_experts_int8)):
+    for _name, _backward, _keep in (
+        ("sparse_experts", _experts_backward, _keep_experts),
+        ("dynamic_k_moe", _moe_backward, _keep_moe),
+    ):
+        _backward = partial(_backward, _gradient)
+        torch.library.register_autograd(f"sadmoe::{_name}{_suffix}", _backward, setup_context=_keep)
 
 
 # --- FLOPs that were really executed (torch counts a multiply-add as two). Without data, as many as there can be.
@@ -197,6 +253,22 @@ def _experts_flops(
     return _pairs_flops(_executed(mask), w_up, w_down, w_gate)
 
 
+@register_flop_formula(torch.ops.sadmoe.sparse_experts_int8, get_raw=True)
+def _int8_experts_flops(
+    x: Tensor,
+    mask: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    scale_up: Any,
+    scale_down: Any,
+    b_up: Any = None,
+    w_gate: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    return _experts_flops(x, mask, w_up, w_down, w_gate=w_gate)
+
+
 @register_flop_formula(torch.ops.sadmoe.dynamic_k_moe, get_raw=True)
 def _moe_flops(
     x: Tensor,
@@ -216,9 +288,36 @@ def _moe_flops(
     return _router_flops(x, v1, v2) + _pairs_flops(pairs, w_up, w_down, w_gate)
 
 
+@register_flop_formula(torch.ops.sadmoe.dynamic_k_moe_int8, get_raw=True)
+def _int8_moe_flops(
+    x: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    scale_up: Any,
+    scale_down: Any,
+    b_up: Any = None,
+    w_gate: Any = None,
+    scale_gate: Any = None,
+    b_gate: Any = None,
+    b_out: Any = None,
+    tau: float = 0.0,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    return _moe_flops(x, v1, v2, w_up, w_down, w_gate=w_gate, tau=tau)
+
+
 # --- Autocast: activations and experts take autocast's dtype; the router stays as it is, for its float32 decisions.
 
-_ROUTER_ARGUMENTS = {"router_scores": (1, 2), "dynamic_k_moe": (1, 2), "sparse_experts": ()}
+_ROUTER_ARGUMENTS = {  # by position
+    "router_scores": (1, 2),
+    "sparse_experts": (),
+    "dynamic_k_moe": (1, 2),
+    "sparse_experts_int8": (),
+    "dynamic_k_moe_int8": (1, 2),
+}
 
 
 def _autocast_rule(name: str, device: str) -> Callable[..., Tensor]:
@@ -266,7 +365,7 @@ def _with_one_warning(name: str, function: Callable[..., Tensor]) -> Callable[..
 
 
 _fallbacks = torch.library.Library("sadmoe", "IMPL")
-for _name in ("router_scores", "dynamic_k_select", "sparse_experts", "dynamic_k_moe"):
+for _name in ("dynamic_k_select", *_ROUTER_ARGUMENTS):
     _fallbacks.impl(_name, _with_one_warning(_name, getattr(reference, _name)), "CompositeExplicitAutograd")
 
 

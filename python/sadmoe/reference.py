@@ -6,6 +6,7 @@ Letters: T tokens, d width of the input, d_out of the output, E experts, s neuro
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -83,6 +84,54 @@ def dynamic_k_moe(
     """router_scores, dynamic_k_select and sparse_experts in one: [T, d] -> [T, d_out]."""
     mask = dynamic_k_select(router_scores(x, v1, v2), tau)
     return sparse_experts(x, mask, w_up, w_down, b_up, w_gate, b_gate, b_out, act)
+
+
+def dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Experts' weights [E, s, n] in int8 by the scale of every neuron, [E, s], as floats."""
+    return (weight.float() * scale.float().unsqueeze(-1)).to(dtype)
+
+
+def sparse_experts_int8(
+    x: Tensor,
+    mask: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    scale_up: Tensor,
+    scale_down: Tensor,
+    b_up: Tensor | None = None,
+    w_gate: Tensor | None = None,
+    scale_gate: Tensor | None = None,
+    b_gate: Tensor | None = None,
+    b_out: Tensor | None = None,
+    act: str = "relu",
+) -> Tensor:
+    """`sparse_experts` of weights in int8, each neuron's times its scale: scale_up, scale_down, scale_gate [E, s]."""
+    up, down = dequantized(w_up, scale_up, x.dtype), dequantized(w_down, scale_down, x.dtype)
+    gate = None if w_gate is None or scale_gate is None else dequantized(w_gate, scale_gate, x.dtype)
+    return sparse_experts(x, mask, up, down, b_up, gate, b_gate, b_out, act)
+
+
+def dynamic_k_moe_int8(
+    x: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    scale_up: Tensor,
+    scale_down: Tensor,
+    b_up: Tensor | None = None,
+    w_gate: Tensor | None = None,
+    scale_gate: Tensor | None = None,
+    b_gate: Tensor | None = None,
+    b_out: Tensor | None = None,
+    tau: float = 0.0,
+    act: str = "relu",
+) -> Tensor:
+    """router_scores, dynamic_k_select and sparse_experts_int8 in one: [T, d] -> [T, d_out]."""
+    mask = dynamic_k_select(router_scores(x, v1, v2), tau)
+    return sparse_experts_int8(
+        x, mask, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, act
+    )
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

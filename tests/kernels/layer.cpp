@@ -46,12 +46,21 @@ Layer::Layer(const Shape& p, const Kind& k, unsigned seed)
       x_(Numbers::normal(p.T * p.d, 1, k.dtype, random_)),
       v1_(Numbers::normal(p.r * p.d, 1 / std::sqrt(p.d), k.dtype, random_)),
       v2_(Numbers::normal(p.E * p.r, 1 / std::sqrt(p.r), k.dtype, random_)),
-      w_up_(Numbers::normal(p.E * p.s * p.d, 1 / std::sqrt(p.d), k.dtype, random_)),
-      w_gate_(Numbers::normal(k.gated ? p.E * p.s * p.d : 0, 1 / std::sqrt(p.d), k.dtype, random_)),
-      w_down_(Numbers::normal(p.E * p.s * p.d_out, 1 / std::sqrt(p.E * p.s), k.dtype, random_)),
+      w_up_(weights(p.E * p.s, p.d, 1 / std::sqrt(p.d))),
+      w_gate_(weights(k.gated ? p.E * p.s : 0, p.d, 1 / std::sqrt(p.d))),
+      w_down_(weights(p.E * p.s, p.d_out, 1 / std::sqrt(p.E * p.s))),
       b_up_(Numbers::normal(k.bias ? p.E * p.s : 0, 1, k.dtype, random_)),
       b_gate_(Numbers::normal(k.bias && k.gated ? p.E * p.s : 0, 1, k.dtype, random_)),
-      b_out_(Numbers::normal(k.bias ? p.d_out : 0, 1, k.dtype, random_)) {}
+      b_out_(Numbers::normal(k.bias ? p.d_out : 0, 1, k.dtype, random_)),
+      scale_up_(scales(p.E * p.s, 1 / std::sqrt(p.d))),
+      scale_gate_(scales(k.gated ? p.E * p.s : 0, 1 / std::sqrt(p.d))),
+      scale_down_(scales(p.E * p.s, 1 / std::sqrt(p.E * p.s))) {}
+
+Numbers Layer::weights(int64_t n, int64_t m, double scale) {
+  return kind.int8 ? Numbers::int8(n * m, random_) : Numbers::normal(n * m, scale, kind.dtype, random_);
+}
+
+Numbers Layer::scales(int64_t n, double scale) { return Numbers::scales(kind.int8 ? n : 0, scale, kind.dtype, random_); }
 
 Experts Layer::experts(Numbers& y) const {
   return {{shape.T, shape.d, shape.d_out, shape.E, shape.s},
@@ -63,7 +72,10 @@ Experts Layer::experts(Numbers& y) const {
           w_down_.view(),
           b_out_.view(),
           kind.act,
-          y.data()};
+          y.data(),
+          scale_up_.view(),
+          scale_gate_.view(),
+          scale_down_.view()};
 }
 
 Router Layer::router(float tau) const { return {v1_.view(), v2_.view(), shape.r, tau}; }
@@ -71,8 +83,11 @@ Router Layer::router(float tau) const { return {v1_.view(), v2_.view(), shape.r,
 template <class Real>
 Sums Layer::output(const bool* mask) const {
   const auto& [T, d, E, s, d_out, r] = shape;
-  const auto linear = [&](const Numbers& w, const Numbers& b, int64_t t, int64_t neuron) {
-    const Real sum = dot<Real>(&x_.values()[t * d], &w.values()[neuron * d], d);
+  const auto scaled = [](Real x, const Numbers& scale, int64_t neuron) {
+    return scale.size() ? x * Real(scale.values()[neuron]) : x;
+  };
+  const auto linear = [&](const Numbers& w, const Numbers& scale, const Numbers& b, int64_t t, int64_t neuron) {
+    const Real sum = scaled(dot<Real>(&x_.values()[t * d], &w.values()[neuron * d], d), scale, neuron);
     return stored(b.size() ? sum + Real(b.values()[neuron]) : sum, kind.dtype);
   };
   Sums y{std::vector<double>(T * d_out)};
@@ -81,13 +96,13 @@ Sums Layer::output(const bool* mask) const {
     std::vector<double> terms(d_out);
     for (int64_t n = 0; n < E * s; ++n) {
       if (!mask[t * E + n / s]) continue;
-      Real h = linear(w_up_, b_up_, t, n);
+      Real h = linear(w_up_, scale_up_, b_up_, t, n);
       if (kind.gated)
-        h = stored(stored(activate(linear(w_gate_, b_gate_, t, n), kind.act), kind.dtype) * h, kind.dtype);
+        h = stored(stored(activate(linear(w_gate_, scale_gate_, b_gate_, t, n), kind.act), kind.dtype) * h, kind.dtype);
       else
         h = stored(activate(h, kind.act), kind.dtype);
       for (int64_t c = 0; c < d_out; ++c) {
-        const Real term = h * Real(w_down_.values()[n * d_out + c]);
+        const Real term = scaled(h, scale_down_, n) * Real(w_down_.values()[n * d_out + c]);
         sums[c] += term;
         terms[c] += std::fabs(term);
       }

@@ -13,7 +13,7 @@ struct Shape {
 struct Kind {
   DType dtype;
   Activation act;
-  bool gated, bias;
+  bool gated, bias, int8 = false;  // int8: the experts' weights, with scales
 };
 
 // Results, and the largest sum of the absolute terms of one of them: what its rounding errors are in proportion to.
@@ -40,8 +40,12 @@ class Layer {
   const Kind kind;
 
  private:
+  // n neurons of m weights.
+  Numbers weights(int64_t n, int64_t m, double scale);
+  Numbers scales(int64_t n, double scale);
+
   std::mt19937 random_;
-  Numbers x_, v1_, v2_, w_up_, w_gate_, w_down_, b_up_, b_gate_, b_out_;
+  Numbers x_, v1_, v2_, w_up_, w_gate_, w_down_, b_up_, b_gate_, b_out_, scale_up_, scale_gate_, scale_down_;
 };
 
 // A mask in which experts, and the first token, may have nothing.

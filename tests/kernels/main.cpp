@@ -45,12 +45,13 @@ class Test {
     for (const Shape& shape : kShapes)
       for (const DType dtype : kDtypes)
         for (const Activation act : kActivations)
-          for (const bool gated : {false, true}) {
-            const bool bias = ++seed % 4 != 0;
-            const Layer layer(shape, {dtype, act, gated, bias}, seed);
-            given_mask(layer, random_mask(shape, 0.4, seed));
-            if (act == Activation::relu && !gated) routed(layer);
-          }
+          for (const bool gated : {false, true})
+            for (const bool int8 : {false, true}) {
+              const bool bias = ++seed % 5 != 0;
+              const Layer layer(shape, {dtype, act, gated, bias, int8}, seed);
+              given_mask(layer, random_mask(shape, 0.4, seed));
+              if (act == Activation::relu && !gated) routed(layer);
+            }
   }
 
   bool report() const {
@@ -119,9 +120,10 @@ class Test {
     if (share <= 1) return;
     const auto& [T, d, E, s, d_out, r] = layer.shape;
     if (++tally.wrong <= 20)
-      std::printf("%s %s %s %s%s%s T=%d d=%d E=%d s=%d d_out=%d r=%d: error %.3g of what is allowed\n", isa.c_str(), what,
-                  kDtypeNames[int(layer.kind.dtype)], kActivationNames[int(layer.kind.act)], layer.kind.gated ? " gated" : "",
-                  layer.kind.bias ? "" : " no bias", int(T), int(d), int(E), int(s), int(d_out), int(r), share);
+      std::printf("%s %s %s %s%s%s%s T=%d d=%d E=%d s=%d d_out=%d r=%d: error %.3g of what is allowed\n", isa.c_str(), what,
+                  kDtypeNames[int(layer.kind.dtype)], kActivationNames[int(layer.kind.act)], layer.kind.int8 ? " int8" : "",
+                  layer.kind.gated ? " gated" : "", layer.kind.bias ? "" : " no bias", int(T), int(d), int(E), int(s), int(d_out),
+                  int(r), share);
   }
 
   std::map<std::string, Tally> tallies_;

@@ -1,4 +1,4 @@
-// Numbers of the three dtypes without the kernels' own conversions: doubles rounded to a dtype, and their bits.
+// Numbers of the dtypes without the kernels' own conversions: doubles rounded to a dtype, and their bits.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -16,7 +16,10 @@ struct Format {
 };
 
 inline Format format(DType t) {
-  return t == DType::f32 ? Format{24, -149, 4} : t == DType::bf16 ? Format{8, -133, 2} : Format{11, -24, 2};
+  return t == DType::f32    ? Format{24, -149, 4}
+         : t == DType::bf16 ? Format{8, -133, 2}
+         : t == DType::f16  ? Format{11, -24, 2}
+                            : Format{7, 0, 1};
 }
 
 inline double epsilon(DType t) { return std::ldexp(1.0, 1 - format(t).digits); }
@@ -31,6 +34,7 @@ inline double rounded(double x, DType t) {
 
 // The bits of a number that the dtype has.
 inline uint32_t encode(double x, DType t) {
+  if (t == DType::i8) return static_cast<uint8_t>(static_cast<int8_t>(x));
   if (t == DType::f16) {
     int exponent;
     const double fraction = std::frexp(std::fabs(x), &exponent);
@@ -64,14 +68,19 @@ class Numbers {
   Numbers(int64_t n, DType dtype) : dtype_(dtype), bytes_((n + 1) * format(dtype).bytes), values_(n) {}
 
   static Numbers normal(int64_t n, double scale, DType dtype, std::mt19937& random) {
-    Numbers out(n, dtype);
-    std::normal_distribution<double> draw(0.0, scale);
-    for (int64_t i = 0; i < n; ++i) {
-      out.values_[i] = rounded(draw(random), dtype);
-      const uint32_t bits = encode(out.values_[i], dtype);
-      std::memcpy(out.data() + i * format(dtype).bytes, &bits, format(dtype).bytes);
-    }
-    return out;
+    return drawn(n, dtype, [&, draw = std::normal_distribution<double>(0.0, scale)]() mutable { return draw(random); });
+  }
+
+  // As large as those of normal are with a scale of 1, once they are divided by 32.
+  static Numbers int8(int64_t n, std::mt19937& random) {
+    std::normal_distribution<double> draw(0.0, 32);
+    return drawn(n, DType::i8, [&] { return std::clamp(draw(random), -127.0, 127.0); });
+  }
+
+  // Scales of int8 numbers, so that they are of size `scale`, each neuron's own.
+  static Numbers scales(int64_t n, double scale, DType dtype, std::mt19937& random) {
+    std::uniform_real_distribution<double> draw(0.5 * scale / 32, 1.5 * scale / 32);
+    return drawn(n, dtype, [&] { return draw(random); });
   }
 
   int64_t size() const { return static_cast<int64_t>(values_.size()); }
@@ -91,6 +100,17 @@ class Numbers {
   }
 
  private:
+  template <class Draw>
+  static Numbers drawn(int64_t n, DType dtype, Draw draw) {
+    Numbers out(n, dtype);
+    for (int64_t i = 0; i < n; ++i) {
+      out.values_[i] = rounded(draw(), dtype);
+      const uint32_t bits = encode(out.values_[i], dtype);
+      std::memcpy(out.data() + i * format(dtype).bytes, &bits, format(dtype).bytes);
+    }
+    return out;
+  }
+
   DType dtype_;
   std::vector<char> bytes_;
   std::vector<double> values_;

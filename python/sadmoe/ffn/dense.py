@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sadmoe import reference
 from sadmoe.gates import Gate
-from sadmoe.layer import DynamicKMoE
+from sadmoe.layer import SCALES, DynamicKMoE
 
 TENSORS = ("w_up", "w_down", "b_up", "w_gate", "b_gate", "b_out")
 
@@ -155,6 +155,7 @@ def dense_from_layer(layer: DynamicKMoE) -> DenseFFN:
         if weight is None or name == "b_out":
             tensors[name] = None if weight is None else weight.detach().clone()
         else:
+            weight = layer.float_weights(name) if name in SCALES else weight
             rows = weight.detach().flatten(0, 1)
             tensors[name] = torch.empty_like(rows).index_copy_(0, layer.permutation, rows)
     trainable = frozenset(n for n in TENSORS if tensors[n] is not None and getattr(layer, n).requires_grad)

@@ -1,0 +1,210 @@
+"""What else was tried beside the method, each against it: MiniLM's embeddings at equal executed shares.
+
+    python bench/ablations.py [--model sadmoe-demo/model] [--shares 0.75 0.5 0.35] [--size 16] [--json FILE]
+
+Without --model, MiniLM as it comes (GELU), converted without any fine-tuning; the variants that change the partition or
+the routers' training are of that only. Cosine of the sentence embeddings to the dense model's on held-out paragraphs,
+read off each variant's curve over tau at the given executed shares; nan where the curve does not reach that far.
+"""
+
+import argparse
+import copy
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import sadmoe
+import torch
+from sadmoe import ConvertConfig, DynamicK, DynamicKMoE, RouterConfig, convert_, fit_routers_
+from sadmoe.batches import evaluating, real_rows
+from sadmoe.demo import embeddings, fidelity, minilm, split, topics
+from sadmoe.demo_rows import embedded_with
+from sadmoe.dial import converted_layers
+from sadmoe.masks import record_masks
+from sadmoe.tables import format_table
+from sadmoe.texts import load_model, tokenized
+from sadmoe.timing import machine
+from torch import Tensor, nn
+from tqdm import tqdm
+from variants import tau_of_share
+
+STEPS, WIDTH, TOKENS = 500, 96, 8192
+GRID = np.linspace(0.05, 1.0, 12)  # of tau, and of the share where a variant sets that
+Batches = list[dict[str, Tensor]]
+
+
+def converted(
+    dense: nn.Module, batches: Batches, size: int, cluster: str = "activity", power: float = 0.5
+) -> nn.Module:
+    model = copy.deepcopy(dense)
+    router = RouterConfig(width=WIDTH, steps=STEPS, target_power=power)
+    config = ConvertConfig(expert_size=size, cluster=cluster, router=router, max_tokens=TOKENS)
+    convert_(model, batches, config, progress=False)
+    return model
+
+
+def refitted(model: nn.Module, batches: Batches) -> None:
+    fit_routers_(model, batches, RouterConfig(width=WIDTH, steps=STEPS, target_power=0.5), max_tokens=TOKENS)
+
+
+def by_activation_norms(model: nn.Module, batches: Batches) -> None:
+    """Experts count by the norm of their activations, not of their outputs."""
+
+    def norms(layer: DynamicKMoE, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return layer._hidden(x).unflatten(-1, (layer.experts, layer.expert_size)).norm(dim=-1)
+
+    for layer in converted_layers(model).values():
+        layer.expert_norms = lambda x, layer=layer: norms(layer, x)  # type: ignore[method-assign]
+    refitted(model, batches)
+
+
+def seen(
+    model: nn.Module, name: str, layer: DynamicKMoE, batches: Batches, of: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """The mean over real tokens of of(x, y), of what enters and leaves a layer."""
+    found: list[Tensor] = []
+    hook = layer.register_forward_hook(
+        lambda module, args, y: found.append(of(args[0].flatten(0, -2), y.flatten(0, -2)))
+    )
+    rows = []
+    try:
+        with evaluating(model):
+            for batch in batches:
+                model(**batch)
+                real = real_rows(model, name, batch, found[-1])
+                rows.append(found[-1] if real is None else found[-1][real])
+    finally:
+        hook.remove()
+    return torch.cat(rows).mean(0)
+
+
+def add_means_of_skipped(model: nn.Module, batches: Batches) -> None:
+    """Bias correction, at the gates as they stand: layer after layer, b_out gains what skipping takes away on average."""
+    for name, layer in converted_layers(model).items():
+        missing = seen(
+            model, name, layer, batches, lambda x, y, layer=layer: layer._down(layer._hidden(x)) - y
+        )
+        layer.b_out.data += missing
+
+
+def centred(model: nn.Module, batches: Batches) -> None:
+    """Every neuron gives its mean always, in b_out, and its experts only what it differs by; norms are of that."""
+    for name, layer in converted_layers(model).items():
+        mean = seen(model, name, layer, batches, lambda x, y, layer=layer: layer._hidden(x))
+        layer.b_out.data += mean @ layer.w_down.flatten(0, 1)
+        plain = layer._hidden
+        layer._hidden = lambda x, plain=plain, mean=mean: plain(x) - mean  # type: ignore[method-assign]
+        layer.keeps_hidden = True  # computed by `_hidden`, not by the op
+    refitted(model, batches)
+
+
+Setting = Callable[[nn.Module, float], nn.Module]
+
+
+def one_tau(model: nn.Module, value: float) -> nn.Module:
+    sadmoe.set_tau(model, value)
+    return model
+
+
+def oracle(model: nn.Module, value: float) -> nn.Module:
+    for layer in converted_layers(model).values():
+        layer.gate = DynamicK(value**2, true_norms=True)  # the routers predict roots of norms
+    return model
+
+
+def equal_shares(batches: Batches) -> Setting:
+    """A tau of its own for every layer: that at which it executes the share, the layers before at theirs."""
+
+    def solve(layer: DynamicKMoE, args: tuple[Tensor, ...], share: float) -> None:
+        layer.gate = DynamicK(tau_of_share(layer.router(args[0].flatten(0, -2)), share))
+
+    def setting(model: nn.Module, share: float) -> nn.Module:
+        sadmoe.set_tau(model, 0.0)
+        layers = converted_layers(model).values()
+        hooks = [layer.register_forward_pre_hook(partial(solve, share=share)) for layer in layers]
+        with evaluating(model):
+            model(**batches[len(batches) // 2])
+        for hook in hooks:
+            hook.remove()
+        return model
+
+    return setting
+
+
+def corrected(batches: Batches) -> Setting:
+    def setting(model: nn.Module, value: float) -> nn.Module:
+        model = one_tau(copy.deepcopy(model), value)
+        add_means_of_skipped(model, batches)
+        return model
+
+    return setting
+
+
+def curve(model: nn.Module, setting: Setting, tests: Batches, wanted: Tensor) -> list[tuple[float, float]]:
+    """(executed share, cosine) at each value of GRID."""
+    points = []
+    for value in GRID:
+        model = setting(model, value)
+        with record_masks(model) as record:
+            embedded = torch.cat([embedded_with(record, model, batch) for batch in tests])
+        counts = record.layers.values()
+        share = sum(c.share * c.tokens for c in counts) / sum(c.tokens for c in counts)
+        points.append((share, fidelity(embedded, wanted).cosine))
+    return points
+
+
+def at(points: list[tuple[float, float]], share: float) -> float:
+    x, y = zip(*sorted(points), strict=True)
+    return float(np.interp(share, x, y, left=np.nan, right=np.nan))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, help="a converted MiniLM, such as the demo writes")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.5, 0.35])
+    parser.add_argument("--size", type=int, default=16, help="neurons in an expert (%(default)s)")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    dense, tokenizer = minilm()
+    train, held_out = (sorted(texts, key=len) for texts in split(topics()))
+    batches = tokenized(tokenizer, train, batch_size=24)[::4]
+    tests = tokenized(tokenizer, held_out, batch_size=32)[::2]
+    wanted = embeddings(dense, tests)
+    build = partial(converted, dense, batches, args.size)
+    base = load_model(args.model)[0].eval() if args.model else build()
+
+    def changed(change: Callable[[nn.Module, Batches], None]) -> nn.Module:
+        model = copy.deepcopy(base)
+        change(model, batches)
+        return model
+
+    variants: dict[str, tuple[Callable[[], nn.Module], Setting]] = {
+        "the method: one tau": (lambda: base, one_tau),
+        "a tau for each layer, of equal shares": (lambda: base, equal_shares(batches)),
+        "means of skipped experts in b_out": (lambda: copy.deepcopy(base), corrected(batches)),
+        "true norms (the oracle)": (lambda: base, oracle),
+    }
+    if not args.model:
+        variants |= {
+            "neurons clustered by weights": (lambda: build(cluster="weights"), one_tau),
+            "routers predict norms": (lambda: build(power=1.0), one_tau),
+            "routers predict fourth roots": (lambda: build(power=0.25), one_tau),
+            "norms of activations": (lambda: changed(by_activation_norms), one_tau),
+            "every neuron's mean in b_out": (lambda: changed(centred), one_tau),
+        }
+    rows, curves = [], {}
+    for name, (model, setting) in tqdm(variants.items(), "variants"):
+        curves[name] = curve(model(), setting, tests, wanted)
+        rows.append((name, *(f"{at(curves[name], share):.4f}" for share in args.shares)))
+    print(format_table(("cosine at an executed share of", *(f"{share:.0%}" for share in args.shares)), rows))
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine(), "curves": curves}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Experts' weights in int8: a quarter of the bytes of float32, which is what few tokens wait for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sadmoe.dial import converted_layers
+from sadmoe.layer import SCALES, DynamicKMoE
+from sadmoe.tables import format_table
+
+
+@dataclass(frozen=True)
+class Int8Report:
+    """Bytes of the experts' weights before and after, and by layer the relative error of all its weights together:
+    |rounded - original| / |original|, Euclidean norms."""
+
+    bytes_before: int
+    bytes_after: int
+    errors: Mapping[str, float]
+
+    def __str__(self) -> str:
+        rows = [(name, f"{error:.2%}") for name, error in self.errors.items()]
+        sizes = f"{self.bytes_before / 2**20:.1f} -> {self.bytes_after / 2**20:.1f} MiB of experts"
+        return f"{format_table(('layer', 'error of weights'), rows)}\n{sizes}"
+
+
+def quantize_experts_(model: nn.Module) -> Int8Report:
+    """Rounds the experts of a converted model to int8, in place, one scale a neuron and matrix; activations, biases and
+    routers stay as they are.
+
+    What few tokens take is mostly the reading of weights, so decoding gains most. On the CPU the ops read the int8
+    weights themselves; on other devices they are widened at every call, which is slow. Do it last: experts in int8 are
+    not trained (`dequantize_experts_` first). It is saved with the model, not in adapters. A `restore_`d FFN keeps the
+    rounding. Raises ValueError where nothing is converted, or experts are int8 already.
+    """
+    layers = converted_layers(model)
+    _refuse(layers, int8=True, why="are int8 already")
+    before, errors = _bytes(layers), {}
+    for name, layer in layers.items():
+        old = {key: w for key in SCALES if (w := getattr(layer, key)) is not None}
+        layer.to_int8_()
+        wrong, size = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for key, weight in old.items():
+            wrong += (layer.float_weights(key).double() - weight.double()).square().sum().cpu()
+            size += weight.detach().double().square().sum().cpu()
+        errors[name] = (wrong / size).sqrt().nan_to_num(0.0).item()
+    return Int8Report(before, _bytes(layers), errors)
+
+
+def dequantize_experts_(model: nn.Module) -> None:
+    """Widens the experts of `quantize_experts_` again, in place, to the dtype that they had; the rounding stays. They
+    require no gradient until asked to. Raises ValueError where experts are not int8."""
+    layers = converted_layers(model)
+    _refuse(layers, int8=False, why="are not int8, see quantize_experts_")
+    for layer in layers.values():
+        layer.to_float_()
+
+
+def _refuse(layers: Mapping[str, DynamicKMoE], int8: bool, why: str) -> None:
+    if wrong := [name for name, layer in layers.items() if layer.is_int8 is int8]:
+        raise ValueError(f"the experts of {wrong[0]} {why}")
+
+
+def _bytes(layers: Mapping[str, DynamicKMoE]) -> int:
+    weights = (getattr(layer, key) for layer in layers.values() for names in SCALES.items() for key in names)
+    return sum(weight.nbytes for weight in weights if weight is not None)

@@ -1,0 +1,269 @@
+"""Experts in int8: the ops beside plain torch, the layers beside the floats they were, and what must refuse them."""
+
+import copy
+import itertools
+
+import pytest
+import sadmoe
+import torch
+from converted import converted, random_layer, random_rows
+from problems import assert_as_good_as_torch, experts_problem, router_problem
+from sadmoe import ops, reference
+from sadmoe.layer import SCALES
+from tiny_models import TINY
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PROBLEMS = {
+    "no tokens": {"T": 0},
+    "one token": {"T": 1, "d": 40, "s": 17},
+    "one neuron": {"s": 1, "E": 9},
+    "short rows": {"T": 50, "s": 8},
+    "several blocks": {"T": 1100, "d": 40, "E": 3, "s": 40, "d_out": 50},
+    "no expert": {"T": 9, "share": 0.0},
+}
+
+
+def int8_problem(*, dtype: torch.dtype = torch.float32, **kw) -> list:
+    """x, mask and the experts, as `sparse_experts_int8` takes them."""
+    x, mask, w_up, w_down, b_up, w_gate, b_gate, b_out = experts_problem(dtype=dtype, **kw)
+
+    def rounded(weight):
+        if weight is None:
+            return None, None
+        scale = (weight.float().abs().amax(-1) / 127).to(dtype)
+        return (weight.float() / scale.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8), scale
+
+    (w_up, scale_up), (w_down, scale_down), (w_gate, scale_gate) = map(rounded, (w_up, w_down, w_gate))
+    return [x, mask, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out]
+
+
+def in_double(args: list) -> list:
+    return [a if a is None or not a.is_floating_point() else a.double() for a in args]
+
+
+def terms(args: list, act: str) -> Tensor:
+    """Of every result, the sum of what it is the sum of, without signs: by which its rounding errors are judged."""
+    x, mask, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out = in_double(args)
+    E, s = w_up.shape[:2]
+    neurons, one = torch.eye(E * s, dtype=torch.int8).view(E, s, E * s), torch.ones(E, s, dtype=torch.float64)
+    hidden = reference.sparse_experts_int8(
+        x, mask, w_up, neurons, scale_up, one, b_up, w_gate, scale_gate, b_gate, act=act
+    )
+    sums = hidden.abs() @ reference.dequantized(w_down, scale_down, torch.float64).flatten(0, 1).abs()
+    return sums if b_out is None else sums + b_out.abs()
+
+
+@pytest.fixture(params=ops.cpu_isas())
+def isa(request):
+    ops.use_cpu_isa(request.param)
+    yield request.param
+    ops.use_cpu_isa("auto")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_op_is_as_good_as_torch(isa, name, dtype):
+    for gated, bias, act in itertools.product([False, True], [False, True], reference.ACTIVATIONS):
+        args = int8_problem(**PROBLEMS[name], gated=gated, bias=bias, dtype=dtype)
+        assert_as_good_as_torch(
+            ops.sparse_experts_int8(*args, act=act),
+            reference.sparse_experts_int8(*args, act=act),
+            reference.sparse_experts_int8(*in_double(args), act=act),
+            terms(args, act),
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_token_does_not_depend_on_its_neighbours_or_threads(isa, dtype):
+    x, _, *experts = int8_problem(T=600, d=40, E=12, s=9, d_out=35, dtype=dtype)
+    v1, v2 = router_problem(40, 12, dtype=dtype)
+    whole = ops.dynamic_k_moe_int8(x, v1, v2, *experts, tau=0.3, act="gelu")
+    mask = ops.dynamic_k_select(ops.router_scores(x, v1, v2), 0.3)
+    assert 0.1 < mask.float().mean() < 0.9
+    assert torch.equal(ops.sparse_experts_int8(x, mask, *experts, act="gelu"), whole), "the stages"
+    threads = torch.get_num_threads()
+    try:
+        for count, part in itertools.product((1, 2, 3), (slice(0, 1), slice(40, 73), slice(100, 600))):
+            torch.set_num_threads(count)
+            ours = ops.dynamic_k_moe_int8(x[part], v1, v2, *experts, tau=0.3, act="gelu")
+            assert torch.equal(ours, whole[part]), (count, part)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_gradients_reach_x_and_biases(gated):
+    args = int8_problem(T=8, d=10, E=4, s=3, d_out=7, gated=gated)
+    places = [i for i in (0, 6, 9, 10) if args[i] is not None]
+
+    def gradients(run):
+        leaves = [a.clone().requires_grad_() if i in places else a for i, a in enumerate(args)]
+        run(*leaves, act="gelu").square().sum().backward()
+        return [leaves[i].grad for i in places]
+
+    wanted = gradients(reference.sparse_experts_int8)
+    for ours, want in zip(gradients(ops.sparse_experts_int8), wanted, strict=True):
+        torch.testing.assert_close(ours, want)
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_torch_finds_the_ops_well_made(needs_grad):
+    x, mask, *experts = int8_problem(T=6, d=12, E=3, s=4, gated=True)
+    v1, v2 = router_problem(12, 3)
+    for tensor in (x, v1, v2, experts[4]):
+        tensor.requires_grad_(needs_grad)
+    torch.library.opcheck(torch.ops.sadmoe.sparse_experts_int8.default, (x, mask, *experts, "silu"))
+    torch.library.opcheck(torch.ops.sadmoe.dynamic_k_moe_int8.default, (x, v1, v2, *experts, 0.3, "silu"))
+
+
+def test_flops_are_those_of_the_floats():
+    args = int8_problem(T=6, d=12, E=3, s=4, d_out=5, gated=True)
+    v1, v2 = router_problem(12, 3, r=9)
+    pairs = int(ops.dynamic_k_select(ops.router_scores(args[0], v1, v2), 0.5).sum())
+    with FlopCounterMode(display=False) as count:
+        ops.dynamic_k_moe_int8(args[0], v1, v2, *args[2:], tau=0.5)
+    assert count.get_total_flops() == 2 * pairs * 4 * (2 * 12 + 5) + 2 * 6 * 9 * (12 + 3)
+
+
+@pytest.mark.parametrize(
+    ("i", "value", "message"),
+    [
+        (2, torch.randn(3, 4, 12), "w_up must be int8, got Float"),
+        (4, torch.ones(3, 5), r"scale_up must be \[E, s\] = \[3, 4\], got \[3, 5\]"),
+        (5, torch.ones(3, 4, dtype=torch.int8), "scale_down must be float32, bfloat16 or float16, got Char"),
+        (8, None, "w_gate and scale_gate need each other"),
+        (6, torch.ones(3, 4).half(), "b_up must have x's dtype, Float, got Half"),
+    ],
+)
+def test_a_wrong_argument_is_named(i, value, message):
+    args = int8_problem(T=6, d=12, E=3, s=4, gated=True)
+    args[i] = value
+    with pytest.raises(RuntimeError, match=f"sadmoe::sparse_experts_int8: {message}"):
+        ops.sparse_experts_int8(*args)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_layer_is_what_its_rounded_weights_are(dtype, gated):
+    layer = random_layer(act="silu", gated=gated).to(dtype).eval()
+    x = random_rows(30).to(dtype)
+    floats = {name: w.detach().clone() for name in SCALES if (w := getattr(layer, name)) is not None}
+    layer.to_int8_()
+    for name, weight in floats.items():
+        step = getattr(layer, SCALES[name]).float().unsqueeze(-1)
+        assert (step * 127 <= weight.float().abs().amax(-1, keepdim=True) * 1.02).all(), "no step is wasted"
+        of_a_step = 0.5001 if dtype == torch.float32 else 1.01  # what widens is rounded to the dtype too
+        assert ((layer.float_weights(name).float() - weight.float()).abs() <= of_a_step * step).all()
+    wide = copy.deepcopy(layer)
+    wide.to_float_()
+    assert wide.w_up.dtype == dtype
+    for tau in (0.0, 0.4):
+        wide.gate = layer.gate = sadmoe.DynamicK(tau)
+        torch.testing.assert_close(
+            layer(x), wide(x), rtol=4 * torch.finfo(dtype).eps, atol=1e-2 if dtype.itemsize == 2 else 1e-5
+        )
+    assert torch.equal(layer.expert_norms(x), wide.expert_norms(x)), "the routers' targets"
+
+
+def test_a_cast_loses_nothing_of_the_scales():
+    layer = random_layer()
+    layer.to_int8_()
+    before = layer.scale_up.clone()
+    assert torch.equal(layer.bfloat16().float().scale_up, before)
+    assert layer.w_up.dtype == torch.int8
+
+
+def test_neurons_without_weights_stay_zero():
+    layer = random_layer()
+    with torch.no_grad():
+        layer.w_up[0, 0] = 0
+        layer.w_down[1] = 0
+    layer.to_int8_()
+    assert not layer.float_weights("w_up")[0, 0].any()
+    assert layer(random_rows(4)).isfinite().all()
+
+
+@pytest.fixture
+def model():
+    model = converted("bert").eval()
+    sadmoe.hf.describe_to_transformers(model)
+    sadmoe.set_tau(model, 0.2)
+    return model
+
+
+def test_a_model_gets_smaller_and_stays_what_it_was(model):
+    batch = TINY["bert"].batch()
+    with torch.no_grad():
+        wanted = model(**batch)[0]
+        report = sadmoe.quantize_experts_(model)
+        ours = model(**batch)[0]
+    assert report.bytes_after < 0.35 * report.bytes_before
+    assert report.errors.keys() == sadmoe.moe_layers(model).keys()
+    assert all(0 < error < 0.02 for error in report.errors.values())
+    assert "MiB of experts" in str(report)
+    assert 0 < (ours - wanted).norm() / wanted.norm() < 0.02
+    with torch.no_grad():
+        sadmoe.dequantize_experts_(model)
+        torch.testing.assert_close(model(**batch)[0], ours)
+
+
+def test_it_is_saved_and_loaded_bit_for_bit(model, tmp_path):
+    batch = TINY["bert"].batch()
+    sadmoe.quantize_experts_(model)
+    with torch.no_grad():
+        wanted = model(**batch)[0]
+    sadmoe.save(model, tmp_path / "one.safetensors")
+    one = TINY["bert"].model().eval()
+    sadmoe.load(one, tmp_path / "one.safetensors")
+    model.save_pretrained(tmp_path / "hub")
+    two = type(model).from_pretrained(tmp_path / "hub").eval()
+    for loaded in (one, two, copy.deepcopy(model)):
+        layer = next(iter(sadmoe.moe_layers(loaded).values()))
+        assert layer.w_up.dtype == torch.int8
+        assert not layer.w_up.requires_grad
+        with torch.no_grad():
+            assert torch.equal(loaded(**batch)[0], wanted)
+
+
+def test_it_is_loaded_in_another_dtype(model, tmp_path):
+    batch = TINY["bert"].batch()
+    sadmoe.quantize_experts_(model)
+    model.save_pretrained(tmp_path)
+    low = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        assert torch.equal(low(**batch)[0], model.bfloat16()(**batch)[0])
+
+
+def test_the_dense_model_comes_back_rounded(model):
+    batch = TINY["bert"].batch()
+    sadmoe.quantize_experts_(model)
+    sadmoe.set_tau(model, 0.0)
+    with torch.no_grad():
+        wanted = model(**batch)[0]
+        sadmoe.restore_(model)
+        torch.testing.assert_close(model(**batch)[0], wanted)
+
+
+def test_it_compiles_whole(model):
+    batch = TINY["bert"].batch()
+    sadmoe.quantize_experts_(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**batch)[0], model(**batch)[0])
+
+
+def test_what_cannot_be_says_so(model, tmp_path):
+    batches = [TINY["bert"].batch()]
+    with pytest.raises(ValueError, match=r"the experts of .* are not int8, see quantize_experts_"):
+        sadmoe.dequantize_experts_(model)
+    sadmoe.quantize_experts_(model)
+    with pytest.raises(ValueError, match="are int8 already"):
+        sadmoe.quantize_experts_(model)
+    config = sadmoe.FinetuneConfig(steps=1)
+    for train in (sadmoe.finetune_, sadmoe.finetune_layers_):
+        with pytest.raises(ValueError, match="are int8 and cannot be trained: dequantize_experts_"):
+            train(model, batches, config, teacher=TINY["bert"].model())
+    with pytest.raises(ValueError, match="an adapter leaves the base's weights as they are"):
+        sadmoe.save_adapter(model, tmp_path / "adapter.safetensors")
