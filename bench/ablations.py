@@ -82,7 +82,7 @@ def seen(
 
 
 def add_means_of_skipped(model: nn.Module, batches: Batches) -> None:
-    """Bias correction, at the gates as they stand: layer after layer, b_out gains what skipping takes away on average."""
+    """Bias correction at the gates as they stand: layer after layer, b_out gains what skipping takes on average."""
     for name, layer in converted_layers(model).items():
         missing = seen(
             model, name, layer, batches, lambda x, y, layer=layer: layer._down(layer._hidden(x)) - y

@@ -14,6 +14,9 @@ from sadmoe.gates import DynamicK, Gate
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an activation
 SCALES = {"w_up": "scale_up", "w_gate": "scale_gate", "w_down": "scale_down"}  # of weights in int8
+Int8Weights = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
+]
 NORM_FLOOR = 1e-12  # norms below it are 0: what rounding leaves of a silent expert
 
 
@@ -173,19 +176,12 @@ class DynamicKMoE(nn.Module):
         """w_up, w_down, b_up, w_gate, b_gate, b_out: the order of the ops."""
         return self.w_up, self.w_down, self.b_up, self.w_gate, self.b_gate, self.b_out
 
-    def int8_weights(self) -> tuple[Any, ...]:
+    def int8_weights(self) -> Int8Weights:
         """The same with scales, in the order of the ops of int8; only where they are int8."""
-        scales = self.scale_up, self.scale_down
-        return (
-            self.w_up,
-            self.w_down,
-            *scales,
-            self.b_up,
-            self.w_gate,
-            self.scale_gate,
-            self.b_gate,
-            self.b_out,
-        )
+        assert self.scale_up is not None
+        assert self.scale_down is not None
+        scales, gate = (self.scale_up, self.scale_down), (self.w_gate, self.scale_gate)
+        return self.w_up, self.w_down, *scales, self.b_up, *gate, self.b_gate, self.b_out
 
     def float_weights(self, name: str) -> Tensor:
         """w_up, w_down or, of a GLU, w_gate as floats, by name: the parameter itself, or what int8 stands for."""
