@@ -23,7 +23,7 @@ def row(method: str, kept: dict[str, Any]) -> tuple[str, ...]:
             continue
         cells += [
             point["setting"],
-            f"{1 - point['flops']:.1%}",
+            f"{1 - point['flops']:.1%} / {1 - point['ffn_flops']:.1%}",
             f"{point['share']:.1%} ± {100 * point['spread']:.1f}",
             ", ".join(f"{gain:.2f}" for gain in point["gains"].values()),
         ]
