@@ -28,9 +28,9 @@ struct Activate {
 };
 
 // y[rows[i], c] += sum over j ascending of h[i, j] w[j, c]   for i < n, c < columns. Rows are distinct.
-//   h [n, m] dense   w [m, .] of the kernel's weight dtype, leading dimension ld   y float32, leading dimension ld
+//   h [n, m], leading dimension ld_h   w [m, .] of the kernel's weight dtype and y float32, leading dimension ld
 struct Accumulate {
-  int64_t n, m, columns, ld;
+  int64_t n, m, columns, ld_h, ld;
   const float* h;
   const int32_t* rows;
   const void* w;

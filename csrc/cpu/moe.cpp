@@ -14,6 +14,7 @@ namespace sadmoe::cpu {
 namespace {
 
 constexpr int64_t kSmallestBlock = 64, kLargestBlock = 512;
+constexpr int64_t kFewTokens = 8;         // whose rows of y near caches hold whole
 constexpr int64_t kTiledBlock = 512;      // 256 and 1,024 were as fast
 constexpr int64_t kSharedPerThread = 32;  // up to this many tokens a thread, threads share every token and split the weights
 
@@ -69,10 +70,11 @@ class Block {
       else
         std::fill(row + begin, row + end, 0.0f);
     }
-    for (int64_t c = begin; c < end; c += k_.strip) {  // near caches hold a strip of y for all experts
-      const int64_t columns = std::min(k_.strip, end - c);
+    const int64_t strip = T_ <= kFewTokens ? end - begin : k_.strip;  // of y, which near caches hold for all experts
+    for (int64_t c = begin; c < end; c += strip) {
+      const int64_t columns = std::min(strip, end - c);
       for (const int64_t e : plan_.active)
-        k_.accumulate[int(p_.w_down.dtype)]({plan_.count(e), s_.s, columns, s_.d_out, h_.get() + plan_.offsets[e] * s_.s,
+        k_.accumulate[int(p_.w_down.dtype)]({plan_.count(e), s_.s, columns, s_.s, s_.d_out, h_.get() + plan_.offsets[e] * s_.s,
                                              plan_.rows_of(e), at(p_.w_down, e * s_.s * s_.d_out + c).data, y_ + c});
     }
     if (p_.x.dtype == DType::f32) return;
@@ -132,7 +134,7 @@ void route_scores(const float* hidden, const Router& router, const RouterShape& 
   for (int64_t e = begin; e < end; ++e)
     for (int64_t i = 0; i < s.r; ++i) turned[i * s.E + e] = v2.get()[(e - begin) * s.r + i];
   for (int64_t t = 0; t < s.T; ++t) std::fill(scores + t * s.E + begin, scores + t * s.E + end, 0.0f);
-  k.accumulate[int(DType::f32)]({s.T, s.r, end - begin, s.E, hidden, nullptr, turned + begin, scores + begin});
+  k.accumulate[int(DType::f32)]({s.T, s.r, end - begin, s.r, s.E, hidden, nullptr, turned + begin, scores + begin});
   k.activate({s.T, end - begin, s.E, scores + begin, nullptr, nullptr, nullptr, Activation::abs, nullptr, nullptr, nullptr});
 }
 
