@@ -35,6 +35,7 @@ struct Accumulate {
   const int32_t* rows;
   const void* w;
   float* y;
+  const void* next = nullptr;  // the w of the next call, which is fetched meanwhile; null: unknown
 };
 
 // The rule of dynamic-k on one row: mask[e] = scores[e] >= tau * max(scores). Negative scores count as 0; NaN is never

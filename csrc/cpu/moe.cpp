@@ -1,7 +1,5 @@
 #include "cpu/moe.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <memory>
 
@@ -13,24 +11,11 @@
 namespace sadmoe::cpu {
 namespace {
 
-constexpr int64_t kSmallestBlock = 64, kLargestBlock = 512;
+// Tokens a thread works on at once: the more, the fewer times the weights are read. Their rows need not stay in a near cache
+// together, only those that chose one expert. No result depends on it. 256 were slower where d is 2048, and as fast elsewhere.
+constexpr int64_t kBlock = 512;
 constexpr int64_t kFewTokens = 8;         // whose rows of y near caches hold whole
-constexpr int64_t kTiledBlock = 512;      // 256 and 1,024 were as fast
 constexpr int64_t kSharedPerThread = 32;  // up to this many tokens a thread, threads share every token and split the weights
-
-// Tokens a thread works on at once: the more, the fewer times the weights are read, while the rows of x and y stay in
-// the second-level cache. No result depends on it.
-int64_t block_tokens(int64_t bytes_each) {
-  static const int64_t cache = [] {
-#ifdef _SC_LEVEL2_CACHE_SIZE
-    const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);
-#else
-    const int64_t size = 0;
-#endif
-    return size > 0 ? size : int64_t{1} << 20;  // unknown: assumed
-  }();
-  return std::clamp(cache * 5 / 8 / bytes_each, kSmallestBlock, kLargestBlock);
-}
 
 // The tokens of one block with everything they need on the way from x to y. A part of the work (hidden units, scores,
 // experts, columns of y) is a range, so that one thread may do it all, or several threads share it.
@@ -73,9 +58,13 @@ class Block {
     const int64_t strip = T_ <= kFewTokens ? end - begin : k_.strip;  // of y, which near caches hold for all experts
     for (int64_t c = begin; c < end; c += strip) {
       const int64_t columns = std::min(strip, end - c);
-      for (const int64_t e : plan_.active)
+      const auto weights = [&](int64_t e) { return at(p_.w_down, e * s_.s * s_.d_out + c).data; };
+      for (size_t a = 0; a < plan_.active.size(); ++a) {
+        const int64_t e = plan_.active[a];
+        const void* next = a + 1 < plan_.active.size() ? weights(plan_.active[a + 1]) : nullptr;
         k_.accumulate[int(p_.w_down.dtype)]({plan_.count(e), s_.s, columns, s_.s, s_.d_out, h_.get() + plan_.offsets[e] * s_.s,
-                                             plan_.rows_of(e), at(p_.w_down, e * s_.s * s_.d_out + c).data, y_ + c});
+                                             plan_.rows_of(e), weights(e), y_ + c, next});
+      }
     }
     if (p_.x.dtype == DType::f32) return;
     for (int64_t t = 0; t < T_; ++t)
@@ -158,12 +147,11 @@ const Threads& one_thread() {
 }
 
 // Calls run(begin, end, threads) for blocks of tokens: few tokens in one block on all threads, many in a block a thread.
-void for_blocks(int64_t T, int64_t block, const Threads& threads,
-                const std::function<void(int64_t, int64_t, const Threads&)>& run) {
+void for_blocks(int64_t T, const Threads& threads, const std::function<void(int64_t, int64_t, const Threads&)>& run) {
   if (T == 0) return;
-  if (threads.count == 1 ? T <= block : T <= kSharedPerThread * threads.count) return run(0, T, threads);
+  if (threads.count == 1 ? T <= kBlock : T <= kSharedPerThread * threads.count) return run(0, T, threads);
   // A whole number of rounds of the threads, in blocks as equal as they can be.
-  const int64_t rounds = (T + block * threads.count - 1) / (block * threads.count), blocks = rounds * threads.count;
+  const int64_t rounds = (T + kBlock * threads.count - 1) / (kBlock * threads.count), blocks = rounds * threads.count;
   threads.parallel_for(blocks, 1, [&](int64_t b0, int64_t b1) {
     for (int64_t b = b0; b < b1; ++b)
       if (const int64_t begin = T * b / blocks, end = T * (b + 1) / blocks; begin < end) run(begin, end, one_thread());
@@ -176,11 +164,8 @@ class Runner {
   Runner(const Experts& p, const Threads& threads) : p_(p), b_out_(p.b_out, p.shape.d_out) {
     if (!runs_by_tiles(p)) return;
     weights_ = std::make_unique<TiledWeights>(p);
-    if (p.shape.T > block() * threads.count) weights_->lay_out_all(threads);
+    if (p.shape.T > kBlock * threads.count) weights_->lay_out_all(threads);
   }
-
-  // Tokens at once. By tiles only a strip of y is at work at a time.
-  int64_t block() const { return weights_ ? kTiledBlock : block_tokens(4 * (p_.shape.d + p_.shape.d_out)); }
 
   void operator()(const bool* mask, int64_t begin, int64_t end, const Threads& threads) {
     if (weights_) return run_tiled(p_, *weights_, mask, begin, end, b_out_, threads);
@@ -198,7 +183,7 @@ class Runner {
 }  // namespace
 
 void router_scores(View x, const Router& router, const RouterShape& shape, float* scores, const Threads& threads) {
-  for_blocks(shape.T, block_tokens(4 * (shape.d + shape.r)), threads, [&](int64_t begin, int64_t end, const Threads& inner) {
+  for_blocks(shape.T, threads, [&](int64_t begin, int64_t end, const Threads& inner) {
     const RouterShape part{end - begin, shape.d, shape.r, shape.E};
     route(at(x, begin * shape.d), router, part, scores + begin * shape.E, inner);
   });
@@ -206,14 +191,14 @@ void router_scores(View x, const Router& router, const RouterShape& shape, float
 
 void sparse_experts(const Experts& p, const bool* mask, const Threads& threads) {
   Runner run(p, threads);
-  for_blocks(p.shape.T, run.block(), threads,
+  for_blocks(p.shape.T, threads,
              [&](int64_t begin, int64_t end, const Threads& inner) { run(mask + begin * p.shape.E, begin, end, inner); });
 }
 
 void dynamic_k_moe(const Experts& p, const Router& router, const Threads& threads) {
   const int64_t E = p.shape.E;
   Runner run(p, threads);
-  for_blocks(p.shape.T, run.block(), threads, [&](int64_t begin, int64_t end, const Threads& inner) {
+  for_blocks(p.shape.T, threads, [&](int64_t begin, int64_t end, const Threads& inner) {
     const int64_t T = end - begin;
     const Floats scores(T * E);
     const Buffer<bool> mask(T * E);

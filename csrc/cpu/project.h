@@ -18,6 +18,8 @@ void project_tile(const Project& p, int64_t i0, int64_t j0) {
   for (int j = 0; j < Columns; ++j)  // past the last neuron: repeat it, and drop the result
     w[j] = static_cast<const W*>(p.w) + (j0 + j < p.m ? j0 + j : p.m - 1) * p.d;
 
+  const int64_t turn = i0 / Rows, next = j0 + Columns + turn;  // the first tiles fetch a neuron each of those that come next
+  const W* ahead = turn < Columns && next < p.m ? static_cast<const W*>(p.w) + next * p.d : nullptr;
   Vec sums[kSums];
   unroll<kSums>([&](auto n) { sums[n.value] = Vec::zero(); });
   const auto step = [&](auto load, int64_t k) {
@@ -32,7 +34,11 @@ void project_tile(const Project& p, int64_t i0, int64_t j0) {
     });
   };
   int64_t k = 0;
-  for (; k + Vec::width <= p.d; k += Vec::width) step([](auto* from) { return Vec::load(from); }, k);
+  const auto whole = [](auto* from) { return Vec::load(from); };
+  if (ahead)
+    for (; k + Vec::width <= p.d; k += Vec::width) __builtin_prefetch(ahead + k), step(whole, k);
+  else
+    for (; k + Vec::width <= p.d; k += Vec::width) step(whole, k);
   if (k < p.d) step([&](auto* from) { return Vec::load_part(from, p.d - k); }, k);
 
   float total[kSums];
