@@ -55,7 +55,7 @@ void accumulate(benchmark::State& state, const cpu::Kernels& kernels, DType dtyp
   const char* weights = static_cast<const char*>(w.view().data);
   for (auto _ : state) {
     for (int64_t c = 0; c < kWidth; c += kernels.strip)
-      kernels.accumulate[int(dtype)]({n, kNeurons, std::min(kernels.strip, kWidth - c), kWidth, floats(h), rows.data(),
+      kernels.accumulate[int(dtype)]({n, kNeurons, std::min(kernels.strip, kWidth - c), kNeurons, kWidth, floats(h), rows.data(),
                                       weights + c * test::format(dtype).bytes, y.data() + c});
     benchmark::ClobberMemory();
   }

@@ -24,7 +24,7 @@ struct Activate {
   float* h;
   const float *bias, *gate, *gate_bias;  // [m], [n, m] with leading dimension ld, [m]; each may be null
   Activation act;
-  const float *scale, *gate_scale, *out_scale;  // [m], all of them there that apply, or none
+  const float *scale = nullptr, *gate_scale = nullptr, *out_scale = nullptr;  // [m], all of them that apply, or none
 };
 
 // y[rows[i], c] += sum over j ascending of h[i, j] w[j, c]   for i < n, c < columns. Rows are distinct.

@@ -111,7 +111,7 @@ void route_hidden(View x, const Router& router, const RouterShape& s, int64_t be
   else
     k.project[int(router.v1.dtype)]({s.T, end - begin, s.d, s.r, static_cast<const float*>(x.data), nullptr,
                                      at(router.v1, begin * s.d).data, hidden + begin});
-  k.activate({s.T, end - begin, s.r, hidden + begin, nullptr, nullptr, nullptr, Activation::relu, nullptr, nullptr, nullptr});
+  k.activate({s.T, end - begin, s.r, hidden + begin, nullptr, nullptr, nullptr, Activation::relu});
 }
 
 // scores [T, E] = |hidden v2ᵀ|, experts [begin, end). r is small: dot products would spend as long on ending their sums as on
@@ -124,7 +124,7 @@ void route_scores(const float* hidden, const Router& router, const RouterShape& 
     for (int64_t i = 0; i < s.r; ++i) turned[i * s.E + e] = v2.get()[(e - begin) * s.r + i];
   for (int64_t t = 0; t < s.T; ++t) std::fill(scores + t * s.E + begin, scores + t * s.E + end, 0.0f);
   k.accumulate[int(DType::f32)]({s.T, s.r, end - begin, s.r, s.E, hidden, nullptr, turned + begin, scores + begin});
-  k.activate({s.T, end - begin, s.E, scores + begin, nullptr, nullptr, nullptr, Activation::abs, nullptr, nullptr, nullptr});
+  k.activate({s.T, end - begin, s.E, scores + begin, nullptr, nullptr, nullptr, Activation::abs});
 }
 
 // Scores of few tokens by all threads, or of one block by one.

@@ -70,7 +70,7 @@ class TiledBlock {
     k_.tiles->multiply(x, w_.up(e, w), n, s_.s, s_.d, h, ld);
     if (p_.w_gate) k_.tiles->multiply(x, w_.gate(e, w), n, s_.s, s_.d, gate, ld);
     const AsFloat bias(at(p_.b_up, e * s_.s), s_.s), gate_bias(at(p_.b_gate, e * s_.s), s_.s);
-    k_.activate({n, s_.s, ld, h, bias.get(), p_.w_gate ? gate : nullptr, gate_bias.get(), p_.act, nullptr, nullptr, nullptr});
+    k_.activate({n, s_.s, ld, h, bias.get(), p_.w_gate ? gate : nullptr, gate_bias.get(), p_.act});
     k_.tiles->left_of_floats(h, ld, n, s_.s, h_.get() + starts_[a]);
   }
 
