@@ -13,7 +13,8 @@ runs its three ops one after another. With several --isas each call switches fir
 speedup: dense over sadmoe. of_ideal: the same times the share. of_floor: floor over sadmoe, where
   floor = max(executed FLOPs / peak, bytes of the weights that some token needs / bandwidth) + the router's own floor
 with the rate of torch's largest product and the rate of reading a buffer as large as the layer's weights, of this run
-and its threads. The peer int8 is sadmoe with its experts' weights in int8. Writes layers.json, what is printed as
+and its threads. The peer int8 is sadmoe with its experts' weights in int8, on
+the first of --isas. Writes layers.json, what is printed as
 layers.md, and a picture of each shape and dtype.
 """
 
@@ -114,6 +115,8 @@ def with_isa(isa: str, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
 def variants(p: SimpleNamespace, args: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
     """Each with weights of its own: what the variant before has left in the caches is of no use to it."""
     found = {"dense": dense(copied(p))} | {name: PEERS[name](copied(p)) for name in args.peers}
+    if "int8" in found:  # on one of them
+        found["int8"] = with_isa(args.isas[0], found["int8"])
     if len(args.isas) == 1:  # chosen once, by main
         return found | {args.isas[0]: sadmoe(copied(p))}
     return found | {isa: with_isa(isa, sadmoe(copied(p))) for isa in args.isas}

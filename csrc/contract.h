@@ -40,7 +40,8 @@ struct Router {  // x [T, d], v1 [r, d], v2 [E, r]
   float tau;
 };
 
-struct Experts {  // w_up, w_gate [E, s, d]   w_down [E, s, d_out]   b_up, b_gate [E, s]   b_out [d_out]: all of x's dtype
+// w_up, w_gate [E, s, d], w_down [E, s, d_out]: of x's dtype, or i8   b_up, b_gate [E, s], b_out [d_out]: of x's dtype
+struct Experts {
   ExpertsShape shape;
   View x, w_up, b_up, w_gate, b_gate, w_down, b_out;
   Activation act;

@@ -10,6 +10,7 @@ from converted import converted, random_layer, random_rows
 from problems import assert_as_good_as_torch, experts_problem, router_problem
 from sadmoe import ops, reference
 from sadmoe.layer import SCALES
+from sadmoe.measure_costs import calibrate_costs
 from tiny_models import TINY
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -252,6 +253,74 @@ def test_it_compiles_whole(model):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(**batch)[0], model(**batch)[0])
+
+
+def test_widened_again_it_trains_as_before(model):
+    layers = sadmoe.moe_layers(model)
+    first, *_ = layers.values()
+    first.w_down.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    sadmoe.quantize_experts_(model)
+    assert not first.w_up.requires_grad
+    sadmoe.dequantize_experts_(model)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    old = first.w_up.detach().clone()
+    config = sadmoe.FinetuneConfig(steps=1, tau=None)
+    sadmoe.finetune_(model, [TINY["bert"].batch()], config, teacher=TINY["bert"].model(), progress=False)
+    assert not torch.equal(first.w_up, old)
+    sadmoe.quantize_experts_(model)
+    sadmoe.restore_(model)
+    assert {
+        p.requires_grad for name, p in model.named_parameters() if "intermediate.dense.weight" in name
+    } == {True}
+
+
+def test_layers_that_were_done_are_left_alone(model):
+    first, *others = sadmoe.moe_layers(model).values()
+    first.to_int8_()
+    kept = first.w_up
+    report = sadmoe.quantize_experts_(model)
+    assert len(report.errors) == len(others)
+    assert first.w_up is kept
+    for undone, again in ((first.to_int8_, "int8 already"), (random_layer().to_float_, "not int8")):
+        with pytest.raises(ValueError, match=again):
+            undone()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_devices_without_a_kernel_widen_the_weights(gated):
+    x, mask, *experts = int8_problem(T=9, d=12, E=3, s=4, gated=gated)
+    v1, v2 = router_problem(12, 3)
+    slow = ops._with_one_warning("sparse_experts_int8", ops._sparse_experts_widened, ops.WIDENED)
+    with pytest.warns(
+        UserWarning, match="sadmoe::sparse_experts_int8 has no kernel for cpu and widens the weig"
+    ):
+        widened = slow(x, mask, *experts, "gelu")
+    torch.testing.assert_close(widened, ops.sparse_experts_int8(x, mask, *experts, "gelu"))
+    torch.testing.assert_close(
+        ops._dynamic_k_moe_widened(x, v1, v2, *experts, 0.3, "gelu"),
+        ops.dynamic_k_moe_int8(x, v1, v2, *experts, 0.3, "gelu"),
+    )
+    for name in ("sparse_experts_int8", "dynamic_k_moe_int8"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sadmoe::{name}", "CompositeExplicitAutograd")
+    if gated:
+        experts[6] = None
+        with pytest.raises(ValueError, match="w_gate and scale_gate need each other"):
+            ops._sparse_experts_widened(x, mask, *experts)
+
+
+def test_there_is_nothing_to_calibrate(model, tmp_path):
+    sadmoe.quantize_experts_(model)
+    with pytest.raises(ValueError, match="always run by the op"):
+        calibrate_costs(model, tmp_path / "costs.json")
+
+
+def test_at_tau_0_the_cost_is_that_of_the_op(model):
+    sadmoe.set_tau(model, 0.0)
+    dense = sadmoe.cost(model, shares=1.0)
+    assert dense.executed == dense.dense
+    sadmoe.quantize_experts_(model)
+    assert sadmoe.cost(model, shares=1.0).executed == dense.all_experts
 
 
 def test_what_cannot_be_says_so(model, tmp_path):

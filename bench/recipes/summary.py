@@ -1,5 +1,7 @@
 """The table of README: what every recipe saved, by method, from the JSON files that the recipes wrote.
 
+FLOPs saved: of the whole model / of the converted layers.
+
 python bench/recipes/summary.py [bench/results/w1-cpu.json ...]
 """
 

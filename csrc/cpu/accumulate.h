@@ -21,7 +21,7 @@ void accumulate_tile(const Accumulate& p, int64_t i0, int64_t c0, int64_t part =
   each([&](auto i, auto v) { sums[i.value][v.value] = load(y[i.value] + v.value * Vec::width); });
   const float* h = p.h + i0 * p.ld_h;
   const W* w = static_cast<const W*>(p.w) + c0;
-  const int64_t turn = i0 / Rows;  // the first tiles fetch a vector each of the columns that come next
+  const int64_t turn = i0 / Rows;  // the first tiles fetch a vector each of these columns of what comes next
   const W* ahead = p.next && turn < Vecs ? static_cast<const W*>(p.next) + c0 + turn * Vec::width : nullptr;
   for (int64_t j = 0; j < p.m; ++j, w += p.ld) {
     if (ahead) __builtin_prefetch(ahead + j * p.ld);

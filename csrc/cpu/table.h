@@ -1,10 +1,13 @@
 // The kernels of one instruction set, from its Vec. Included by the ISA files alone.
 //
 // Vec is `width` floats in a register, in an anonymous namespace so that no function of one ISA is linked into another:
-//   load, load_part(p, n): n < width, the other lanes 0    store, store_part    from float, bf16 and f16 (widened); loads from
-//   int8_t too max, min: the second argument where either is NaN      where_less(a, b, x, y): x where a < b, else y scale2(v, n)
-//   = v 2^n for whole n    reduce(v[width]): lane i is the sum of v[i], by one fixed tree project_rows (6 or a power of two),
-//   project_columns, accumulate_rows, accumulate_vecs: register tiles
+//   load, load_part(p, n)     from float, bf16, f16 and int8_t, widened; n < width, the other lanes 0
+//   store, store_part         to float, bf16 and f16
+//   max, min                  the second argument where either is NaN
+//   where_less(a, b, x, y)    x where a < b, else y
+//   scale2(v, n)              v 2^n for whole n
+//   reduce(v[width])          lane i is the sum of v[i], by one fixed tree
+//   project_rows (6 or a power of two), project_columns, accumulate_rows, accumulate_vecs: register tiles
 #pragma once
 #include "cpu/accumulate.h"
 #include "cpu/activate.h"
@@ -45,7 +48,7 @@ void narrow(const float* from, void* to, int64_t n) {
 
 template <class Vec>
 constexpr Kernels table(const char* isa, const Tiles* tiles = nullptr) {
-  constexpr int64_t kColumns = Vec::accumulate_vecs * Vec::width, kStrip = 72;  // of 400 tokens: 113 KiB
+  constexpr int64_t kColumns = Vec::accumulate_vecs * Vec::width, kStrip = 72;  // of 512 tokens: 144 KiB
   return {isa,
           kStrip / kColumns * kColumns,
           {project<Vec, float>, project<Vec, bf16>, project<Vec, f16>, project<Vec, int8_t>},

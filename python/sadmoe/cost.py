@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 from sadmoe.batches import Batches, check_batches, device_of, evaluating, length, run, samples_in, to_device
 from sadmoe.dial import converted_layers
 from sadmoe.flops import FlopCount
-from sadmoe.gates import DynamicK
 from sadmoe.layer import DynamicKMoE
 from sadmoe.masks import LayerMasks, record_masks
 from sadmoe.tables import format_table, si
@@ -35,7 +34,7 @@ class LayerCost:
     router: float  # router, gate and output bias, whatever the gate then runs
     pair: float  # one expert, with adding up its output
     combine: float  # of `executed`: adding up the outputs of the experts
-    executed: float  # what is computed: `router` and the experts run; `dense` at tau = 0, the path it takes
+    executed: float  # what is computed: `router` and the experts run; `dense` where it takes that path, as at tau = 0
 
     @property
     def all_experts(self) -> float:
@@ -178,7 +177,7 @@ def layer_cost(layer: DynamicKMoE, share: float, *, name: str = "", calls: float
     pair = s * (neuron + input_biases) + d_out
     executed, combine = router + share * experts * pair, share * experts * d_out
     dense = experts * s * neuron
-    if isinstance(layer.gate, DynamicK) and layer.gate.tau == 0:
+    if layer.is_dense:
         executed, combine = dense, 0.0
     return LayerCost(name, experts, s, share, calls, dense, router, pair, combine, executed)
 

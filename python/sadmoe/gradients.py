@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sadmoe.reference import ACTIVATIONS, dequantized
+from sadmoe.reference import ACTIVATIONS, dequantized_experts
 
 aten = torch.ops.aten
 BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # (gradient of act(z), z) -> gradient of z
@@ -86,10 +86,10 @@ def of_sparse_experts_int8(
     act: str,
 ) -> tuple[Tensor | None, ...]:
     """Of x and the arguments from w_up to b_out: `reference.sparse_experts_int8`. Weights and scales have none."""
-    up, down = dequantized(w_up, scale_up, x.dtype), dequantized(w_down, scale_down, x.dtype)
-    gate = None if w_gate is None or scale_gate is None else dequantized(w_gate, scale_gate, x.dtype)
-    found = of_sparse_experts(grad, x, mask, up, down, b_up, gate, b_gate, b_out, act)
-    of_x, _, _, of_b_up, _, of_b_gate, of_b_out = found
+    experts = dequantized_experts(
+        x.dtype, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out
+    )
+    of_x, _, _, of_b_up, _, of_b_gate, of_b_out = of_sparse_experts(grad, x, mask, *experts, act)
     return of_x, None, None, None, None, of_b_up, None, None, of_b_gate, of_b_out
 
 

@@ -26,41 +26,42 @@ class Int8Report:
         return f"{format_table(('layer', 'error of weights'), rows)}\n{sizes}"
 
 
+@torch.no_grad()
 def quantize_experts_(model: nn.Module) -> Int8Report:
-    """Rounds the experts of a converted model to int8, in place, one scale a neuron and matrix; activations, biases and
-    routers stay as they are.
+    """Rounds the experts of a converted model to int8, in place, one scale a neuron and matrix; activations,
+    biases and routers stay as they are.
 
     What few tokens take is mostly the reading of weights, so decoding gains most. On the CPU the ops read the int8
-    weights themselves; on other devices they are widened at every call, which is slow. Do it last: experts in int8 are
-    not trained (`dequantize_experts_` first). It is saved with the model, not in adapters. A `restore_`d FFN keeps the
-    rounding. Raises ValueError where nothing is converted, or experts are int8 already.
+    weights themselves, as float32 does: dense torch at tau = 0 and the fast path of bf16 are not taken. On other devices
+    they are widened at every call, which is slow. Do it last: experts in int8 are not trained (`dequantize_experts_`
+    first). It is saved with the model, not in adapters. A `restore_`d FFN keeps the rounding. Raises ValueError where
+    nothing is converted, or all experts are int8 already.
     """
-    layers = converted_layers(model)
-    _refuse(layers, int8=True, why="are int8 already")
+    layers = _layers(model, int8=False, why="are int8 already")
     before, errors = _bytes(layers), {}
     for name, layer in layers.items():
         old = {key: w for key in SCALES if (w := getattr(layer, key)) is not None}
         layer.to_int8_()
-        wrong, size = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        for key, weight in old.items():
-            wrong += (layer.float_weights(key).double() - weight.double()).square().sum().cpu()
-            size += weight.detach().double().square().sum().cpu()
-        errors[name] = (wrong / size).sqrt().nan_to_num(0.0).item()
+        wrong = sum((layer.float_weights(key).float() - weight).square().sum() for key, weight in old.items())
+        size = sum(weight.float().square().sum() for weight in old.values())
+        errors[name] = (wrong / size).sqrt().item() if size else 0.0
     return Int8Report(before, _bytes(layers), errors)
 
 
 def dequantize_experts_(model: nn.Module) -> None:
-    """Widens the experts of `quantize_experts_` again, in place, to the dtype that they had; the rounding stays. They
-    require no gradient until asked to. Raises ValueError where experts are not int8."""
-    layers = converted_layers(model)
-    _refuse(layers, int8=False, why="are not int8, see quantize_experts_")
-    for layer in layers.values():
+    """Widens the experts of `quantize_experts_` again, in place, to the dtype that they had, to be trained as before;
+    the rounding stays. Raises ValueError where nothing is converted, or no experts are int8."""
+    for layer in _layers(model, int8=True, why="are not int8, see quantize_experts_").values():
         layer.to_float_()
 
 
-def _refuse(layers: Mapping[str, DynamicKMoE], int8: bool, why: str) -> None:
-    if wrong := [name for name, layer in layers.items() if layer.is_int8 is int8]:
-        raise ValueError(f"the experts of {wrong[0]} {why}")
+def _layers(model: nn.Module, int8: bool, why: str) -> dict[str, DynamicKMoE]:
+    """Those layers that are, or are not, int8: others were done before."""
+    layers = converted_layers(model)
+    found = {name: layer for name, layer in layers.items() if layer.is_int8 is int8}
+    if not found:
+        raise ValueError(f"the experts of {next(iter(layers))} {why}")
+    return found
 
 
 def _bytes(layers: Mapping[str, DynamicKMoE]) -> int:

@@ -78,7 +78,7 @@ class DynamicKMoE(nn.Module):
     what it computed is kept until then; the op's backward pass computes it again.
 
     After `to_int8_`, w_up, w_gate and w_down are int8 and stand for themselves times scale_up, scale_gate and
-    scale_down [E, s]; else those are None. The sparse op then runs at every tau, whatever batch_invariant says.
+    scale_down [E, s]; else those are None. The op of int8 then runs at every tau, whatever batch_invariant says.
     """
 
     w_up: nn.Parameter
@@ -131,6 +131,9 @@ class DynamicKMoE(nn.Module):
         self.register_buffer("permutation", torch.arange(experts * expert_size, device=device))
         for name in SCALES.values():
             self.register_buffer(name, None)
+        self._frozen: frozenset[str] = (
+            frozenset()
+        )  # of the weights in int8, those that would not be trained as floats
         self.router = Router(d, experts, router_width, **kw)
         self.act = act
         self.dropout = dropout
@@ -160,7 +163,7 @@ class DynamicKMoE(nn.Module):
         return Layer(d, self.w_down.shape[2], E, s, r, gated, bytes_each)
 
     @property
-    def _is_dense(self) -> bool:
+    def is_dense(self) -> bool:
         """Whether it is the dense FFN, without router and mask."""
         all_run = isinstance(self.gate, DynamicK) and self.gate.tau == 0.0
         return all_run and not self.batch_invariant and not self.is_int8
@@ -188,12 +191,23 @@ class DynamicKMoE(nn.Module):
         weight, scale = getattr(self, name), getattr(self, SCALES[name])
         return weight if scale is None else reference.dequantized(weight, scale, scale.dtype)
 
+    def trains(self, name: str) -> bool:
+        """Whether a parameter, by name, requires a gradient; of weights in int8, whether they would as floats."""
+        if self.is_int8 and name in SCALES:
+            return getattr(self, name) is not None and name not in self._frozen
+        parameter = getattr(self, name)
+        return parameter is not None and parameter.requires_grad
+
     @torch.no_grad()
     def to_int8_(self) -> None:
         """Rounds the experts' weights to int8, in place: 127 steps to each side of 0 up to a neuron's largest weight.
 
-        Scales are rounded up to what bfloat16 holds, so casting the layer loses nothing of them.
+        Scales are rounded up to what bfloat16 holds, so casting to it loses nothing of them, nor to float16 down to
+        scales of 2 ** -17. Raises ValueError where they are int8 already.
         """
+        if self.is_int8:
+            raise ValueError("the experts are int8 already")
+        self._frozen = frozenset(name for name in SCALES if not self.trains(name))
         for name, scale_name in SCALES.items():
             weight = getattr(self, name)
             if weight is None:
@@ -207,10 +221,12 @@ class DynamicKMoE(nn.Module):
 
     @torch.no_grad()
     def to_float_(self) -> None:
-        """Undoes `to_int8_`, in place, but for its rounding; the weights then require no gradient."""
+        """Undoes `to_int8_`, in place, but for its rounding. Raises ValueError where the experts are not int8."""
+        if not self.is_int8:
+            raise ValueError("the experts are not int8")
         for name, scale_name in SCALES.items():
             if getattr(self, name) is not None:
-                setattr(self, name, nn.Parameter(self.float_weights(name), requires_grad=False))
+                setattr(self, name, nn.Parameter(self.float_weights(name), self.trains(name)))
             setattr(self, scale_name, None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -223,7 +239,7 @@ class DynamicKMoE(nn.Module):
             )
         if gate.true_norms:
             y = self._by_true_norms(rows)
-        elif self._is_dense:
+        elif self.is_dense:
             y = self._down(self._hidden(rows))
         else:
             y = self._selected(rows)
@@ -238,7 +254,7 @@ class DynamicKMoE(nn.Module):
 
     def takes_dense_path(self, x: Tensor) -> bool:
         """Whether `forward` would compute every expert of x [..., d] by torch's products, instead of the sparse op."""
-        return self.gate.true_norms or self._is_dense or self._choose(x.reshape(-1, x.shape[-1]))[0]
+        return self.gate.true_norms or self.is_dense or self._choose(x.reshape(-1, x.shape[-1]))[0]
 
     def masked_dense(self, x: Tensor, mask: Tensor) -> Tensor:
         """`ops.sparse_experts` by torch's own products, every expert computed: x [T, d], mask [T, E] -> [T, d_out]."""

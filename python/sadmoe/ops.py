@@ -119,7 +119,8 @@ def sparse_experts_int8(
 
     w_up, w_gate, w_down int8, shapes as there; scale_up, scale_gate, scale_down floating [E, s]; x, biases and the
     result as there. Products and sums are float32, so it is as exact as `sparse_experts` of the same weights. Only the
-    CPU has kernels for it; other devices multiply in plain torch, with one warning. Gradients reach x and biases.
+    CPU has kernels for it; on other devices `sparse_experts` runs on weights that are widened at every call, with one
+    warning. Gradients reach x and biases.
     """
     return torch.ops.sadmoe.sparse_experts_int8(
         x, mask, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, act
@@ -346,7 +347,13 @@ for _name in _ROUTER_ARGUMENTS:
 # --- Devices without a kernel.
 
 
-def _with_one_warning(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+IN_TORCH = "runs in plain torch, every expert computed: right, not fast"
+WIDENED = "widens the weights at every call: right, not fast"
+
+
+def _with_one_warning(
+    name: str, function: Callable[..., Tensor], how: str = IN_TORCH
+) -> Callable[..., Tensor]:
     warned: set[str] = set()
 
     @wraps(function)
@@ -355,8 +362,7 @@ def _with_one_warning(name: str, function: Callable[..., Tensor]) -> Callable[..
         if device not in warned:
             warned.add(device)
             warnings.warn(
-                f"sadmoe::{name} has no kernel for {device} and runs in plain torch, every expert computed: right, "
-                "not fast",
+                f"sadmoe::{name} has no kernel for {device} and {how}",
                 stacklevel=2,
             )
         return function(*args, **kwargs)
@@ -364,9 +370,57 @@ def _with_one_warning(name: str, function: Callable[..., Tensor]) -> Callable[..
     return fallback
 
 
+def _sparse_experts_widened(
+    x: Tensor,
+    mask: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    scale_up: Tensor,
+    scale_down: Tensor,
+    b_up: Tensor | None = None,
+    w_gate: Tensor | None = None,
+    scale_gate: Tensor | None = None,
+    b_gate: Tensor | None = None,
+    b_out: Tensor | None = None,
+    act: str = "relu",
+) -> Tensor:
+    experts = reference.dequantized_experts(
+        x.dtype, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out
+    )
+    return sparse_experts(x, mask, *experts, act)
+
+
+def _dynamic_k_moe_widened(
+    x: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    scale_up: Tensor,
+    scale_down: Tensor,
+    b_up: Tensor | None = None,
+    w_gate: Tensor | None = None,
+    scale_gate: Tensor | None = None,
+    b_gate: Tensor | None = None,
+    b_out: Tensor | None = None,
+    tau: float = 0.0,
+    act: str = "relu",
+) -> Tensor:
+    """By the ops, so that the experts are those of `router_scores` and `dynamic_k_select` on the same device."""
+    mask = dynamic_k_select(router_scores(x, v1, v2), tau)
+    return _sparse_experts_widened(
+        x, mask, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, act
+    )
+
+
 _fallbacks = torch.library.Library("sadmoe", "IMPL")
-for _name in ("dynamic_k_select", *_ROUTER_ARGUMENTS):
+for _name in ("router_scores", "dynamic_k_select", "sparse_experts", "dynamic_k_moe"):
     _fallbacks.impl(_name, _with_one_warning(_name, getattr(reference, _name)), "CompositeExplicitAutograd")
+for _name, _widened in (
+    ("sparse_experts_int8", _sparse_experts_widened),
+    ("dynamic_k_moe_int8", _dynamic_k_moe_widened),
+):
+    _fallbacks.impl(_name, _with_one_warning(_name, _widened, WIDENED), "CompositeExplicitAutograd")
 
 
 # --- What was built, and which kernels run.

@@ -91,6 +91,26 @@ def dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (weight.float() * scale.float().unsqueeze(-1)).to(dtype)
 
 
+def dequantized_experts(
+    dtype: torch.dtype,
+    w_up: Tensor,
+    w_down: Tensor,
+    scale_up: Tensor,
+    scale_down: Tensor,
+    b_up: Tensor | None,
+    w_gate: Tensor | None,
+    scale_gate: Tensor | None,
+    b_gate: Tensor | None,
+    b_out: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """w_up, w_down, b_up, w_gate, b_gate, b_out as floats, from what `sparse_experts_int8` takes."""
+    if (w_gate is None) != (scale_gate is None):
+        raise ValueError("w_gate and scale_gate need each other")
+    up, down = dequantized(w_up, scale_up, dtype), dequantized(w_down, scale_down, dtype)
+    gate = None if w_gate is None or scale_gate is None else dequantized(w_gate, scale_gate, dtype)
+    return up, down, b_up, gate, b_gate, b_out
+
+
 def sparse_experts_int8(
     x: Tensor,
     mask: Tensor,
@@ -106,9 +126,10 @@ def sparse_experts_int8(
     act: str = "relu",
 ) -> Tensor:
     """`sparse_experts` of weights in int8, each neuron's times its scale: scale_up, scale_down, scale_gate [E, s]."""
-    up, down = dequantized(w_up, scale_up, x.dtype), dequantized(w_down, scale_down, x.dtype)
-    gate = None if w_gate is None or scale_gate is None else dequantized(w_gate, scale_gate, x.dtype)
-    return sparse_experts(x, mask, up, down, b_up, gate, b_gate, b_out, act)
+    experts = dequantized_experts(
+        x.dtype, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out
+    )
+    return sparse_experts(x, mask, *experts, act)
 
 
 def dynamic_k_moe_int8(

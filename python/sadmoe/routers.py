@@ -166,7 +166,10 @@ class _Saved:
     max_tokens: int
 
     def run(self) -> dict[str, Any]:
-        experts = {key: p for key, p in self.layer.named_parameters() if not key.startswith("router.")}
+        parts = self.layer.state_dict(keep_vars=True)  # of int8 the scales too
+        experts = {
+            key: t for key, t in parts.items() if not key.startswith("router.") and key != "permutation"
+        }
         return {"config": asdict(self.config), "max_tokens": self.max_tokens, "weights": checksum(experts)}
 
     def load_(self) -> RouterFit | None:

@@ -158,7 +158,7 @@ def dense_from_layer(layer: DynamicKMoE) -> DenseFFN:
             weight = layer.float_weights(name) if name in SCALES else weight
             rows = weight.detach().flatten(0, 1)
             tensors[name] = torch.empty_like(rows).index_copy_(0, layer.permutation, rows)
-    trainable = frozenset(n for n in TENSORS if tensors[n] is not None and getattr(layer, n).requires_grad)
+    trainable = frozenset(n for n in TENSORS if layer.trains(n))
     return DenseFFN(act=layer.act, dropout=layer.dropout, trainable=trainable, **tensors)
 
 

@@ -60,7 +60,7 @@ class SadmoeQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Yes: experts and routers are plain parameters."""
+        """Yes: experts and routers are plain parameters; but experts in int8 stay as they are."""
         return True
 
     @property
