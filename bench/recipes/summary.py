@@ -41,7 +41,7 @@ def main() -> None:
         found = json.loads(path.read_text())
         told = found["metric"]
         controls = ", ".join(f"{name} {value:.4f}" for name, value in found["controls"].items())
-        print(f"{found['title']}. {told}: {controls}")
+        print(f"{path.stem}. {found['title']}. {told}: {controls}")
         print("router R²: " + ", ".join(f"{name} {r2:.2f}" for name, r2 in found["router_r2"].items()))
         print(f"{found['machine']}, {sum(found['seconds'].values()) / 60:.0f} minutes in all")
         timers = [list(point["gains"]) for points in found["curves"].values() for point in points]

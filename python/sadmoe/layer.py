@@ -224,9 +224,10 @@ class DynamicKMoE(nn.Module):
         """Undoes `to_int8_`, in place, but for its rounding. Raises ValueError where the experts are not int8."""
         if not self.is_int8:
             raise ValueError("the experts are not int8")
-        for name, scale_name in SCALES.items():
+        for name in SCALES:
             if getattr(self, name) is not None:
-                setattr(self, name, nn.Parameter(self.float_weights(name), self.trains(name)))
+                setattr(self, name, nn.Parameter(self.float_weights(name), name not in self._frozen))
+        for scale_name in SCALES.values():
             setattr(self, scale_name, None)
 
     def forward(self, x: Tensor) -> Tensor:
