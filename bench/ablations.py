@@ -1,6 +1,7 @@
 """What else was tried beside the method, each against it: MiniLM's embeddings at equal executed shares.
 
-    python bench/ablations.py [--model sadmoe-demo/model] [--shares 0.75 0.5 0.35] [--size 16] [--json FILE]
+    python bench/ablations.py [--model sadmoe-demo/model] [--shares 0.75 0.5 0.35] [--size 16] [--only WORD]
+                              [--json FILE]
 
 Without --model, MiniLM as it comes (GELU), converted without any fine-tuning; the variants that change the partition or
 the routers' training are of that only. Cosine of the sentence embeddings to the dense model's on held-out paragraphs,
@@ -31,7 +32,7 @@ from tqdm import tqdm
 from variants import tau_of_share
 
 STEPS, WIDTH, TOKENS = 500, 96, 8192
-GRID = np.linspace(0.05, 1.0, 12)  # of tau, and of the share where a variant sets that
+GRID = np.linspace(0.05, 0.8, 8)  # of tau, and of the share where a variant sets that
 Batches = list[dict[str, Tensor]]
 
 
@@ -90,8 +91,12 @@ def add_means_of_skipped(model: nn.Module, batches: Batches) -> None:
         layer.b_out.data += missing
 
 
-def centred(model: nn.Module, batches: Batches) -> None:
-    """Every neuron gives its mean always, in b_out, and its experts only what it differs by; norms are of that."""
+def centred(model: nn.Module, batches: Batches, skipping: float = 0.0) -> None:
+    """Every neuron gives its mean always, in b_out, and its experts only what it differs by; norms are of that.
+
+    skipping: the tau at which the layers run while means are taken.
+    """
+    sadmoe.set_tau(model, skipping)
     for name, layer in converted_layers(model).items():
         mean = seen(model, name, layer, batches, lambda x, y, layer=layer: layer._hidden(x))
         layer.b_out.data += mean @ layer.w_down.flatten(0, 1)
@@ -147,9 +152,9 @@ def curve(model: nn.Module, setting: Setting, tests: Batches, wanted: Tensor) ->
     """(executed share, cosine) at each value of GRID."""
     points = []
     for value in GRID:
-        model = setting(model, value)
-        with record_masks(model) as record:
-            embedded = torch.cat([embedded_with(record, model, batch) for batch in tests])
+        one = setting(model, value)
+        with record_masks(one) as record:
+            embedded = torch.cat([embedded_with(record, one, batch) for batch in tests])
         counts = record.layers.values()
         share = sum(c.share * c.tokens for c in counts) / sum(c.tokens for c in counts)
         points.append((share, fidelity(embedded, wanted).cosine))
@@ -168,12 +173,15 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a converted MiniLM, such as the demo writes")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.5, 0.35])
     parser.add_argument("--size", type=int, default=16, help="neurons in an expert (%(default)s)")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="variants whose names hold one of these words"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     dense, tokenizer = minilm()
     train, held_out = (sorted(texts, key=len) for texts in split(topics()))
     batches = tokenized(tokenizer, train, batch_size=24)[::4]
-    tests = tokenized(tokenizer, held_out, batch_size=32)[::2]
+    tests = tokenized(tokenizer, held_out, batch_size=32)[::3]
     wanted = embeddings(dense, tests)
     build = partial(converted, dense, batches, args.size)
     base = load_model(args.model)[0].eval() if args.model else build()
@@ -186,7 +194,7 @@ def main() -> None:
     variants: dict[str, tuple[Callable[[], nn.Module], Setting]] = {
         "the method: one tau": (lambda: base, one_tau),
         "a tau for each layer, of equal shares": (lambda: base, equal_shares(batches)),
-        "means of skipped experts in b_out": (lambda: copy.deepcopy(base), corrected(batches)),
+        "means of skipped experts in b_out": (lambda: base, corrected(batches)),
         "true norms (the oracle)": (lambda: base, oracle),
     }
     if not args.model:
@@ -196,7 +204,10 @@ def main() -> None:
             "routers predict fourth roots": (lambda: build(power=0.25), one_tau),
             "norms of activations": (lambda: changed(by_activation_norms), one_tau),
             "every neuron's mean in b_out": (lambda: changed(centred), one_tau),
+            "the same, means taken at tau 0.3": (lambda: changed(partial(centred, skipping=0.3)), one_tau),
+            "the method, routers fitted anew": (lambda: changed(refitted), one_tau),
         }
+    variants = {name: v for name, v in variants.items() if any(word in name for word in args.only)}
     rows, curves = [], {}
     for name, (model, setting) in tqdm(variants.items(), "variants"):
         curves[name] = curve(model(), setting, tests, wanted)
