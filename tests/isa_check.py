@@ -14,7 +14,8 @@ from pathlib import Path
 
 AMX = {r"\btile\w+|\btdp\w+|%tmm\d": "AMX"}
 BF16 = {r"\bvdpbf16ps|\bvcvtne2?ps2bf16": "AVX512-BF16"} | AMX
-AVX512 = {r"%zmm\d|%k[0-7]\b|%[xy]mm(1[6-9]|2\d|3[01])\b": "AVX-512"} | BF16
+VNNI = {r"\bvpdp(wss|bus)ds?\b": "AVX512-VNNI"} | BF16
+AVX512 = {r"%zmm\d|%k[0-7]\b|%[xy]mm(1[6-9]|2\d|3[01])\b": "AVX-512"} | VNNI
 AVX = {
     r"\bv(?!err|erw)[a-z]\w+|%ymm\d": "AVX",
     r"\b(andn|bextr|bls[ir]|blsmsk|bzhi|mulx|pdep|pext|rorx|sarx|shlx|shrx)[lq]?\b": "BMI",
@@ -26,7 +27,8 @@ AVX = {
 NEVER = {
     "portable": AVX | AVX512,
     "avx2": AVX512,
-    "avx512": BF16,
+    "avx512": VNNI,
+    "avx512vnni": BF16,
     "avx512bf16": AMX,
     "amx": {},
 }  # by what an object is compiled for

@@ -21,6 +21,8 @@ LINE = "0000000000000000 <f>:\n   0:\t{}\n   4:\tret\n"
         ("avx2", "vmovups %ymm17,(%rdi)", "AVX-512"),
         ("avx2", "kmovw  %eax,%k1", "AVX-512"),
         ("avx512", "vdpbf16ps %zmm2,%zmm1,%zmm0", "AVX512-BF16"),
+        ("avx512", "vpdpwssd %zmm2,%zmm1,%zmm0", "AVX512-VNNI"),
+        ("avx512vnni", "vdpbf16ps %zmm2,%zmm1,%zmm0", "AVX512-BF16"),
         ("avx512bf16", "tdpbf16ps %tmm2,%tmm1,%tmm0", "AMX"),
         ("avx512", "tdpbf16ps %tmm2,%tmm1,%tmm0", "AMX"),
         ("sse9", "nop", "has no rule"),
@@ -38,6 +40,7 @@ def test_an_instruction_of_a_newer_set_fails(isa, instruction, fault):
         ("portable", "andnps %xmm0,%xmm1"),
         ("avx2", "vfmadd231ps (%rax),%ymm15,%ymm1"),
         ("avx512", "vaddps %zmm30,%zmm1,%zmm2{%k1}"),
+        ("avx512vnni", "vpdpwssd %zmm2,%zmm1,%zmm0"),
         ("avx512bf16", "vdpbf16ps %zmm2,%zmm1,%zmm0"),
     ],
 )

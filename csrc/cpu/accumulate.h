@@ -19,7 +19,7 @@ void accumulate_tile(const Accumulate& p, int64_t i0, int64_t c0, int64_t part =
   }
   Vec sums[Rows][Vecs];
   each([&](auto i, auto v) { sums[i.value][v.value] = load(y[i.value] + v.value * Vec::width); });
-  const float* h = p.h + i0 * p.ld_h;
+  const float* h = static_cast<const float*>(p.h) + i0 * p.ld_h;
   const W* w = static_cast<const W*>(p.w) + c0;
   const int64_t turn = i0 / Rows;  // the first tiles fetch a vector each of these columns of what comes next
   const W* ahead = p.next && turn < Vecs ? static_cast<const W*>(p.next) + c0 + turn * Vec::width : nullptr;
@@ -67,10 +67,70 @@ void accumulate(const Accumulate& p) {
     Accumulate part = p;
     part.m = p.m - j < kNeurons ? p.m - j : kNeurons;
     part.next = nullptr;
-    part.h += j;
+    part.h = static_cast<const float*>(p.h) + j;
     part.w = static_cast<const W*>(p.w) + j * p.ld;
     accumulate_all<Vec, W>(part);
   }
+}
+
+// The same of integers: Rows tokens x Groups of Ints::width columns, two neurons at once, whose products are summed exactly.
+template <class Ints, class Vec, int Rows, int Groups>
+void accumulate_int_tile(const Accumulate& p, int64_t i0, int64_t c0, int64_t part = 0) {
+  using Sum = typename Ints::Sum;
+  Sum sums[Rows][Groups][2];
+  const auto each = [](auto body) { unroll<Rows>([&](auto i) { unroll<Groups>([&](auto g) { body(i.value, g.value); }); }); };
+  each([&](int i, int g) { sums[i][g][0] = sums[i][g][1] = Sum::zero(); });
+  const int16_t* h = static_cast<const int16_t*>(p.h) + i0 * p.ld_h;
+  const int8_t* w = static_cast<const int8_t*>(p.w) + c0;
+  const int8_t* ahead = p.next && i0 == 0 ? static_cast<const int8_t*>(p.next) + c0 : nullptr;
+  for (int64_t j = 0; j < p.m; j += 2) {
+    const int8_t *even = w + j * p.ld, *odd = j + 1 < p.m ? even + p.ld : even;  // past the last neuron h is zero
+    if (ahead) __builtin_prefetch(ahead + j * p.ld), __builtin_prefetch(ahead + (j + 1) * p.ld);
+    Ints ws[Groups][2];
+    unroll<Groups>([&](auto g) {
+      constexpr int64_t at = g.value * Ints::width;
+      part ? Ints::load_pairs_part(even + at, odd + at, part, ws[g.value]) : Ints::load_pairs(even + at, odd + at, ws[g.value]);
+    });
+    unroll<Rows>([&](auto i) {
+      const Ints pair = Ints::set_pair(h + i.value * p.ld_h + j);
+      unroll<Groups>([&](auto g) {
+        for (int half = 0; half < 2; ++half) {
+          Sum& sum = sums[i.value][g.value][half];
+          sum = fma(pair, ws[g.value][half], sum);
+        }
+      });
+    });
+  }
+  each([&](int i, int g) {
+    const Vec step = Vec::set(p.steps[i0 + i]);
+    float* y = p.y + (p.rows ? p.rows[i0 + i] : i0 + i) * p.ld + c0 + g * Ints::width;
+    Vec columns[2];
+    Ints::to_floats(sums[i][g], columns);
+    for (int half = 0; half < 2; ++half, y += Vec::width) {
+      const int64_t left = part - half * Vec::width;
+      if (!part || left >= Vec::width)
+        fma(columns[half], step, Vec::load(y)).store(y);
+      else if (left > 0)
+        fma(columns[half], step, Vec::load_part(y, left)).store_part(y, left);
+    }
+  });
+}
+
+template <class Ints, class Vec, int Rows, int Groups>
+void accumulate_int_rows(const Accumulate& p, int64_t i0, int64_t c0, int64_t part = 0) {
+  for (; i0 + Rows <= p.n; i0 += Rows) accumulate_int_tile<Ints, Vec, Rows, Groups>(p, i0, c0, part);
+  if constexpr (Rows > 1)
+    if (i0 < p.n) accumulate_int_rows<Ints, Vec, Rows - 1, Groups>(p, i0, c0, part);
+}
+
+template <class Ints, class Vec>
+void accumulate_ints(const Accumulate& p) {
+  constexpr int kRows = Ints::accumulate_rows, kGroups = Ints::accumulate_groups;
+  int64_t c = 0;
+  for (; c + kGroups * Ints::width <= p.columns; c += kGroups * Ints::width)
+    accumulate_int_rows<Ints, Vec, kRows, kGroups>(p, 0, c);
+  for (; c + Ints::width <= p.columns; c += Ints::width) accumulate_int_rows<Ints, Vec, kRows, 1>(p, 0, c);
+  if (c < p.columns) accumulate_int_rows<Ints, Vec, kRows, 1>(p, 0, c, p.columns - c);
 }
 
 }  // namespace sadmoe::cpu

@@ -7,14 +7,26 @@
 
 namespace sadmoe::cpu {
 
+// q[i, k] = x[i, k] / steps[i], rounded to 16 bits, for the least steps[i] that leaves a sum of its products with weights of 8
+// bits in 32 bits. A row that is not finite has a step that is not.
+//   x [n, d] float32   q [n, .] leading dimension ld, zero from d on   d up to 2^17
+struct Quantize {
+  int64_t n, d, ld;
+  const float* x;
+  int16_t* q;
+  float* steps;
+};
+
 // out[i, j] = x[rows[i]] . w[j]   for i < n, j < m. The sum over k has one fixed order, whatever n, m, and the rows are.
-//   x [., d] float32   w [m, d] of the kernel's weight dtype   out [n, .] float32, leading dimension ld
+//   x [., d] float32, with int8 weights quantized: int16 with steps   w [m, d] of the kernel's weight dtype
+//   out [n, .] float32, leading dimension ld
 struct Project {
   int64_t n, m, d, ld;
-  const float* x;
+  const void* x;
   const int32_t* rows;  // null: row i is i
   const void* w;
   float* out;
+  const float* steps = nullptr;  // of the rows of x
 };
 
 // In place on h [n, m], leading dimension ld:
@@ -28,14 +40,16 @@ struct Activate {
 };
 
 // y[rows[i], c] += sum over j ascending of h[i, j] w[j, c]   for i < n, c < columns. Rows are distinct.
-//   h [n, m], leading dimension ld_h   w [m, .] of the kernel's weight dtype and y float32, leading dimension ld
+//   h [n, m] float32, leading dimension ld_h; with int8 weights quantized, ld_h even, and the sum over j is added as one
+//   w [m, .] of the kernel's weight dtype and y float32, leading dimension ld
 struct Accumulate {
   int64_t n, m, columns, ld_h, ld;
-  const float* h;
+  const void* h;
   const int32_t* rows;
   const void* w;
   float* y;
-  const void* next = nullptr;  // the w of the next call, which is fetched meanwhile; null: unknown
+  const void* next = nullptr;    // the w of the next call, which is fetched meanwhile; null: unknown
+  const float* steps = nullptr;  // of the rows of h
 };
 
 // The rule of dynamic-k on one row: mask[e] = scores[e] >= tau * max(scores). Negative scores count as 0; NaN is never
@@ -69,7 +83,8 @@ inline int64_t right_size(int64_t k, int64_t m) { return left_size(m, k); }
 
 struct Kernels {
   const char* isa;
-  int64_t strip;                             // columns of y that accumulate is best given at once
+  int64_t strip;  // columns of y that accumulate is best given at once
+  void (*quantize)(const Quantize&);
   void (*project[4])(const Project&);        // by DType of w
   void (*accumulate[4])(const Accumulate&);  // by DType of w
   void (*activate)(const Activate&);

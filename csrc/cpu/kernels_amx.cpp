@@ -51,7 +51,7 @@ struct TileUnit {
 }  // namespace
 
 const Kernels& kernels_amx() {
-  static constexpr Kernels kTable = table<Vec>("amx", &kTilesOf<TileUnit>);
+  static constexpr Kernels kTable = table<Vec, Ints>("amx", &kTilesOf<TileUnit>);
   return kTable;
 }
 

@@ -7,7 +7,9 @@ namespace sadmoe::cpu {
 namespace {
 
 struct Vec {
-  static constexpr int width = 8;
+  using Entry = float;
+  using Sum = Vec;
+  static constexpr int width = 8, sums = 8;
   static constexpr int project_rows = 2, project_columns = 4;     // 8 sums, 6 loads a step
   static constexpr int accumulate_rows = 4, accumulate_vecs = 3;  // 12 sums, 3 weights, 1 activation: all 16 registers
 
@@ -38,9 +40,6 @@ struct Vec {
   static Vec load(const H* p) {
     return {widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), H{})};
   }
-  static Vec load(const int8_t* p) {
-    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
-  }
   template <class H>
   static Vec load_part(const H* p, int64_t n) {
     H full[width] = {};
@@ -56,6 +55,11 @@ struct Vec {
     H full[width];
     store(full);
     for (int64_t i = 0; i < n; ++i) p[i] = full[i];
+  }
+  void round_to(int16_t* p) const {
+    const __m256i ints = _mm256_cvtps_epi32(v);
+    const __m128i low = _mm256_castsi256_si128(ints), high = _mm256_extracti128_si256(ints, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi32(low, high));
   }
 
   static Vec reduce(const Vec* a) {
@@ -86,10 +90,66 @@ struct Vec {
   friend Vec where_less(Vec a, Vec b, Vec x, Vec y) { return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))}; }
 };
 
+// Sixteen integers of 16 bits, or eight of 32.
+struct Ints {
+  using Entry = int16_t;
+  using Sum = Ints;
+  static constexpr int width = 16, sums = 8;
+  static constexpr int project_rows = 2, project_columns = 4;
+  static constexpr int accumulate_rows = 4, accumulate_groups = 1;  // 8 sums, 2 weights, 1 pair of activations, 1 product
+
+  __m256i v;
+
+  static __m128i bytes(const int8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+  static void pairs(__m128i a, __m128i b, Ints* out) {
+    out[0].v = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b));
+    out[1].v = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b));
+  }
+  template <class I>
+  struct Part {  // the first n, and zeros
+    I full[width] = {};
+    Part(const I* p, int64_t n) {
+      for (int64_t i = 0; i < n; ++i) full[i] = p[i];
+    }
+  };
+
+  static Ints zero() { return {_mm256_setzero_si256()}; }
+  static Ints load(const int16_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+  static Ints load(const int8_t* p) { return {_mm256_cvtepi8_epi16(bytes(p))}; }
+  template <class I>
+  static Ints load_part(const I* p, int64_t n) {
+    return load(Part<I>(p, n).full);
+  }
+  static void load_pairs(const int8_t* a, const int8_t* b, Ints* out) { pairs(bytes(a), bytes(b), out); }
+  static void load_pairs_part(const int8_t* a, const int8_t* b, int64_t n, Ints* out) {
+    load_pairs(Part<int8_t>(a, n).full, Part<int8_t>(b, n).full, out);
+  }
+  static Ints set_pair(const int16_t* p) {
+    int32_t pair;
+    __builtin_memcpy(&pair, p, sizeof pair);
+    return {_mm256_set1_epi32(pair)};
+  }
+
+  static Vec reduce(const Ints* a) {
+    const auto sum_of_four = [](const Ints* b) {
+      return _mm256_hadd_epi32(_mm256_hadd_epi32(b[0].v, b[1].v), _mm256_hadd_epi32(b[2].v, b[3].v));
+    };
+    const __m256i low = sum_of_four(a), high = sum_of_four(a + 4);
+    return {_mm256_cvtepi32_ps(
+        _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)))};
+  }
+  static void to_floats(const Ints* sums, Vec* out) {
+    out[0].v = _mm256_cvtepi32_ps(sums[0].v);
+    out[1].v = _mm256_cvtepi32_ps(sums[1].v);
+  }
+
+  friend Ints fma(Ints a, Ints b, Ints sum) { return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(a.v, b.v))}; }
+};
+
 }  // namespace
 
 const Kernels& kernels_avx2() {
-  static constexpr Kernels kTable = table<Vec>("avx2");
+  static constexpr Kernels kTable = table<Vec, Ints>("avx2");
   return kTable;
 }
 

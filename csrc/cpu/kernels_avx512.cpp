@@ -5,7 +5,7 @@
 namespace sadmoe::cpu {
 
 const Kernels& kernels_avx512() {
-  static constexpr Kernels kTable = table<Vec>("avx512");
+  static constexpr Kernels kTable = table<Vec, Ints>("avx512");
   return kTable;
 }
 

@@ -56,7 +56,7 @@ struct DotUnit {
 }  // namespace
 
 const Kernels& kernels_avx512bf16() {
-  static constexpr Kernels kTable = table<Vec>("avx512bf16", &kTilesOf<DotUnit>);
+  static constexpr Kernels kTable = table<Vec, Ints>("avx512bf16", &kTilesOf<DotUnit>);
   return kTable;
 }
 

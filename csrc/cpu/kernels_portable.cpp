@@ -23,8 +23,6 @@ float widen(f16 h) {
   return bit_cast<float>(sign | rebased << 23 | fraction << 13);
 }
 
-float widen(int8_t b) { return b; }
-
 uint16_t narrow(float f, bf16) {
   const uint32_t bits = bit_cast<uint32_t>(f);
   if (f != f) return 0x7fc0;
@@ -44,10 +42,13 @@ uint16_t narrow(float f, f16) {
 }
 
 typedef float Floats __attribute__((vector_size(16)));
-typedef int32_t Ints __attribute__((vector_size(16)));
+typedef int32_t Words __attribute__((vector_size(16)));
+typedef int16_t Shorts __attribute__((vector_size(16)));
 
 struct Vec {
-  static constexpr int width = 4;
+  using Entry = float;
+  using Sum = Vec;
+  static constexpr int width = 4, sums = 4;
   static constexpr int project_rows = 2, project_columns = 2;
   static constexpr int accumulate_rows = 2, accumulate_vecs = 4;  // 8 sums, 4 weights, 1 activation: 13 of 16 registers
 
@@ -82,6 +83,11 @@ struct Vec {
     for (int64_t i = 0; i < n; ++i) p[i] = full[i];
   }
 
+  void round_to(int16_t* p) const {
+    const Floats whole = round(*this).v;
+    for (int i = 0; i < width; ++i) p[i] = static_cast<int16_t>(whole[i] == whole[i] ? whole[i] : 0);
+  }
+
   static Vec reduce(const Vec* a) {
     const auto sum = [](Floats f) { return (f[0] + f[2]) + (f[1] + f[3]); };
     return {Floats{sum(a[0].v), sum(a[1].v), sum(a[2].v), sum(a[3].v)}};
@@ -94,19 +100,64 @@ struct Vec {
   friend Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
   friend Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
   friend Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
-  friend Vec abs(Vec a) { return {bit_cast<Floats>(bit_cast<Ints>(a.v) & 0x7fffffff)}; }
+  friend Vec abs(Vec a) { return {bit_cast<Floats>(bit_cast<Words>(a.v) & 0x7fffffff)}; }
   friend Vec round(Vec a) {  // to nearest even, for |a| < 2^22: the sum has no bits left below 1
     const Vec big = set(0x1.8p23f);
     return (a + big) - big;
   }
-  friend Vec scale2(Vec a, Vec n) { return {a.v * bit_cast<Floats>((__builtin_convertvector(n.v, Ints) + 127) << 23)}; }
+  friend Vec scale2(Vec a, Vec n) { return {a.v * bit_cast<Floats>((__builtin_convertvector(n.v, Words) + 127) << 23)}; }
   friend Vec where_less(Vec a, Vec b, Vec x, Vec y) { return {a.v < b.v ? x.v : y.v}; }
+};
+
+// Eight integers of 16 bits; their products are summed in four of 32.
+struct Ints {
+  struct Sum {
+    Words v;
+    static Sum zero() { return {Words{}}; }
+  };
+  using Entry = int16_t;
+  static constexpr int width = 8, sums = 4;
+  static constexpr int project_rows = 2, project_columns = 2;
+  static constexpr int accumulate_rows = 2, accumulate_groups = 2;  // 8 sums, 4 weights, 1 pair of activations
+
+  Shorts v;
+
+  template <class I>
+  static Ints load_part(const I* p, int64_t n) {
+    Ints out{};
+    for (int64_t i = 0; i < n; ++i) out.v[i] = p[i];
+    return out;
+  }
+  template <class I>
+  static Ints load(const I* p) {
+    return load_part(p, width);
+  }
+  static void load_pairs_part(const int8_t* a, const int8_t* b, int64_t n, Ints* out) {
+    out[0].v = out[1].v = Shorts{};
+    for (int64_t i = 0; i < n; ++i) out[i / 4].v[i % 4 * 2] = a[i], out[i / 4].v[i % 4 * 2 + 1] = b[i];
+  }
+  static void load_pairs(const int8_t* a, const int8_t* b, Ints* out) { load_pairs_part(a, b, width, out); }
+  static Ints set_pair(const int16_t* p) { return {Shorts{p[0], p[1], p[0], p[1], p[0], p[1], p[0], p[1]}}; }
+
+  static Vec reduce(const Sum* a) {
+    const auto sum = [](Words w) { return static_cast<float>(w[0] + w[1] + w[2] + w[3]); };
+    return {Floats{sum(a[0].v), sum(a[1].v), sum(a[2].v), sum(a[3].v)}};
+  }
+  static void to_floats(const Sum* sums, Vec* out) {
+    for (int half = 0; half < 2; ++half) out[half].v = __builtin_convertvector(sums[half].v, Floats);
+  }
+
+  friend Sum fma(Ints a, Ints b, Sum sum) {
+    const auto even = [](Ints i) { return bit_cast<Words>(i.v) << 16 >> 16; };
+    const auto odd = [](Ints i) { return bit_cast<Words>(i.v) >> 16; };
+    return {sum.v + even(a) * even(b) + odd(a) * odd(b)};
+  }
 };
 
 }  // namespace
 
 const Kernels& kernels_portable() {
-  static constexpr Kernels kTable = table<Vec>("portable");
+  static constexpr Kernels kTable = table<Vec, Ints>("portable");
   return kTable;
 }
 

@@ -22,6 +22,25 @@ int64_t block_tokens(const Experts& p) {
   return std::clamp(kHidden / (p.shape.E * p.shape.s * (p.w_gate ? 2 : 1)), kSmallestBlock, kBlock);
 }
 
+// Rows of activations in 16 bits, for weights in int8.
+class IntRows {
+ public:
+  IntRows() = default;
+  IntRows(int64_t n, int64_t d, int64_t ld) : d_(d), ld_(ld), rows_(n * ld), steps_(n) {}
+
+  void quantize(int64_t first, int64_t n, const float* x) {
+    kernels().quantize({n, d_, ld_, x, rows_.get() + first * ld_, steps_.get() + first});
+  }
+  int64_t ld() const { return ld_; }
+  const int16_t* row(int64_t i) const { return rows_.get() + i * ld_; }
+  const float* steps() const { return steps_.get(); }
+
+ private:
+  int64_t d_ = 0, ld_ = 0;
+  Buffer<int16_t> rows_;
+  Floats steps_;
+};
+
 // The tokens of one block with everything they need on the way from x to y. A part of the work (hidden units, scores,
 // experts, columns of y) is a range, so that one thread may do it all, or several threads share it.
 class Block {
@@ -34,12 +53,18 @@ class Block {
         x_(at(experts.x, begin * s_.d), T_ * s_.d),
         y_out_(static_cast<char*>(experts.y) + begin * s_.d_out * size_of(experts.x.dtype)),
         y_scratch_(experts.x.dtype == DType::f32 ? 0 : T_ * s_.d_out),
-        y_(experts.x.dtype == DType::f32 ? reinterpret_cast<float*>(y_out_) : y_scratch_.get()) {
+        y_(experts.x.dtype == DType::f32 ? reinterpret_cast<float*>(y_out_) : y_scratch_.get()),
+        int8_(experts.w_up.dtype == DType::i8) {
     plan_.build(mask, T_, s_.E);
     h_ = Floats(plan_.pairs() * s_.s);
     if (p_.w_gate) gate_ = Floats(plan_.pairs() * s_.s);
+    if (!int8_) return;
+    int_x_ = IntRows(T_, s_.d, s_.d), int_h_ = IntRows(plan_.pairs(), s_.s, (s_.s + 1) / 2 * 2);
+    int_x_.quantize(0, T_, x_.get());
   }
 
+  // What up may be given a part of: neurons, or where the activations of an expert are quantized together, experts.
+  int64_t neurons_together() const { return int8_ ? s_.s : 1; }
   int64_t active_neurons() const { return static_cast<int64_t>(plan_.active.size()) * s_.s; }
 
   // Hidden activations of the neurons [begin, end) of the active experts, put in a row.
@@ -67,8 +92,10 @@ class Block {
       for (size_t a = 0; a < plan_.active.size(); ++a) {
         const int64_t e = plan_.active[a];
         const void* next = a + 1 < plan_.active.size() ? weights(plan_.active[a + 1]) : nullptr;
-        k_.accumulate[int(p_.w_down.dtype)]({plan_.count(e), s_.s, columns, s_.s, s_.d_out, h_.get() + plan_.offsets[e] * s_.s,
-                                             plan_.rows_of(e), weights(e), y_ + c, next});
+        const int64_t first = plan_.offsets[e], ld = int8_ ? int_h_.ld() : s_.s;
+        const void* h = int8_ ? static_cast<const void*>(int_h_.row(first)) : h_.get() + first * s_.s;
+        k_.accumulate[int(p_.w_down.dtype)]({plan_.count(e), s_.s, columns, ld, s_.d_out, h, plan_.rows_of(e), weights(e), y_ + c,
+                                             next, int8_ ? int_h_.steps() + first : nullptr});
       }
     }
     if (p_.x.dtype == DType::f32) return;
@@ -80,7 +107,8 @@ class Block {
   void up_expert(int64_t e, int64_t j0, int64_t j1) {
     const int64_t n = plan_.count(e), m = j1 - j0, first = e * s_.s + j0, at_h = plan_.offsets[e] * s_.s + j0;
     const auto project = [&](View w, float* out) {
-      k_.project[int(w.dtype)]({n, m, s_.d, s_.s, x_.get(), plan_.rows_of(e), at(w, first * s_.d).data, out});
+      const void* x = int8_ ? static_cast<const void*>(int_x_.row(0)) : x_.get();
+      k_.project[int(w.dtype)]({n, m, s_.d, s_.s, x, plan_.rows_of(e), at(w, first * s_.d).data, out, int_x_.steps()});
     };
     float* h = h_.get() + at_h;
     float* gate = p_.w_gate ? gate_.get() + at_h : nullptr;
@@ -90,6 +118,7 @@ class Block {
     const AsFloat bias = of_neurons(p_.b_up), gate_bias = of_neurons(p_.b_gate), scale = of_neurons(p_.scale_up),
                   gate_scale = of_neurons(p_.scale_gate), out_scale = of_neurons(p_.scale_down);
     k_.activate({n, m, s_.s, h, bias.get(), gate, gate_bias.get(), p_.act, scale.get(), gate_scale.get(), out_scale.get()});
+    if (int8_) int_h_.quantize(plan_.offsets[e], n, h);
   }
 
   const Experts& p_;
@@ -100,8 +129,10 @@ class Block {
   char* y_out_;
   Floats y_scratch_;
   float* y_;
+  bool int8_;
   Plan plan_;
   Floats h_{0}, gate_{0};
+  IntRows int_x_, int_h_;  // those of x and h
 };
 
 bool by_tiles(View x, const Router& router) {
@@ -176,7 +207,9 @@ class Runner {
   void operator()(const bool* mask, int64_t begin, int64_t end, const Threads& threads) {
     if (weights_) return run_tiled(p_, *weights_, mask, begin, end, b_out_, threads);
     Block block(p_, begin, end, mask);
-    threads.parallel_for(block.active_neurons(), 16, [&](int64_t n0, int64_t n1) { block.up(n0, n1); });
+    const int64_t unit = block.neurons_together();
+    threads.parallel_for(block.active_neurons() / unit, (16 + unit - 1) / unit,
+                         [&](int64_t n0, int64_t n1) { block.up(n0 * unit, n1 * unit); });
     threads.parallel_for(p_.shape.d_out, 64, [&](int64_t c0, int64_t c1) { block.down(c0, c1, b_out_); });
   }
 

@@ -1,34 +1,38 @@
 // Dot products of token rows with neuron rows, in tiles. One template for every instruction set; no intrinsics here.
 #pragma once
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/kernels.h"
 #include "cpu/unroll.h"
 
 namespace sadmoe::cpu {
 
-// One tile: Rows tokens x Columns neurons. A transposed reduction ends Vec::width of its sums at a time. Every product has its
+// One tile: Rows tokens x Columns neurons. A transposed reduction ends Vec::sums of its sums at a time. Every product has its
 // own accumulator over k, hence the same bits in any tile.
 template <class Vec, class W, int Rows, int Columns>
 void project_tile(const Project& p, int64_t i0, int64_t j0) {
-  constexpr int kSums = (Rows * Columns + Vec::width - 1) / Vec::width * Vec::width;
-  const float* x[Rows];
+  using X = typename Vec::Entry;
+  using Sum = typename Vec::Sum;
+  constexpr int kSums = (Rows * Columns + Vec::sums - 1) / Vec::sums * Vec::sums;
+  const auto row = [&](int64_t i) { return p.rows ? p.rows[i0 + i] : i0 + i; };
+  const X* x[Rows];
   const W* w[Columns];
-  for (int i = 0; i < Rows; ++i) x[i] = p.x + (p.rows ? p.rows[i0 + i] : i0 + i) * p.d;
+  for (int i = 0; i < Rows; ++i) x[i] = static_cast<const X*>(p.x) + row(i) * p.d;
   for (int j = 0; j < Columns; ++j)  // past the last neuron: repeat it, and drop the result
     w[j] = static_cast<const W*>(p.w) + (j0 + j < p.m ? j0 + j : p.m - 1) * p.d;
 
   const int64_t turn = i0 / Rows, next = j0 + Columns + turn;  // the first tiles fetch a neuron each of those that come next
   const W* ahead = turn < Columns && next < p.m ? static_cast<const W*>(p.w) + next * p.d : nullptr;
-  Vec sums[kSums];
-  unroll<kSums>([&](auto n) { sums[n.value] = Vec::zero(); });
+  Sum sums[kSums];
+  unroll<kSums>([&](auto n) { sums[n.value] = Sum::zero(); });
   const auto step = [&](auto load, int64_t k) {
     Vec xs[Rows];
     unroll<Rows>([&](auto i) { xs[i.value] = load(x[i.value] + k); });
     unroll<Columns>([&](auto j) {
       const Vec wj = load(w[j.value] + k);
       unroll<Rows>([&](auto i) {
-        Vec& sum = sums[i.value * Columns + j.value];
+        Sum& sum = sums[i.value * Columns + j.value];
         sum = fma(xs[i.value], wj, sum);
       });
     });
@@ -42,7 +46,10 @@ void project_tile(const Project& p, int64_t i0, int64_t j0) {
   if (k < p.d) step([&](auto* from) { return Vec::load_part(from, p.d - k); }, k);
 
   float total[kSums];
-  unroll<kSums / Vec::width>([&](auto n) { Vec::reduce(sums + n.value * Vec::width).store(total + n.value * Vec::width); });
+  unroll<kSums / Vec::sums>([&](auto n) { Vec::reduce(sums + n.value * Vec::sums).store(total + n.value * Vec::sums); });
+  if constexpr (std::is_same_v<X, int16_t>)
+    for (int i = 0; i < Rows; ++i)
+      for (int j = 0; j < Columns; ++j) total[i * Columns + j] *= p.steps[row(i)];
   const int64_t valid = p.m - j0 < Columns ? p.m - j0 : Columns;
   float* out = p.out + i0 * p.ld + j0;
   if (valid == Columns) {

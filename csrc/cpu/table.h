@@ -1,19 +1,29 @@
 // The kernels of one instruction set, from its Vec. Included by the ISA files alone.
 //
 // Vec is `width` floats in a register, in an anonymous namespace so that no function of one ISA is linked into another:
-//   load, load_part(p, n)     from float, bf16, f16 and int8_t, widened; n < width, the other lanes 0
+//   load, load_part(p, n)     from float, bf16 and f16, widened; n < width, the other lanes 0
 //   store, store_part         to float, bf16 and f16
 //   max, min                  the second argument where either is NaN
 //   where_less(a, b, x, y)    x where a < b, else y
 //   scale2(v, n)              v 2^n for whole n
-//   reduce(v[width])          lane i is the sum of v[i], by one fixed tree
+//   round_to(int16_t*)        to nearest even
+//   reduce(v[sums])           lane i is the sum of v[i], by one fixed tree
 //   project_rows (6 or a power of two), project_columns, accumulate_rows, accumulate_vecs: register tiles
+// Ints is `width` integers of 16 bits, Ints::Sum half as many of 32, as many as floats in a Vec:
+//   load, load_part(p, n)     from int16_t and int8_t, widened
+//   load_pairs(a, b, v[2])    a[i], b[i] beside each other for i < width, in an order that to_floats ends; _part(a, b, n, v)
+//   set_pair(p)               p[0], p[1] everywhere
+//   fma(a, b, sum)            sum + the products of each two neighbours
+//   reduce(sum[sums])         a Vec whose lane i is the sum of sum[i]
+//   project_rows, project_columns, accumulate_rows, accumulate_groups (of width columns)
+// For both, Entry is what a row in memory is made of, Sum what products are summed in, and sums how many lanes that has.
 #pragma once
 #include "cpu/accumulate.h"
 #include "cpu/activate.h"
 #include "cpu/half.h"
 #include "cpu/kernels.h"
 #include "cpu/project.h"
+#include "cpu/quantize.h"
 
 namespace sadmoe::cpu {
 
@@ -46,13 +56,14 @@ void narrow(const float* from, void* to, int64_t n) {
   if (i < n) Vec::load_part(from + i, n - i).store_part(target + i, n - i);
 }
 
-template <class Vec>
+template <class Vec, class Ints>
 constexpr Kernels table(const char* isa, const Tiles* tiles = nullptr) {
   constexpr int64_t kColumns = Vec::accumulate_vecs * Vec::width, kStrip = 72;  // of 512 tokens: 144 KiB
   return {isa,
           kStrip / kColumns * kColumns,
-          {project<Vec, float>, project<Vec, bf16>, project<Vec, f16>, project<Vec, int8_t>},
-          {accumulate<Vec, float>, accumulate<Vec, bf16>, accumulate<Vec, f16>, accumulate<Vec, int8_t>},
+          quantize<Vec>,
+          {project<Vec, float>, project<Vec, bf16>, project<Vec, f16>, project<Ints, int8_t>},
+          {accumulate<Vec, float>, accumulate<Vec, bf16>, accumulate<Vec, f16>, accumulate_ints<Ints, Vec>},
           activate<Vec>,
           select<Vec>,
           {widen<Vec, float>, widen<Vec, bf16>, widen<Vec, f16>},

@@ -9,7 +9,9 @@ namespace sadmoe::cpu {
 namespace {
 
 struct Vec {
-  static constexpr int width = 16;
+  using Entry = float;
+  using Sum = Vec;
+  static constexpr int width = 16, sums = 16;
   static constexpr int project_rows = 6, project_columns = 4;     // 24 sums, 10 loads a step
   static constexpr int accumulate_rows = 6, accumulate_vecs = 4;  // 24 sums, 4 weights, 1 activation: 29 of 32 registers
 
@@ -41,12 +43,6 @@ struct Vec {
   static Vec load_part(const H* p, int64_t n) {
     return {widen(_mm256_maskz_loadu_epi16(first(n), p), H{})};
   }
-  static Vec load(const int8_t* p) {
-    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
-  }
-  static Vec load_part(const int8_t* p, int64_t n) {
-    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p)))};
-  }
   template <class H>
   void store(H* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v, H{}));
@@ -54,6 +50,9 @@ struct Vec {
   template <class H>
   void store_part(H* p, int64_t n) const {
     _mm256_mask_storeu_epi16(p, first(n), narrow(v, H{}));
+  }
+  void round_to(int16_t* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v)));
   }
 
   static Vec reduce(const Vec* a) {
@@ -85,6 +84,74 @@ struct Vec {
   friend Vec scale2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
   friend Vec where_less(Vec a, Vec b, Vec x, Vec y) {
     return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
+  }
+};
+
+// Thirty-two integers of 16 bits, or sixteen of 32.
+struct Ints {
+  using Entry = int16_t;
+  using Sum = Ints;
+#ifdef __AVX512VNNI__
+  static constexpr int rows = 6;  // 24 sums, 4 weights or 1, 6 rows or 1 pair of activations
+#else
+  static constexpr int rows = 4;  // with products beside them, 24 do not stay in registers
+#endif
+  static constexpr int width = 32, sums = 16;
+  static constexpr int project_rows = rows, project_columns = 4;
+  static constexpr int accumulate_rows = rows, accumulate_groups = 2;
+
+  __m512i v;
+
+  static __mmask32 first(int64_t n) { return (__mmask32{1} << n) - 1; }
+  static __m256i bytes(const int8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static __m256i bytes(const int8_t* p, int64_t n) { return _mm256_maskz_loadu_epi8(first(n), p); }
+  static void pairs(__m256i a, __m256i b, Ints* out) {
+    out[0].v = _mm512_cvtepi8_epi16(_mm256_unpacklo_epi8(a, b));  // columns 0 to 7, and 16 to 23
+    out[1].v = _mm512_cvtepi8_epi16(_mm256_unpackhi_epi8(a, b));
+  }
+
+  static Ints zero() { return {_mm512_setzero_si512()}; }
+  static Ints load(const int16_t* p) { return {_mm512_loadu_si512(p)}; }
+  static Ints load_part(const int16_t* p, int64_t n) { return {_mm512_maskz_loadu_epi16(first(n), p)}; }
+  static Ints load(const int8_t* p) { return {_mm512_cvtepi8_epi16(bytes(p))}; }
+  static Ints load_part(const int8_t* p, int64_t n) { return {_mm512_cvtepi8_epi16(bytes(p, n))}; }
+  static void load_pairs(const int8_t* a, const int8_t* b, Ints* out) { pairs(bytes(a), bytes(b), out); }
+  static void load_pairs_part(const int8_t* a, const int8_t* b, int64_t n, Ints* out) { pairs(bytes(a, n), bytes(b, n), out); }
+  static Ints set_pair(const int16_t* p) {
+    int32_t pair;
+    __builtin_memcpy(&pair, p, sizeof pair);
+    return {_mm512_set1_epi32(pair)};
+  }
+
+  static Vec reduce(const Ints* a) {
+    const auto add_pairs = [](__m512i x, __m512i y) {
+      return _mm512_add_epi32(_mm512_unpacklo_epi32(x, y), _mm512_unpackhi_epi32(x, y));
+    };
+    const auto add_quads = [](__m512i x, __m512i y) {
+      return _mm512_add_epi32(_mm512_unpacklo_epi64(x, y), _mm512_unpackhi_epi64(x, y));
+    };
+    const auto halve = [](__m512i x, __m512i y) {
+      return _mm512_add_epi32(_mm512_shuffle_i32x4(x, y, 0x88), _mm512_shuffle_i32x4(x, y, 0xdd));
+    };
+    __m512i quads[4];
+    unroll<4>([&](auto i) {
+      constexpr int n = 4 * decltype(i)::value;
+      quads[i.value] = add_quads(add_pairs(a[n].v, a[n + 1].v), add_pairs(a[n + 2].v, a[n + 3].v));
+    });
+    return {_mm512_cvtepi32_ps(halve(halve(quads[0], quads[1]), halve(quads[2], quads[3])))};
+  }
+  static void to_floats(const Ints* sums, Vec* out) {
+    out[0].v = _mm512_cvtepi32_ps(_mm512_shuffle_i32x4(sums[0].v, sums[1].v, 0x44));
+    out[1].v = _mm512_cvtepi32_ps(_mm512_shuffle_i32x4(sums[0].v, sums[1].v, 0xee));
+  }
+
+  friend Ints fma(Ints a, Ints b, Ints sum) {
+#ifdef __AVX512VNNI__
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));  // of the intrinsic, GCC keeps half of the sums in memory
+    return sum;
+#else
+    return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(a.v, b.v))};
+#endif
   }
 };
 

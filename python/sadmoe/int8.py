@@ -28,14 +28,14 @@ class Int8Report:
 
 @torch.no_grad()
 def quantize_experts_(model: nn.Module) -> Int8Report:
-    """Rounds the experts of a converted model to int8, in place, one scale a neuron and matrix; activations,
-    biases and routers stay as they are.
+    """Rounds the experts of a converted model to int8, in place, one scale a neuron and matrix; biases and
+    routers stay as they are, activations are rounded to 16 bits on the way.
 
-    What few tokens take is mostly the reading of weights, so decoding gains most. On the CPU the ops read the int8
-    weights themselves, as float32 does: dense torch at tau = 0 and the fast path of bf16 are not taken. On other
-    devices they are widened at every call, which is slow. Do it last: experts in int8 are not trained
-    (`dequantize_experts_` first). It is saved with the model, not in adapters. A `restore_`d FFN keeps the rounding.
-    Raises ValueError where nothing is converted, or all experts are int8 already.
+    What few tokens take is mostly the reading of weights, so decoding gains most. On the CPU the ops multiply in whole
+    numbers: dense torch at tau = 0 and the fast path of bf16 are not taken. On other devices weights are widened at
+    every call, which is slow. Do it last: experts in int8 are not trained (`dequantize_experts_` first). It is saved
+    with the model, not in adapters. A `restore_`d FFN keeps the rounding. Raises ValueError where nothing is
+    converted, or all experts are int8 already.
     """
     layers = _layers(model, int8=False, why="are int8 already")
     before, errors = _bytes(layers), {}

@@ -118,9 +118,10 @@ def sparse_experts_int8(
     """`sparse_experts` of weights in int8: a neuron's are its row of integers times its scale.
 
     w_up, w_gate, w_down int8, shapes as there; scale_up, scale_gate, scale_down floating [E, s]; x, biases and the
-    result as there. Products and sums are float32, so it is as exact as `sparse_experts` of the same weights. Only the
-    CPU has kernels for it; on other devices `sparse_experts` runs on weights that are widened at every call, with one
-    warning. Gradients reach x and biases.
+    result as there. A token's row of x, and its activations in each expert, are rounded to at most 65535 steps over
+    twice the largest of them; products with the weights and their sums within an expert are then exact. Only the CPU
+    has kernels for it; on other devices `sparse_experts` runs on weights that are widened at every call, without that
+    rounding and with one warning. Gradients reach x and biases.
     """
     return torch.ops.sadmoe.sparse_experts_int8(
         x, mask, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, act

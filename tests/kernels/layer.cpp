@@ -147,7 +147,7 @@ std::unique_ptr<bool[]> random_mask(const Shape& shape, double share, unsigned s
   return mask;
 }
 
-double error_of_allowed(const std::vector<double>& ours, const Sums& plain, const Sums& truth, DType dtype) {
+double error_of_allowed(const std::vector<double>& ours, const Sums& plain, const Sums& truth, DType dtype, double rounding) {
   double error = 0, plain_error = 0, size = 0;
   for (size_t i = 0; i < ours.size(); ++i) {
     if (!std::isfinite(ours[i])) return INFINITY;
@@ -155,7 +155,7 @@ double error_of_allowed(const std::vector<double>& ours, const Sums& plain, cons
     plain_error = std::max(plain_error, std::fabs(plain.values[i] - truth.values[i]));
     size = std::max(size, std::fabs(truth.values[i]));
   }
-  const double granted = 4 * epsilon(DType::f32) * truth.terms + 0.51 * epsilon(dtype) * size;
+  const double granted = (4 * epsilon(DType::f32) + rounding) * truth.terms + 0.51 * epsilon(dtype) * size;
   const double allowed = std::max(2 * plain_error, granted);
   return allowed > 0 ? error / allowed : error > 0 ? INFINITY : 0;
 }
