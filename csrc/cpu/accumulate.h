@@ -74,8 +74,9 @@ void accumulate(const Accumulate& p) {
 }
 
 // The same of integers: Rows tokens x Groups of Ints::width columns, two neurons at once, whose products are summed exactly.
-template <class Ints, class Vec, int Rows, int Groups>
-void accumulate_int_tile(const Accumulate& p, int64_t i0, int64_t c0, int64_t part = 0) {
+// Part: of one group, part columns.
+template <class Ints, class Vec, int Rows, int Groups, bool Part>
+void accumulate_int_tile(const Accumulate& p, int64_t i0, int64_t c0, int64_t part) {
   using Sum = typename Ints::Sum;
   Sum sums[Rows][Groups][2];
   const auto each = [](auto body) { unroll<Rows>([&](auto i) { unroll<Groups>([&](auto g) { body(i.value, g.value); }); }); };
@@ -89,7 +90,7 @@ void accumulate_int_tile(const Accumulate& p, int64_t i0, int64_t c0, int64_t pa
     Ints ws[Groups][2];
     unroll<Groups>([&](auto g) {
       constexpr int64_t at = g.value * Ints::width;
-      part ? Ints::load_pairs_part(even + at, odd + at, part, ws[g.value]) : Ints::load_pairs(even + at, odd + at, ws[g.value]);
+      Part ? Ints::load_pairs_part(even + at, odd + at, part, ws[g.value]) : Ints::load_pairs(even + at, odd + at, ws[g.value]);
     });
     unroll<Rows>([&](auto i) {
       const Ints pair = Ints::set_pair(h + i.value * p.ld_h + j);
@@ -108,7 +109,7 @@ void accumulate_int_tile(const Accumulate& p, int64_t i0, int64_t c0, int64_t pa
     Ints::to_floats(sums[i][g], columns);
     for (int half = 0; half < 2; ++half, y += Vec::width) {
       const int64_t left = part - half * Vec::width;
-      if (!part || left >= Vec::width)
+      if (!Part || left >= Vec::width)
         fma(columns[half], step, Vec::load(y)).store(y);
       else if (left > 0)
         fma(columns[half], step, Vec::load_part(y, left)).store_part(y, left);
@@ -116,11 +117,11 @@ void accumulate_int_tile(const Accumulate& p, int64_t i0, int64_t c0, int64_t pa
   });
 }
 
-template <class Ints, class Vec, int Rows, int Groups>
+template <class Ints, class Vec, int Rows, int Groups, bool Part = false>
 void accumulate_int_rows(const Accumulate& p, int64_t i0, int64_t c0, int64_t part = 0) {
-  for (; i0 + Rows <= p.n; i0 += Rows) accumulate_int_tile<Ints, Vec, Rows, Groups>(p, i0, c0, part);
+  for (; i0 + Rows <= p.n; i0 += Rows) accumulate_int_tile<Ints, Vec, Rows, Groups, Part>(p, i0, c0, part);
   if constexpr (Rows > 1)
-    if (i0 < p.n) accumulate_int_rows<Ints, Vec, Rows - 1, Groups>(p, i0, c0, part);
+    if (i0 < p.n) accumulate_int_rows<Ints, Vec, Rows - 1, Groups, Part>(p, i0, c0, part);
 }
 
 template <class Ints, class Vec>
@@ -130,7 +131,7 @@ void accumulate_ints(const Accumulate& p) {
   for (; c + kGroups * Ints::width <= p.columns; c += kGroups * Ints::width)
     accumulate_int_rows<Ints, Vec, kRows, kGroups>(p, 0, c);
   for (; c + Ints::width <= p.columns; c += Ints::width) accumulate_int_rows<Ints, Vec, kRows, 1>(p, 0, c);
-  if (c < p.columns) accumulate_int_rows<Ints, Vec, kRows, 1>(p, 0, c, p.columns - c);
+  if (c < p.columns) accumulate_int_rows<Ints, Vec, kRows, 1, true>(p, 0, c, p.columns - c);
 }
 
 }  // namespace sadmoe::cpu

@@ -83,7 +83,7 @@ inline int64_t right_size(int64_t k, int64_t m) { return left_size(m, k); }
 
 struct Kernels {
   const char* isa;
-  int64_t strip;  // columns of y that accumulate is best given at once
+  int64_t strip, int_strip;  // columns of y that accumulate is best given at once; with int8 weights
   void (*quantize)(const Quantize&);
   void (*project[4])(const Project&);        // by DType of w
   void (*accumulate[4])(const Accumulate&);  // by DType of w

@@ -44,6 +44,7 @@ uint16_t narrow(float f, f16) {
 typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t Words __attribute__((vector_size(16)));
 typedef int16_t Shorts __attribute__((vector_size(16)));
+typedef int8_t Bytes __attribute__((vector_size(8)));
 
 struct Vec {
   using Entry = float;
@@ -128,15 +129,25 @@ struct Ints {
     for (int64_t i = 0; i < n; ++i) out.v[i] = p[i];
     return out;
   }
-  template <class I>
-  static Ints load(const I* p) {
-    return load_part(p, width);
+  static Ints load(const int16_t* p) {
+    Ints out;
+    std::memcpy(&out.v, p, sizeof out.v);
+    return out;
+  }
+  static Ints load(const int8_t* p) {
+    Bytes bytes;
+    std::memcpy(&bytes, p, sizeof bytes);
+    return {__builtin_convertvector(bytes, Shorts)};
   }
   static void load_pairs_part(const int8_t* a, const int8_t* b, int64_t n, Ints* out) {
     out[0].v = out[1].v = Shorts{};
     for (int64_t i = 0; i < n; ++i) out[i / 4].v[i % 4 * 2] = a[i], out[i / 4].v[i % 4 * 2 + 1] = b[i];
   }
-  static void load_pairs(const int8_t* a, const int8_t* b, Ints* out) { load_pairs_part(a, b, width, out); }
+  static void load_pairs(const int8_t* a, const int8_t* b, Ints* out) {
+    const Shorts x = load(a).v, y = load(b).v;
+    out[0].v = Shorts{x[0], y[0], x[1], y[1], x[2], y[2], x[3], y[3]};
+    out[1].v = Shorts{x[4], y[4], x[5], y[5], x[6], y[6], x[7], y[7]};
+  }
   static Ints set_pair(const int16_t* p) { return {Shorts{p[0], p[1], p[0], p[1], p[0], p[1], p[0], p[1]}}; }
 
   static Vec reduce(const Sum* a) {
@@ -148,9 +159,13 @@ struct Ints {
   }
 
   friend Sum fma(Ints a, Ints b, Sum sum) {
+#ifdef __SSE2__
+    return {sum.v + __builtin_ia32_pmaddwd128(a.v, b.v)};
+#else
     const auto even = [](Ints i) { return bit_cast<Words>(i.v) << 16 >> 16; };
     const auto odd = [](Ints i) { return bit_cast<Words>(i.v) >> 16; };
     return {sum.v + even(a) * even(b) + odd(a) * odd(b)};
+#endif
   }
 };
 

@@ -85,7 +85,8 @@ class Block {
       else
         std::fill(row + begin, row + end, 0.0f);
     }
-    const int64_t strip = T_ <= kFewTokens ? end - begin : k_.strip;  // of y, which near caches hold for all experts
+    // Of y, which near caches hold for all experts.
+    const int64_t strip = T_ <= kFewTokens ? end - begin : int8_ ? k_.int_strip : k_.strip;
     for (int64_t c = begin; c < end; c += strip) {
       const int64_t columns = std::min(strip, end - c);
       const auto weights = [&](int64_t e) { return at(p_.w_down, e * s_.s * s_.d_out + c).data; };

@@ -58,9 +58,11 @@ void narrow(const float* from, void* to, int64_t n) {
 
 template <class Vec, class Ints>
 constexpr Kernels table(const char* isa, const Tiles* tiles = nullptr) {
-  constexpr int64_t kColumns = Vec::accumulate_vecs * Vec::width, kStrip = 72;  // of 512 tokens: 144 KiB
+  constexpr int64_t kColumns = Vec::accumulate_vecs * Vec::width, kIntColumns = Ints::accumulate_groups * Ints::width;
+  constexpr int64_t kStrip = 72;  // of 512 tokens: 144 KiB
   return {isa,
           kStrip / kColumns * kColumns,
+          kStrip / kIntColumns * kIntColumns,
           quantize<Vec>,
           {project<Vec, float>, project<Vec, bf16>, project<Vec, f16>, project<Ints, int8_t>},
           {accumulate<Vec, float>, accumulate<Vec, bf16>, accumulate<Vec, f16>, accumulate_ints<Ints, Vec>},
