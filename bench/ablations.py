@@ -186,16 +186,17 @@ def main() -> None:
     build = partial(converted, dense, batches, args.size)
     base = load_model(args.model)[0].eval() if args.model else build()
 
-    def changed(change: Callable[[nn.Module, Batches], None]) -> nn.Module:
+    def changed(change: Callable[[nn.Module, Batches], None] | None = None) -> nn.Module:
         model = copy.deepcopy(base)
-        change(model, batches)
+        if change is not None:
+            change(model, batches)
         return model
 
     variants: dict[str, tuple[Callable[[], nn.Module], Setting]] = {
-        "the method: one tau": (lambda: base, one_tau),
-        "a tau for each layer, of equal shares": (lambda: base, equal_shares(batches)),
-        "means of skipped experts in b_out": (lambda: base, corrected(batches)),
-        "true norms (the oracle)": (lambda: base, oracle),
+        "the method: one tau": (changed, one_tau),
+        "a tau for each layer, of equal shares": (changed, equal_shares(batches)),
+        "means of skipped experts in b_out": (changed, corrected(batches)),
+        "true norms (the oracle)": (changed, oracle),
     }
     if not args.model:
         variants |= {

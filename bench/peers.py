@@ -17,6 +17,7 @@ from sadmoe.timing import machine, measure
 from variants import LayerShape, checked, dense, grouped_mm, int8, loop, problem, sadmoe
 
 TOKENS = [1, 2, 4, 8, 16, 64, 256, 1024, 4096]
+OURS = ("sadmoe", "int8")
 
 
 def main() -> None:
@@ -37,7 +38,10 @@ def main() -> None:
     print(f"# {title}")
     ways = {"dense": dense, "sadmoe": sadmoe} | ({"int8": int8} if args.int8 else {})
     ways |= {"loop": loop, "grouped_mm": grouped_mm}
-    print(f"{'T':>5} {'share':>6}  {'  '.join(f'{name:>13}' for name in ways)}   sadmoe is faster than")
+    print(
+        f"{'T':>5} {'share':>6}  {'  '.join(f'{name:>13}' for name in ways)}   "
+        f"{'sadmoe is faster than':44}" + "  int8 than dense" * args.int8
+    )
     rows = []
     with torch.inference_mode():
         for T in args.tokens:
@@ -47,16 +51,12 @@ def main() -> None:
             times = measure(variants)
             share = p.mask.float().mean().item()
             cells = "  ".join(f"{t.median * 1e3:7.3f} ±{t.spread:4.0%}" for t in times.values())
-            gains = {
-                name: time.median / times["sadmoe"].median for name, time in times.items() if name != "sadmoe"
-            }
-            print(
-                f"{T:5d} {share:6.1%}  {cells}   "
-                + "  ".join(f"{name} {gain:.2f}x" for name, gain in gains.items())
-            )
-            rows.append(
-                {"T": T, "share": share, "seconds": {n: t.median for n, t in times.items()}, "gains": gains}
-            )
+            seconds = {name: time.median for name, time in times.items()}
+            gains = {name: t / seconds["sadmoe"] for name, t in seconds.items() if name not in OURS}
+            told = "  ".join(f"{name} {gain:5.2f}x" for name, gain in gains.items())
+            of_int8 = f"  {seconds['dense'] / seconds['int8']:14.2f}x" if args.int8 else ""
+            print(f"{T:5d} {share:6.1%}  {cells}   {told}{of_int8}")
+            rows.append({"T": T, "share": share, "seconds": seconds, "gains": gains})
     print("Times in ms: median and distance of the quartiles.")
     if args.json:
         args.json.write_text(json.dumps({"machine": title, "rows": rows}, indent=1))

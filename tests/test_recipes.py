@@ -13,7 +13,9 @@ pytest.importorskip("matplotlib")
 sys.path.append(str(Path(__file__).parent.parent / "bench/recipes"))
 
 import recipe
-from run import Effort, Run
+from run import CPU, GPU, Effort, Run
+from run import TINY as TINY_EFFORT
+from sadmoe import FinetuneConfig
 from sadmoe.batches import evaluating
 from sadmoe.model_report import layer_heat
 from workload import Workload
@@ -109,3 +111,12 @@ def test_what_was_measured_before_a_failure_is_on_disk(tmp_path, small_routers, 
     assert list(found["curves"]) == [*ours, "no fine-tuning, FFNs only, s = 4", "no fine-tuning, oracle gate"]
     assert (tmp_path / "tiny-micro.png").exists()
     assert "the same, oracle gate" in (tmp_path / "tiny-micro.html").read_text()
+
+
+@pytest.mark.parametrize("effort", [TINY_EFFORT, CPU, GPU], ids=["tiny", "cpu", "gpu"])
+def test_an_effort_is_one_that_the_steps_take(effort):
+    config = FinetuneConfig(seconds=effort.layers, share=effort.share)
+    assert config.share == effort.share
+    assert 0 < effort.budget <= 1
+    assert all(0 <= tau <= 1 for tau in effort.taus)
+    assert all(0 < share <= 1 for share in effort.shares)

@@ -36,7 +36,7 @@ class Effort:
         return self.task + self.sparsify + sizes * (self.layers + self.routed)
 
 
-TINY = Effort(1, 3, 1, 1, 5, 0.5, 500, 1, 64, 32, 0.05, (0.0, 0.1, 1.0), (0.1, 0.5))
+TINY = Effort(1, 3, 1, 1, 5, 0.5, 500, 1, 64, 32, 0.05, taus=(0.0, 0.1, 1.0), shares=(0.1, 0.5))
 CPU = Effort(120, 400, 200, 80, 500, 130, 20_000, 4, 12_000, 2_000, 1.5)
 GPU = Effort(600, 3000, 1800, 900, 3000, 1200, 200_000, 1, 60_000, 10_000, 3)
 
