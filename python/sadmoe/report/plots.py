@@ -18,14 +18,17 @@ class Series:
 
 
 def plot_curves(path: Path, panels: Sequence[tuple[str, str, str, Sequence[Series]]], title: str) -> None:
-    """Writes a picture of panels side by side, each (heading, x label, y label, series). Needs matplotlib."""
+    """Writes a picture of panels side by side, each (heading, x label, y label, series); a name has one colour in all.
+    Needs matplotlib."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(6.2 * len(panels), 4.6), squeeze=False, layout="constrained"
     )
+    colours: dict[str, str] = {}
     for axis, (heading, x_label, y_label, series) in zip(axes[0], panels, strict=True):
         for one in series:
-            axis.plot(one.x, one.y, "o-" if one.line else "s", label=one.name, markersize=5)
+            colour = colours.setdefault(one.name, f"C{len(colours)}")
+            axis.plot(one.x, one.y, "o-" if one.line else "s", label=one.name, markersize=5, color=colour)
             for x, y, label in zip(one.x, one.y, one.labels, strict=False):
                 axis.annotate(
                     label, (x, y), textcoords="offset points", xytext=(5, -11), fontsize=8, color="0.35"
