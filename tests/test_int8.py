@@ -172,6 +172,12 @@ def test_a_wrong_argument_is_named(i, value, message):
         ops.sparse_experts_int8(*args)
 
 
+def test_sums_too_long_for_32_bits_are_refused():
+    args = int8_problem(T=1, d=2**17 + 1, E=1, s=1, d_out=2)
+    with pytest.raises(RuntimeError, match="s and d up to 131072, got s = 1, d = 131073"):
+        ops.sparse_experts_int8(*args)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_layer_is_what_its_rounded_weights_are(dtype, gated):

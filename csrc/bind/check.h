@@ -186,6 +186,9 @@ inline Experts check_int8_arguments(Arguments& keep, const char* op, const Tenso
   Experts p;
   p.shape = check_experts(op, x, w_up, w_down, b_up, w_gate, b_gate, b_out);
   check(w_gate.has_value() == scale_gate.has_value(), op, "w_gate and scale_gate need each other");
+  constexpr int64_t kMost = 1 << 17;  // products that fit a sum of 32 bits, however they are rounded
+  check(p.shape.s <= kMost && p.shape.d <= kMost, op, "w_up of int8 must be [E, s, d] with s and d up to ", kMost,
+        ", got s = ", p.shape.s, ", d = ", p.shape.d);
   p.act = activation_of(op, act);
   p.x = keep.add("x", x);
   p.w_up = keep.add_int8("w_up", w_up);
