@@ -9,8 +9,8 @@
 //   y[t]         = b_out + sum over e with mask[t, e], ascending, and j ascending, of h[t, e, j] w_down[e, j]
 //
 // Every matrix is row-major with one neuron a row, so up and down projection both stream whole neurons. Sums are float32. An
-// int8 row stands for itself times its neuron's scale, which multiplies sums and h instead; on the CPU a row of x, and of h of one
-// expert, is rounded to 16 bits with a step of its own, and multiplied with int8 in whole numbers, without further rounding.
+// int8 row stands for itself times its neuron's scale, which multiplies sums and h instead; on the CPU a row of x, and of h of
+// one expert, is rounded to 16 bits with a step of its own, and multiplied with int8 in whole numbers, without further rounding.
 // The result of a token is the same bit for bit whatever its neighbours, their order, and the thread count.
 #pragma once
 #include <cstdint>
