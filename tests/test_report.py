@@ -112,10 +112,17 @@ def test_ticks_are_round_and_hold_the_values(values, expected):
 
 
 def test_a_curve_has_a_tooltip_at_every_point_and_leaves_out_what_is_not_finite():
-    svg = ElementTree.fromstring(
-        curves([Series("ours", [1, 2, 3], [3.0, float("nan"), 1.5], ["p", "q", "r"])], "x", "y")
-    )
+    ours = Series("ours", [1, 2, 3], [3.0, float("nan"), 1.5], ["p", "q", "r"])
+    svg = ElementTree.fromstring(curves([ours], "x", "y", {"ours": 0}))
     assert [title.text for title in svg.iter("title")] == ["ours p: 1, 3", "ours r: 3, 1.5"]
+
+
+def test_a_curve_has_one_colour_in_every_panel(tmp_path):
+    ours, theirs = Series("ours", [1, 2], [3.0, 4.0]), Series("theirs", [1, 2], [5.0, 6.0])
+    panels = [Panel("a", "x", "y", [ours, theirs]), Panel("b", "x", "y", [theirs])]
+    write_page(tmp_path / "page.html", Page("t", {}, (("a",), [("1",)]), panels))
+    drawn = re.findall(r"stroke:var\((--c\d)\)", (tmp_path / "page.html").read_text())
+    assert drawn == ["--c0", "--c1", "--c1"]
 
 
 def test_bars_are_as_high_as_tokens_are_many():

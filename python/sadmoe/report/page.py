@@ -78,7 +78,10 @@ def write_page(path: Path, page: Page) -> None:
     parts += [f'<div class="scroll">{_table(*page.table)}</div>']
     parts += [f"<p>{escaped(note)}</p>" for note in page.notes]
     if page.panels:
-        parts += ['<h2>What it costs and keeps</h2><div class="panels">', *map(_panel, page.panels), "</div>"]
+        names = dict.fromkeys(one.name for panel in page.panels for one in panel.series)
+        looks = {name: i for i, name in enumerate(names)}  # one in every panel
+        panels = [_panel(panel, looks) for panel in page.panels]
+        parts += ['<h2>What it costs and keeps</h2><div class="panels">', *panels, "</div>"]
     parts += [_heat(one) for one in page.heats]
     if page.histograms:
         parts.append("<h2>Experts of a token, layer by layer</h2>")
@@ -102,13 +105,13 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _panel(panel: Panel) -> str:
+def _panel(panel: Panel, looks: Mapping[str, int]) -> str:
     key = "".join(
-        f'<span><svg width="14" height="14" viewBox="-7 -7 14 14">{mark(i)}</svg> {escaped(one.name)}</span>'
-        for i, one in enumerate(panel.series)
+        f'<span><svg width="14" height="14" viewBox="-7 -7 14 14">{mark(looks[name])}</svg> {escaped(name)}</span>'
+        for name in (one.name for one in panel.series)
     )
     better = f" <small>(better: {escaped(panel.better)})</small>" if panel.better else ""
-    chart = curves(panel.series, panel.x_label, panel.y_label)
+    chart = curves(panel.series, panel.x_label, panel.y_label, looks)
     return f'<div><h3>{escaped(panel.heading)}{better}</h3>{chart}<div class="key">{key}</div></div>'
 
 

@@ -2,7 +2,7 @@
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sadmoe.report.plots import Series
 
@@ -18,8 +18,9 @@ def escaped(text: object) -> str:
     return html.escape(str(text))
 
 
-def curves(series: Sequence[Series], x_label: str, y_label: str) -> str:
-    """Lines with a mark and a tooltip at every point, on axes with round ticks; the page draws the legend."""
+def curves(series: Sequence[Series], x_label: str, y_label: str, looks: Mapping[str, int]) -> str:
+    """Lines with a mark and a tooltip at every point, on axes with round ticks; the page draws the legend.
+    looks: name of a series -> which colour and mark are its own."""
     points = [(x, y) for one in series for x, y in zip(one.x, one.y, strict=True) if math.isfinite(y)]
     if not points:
         return "<p>no points</p>"
@@ -48,29 +49,30 @@ def curves(series: Sequence[Series], x_label: str, y_label: str) -> str:
     parts.append(
         f'<text transform="translate(13,{middle}) rotate(-90)" text-anchor="middle">{escaped(y_label)}</text>'
     )
-    for i, one in enumerate(series):
+    for one in series:
+        look = looks[one.name]
         places = [at(x, y) for x, y in zip(one.x, one.y, strict=True) if math.isfinite(y)]
         if one.line and len(places) > 1:
             path = "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in places)
             parts.append(
-                f'<path d="{path}" fill="none" style="stroke:var(--c{i % COLOURS})" stroke-width="2"/>'
+                f'<path d="{path}" fill="none" style="stroke:var(--c{look % COLOURS})" stroke-width="2"/>'
             )
         labels = [*one.labels, *[""] * len(one.x)]
         told = [(x, y, text) for x, y, text in zip(one.x, one.y, labels, strict=False) if math.isfinite(y)]
-        if i == 0 and len(told) <= LABELLED:
+        if one is series[0] and len(told) <= LABELLED:
             for (px, py), (_, _, text) in zip(places, told, strict=True):
                 end = px > 0.85 * WIDTH  # else it would run out of the picture
                 place = f'x="{px + (-7 if end else 7):.1f}" y="{py - 7:.1f}" text-anchor="{"end" if end else "start"}"'
                 parts.append(f"<text {place}>{escaped(text)}</text>")
         for (px, py), (x, y, text) in zip(places, told, strict=True):
             tip = escaped(f"{one.name} {text}: {x:.4g}, {y:.4g}".replace(" :", ":"))
-            parts.append(f'<g transform="translate({px:.1f},{py:.1f})">{mark(i)}<title>{tip}</title></g>')
+            parts.append(f'<g transform="translate({px:.1f},{py:.1f})">{mark(look)}<title>{tip}</title></g>')
     return "".join([*parts, "</svg>"])
 
 
-def mark(i: int) -> str:
-    """The mark of series i, by form and colour."""
-    return f'<path d="{MARKS[i % len(MARKS)]}" style="fill:var(--c{i % COLOURS})"/>'
+def mark(look: int) -> str:
+    """A mark, by form and colour."""
+    return f'<path d="{MARKS[look % len(MARKS)]}" style="fill:var(--c{look % COLOURS})"/>'
 
 
 def ticks(values: Sequence[float], about: int = 5) -> list[float]:
