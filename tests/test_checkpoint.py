@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
 import pytest
 import sadmoe.checkpoint as checkpoint
 import torch
@@ -12,7 +13,7 @@ from sadmoe import files
 from sadmoe.checkpoint import CheckpointError, load, save
 from sadmoe.convert import restore_
 from sadmoe.dial import set_tau
-from sadmoe.ffn import moe_layers
+from sadmoe.ffn import find_ffns, layer_from_dense, moe_layers, swap_activations_, swap_in
 from sadmoe.gates import DynamicK, TopK
 from safetensors.torch import load_file, save_file
 from test_convert import fingerprint
@@ -70,6 +71,22 @@ def test_a_loaded_model_restores_to_the_dense_one(tmp_path):
     assert all(torch.equal(value, dense.state_dict()[key]) for key, value in fresh.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2", "torch encoder"])
+def test_a_sparsified_model_restores_with_its_activation(name, tmp_path):
+    model, batch = TINY[name].model(), TINY[name].batch()
+    swap_activations_(model, find_ffns(model), "relu")
+    wanted = call(model, batch)
+    for site in find_ffns(model):
+        dense = site.dense()
+        swap_in(model, site, layer_from_dense(dense, torch.arange(dense.f), 6, 16))
+    save(model, tmp_path / "m.safetensors")
+    fresh = TINY[name].build().eval()
+    load(fresh, tmp_path / "m.safetensors")
+    restore_(fresh)
+    assert torch.equal(call(fresh, batch), wanted)
+    assert {site.act for site in find_ffns(fresh)} == {"relu"}
+
+
 def test_the_file_decides_the_dtype_and_the_model_what_is_frozen(tmp_path):
     model = converted("user glu").to(torch.bfloat16)
     save(model, tmp_path / "m.safetensors")
@@ -80,6 +97,14 @@ def test_the_file_decides_the_dtype_and_the_model_what_is_frozen(tmp_path):
     assert torch.equal(fresh(TINY["user glu"].batch().bfloat16()), model(TINY["user glu"].batch().bfloat16()))
     assert [p.requires_grad for p in fresh[0].norm.parameters()] == [False, False]
     assert fresh[1].norm.weight.requires_grad
+
+
+@pytest.mark.parametrize("tau", [torch.tensor(0.25), numpy.float32(0.25)])
+def test_a_tau_may_be_any_scalar(tau, tmp_path):
+    model = converted("user glu")
+    set_tau(model, tau)
+    save(model, tmp_path / "m.safetensors")
+    assert {layer.gate for layer in moe_layers(model).values()} == {DynamicK(0.25)}
 
 
 @pytest.mark.parametrize("gate", [DynamicK(0.1), DynamicK(1 / 3, true_norms=True), TopK(3)])

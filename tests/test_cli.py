@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from sadmoe import cli, moe_layers, texts
+from sadmoe.outputs import replaced
 from sadmoe.report import Series, plot_curves
 
 transformers = pytest.importorskip("transformers")
@@ -73,11 +74,71 @@ def test_nothing_is_overwritten_without_force(folder, text, tmp_path, capsys):
     assert (out / "config.json").read_bytes() != before
 
 
-def test_force_does_not_remove_what_is_not_ours(folder, text, tmp_path, capsys):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    assert converted(folder, text, tmp_path, "--force") == 2
+@pytest.mark.parametrize("config", [None, "{}", '{"model_type": "bert"}', "no json"])
+def test_force_does_not_remove_what_is_not_ours(folder, text, tmp_path, capsys, config):
+    out = tmp_path / "work"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    if config is not None:
+        (out / "config.json").write_text(config)
+    assert converted(folder, text, out, "--force") == 2
     assert "was not written by sadmoe" in capsys.readouterr().err
-    assert (tmp_path / "thesis.tex").exists()
+    assert (out / "thesis.tex").exists()
+
+
+def test_what_is_read_is_not_replaced(folder, text, tmp_path, capsys):
+    out = tmp_path / "moe"
+    assert converted(folder, text, out, "--tau", "0.1") == 0
+    before = sorted(out.iterdir())
+    for model, words in ((out, text), (folder, out / "config.json")):
+        assert converted(model, words, out, "--force") == 2
+        assert "which is read: write to another folder" in capsys.readouterr().err
+    assert sorted(out.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--expert-size", "7"), ("--budget", "3"), ("--tau", "0.1", "--budget", "0.3")]
+)
+def test_a_failure_leaves_what_was_there(folder, text, tmp_path, capsys, wrong):
+    out = tmp_path / "moe"
+    assert converted(folder, text, out, "--tau", "0.1") == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert converted(folder, text, out, "--force", *wrong) == 2
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def interrupted_in(folder):
+    with replaced(folder):
+        assert not folder.exists()
+        folder.mkdir()
+        (folder / "new").touch()
+        raise KeyboardInterrupt
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "old").touch()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_in(folder)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+    with replaced(folder):
+        folder.mkdir()
+        (folder / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
+
+
+def test_text_does_not_run_every_model(folder, text, tmp_path, capsys):
+    for config, takes in (
+        (transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1), "pixel_values"),
+        (
+            transformers.T5Config(d_model=8, d_ff=16, num_layers=1, num_heads=1),
+            "the input of encoder and decoder",
+        ),
+    ):
+        transformers.AutoModel.from_config(config).save_pretrained(tmp_path / takes)
+        assert converted(tmp_path / takes, text, tmp_path / "out") == 2
+        assert f"which takes {takes}, and not text alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,12 @@ import sadmoe.convert.recipe as recipe
 import torch
 from sadmoe.convert import ConvertConfig, after_surgery, convert_, restore_, surgery
 from sadmoe.cost import cost
+from sadmoe.dial import tau
 from sadmoe.ffn import FFNNotFoundError, find_ffns, moe_layers
 from sadmoe.inputs import collect_inputs
+from sadmoe.masks import record_masks
 from sadmoe.routers import RouterConfig
-from tiny_models import TINY, call
+from tiny_models import TINY, UserFFN, call
 from torch import Tensor, nn
 
 ROUTER = RouterConfig(width=8, steps=30)
@@ -428,3 +430,62 @@ def test_what_is_no_model_or_has_no_ffn_is_refused():
         convert({}, [1])
     with pytest.raises(FFNNotFoundError, match="no FFN found"):
         convert(nn.Sequential(nn.Linear(2, 2)), [torch.zeros(1, 2)])
+
+
+class Caller(nn.Module):
+    """Calls its FFN as the function says."""
+
+    def __init__(self, call: Callable):
+        super().__init__()
+        self.mlp, self.call = Named(), call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.call(self.mlp, x)
+
+
+class Named(UserFFN):
+    """An FFN whose input has another name, and that takes more than it needs."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.ReLU())
+
+    def forward(self, hidden_states: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(hidden_states) * scale
+
+
+def rows() -> Tensor:
+    return torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("goal", [{"tau": 0.0}, {"budget": 0.9}])
+def test_an_ffn_may_be_called_by_keyword(goal):
+    model = Caller(lambda mlp, x: mlp(hidden_states=x)).eval()
+    before = model(rows())
+    convert(model, [rows()], **goal)
+    with tau(model, 0.0):
+        torch.testing.assert_close(model(rows()), before, rtol=1e-4, atol=1e-5)
+    assert record(model)["mlp"].tokens == 18
+
+
+def record(model: nn.Module) -> dict:
+    with record_masks(model) as seen:
+        model(rows())
+    return seen.layers
+
+
+def test_an_ffn_that_is_called_as_no_layer_can_be_leaves_the_model_as_it_was():
+    model = Caller(lambda mlp, x: mlp(x, 2.0)).eval()
+    before = fingerprint(model)
+    with pytest.raises(NotImplementedError, match=r"does not run with MoE layers.*TypeError.*filter="):
+        convert(model, [rows()])
+    assert fingerprint(model) == before
+
+
+def test_inference_mode_around_it_changes_nothing():
+    model, batches = model_and_batches()
+    with torch.inference_mode():
+        convert(model, batches)
+    twin, _ = model_and_batches()
+    convert(twin, batches)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert not any(p.is_inference() for p in model.parameters())

@@ -106,6 +106,11 @@ class _Dictionary(UserFFN):
         return {"y": self.contract(F.relu(self.expand(x)))}
 
 
+class _Pair(UserFFN):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), None
+
+
 class _Normed(UserFFN):
     def __init__(self) -> None:
         super().__init__(nn.ReLU())
@@ -155,7 +160,8 @@ def _parametrise(ffn: UserFFN) -> None:
         (lambda: UserFFN(F.mish), "it does not compute down(act(up(x))) or its gated form: off by"),
         (_Squared, "it does not compute down(act(up(x)))"),
         (_TwoInputs, "run on a probe [1, 8, 24] it raised TypeError"),
-        (_Dictionary, "its output is a dict, not a tensor"),
+        (_Dictionary, "it returns a dict, where a MoE layer returns a tensor"),
+        (_Pair, "it returns a tuple, where a MoE layer returns a tensor"),
         (_Normed, "it raised"),
         (_Transposed, "its output is [8, 1, 24] where that of the FFN would make [1, 8, 24]"),
         (

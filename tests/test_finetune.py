@@ -72,7 +72,7 @@ def test_gates_routers_and_flags_come_back(converted):
         assert not layer.keeps_hidden
         assert layer.norms_hook is None
         assert torch.equal(layer.router.v1, old.router.v1)
-        assert layer.router.v1.requires_grad
+        assert not layer.router.v1.requires_grad
     assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
 
 
@@ -188,3 +188,21 @@ def test_wrong_settings_are_named(converted):
         sadmoe.finetune_(model, batches, config, teacher=teacher, loss=lambda m, b: 0)
     with pytest.raises(ValueError, match=r"output_loss compares .*: give it as teacher"):
         sadmoe.finetune_(model, batches, config, output_loss=lambda y, t, b: 0)
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, **batch):
+        return self.encoder(**batch)
+
+
+def test_a_model_converted_alone_is_fine_tuned_as_a_part_of_another(converted):
+    teacher, model, batches = (copy.deepcopy(one) for one in converted)
+    whole = Wrapper(model)
+    before = [p.clone() for p in whole.parameters()]
+    config = sadmoe.FinetuneConfig(steps=2, share=0.2, lr=3e-3)
+    sadmoe.finetune_(whole, batches, config, teacher=Wrapper(teacher), progress=False)
+    assert not all(torch.equal(p, q) for p, q in zip(whole.parameters(), before, strict=True))

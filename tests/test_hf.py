@@ -205,6 +205,29 @@ def test_a_loaded_model_restores_and_dequantizes_to_the_dense_one(tmp_path):
     assert third.dtype == torch.bfloat16
 
 
+def test_models_that_share_a_config_keep_their_own_account(tmp_path):
+    transformers.logging.set_verbosity_error()
+    one = TINY["bert"].model()
+    twin = type(one)(one.config)
+    config = sadmoe.ConvertConfig(expert_size=5, router=sadmoe.RouterConfig(width=4, steps=5))
+    batches = [TINY["bert"].batch()]
+    sadmoe.sparsify_(one, batches, sadmoe.SparsifyConfig(steps=1), teacher=twin, progress=False)
+    sadmoe.convert_(one, batches, config, progress=False)
+    assert one.config.hidden_act == "relu"
+    assert one.config is one.encoder.config
+    twin.save_pretrained(tmp_path)
+    saved = config_of(tmp_path)
+    assert saved["hidden_act"] == "gelu"
+    assert "quantization_config" not in saved
+
+
+def test_an_activation_that_no_config_names_is_told(caplog):
+    bloom = transformers.BloomConfig(vocab_size=50, hidden_size=24, n_layer=1, n_head=4)
+    model, ids = transformers.BloomModel(bloom), {"input_ids": torch.ones(1, 4, dtype=torch.long)}
+    sadmoe.sparsify_(model, [ids], sadmoe.SparsifyConfig(steps=1, objective="distill_hidden"), progress=False)
+    assert "the config of this BloomModel has no name for its activation" in caplog.text
+
+
 def test_sadmoe_s_own_files_hold_transformers_models_too(tmp_path):
     model = described("bert")
     save(model, tmp_path / "m.safetensors")

@@ -136,6 +136,15 @@ def test_weights_that_change_are_noticed():
     torch.testing.assert_close(logits(twin).float(), logits(model), rtol=0.1, atol=0.3)
 
 
+def test_weights_that_change_behind_torch_s_back_are_noticed():
+    model = stock("mixtral")
+    ours = on_sadmoe(model)
+    logits(ours)
+    for one in (model, ours):
+        one.model.layers[0].mlp.experts.down_proj.data.mul_(2.0)
+    torch.testing.assert_close(logits(ours), logits(model), rtol=1e-4, atol=1e-5)
+
+
 def test_inference_mode_and_bfloat16():
     model = stock("qwen3").bfloat16()
     ours = on_sadmoe(model)

@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+import sadmoe
 import torch
 from converted import converted, random_layer
 from sadmoe import cli, hf, measure_costs, measured, paths
@@ -179,6 +180,20 @@ def test_a_damaged_file_is_measured_again_only_by_force(user):
     assert user.read_text() == "{}"
     measure_costs.calibrate_costs(converted("bert"), user, force=True, **QUICK)
     assert len(measured.read(user)) == 1
+
+
+def test_a_loaded_model_is_compared_with_its_mlps_for_projections_of_attention(tmp_path):
+    model, batch = TINY["bert"].model(), TINY["bert"].batch()
+    sadmoe.replace_projections_(model, [batch], sadmoe.ProjectionConfig(steps=1, multiple=4), progress=False)
+    router = sadmoe.RouterConfig(width=4, steps=1)
+    config = sadmoe.ConvertConfig(expert_size=4, router=router, projection_router=router, tau=0.2)
+    sadmoe.convert_(model, [batch], config, progress=False)
+    sadmoe.save(model, tmp_path / "m.safetensors")
+    fresh = TINY["bert"].model()
+    sadmoe.load(fresh, tmp_path / "m.safetensors")
+    rows = compare(fresh, batch, [0.2], seconds=0.0)
+    assert {row.name for row in rows} == {*converted_layers(model), WHOLE}
+    assert len(rows) > 2 * 8, "projections are among the layers"
 
 
 def test_a_model_and_its_layers_are_compared_at_their_own_gates_and_others():

@@ -34,6 +34,22 @@ def test_the_penalty_falls_and_the_report_says_so(objective, swap):
     assert (report.zero > 0.3) == swap
 
 
+class Once(torch.utils.data.IterableDataset):
+    """Says that it can be gone through again, and cannot."""
+
+    def __init__(self):
+        self.left = iter(data() * 4)
+
+    def __iter__(self):
+        return self.left
+
+
+def test_batches_that_end_for_good_are_an_error():
+    batches = torch.utils.data.DataLoader(Once(), batch_size=None)
+    with pytest.raises(ValueError, match="gave nothing when they were gone through again"):
+        run_sparsify(two_ffns(), short(steps=50, objective="task"), batches, loss=mean_square)
+
+
 def test_an_autocast_around_the_run_sees_every_update():
     """Autocast keeps its casts of the weights: with them, and without, the run must be the same."""
     runs = []

@@ -97,6 +97,27 @@ def test_after_training_the_model_is_free_of_it(tmp_path):
     assert all(not module._forward_hooks for module in model.modules())
 
 
+class Fails(transformers.TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        raise RuntimeError("the disk is full")
+
+
+def test_a_run_that_failed_adds_nothing_to_the_loss_of_later_calls(tmp_path):
+    callback, model = SparsityCallback(alpha=1e3), model_of("bert classifier")
+    arguments = transformers.TrainingArguments(
+        tmp_path, max_steps=2, use_cpu=True, report_to=[], disable_tqdm=True
+    )
+    data = Rows(8, causal=False)
+    trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback, Fails()])
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        trainer.train()
+    batch = {"input_ids": data[0]["input_ids"][None], "labels": data[0]["labels"][None]}
+    loss = model.train()(**batch).loss
+    callback.stop()
+    assert torch.equal(model(**batch).loss, loss)
+    assert all(not module._forward_hooks for module in model.modules())
+
+
 def test_with_alpha_zero_it_changes_nothing(tmp_path):
     ours, _ = trained(tmp_path, SparsityCallback(alpha=0.0))
     plain, _ = trained(tmp_path, None)  # a ReLU model, so nothing is swapped

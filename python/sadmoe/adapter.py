@@ -39,13 +39,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, overwrite: b
     layers = describe_all(model)
     if not layers:
         raise ValueError(f"nothing to save: no FFN of this {type(model).__name__} is converted, see convert_")
-    if path.is_dir() or (path.exists() and not overwrite):
-        hint = (
-            "a directory; give a file"
-            if path.is_dir()
-            else "there already; pass overwrite=True to replace it"
-        )
-        raise FileExistsError(f"{path} is {hint}")
+    files.check_new(path, overwrite)
     if int8 := [name for name, layer in moe_layers(model).items() if layer.is_int8]:
         raise ValueError(
             f"{int8[0]} has its experts in int8, and an adapter leaves the base's weights as they are: save it before "

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sadmoe import reference
-from sadmoe.batches import device_of, evaluating, run, to_device
+from sadmoe.batches import device_of, evaluating, only_input, run, to_device
 from sadmoe.convert import restore_
 from sadmoe.dial import converted_layers
-from sadmoe.ffn import DenseFFN, dense_from_layer
+from sadmoe.ffn import DenseFFN, dense_from_layer, has_originals
 from sadmoe.gates import DynamicK, Gate
 from sadmoe.layer import DynamicKMoE
 from sadmoe.masks import record_masks
@@ -95,6 +95,7 @@ def compare(
     """Times every layer on what enters it at the model's own gates, then the whole model, at those and at every tau.
 
     Beside them dense: a copy of the model that `restore_` made dense, and for a layer its FFN by torch's linear layers.
+    A model that was loaded does not know the projections of attention that it once had: the MLPs in their place stay.
     seconds: for each variant. The model's gates come back.
     """
     layers, batch = converted_layers(model), to_device(batch, device_of(model))
@@ -126,7 +127,7 @@ def _seen(model: nn.Module, layers: dict[str, DynamicKMoE], batch: Any, gates: G
     inputs: dict[str, Tensor] = {}
 
     def keep(name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
-        inputs[name] = args[0] if args else kwargs["x"]
+        inputs[name] = only_input(args, kwargs)
 
     hooks = [
         layer.register_forward_pre_hook(partial(keep, name), with_kwargs=True)
@@ -176,7 +177,7 @@ def _compare_whole(
     seconds: float,
 ) -> Iterator[Row]:
     original = copy.deepcopy(model)
-    restore_(original)
+    restore_(original, projections=has_originals(model))
 
     def at(gates: Gates) -> None:
         _set(layers, gates)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sadmoe import files
 from sadmoe.convert import surgery
-from sadmoe.describe import describe_all, rebuild
+from sadmoe.describe import describe_all, match_activations, rebuild
 
 FORMAT = 1
 KEY = "sadmoe"
@@ -41,13 +41,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
     layers = describe_all(model)
     if not layers:
         raise ValueError(f"nothing to save: no FFN of this {type(model).__name__} is converted, see convert_")
-    if path.is_dir() or (path.exists() and not overwrite):
-        hint = (
-            "a directory; give a file"
-            if path.is_dir()
-            else "there already; pass overwrite=True to replace it"
-        )
-        raise FileExistsError(f"{path} is {hint}")
+    files.check_new(path, overwrite)
     tensors, aliases = _stored(_everything(model))
     crc = {name: _crc32(tensor) for name, tensor in tensors.items()}
     header = {"format": FORMAT, "layers": layers, "aliases": aliases, "crc32": crc}
@@ -73,6 +67,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> None:
     _rebuild_all(skeleton, header["layers"], path)
     _check_same(_everything(skeleton), tensors, path)
     with surgery(model):
+        match_activations(model, header["layers"])
         for name, description in header["layers"].items():
             rebuild(model, name, description)
         _fill(model, tensors)

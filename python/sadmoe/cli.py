@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,11 +18,13 @@ from sadmoe.evaluate import evaluate, table
 from sadmoe.int8 import quantize_experts_
 from sadmoe.model_report import report_page
 from sadmoe.options import add_common, add_text, batches_of
+from sadmoe.outputs import check_files, check_folder, replaced
 from sadmoe.report import write_page
 from sadmoe.run_demo import SECONDS, run_demo
 from sadmoe.sparsify import SparsifyConfig, sparsify_
 from sadmoe.texts import load_model, paragraphs
 
+BUDGET = 0.5  # of `sadmoe convert`
 EPILOG = """\
 examples:
   sadmoe demo                                          convert a real text encoder, see what it costs and keeps
@@ -108,8 +109,7 @@ def _add_convert(commands: Any) -> None:
     command.add_argument(
         "--budget",
         type=float,
-        default=0.5,
-        help="FLOPs of the FFNs, a share of dense, for which tau is solved (default: %(default)s)",
+        help=f"FLOPs of the FFNs, a share of dense, for which tau is solved (default, without --tau: {BUDGET})",
     )
     command.add_argument("--tau", type=float, help="the threshold itself, instead of a budget")
     command.add_argument(
@@ -171,37 +171,27 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
     add_common(command)
 
 
-def free(folder: Path, force: bool) -> None:
-    """Makes sure that `folder` may be written: absent or empty, or --force. Never removes what is no model's folder."""
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not force:
-        raise FileExistsError(f"{folder} is not empty: choose another folder, or replace it with --force")
-    if not (folder / "config.json").exists() and not (folder / "demo.json").exists():
-        raise FileExistsError(f"{folder} was not written by sadmoe, so --force does not replace it")
-    shutil.rmtree(folder)
-
-
 def _demo(arguments: argparse.Namespace) -> None:
-    free(arguments.out, arguments.force)
+    check_folder(arguments.out, arguments.force)
     print(run_demo(arguments.out, seconds=arguments.seconds))
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    free(arguments.out, arguments.force)
+    check_folder(arguments.out, arguments.force, reads=(arguments.model, arguments.text))
+    budget = BUDGET if arguments.budget is None and arguments.tau is None else arguments.budget
+    config = ConvertConfig(
+        expert_size=arguments.expert_size, budget=budget, tau=arguments.tau, seed=arguments.seed
+    )
     model, tokenizer = load_model(arguments.model)
     batches = batches_of(arguments, tokenizer)
     if arguments.sparsify is not None:
         print(sparsify_(model, batches, SparsifyConfig(seconds=arguments.sparsify, seed=arguments.seed)))
-    budget = None if arguments.tau is not None else arguments.budget
-    config = ConvertConfig(
-        expert_size=arguments.expert_size, budget=budget, tau=arguments.tau, seed=arguments.seed
-    )
     print(convert_(model, batches, config))
     if arguments.int8:
         print(quantize_experts_(model))
-    model.save_pretrained(arguments.out)  # type: ignore[operator]
-    tokenizer.save_pretrained(arguments.out)
+    with replaced(arguments.out):
+        model.save_pretrained(arguments.out)  # type: ignore[operator]
+        tokenizer.save_pretrained(arguments.out)
     print(
         f"\nsaved to {arguments.out}. Load it with\n\n    import sadmoe\n"
         f"    from transformers import {type(model).__name__}\n"
@@ -215,12 +205,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    if arguments.out.exists() and not arguments.force:
-        raise FileExistsError(f"{arguments.out} is there already: choose another, or replace it with --force")
+    page, numbers = arguments.out, arguments.out.with_suffix(".json")
+    if page == numbers:
+        raise ValueError(f"--out names the page, and {numbers} is where its numbers go: give a name in .html")
+    check_files((page, numbers), arguments.force)
     model, tokenizer = load_model(arguments.model)
     batches = batches_of(arguments, tokenizer)
     points = evaluate(model, batches, sorted(arguments.tau), progress=True)
     sentence = arguments.sentence or paragraphs(arguments.text)[0]
-    write_page(arguments.out, report_page(model, tokenizer, points, batches, sentence))
-    arguments.out.with_suffix(".json").write_text(json.dumps([asdict(point) for point in points], indent=1))
-    print(f"{table(points)}\n\n{arguments.out}, and the numbers in {arguments.out.with_suffix('.json')}")
+    write_page(page, report_page(model, tokenizer, points, batches, sentence))
+    numbers.write_text(json.dumps([asdict(point) for point in points], indent=1))
+    print(f"{table(points)}\n\n{page}, and the numbers in {numbers}")

@@ -95,6 +95,7 @@ def cards(path: Path = CONSTANTS) -> dict[str, Card]:
     return found
 
 
+@lru_cache
 def card_for(capability: tuple[int, int], path: Path = CONSTANTS) -> Card:
     """The card of that compute capability, or the one before it. Raises ValueError below the first."""
     known = sorted(cards(path).values(), key=lambda card: card.capability)

@@ -1,13 +1,14 @@
 """A converted model's layers as what JSON can write, and a dense model cut again as that says."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sadmoe.ffn import (
+    FFNSite,
     ProjectionMLP,
     bare_mlps,
     empty_mlp,
@@ -17,9 +18,12 @@ from sadmoe.ffn import (
     site_of,
     spec,
     stand_in,
+    swap_activations_,
     swap_in,
 )
+from sadmoe.ffn.activations import which_activation
 from sadmoe.ffn.linears import linear_shape
+from sadmoe.ffn.paths import lookup
 from sadmoe.gates import DynamicK, Gate, TopK
 from sadmoe.layer import DynamicKMoE
 
@@ -86,6 +90,24 @@ def rebuild(
     swap_in(model, site, layer)
     if description.get("int8"):
         layer.to_int8_()
+
+
+def match_activations(model: nn.Module, descriptions: Mapping[str, Any]) -> None:
+    """Gives a dense model the activations of the FFNs described, as `swap_activations_` does, so that `restore_` gives
+    back what was converted: before `rebuild`. Raises ValueError where a description is of another model."""
+    others: dict[str, list[FFNSite]] = {}
+    for name, description in descriptions.items():
+        ffn = description.get("ffn") if isinstance(description, Mapping) else None
+        if not isinstance(ffn, Mapping) or ffn.get("adapter") == "projection":
+            continue
+        site = site_from_spec(model, name, dict(ffn))
+        if site.parts.activation is None:
+            continue
+        found = which_activation(lookup(model.get_submodule(site.block), site.parts.activation)[2])
+        if found not in (None, site.act):
+            others.setdefault(site.act, []).append(replace(site, act=found))
+    for act, sites in others.items():
+        swap_activations_(model, sites, act)
 
 
 def _rebuild_mlp(model: nn.Module, name: str, description: Any, keep: bool) -> None:

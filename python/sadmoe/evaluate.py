@@ -1,12 +1,12 @@
 """A converted model at several tau: what it computes, how long that takes, and how far it is from itself at tau = 0."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -50,14 +50,15 @@ def evaluate(
 ) -> list[Point]:
     """Runs a converted transformers model over batches of text at every tau; its gates come back."""
     converted_layers(model)
+    errors = _errors(model, batches, taus)
     with tau(model, 0.0):
-        dense, dense_seconds = _outputs(model, batches)
+        dense_seconds = _seconds(model, batches)
     points = []
-    for value in tqdm(taus, "tau", disable=not progress):
+    for value, error in zip(tqdm(taus, "tau", disable=not progress), errors, strict=True):
         with tau(model, value):
-            outputs, seconds = (dense, dense_seconds) if value == 0 else _outputs(model, batches)
+            seconds = dense_seconds if value == 0 else _seconds(model, batches)
             report = cost(model, batches)
-        rest, error = report.rest or 0.0, ((outputs - dense).norm() / dense.norm()).item()
+        rest = report.rest or 0.0
         whole = (rest + report.executed) / (rest + report.dense)
         ffns = report.executed / report.dense
         points.append(Point(value, report.share, ffns, whole, error, seconds, dense_seconds / seconds))
@@ -69,18 +70,34 @@ def table(points: Sequence[Point]) -> str:
     return format_table(HEADER, [point.cells() for point in points])
 
 
-def _outputs(model: nn.Module, batches: Sequence[dict[str, Any]]) -> tuple[Tensor, float]:
-    """What the model says of every real token, [tokens, n], and the seconds of one pass."""
+def _errors(model: nn.Module, batches: Sequence[dict[str, Any]], taus: Sequence[float]) -> list[float]:
+    """|y - y0| / |y0| at every tau, a batch at a time: what a language model says of one batch is large enough."""
+    size, wrong = 0.0, [0.0] * len(taus)
+    with evaluating(model):
+        for batch in batches:
+            with tau(model, 0.0):
+                dense = _output(model, batch)
+            size += dense.square().sum().item()
+            for i, value in enumerate(taus):
+                with tau(model, value):
+                    wrong[i] += (_output(model, batch) - dense).square().sum().item()
+    return [math.sqrt(one / size) for one in wrong]
+
+
+def _output(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """What the model says of every real token, float32 [tokens, n], or of every text, [B, n]."""
+    output = run(model, batch)
+    y = output["logits"] if "logits" in output else output[0]
+    return (y[batch["attention_mask"].bool()] if y.dim() == 3 else y).float()
+
+
+def _seconds(model: nn.Module, batches: Sequence[dict[str, Any]]) -> float:
+    """Of one pass over the batches."""
     seconds = []
     with evaluating(model):
         for _ in range(PASSES):
-            started, found = time.perf_counter(), []
+            started = time.perf_counter()
             for batch in batches:
-                output = run(model, batch)
-                found.append(output["logits"] if "logits" in output else output[0])
+                run(model, batch)
             seconds.append(time.perf_counter() - started)
-    real = [
-        y[batch["attention_mask"].bool()] if y.dim() == 3 else y
-        for y, batch in zip(found, batches, strict=True)
-    ]
-    return torch.cat([y.float() for y in real]), median(seconds)
+    return median(seconds)

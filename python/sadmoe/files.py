@@ -13,6 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
+def check_new(path: Path, overwrite: bool) -> None:
+    """Raises FileExistsError where path is a directory, or there and not to be overwritten."""
+    if path.is_dir():
+        raise FileExistsError(f"{path} is a directory; give a file")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} is there already; pass overwrite=True to replace it")
+
+
 def write(path: Path, tensors: Mapping[str, Tensor], key: str, header: Any) -> None:
     """Replaces the file at once. tensors: on the CPU, contiguous, no two in one storage.   header: goes under `key`."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -125,19 +125,17 @@ def finetune_(
         raise ValueError("give teacher or loss, not both: the objective is one of them")
     if output_loss is not None and teacher is None:
         raise ValueError("output_loss compares with the dense model's output: give it as teacher")
-    frozen = {p for layer in layers.values() for p in layer.router.parameters() if p.requires_grad}
     started = time.perf_counter()
     with (
         all_or_nothing(model),
         mode(model, train=teacher is None),
         seeded(model, config.seed),
-        frozen_in(frozen),
     ):
         if teacher is None:
             objective = task(model, loss)
         else:
             teacher.eval()
-            sites = [site_of(layer) for layer in layers.values()]
+            sites = [site_of(layer, name) for name, layer in layers.items()]
             objective = distill_hidden(model, teacher, sites, output_loss, kept_bytes=config.kept_bytes)
         run = partial(train, model, batches, config.schedule(), objective, progress=progress)
         run = partial(run, checkpoint=checkpoint, name="finetune")
@@ -152,18 +150,6 @@ def finetune_(
     report = FinetuneReport(history, share, time.perf_counter() - started)
     logger.info("fine-tuned %d converted FFNs: %s", len(layers), report)
     return report
-
-
-@contextmanager
-def frozen_in(parameters: set[nn.Parameter]) -> Iterator[None]:
-    """Inside, the parameters ask for no gradient."""
-    for p in parameters:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in parameters:
-            p.requires_grad_(True)
 
 
 @contextmanager

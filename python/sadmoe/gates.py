@@ -32,6 +32,7 @@ class DynamicK:
     true_norms: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "tau", float(self.tau))  # JSON takes no NumPy scalars and no tensors
         if not 0.0 <= self.tau <= 1.0:
             raise ValueError(f"tau must be in [0, 1] (0: every expert, 1: the top expert), got {self.tau}")
 
@@ -47,6 +48,7 @@ class TopK:
     true_norms: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "k", int(self.k))
         if self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}")
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sadmoe import ops, paths, reference
+from sadmoe.batches import only_input
 from sadmoe.crossover import Layer
 from sadmoe.gates import DynamicK, Gate
 
@@ -23,7 +24,8 @@ NORM_FLOOR = 1e-12  # norms below it are 0: what rounding leaves of a silent exp
 class Router(nn.Module):
     """Two layers without biases that predict the output norm of every expert: |relu(x v1ᵀ) v2ᵀ|.
 
-    v1 [r, d], v2 [E, r]. Source: arXiv 2310.04361, section 3.
+    v1 [r, d], v2 [E, r], which ask for no gradient: `fit_routers_` trains them, a model's own loss never does.
+    Source: arXiv 2310.04361, section 3.
     """
 
     def __init__(
@@ -35,8 +37,8 @@ class Router(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.v1 = nn.Parameter(torch.empty(width, d, device=device, dtype=dtype))
-        self.v2 = nn.Parameter(torch.empty(experts, width, device=device, dtype=dtype))
+        v1, v2 = (torch.empty(n, m, device=device, dtype=dtype) for n, m in ((width, d), (experts, width)))
+        self.v1, self.v2 = nn.Parameter(v1, requires_grad=False), nn.Parameter(v2, requires_grad=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -230,8 +232,9 @@ class DynamicKMoE(nn.Module):
         for scale_name in SCALES.values():
             setattr(self, scale_name, None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., d] -> [..., d_out]."""
+    def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
+        """x [..., d] -> [..., d_out]; x by whatever name the FFN was called with."""
+        x = only_input(() if x is None else (x,), named)
         rows = x.reshape(-1, x.shape[-1])
         gate = self.gate
         if self.check_nan and rows.isnan().any():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sadmoe.batches import Batches, check_batches
 from sadmoe.dial import trainable_layers
 from sadmoe.ffn import DenseFFN, FFNSite, find_ffns
-from sadmoe.finetune import ExpertPenalty, FinetuneConfig, frozen_in
+from sadmoe.finetune import ExpertPenalty, FinetuneConfig
 from sadmoe.inputs import held_out_and_batches, stream_inputs
 from sadmoe.layer import DynamicKMoE
 from sadmoe.sparsify.config import Step
@@ -80,9 +80,8 @@ def finetune_layers_(
     sites = _teachers(teacher, layers)
     if config.seconds is not None:
         config = replace(config, seconds=config.seconds / len(layers))
-    routers = {p for layer in layers.values() for p in layer.router.parameters() if p.requires_grad}
     fits = []
-    with all_or_nothing(model), mode(model, train=False), seeded(model, config.seed), frozen_in(routers):
+    with all_or_nothing(model), mode(model, train=False), seeded(model, config.seed):
         for name, rows in stream_inputs(
             teacher,
             sites,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sadmoe.batches import Batch, evaluating, real_rows, run
+from sadmoe.batches import Batch, evaluating, only_input, real_rows, run
 from sadmoe.dial import converted_layers
 from sadmoe.gates import DynamicK
 from sadmoe.layer import DynamicKMoE
@@ -97,7 +97,7 @@ def record_masks(
     record = MaskRecord(model, skip_padding, tau)
 
     def hook_for(name: str) -> Any:
-        return lambda layer, args, kwargs: record.see(name, layer, args[0] if args else kwargs["x"])
+        return lambda layer, args, kwargs: record.see(name, layer, only_input(args, kwargs))
 
     hooks = [
         layer.register_forward_pre_hook(hook_for(name), with_kwargs=True)
@@ -119,8 +119,7 @@ def experts_per_token(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
     def hook_for(name: str) -> Any:
         def see(layer: DynamicKMoE, args: Any, kwargs: Any) -> None:
-            x = args[0] if args else kwargs["x"]
-            found[name] = layer.mask(x).sum(-1).cpu()
+            found[name] = layer.mask(only_input(args, kwargs)).sum(-1).cpu()
 
         return see
 

@@ -27,6 +27,7 @@ from sadmoe.demo import (
 from sadmoe.demo_rows import controls, picture, sweep, table
 from sadmoe.finetune import FinetuneConfig, finetune_
 from sadmoe.layerwise import finetune_layers_
+from sadmoe.outputs import replaced
 from sadmoe.routers import RouterConfig, fit_routers_
 from sadmoe.sparsify import SparsifyConfig, sparsify_
 from sadmoe.texts import tokenized
@@ -56,7 +57,7 @@ BUDGET = 0.408  # FLOPs of the FFNs, router included, for which the saved model'
 
 
 def run_demo(out: Path, *, seconds: float = SECONDS, progress: bool = True) -> str:
-    """Runs the demo, writes model, table and picture into `out`, and returns what to print.
+    """Runs the demo, writes model, table and picture to `out`, replacing what is there, and returns what to print.
 
     seconds: of training.   Raises ImportError where the demo's extras are not installed.
     """
@@ -71,8 +72,6 @@ def run_demo(out: Path, *, seconds: float = SECONDS, progress: bool = True) -> s
     rows += sweep(dense, model, sorted({0.0, *TAUS, solved}), tests, wanted)
     clock.lap("table")
 
-    out.mkdir(parents=True, exist_ok=True)
-    check_reload(model, tokenizer, out / "model", tests[:2])
     text = "\n\n".join(
         (
             f"MiniLM-L6, {len(train)} paragraphs to train on, {len(held_out)} held out, "
@@ -84,9 +83,12 @@ def run_demo(out: Path, *, seconds: float = SECONDS, progress: bool = True) -> s
             f'    model = AutoModel.from_pretrained("{out / "model"}")',
         )
     )
-    (out / "demo.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
-    (out / "demo.txt").write_text(text + "\n")
-    picture(rows, out / "demo.png")
+    with replaced(out):
+        out.mkdir(parents=True)
+        check_reload(model, tokenizer, out / "model", tests[:2])
+        (out / "demo.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        (out / "demo.txt").write_text(text + "\n")
+        picture(rows, out / "demo.png")
     return text
 
 

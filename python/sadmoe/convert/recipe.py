@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sadmoe.batches import Batches, check_batches, evaluating
+from sadmoe.batches import Batches, check_batches, device_of, evaluating, run, to_device
 from sadmoe.calibrate import calibrate_
 from sadmoe.convert.config import ConvertConfig
 from sadmoe.convert.report import ConversionReport, LayerReport
@@ -56,13 +56,17 @@ def convert_(
     clock = _Clock()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    with surgery(model):
+    with (
+        torch.inference_mode(False),
+        surgery(model),
+    ):  # it makes weights, which must not be those of inference alone
         with clock("find"):
             check_batches(batches)
             sites = _checked_sites(model, config)
         built = _build_all(model, sites, batches, config, clock, progress)
         for one in built:
             swap_in(model, one.site, one.layer)
+        _check_runs(model, batches)
         if config.budget is not None:
             with clock("calibrate"):
                 calibrate_(
@@ -92,6 +96,19 @@ def restore_(model: nn.Module, *, projections: bool = True) -> None:
             swap_out(model, name)
         if projections:
             put_back_projections(model)
+
+
+def _check_runs(model: nn.Module, batches: Batches) -> None:
+    """Raises NotImplementedError where the converted model does not run: an FFN was called as no MoE layer can be."""
+    batch = next(iter(batches))
+    with evaluating(model):
+        try:
+            run(model, to_device(batch, device_of(model)))
+        except Exception as error:  # whatever a foreign forward raises; the dense model ran the same batch
+            raise NotImplementedError(
+                f"this {type(model).__name__} does not run with MoE layers in the place of its FFNs: "
+                f"{type(error).__name__}: {error}; leave out those that it is about by ConvertConfig(filter=...)"
+            ) from error
 
 
 @dataclass

@@ -1,12 +1,14 @@
 """FFNs of a model: found by structure, read as values, replaced by MoE layers and put back."""
 
 from sadmoe.ffn.adapters import ADAPTERS
+from sadmoe.ffn.configs import own_configs
 from sadmoe.ffn.dense import DenseFFN, dense_from_layer, layer_from_dense
 from sadmoe.ffn.projection import (
     ProjectionMLP,
     bare_mlps,
     check_originals,
     empty_mlp,
+    has_originals,
     original_of,
     projection_mlps,
     put_back_projections,
@@ -30,9 +32,11 @@ __all__ = [
     "dense_from_layer",
     "empty_mlp",
     "find_ffns",
+    "has_originals",
     "layer_from_dense",
     "moe_layers",
     "original_of",
+    "own_configs",
     "projection_mlps",
     "put_back_projections",
     "scan_ffns",

@@ -1,6 +1,7 @@
 """Which activation a module or a function is, found by calling it."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,12 @@ from torch import Tensor, nn
 from sadmoe import reference
 from sadmoe.ffn.quiet import quiet
 
+ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {  # of each key of `reference.ACTIVATIONS`
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "silu": nn.SiLU,
+}
 _FUNCTIONS = {F.relu, F.gelu, F.silu, torch.relu}
 
 

@@ -56,6 +56,8 @@ class _Scene(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.call(self.block, self.parts, x)
+        if self.parts.at == "" and not isinstance(y, Tensor):
+            raise Unsupported(f"it returns a {type(y).__name__}, where a MoE layer returns a tensor")
         y = y[0] if isinstance(y, (tuple, list)) else y
         if not isinstance(y, Tensor):
             raise Unsupported(f"its output is a {type(y).__name__}, not a tensor")

@@ -1,23 +1,15 @@
 """The two-layer MLP in the place of a linear layer, by which a projection of attention becomes an FFN."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from sadmoe.ffn.activations import which_activation
+from sadmoe.ffn.activations import ACTIVATION_MODULES, which_activation
 from sadmoe.ffn.linears import bias_of, linear_shape
 from sadmoe.ffn.paths import lookup, put
 from sadmoe.ffn.surgery import replaced_module
 
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "gelu": nn.GELU,
-    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
-    "silu": nn.SiLU,
-}
 _KEY = "original"  # in the MLP's __dict__: deepcopy takes it along, state_dict and modules() do not see it
 
 
@@ -40,10 +32,10 @@ class ProjectionMLP(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if act not in ACTIVATIONS:
-            raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+        if act not in ACTIVATION_MODULES:
+            raise ValueError(f"act must be one of {', '.join(ACTIVATION_MODULES)}, got {act!r}")
         self.up = nn.Linear(d, width, bias, device=device, dtype=dtype)
-        self.act = ACTIVATIONS[act]()
+        self.act = ACTIVATION_MODULES[act]()
         self.down = nn.Linear(width, d_out, bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,9 +89,14 @@ def bare_mlps(model: nn.Module) -> dict[str, ProjectionMLP]:
     return {name: m for name, m in model.named_modules() if isinstance(m, ProjectionMLP)}
 
 
+def has_originals(model: nn.Module) -> bool:
+    """Whether every MLP, converted or not, knows the projection that it stands for."""
+    return not _without_original(model)
+
+
 def check_originals(model: nn.Module) -> None:
     """Raises ValueError unless every MLP, converted or not, knows the projection that it stands for."""
-    if lost := [name for name, mlp in projection_mlps(model).items() if original_of(mlp) is None]:
+    if lost := _without_original(model):
         raise ValueError(
             f"the original projections of {', '.join(lost)} were not saved with the model: load its adapter onto the "
             "dense model instead (load_adapter), or keep the MLPs with restore_(model, projections=False)"
@@ -119,6 +116,10 @@ def put_back_projections(model: nn.Module) -> None:
         if cast(Tensor, linear.weight).requires_grad != like.requires_grad:
             linear.requires_grad_(like.requires_grad)
         put(model, name, linear)
+
+
+def _without_original(model: nn.Module) -> list[str]:
+    return [name for name, mlp in projection_mlps(model).items() if original_of(mlp) is None]
 
 
 def _mlp_of(module: nn.Module) -> ProjectionMLP | None:

@@ -1,6 +1,6 @@
 """Putting a MoE layer where an FFN was, and the FFN back where the layer is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -101,7 +101,7 @@ def swap_out(model: nn.Module, name: str) -> None:
     if site.parts.at == "":
         _replace_everywhere(model, layer, removed[""])
         return
-    block = model.get_submodule(name.removesuffix(site.parts.at).removesuffix("."))
+    block = model.get_submodule(_block_name(name, site.parts))
     encoder = _encoder_around(model, block)
     put_back(block, removed)
     if encoder is not None and replaced.nested is not None and not _converted_in(encoder):
@@ -119,9 +119,17 @@ def replaced_module(layer: nn.Module) -> Any:
     return replaced.removed.get("") if isinstance(replaced, _Replaced) else None
 
 
-def site_of(layer: DynamicKMoE) -> FFNSite:
-    """The site that `swap_in` put the layer at; its `spec` is what a checkpoint needs. Else ValueError."""
-    return _replaced(layer, "the layer").site
+def site_of(layer: DynamicKMoE, name: str | None = None) -> FFNSite:
+    """The site that `swap_in` put the layer at; its `spec` is what a checkpoint needs. Else ValueError.
+
+    name: of the layer in a model that has the one converted as a part, whose paths the site then has.
+    """
+    site = _replaced(layer, "the layer" if name is None else name).site
+    return site if name is None else replace(site, block=_block_name(name, site.parts))
+
+
+def _block_name(name: str, parts: Parts) -> str:
+    return name.removesuffix(parts.at).removesuffix(".")
 
 
 def _replaced(layer: DynamicKMoE, name: str) -> _Replaced:

@@ -2,25 +2,19 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from torch import nn
 
 from sadmoe import reference
-from sadmoe.ffn.activations import activation_children
+from sadmoe.ffn.activations import ACTIVATION_MODULES, activation_children
+from sadmoe.ffn.configs import configs_in, own_configs
 from sadmoe.ffn.paths import join, lookup
 from sadmoe.ffn.sites import FFNSite
 from sadmoe.ffn.surgery import FAST_PATH, put_back
 
 logger = logging.getLogger(__name__)
 
-MODULES: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "gelu": nn.GELU,
-    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
-    "silu": nn.SiLU,
-}
 CONFIG_KEYS = (
     "hidden_act",
     "hidden_activation",
@@ -41,13 +35,14 @@ Undo = Callable[[], None]
 def swap_activations_(model: nn.Module, sites: Sequence[FFNSite], act: str = "relu") -> Undo:
     """Replaces the activation of every site by `act`, in place; call what it returns to undo it.
 
-    A transformers config follows, so that the dense model can be saved and reloaded, unless something beside
-    the sites still uses the old activation (an FFN left out, a head), which is logged: the config has one
-    name for all. act: a key of `reference.ACTIVATIONS`. Source: the ReLU swap of arXiv 2310.04361, section 3.
+    A transformers config follows, in a copy of the model's own, so that the dense model can be saved and reloaded;
+    unless something beside the sites still uses the old activation (an FFN left out, a head), as the config has one
+    name for all, or it has no name for it: both are logged. act: a key of `reference.ACTIVATIONS`. Source: the ReLU
+    swap of arXiv 2310.04361, section 3.
     Raises NotImplementedError, with nothing changed, where a forward calls its activation as a function.
     """
-    if act not in MODULES:
-        raise ValueError(f"act must be one of {', '.join(MODULES)}, got {act!r}")
+    if act not in ACTIVATION_MODULES:
+        raise ValueError(f"act must be one of {', '.join(ACTIVATION_MODULES)}, got {act!r}")
     todo = [site for site in sites if site.act != act]
     fixed = [site.name for site in todo if site.parts.activation is None]
     if fixed:
@@ -58,7 +53,7 @@ def swap_activations_(model: nn.Module, sites: Sequence[FFNSite], act: str = "re
     old = {site.act for site in todo}
     undo = [_swap(model.get_submodule(site.block), site, act) for site in todo]
     if old:
-        undo += _swap_configs(model, old, act)
+        undo += _swap_configs(model, old, act)  # in copies, which the undoing of own_configs lets go
 
     def undo_all() -> None:
         for step in reversed(undo):
@@ -70,7 +65,8 @@ def swap_activations_(model: nn.Module, sites: Sequence[FFNSite], act: str = "re
 def _swap(block: nn.Module, site: FFNSite, act: str) -> Undo:
     path, before = str(site.parts.activation), site.act
     old = lookup(block, path)[2]
-    new = MODULES[act]().train(old.training) if isinstance(old, nn.Module) else reference.ACTIVATIONS[act]
+    is_module = isinstance(old, nn.Module)
+    new = ACTIVATION_MODULES[act]().train(old.training) if is_module else reference.ACTIVATIONS[act]
     changes: dict[str, Any] = {path: new}
     if FAST_PATH in block.__dict__:
         changes[FAST_PATH] = {"relu": 1, "gelu": 2}.get(act, 0)  # what nn.TransformerEncoderLayer calls them
@@ -86,16 +82,14 @@ def _swap(block: nn.Module, site: FFNSite, act: str) -> Undo:
 
 def _swap_configs(model: nn.Module, old: set[str], act: str) -> list[Undo]:
     """Each config found in the model follows, if no module under it has one of the old activations left."""
-    names: dict[int, tuple[Any, list[str]]] = {}
-    for name, module in model.named_modules():
-        config = getattr(module, "config", None)
-        if config is not None and not isinstance(config, nn.Module):
-            names.setdefault(id(config), (config, []))[1].append(name)
-    undo: list[Undo] = []
-    for config, owners in names.values():
+    undo = [own_configs(model)]
+    found = configs_in(model)
+    named = False
+    for config, owners in found:
         changes = _config_changes(config, old, act)
         if not changes:
             continue
+        named = True
         left = [user for owner in owners for user in _users(model.get_submodule(owner), owner, old)]
         if left:
             logger.warning(
@@ -104,9 +98,14 @@ def _swap_configs(model: nn.Module, old: set[str], act: str) -> list[Undo]:
                 left[0],
             )
             continue
-        originals = {key: getattr(config, key) for key in changes}
         _set_all(config, changes)
-        undo.append(partial(_set_all, config, originals))
+    if not named and any(hasattr(config, "model_type") for config, _ in found):
+        logger.warning(
+            "the config of this %s has no name for its activation: a dense model saved now reloads with %s. Save it "
+            "converted, or swap again after loading",
+            type(model).__name__,
+            " and ".join(sorted(old)),
+        )
     return undo
 
 

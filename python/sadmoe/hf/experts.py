@@ -15,6 +15,7 @@ from sadmoe import ops
 from sadmoe.ffn.activations import which_activation
 
 NAME = "sadmoe"
+SEEN = 16  # values of a weight on the CPU, to notice what wrote to it
 _TAU, _PACKED, _ACT = "sadmoe_tau", "sadmoe_packed", "sadmoe_act"  # in the __dict__ of an experts module
 
 Packed = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -92,7 +93,8 @@ def _packed(experts: Any) -> Packed:
     """w_up, w_down, w_gate, b_up, b_gate [E, s, ...] and the down bias [E, d], contiguous, as the kernels read them.
 
     Kept for the next call, which takes the experts' memory again, as long as the weights are the same tensors and
-    nothing wrote to them in place; in training, where gradients pass through, made each time.
+    nothing wrote to them in place: what `.data` writes is seen on the CPU, where a few values are compared, but not on
+    CUDA, which would have to be waited for. In training, where gradients pass through, made each time.
     """
     names = ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
     biases = tuple(f"{name}_bias" for name in names) if experts.has_bias else ()
@@ -100,12 +102,20 @@ def _packed(experts: Any) -> Packed:
     training = torch.is_grad_enabled() and any(p.requires_grad for p in sources)
     if training or torch.compiler.is_compiling():
         return _in_layout(experts, *sources)
-    key = [(p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in sources]
+    key = [(p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version, _some_of(p)) for p in sources]
     kept = experts.__dict__.get(_PACKED)
     if kept is None or kept[0] != key:
         kept = (key, _in_layout(experts, *sources))
         experts.__dict__[_PACKED] = kept
     return kept[1]
+
+
+def _some_of(weight: Tensor) -> list[float]:
+    """Values by which a change is noticed that no version counts."""
+    if weight.device.type != "cpu":
+        return []
+    values = weight.detach().reshape(-1)
+    return values[:: max(1, len(values) // SEEN)].tolist()
 
 
 def _in_layout(

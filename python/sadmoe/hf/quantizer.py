@@ -14,8 +14,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sadmoe.checkpoint import FORMAT, CheckpointError, check_safetensors
 from sadmoe.convert import restore_
 from sadmoe.describe import describe_all as descriptions
-from sadmoe.describe import rebuild
-from sadmoe.ffn import bare_mlps, moe_layers, projection_mlps
+from sadmoe.describe import match_activations, rebuild
+from sadmoe.ffn import bare_mlps, moe_layers, own_configs, projection_mlps
 
 logger = logging.getLogger(__name__)
 CACHE_LINE = 64  # bytes, to which torch aligns what it allocates
@@ -60,7 +60,7 @@ class SadmoeQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Yes: experts and routers are plain parameters; but experts in int8 stay as they are."""
+        """Yes: experts are plain parameters; but experts in int8, and routers, which `fit_routers_` trains, stay."""
         return True
 
     @property
@@ -88,13 +88,13 @@ class SadmoeQuantizer(HfQuantizer):
         for file in kwargs.get("checkpoint_files") or ():
             check_safetensors(Path(file))
         config: Any = self.quantization_config
-        for name, description in _found_in(model, config.layers).items():
-            try:
+        layers = _found_in(model, config.layers)
+        try:
+            match_activations(model, layers)
+            for name, description in layers.items():
                 rebuild(model, name, description)
-            except ValueError as error:
-                raise CheckpointError(
-                    f"config.json does not fit this {type(model).__name__}: {error}"
-                ) from error
+        except ValueError as error:
+            raise CheckpointError(f"config.json does not fit this {type(model).__name__}: {error}") from error
         _leave_attention_alone(model)
         self._shapes = {name: tensor.shape for name, tensor in _layer_tensors(model).items()}
 
@@ -106,7 +106,7 @@ class SadmoeQuantizer(HfQuantizer):
         model.__dict__.pop("quantization_method", None)
         for module in _transformers_models(model):
             module.config.__dict__.pop("_is_quantized", None)
-        describe_all(model)
+        _describe_each(_transformers_models(model))
         return model
 
     def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -116,8 +116,18 @@ class SadmoeQuantizer(HfQuantizer):
 
 
 def describe_all(model: nn.Module) -> None:
-    """Gives each transformers model in `model` the config and the quantizer its converted layers ask for."""
-    for module in reversed(_transformers_models(model)):  # the outermost last: parts often share its config
+    """Gives each transformers model in `model` the config and the quantizer its converted layers ask for.
+
+    The config is a copy of its own: another model may hold the one it had.
+    """
+    models = _transformers_models(model)
+    if descriptions(model) or any(_says_converted(module) for module in models):
+        own_configs(model)
+        _describe_each(models)
+
+
+def _describe_each(models: list[Any]) -> None:
+    for module in reversed(models):  # the outermost last: parts often share its config
         _describe(module)
 
 
@@ -134,10 +144,14 @@ def _describe(model: Any) -> None:
         model.config.quantization_config = SadmoeConfig(layers)
         model.hf_quantizer = SadmoeQuantizer(model.config.quantization_config)
     else:
-        if isinstance(getattr(model.config, "quantization_config", None), SadmoeConfig):
+        if _says_converted(model):
             del model.config.quantization_config
         if ours:
             del model.hf_quantizer
+
+
+def _says_converted(model: Any) -> bool:
+    return isinstance(getattr(model.config, "quantization_config", None), SadmoeConfig)
 
 
 def _transformers_models(model: nn.Module) -> list[Any]:

@@ -22,7 +22,8 @@ class SparsityCallback(TrainerCallback):
     alpha, schedule, penalty, displacement, relu_swap: as in `SparsifyConfig`; the schedule follows the Trainer's steps,
     so it goes on where it was when training resumes from a checkpoint.   filter: which FFNs, as in `find_ffns`.
     Works with gradient accumulation, non-reentrant checkpointing, mixed precision and several processes. The logged
-    loss has the penalty in it, the evaluation's has not; `last` is the latest penalty, without alpha.
+    loss has the penalty in it, the evaluation's has not; `last` is the latest penalty, without alpha. After a run that
+    raised an error, `stop()` takes the callback off the model.
     Raises ValueError where the Trainer makes the loss itself (label smoothing, compute_loss_func): use `SparsityLoss`
     in a compute_loss of your own instead. Source: arXiv 2310.04361, section 3.1.
     """
@@ -47,6 +48,7 @@ class SparsityCallback(TrainerCallback):
         )
         self.filter = filter
         self.alpha = 0.0
+        self._in_step = False
         self.last: Tensor | None = None
         self._arguments: Any = None
         self._sparsity: SparsityLoss | None = None
@@ -58,7 +60,7 @@ class SparsityCallback(TrainerCallback):
             raise ValueError(
                 f"SparsityCallback needs one device a process, got {args.n_gpu} in this one: launch with torchrun"
             )
-        self._stop()  # what an earlier run that failed left
+        self.stop()  # what an earlier run that failed left
         model = kwargs["model"]
         sites = find_ffns(model, self.filter)
         if self.config.relu_swap:
@@ -71,13 +73,20 @@ class SparsityCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Sets the weight of the moment."""
+        self._in_step = True
         self.alpha = self.config.alpha_at((state.global_step + 0.5) / state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Adds nothing to what the model says outside a step, so also after a run that failed between two."""
+        self._in_step = False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leaves the model as any other."""
-        self._stop()
+        self.stop()
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Leaves the model as any other: of itself at the end of a run; call it after one that raised an error."""
+        self._in_step = False
         if self._handle is not None:
             self._handle.remove()
         if self._sparsity is not None:
@@ -87,7 +96,7 @@ class SparsityCallback(TrainerCallback):
     def _add(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """The forward hook: the output with the penalty in its loss, in training."""
         assert self._sparsity is not None
-        if not model.training or not torch.is_grad_enabled():
+        if not self._in_step or not model.training or not torch.is_grad_enabled():
             self._sparsity.forget()
             return None
         loss = output.get("loss") if isinstance(output, Mapping) else output[0]

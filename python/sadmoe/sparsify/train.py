@@ -29,15 +29,16 @@ def train(
     at: Callable[[float], None] = lambda done: None,
     *,
     checkpoint: Checkpoint | None = None,
-    name: str = "",
+    name: str = "training",
 ) -> list[Step]:
     """Minimises objective(batch, index) + alpha * penalty_of(batch or None) by the config's schedule.
 
-    at(done) is called before each update with the share of the run that is over.   name: of the run, in `checkpoint`.
+    at(done) is called before each update with the share of the run that is over.   name: of the run, for its bar, its
+    errors and `checkpoint`.
     In a process group the batches of each update are shared out; every process must be given the same ones.
     """
     processes.as_first_([*model.parameters(), *model.buffers()])
-    update = _Update(model, config, objective, penalty_of, _endless(batches, config.seed))
+    update = _Update(name, model, config, objective, penalty_of, _endless(batches, config.seed))
     saver = None
     if checkpoint is not None:
         saver = Saver(checkpoint, name, model, update.optimizer, {"config": asdict(config)}, penalty_of)
@@ -46,7 +47,7 @@ def train(
     with tqdm(
         total=config.steps or math.ceil(config.seconds or 0),
         unit="step" if config.steps else "s",
-        desc="sparsify",
+        desc=name,
         disable=not progress,
     ) as bar:
 
@@ -70,6 +71,7 @@ class _Update:
 
     def __init__(
         self,
+        name: str,
         model: nn.Module,
         config: SparsifyConfig,
         objective: Objective,
@@ -82,7 +84,8 @@ class _Update:
                 f"accumulate must be a multiple of the {self.world} processes that share the batches of an update, got "
                 f"{config.accumulate}"
             )
-        self.config, self.objective, self.penalty_of, self.stream = config, objective, penalty_of, stream
+        self.name, self.config, self.stream = name, config, stream
+        self.objective, self.penalty_of = objective, penalty_of
         self.device = device_of(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         decayed = [p for p in self.parameters if p.dim() > 1]
@@ -115,7 +118,10 @@ class _Update:
                 totals += self._backward(to_device(batch, self.device), index, alpha)
         processes.sum_([totals])
         value, penalty = totals.tolist()
-        _check_finite(value, penalty, number)
+        if not (math.isfinite(value) and math.isfinite(penalty)):
+            raise FloatingPointError(
+                f"{self.name} diverged at update {number}: objective {value}, penalty {penalty}; lower lr or alpha"
+            )
         self._sum_gradients()
         torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
         self.optimizer.step()
@@ -152,12 +158,13 @@ def _endless(batches: Batches, seed: int) -> Iterator[tuple[int | None, Batch]]:
     while True:
         if isinstance(batches, Sequence):
             yield from ((i, batches[i]) for i in torch.randperm(len(batches), generator=generator).tolist())
-        else:
-            yield from ((None, batch) for batch in batches)
-
-
-def _check_finite(value: float, penalty: float, step: int) -> None:
-    if not (math.isfinite(value) and math.isfinite(penalty)):
-        raise FloatingPointError(
-            f"sparsify_ diverged at update {step}: objective {value}, penalty {penalty}; lower lr or alpha"
-        )
+            continue
+        gave = False
+        for batch in batches:
+            gave = True
+            yield None, batch
+        if not gave:
+            raise ValueError(
+                "batches gave nothing when they were gone through again: pass a list, or a DataLoader whose dataset "
+                "starts anew each time"
+            )

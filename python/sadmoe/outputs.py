@@ -1,0 +1,54 @@
+"""Folders and files that a command writes: what is there already is replaced only when asked, and lost never."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_folder(folder: Path, force: bool, reads: Sequence[Path] = ()) -> None:
+    """Raises an error unless `folder` may be written: absent or empty, or with `force` what sadmoe wrote, and nothing
+    of what the command `reads` is in it. Changes nothing."""
+    if inside := [path for path in reads if path.resolve().is_relative_to(folder.resolve())]:
+        raise ValueError(f"{folder} holds {inside[0]}, which is read: write to another folder")
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, and a folder is to be written: choose another name")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not force:
+        raise FileExistsError(f"{folder} is not empty: choose another folder, or replace it with --force")
+    if not _is_ours(folder):
+        raise FileExistsError(f"{folder} was not written by sadmoe, so --force does not replace it")
+
+
+def check_files(paths: Sequence[Path], force: bool) -> None:
+    """Raises FileExistsError where one of them is there, unless `force`."""
+    if there := [path for path in paths if path.exists() and not force]:
+        raise FileExistsError(f"{there[0]} is there already: choose another, or replace it with --force")
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[None]:
+    """Inside, `folder` is absent and may be written. Whatever is raised, it is as it was; else what was there goes."""
+    former = folder.with_name(f".{folder.name}.{os.getpid()}.former")
+    if folder.exists():
+        folder.rename(former)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        if former.exists():
+            former.rename(folder)
+        raise
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether it holds a converted model, or what the demo wrote."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        return config["quantization_config"]["quant_method"] == "sadmoe"
+    except (OSError, ValueError, KeyError, TypeError):
+        return (folder / "demo.json").exists()
