@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -50,6 +51,12 @@ class CMakeBuild(build_ext):
         if not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")))):
             sys.exit(
                 "sadmoe: no C++ compiler was found. Install g++ (Debian: apt-get install g++) or set CXX."
+            )
+        headers = Path(sysconfig.get_path("include"))
+        if not (headers / "Python.h").exists():
+            sys.exit(
+                f"sadmoe: Python's headers were not found in {headers}. Install them (Debian: apt-get install "
+                "python3-dev)."
             )
         inplace = self.editable_mode or self.inplace
         out = ROOT / "python/sadmoe" if inplace else Path(self.build_lib).resolve() / "sadmoe"

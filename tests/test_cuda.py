@@ -228,6 +228,14 @@ def test_tf32_is_as_good_as_torch_on_rounded_operands(native, T):
 
 
 @pytest.mark.parametrize("T", [9, 80])
+def test_any_byte_but_0_of_a_mask_is_true(backend, T):
+    x, _, *weights = experts_problem(T, 16, 7, 8)
+    mask = torch.randint(256, (T, 7), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    y = backend.sparse_experts(x, mask.view(torch.bool), *weights)
+    assert torch.equal(y, backend.sparse_experts(x, mask != 0, *weights))
+
+
+@pytest.mark.parametrize("T", [9, 80])
 def test_a_token_that_no_expert_or_every_expert_reaches(backend, T):
     """NaN scores choose none, zero scores all; also where the mask is never written."""
     x, _, *weights = experts_problem(T, 24, 5, 8)
@@ -246,7 +254,10 @@ def test_a_token_that_no_expert_or_every_expert_reaches(backend, T):
             (torch.randn(6, 12), torch.ones(6, 2, dtype=torch.bool)),
             r"mask must be \[T, E\] = \[6, 3\], got \[6, 2\]",
         ),
-        ((torch.randn(12), torch.ones(6, 3, dtype=torch.bool)), r"x must be \[T, d\], got \[12\]"),
+        (
+            (torch.randn(12), torch.ones(6, 3, dtype=torch.bool)),
+            r"x must be \[T, d\] with d >= 1, got \[12\]",
+        ),
     ],
 )
 def test_a_wrong_argument_is_named(backend, args, message):

@@ -81,13 +81,15 @@ def test_the_op_is_as_good_as_torch(isa, name, dtype):
 
 @pytest.mark.parametrize(("d", "s"), [(5000, 2), (4, 1000)])
 @pytest.mark.parametrize("size", [1e-35, 1e-3, 1.0, 1e30])
-def test_sums_of_integers_never_overflow(isa, size, d, s):
-    x = torch.full((2, d), size)
+@pytest.mark.parametrize("weight", [127, -128])
+def test_sums_of_integers_never_overflow(isa, size, d, s, weight):
+    x = torch.full((2, d), size if weight > 0 else -size)
     x[0, 1:] = 0
-    w_up, w_down = torch.full((1, s, d), 127, dtype=torch.int8), torch.full((1, s, 3), -127, dtype=torch.int8)
-    one = torch.full((1, s), 1 / 127)
+    w_up = torch.full((1, s, d), weight, dtype=torch.int8)
+    w_down = torch.full((1, s, 3), -abs(weight), dtype=torch.int8)
+    one = torch.full((1, s), 1 / abs(weight))
     y = ops.sparse_experts_int8(x, torch.ones(2, 1, dtype=torch.bool), w_up, w_down, one, one)
-    wanted = -s * x.double().sum(1, keepdim=True).expand(2, 3)
+    wanted = -s * x.double().abs().sum(1, keepdim=True).expand(2, 3)
     torch.testing.assert_close(y.double(), wanted, rtol=2e-4, atol=1e-29)
 
 
@@ -101,6 +103,10 @@ def test_a_token_that_is_not_finite_stays_so_alone(isa):
         assert not y[7].isfinite().any()
         assert torch.equal(y[:7], wanted[:7])
         assert torch.equal(y[8:], wanted[8:])
+    one, ones = torch.ones(1, 1), torch.ones(1, 40, dtype=torch.int8)
+    x[7, 3] = float("inf")
+    y = ops.sparse_experts_int8(x[7:8], mask[:1, :1], 64 * ones[None], ones[None], one, one)
+    assert not y.isfinite().any(), "also where an activation could hide it"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

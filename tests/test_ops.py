@@ -33,6 +33,15 @@ def isa(request):
     ops.use_cpu_isa("auto")
 
 
+@pytest.mark.parametrize("E", [1, 7, 70])
+def test_any_byte_but_0_of_a_mask_is_true(isa, E):
+    x, _, *weights = experts_problem(40, 16, E, 4)
+    bytes_ = torch.randint(256, (40, E), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    bytes_[::2] = torch.where(bytes_[::2] < 128, 0, 128)
+    y = ops.sparse_experts(x, bytes_.view(torch.bool), *weights)
+    assert torch.equal(y, ops.sparse_experts(x, bytes_ != 0, *weights))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_experts_are_as_good_as_torch(isa, name, dtype):
@@ -298,7 +307,7 @@ def _replaced(i, value):
 @pytest.mark.parametrize(
     ("args", "act", "message"),
     [
-        (_replaced(0, torch.randn(12)), "relu", r"x must be \[T, d\], got \[12\]"),
+        (_replaced(0, torch.randn(12)), "relu", r"x must be \[T, d\] with d >= 1, got \[12\]"),
         (_replaced(0, torch.randn(6, 11)), "relu", r"w_up must be \[E, s, d = 11\], got \[3, 4, 12\]"),
         (
             _replaced(1, torch.ones(6, 2, dtype=torch.bool)),
@@ -340,6 +349,15 @@ def test_wrong_router_arguments_are_named():
             ops.dynamic_k_select(torch.rand(2, 2), tau)
     with pytest.raises(RuntimeError, match="scores must be float32, got Double"):
         ops.dynamic_k_select(torch.rand(2, 2).double(), 0.1)
+
+
+def test_an_input_without_columns_is_named():
+    x, mask, w_up, w_down, *rest = experts_problem(6, 12, 3, 4)
+    v1, v2 = router_problem(12, 3)
+    with pytest.raises(RuntimeError, match=r"x must be \[T, d\] with d >= 1, got \[6, 0\]"):
+        ops.sparse_experts(x[:, :0], mask, w_up[..., :0], w_down, *rest)
+    with pytest.raises(RuntimeError, match=r"x must be \[T, d\] with d >= 1, got \[6, 0\]"):
+        ops.router_scores(x[:, :0], v1[:, :0], v2)
 
 
 def test_an_unknown_instruction_set_lists_what_runs():

@@ -1,5 +1,5 @@
-// bench_cpu: every stage of the CPU kernels, and the layer made of them, for each instruction set of this processor. One thread,
-// no torch. Options of Google Benchmark, as --benchmark_filter=project/avx512.
+// bench_cpu: the stages of the CPU kernels in floats, and the layer made of them, for each instruction set of this processor. One
+// thread, no torch. Options of Google Benchmark, as --benchmark_filter=project/avx512.
 #include <benchmark/benchmark.h>
 
 #include "cpu/isa.h"
@@ -55,8 +55,8 @@ void accumulate(benchmark::State& state, const cpu::Kernels& kernels, DType dtyp
   const char* weights = static_cast<const char*>(w.view().data);
   for (auto _ : state) {
     for (int64_t c = 0; c < kWidth; c += kernels.strip)
-      kernels.accumulate[int(dtype)]({n, kNeurons, std::min(kernels.strip, kWidth - c), kNeurons, kWidth, floats(h), rows.data(),
-                                      weights + c * test::format(dtype).bytes, y.data() + c});
+      kernels.accumulate[int(dtype)]({n, kNeurons, std::min(kernels.strip, kWidth - c), kNeurons, kWidth, kWidth, floats(h),
+                                      rows.data(), weights + c * test::format(dtype).bytes, y.data() + c});
     benchmark::ClobberMemory();
   }
   count(state, 2.0 * n * kNeurons * kWidth, 1.0 * kNeurons * kWidth * test::format(dtype).bytes);

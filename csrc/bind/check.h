@@ -28,25 +28,26 @@ void check(bool holds, const char* op, const Parts&... parts) {
   throw std::runtime_error(text.str());
 }
 
-inline std::string shape_of(const Tensor& t) {
-  std::ostringstream text;
-  text << "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
-  text << "]";
-  return text.str();
-}
+// Prints as [2, 3]; only where a check fails is there text to make.
+struct ShapeOf {
+  const Tensor& tensor;
+
+  friend std::ostream& operator<<(std::ostream& to, ShapeOf shape) {
+    to << "[";
+    for (int64_t i = 0; i < shape.tensor.dim(); ++i) to << (i ? ", " : "") << shape.tensor.size(i);
+    return to << "]";
+  }
+};
 
 inline void check_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> want,
                         const char* letters) {
   bool same = t.dim() == static_cast<int64_t>(want.size());
   int64_t i = 0;
+  for (const int64_t n : want) same = same && t.size(i++) == n;
+  if (same) return;
   std::ostringstream expected;
-  for (const int64_t n : want) {
-    expected << (i ? ", " : "") << n;
-    same = same && t.size(i) == n;
-    ++i;
-  }
-  check(same, op, name, " must be ", letters, " = [", expected.str(), "], got ", shape_of(t));
+  for (const int64_t n : want) expected << (expected.tellp() ? ", " : "") << n;
+  check(false, op, name, " must be ", letters, " = [", expected.str(), "], got ", ShapeOf{t});
 }
 
 inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
@@ -122,19 +123,19 @@ class Arguments {
 };
 
 inline RouterShape check_router(const char* op, const Tensor& x, const Tensor& v1, const Tensor& v2) {
-  check(x.dim() == 2, op, "x must be [T, d], got ", shape_of(x));
-  check(v1.dim() == 2 && v1.size(1) == x.size(1), op, "v1 must be [r, d = ", x.size(1), "], got ", shape_of(v1));
-  check(v2.dim() == 2 && v2.size(1) == v1.size(0), op, "v2 must be [E, r = ", v1.size(0), "], got ", shape_of(v2));
-  check(v2.size(0) >= 1, op, "v2 must have at least one expert, got ", shape_of(v2));
+  check(x.dim() == 2 && x.size(1) >= 1, op, "x must be [T, d] with d >= 1, got ", ShapeOf{x});
+  check(v1.dim() == 2 && v1.size(1) == x.size(1), op, "v1 must be [r, d = ", x.size(1), "], got ", ShapeOf{v1});
+  check(v2.dim() == 2 && v2.size(1) == v1.size(0), op, "v2 must be [E, r = ", v1.size(0), "], got ", ShapeOf{v2});
+  check(v2.size(0) >= 1, op, "v2 must have at least one expert, got ", ShapeOf{v2});
   return {x.size(0), x.size(1), v1.size(0), v2.size(0)};
 }
 
 inline void check_router_experts(const char* op, const Tensor& v2, int64_t E) {
-  check(v2.size(0) == E, op, "v2 must have a row for each of the E = ", E, " experts of w_up, got ", shape_of(v2));
+  check(v2.size(0) == E, op, "v2 must have a row for each of the E = ", E, " experts of w_up, got ", ShapeOf{v2});
 }
 
 inline void check_scores(const char* op, const Tensor& scores) {
-  check(scores.dim() == 2 && scores.size(1) >= 1, op, "scores must be [T, E] with E >= 1, got ", shape_of(scores));
+  check(scores.dim() == 2 && scores.size(1) >= 1, op, "scores must be [T, E] with E >= 1, got ", ShapeOf{scores});
   check(scores.scalar_type() == ScalarType::Float, op, "scores must be float32, got ",
         torch::headeronly::toString(scores.scalar_type()));
 }
@@ -147,12 +148,12 @@ inline float check_tau(const char* op, double tau) {
 inline ExpertsShape check_experts(const char* op, const Tensor& x, const Tensor& w_up, const Tensor& w_down,
                                   const MaybeTensor& b_up, const MaybeTensor& w_gate, const MaybeTensor& b_gate,
                                   const MaybeTensor& b_out) {
-  check(x.dim() == 2, op, "x must be [T, d], got ", shape_of(x));
-  check(w_up.dim() == 3 && w_up.size(2) == x.size(1), op, "w_up must be [E, s, d = ", x.size(1), "], got ", shape_of(w_up));
+  check(x.dim() == 2 && x.size(1) >= 1, op, "x must be [T, d] with d >= 1, got ", ShapeOf{x});
+  check(w_up.dim() == 3 && w_up.size(2) == x.size(1), op, "w_up must be [E, s, d = ", x.size(1), "], got ", ShapeOf{w_up});
   const int64_t E = w_up.size(0), s = w_up.size(1), d = x.size(1);
-  check(E >= 1 && s >= 1, op, "w_up must have at least one expert of one neuron, got ", shape_of(w_up));
+  check(E >= 1 && s >= 1, op, "w_up must have at least one expert of one neuron, got ", ShapeOf{w_up});
   check(w_down.dim() == 3 && w_down.size(0) == E && w_down.size(1) == s, op, "w_down must be [E = ", E, ", s = ", s,
-        ", d_out], got ", shape_of(w_down));
+        ", d_out], got ", ShapeOf{w_down});
   if (b_up) check_shape(op, "b_up", *b_up, {E, s}, "[E, s]");
   if (w_gate) check_shape(op, "w_gate", *w_gate, {E, s, d}, "[E, s, d]");
   check(w_gate || !b_gate, op, "b_gate needs w_gate");

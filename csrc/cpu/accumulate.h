@@ -2,6 +2,7 @@
 #pragma once
 #include "cpu/kernels.h"
 #include "cpu/unroll.h"
+#include "cpu/widen.h"
 
 namespace sadmoe::cpu {
 
@@ -11,10 +12,10 @@ template <class Vec, class W, int Rows, int Vecs>
 void accumulate_tile(const Accumulate& p, int64_t i0, int64_t c0, int64_t part = 0) {
   const auto load = [&](auto* from) { return part ? Vec::load_part(from, part) : Vec::load(from); };
   float* y[Rows];
-  for (int i = 0; i < Rows; ++i) y[i] = p.y + (p.rows ? p.rows[i0 + i] : i0 + i) * p.ld + c0;
+  for (int i = 0; i < Rows; ++i) y[i] = p.y + (p.rows ? p.rows[i0 + i] : i0 + i) * p.ld_y + c0;
   const auto each = [](auto body) { unroll<Rows>([&](auto i) { unroll<Vecs>([&](auto v) { body(i, v); }); }); };
   for (int64_t i = i0 + Rows; i < p.n && i < i0 + 2 * Rows; ++i) {  // rows come in no order that hardware foresees
-    const float* next = p.y + (p.rows ? p.rows[i] : i) * p.ld + c0;
+    const float* next = p.y + (p.rows ? p.rows[i] : i) * p.ld_y + c0;
     for (int v = 0; v < Vecs; ++v) __builtin_prefetch(next + v * Vec::width, 1);
   }
   Vec sums[Rows][Vecs];
@@ -23,8 +24,8 @@ void accumulate_tile(const Accumulate& p, int64_t i0, int64_t c0, int64_t part =
   const W* w = static_cast<const W*>(p.w) + c0;
   const int64_t turn = i0 / Rows;  // the first tiles fetch a vector each of these columns of what comes next
   const W* ahead = p.next && turn < Vecs ? static_cast<const W*>(p.next) + c0 + turn * Vec::width : nullptr;
-  for (int64_t j = 0; j < p.m; ++j, w += p.ld) {
-    if (ahead) __builtin_prefetch(ahead + j * p.ld);
+  for (int64_t j = 0; j < p.m; ++j, w += p.ld_w) {
+    if (ahead) __builtin_prefetch(ahead + j * p.ld_w);
     Vec ws[Vecs];
     unroll<Vecs>([&](auto v) { ws[v.value] = load(w + v.value * Vec::width); });
     unroll<Rows>([&](auto i) {
@@ -57,20 +58,51 @@ void accumulate_all(const Accumulate& p) {
   if (c < p.columns) accumulate_rows<Vec, W, kRows, 1>(p, 0, c, p.columns - c);
 }
 
-// Few rows wait for the weights, which memory gives fastest in order: a few neurons at a time, over all columns. Sums are the
-// same, for they pass through y.
+// A few neurons at a time, over all columns. Sums are the same, for they pass through y.
+template <class W, class Body>
+void in_turns(const Accumulate& p, int64_t neurons, const Body& body) {
+  for (int64_t j = 0; j < p.m; j += neurons) {
+    Accumulate part = p;
+    part.m = p.m - j < neurons ? p.m - j : neurons;
+    part.h = static_cast<const float*>(p.h) + j;
+    part.w = static_cast<const W*>(p.w) + j * p.ld_w;
+    part.next = p.next ? static_cast<const W*>(p.next) + j * p.ld_w : nullptr;
+    body(part);
+  }
+}
+
+// The weights side by side, widened, in the place of p.w; those that come next are fetched meanwhile.
+template <class Vec, class W>
+void copy_weights(Accumulate& p, float* copy) {
+  for (int64_t j = 0; j < p.m; ++j) {
+    widen<Vec, W>(static_cast<const W*>(p.w) + j * p.ld_w, copy + j * p.columns, p.columns);
+    if (!p.next) continue;
+    constexpr int64_t kLine = 64 / sizeof(W);
+    for (int64_t c = 0; c < p.columns; c += kLine) __builtin_prefetch(static_cast<const W*>(p.next) + j * p.ld_w + c);
+  }
+  p.w = copy, p.ld_w = p.columns, p.next = nullptr;
+}
+
+// Few rows wait for the weights, which memory gives fastest in order. Many read them again and again: from a copy, widened
+// once, without the distance from neuron to neuron, which a power of two would leave with a few sets of the near cache.
 template <class Vec, class W>
 void accumulate(const Accumulate& p) {
-  constexpr int64_t kFewRows = 4, kNeurons = 8;
-  if (p.n > kFewRows) return accumulate_all<Vec, W>(p);
-  for (int64_t j = 0; j < p.m; j += kNeurons) {
-    Accumulate part = p;
-    part.m = p.m - j < kNeurons ? p.m - j : kNeurons;
-    part.next = nullptr;
-    part.h = static_cast<const float*>(p.h) + j;
-    part.w = static_cast<const W*>(p.w) + j * p.ld;
-    accumulate_all<Vec, W>(part);
+  constexpr int64_t kFewRows = 4, kManyRows = 8, kNeurons = 8;
+  if (p.n <= kFewRows)
+    return in_turns<W>(p, kNeurons, [](Accumulate& part) {
+      part.next = nullptr;
+      accumulate_all<Vec, W>(part);
+    });
+  if constexpr (Vec::copied > 0) {
+    if (p.n >= kManyRows && p.columns * kNeurons <= Vec::copied) {
+      alignas(64) float copy[Vec::copied];
+      return in_turns<W>(p, Vec::copied / p.columns, [&](Accumulate& part) {
+        copy_weights<Vec, W>(part, copy);
+        accumulate_all<Vec, float>(part);
+      });
+    }
   }
+  accumulate_all<Vec, W>(p);
 }
 
 // The same of integers: Rows tokens x Groups of Ints::width columns, two neurons at once, whose products are summed exactly.
@@ -85,8 +117,8 @@ void accumulate_int_tile(const Accumulate& p, int64_t i0, int64_t c0, int64_t pa
   const int8_t* w = static_cast<const int8_t*>(p.w) + c0;
   const int8_t* ahead = p.next && i0 == 0 ? static_cast<const int8_t*>(p.next) + c0 : nullptr;
   for (int64_t j = 0; j < p.m; j += 2) {
-    const int8_t *even = w + j * p.ld, *odd = j + 1 < p.m ? even + p.ld : even;  // past the last neuron h is zero
-    if (ahead) __builtin_prefetch(ahead + j * p.ld), __builtin_prefetch(ahead + (j + 1) * p.ld);
+    const int8_t *even = w + j * p.ld_w, *odd = j + 1 < p.m ? even + p.ld_w : even;  // past the last neuron h is zero
+    if (ahead) __builtin_prefetch(ahead + j * p.ld_w), __builtin_prefetch(ahead + (j + 1) * p.ld_w);
     Ints ws[Groups][2];
     unroll<Groups>([&](auto g) {
       constexpr int64_t at = g.value * Ints::width;
@@ -104,7 +136,7 @@ void accumulate_int_tile(const Accumulate& p, int64_t i0, int64_t c0, int64_t pa
   }
   each([&](int i, int g) {
     const Vec step = Vec::set(p.steps[i0 + i]);
-    float* y = p.y + (p.rows ? p.rows[i0 + i] : i0 + i) * p.ld + c0 + g * Ints::width;
+    float* y = p.y + (p.rows ? p.rows[i0 + i] : i0 + i) * p.ld_y + c0 + g * Ints::width;
     Vec columns[2];
     Ints::to_floats(sums[i][g], columns);
     for (int half = 0; half < 2; ++half, y += Vec::width) {

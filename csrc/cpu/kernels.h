@@ -8,7 +8,7 @@
 namespace sadmoe::cpu {
 
 // q[i, k] = x[i, k] / steps[i], rounded to 16 bits, for the least steps[i] that leaves a sum of its products with weights of 8
-// bits in 32 bits. A row that is not finite has a step that is not.
+// bits in 32 bits. A row that is not finite has a step of NaN, and zeros.
 //   x [n, d] float32   q [n, .] leading dimension ld, zero from d on   d up to 2^17
 struct Quantize {
   int64_t n, d, ld;
@@ -41,9 +41,9 @@ struct Activate {
 
 // y[rows[i], c] += sum over j ascending of h[i, j] w[j, c]   for i < n, c < columns. Rows are distinct.
 //   h [n, m] float32, leading dimension ld_h; with int8 weights quantized, ld_h even, and the sum over j is added as one
-//   w [m, .] of the kernel's weight dtype and y float32, leading dimension ld
+//   w [m, .] of the kernel's weight dtype, leading dimension ld_w   y float32, leading dimension ld_y
 struct Accumulate {
-  int64_t n, m, columns, ld_h, ld;
+  int64_t n, m, columns, ld_h, ld_w, ld_y;
   const void* h;
   const int32_t* rows;
   const void* w;

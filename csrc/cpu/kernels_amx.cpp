@@ -1,5 +1,4 @@
 // AMX-BF16, over AVX-512: Intel since Sapphire Rapids. Only bf16 differs from AVX-512.
-#include "cpu/table.h"
 #include "cpu/tiles_avx512.h"
 
 namespace sadmoe::cpu {
@@ -51,7 +50,7 @@ struct TileUnit {
 }  // namespace
 
 const Kernels& kernels_amx() {
-  static constexpr Kernels kTable = table<Vec, Ints>("amx", &kTilesOf<TileUnit>);
+  static const Kernels kTable = with_tiles(kernels_avx512vnni(), "amx", &kTilesOf<TileUnit>);
   return kTable;
 }
 

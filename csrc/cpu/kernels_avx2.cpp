@@ -10,8 +10,9 @@ struct Vec {
   using Entry = float;
   using Sum = Vec;
   static constexpr int width = 8, sums = 8;
-  static constexpr int project_rows = 2, project_columns = 4;     // 8 sums, 6 loads a step
+  static constexpr int project_rows = 3, project_columns = 4;     // 12 sums, 3 rows, 1 weight: all 16 registers
   static constexpr int accumulate_rows = 4, accumulate_vecs = 3;  // 12 sums, 3 weights, 1 activation: all 16 registers
+  static constexpr int copied = 8192;
 
   __m256 v;
 
@@ -79,6 +80,7 @@ struct Vec {
   friend Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
   friend Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  friend void hold(Vec& a) { asm("" : "+x"(a.v)); }
   friend Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
   friend Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
   friend Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }

@@ -1,7 +1,6 @@
 // AVX512-BF16, over AVX-512: AMD since Zen 4, Intel since Cooper Lake. Only bf16 differs from AVX-512.
 #include <cstring>
 
-#include "cpu/table.h"
 #include "cpu/tiles_avx512.h"
 
 namespace sadmoe::cpu {
@@ -56,7 +55,7 @@ struct DotUnit {
 }  // namespace
 
 const Kernels& kernels_avx512bf16() {
-  static constexpr Kernels kTable = table<Vec, Ints>("avx512bf16", &kTilesOf<DotUnit>);
+  static const Kernels kTable = with_tiles(kernels_avx512vnni(), "avx512bf16", &kTilesOf<DotUnit>);
   return kTable;
 }
 

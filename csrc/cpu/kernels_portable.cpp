@@ -52,6 +52,7 @@ struct Vec {
   static constexpr int width = 4, sums = 4;
   static constexpr int project_rows = 2, project_columns = 2;
   static constexpr int accumulate_rows = 2, accumulate_vecs = 4;  // 8 sums, 4 weights, 1 activation: 13 of 16 registers
+  static constexpr int copied = 8192;
 
   Floats v;
 
@@ -99,6 +100,7 @@ struct Vec {
   friend Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
   friend Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+  friend void hold(Vec&) {}
   friend Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
   friend Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
   friend Vec abs(Vec a) { return {bit_cast<Floats>(bit_cast<Words>(a.v) & 0x7fffffff)}; }

@@ -51,9 +51,7 @@ class Block {
         k_(kernels()),
         T_(end - begin),
         x_(at(experts.x, begin * s_.d), T_ * s_.d),
-        y_out_(static_cast<char*>(experts.y) + begin * s_.d_out * size_of(experts.x.dtype)),
-        y_scratch_(experts.x.dtype == DType::f32 ? 0 : T_ * s_.d_out),
-        y_(experts.x.dtype == DType::f32 ? reinterpret_cast<float*>(y_out_) : y_scratch_.get()),
+        y_(static_cast<char*>(experts.y) + begin * s_.d_out * size_of(experts.x.dtype)),
         int8_(experts.w_up.dtype == DType::i8) {
     plan_.build(mask, T_, s_.E);
     h_ = Floats(plan_.pairs() * s_.s);
@@ -76,32 +74,29 @@ class Block {
     }
   }
 
-  // The columns [begin, end) of y: every expert in ascending order.
+  // The columns [begin, end) of y: every expert in ascending order, a strip of columns at a time. Its sums stand side by side:
+  // in y, rows a power of two apart would have a few sets of the near caches to share.
   void down(int64_t begin, int64_t end, const AsFloat& b_out) {
-    for (int64_t t = 0; t < T_; ++t) {
-      float* row = y_ + t * s_.d_out;
-      if (b_out.get())
-        std::copy(b_out.from(begin), b_out.from(end), row + begin);
-      else
-        std::fill(row + begin, row + end, 0.0f);
-    }
-    // Of y, which near caches hold for all experts.
     const int64_t strip = T_ <= kFewTokens ? end - begin : int8_ ? k_.int_strip : k_.strip;
+    const Floats sums(T_ * strip);
     for (int64_t c = begin; c < end; c += strip) {
       const int64_t columns = std::min(strip, end - c);
+      for (int64_t t = 0; t < T_; ++t) {
+        float* row = sums.get() + t * strip;
+        b_out.get() ? std::copy_n(b_out.from(c), columns, row) : std::fill_n(row, columns, 0.0f);
+      }
       const auto weights = [&](int64_t e) { return at(p_.w_down, e * s_.s * s_.d_out + c).data; };
       for (size_t a = 0; a < plan_.active.size(); ++a) {
         const int64_t e = plan_.active[a];
         const void* next = a + 1 < plan_.active.size() ? weights(plan_.active[a + 1]) : nullptr;
         const int64_t first = plan_.offsets[e], ld = int8_ ? int_h_.ld() : s_.s;
         const void* h = int8_ ? static_cast<const void*>(int_h_.row(first)) : h_.get() + first * s_.s;
-        k_.accumulate[int(p_.w_down.dtype)]({plan_.count(e), s_.s, columns, ld, s_.d_out, h, plan_.rows_of(e), weights(e), y_ + c,
-                                             next, int8_ ? int_h_.steps() + first : nullptr});
+        k_.accumulate[int(p_.w_down.dtype)]({plan_.count(e), s_.s, columns, ld, s_.d_out, strip, h, plan_.rows_of(e), weights(e),
+                                             sums.get(), next, int8_ ? int_h_.steps() + first : nullptr});
       }
+      for (int64_t t = 0; t < T_; ++t)
+        k_.narrow[int(p_.x.dtype)](sums.get() + t * strip, y_ + (t * s_.d_out + c) * size_of(p_.x.dtype), columns);
     }
-    if (p_.x.dtype == DType::f32) return;
-    for (int64_t t = 0; t < T_; ++t)
-      k_.narrow[int(p_.x.dtype)](y_ + t * s_.d_out + begin, y_out_ + (t * s_.d_out + begin) * size_of(p_.x.dtype), end - begin);
   }
 
  private:
@@ -127,9 +122,7 @@ class Block {
   const Kernels& k_;
   int64_t T_;
   AsFloat x_;
-  char* y_out_;
-  Floats y_scratch_;
-  float* y_;
+  char* y_;
   bool int8_;
   Plan plan_;
   Floats h_{0}, gate_{0};
@@ -157,10 +150,12 @@ void route_scores(const float* hidden, const Router& router, const RouterShape& 
                   float* scores) {
   const Kernels& k = kernels();
   const AsFloat v2(at(router.v2, begin * s.r), (end - begin) * s.r);
-  for (int64_t e = begin; e < end; ++e)
-    for (int64_t i = 0; i < s.r; ++i) turned[i * s.E + e] = v2.get()[(e - begin) * s.r + i];
+  constexpr int64_t kLine = 16;  // experts, whose entries are written while their lines are at hand
+  for (int64_t e0 = begin; e0 < end; e0 += kLine)
+    for (int64_t i = 0; i < s.r; ++i)
+      for (int64_t e = e0; e < std::min(e0 + kLine, end); ++e) turned[i * s.E + e] = v2.get()[(e - begin) * s.r + i];
   for (int64_t t = 0; t < s.T; ++t) std::fill(scores + t * s.E + begin, scores + t * s.E + end, 0.0f);
-  k.accumulate[int(DType::f32)]({s.T, s.r, end - begin, s.r, s.E, hidden, nullptr, turned + begin, scores + begin});
+  k.accumulate[int(DType::f32)]({s.T, s.r, end - begin, s.r, s.E, s.E, hidden, nullptr, turned + begin, scores + begin});
   k.activate({s.T, end - begin, s.E, scores + begin, nullptr, nullptr, nullptr, Activation::abs});
 }
 
@@ -211,7 +206,9 @@ class Runner {
     const int64_t unit = block.neurons_together();
     threads.parallel_for(block.active_neurons() / unit, (16 + unit - 1) / unit,
                          [&](int64_t n0, int64_t n1) { block.up(n0 * unit, n1 * unit); });
-    threads.parallel_for(p_.shape.d_out, 64, [&](int64_t c0, int64_t c1) { block.down(c0, c1, b_out_); });
+    const int64_t d_out = p_.shape.d_out;
+    threads.parallel_for((d_out + 15) / 16, 4,  // whole vectors for each thread
+                         [&](int64_t c0, int64_t c1) { block.down(16 * c0, std::min(16 * c1, d_out), b_out_); });
   }
 
  private:

@@ -5,6 +5,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/unroll.h"
+#include "cpu/widen.h"
 
 namespace sadmoe::cpu {
 
@@ -30,7 +31,8 @@ void project_tile(const Project& p, int64_t i0, int64_t j0) {
     Vec xs[Rows];
     unroll<Rows>([&](auto i) { xs[i.value] = load(x[i.value] + k); });
     unroll<Columns>([&](auto j) {
-      const Vec wj = load(w[j.value] + k);
+      Vec wj = load(w[j.value] + k);
+      if constexpr (std::is_same_v<W, float>) hold(wj);
       unroll<Rows>([&](auto i) {
         Sum& sum = sums[i.value * Columns + j.value];
         sum = fma(xs[i.value], wj, sum);
@@ -59,22 +61,52 @@ void project_tile(const Project& p, int64_t i0, int64_t j0) {
   }
 }
 
-// The neurons j0 .. j1 of rows i0 .. n, in tiles of Rows rows, the rest in smaller ones: of 4 after 6, then half.
+// The neurons j0 .. j1 of rows i0 .. n, in tiles of Rows rows, the rest in smaller ones: of 4 after 6, then half, rounded up.
 template <class Vec, class W, int Rows>
 void project_rows(const Project& p, int64_t i0, int64_t j0, int64_t j1) {
   constexpr int kColumns = Vec::project_columns;
-  for (; i0 + Rows <= p.n; i0 += Rows)
+  const auto pairs_are_left = [&] { return Rows == 3 && p.n - i0 == 4; };  // a row alone takes as long as two
+  for (; i0 + Rows <= p.n && !pairs_are_left(); i0 += Rows)
     for (int64_t j = j0; j < j1; j += kColumns) project_tile<Vec, W, Rows, kColumns>(p, i0, j);
   if constexpr (Rows > 1)
-    if (i0 < p.n) project_rows<Vec, W, (Rows > 4 ? 4 : Rows / 2)>(p, i0, j0, j1);
+    if (i0 < p.n) project_rows<Vec, W, (Rows > 4 ? 4 : (Rows + 1) / 2)>(p, i0, j0, j1);
+}
+
+// Calls body(part, first, end) for rows that stay in the second-level cache together, the last of them part.n, and for as many
+// neurons at once as stay in the first-level one, as entries of W, while those rows stream by.
+template <class Vec, class W, class Body>
+void in_blocks(const Project& p, const Body& body) {
+  constexpr int64_t kRows = Vec::project_rows, kColumns = Vec::project_columns;
+  constexpr int64_t kNear = 12 * 1024 / sizeof(W), kNext = 192 * 1024 / sizeof(typename Vec::Entry);
+  const auto whole = [&](int64_t entries, int64_t tile) { return entries / p.d < tile ? tile : entries / p.d / tile * tile; };
+  const int64_t rows = whole(kNext, kRows), columns = whole(kNear, kColumns);
+  Project part = p;
+  for (int64_t i = 0; i < p.n; i += rows) {
+    part.n = i + rows < p.n ? i + rows : p.n;
+    for (int64_t j = 0; j < p.m; j += columns) body(part, i, j, j + columns < p.m ? j + columns : p.m);
+  }
+}
+
+// Many rows: 16-bit weights are widened once, and not again in every tile.
+template <class Vec, class W>
+void project_widened(const Project& p) {
+  alignas(64) float copy[Vec::copied];
+  in_blocks<Vec, float>(p, [&](Project part, int64_t i, int64_t j0, int64_t j1) {
+    part.m = j1 - j0, part.w = copy, part.out = p.out + j0;
+    widen<Vec, W>(static_cast<const W*>(p.w) + j0 * p.d, copy, part.m * p.d);
+    project_rows<Vec, float, Vec::project_rows>(part, i, 0, part.m);
+  });
 }
 
 template <class Vec, class W>
 void project(const Project& p) {
-  // As many neurons at once as stay in the first-level cache while the rows stream by from the second.
-  constexpr int64_t kColumns = Vec::project_columns, kResident = 12 * 1024 / sizeof(W);
-  const int64_t columns = kResident / p.d / kColumns * kColumns, strip = columns > kColumns ? columns : kColumns;
-  for (int64_t j = 0; j < p.m; j += strip) project_rows<Vec, W, Vec::project_rows>(p, 0, j, j + strip < p.m ? j + strip : p.m);
+  constexpr int64_t kManyRows = 8;
+  if constexpr (sizeof(W) == 2)  // which integers are not: they copy nothing
+    if constexpr (Vec::copied > 0)
+      if (p.n >= kManyRows && p.d * Vec::project_columns <= Vec::copied) return project_widened<Vec, W>(p);
+  in_blocks<Vec, W>(p, [](const Project& part, int64_t i, int64_t j0, int64_t j1) {
+    project_rows<Vec, W, Vec::project_rows>(part, i, j0, j1);
+  });
 }
 
 }  // namespace sadmoe::cpu

@@ -4,10 +4,11 @@
 
 namespace sadmoe::cpu {
 
-// Sums of q w with |w| <= 127 stay in 32 bits while sum |q| <= 2^24 and the roundings, d / 2 of them.
+// Sums of q w with |w| <= 128 stay in 32 bits while sum |q| < 2^24: kSum, and what rounding adds, at most d / 2 <= 2^16.
 template <class Vec>
 void quantize(const Quantize& p) {
-  constexpr float kLargest = 32767, kSum = 1 << 24, kSmallest = 1e-30f;  // of steps: its inverse is finite
+  constexpr float kLargest = 32767, kSum = (1 << 24) - (1 << 17), kSmallest = 1e-30f;  // of steps: its inverse is finite
+  constexpr float kInfinity = __builtin_inff(), kNaN = __builtin_nanf("");
   for (int64_t i = 0; i < p.n; ++i) {
     const float* x = p.x + i * p.d;
     int16_t* q = p.q + i * p.ld;
@@ -22,6 +23,11 @@ void quantize(const Quantize& p) {
     for (int lane = 0; lane < Vec::width; ++lane) peak = largest[lane] > peak ? largest[lane] : peak, sum += sums[lane];
     float step = sum / kSum;  // NaN stays NaN
     for (const float least : {peak / kLargest, kSmallest}) step = least > step ? least : step;
+    if (!(step < kInfinity)) {
+      p.steps[i] = kNaN;
+      for (int64_t j = 0; j < p.ld; ++j) q[j] = 0;
+      continue;
+    }
     p.steps[i] = step;
     const Vec inverse = Vec::set(1 / step);
     for (k = 0; k + Vec::width <= p.d; k += Vec::width) (Vec::load(x + k) * inverse).round_to(q + k);

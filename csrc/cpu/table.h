@@ -8,7 +8,9 @@
 //   scale2(v, n)              v 2^n for whole n
 //   round_to(int16_t*)        to nearest even
 //   reduce(v[sums])           lane i is the sum of v[i], by one fixed tree
-//   project_rows (6 or a power of two), project_columns, accumulate_rows, accumulate_vecs: register tiles
+//   project_rows (6 or at most 4), project_columns, accumulate_rows, accumulate_vecs: register tiles
+//   copied                    floats of weights that are copied for many rows to read, see accumulate.h; 0: none
+//   hold(v)                   keeps v in a register, lest its load be folded into every use
 // Ints is `width` integers of 16 bits, Ints::Sum half as many of 32, as many as floats in a Vec:
 //   load, load_part(p, n)     from int16_t and int8_t, widened
 //   load_pairs(a, b, v[2])    a[i], b[i] beside each other for i < width, in an order that to_floats ends; _part(a, b, n, v)
@@ -24,6 +26,7 @@
 #include "cpu/kernels.h"
 #include "cpu/project.h"
 #include "cpu/quantize.h"
+#include "cpu/widen.h"
 
 namespace sadmoe::cpu {
 
@@ -40,24 +43,8 @@ void select(const Select& p) {
   for (int64_t e = 0; e < p.n; ++e) p.mask[e] = (p.scores[e] < 0 ? 0 : p.scores[e]) >= threshold;
 }
 
-template <class Vec, class W>
-void widen(const void* from, float* to, int64_t n) {
-  const W* source = static_cast<const W*>(from);
-  int64_t i = 0;
-  for (; i + Vec::width <= n; i += Vec::width) Vec::load(source + i).store(to + i);
-  if (i < n) Vec::load_part(source + i, n - i).store_part(to + i, n - i);
-}
-
-template <class Vec, class W>
-void narrow(const float* from, void* to, int64_t n) {
-  W* target = static_cast<W*>(to);
-  int64_t i = 0;
-  for (; i + Vec::width <= n; i += Vec::width) Vec::load(from + i).store(target + i);
-  if (i < n) Vec::load_part(from + i, n - i).store_part(target + i, n - i);
-}
-
 template <class Vec, class Ints>
-constexpr Kernels table(const char* isa, const Tiles* tiles = nullptr) {
+constexpr Kernels table(const char* isa) {
   constexpr int64_t kColumns = Vec::accumulate_vecs * Vec::width, kIntColumns = Ints::accumulate_groups * Ints::width;
   constexpr int64_t kStrip = 72;  // of 512 tokens: 144 KiB
   return {isa,
@@ -70,7 +57,7 @@ constexpr Kernels table(const char* isa, const Tiles* tiles = nullptr) {
           select<Vec>,
           {widen<Vec, float>, widen<Vec, bf16>, widen<Vec, f16>},
           {narrow<Vec, float>, narrow<Vec, bf16>, narrow<Vec, f16>},
-          tiles};
+          nullptr};
 }
 
 }  // namespace sadmoe::cpu

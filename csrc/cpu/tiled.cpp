@@ -15,7 +15,11 @@ int64_t whole_tiles(int64_t n) { return (n + 15) / 16 * 16; }
 bf16* kept_memory(int64_t n) {
   thread_local Buffer<bf16> memory;
   thread_local int64_t size = 0;
-  if (size < n) memory = Buffer<bf16>(0), memory = Buffer<bf16>(n), size = n;
+  if (size < n) {
+    size = 0;  // should there be no memory
+    memory = Buffer<bf16>(0);
+    memory = Buffer<bf16>(n), size = n;
+  }
   return memory.get();
 }
 

@@ -138,5 +138,11 @@ void multiply_add(const bf16* left, const bf16* right, int64_t n, int64_t m, int
 template <class Unit>
 constexpr Tiles kTilesOf = {left_of_rows, left_of_floats, right_of_rows, right_of_columns, multiply<Unit>, multiply_add<Unit>};
 
+// The kernels of an instruction set that adds such a unit to `kernels`, and nothing else.
+Kernels with_tiles(Kernels kernels, const char* isa, const Tiles* tiles) {
+  kernels.isa = isa, kernels.tiles = tiles;
+  return kernels;
+}
+
 }  // namespace
 }  // namespace sadmoe::cpu

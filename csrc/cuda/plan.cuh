@@ -45,11 +45,12 @@ SADMOE_DEVICE void make_words(const Plan& p, int64_t g, WordMemory& memory) {
       if (thread_index() % 32 == 0) memory.thresholds[t] = threshold;
     }
   sync_block();
+  const auto* mask = reinterpret_cast<const uint8_t*>(p.mask);  // any byte but 0 is true
   for (int64_t e = thread_index(); e < p.E; e += kWordThreads) {
     uint32_t word = 0;
     for (int t = 0; t < n; ++t) {
       const int64_t i = (t0 + t) * p.E + e;
-      const bool chosen = p.mask ? p.mask[i] : reaches(p.scores[i], memory.thresholds[t]);
+      const bool chosen = mask ? mask[i] != 0 : reaches(p.scores[i], memory.thresholds[t]);
       word |= static_cast<uint32_t>(chosen) << t;
     }
     p.words[g * p.E + e] = word;
