@@ -18,6 +18,7 @@ from sadmoe.crossover import Layer
 from sadmoe.measured import Costs, Key
 from sadmoe.timing import processor
 
+NOT_YET = -1  # instead of a count
 WORTH = 1.1  # how many times faster dense must be where nobody asked for it
 
 _costs: dict[Key, Costs] | None = None  # None: the user's file has not been read
@@ -64,7 +65,8 @@ def sparse_until(layer: Layer, tokens: int, device: torch.device, dtype: torch.d
 class ShareHint:
     """The executed share of an earlier call on a CUDA device, brought to the host without waiting for the device.
 
-    Under graph capture it stays what it is.
+    Under graph capture nothing is counted, but what has arrived is seen: capture begins with a wait for the device, so
+    a graph is made by the share of the calls that warmed it up.
     """
 
     EVERY = 16  # calls; counting adds two small kernels to one that is counted
@@ -82,7 +84,7 @@ class ShareHint:
         """The share under this gate, None where none has arrived."""
         if gate != self._gate:
             self._gate, self._calls, self._share, self._arriving = gate, 0, None, None
-        if self._arriving is not None and not _capturing():
+        if self._arriving is not None:
             arrived = self._arriving()
             if arrived is not None:
                 self._share, self._arriving = arrived, None
@@ -108,11 +110,14 @@ def _on_its_way(mask: Tensor) -> Callable[[], float | None]:
     """What returns the share of the mask once the device has counted it, None before."""
     pairs = mask.numel()
     with torch.cuda.device(mask.device):
-        count = torch.empty((), dtype=torch.int64, pin_memory=True)
-        count.copy_(mask.sum(), non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-    return lambda: int(count) / pairs if done.query() else None
+        count = torch.full((), NOT_YET, dtype=torch.int64, pin_memory=True)
+        count.copy_(mask.sum(), non_blocking=True)  # seen in memory: capture forbids to ask events
+
+    def arrived() -> float | None:
+        found = int(count)
+        return None if found == NOT_YET else found / pairs
+
+    return arrived
 
 
 def _table() -> dict[Key, Costs]:
