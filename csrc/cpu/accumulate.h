@@ -1,5 +1,7 @@
 // Weighted sums of neuron rows into token rows, in tiles. One template for every instruction set; no intrinsics here.
 #pragma once
+#include <type_traits>
+
 #include "cpu/kernels.h"
 #include "cpu/unroll.h"
 #include "cpu/widen.h"
@@ -105,25 +107,45 @@ void accumulate(const Accumulate& p) {
   accumulate_all<Vec, W>(p);
 }
 
+// The weights of two neurons at once, pairs of one column beside each other: as they are, or from a copy of such pairs, group
+// after group of Ints::width columns, for all neurons. Part: of a group, part columns.
+template <class Ints, bool Part>
+struct PairsInPlace {
+  const Accumulate& p;
+  int64_t part;
+
+  void load(int64_t j, int64_t c, Ints* out) const {
+    const int8_t* even = static_cast<const int8_t*>(p.w) + j * p.ld_w + c;
+    const int8_t* odd = j + 1 < p.m ? even + p.ld_w : even;  // past the last neuron h is zero
+    Part ? Ints::load_pairs_part(even, odd, part, out) : Ints::load_pairs(even, odd, out);
+  }
+};
+
+template <class Ints>
+struct CopiedPairs {
+  const int16_t* copy;
+  int64_t columns;  // a whole number of groups
+
+  void load(int64_t j, int64_t c, Ints* out) const {
+    const int16_t* from = copy + j * columns + 2 * c;
+    out[0] = Ints::load(from), out[1] = Ints::load(from + Ints::width);
+  }
+};
+
 // The same of integers: Rows tokens x Groups of Ints::width columns, two neurons at once, whose products are summed exactly.
 // Part: of one group, part columns.
-template <class Ints, class Vec, int Rows, int Groups, bool Part>
-void accumulate_int_tile(const Accumulate& p, int64_t i0, int64_t c0, int64_t part) {
+template <class Ints, class Vec, int Rows, int Groups, bool Part, class Pairs>
+void accumulate_int_tile(const Accumulate& p, const Pairs& pairs, int64_t i0, int64_t c0, int64_t part) {
   using Sum = typename Ints::Sum;
   Sum sums[Rows][Groups][2];
   const auto each = [](auto body) { unroll<Rows>([&](auto i) { unroll<Groups>([&](auto g) { body(i.value, g.value); }); }); };
   each([&](int i, int g) { sums[i][g][0] = sums[i][g][1] = Sum::zero(); });
   const int16_t* h = static_cast<const int16_t*>(p.h) + i0 * p.ld_h;
-  const int8_t* w = static_cast<const int8_t*>(p.w) + c0;
   const int8_t* ahead = p.next && i0 == 0 ? static_cast<const int8_t*>(p.next) + c0 : nullptr;
   for (int64_t j = 0; j < p.m; j += 2) {
-    const int8_t *even = w + j * p.ld_w, *odd = j + 1 < p.m ? even + p.ld_w : even;  // past the last neuron h is zero
     if (ahead) __builtin_prefetch(ahead + j * p.ld_w), __builtin_prefetch(ahead + (j + 1) * p.ld_w);
     Ints ws[Groups][2];
-    unroll<Groups>([&](auto g) {
-      constexpr int64_t at = g.value * Ints::width;
-      Part ? Ints::load_pairs_part(even + at, odd + at, part, ws[g.value]) : Ints::load_pairs(even + at, odd + at, ws[g.value]);
-    });
+    unroll<Groups>([&](auto g) { pairs.load(j, c0 + g.value * Ints::width, ws[g.value]); });
     unroll<Rows>([&](auto i) {
       const Ints pair = Ints::set_pair(h + i.value * p.ld_h + j);
       unroll<Groups>([&](auto g) {
@@ -149,21 +171,49 @@ void accumulate_int_tile(const Accumulate& p, int64_t i0, int64_t c0, int64_t pa
   });
 }
 
-template <class Ints, class Vec, int Rows, int Groups, bool Part = false>
-void accumulate_int_rows(const Accumulate& p, int64_t i0, int64_t c0, int64_t part = 0) {
-  for (; i0 + Rows <= p.n; i0 += Rows) accumulate_int_tile<Ints, Vec, Rows, Groups, Part>(p, i0, c0, part);
+template <class Ints, class Vec, int Rows, int Groups, bool Part, class Pairs>
+void accumulate_int_rows(const Accumulate& p, const Pairs& pairs, int64_t i0, int64_t c0, int64_t part) {
+  for (; i0 + Rows <= p.n; i0 += Rows) accumulate_int_tile<Ints, Vec, Rows, Groups, Part>(p, pairs, i0, c0, part);
   if constexpr (Rows > 1)
-    if (i0 < p.n) accumulate_int_rows<Ints, Vec, Rows - 1, Groups, Part>(p, i0, c0, part);
+    if (i0 < p.n) accumulate_int_rows<Ints, Vec, Rows - 1, Groups, Part>(p, pairs, i0, c0, part);
 }
 
-template <class Ints, class Vec>
-void accumulate_ints(const Accumulate& p) {
+// pairs_of(Part, part): the weights where groups are whole, and where the last one is not.
+template <class Ints, class Vec, class PairsOf>
+void accumulate_int_columns(const Accumulate& p, const PairsOf& pairs_of) {
   constexpr int kRows = Ints::accumulate_rows, kGroups = Ints::accumulate_groups;
+  const auto whole = pairs_of(std::false_type{}, 0);
   int64_t c = 0;
   for (; c + kGroups * Ints::width <= p.columns; c += kGroups * Ints::width)
-    accumulate_int_rows<Ints, Vec, kRows, kGroups>(p, 0, c);
-  for (; c + Ints::width <= p.columns; c += Ints::width) accumulate_int_rows<Ints, Vec, kRows, 1>(p, 0, c);
-  if (c < p.columns) accumulate_int_rows<Ints, Vec, kRows, 1, true>(p, 0, c, p.columns - c);
+    accumulate_int_rows<Ints, Vec, kRows, kGroups, false>(p, whole, 0, c, 0);
+  for (; c + Ints::width <= p.columns; c += Ints::width) accumulate_int_rows<Ints, Vec, kRows, 1, false>(p, whole, 0, c, 0);
+  if (const int64_t part = p.columns - c; part > 0)
+    accumulate_int_rows<Ints, Vec, kRows, 1, true>(p, pairs_of(std::true_type{}, part), 0, c, part);
+}
+
+// Many rows read a copy, as above: of all neurons, for their sum is added as one.
+template <class Ints, class Vec>
+void accumulate_ints(const Accumulate& p) {
+  constexpr int64_t kManyRows = 8, kWidth = Ints::width;
+  if constexpr (Ints::copied > 0) {
+    const int64_t columns = (p.columns + kWidth - 1) / kWidth * kWidth;
+    if (p.n >= kManyRows && (p.m + 1) / 2 * 2 * columns <= Ints::copied) {
+      alignas(64) int16_t copy[Ints::copied];
+      const auto fill = [&](const auto& pairs, int64_t j, int64_t c) {
+        Ints both[2];
+        pairs.load(j, c, both);
+        both[0].store(copy + j * columns + 2 * c), both[1].store(copy + j * columns + 2 * c + kWidth);
+      };
+      for (int64_t j = 0; j < p.m; j += 2) {
+        int64_t c = 0;
+        for (; c + kWidth <= p.columns; c += kWidth) fill(PairsInPlace<Ints, false>{p, 0}, j, c);
+        if (c < p.columns) fill(PairsInPlace<Ints, true>{p, p.columns - c}, j, c);
+      }
+      return accumulate_int_columns<Ints, Vec>(p, [&](auto, int64_t) { return CopiedPairs<Ints>{copy, columns}; });
+    }
+  }
+  accumulate_int_columns<Ints, Vec>(
+      p, [&](auto part, int64_t columns) { return PairsInPlace<Ints, decltype(part)::value>{p, columns}; });
 }
 
 }  // namespace sadmoe::cpu

@@ -99,6 +99,7 @@ struct Ints {
   static constexpr int width = 16, sums = 8;
   static constexpr int project_rows = 2, project_columns = 4;
   static constexpr int accumulate_rows = 4, accumulate_groups = 1;  // 8 sums, 2 weights, 1 pair of activations, 1 product
+  static constexpr int copied = 8192;
 
   __m256i v;
 
@@ -118,6 +119,7 @@ struct Ints {
   static Ints zero() { return {_mm256_setzero_si256()}; }
   static Ints load(const int16_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
   static Ints load(const int8_t* p) { return {_mm256_cvtepi8_epi16(bytes(p))}; }
+  void store(int16_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
   template <class I>
   static Ints load_part(const I* p, int64_t n) {
     return load(Part<I>(p, n).full);

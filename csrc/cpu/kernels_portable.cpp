@@ -122,6 +122,7 @@ struct Ints {
   static constexpr int width = 8, sums = 4;
   static constexpr int project_rows = 2, project_columns = 2;
   static constexpr int accumulate_rows = 2, accumulate_groups = 2;  // 8 sums, 4 weights, 1 pair of activations
+  static constexpr int copied = 8192;
 
   Shorts v;
 
@@ -136,6 +137,7 @@ struct Ints {
     std::memcpy(&out.v, p, sizeof out.v);
     return out;
   }
+  void store(int16_t* p) const { std::memcpy(p, &v, sizeof v); }
   static Ints load(const int8_t* p) {
     Bytes bytes;
     std::memcpy(&bytes, p, sizeof bytes);

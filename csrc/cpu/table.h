@@ -17,7 +17,7 @@
 //   set_pair(p)               p[0], p[1] everywhere
 //   fma(a, b, sum)            sum + the products of each two neighbours
 //   reduce(sum[sums])         a Vec whose lane i is the sum of sum[i]
-//   project_rows, project_columns, accumulate_rows, accumulate_groups (of width columns)
+//   project_rows, project_columns, accumulate_rows, accumulate_groups (of width columns), copied (entries of 16 bits)
 // For both, Entry is what a row in memory is made of, Sum what products are summed in, and sums how many lanes that has.
 #pragma once
 #include "cpu/accumulate.h"
