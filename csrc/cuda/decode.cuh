@@ -11,7 +11,7 @@
 namespace sadmoe::cuda {
 
 // Of shared memory that every device gives a block without being asked; what is left holds a few words more.
-constexpr int kStageBytes = 46 << 10, kMostStages = 12;
+constexpr int kStageBytes = 46 << 10, kMostStages = 16;
 constexpr int kInFlight = 8;  // copies of a thread on their way before the first is used
 
 // Every kernel here begins so: the launch of the next is under way while this one works.
@@ -161,9 +161,10 @@ template <class Tile, int kTokens>
 struct DecodeDownBlock {
   using Element = typename Tile::Element;
   static constexpr int kDepth = Tile::kDepth;
+  static constexpr bool kDense = sizeof(Element) == 2;  // rows of 64 bytes, that more stages fit
   struct Stages {
-    Stage<Element, kTokens, kDepth, Tile::kRowPad> h;
-    Stage<Element, kDepth, kDownColumns, Tile::kDepthPad> w;
+    Stage<Element, kTokens, kDepth, kDense ? 0 : Tile::kRowPad> h;
+    Stage<Element, kDepth, kDownColumns, kDense ? 0 : Tile::kDepthPad> w;
     int32_t words[2];  // of the expert: which tokens chose it
   };
   static constexpr int kStages = stages_in<Stages>(kStageBytes, kMostStages);

@@ -40,14 +40,20 @@ SADMOE_DEVICE void store(void* to, DType dtype, int64_t i, float v) {
   }
 }
 
-// A stage of an operand in shared memory. kPad keeps the accesses of a warp in different banks, and rows on 16 bytes.
+// A stage of an operand in shared memory. kPad keeps the accesses of a warp in different banks, and rows on 16 bytes; rows of
+// 64 bytes need none: of row r, the 16 bytes c are at place c ^ r / 2 % 4, and only offsets find an element.
 template <class T, int kRowsOf, int kColumnsOf, int kPad>
 struct Stage {
   static constexpr int rows = kRowsOf, columns = kColumnsOf;
   alignas(16) T at[kRowsOf][kColumnsOf + kPad];
 
-  // Bytes to an element, and what lies so many bytes on: threads find the former once.
-  SADMOE_DEVICE static int offset(int r, int c) { return (r * (kColumnsOf + kPad) + c) * static_cast<int>(sizeof(T)); }
+  // Bytes to an element, and what lies so many bytes on: threads find the former once. Offsets to multiples of 8 rows add up.
+  SADMOE_DEVICE static int offset(int r, int c) {
+    constexpr int kBytes = sizeof(T);
+    static_assert(kPad || kColumnsOf * kBytes == 64, "rows in different banks");
+    const int place = kPad ? c * kBytes : (c * kBytes) ^ (r / 2 % 4 * 16);
+    return r * (kColumnsOf + kPad) * kBytes + place;
+  }
   SADMOE_DEVICE T* from(int offset) { return reinterpret_cast<T*>(reinterpret_cast<char*>(at) + offset); }
   SADMOE_DEVICE const T* from(int offset) const { return reinterpret_cast<const T*>(reinterpret_cast<const char*>(at) + offset); }
 };
@@ -107,7 +113,7 @@ class Source {
     for (int i = thread_index(); i < Stage::rows * Stage::columns; i += kThreads) {
       const int r = i / Stage::columns, c = i % Stage::columns;
       const bool there = r < rows && c < columns;
-      from_float(there ? cuda::load<From>(matrix_.data, begin_(r) + on + c) : 0.0f, to.at[r][c]);
+      from_float(there ? cuda::load<From>(matrix_.data, begin_(r) + on + c) : 0.0f, *to.from(Stage::offset(r, c)));
     }
   }
 

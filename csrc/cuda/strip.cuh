@@ -80,7 +80,7 @@ struct Strip<Mma<T>, kTokens> : TensorStrip<kTokens> {
     for (int half = 0; half < 2; ++half) SADMOE_UNROLL
     for (int m = 0; m < kTokens / 16; ++m) {
       unsigned as[4];
-      load_matrices(as, a.from(a.offset(lane() % 16, lane() / 16 * 8) + a.offset(m * 16, k + half * 16)));
+      load_matrices(as, a.from(a.offset(lane() % 16, k + half * 16 + lane() / 16 * 8) + a.offset(m * 16, 0)));
       multiply_16x8x16(sums + m * 4, as, bs[half * 2], bs[half * 2 + 1], T{});
     }
   }
