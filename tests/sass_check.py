@@ -50,6 +50,7 @@ NEVER = {
 }
 COPY, MATRICES = r"LDGSTS\.E\.BYPASS\.128", r"LDSM\.16\.M88\.4"
 TRANSPOSED = r"LDSM\.16\.MT88\.4"
+BY_4_BYTES = r"\A(?![\s\S]*STG\.E\.U16)"  # h is written, never by single halves
 
 
 MMA = {
@@ -124,12 +125,11 @@ def _budgets() -> dict[str, Budget]:
     for tile, must in MMA.items():
         turned = (TRANSPOSED,) if tile.startswith("Mma") else ()
         experts = tile != "Tf32<2>"  # that one is the router's
+        hidden = (COPY, BY_4_BYTES, *must)
         for gated in ("false", "true") if experts else ("false",):
-            budgets[f"up<{tile}, {gated}>"] = Budget(168 if gated == "true" else 128, (COPY, *must))
+            budgets[f"up<{tile}, {gated}>"] = Budget(168 if gated == "true" else 128, hidden)
             for tokens in (16, 64):
-                budgets[f"decode_up<{tile}, {gated}, {tokens}>"] = Budget(
-                    96 if tokens == 16 else 128, (COPY, *must)
-                )
+                budgets[f"decode_up<{tile}, {gated}, {tokens}>"] = Budget(96 if tokens == 16 else 128, hidden)
         if experts:
             budgets[f"down<{tile}>"] = Budget(128, (COPY, "VOTE", *must, *turned))
             for tokens in (16, 64):
@@ -155,6 +155,7 @@ HOPPER_BUDGETS = {
             _TOGETHER,
             r"UTMALDG\.3D",
             COPY,
+            BY_4_BYTES,
             r"USETMAXREG\.DEALLOC",
             r"USETMAXREG\.TRY_ALLOC",
             r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT",

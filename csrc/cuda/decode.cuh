@@ -147,7 +147,7 @@ decode_up(DecodeUp p) {
 
 // y[t] = b_out + sum over the experts e that t chose, ascending, of h[i T + t] w_down[e], e the i-th active
 struct DecodeDown {
-  Matrix h, w_down;                                // [active T, s]   [E s, d_out]
+  Matrix h, w_down;                                // [active T, s], wide, zeros beyond s   [E s, d_out]
   View b_out;                                      // [d_out]
   const int32_t *active, *low_words, *high_words;  // of the plan; the words of those experts
   int64_t T, s, d_out;

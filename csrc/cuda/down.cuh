@@ -8,7 +8,7 @@ namespace sadmoe::cuda {
 
 // y[t] = b_out + sum over the pairs p of t, experts ascending, of h[p] w_down[e]
 struct Down {
-  Matrix h, w_down;  // [pairs, s]   [E s, d_out]
+  Matrix h, w_down;  // [pairs, s], wide, zeros beyond s   [E s, d_out]
   View b_out;        // [d_out]
   const int32_t* starts;
   const uint32_t* words;

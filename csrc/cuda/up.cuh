@@ -35,7 +35,7 @@ SADMOE_DEVICE float activate(Activation act, float v) {
   }
 }
 
-// body(an activation that is known when compiling)
+// body(the activation), compiled for each.
 template <class Body>
 SADMOE_DEVICE void with_activation(Activation act, Body body) {
   switch (act) {
@@ -84,7 +84,7 @@ SADMOE_DEVICE void write_hidden(const P& p, int64_t neuron, int64_t valid, int f
   });
 }
 
-// body(Type<To>) of h: what the tile multiplies, or float32, in which the router continues.
+// body(To{}) of the type of h: what the tile multiplies, or float32, in which the router continues.
 template <class Element, bool kGated, class Body>
 SADMOE_DEVICE void with_hidden_type(DType dtype, Body body) {
   if constexpr (!kGated && sizeof(Element) == 2)
