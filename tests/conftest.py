@@ -22,6 +22,8 @@ def backend(request):
     yield backend
     if request.param == "emulator":
         _as_found(cuda_backends.emulator())
+    else:
+        backend.use_hopper(True)
 
 
 @pytest.fixture

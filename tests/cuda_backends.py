@@ -55,6 +55,17 @@ class Backend:
         if self.device == "cpu":
             emulator().sadmoe_schedule(*schedule)
 
+    def use_hopper(self, use):
+        """The kernels of sm_90a where a device has them and they fit, or those of sm_80 everywhere."""
+        if self.device == "cpu":
+            set_options(emulator(), hopper=use)
+        else:
+            torch.ops.sadmoe._use_hopper(use)
+
+    def products(self):
+        """How many products of warpgroups there were; None on a device, which does not say."""
+        return emulator().sadmoe_products() if self.device == "cpu" else None
+
 
 def set_options(native, hidden_bytes=256 << 20, decode_tokens=64, tf32=False, hopper=False):
     """csrc/cuda/launch.h has them. Tests ask for hopper: else the kernels of sm_80 would run in none with 16 bits."""

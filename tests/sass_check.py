@@ -1,4 +1,4 @@
-"""Holds compiled CUDA kernels to a budget, without a GPU: registers, no local memory, instructions meant.
+"""Holds compiled CUDA kernels to a budget, without a GPU: registers, no local memory, instructions meant, few a step.
 
     pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
     python tests/sass_check.py build/_ops.so
@@ -19,11 +19,20 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
+class Step:
+    """Most instructions of a warp in a step of a pipeline that does some work: patterns, and how often at least."""
+
+    most: int
+    work: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
 class Budget:
     """Most registers a thread (65536 a multiprocessor), and patterns that the code must have."""
 
     registers: int
     must: tuple[str, ...] = ()
+    steps: tuple[Step, ...] = ()
 
 
 @dataclass
@@ -41,6 +50,7 @@ NEVER = {
 }
 COPY, MATRICES = r"LDGSTS\.E\.BYPASS\.128", r"LDSM\.16\.M88\.4"
 TRANSPOSED = r"LDSM\.16\.MT88\.4"
+BY_4_BYTES = r"\A(?![\s\S]*STG\.E\.U16)"  # h is written, never by single halves
 
 
 MMA = {
@@ -50,6 +60,58 @@ MMA = {
     "Tf32<1>": (r"HMMA\.1688\.F32\.TF32", MATRICES),
     "Tf32<2>": (r"HMMA\.1688\.F32\.TF32", MATRICES),
 }
+
+
+# A twelfth above what nvcc 13.0 makes for any architecture: of a step, and of one that also begins and ends an expert.
+STEPS: dict[str, tuple[int, ...]] = {
+    "up<Fma, false>": (95,),
+    "up<Fma, true>": (140,),
+    "up<Mma, false>": (85,),
+    "up<Mma, true>": (130,),
+    "up<Tf32<1>, false>": (120,),
+    "up<Tf32<1>, true>": (205,),
+    "up<Tf32<2>, false>": (200,),
+    "down<Fma>": (120, 170),
+    "down<Mma>": (100, 165),
+    "down<Tf32<1>>": (155, 215),
+    "decode_up<Fma, false, 16>": (85,),
+    "decode_up<Fma, false, 64>": (105,),
+    "decode_up<Fma, true, 16>": (120,),
+    "decode_up<Fma, true, 64>": (165,),
+    "decode_up<Mma, false, 16>": (80,),
+    "decode_up<Mma, false, 64>": (85,),
+    "decode_up<Mma, true, 16>": (110,),
+    "decode_up<Mma, true, 64>": (115,),
+    "decode_up<Tf32<1>, false, 16>": (130,),
+    "decode_up<Tf32<1>, false, 64>": (160,),
+    "decode_up<Tf32<1>, true, 16>": (210,),
+    "decode_up<Tf32<1>, true, 64>": (270,),
+    "decode_up<Tf32<2>, false, 16>": (255,),
+    "decode_up<Tf32<2>, false, 64>": (410,),
+    "decode_down<Fma, 16>": (85, 125),
+    "decode_down<Fma, 64>": (110, 190),
+    "decode_down<Mma, 16>": (75, 110),
+    "decode_down<Mma, 64>": (90, 160),
+    "decode_down<Tf32<1>, 16>": (105, 140),
+    "decode_down<Tf32<1>, 64>": (170, 240),
+}
+
+
+def _steps(name: str) -> tuple[Step, ...]:
+    """A step has all copies of a thread, and the products of at least 16 rows: of Fma, a loop's first."""
+    few, matrices = name.endswith(" 16>"), 2 if "true" in name else 1
+    products = "FFMA" if "Fma" in name else "HMMA"
+    # Copies, products, and shuffles at the end of an expert.
+    copies, times, shuffles = {
+        "up": (2 + 2 * matrices, 4 * matrices, 0),
+        "down": (4, 4, 3),
+        "decode_up": (2 + (2 if few else 1) * matrices, (4 if few else 8) * matrices, 0),
+        "decode_down": (2 if few else 3, 2 if few else 8, 2),
+    }[name.split("<")[0]]
+    work = ((COPY, copies), (products, times if products == "HMMA" else 1))
+    ended = (*work, ("SHFL", shuffles), ("FADD", 4))
+    most = STEPS[re.sub(r"Mma<\w+>", "Mma", name)]
+    return tuple(Step(m, w) for m, w in zip(most, (work, ended), strict=False))
 
 
 def _budgets() -> dict[str, Budget]:
@@ -63,17 +125,18 @@ def _budgets() -> dict[str, Budget]:
     for tile, must in MMA.items():
         turned = (TRANSPOSED,) if tile.startswith("Mma") else ()
         experts = tile != "Tf32<2>"  # that one is the router's
+        hidden = (COPY, BY_4_BYTES, *must)
         for gated in ("false", "true") if experts else ("false",):
-            wide = gated == "true"
-            budgets[f"up<{tile}, {gated}>"] = Budget(168 if wide else 128, (COPY, *must))
+            budgets[f"up<{tile}, {gated}>"] = Budget(168 if gated == "true" else 128, hidden)
             for tokens in (16, 64):
-                budgets[f"decode_up<{tile}, {gated}, {tokens}>"] = Budget(
-                    96 if tokens == 16 else 128, (COPY, *must)
-                )
+                budgets[f"decode_up<{tile}, {gated}, {tokens}>"] = Budget(96 if tokens == 16 else 128, hidden)
         if experts:
             budgets[f"down<{tile}>"] = Budget(128, (COPY, "VOTE", *must, *turned))
             for tokens in (16, 64):
                 budgets[f"decode_down<{tile}, {tokens}>"] = Budget(128, (COPY, *must, *turned))
+    for name, budget in budgets.items():
+        if "<" in name:
+            budgets[name] = replace(budget, steps=_steps(name))
     return budgets
 
 
@@ -92,6 +155,7 @@ HOPPER_BUDGETS = {
             _TOGETHER,
             r"UTMALDG\.3D",
             COPY,
+            BY_4_BYTES,
             r"USETMAXREG\.DEALLOC",
             r"USETMAXREG\.TRY_ALLOC",
             r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT",
@@ -141,6 +205,42 @@ def parse(resources: str, sass: str) -> Kernels:
     return dict(kernels)
 
 
+def _flow(code: str) -> tuple[list[str], list[list[int]]]:
+    """The instructions, and by index which may come next. Calls return; a branch to what a register says ends a way."""
+    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?\w+\s+)?([^;]+?)\s*;", code, re.MULTILINE)
+    index = {int(address, 16): i for i, (address, _, _) in enumerate(lines)}
+    after = []
+    for i, (_, condition, text) in enumerate(lines):
+        branch = re.match(r"BRA(?:\.U)?\s+(!?U?P\w+,\s*)?(0x[0-9a-f]+)$", text)
+        ends = re.match(r"EXIT|RET|BRX|JMP|BRA(\.U)?\s+(?!!?U?P)", text) and not condition
+        next_ones = [] if ends or i + 1 == len(lines) else [i + 1]
+        after.append([*next_ones, index[int(branch[2], 16)]] if branch else next_ones)
+    return [text for _, _, text in lines], after
+
+
+def step_length(code: str, work: tuple[tuple[str, int], ...], limit: int = 1000) -> int | None:
+    """Instructions of the shortest way from a block's barrier back to it that does the work; None above the limit."""
+    texts, after = _flow(code)
+    done = [tuple(bool(re.match(pattern, text)) for pattern, _ in work) for text in texts]
+    enough = tuple(times for _, times in work)
+    best = None
+    for start in (i for i, text in enumerate(texts) if text.startswith("BAR.SYNC")):
+        now, seen = {(start, (0,) * len(work))}, set()
+        for length in range(1, best or limit + 1):
+            found = set()
+            for i, counts in now:
+                counts = tuple(min(c + d, e) for c, d, e in zip(counts, done[i], enough, strict=True))
+                found.update((following, counts) for following in after[i])
+            if (start, enough) in found:
+                best = length
+                break
+            now = {state for state in found - seen if state[0] != start}
+            seen |= now
+            if not now:
+                break
+    return best
+
+
 def faults(name: str, kernel: Kernel, budgets: dict[str, Budget]) -> list[str]:
     """What is wrong with one kernel; empty when it keeps its budget."""
     if name not in budgets:
@@ -152,6 +252,10 @@ def faults(name: str, kernel: Kernel, budgets: dict[str, Budget]) -> list[str]:
         wrong.append(f"{kernel.registers} registers, budget {budget.registers}")
     if kernel.stack:
         wrong.append(f"{kernel.stack} bytes of stack")
+    for step in budget.steps:
+        length = step_length(kernel.code, step.work)
+        if length is None or length > step.most:
+            wrong.append(f"{length or 'too many'} instructions a step, budget {step.most}")
     return wrong
 
 

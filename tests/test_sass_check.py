@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from sass_check import BUDGETS, HOPPER_BUDGETS, Budget, Kernel, check, parse, short_name
+from sass_check import BUDGETS, HOPPER_BUDGETS, Budget, Kernel, Step, check, parse, short_name, step_length
 
 RESOURCES = """
 arch = sm_80
@@ -58,6 +58,40 @@ def test_products_that_wait_for_each_other_fail():
     product, wait = "HGMMA.64x32x16.F32 R24, gdesc[UR4], R24 ;\n", "WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n"
     assert re.search(must, product * 8 + wait)
     assert not re.search(must, (product + wait) * 8)
+
+
+LOOP = """
+  /*0000*/ BAR.SYNC.DEFER_BLOCKING 0x0 ;
+  /*0010*/ MOV R1, R2 ;
+  /*0020*/ @P0 BRA 0x60 ;
+  /*0030*/ LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64], P1 ;
+  /*0040*/ BRA.DIV UR4, 0xa0 ;
+  /*0050*/ CALL.REL.NOINC 0xa0 ;
+  /*0060*/ @!P2 EXIT ;
+  /*0070*/ HMMA.1688.F32.TF32 R4, R8, R6, R4 ;
+  /*0080*/ BRA.U UP0, 0x70 ;
+  /*0090*/ BRA 0x0 ;
+  /*00a0*/ BRA 0xa0 ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("work", "length"),
+    [
+        ((("HMMA", 1),), 7),
+        ((("HMMA", 1), ("LDGSTS", 1)), 10),
+        ((("HMMA", 3),), 11),
+        ((("LDGSTS", 2),), None),
+        ((("FADD", 1),), None),
+    ],
+)
+def test_a_step_is_the_shortest_way_round_that_does_the_work(work, length):
+    assert step_length(LOOP, work) == length
+    kernel, steps = Kernel(registers=1, stack=0, code=LOOP), (Step(9, work),)
+    faults = check({("sm_80", "up"): kernel}, {"up": Budget(1, steps=steps)}, {})
+    assert faults == (
+        [] if length == 7 else [f"sm_80 up: {length or 'too many'} instructions a step, budget 9"]
+    )
 
 
 def test_a_library_without_kernels_fails():

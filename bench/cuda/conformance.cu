@@ -6,8 +6,9 @@
 namespace bench {
 namespace {
 
-const char* const kRight[] = {"barrier_between_warps", "warp_operations", "blocks_apart", "copies",       "product",
-                              "product_transposed",    "product_tf32",    "bits",         "warp_in_step", "early"};
+const char* const kRight[] = {
+    "barrier_between_warps", "warp_operations", "neighbours", "blocks_apart", "copies", "copies_of_nothing", "product",
+    "product_transposed",    "product_tf32",    "bits",       "warp_in_step", "early"};
 
 bool passes(const sadmoe::cuda::Case& c) {
   using namespace sadmoe::cuda;

@@ -5,14 +5,16 @@
 namespace bench {
 namespace {
 
-// Reads n uint4, each thread many at once; never true, so the sum is needed.
-__global__ void read_all(const uint4* data, size_t n, unsigned* out) {
+// Reads n uint4 so many times over, from L2 at best, each thread many at once and another part every time; never true, so
+// the sum is needed.
+__global__ void read_all(const uint4* data, size_t n, int times, unsigned* out) {
   unsigned sum = 0;
   const size_t step = gridDim.x * size_t{512};
-  for (size_t i = blockIdx.x * size_t{512} + threadIdx.x; i < n; i += 8 * step)
+  for (int time = 0; time < times; ++time)
+    for (size_t i = (blockIdx.x + time) % gridDim.x * size_t{512} + threadIdx.x; i < n; i += 8 * step)
 #pragma unroll
-    for (int j = 0; j < 8; ++j)
-      if (i + j * step < n) sum ^= data[i + j * step].x;
+      for (int j = 0; j < 8; ++j)
+        if (i + j * step < n) sum ^= __ldcg(data + i + j * step).x;
   if (sum == 0x12345678) *out = sum;
 }
 __global__ void nothing() {}
@@ -23,16 +25,16 @@ int processors() {
   return count;
 }
 
-double read_rate(size_t bytes, int calls) {
+double read_rate(size_t bytes, int times, int calls) {
   const Buffer data(bytes), out(4);
   const int blocks = 4 * processors();
   const double time = seconds(
       [&](int, cudaStream_t stream) {
-        read_all<<<blocks, 512, 0, stream>>>(data.as<uint4>(), bytes / sizeof(uint4), out.as<unsigned>());
+        read_all<<<blocks, 512, 0, stream>>>(data.as<uint4>(), bytes / sizeof(uint4), times, out.as<unsigned>());
         must(cudaGetLastError(), "read_all");
       },
       calls);
-  return static_cast<double>(bytes) / time;
+  return static_cast<double>(bytes) * times / time;
 }
 
 double launch_gap() {
@@ -44,9 +46,11 @@ double launch_gap() {
       200);
 }
 
-// Products of one expert that all tokens take: nothing is sparse, all is at hand.
-double product_rate(sadmoe::DType dtype) {
+// Products of one expert that all tokens take: nothing is sparse, all is at hand. The model knows one rate of all kernels, so
+// its own is without those of sm_90a, which only `up` has.
+double product_rate(sadmoe::DType dtype, bool hopper = false) {
   Layer layer({8192, 2048, 2048, 1, 2048}, dtype, false, 1);
+  layer.options.hopper = hopper;
   layer.mask(1);
   return layer.flops() / seconds([&](int i, cudaStream_t stream) { layer.run(i, stream); }, 4);
 }
@@ -59,11 +63,13 @@ double decode_rate() {
   return layer.weight_bytes() / (time - 3 * launch_gap());
 }
 
-// A step of a pipeline whose loads L2 answers: two narrow layers whose depth differs, one tile. Two steps are on their way.
+// A step of the pipeline of `up` whose loads L2 answers: two narrow layers whose depth differs, one tile. Two steps are on
+// their way.
 double step_seconds() {
   double times[2];
   for (int i = 0; i < 2; ++i) {
     Layer layer({65, i ? 16384 : 8192, 64, 1, 8}, sadmoe::DType::bf16, false, 1);
+    layer.options.hopper = false;  // whose steps are others
     layer.mask(1);
     times[i] = seconds([&](int set, cudaStream_t stream) { layer.run(set, stream); });
   }
@@ -82,13 +88,13 @@ void measure_constants(const char* path) {
     std::fprintf(stderr, "bench_cuda: cannot write %s\n", path);
     std::exit(1);
   }
-  const double memory = read_rate(size_t{1} << 30, 4);
+  const double memory = read_rate(size_t{1} << 30, 1, 4);
   std::fprintf(file, "{\"name\": \"%s\", \"capability\": [%d, %d], \"processors\": %d, \"clock\": %.6g,\n", card.name, card.major,
                card.minor, card.multiProcessorCount, clock * 1e3);
   std::fprintf(file, " \"memory\": %.6g, \"streamed\": %.6g, \"l2\": %.6g, \"launch\": %.6g, \"step\": %.6g,\n", memory,
-               decode_rate() / memory, read_rate(size_t{16} << 20, 50), launch_gap(), step_seconds());
-  std::fprintf(file, " \"products_16\": %.6g, \"products_32\": %.6g}\n", product_rate(sadmoe::DType::bf16),
-               product_rate(sadmoe::DType::f32));
+               decode_rate() / memory, read_rate(size_t{16} << 20, 64, 4), launch_gap(), step_seconds());
+  std::fprintf(file, " \"products_16\": %.6g, \"products_32\": %.6g, \"products_16_hopper\": %.6g}\n",
+               product_rate(sadmoe::DType::bf16), product_rate(sadmoe::DType::f32), product_rate(sadmoe::DType::bf16, true));
   std::fclose(file);
 }
 

@@ -26,6 +26,7 @@ STABLE_TORCH_LIBRARY(sadmoe, m) {
   m.def("_cpu_isas() -> str");
   m.def("_use_cpu_isa(str isa) -> ()");
   m.def("_allow_tf32(bool allow) -> ()");
+  m.def("_use_hopper(bool use) -> ()");  // for tests
 }
 
 namespace {

@@ -11,6 +11,7 @@ namespace {
 cuda::Options options;
 
 [[maybe_unused]] void allow_tf32(bool allow) { options.tf32 = allow; }
+[[maybe_unused]] void use_hopper(bool use) { options.hopper = use; }
 
 void check_launch(int code, const char* op) { check(code == 0, op, "CUDA error ", code, ": ", cuda::error_string(code)); }
 
@@ -112,5 +113,8 @@ extern "C" __attribute__((visibility("default"))) void sadmoe_set_options(int64_
   sadmoe::options = {hidden_bytes, decode_tokens, tf32, hopper};
 }
 #else
-STABLE_TORCH_LIBRARY_IMPL(sadmoe, CompositeExplicitAutograd, m) { m.impl("_allow_tf32", TORCH_BOX(&sadmoe::allow_tf32)); }
+STABLE_TORCH_LIBRARY_IMPL(sadmoe, CompositeExplicitAutograd, m) {
+  m.impl("_allow_tf32", TORCH_BOX(&sadmoe::allow_tf32));
+  m.impl("_use_hopper", TORCH_BOX(&sadmoe::use_hopper));
+}
 #endif

@@ -65,8 +65,8 @@ int decode_experts(const Experts& experts, const Plan& plan, bool tf32, void* h,
   DecodeDown q{};
   q.h = matrix({h, dtype}, padded(s.s)), q.w_down = matrix(experts.w_down, s.d_out);
   q.b_out = experts.b_out;
-  q.active = plan.rows, q.words = plan.words;
-  q.T = plan.T, q.E = s.E, q.s = s.s, q.d_out = s.d_out;
+  q.active = plan.rows, q.low_words = plan.starts, q.high_words = plan.starts + s.E;
+  q.T = plan.T, q.s = s.s, q.d_out = s.d_out;
   q.y = experts.y, q.dtype = dtype;
   return with_experts_tile(dtype, tf32, [&](auto tile) {
     using Tile = typename decltype(tile)::type;

@@ -16,11 +16,13 @@
 #define SADMOE_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define SADMOE_DEVICE __device__ __forceinline__
 #define SADMOE_UNROLL _Pragma("unroll")
+#define SADMOE_PRAGMA(...) _Pragma(#__VA_ARGS__)
+#define SADMOE_UNROLLED(times) SADMOE_PRAGMA(unroll times)
 #define SADMOE_ROLLED _Pragma("unroll 1")
 // The block's shared memory as one struct, whose size the launch gives.
 #define SADMOE_SHARED(Type, name)                                   \
   extern __shared__ __align__(1024) unsigned char sadmoe_shared_[]; \
-  Type& name = *reinterpret_cast<Type*>(sadmoe_shared_)
+  Type& name = *static_cast<Type*>(kept_shared(sadmoe_shared_))
 
 namespace sadmoe::cuda {
 
@@ -55,6 +57,21 @@ SADMOE_DEVICE unsigned to_tf32(float v) {
   return bits;
 }
 
+// --- Neighbours in memory at once: two floats, on 8 bytes; and 4 bytes of any type, on as many.
+struct Pair {
+  float first, second;
+};
+SADMOE_DEVICE Pair load_pair(const float* from) {
+  const float2 pair = *reinterpret_cast<const float2*>(from);
+  return {pair.x, pair.y};
+}
+SADMOE_DEVICE void store_pair(Pair pair, float* to) { *reinterpret_cast<float2*>(to) = {pair.first, pair.second}; }
+SADMOE_DEVICE void store_word(const float (&v)[1], float* to) { *to = v[0]; }
+SADMOE_DEVICE void store_word(const float (&v)[2], bf16* to) {
+  *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(v[0], v[1]);
+}
+SADMOE_DEVICE void store_word(const float (&v)[2], f16* to) { *reinterpret_cast<__half2*>(to) = __floats2half2_rn(v[0], v[1]); }
+
 // --- Threads together. A shuffle orders no memory.
 SADMOE_DEVICE void sync_block() { __syncthreads(); }
 SADMOE_DEVICE void sync_warp() { __syncwarp(); }
@@ -73,6 +90,16 @@ SADMOE_DEVICE T shuffle_up(T v, int lanes) {
 }
 SADMOE_DEVICE unsigned ballot(bool v) { return __ballot_sync(~0u, v); }
 
+// The same, but in a register: compilers would rather compute it again at every use, than know that it is used a lot. None
+// sees through a shuffle.
+SADMOE_DEVICE int kept(int v) { return shuffle(v, thread_index()); }
+template <class T>
+SADMOE_DEVICE const T* kept(const T* p) {
+  return reinterpret_cast<const T*>(shuffle(reinterpret_cast<unsigned long long>(p), thread_index()));
+}
+SADMOE_DEVICE unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
+SADMOE_DEVICE void* kept_shared(void* p) { return __cvta_shared_to_generic(shuffle(shared_address(p), thread_index())); }
+
 // --- Kernels one after another. One that is launched early may begin while the one before it still runs; nothing that a
 // kernel writes may be touched until wait_kernel_before, and every thread must come to it. Below capability 9.0 none is early.
 SADMOE_DEVICE void wait_kernel_before() {
@@ -87,10 +114,9 @@ SADMOE_DEVICE void start_kernel_after() {
 #endif
 }
 
-// --- 16 bytes from global to shared memory, in the background. Only the first `bytes` are read, the rest is zero.
-SADMOE_DEVICE unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
-SADMOE_DEVICE void copy16_async(void* shared, const void* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+// --- 16 bytes from global to shared memory, in the background; zeros, and nothing is read, where they are not there.
+SADMOE_DEVICE void copy16_async(void* shared, const void* global, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global), "r"(there ? 16 : 0)
                : "memory");
 }
 SADMOE_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }

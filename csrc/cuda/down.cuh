@@ -8,7 +8,7 @@ namespace sadmoe::cuda {
 
 // y[t] = b_out + sum over the pairs p of t, experts ascending, of h[p] w_down[e]
 struct Down {
-  Matrix h, w_down;  // [pairs, s]   [E s, d_out]
+  Matrix h, w_down;  // [pairs, s], wide, zeros beyond s   [E s, d_out]
   View b_out;        // [d_out]
   const int32_t* starts;
   const uint32_t* words;
@@ -21,12 +21,13 @@ template <class Tile>
 struct DownStages {
   RowStage<Tile> h;
   DepthStage<Tile> w;
-  int16_t tokens[kTileTokens];  // of the tile, whose pairs are the rows of h
+  int32_t pairs;                // of the expert, the rows of h
+  int16_t tokens[kTileTokens];  // of the tile: those of its pairs, at its last step
 };
 
 template <class Tile>
 struct DownMemory {
-  float y[kTileTokens][kColumns];
+  float y[kTileTokens][kColumns + 8];  // that the rows of few tokens are in different banks
   DownStages<Tile> stages[kStages];
 };
 
@@ -35,32 +36,36 @@ static_assert(kTileTokens == kRows, "the pairs of an expert in a tile of tokens 
 // The experts of a tile of tokens, ascending, 32 at a glance: a lane holds the words and the first pair of one. Each warp
 // walks alone and sees the same.
 struct Walk {
-  const Down& p;
-  int64_t tile, e0 = -32;
+  const uint32_t *low_words, *high_words;
+  const int32_t* starts;
+  int E, e0 = -32;
   unsigned low, high, active = 0;  // of this lane's expert; of the 32 experts, those still to come
   int32_t start;
 
-  SADMOE_DEVICE Walk(const Down& p, int64_t tile) : p(p), tile(tile) {}
+  SADMOE_DEVICE Walk(const Down& p, int64_t tile)
+      : low_words(p.words + 2 * tile * p.E),
+        high_words(low_words + p.E),
+        starts(p.starts + tile * p.E),
+        E(static_cast<int>(p.E)) {}
 
-  SADMOE_DEVICE void look(int64_t from) {
-    const int64_t e = (e0 = from) + thread_index() % 32;
-    low = e < p.E ? p.words[2 * tile * p.E + e] : 0, high = e < p.E ? p.words[(2 * tile + 1) * p.E + e] : 0;
-    start = e < p.E ? p.starts[tile * p.E + e] : 0;
+  SADMOE_DEVICE void look(int from) {
+    const int e = (e0 = from) + thread_index() % 32;
+    low = e < E ? low_words[e] : 0, high = e < E ? high_words[e] : 0, start = e < E ? starts[e] : 0;
     active = ballot((low | high) != 0);
   }
   SADMOE_DEVICE int count() {
     int n = 0;
-    for (int64_t from = 0; from < p.E; from += 32) look(from), n += count_bits(active);
+    for (int from = 0; from < E; from += 32) look(from), n += count_bits(active);
     e0 = -32, active = 0;
     return n;
   }
 
   struct Expert {
-    int64_t e, p0;
+    int e, first;  // and its first pair in the tile
     unsigned low, high;
     SADMOE_DEVICE int pairs() const { return count_bits(low) + count_bits(high); }
   };
-  // There must be one more.
+  // There must be one.
   SADMOE_DEVICE Expert next() {
     while (!active) look(e0 + 32);
     const int i = lowest_bit(active);
@@ -81,6 +86,7 @@ template <class Tile>
 SADMOE_KERNEL(kThreads, 4)
 down(Down p) {
   using Stages = DownStages<Tile>;
+  using Element = typename Tile::Element;
   constexpr int kDepth = Tile::kDepth;
   SADMOE_SHARED(DownMemory<Tile>, memory);
   const int64_t t0 = block_x() * kTileTokens, c0 = block_y() * kColumns;
@@ -89,33 +95,38 @@ down(Down p) {
     const int64_t c = c0 + i % kColumns;
     memory.y[i / kColumns][i % kColumns] = p.b_out.data && c < p.d_out ? load(p.b_out, c) : 0;
   }
-  // One pipeline for all experts, which come twice: to be loaded, and to be added.
-  Walk loaded(p, block_x()), added(p, block_x());
-  Walk::Expert ahead{}, expert{};
-  const int steps = static_cast<int>((p.s + kDepth - 1) / kDepth);
+  const auto h = source<Element, kThreads, RowStage<Tile>>(p.h, [&](int r) { return r * p.h.ld; });
+  const auto w = source<Element, kThreads, DepthStage<Tile>>(p.w_down, [&](int r) { return r * p.w_down.ld + c0; });
+  const unsigned h_row = static_cast<unsigned>(p.h.ld / h.kWide), w_row = static_cast<unsigned>(p.w_down.ld / w.kWide);
+  const int s = static_cast<int>(p.s), steps = (s + kDepth - 1) / kDepth, columns = kept(static_cast<int>(p.d_out - c0));
+  // One pipeline for all experts.
+  Walk walk(p, block_x());
+  Walk::Expert expert{};
+  unsigned h_on = 0, w_on = 0;
+  int left = 0, pairs = 0, used = 0;
   Tile sums;
   pipeline(
-      memory.stages, loaded.count() * steps,
-      [&](Stages& stage, int step) {
-        if (step % steps == 0) ahead = loaded.next();
-        const int64_t k = int64_t{step % steps} * kDepth;
-        const int n = ahead.pairs();
-        const auto pair = [&](int r) { return r < n ? ahead.p0 + r : -1; };
-        const auto neuron = [&](int r) { return k + r < p.s ? ahead.e * p.s + k + r : -1; };
-        Tile::template load<kThreads>(stage.h, p.h, k, p.s, pair);
-        Tile::template load<kThreads>(stage.w, p.w_down, c0, p.d_out, neuron);
-        list_tokens(ahead, stage.tokens);
-      },
-      [&](const Stages& stage, int step) {
-        if (step % steps == 0) expert = added.next();
-        const int n = expert.pairs();
-        sums.multiply(stage.h, stage.w, n);
-        if (step % steps != steps - 1) return;
-        SADMOE_UNROLL
-        for (int i = 0; i < kSums; ++i) {
-          if (const int r = Tile::row(i); r < n) memory.y[stage.tokens[r]][Tile::column(i)] += sums.sums[i];
-          sums.sums[i] = 0;
+      memory.stages, walk.count() * steps,
+      [&](Stages& stage) {
+        if (left <= 0) {
+          expert = walk.next();
+          pairs = expert.pairs(), left = s;
+          h_on = expert.first * h_row, w_on = expert.e * (s * w_row);
         }
+        if (w.wide())
+          w.copy(stage.w, w_on, left, columns);
+        else
+          w.load(stage.w, (expert.e * p.s + s - left) * p.w_down.ld, left, columns);
+        h.copy(stage.h, h_on, pairs, left, pairs);
+        if (thread_index() == 0) stage.pairs = pairs;
+        if (left <= kDepth) list_tokens(expert, stage.tokens);
+        left -= kDepth, h_on += kDepth / h.kWide, w_on += kDepth * w_row;
+      },
+      [&](const Stages& stage) {
+        sums.multiply(stage.h, stage.w, stage.pairs);
+        if (++used < steps) return;
+        used = 0;
+        sums.add_to(memory.y, stage.tokens, stage.pairs);
       });
   SADMOE_ROLLED
   for (int i = thread_index(); i < kTileTokens * kColumns; i += kThreads) {

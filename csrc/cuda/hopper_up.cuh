@@ -153,8 +153,9 @@ SADMOE_DEVICE void bring(const HopperUp& p, typename Block::Memory& memory) {
       for (int i = 0; i < kCopies; ++i) {
         if (i * kEvery / Block::kBlockRows * Block::kBlockRows >= tile.n) break;
         const int32_t token = shuffle(tokens[i / 8], i % 8 * 4 + lane / 8);
-        const int r = r0 + i * kEvery, bytes = token >= 0 && column < p.up.d ? 16 : 0;
-        copy16_async(&stage.x[r][swizzled(r, c)], bytes ? x + token * p.up.x.ld + column : x, bytes);
+        const int r = r0 + i * kEvery;
+        const bool there = token >= 0 && column < p.up.d;
+        copy16_async(&stage.x[r][swizzled(r, c)], there ? x + token * p.up.x.ld + column : x, there);
       }
     }
   }
@@ -209,34 +210,56 @@ SADMOE_DEVICE void multiply(const HopperUp& p, typename Block::Memory& memory, R
   release<Block>(memory, before);
 }
 
-// h of a warp's 16 rows, from `row` of the tile on.
-template <class Block, class Walk>
-SADMOE_DEVICE void finish(const Up& p, const Walk& tile, int row, typename Block::Sums& buffer,
-                          const float (&values)[Block::kSums], const float (&gates)[Block::kSums]) {
-  const int lane = thread_index() % 32, n = tile.n - row < 16 ? tile.n - row : 16;
-  SADMOE_UNROLL
-  for (int c0 = 0; c0 < Block::kNeurons; c0 += Block::kColumns) {
-    if (tile.j0 + c0 >= p.s) break;
+// The sums of 32 columns, the kPart-th of a warp's, to shared memory.
+template <class Block, int kPart>
+SADMOE_DEVICE void put(float (&to)[16][Block::kColumns], const float (&sums)[Block::kSums]) {
+  constexpr int kCount = Block::kColumns / 2;
+  if constexpr (kPart * kCount < Block::kSums) {
     SADMOE_UNROLL
-    for (int i = 0; i < Block::kColumns / 2; ++i) {
-      const int r = lane / 4 + i % 4 / 2 * 8, c = buffer.column(r, i / 4 * 8 + lane % 4 * 2 + i % 2);
-      buffer.at[0][r][c] = values[c0 / 2 + i];
-      if constexpr (Block::kGated) buffer.at[1][r][c] = gates[c0 / 2 + i];
+    for (int i = 0; i < kCount; ++i) {
+      const int lane = thread_index() % 32, r = lane / 4 + i % 4 / 2 * 8, c = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      to[r][Block::Sums::column(r, c)] = sums[kPart * kCount + i];
     }
-    sync_warp();
-    const int64_t j = tile.j0 + c0 + lane, neuron = tile.e * p.s + j;
-    if (j < p.s) {
-      const float up_bias = p.b_up.data ? load(p.b_up, neuron) : 0;
-      const float gate_bias = Block::kGated && p.b_gate.data ? load(p.b_gate, neuron) : 0;
-      SADMOE_ROLLED
-      for (int r = 0; r < n; ++r) {
-        const int c = buffer.column(r, lane);
-        const float gate = buffer.at[Block::kMatrices - 1][r][c] + gate_bias;
-        store(p.h, p.h_dtype, (tile.p0 + row + r) * p.ld_h + j,
-              activate<Block::kGated>(p.act, buffer.at[0][r][c] + up_bias, gate));
-      }
+  }
+}
+template <class Block>
+SADMOE_DEVICE void put(int part, float (&to)[16][Block::kColumns], const float (&sums)[Block::kSums]) {
+  switch (part) {  // registers have no index at run time
+    case 0:
+      return put<Block, 0>(to, sums);
+    case 1:
+      return put<Block, 1>(to, sums);
+    case 2:
+      return put<Block, 2>(to, sums);
+    default:
+      return put<Block, 3>(to, sums);
+  }
+}
+
+// h of a warp's 16 rows of every block of its sums, from `row` of the tile on.
+template <class Block, class Walk>
+SADMOE_DEVICE void finish(const Up& p, const Walk& tile, int row, typename Block::Sums& buffer, float (&sums)[2][Block::kSums]) {
+  constexpr int kNext = Block::kConsumers * Block::kBlockRows, kColumns = Block::kColumns;
+  const int lane = thread_index() % 32;
+  SADMOE_ROLLED
+  for (; row < tile.n; row += kNext) {
+    SADMOE_ROLLED
+    for (int c0 = 0; c0 < Block::kNeurons && tile.j0 + c0 < p.ld_h; c0 += kColumns) {
+      put<Block>(c0 / kColumns, buffer.at[0], sums[0]);
+      if constexpr (Block::kGated) put<Block>(c0 / kColumns, buffer.at[1], sums[1]);
+      sync_warp();
+      with_hidden_type<typename Block::Element, Block::kGated>(p.h_dtype, [&](auto to) {
+        constexpr int kTogether = 4 / sizeof(to), kOfRow = kColumns / kTogether;  // neurons of a lane; lanes
+        const int c = lane % kOfRow * kTogether, n = tile.n - row < 16 ? tile.n - row : 16;
+        if (const int64_t j = tile.j0 + c0 + c; j < p.ld_h)
+          write_hidden<decltype(to), Block::kGated>(p, tile.e * p.s + j, p.s - j, lane / kOfRow, n, 32 / kOfRow,
+                                                    (tile.p0 + row) * p.ld_h + j,
+                                                    [&](int m, int r) { return &buffer.at[m][r][buffer.column(r, c)]; });
+      });
+      sync_warp();
     }
-    sync_warp();
+    SADMOE_UNROLL
+    for (int i = 0; i < Block::kSums; ++i) sums[0][i] = sums[1][i];
   }
 }
 
@@ -255,8 +278,7 @@ SADMOE_DEVICE void consume(const HopperUp& p, typename Block::Memory& memory) {
       multiply<Block, 1>(p, memory, ring, sums);
     else
       multiply<Block, 2>(p, memory, ring, sums);
-    if (row < tile.n) finish<Block>(p.up, tile, row, memory.sums[warp], sums[0], sums[1]);
-    if (!Block::kGated && row + kNext < tile.n) finish<Block>(p.up, tile, row + kNext, memory.sums[warp], sums[1], sums[0]);
+    finish<Block>(p.up, tile, row, memory.sums[warp], sums);
   }
 }
 

@@ -6,6 +6,7 @@
 //   rows[starts[i, e] .. starts[i + 1, e])      = the tokens of tile i that chose expert e, ascending
 //   rows[starts[0, e] .. starts[tiles, e])      = all tokens that chose e, ascending; starts[0, e + 1] follows
 //   active = how many experts some token chose, then those, ascending                 (decode: T <= kTileTokens)
+//   starts[g, i] = words[g, the i-th active]                                          (likewise, in place of the above)
 #pragma once
 #include "cuda/rule.cuh"
 
@@ -19,7 +20,7 @@ struct Plan {
   const float* scores;  // [T, E]
   float tau;
   uint32_t* words;  // [2 tiles, E]
-  int32_t* starts;  // [tiles + 2, E]; the last row: how many tokens chose e
+  int32_t* starts;  // [tiles + 2, E]; the last row: how many tokens chose e; decode: [2, E], words
   int32_t* rows;    // [T E] at most; decode: active
   int64_t T, E, tiles;
 

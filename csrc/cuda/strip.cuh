@@ -59,7 +59,7 @@ struct Strip<Mma<T>, kTokens> : TensorStrip<kTokens> {
     SADMOE_UNROLL
     for (int k = 0; k < A::columns; k += 32) {
       unsigned bs[4];
-      load_matrices(bs, &b.at[c0 + lane() % 8][k + lane() / 8 * 8]);
+      load_matrices(bs, b.from(b.offset(c0 + lane() % 8, lane() / 8 * 8) + b.offset(0, k)));
       add(a, k, bs);
     }
   }
@@ -68,7 +68,7 @@ struct Strip<Mma<T>, kTokens> : TensorStrip<kTokens> {
     SADMOE_UNROLL
     for (int k = 0; k < A::columns; k += 32) {
       unsigned bs[4];
-      load_matrices_transposed(bs, &b.at[k + lane()][c0]);
+      load_matrices_transposed(bs, b.from(b.offset(lane(), c0) + b.offset(k, 0)));
       add(a, k, bs);
     }
   }
@@ -80,7 +80,7 @@ struct Strip<Mma<T>, kTokens> : TensorStrip<kTokens> {
     for (int half = 0; half < 2; ++half) SADMOE_UNROLL
     for (int m = 0; m < kTokens / 16; ++m) {
       unsigned as[4];
-      load_matrices(as, &a.at[m * 16 + lane() % 16][k + half * 16 + lane() / 16 * 8]);
+      load_matrices(as, a.from(a.offset(lane() % 16, k + half * 16 + lane() / 16 * 8) + a.offset(m * 16, 0)));
       multiply_16x8x16(sums + m * 4, as, bs[half * 2], bs[half * 2 + 1], T{});
     }
   }
@@ -96,7 +96,7 @@ struct Strip<Tf32<kParts>, kTokens> : TensorStrip<kTokens> {
     SADMOE_UNROLL
     for (int k = 0; k < A::columns; k += 16) {
       unsigned bs[4];
-      load_matrices(bs, &b.at[c0 + lane() % 8][k + lane() / 8 * 4]);
+      load_matrices(bs, b.from(b.offset(c0 + lane() % 8, lane() / 8 * 4) + b.offset(0, k)));
       add(a, k, bs);
     }
   }
@@ -119,7 +119,7 @@ struct Strip<Tf32<kParts>, kTokens> : TensorStrip<kTokens> {
     for (int half = 0; half < 2; ++half) SADMOE_UNROLL
     for (int m = 0; m < kTokens / 16; ++m) {
       unsigned as[4];
-      load_matrices(as, &a.at[m * 16 + lane() % 16][k + half * 8 + lane() / 16 * 4]);
+      load_matrices(as, a.from(a.offset(lane() % 16, lane() / 16 * 4) + a.offset(m * 16, k + half * 8)));
       multiply_parts(sums + m * 4, Split<kParts>(as), bs.parts[0][half * 2], bs.parts[0][half * 2 + 1]);
     }
   }

@@ -25,29 +25,8 @@ struct Operands {
   static constexpr int kDepth = kDepthOf, kRowPad = kRowPadOf, kDepthPad = 8;
 };
 
-struct Float : Operands<float, 16, 4> {
-  template <int kThreads, class Stage, class RowOf>
-  SADMOE_DEVICE static void load(Stage& to, const Matrix& from, int64_t c0, int64_t columns, RowOf row_of) {
-    if (from.wide && from.dtype == DType::f32)
-      load_wide<float, kThreads>(to, from, c0, columns, row_of);
-    else
-      load_elements<kThreads>(to, from, c0, columns, row_of);
-  }
-};
-
-template <class T>
-struct Half : Operands<T, 32, 8> {
-  template <int kThreads, class Stage, class RowOf>
-  SADMOE_DEVICE static void load(Stage& to, const Matrix& from, int64_t c0, int64_t columns, RowOf row_of) {
-    if (from.wide)
-      load_wide<T, kThreads>(to, from, c0, columns, row_of);
-    else
-      load_elements<T, kThreads>(to, from, c0, columns, row_of);
-  }
-};
-
 // Operands of any dtype, multiplied and added in float32. A thread holds rows ty + 8 i and columns tx + 16 j.
-struct Fma : Float {
+struct Fma : Operands<float, 16, 4> {
   float sums[kSums] = {};
 
   SADMOE_DEVICE static int row(int i) { return thread_index() / 16 + i / 4 * 8; }
@@ -65,11 +44,27 @@ struct Fma : Float {
       for (int j = 0; j < 4; ++j) bs[j] = at(b, k, column(j));
       SADMOE_UNROLL
       for (int i = 0; i < kSums; i += 4) {
-        if (i / 4 * 8 >= n) break;
+        if (i && i / 4 * 8 >= n) break;
         const float x = a.at[row(i)][k];
         SADMOE_UNROLL
         for (int j = 0; j < 4; ++j) sums[i + j] = fma(x, bs[j], sums[i + j]);
       }
+    }
+  }
+
+  // y[tokens[r]] += row r, of the first n rows; the sums begin anew.
+  template <class Y>
+  SADMOE_DEVICE void add_to(Y& y, const int16_t* tokens, int n) {
+    SADMOE_UNROLL
+    for (int i = 0; i < kSums; i += 4) {
+      if (i && i / 4 * 8 >= n) break;
+      if (row(i) < n) {
+        float* to = y[tokens[row(i)]];
+        SADMOE_UNROLL
+        for (int j = 0; j < 4; ++j) to[column(j)] += sums[i + j];
+      }
+      SADMOE_UNROLL
+      for (int j = 0; j < 4; ++j) sums[i + j] = 0;
     }
   }
 };
@@ -83,19 +78,48 @@ struct TensorSums {
   SADMOE_DEVICE static int first_column() { return thread_index() / 32 * 16; }
   SADMOE_DEVICE static int row(int i) { return i / 8 * 16 + i % 4 / 2 * 8 + lane() / 4; }
   SADMOE_DEVICE static int column(int i) { return first_column() + i / 4 % 2 * 8 + lane() % 4 * 2 + i % 2; }
+
+  // y[tokens[r]] += row r, of the first n rows; the sums begin anew. 16 rows are read before any is written, for the compiler
+  // cannot know that tokens are different, nor that they are not y.
+  template <class Y>
+  SADMOE_DEVICE void add_to(Y& y, const int16_t* tokens, int n) {
+    SADMOE_UNROLL
+    for (int i = 0; i < kSums; i += 8) {
+      if (i && i / 8 * 16 >= n) break;
+      float* to[2];
+      Pair pairs[2][2];
+      SADMOE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int r = row(i + half * 2);
+        if (r < n) to[half] = y[tokens[r]] + column(0);
+      }
+      SADMOE_UNROLL
+      for (int half = 0; half < 2; ++half) SADMOE_UNROLL
+      for (int j = 0; j < 2; ++j)
+        if (row(i + half * 2) < n) pairs[half][j] = load_pair(to[half] + j * 8);
+      SADMOE_UNROLL
+      for (int half = 0; half < 2; ++half) SADMOE_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        float* own = sums + i + j * 4 + half * 2;
+        const Pair sum{pairs[half][j].first + own[0], pairs[half][j].second + own[1]};
+        if (row(i + half * 2) < n) store_pair(sum, to[half] + j * 8);
+        own[0] = own[1] = 0;
+      }
+    }
+  }
 };
 
 // Operands of T, 16 bits, by m16n8k16.
 template <class T>
-struct Mma : Half<T>, TensorSums {
-  using Half<T>::kDepth;
+struct Mma : Operands<T, 32, 8>, TensorSums {
+  using Operands<T, 32, 8>::kDepth;
 
   // Of 16 columns: depths 0-7 and 8-15 of columns 0-7, then of columns 8-15.
   SADMOE_DEVICE static void fragment(unsigned (&to)[4], const RowStage<Mma>& b, int k) {
-    load_matrices(to, &b.at[first_column() + lane() / 16 * 8 + lane() % 8][k + lane() / 8 % 2 * 8]);
+    load_matrices(to, b.from(b.offset(first_column() + lane() / 16 * 8 + lane() % 8, lane() / 8 % 2 * 8) + b.offset(0, k)));
   }
   SADMOE_DEVICE static void fragment(unsigned (&to)[4], const DepthStage<Mma>& b, int k) {
-    load_matrices_transposed(to, &b.at[k + lane() % 16][first_column() + lane() / 16 * 8]);
+    load_matrices_transposed(to, b.from(b.offset(lane() % 16, first_column() + lane() / 16 * 8) + b.offset(k, 0)));
   }
 
   template <class StageB>
@@ -106,9 +130,9 @@ struct Mma : Half<T>, TensorSums {
       fragment(bs, b, k);
       SADMOE_UNROLL
       for (int i = 0; i < kSums; i += 8) {
-        if (i / 8 * 16 >= n) break;
+        if (i && i / 8 * 16 >= n) break;
         unsigned as[4];
-        load_matrices(as, &a.at[i / 8 * 16 + lane() % 16][k + lane() / 16 * 8]);
+        load_matrices(as, a.from(a.offset(lane() % 16, lane() / 16 * 8) + a.offset(i / 8 * 16, k)));
         multiply_16x8x16(sums + i, as, bs[0], bs[1], T{});
         multiply_16x8x16(sums + i + 4, as, bs[2], bs[3], T{});
       }
@@ -145,9 +169,9 @@ SADMOE_DEVICE void multiply_parts(float* sums, const Split<kParts>& a, unsigned 
 
 // Operands of any dtype by m16n8k8: a as the sum of kParts numbers of 11 bits, b rounded to 11.
 template <int kParts>
-struct Tf32 : Float, TensorSums {
+struct Tf32 : Operands<float, 16, 4>, TensorSums {
   SADMOE_DEVICE static void fragment(unsigned (&to)[4], const RowStage<Tf32>& b, int k) {
-    load_matrices(to, &b.at[first_column() + lane() / 16 * 8 + lane() % 8][k + lane() / 8 % 2 * 4]);
+    load_matrices(to, b.from(b.offset(first_column() + lane() / 16 * 8 + lane() % 8, lane() / 8 % 2 * 4) + b.offset(0, k)));
   }
   SADMOE_DEVICE static void fragment(unsigned (&to)[4], const DepthStage<Tf32>& b, int k) {
     SADMOE_UNROLL
@@ -163,8 +187,8 @@ struct Tf32 : Float, TensorSums {
       const Split<1> bs(raw);
       SADMOE_UNROLL
       for (int i = 0; i < kSums; i += 8) {
-        if (i / 8 * 16 >= n) break;
-        load_matrices(raw, &a.at[i / 8 * 16 + lane() % 16][k + lane() / 16 * 4]);
+        if (i && i / 8 * 16 >= n) break;
+        load_matrices(raw, a.from(a.offset(lane() % 16, lane() / 16 * 4) + a.offset(i / 8 * 16, k)));
         const Split<kParts> as(raw);
         multiply_parts(sums + i, as, bs.parts[0][0], bs.parts[0][1]);
         multiply_parts(sums + i + 4, as, bs.parts[0][2], bs.parts[0][3]);
@@ -174,8 +198,8 @@ struct Tf32 : Float, TensorSums {
 };
 
 // To shared memory, whence a warp writes whole lines and an epilogue is compiled once an element.
-template <class Tile>
-SADMOE_DEVICE void store_sums(const Tile& tile, float (&to)[kRows][kColumns]) {
+template <class Tile, class To>
+SADMOE_DEVICE void store_sums(const Tile& tile, To& to) {
   SADMOE_UNROLL
   for (int i = 0; i < kSums; ++i) to[Tile::row(i)][Tile::column(i)] = tile.sums[i];
 }

@@ -11,7 +11,7 @@ struct Up {
   const int32_t* starts;   // of the plan, [tiles + 1, E]; null: one expert, and pair p is token p
   const int32_t* rows;
   int64_t T, d, E, s, tiles;
-  void* h;  // [pairs, ld_h]
+  void* h;  // [pairs, ld_h], zeros beyond s
   int64_t ld_h;
   DType h_dtype;
   Activation act;
@@ -35,6 +35,63 @@ SADMOE_DEVICE float activate(Activation act, float v) {
   }
 }
 
+// body(the activation), compiled for each.
+template <class Body>
+SADMOE_DEVICE void with_activation(Activation act, Body body) {
+  switch (act) {
+    case Activation::relu:
+      return body([](float v) { return activate(Activation::relu, v); });
+    case Activation::gelu:
+      return body([](float v) { return activate(Activation::gelu, v); });
+    case Activation::gelu_tanh:
+      return body([](float v) { return activate(Activation::gelu_tanh, v); });
+    case Activation::silu:
+      return body([](float v) { return activate(Activation::silu, v); });
+    case Activation::abs:
+      return body([](float v) { return activate(Activation::abs, v); });
+    default:
+      return body([](float v) { return v; });
+  }
+}
+
+// h of some neighbouring neurons, 4 bytes in all, of the rows first, first + step, ... below n; row 0 is at element `at`. Only
+// the first `valid` of them are neurons, the others fill up a row of h with zeros. sums(m, r): where the sums of row r are, of
+// w_up (0) and w_gate (1). P: Up or DecodeUp.
+template <class To, bool kGated, class P, class Sums>
+SADMOE_DEVICE void write_hidden(const P& p, int64_t neuron, int64_t valid, int first, int n, int step, int64_t at, Sums sums) {
+  constexpr int kNeurons = 4 / sizeof(To);
+  float up_bias[kNeurons] = {}, gate_bias[kNeurons] = {};
+  SADMOE_UNROLL
+  for (int i = 0; i < kNeurons; ++i) {
+    if (i >= valid) break;
+    if (p.b_up.data) up_bias[i] = load(p.b_up, neuron + i);
+    if (kGated && p.b_gate.data) gate_bias[i] = load(p.b_gate, neuron + i);
+  }
+  To* to = static_cast<To*>(p.h) + at + first * p.ld_h;
+  const int64_t stride = step * p.ld_h;
+  with_activation(p.act, [&](auto act) {
+    SADMOE_UNROLLED(2)
+    for (int r = first; r < n; r += step, to += stride) {
+      float values[kNeurons];
+      SADMOE_UNROLL
+      for (int i = 0; i < kNeurons; ++i) {
+        const float up = sums(0, r)[i] + up_bias[i];
+        const float value = kGated ? act(sums(kGated ? 1 : 0, r)[i] + gate_bias[i]) * up : act(up);
+        values[i] = i < valid ? value : 0;
+      }
+      store_word(values, to);
+    }
+  });
+}
+
+// body(To{}) of the type of h: what the tile multiplies, or float32, in which the router continues.
+template <class Element, bool kGated, class Body>
+SADMOE_DEVICE void with_hidden_type(DType dtype, Body body) {
+  if constexpr (!kGated && sizeof(Element) == 2)
+    if (dtype == DType::f32) return body(float{});
+  body(Element{});
+}
+
 template <class Tile, bool kGated>
 struct UpStages {
   RowStage<Tile> x, w[kGated ? 2 : 1];
@@ -45,62 +102,61 @@ struct UpMemory {
   int32_t tokens[kRows];
   union {
     UpStages<Tile, kGated> stages[kStages];
-    float sums[kGated ? 2 : 1][kRows][kColumns];
+    float sums[kGated ? 2 : 1][kRows][kColumns + 8];  // that neighbouring rows are in different banks
   };
 };
-
-template <bool kGated>
-SADMOE_DEVICE float activate(Activation act, float value, float gate) {
-  return kGated ? activate(act, gate) * value : activate(act, value);
-}
-
-// P: Up or DecodeUp.
-template <bool kGated, class P>
-SADMOE_DEVICE float epilogue(const P& p, int64_t neuron, float value, float gate) {
-  if (p.b_up.data) value += load(p.b_up, neuron);
-  if (kGated && p.b_gate.data) gate += load(p.b_gate, neuron);
-  return activate<kGated>(p.act, value, gate);
-}
 
 // Block (x, y): expert and strip of its neurons x, every blocks_y-th strip of its tokens from y on.
 template <class Tile, bool kGated>
 SADMOE_KERNEL(kThreads, kGated ? 3 : 4)
 up(Up p) {
   using Stages = UpStages<Tile, kGated>;
+  using Element = typename Tile::Element;
   using Memory = UpMemory<Tile, kGated>;
+  constexpr int kDepth = Tile::kDepth;
   SADMOE_SHARED(Memory, memory);
   const int64_t strips = (p.s + kColumns - 1) / kColumns, e = block_x() / strips, j0 = block_x() % strips * kColumns;
   const int64_t begin = p.starts ? p.starts[e] : 0, end = p.starts ? p.starts[p.tiles * p.E + e] : p.T;
+  const auto neuron = [&](int r) { return (e * p.s + j0 + r) * p.w_up.ld; };
+  const auto w = source<Element, kThreads, RowStage<Tile>>(p.w_up, neuron);
+  const auto gate = source<Element, kThreads, RowStage<Tile>>(kGated ? p.w_gate : p.w_up, neuron);
+  const int neurons = kept(static_cast<int>(p.s - j0)), d = static_cast<int>(p.d);
   for (int64_t p0 = begin + block_y() * kRows; p0 < end; p0 += blocks_y() * kRows) {
     const int n = static_cast<int>(end - p0 < kRows ? end - p0 : kRows);
-    if (const int r = thread_index(); r < kRows)
-      memory.tokens[r] = r < n ? p.rows ? p.rows[p0 + r] : static_cast<int32_t>(p0 + r) : -1;
+    if (const int r = thread_index(); r < kRows) memory.tokens[r] = static_cast<int>(p.rows && r < n ? p.rows[p0 + r] : p0 + r);
     sync_block();
-    const auto token = [&](int r) { return memory.tokens[r]; };
-    const auto neuron = [&](int r) { return j0 + r < p.s ? e * p.s + j0 + r : -1; };
+    const auto x = source<Element, kThreads, RowStage<Tile>>(p.x, [&](int r) { return memory.tokens[r] * p.x.ld; });
     Tile sums, gates;
+    int left = d;
+    unsigned on = 0;
     pipeline(
-        memory.stages, static_cast<int>((p.d + Tile::kDepth - 1) / Tile::kDepth),
-        [&](Stages& stage, int step) {
-          const int64_t k = int64_t{step} * Tile::kDepth;
-          Tile::template load<kThreads>(stage.x, p.x, k, p.d, token);
-          Tile::template load<kThreads>(stage.w[0], p.w_up, k, p.d, neuron);
-          if constexpr (kGated) Tile::template load<kThreads>(stage.w[1], p.w_gate, k, p.d, neuron);
+        memory.stages, (d + kDepth - 1) / kDepth,
+        [&](Stages& stage) {
+          const auto fill = [&](const auto& from, RowStage<Tile>& to, int rows, int used) {
+            if (from.wide())
+              from.copy(to, on, rows, left, used);
+            else
+              from.load(to, d - left, rows, left);
+          };
+          fill(x, stage.x, n, n);
+          fill(w, stage.w[0], neurons, kRows);
+          if constexpr (kGated) fill(gate, stage.w[1], neurons, kRows);
+          left -= kDepth, on += kDepth / x.kWide;
         },
-        [&](const Stages& stage, int) {
+        [&](const Stages& stage) {
           sums.multiply(stage.x, stage.w[0], n);
           if constexpr (kGated) gates.multiply(stage.x, stage.w[1], n);
         });
     store_sums(sums, memory.sums[0]);
     if constexpr (kGated) store_sums(gates, memory.sums[1]);
     sync_block();
-    SADMOE_ROLLED
-    for (int i = thread_index(); i < n * kColumns; i += kThreads) {
-      const int r = i / kColumns, c = i % kColumns;
-      if (j0 + c >= p.s) continue;
-      const float gate = kGated ? memory.sums[kGated ? 1 : 0][r][c] : 0;
-      store(p.h, p.h_dtype, (p0 + r) * p.ld_h + j0 + c, epilogue<kGated>(p, e * p.s + j0 + c, memory.sums[0][r][c], gate));
-    }
+    with_hidden_type<Element, kGated>(p.h_dtype, [&](auto to) {
+      constexpr int kNeurons = 4 / sizeof(to), kOfRow = kColumns / kNeurons;  // threads
+      const int c = thread_index() % kOfRow * kNeurons;
+      if (const int64_t j = j0 + c; j < p.ld_h)
+        write_hidden<decltype(to), kGated>(p, e * p.s + j, p.s - j, thread_index() / kOfRow, n, kThreads / kOfRow,
+                                           p0 * p.ld_h + j, [&](int m, int r) { return &memory.sums[m][r][c]; });
+    });
     sync_block();
   }
 }

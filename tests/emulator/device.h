@@ -8,6 +8,7 @@
 #define SADMOE_KERNEL(...) void
 #define SADMOE_DEVICE inline __attribute__((always_inline))
 #define SADMOE_UNROLL
+#define SADMOE_UNROLLED(times)
 #define SADMOE_ROLLED
 #define SADMOE_SHARED(Type, name) Type& name = *static_cast<Type*>(::sadmoe::emulator::shared_memory())
 
@@ -73,6 +74,27 @@ SADMOE_WORD unsigned as_bits(float v) {
 constexpr unsigned kTf32Bits = ~0x1fffu;  // of a float, what tensor cores look at
 SADMOE_WORD unsigned to_tf32(float v) { return (std::isfinite(v) ? as_bits(v) + 0x1000 : as_bits(v)) & kTf32Bits; }
 
+struct Pair {
+  float first, second;
+};
+// One access of so many bytes, that alignment is checked.
+using Word4 = uint32_t __attribute__((may_alias));
+using Word8 = uint64_t __attribute__((may_alias));
+SADMOE_DEVICE Pair load_pair(const float* from) {
+  const uint64_t bits = *reinterpret_cast<const Word8*>(from);
+  return {as_float(static_cast<unsigned>(bits)), as_float(static_cast<unsigned>(bits >> 32))};
+}
+SADMOE_DEVICE void store_pair(Pair pair, float* to) {
+  *reinterpret_cast<Word8*>(to) = as_bits(pair.first) | static_cast<uint64_t>(as_bits(pair.second)) << 32;
+}
+SADMOE_DEVICE void store_word(const float (&v)[1], float* to) { *to = v[0]; }
+SADMOE_DEVICE void store_word(const float (&v)[2], bf16* to) {
+  *reinterpret_cast<Word4*>(to) = bf16_bits(v[0]) | static_cast<uint32_t>(bf16_bits(v[1])) << 16;
+}
+SADMOE_DEVICE void store_word(const float (&v)[2], f16* to) {
+  *reinterpret_cast<Word4*>(to) = f16_bits(v[0]) | static_cast<uint32_t>(f16_bits(v[1])) << 16;
+}
+
 SADMOE_WORD void sync_block(SADMOE_CALLER) { emulator::barrier(file, line); }
 SADMOE_WORD void sync_warp(SADMOE_CALLER) { emulator::sync_warp(file, line); }
 
@@ -102,10 +124,17 @@ SADMOE_WORD unsigned ballot(bool v, SADMOE_CALLER) {
   return bits;
 }
 
+template <class T>
+SADMOE_DEVICE T kept(T v) {
+  return v;
+}
+
 SADMOE_WORD void wait_kernel_before() { emulator::wait_kernel_before(); }
 SADMOE_WORD void start_kernel_after() {}
 
-SADMOE_WORD void copy16_async(void* shared, const void* global, int bytes) { emulator::copy_async(shared, global, bytes); }
+SADMOE_WORD void copy16_async(void* shared, const void* global, bool there) {
+  emulator::copy_async(shared, global, there ? 16 : 0);
+}
 SADMOE_WORD void commit_copies() { emulator::commit_copies(); }
 template <int kLeft>
 SADMOE_WORD void wait_copies() {

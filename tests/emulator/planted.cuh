@@ -81,6 +81,32 @@ SADMOE_KERNEL(32) warp_operations(Buffers p) {
                      shuffle_up(lane, 2) == (lane < 2 ? lane : lane - 2) && low == 7 && lowest_bit(low << 4) == 4;
   p.out[lane] = right ? 1.0f : 0.0f;
 }
+// Pairs, and 4 bytes of each type.
+template <class T>
+SADMOE_DEVICE bool writes_words(float* cell) {
+  constexpr int kOf4 = 4 / sizeof(T);
+  float v[kOf4];
+  for (int i = 0; i < kOf4; ++i) v[i] = static_cast<float>(thread_index() + i) + 0.5f;
+  T* words = reinterpret_cast<T*>(cell);
+  store_word(v, words);
+  return to_float(words[0]) == v[0] && to_float(words[kOf4 - 1]) == v[kOf4 - 1];
+}
+SADMOE_KERNEL(32) neighbours(Buffers p) {
+  SADMOE_SHARED(Cells, cells);
+  const int lane = thread_index(), other = 31 - lane;
+  store_pair({static_cast<float>(lane), static_cast<float>(-lane)}, &cells[lane * 2]);
+  sync_warp();
+  const Pair pair = load_pair(&cells[other * 2]);
+  sync_warp();
+  float* own = &cells[lane];
+  const bool right = pair.first == other && pair.second == -other && kept(lane) == lane && kept(own) == own &&
+                     writes_words<float>(own) && writes_words<bf16>(own) && writes_words<f16>(own);
+  p.out[lane] = right ? 1.0f : 0.0f;
+}
+SADMOE_KERNEL(32) misaligned_pair(Buffers p) {
+  const Pair pair = load_pair(p.in + thread_index() + 1);
+  p.out[thread_index()] = pair.first * pair.second;
+}
 SADMOE_KERNEL(32) uninitialised_shared_memory(Buffers p) {
   SADMOE_SHARED(Cells, cells);
   p.out[thread_index()] = cells[thread_index()];
@@ -121,18 +147,28 @@ template <bool kWait, bool kBarrier, int kOffset>
 SADMOE_KERNEL(64)
 copies(Buffers p) {
   SADMOE_SHARED(Cells, cells);
-  if (thread_index() < 16) copy16_async(&cells[thread_index() * 4], p.in + thread_index() * 4 + kOffset, 16);
+  if (thread_index() < 16) copy16_async(&cells[thread_index() * 4], p.in + thread_index() * 4 + kOffset, true);
   commit_copies();
   wait_copies<kWait ? 0 : 1>();
   if (kBarrier) sync_block();
   p.out[thread_index()] = cells[63 - thread_index()];
+}
+// Of 16 threads the first 8 copy, the others only write zeros: their source is not read, nor anywhere.
+SADMOE_KERNEL(64) copies_of_nothing(Buffers p) {
+  SADMOE_SHARED(Cells, cells);
+  const int t = thread_index();
+  if (t < 16) copy16_async(&cells[t * 4], p.in + (t < 8 ? t : t << 20) * 4, t < 8);
+  commit_copies();
+  wait_copies<0>();
+  sync_block();
+  p.out[t] = cells[t] == (t < 32 ? 1.0f : 0.0f) ? 1.0f : 0.0f;
 }
 SADMOE_KERNEL(32) copy_over_what_is_read(Buffers p) {
   SADMOE_SHARED(Cells, cells);
   cells[thread_index()] = 0;
   sync_block();
   p.out[thread_index()] = cells[thread_index()];
-  if (thread_index() < 8) copy16_async(&cells[thread_index() * 4], p.in + thread_index() * 4, 16);
+  if (thread_index() < 8) copy16_async(&cells[thread_index() * 4], p.in + thread_index() * 4, true);
 }
 
 // A product of tensor cores against itself by hand: a [16, 16] and b [16, 8] of small whole numbers, b by depth or by column.
@@ -225,6 +261,8 @@ const Case kCases[] = {
     {"warp_operation_without_some", warp_operation_without_some, 1, 32},
     {"different_warp_operations", different_warp_operations, 1, 32},
     {"warp_operations", warp_operations, 1, 32},
+    {"neighbours", neighbours, 1, 32},
+    {"misaligned_pair", misaligned_pair, 1, 32},
     {"uninitialised_shared_memory", uninitialised_shared_memory, 1, 32},
     {"uninitialised_output", uninitialised_output, 1, 32},
     {"shared_memory_overflow", shared_memory_overflow, 1, 32},
@@ -242,6 +280,7 @@ const Case kCases[] = {
     {"copies_without_wait", copies<false, true, 0>, 1, 64},
     {"copies_without_barrier", copies<true, false, 0>, 1, 64},
     {"copies_misaligned", copies<true, true, 1>, 1, 64},
+    {"copies_of_nothing", copies_of_nothing, 1, 64},
     {"copy_over_what_is_read", copy_over_what_is_read, 1, 32},
     {"product", product<false, 0>, 1, 32},
     {"product_transposed", product<true, 0>, 1, 32},
