@@ -4,7 +4,7 @@ A *batch* is one call: a Mapping becomes model(**batch), a tuple or list model(*
 *batches* is a collection of them that can be gone through again and again: a list, a DataLoader.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -105,16 +105,6 @@ def real_rows(model: nn.Module, name: str, batch: Batch, x: Tensor) -> Tensor | 
 def rows_of(x: Tensor) -> Tensor:
     """x [..., d] -> [rows, d]; of a nested tensor, which holds no padding, its parts one after the other."""
     return torch.cat(x.unbind()) if x.is_nested else x.reshape(-1, x.shape[-1])
-
-
-def only_input(args: Sequence[Any], named: Mapping[str, Any]) -> Any:
-    """What a module is called with that takes one thing, by place or by any name."""
-    given = (*args, *named.values())
-    if len(given) != 1:
-        raise TypeError(
-            f"a converted FFN takes one tensor [..., d], and was called with {len(given)} arguments"
-        )
-    return given[0]
 
 
 @contextmanager

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sadmoe import reference
-from sadmoe.batches import device_of, evaluating, only_input, run, to_device
+from sadmoe.batches import device_of, evaluating, run, to_device
 from sadmoe.convert import restore_
 from sadmoe.dial import converted_layers
 from sadmoe.ffn import DenseFFN, dense_from_layer, has_originals
 from sadmoe.gates import DynamicK, Gate
-from sadmoe.layer import DynamicKMoE
+from sadmoe.layer import DynamicKMoE, only_input
 from sadmoe.masks import record_masks
 from sadmoe.tables import format_table
 from sadmoe.timing import Timing, measure, waiting

@@ -1,6 +1,6 @@
 """The modules that replace an FFN: a router, and the experts with a gate."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sadmoe import ops, paths, reference
-from sadmoe.batches import only_input
 from sadmoe.crossover import Layer
 from sadmoe.gates import DynamicK, Gate
 
@@ -370,6 +369,16 @@ class DynamicKMoE(nn.Module):
             + (f", d_out={d_out}" if d_out != self.w_up.shape[2] else "")
             + f", gate={self.gate}"
         )
+
+
+def only_input(args: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    """What a converted layer is called with, by place or by any name: for hooks."""
+    given = (*args, *named.values())
+    if len(given) != 1:
+        raise TypeError(
+            f"a converted FFN takes one tensor [..., d], and was called with {len(given)} arguments"
+        )
+    return given[0]
 
 
 def _up_to_bfloat16(x: Tensor) -> Tensor:

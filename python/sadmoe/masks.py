@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sadmoe.batches import Batch, evaluating, only_input, real_rows, run
+from sadmoe.batches import Batch, evaluating, real_rows, run
 from sadmoe.dial import converted_layers
 from sadmoe.gates import DynamicK
-from sadmoe.layer import DynamicKMoE
+from sadmoe.layer import DynamicKMoE, only_input
 
 
 @dataclass
