@@ -1,6 +1,8 @@
 """The command line on a tiny model of a local folder: what it writes, prints and refuses."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -171,7 +173,12 @@ def test_help_teaches(capsys):
         assert stop.value.code == 0
     assert "examples:" in capsys.readouterr().out
     assert cli.main(["info"]) == 0
-    assert "cpu kernels" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "cpu kernels" in told
+    module = subprocess.run(
+        [sys.executable, "-m", "sadmoe", "info"], capture_output=True, text=True, check=True
+    )
+    assert module.stdout == told
 
 
 def test_texts_are_paragraphs_in_batches(folder, text, tmp_path):
