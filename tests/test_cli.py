@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,6 +129,22 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
         folder.mkdir()
         (folder / "new").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
+
+
+def test_an_empty_folder_that_one_is_in_may_be_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KeyboardInterrupt), replaced(Path()):
+        leave_unfinished()
+    assert not any(tmp_path.iterdir())
+    with replaced(Path()):
+        Path("new").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def leave_unfinished():
+    Path("half").mkdir()
+    Path("half/new").touch()
+    raise KeyboardInterrupt
 
 
 def test_text_does_not_run_every_model(folder, text, tmp_path, capsys):

@@ -31,14 +31,20 @@ def check_files(paths: Sequence[Path], force: bool) -> None:
 
 @contextmanager
 def replaced(folder: Path) -> Iterator[None]:
-    """Inside, `folder` is absent and may be written. Whatever is raised, it is as it was; else what was there goes."""
+    """Inside, `folder` is absent or empty and may be written. Whatever is raised, it is as it was; else what was there
+    goes. An empty one stays the same folder: somebody may be in it."""
+    folder = folder.resolve()
     former = folder.with_name(f".{folder.name}.{os.getpid()}.former")
-    if folder.exists():
+    empty = folder.exists() and not any(folder.iterdir())
+    if folder.exists() and not empty:
         folder.rename(former)
     try:
         yield
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        for path in folder.iterdir() if folder.exists() else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if folder.exists() and not empty:
+            folder.rmdir()
         if former.exists():
             former.rename(folder)
         raise

@@ -84,7 +84,7 @@ def run_demo(out: Path, *, seconds: float = SECONDS, progress: bool = True) -> s
         )
     )
     with replaced(out):
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
         check_reload(model, tokenizer, out / "model", tests[:2])
         (out / "demo.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
         (out / "demo.txt").write_text(text + "\n")

@@ -56,10 +56,8 @@ def convert_(
     clock = _Clock()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    with (
-        torch.inference_mode(False),
-        surgery(model),
-    ):  # it makes weights, which must not be those of inference alone
+    # It makes weights, which must not be those of inference alone.
+    with torch.inference_mode(False), surgery(model):
         with clock("find"):
             check_batches(batches)
             sites = _checked_sites(model, config)
