@@ -1,5 +1,5 @@
 import pytest
-from sadmoe.tables import format_table, si
+from sadmoe.tables import divisors, format_table, si
 
 
 def test_columns_are_aligned_first_left_others_right():
@@ -28,3 +28,9 @@ def test_a_row_of_another_length_is_refused():
 )
 def test_numbers_have_three_digits_and_a_prefix(number, text):
     assert si(number) == text
+
+
+def test_divisors_are_listed_the_smallest_first_and_not_without_end():
+    assert divisors(1) == "1"
+    assert divisors(12) == "1, 2, 3, 4, 6, 12"
+    assert divisors(3072).endswith(", 192, 256, ...")

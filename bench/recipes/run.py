@@ -4,7 +4,7 @@ import argparse
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -34,6 +34,11 @@ class Effort:
     def training(self, sizes: int) -> float:
         """Seconds of training alone, for so many expert sizes."""
         return self.task + self.sparsify + sizes * (self.layers + self.routed)
+
+    def longer(self, factor: float) -> "Effort":
+        """The same work with that many times the seconds of training."""
+        names = ("task", "sparsify", "layers", "routed")
+        return replace(self, **{name: factor * getattr(self, name) for name in names})
 
 
 TINY = Effort(1, 3, 1, 1, 5, 0.5, 500, 1, 64, 32, 0.05, taus=(0.0, 0.1, 1.0), shares=(0.1, 0.5))
@@ -80,12 +85,15 @@ def from_command_line(
     add("--data", type=Path, default=Path("data"), help="folder that fetch.sh filled (%(default)s)")
     add("--out", type=Path, default=Path("bench/results"), help="folder for results (%(default)s)")
     add("--effort", choices=efforts, default="cpu", help="tiny: to see that it runs, cpu: two cores, gpu")
+    add("--longer", type=float, default=1.0, help="times the seconds of training, for a slow machine")
     add("--sizes", type=int, nargs="+", default=sizes, help="neurons in an expert; the first is ours")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
+    if not args.longer > 0:
+        parser.error(f"argument --longer: expected a number above 0, got {args.longer:g}; try 2")
     torch.set_num_threads(args.threads)
-    effort = efforts[args.effort]
+    effort = efforts[args.effort].longer(args.longer)
     print(
         f"{name}, effort {args.effort}: {effort.training(len(args.sizes)):.0f} s of training, and its measurements"
     )

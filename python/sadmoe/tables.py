@@ -20,3 +20,9 @@ def si(number: float) -> str:
         if number >= factor:
             return f"{number / factor:.3g}{prefix}"
     return f"{number:.3g}"
+
+
+def divisors(n: int, most: int = 16) -> str:
+    """What divides n, the smallest first, for a message: 1, 2, 3, 6."""
+    found = [i for i in range(1, n + 1) if n % i == 0]
+    return ", ".join(map(str, found[:most])) + (", ..." if len(found) > most else "")

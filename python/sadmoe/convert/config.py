@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from sadmoe.gates import DynamicK
 from sadmoe.routers import RouterConfig
+from sadmoe.tables import divisors
 
 Cluster = Literal["weights", "activity"]
 EXPERT_SIZE = 32  # neurons: the largest that still skips most of what a sparse FFN could skip
@@ -84,16 +85,12 @@ class ConvertConfig:
         if self.experts is not None:
             if f % self.experts:
                 raise ValueError(
-                    f"{f} neurons do not split into {self.experts} experts; these do: {_divisors(f)}"
+                    f"{f} neurons do not split into {self.experts} experts; these do: {divisors(f)}"
                 )
             return self.experts
         size = EXPERT_SIZE if self.expert_size is None else self.expert_size
         if f % size:
             raise ValueError(
-                f"{f} neurons do not split into experts of {size}; expert_size may be one of {_divisors(f)}"
+                f"{f} neurons do not split into experts of {size}; expert_size may be one of {divisors(f)}"
             )
         return f // size
-
-
-def _divisors(f: int) -> str:
-    return ", ".join(str(n) for n in range(1, f + 1) if f % n == 0)

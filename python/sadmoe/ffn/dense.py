@@ -10,6 +10,7 @@ from torch import Tensor
 from sadmoe import reference
 from sadmoe.gates import Gate
 from sadmoe.layer import SCALES, DynamicKMoE
+from sadmoe.tables import divisors
 
 TENSORS = ("w_up", "w_down", "b_up", "w_gate", "b_gate", "b_out")
 
@@ -116,7 +117,7 @@ def layer_from_dense(
     f, device = dense.f, dense.w_up.device
     if experts < 1 or f % experts:
         raise ValueError(
-            f"experts must divide the {f} neurons of the FFN, got {experts}; these do: {_divisors(f)}"
+            f"experts must divide the {f} neurons of the FFN, got {experts}; these do: {divisors(f)}"
         )
     if slots.shape != (f,) or slots.dtype != torch.int64:
         raise ValueError(f"slots must be int64 [{f}], got {slots.dtype} {list(slots.shape)}")
@@ -160,8 +161,3 @@ def dense_from_layer(layer: DynamicKMoE) -> DenseFFN:
             tensors[name] = torch.empty_like(rows).index_copy_(0, layer.permutation, rows)
     trainable = frozenset(n for n in TENSORS if layer.trains(n))
     return DenseFFN(act=layer.act, dropout=layer.dropout, trainable=trainable, **tensors)
-
-
-def _divisors(f: int) -> str:
-    found = [n for n in range(1, f + 1) if f % n == 0]
-    return ", ".join(map(str, found)) if len(found) <= 16 else f"{', '.join(map(str, found[:16]))}, ..."
