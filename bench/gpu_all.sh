@@ -2,7 +2,9 @@
 # All that a CUDA device is needed for, unattended, without a network: builds, conformance, the constants of the cost model, the
 # tables, tests, sanitizers.
 #
-#   bench/gpu_all.sh OUT [STEP...]    STEPs: conformance raw layers peers tests memcheck racecheck; by default all, in that order
+#   bench/gpu_all.sh OUT [STEP...]
+#
+# STEPs: conformance raw layers blocks peers tests memcheck racecheck; by default all, in that order.
 #
 # A call ends within BUDGET seconds, by default 540: a step that its time or what is left does not hold is cut off, and said, for
 # a next call to name. What was built and found stays in build/gpu, where the next call goes on. OUT gets few files: the tables,
@@ -12,7 +14,7 @@
 # status: how many steps failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-steps=(conformance raw layers peers tests memcheck racecheck)
+steps=(conformance raw layers blocks peers tests memcheck racecheck)
 out=${1:?"usage: bench/gpu_all.sh OUT [STEP...], STEPs: ${steps[*]}"}
 if [ $# -gt 1 ]; then steps=("${@:2}"); fi
 root=$PWD python=${PYTHON:-python3} begin=$SECONDS budget=${BUDGET:-540}
@@ -66,7 +68,7 @@ sanitize() {
     { echo "compute-sanitizer was not found: left out"; return 0; }
   "$tool" --tool "$1" --error-exitcode 9 "$bench" conformance &&
     "$tool" --tool "$1" --error-exitcode 9 "$python" -m pytest tests/test_cuda.py -m cuda -p no:cacheprovider \
-      -k "every_activation or one_hot or three_stages or neighbours"
+      -k "every_activation or one_hot or three_stages or neighbours or tokens_of_a_block"
 }
 export -f machine compile peers sanitize
 export root python arch build results bench
@@ -80,6 +82,7 @@ for name in "${steps[@]}"; do
       step raw 90 "$bench" constants "$results/raw.json"
       TAIL=14 step constants 60 "$python" bench/cuda_constants.py "$results/raw.json" "$results/constants.json" ;;
     layers) TAIL=60 step layers 180 "$bench" layers ;;
+    blocks) TAIL=62 step blocks 120 "$bench" blocks ;;
     peers) TAIL=200 step peers 420 bash -c peers ;;
     tests) TAIL=12 step tests 300 "$python" -m pytest tests/test_cuda*.py -m cuda -p no:cacheprovider ;;
     memcheck | racecheck) step "$name" 240 bash -c "sanitize $name" ;;

@@ -24,6 +24,7 @@ def backend(request):
         _as_found(cuda_backends.emulator())
     else:
         backend.use_hopper(True)
+        backend.use_down_tiles(0)
 
 
 @pytest.fixture

@@ -28,7 +28,9 @@ def emulator():
     torch.ops.load_library(path)
     native = ctypes.CDLL(path)
     native.sadmoe_run_planted.restype = ctypes.c_char_p
-    native.sadmoe_set_options.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_bool, ctypes.c_bool]
+    native.sadmoe_set_options.argtypes = [
+        *(ctypes.c_int64, ctypes.c_int64, ctypes.c_bool, ctypes.c_bool, ctypes.c_int64)
+    ]
     native.sadmoe_products.restype = ctypes.c_int64
     native.definitions = library  # they live as long as this object
     return native
@@ -62,14 +64,21 @@ class Backend:
         else:
             torch.ops.sadmoe._use_hopper(use)
 
+    def use_down_tiles(self, tiles):
+        """Blocks of the down projection take 1, 2 or 4 times 64 tokens; 0: as many as fit the shape."""
+        if self.device == "cpu":
+            set_options(emulator(), down_tiles=tiles)
+        else:
+            torch.ops.sadmoe._use_down_tiles(tiles)
+
     def products(self):
         """How many products of warpgroups there were; None on a device, which does not say."""
         return emulator().sadmoe_products() if self.device == "cpu" else None
 
 
-def set_options(native, hidden_bytes=256 << 20, decode_tokens=64, tf32=False, hopper=False):
+def set_options(native, hidden_bytes=256 << 20, decode_tokens=64, tf32=False, hopper=False, down_tiles=0):
     """csrc/cuda/launch.h has them. Tests ask for hopper: else the kernels of sm_80 would run in none with 16 bits."""
-    native.sadmoe_set_options(hidden_bytes, decode_tokens, tf32, hopper)
+    native.sadmoe_set_options(hidden_bytes, decode_tokens, tf32, hopper, down_tiles)
 
 
 def backend_of(name):

@@ -68,12 +68,20 @@ STEPS: dict[str, tuple[int, ...]] = {
     "up<Fma, true>": (140,),
     "up<Mma, false>": (85,),
     "up<Mma, true>": (130,),
+    "up<TallMma, false>": (110,),
+    "up<TallMma, true>": (155,),
     "up<Tf32<1>, false>": (120,),
     "up<Tf32<1>, true>": (205,),
     "up<Tf32<2>, false>": (200,),
-    "down<Fma>": (120, 170),
-    "down<Mma>": (100, 165),
-    "down<Tf32<1>>": (155, 215),
+    "down<Fma, 1>": (120, 170),
+    "down<Fma, 2>": (140, 200),
+    "down<Fma, 4>": (140, 205),
+    "down<Mma, 1>": (100, 165),
+    "down<Mma, 2>": (120, 180),
+    "down<Mma, 4>": (120, 190),
+    "down<Tf32<1>, 1>": (155, 215),
+    "down<Tf32<1>, 2>": (155, 215),
+    "down<Tf32<1>, 4>": (155, 215),
     "decode_up<Fma, false, 16>": (85,),
     "decode_up<Fma, false, 64>": (105,),
     "decode_up<Fma, true, 16>": (120,),
@@ -103,7 +111,7 @@ def _steps(name: str) -> tuple[Step, ...]:
     products = "FFMA" if "Fma" in name else "HMMA"
     # Copies, products, and shuffles at the end of an expert.
     copies, times, shuffles = {
-        "up": (2 + 2 * matrices, 4 * matrices, 0),
+        "up": (4 + matrices if "Tall" in name else 2 + 2 * matrices, 4 * matrices, 0),
         "down": (4, 4, 3),
         "decode_up": (2 + (2 if few else 1) * matrices, (4 if few else 8) * matrices, 0),
         "decode_down": (2 if few else 3, 2 if few else 8, 2),
@@ -128,10 +136,14 @@ def _budgets() -> dict[str, Budget]:
         hidden = (COPY, BY_4_BYTES, *must)
         for gated in ("false", "true") if experts else ("false",):
             budgets[f"up<{tile}, {gated}>"] = Budget(168 if gated == "true" else 128, hidden)
+            if turned:
+                budgets[f"up<Tall{tile}, {gated}>"] = budgets[f"up<{tile}, {gated}>"]
             for tokens in (16, 64):
                 budgets[f"decode_up<{tile}, {gated}, {tokens}>"] = Budget(96 if tokens == 16 else 128, hidden)
         if experts:
-            budgets[f"down<{tile}>"] = Budget(128, (COPY, "VOTE", *must, *turned))
+            for tiles in (1, 2, 4):  # 3 and 2 blocks of the last two fit a multiprocessor
+                registers = 128 if tiles == 1 else 168
+                budgets[f"down<{tile}, {tiles}>"] = Budget(registers, (COPY, "VOTE", *must, *turned))
             for tokens in (16, 64):
                 budgets[f"decode_down<{tile}, {tokens}>"] = Budget(128, (COPY, *must, *turned))
     for name, budget in budgets.items():

@@ -206,6 +206,25 @@ def test_few_tokens_have_the_bits_of_many(native, T, d, s, dtype):
         assert all(map(torch.equal, *results)), (tf32, gated)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("T", "d_out", "s"), [(65, 24, 8), (200, 72, 24), (300, 33, 40)])
+def test_tokens_of_a_block_change_no_result(backend, T, d_out, s, dtype):
+    """Blocks of 64 to 256 tokens, the last not full, of experts with more pairs than rows of a product, and none."""
+    x, mask, *weights = experts_problem(T, 32, 37, s, d_out, dtype=dtype)
+    mask = torch.rand(T, 37, generator=torch.Generator().manual_seed(4)) < torch.linspace(-0.1, 1.1, 37)
+    mask[64:128] = False
+    results = []
+    for tiles in (1, 2, 4, 0):
+        backend.use_down_tiles(tiles)
+        results.append(backend.sparse_experts(x, mask, *weights, act="silu"))
+    assert_as_good_as_torch(
+        results[0],
+        reference.sparse_experts(x, mask, *weights, act="silu"),
+        reference.sparse_experts(*in_double([x, mask, *weights]), act="silu"),
+    )
+    assert all(torch.equal(y, results[0]) for y in results)
+
+
 def tf32(t):
     """float32 to the nearest of 11 significant bits, ties away from zero."""
     return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)

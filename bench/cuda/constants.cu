@@ -46,8 +46,8 @@ double launch_gap() {
       200);
 }
 
-// Products of one expert that all tokens take: nothing is sparse, all is at hand. The model knows one rate of all kernels, so
-// its own is without those of sm_90a, which only `up` has.
+// Products of one expert that all tokens take: nothing is sparse, all is at hand. With and without those of sm_90a, which only
+// `up` has.
 double product_rate(sadmoe::DType dtype, bool hopper = false) {
   Layer layer({8192, 2048, 2048, 1, 2048}, dtype, false, 1);
   layer.options.hopper = hopper;
@@ -91,6 +91,7 @@ void measure_constants(const char* path) {
   const double memory = read_rate(size_t{1} << 30, 1, 4);
   std::fprintf(file, "{\"name\": \"%s\", \"capability\": [%d, %d], \"processors\": %d, \"clock\": %.6g,\n", card.name, card.major,
                card.minor, card.multiProcessorCount, clock * 1e3);
+  std::fprintf(file, " \"shared_bytes\": %zu,\n", card.sharedMemPerMultiprocessor);
   std::fprintf(file, " \"memory\": %.6g, \"streamed\": %.6g, \"l2\": %.6g, \"launch\": %.6g, \"step\": %.6g,\n", memory,
                decode_rate() / memory, read_rate(size_t{16} << 20, 64, 4), launch_gap(), step_seconds());
   std::fprintf(file, " \"products_16\": %.6g, \"products_32\": %.6g, \"products_16_hopper\": %.6g}\n",

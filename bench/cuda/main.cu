@@ -1,4 +1,4 @@
-// bench_cuda conformance | constants FILE | layers: the CUDA kernels on a device, without torch.
+// bench_cuda conformance | constants FILE | layers | blocks: the CUDA kernels on a device, without torch.
 #include <cstring>
 
 #include "conformance.h"
@@ -38,13 +38,32 @@ void time_layer(Layer& layer, const char* name, int64_t T) {
   std::fflush(stdout);
 }
 
+void print_header() {
+  std::printf("%-36s %6s  us at a share of", "bf16, router not included", "T");
+  for (const float share : kShares) std::printf(" %9.0f%%", share * 100);
+  std::printf("\n");
+}
+
+// By how many tokens a block of `down` takes: what launch.cu chooses, and each.
+void time_blocks() {
+  const char* names[] = {"  blocks of 64 tokens", "  128", "  256"};
+  print_header();
+  for (const Shape& shape : kShapes)
+    for (const int64_t T : {512, 2048, 8192}) {
+      Layer layer({T, shape.d, shape.d, shape.E, shape.s}, sadmoe::DType::bf16, shape.gated, 1);
+      time_layer(layer, shape.name, T);
+      for (int i = 0; i < 3; ++i) {
+        layer.options.down_tiles = 1 << i;
+        time_layer(layer, names[i], T);
+      }
+    }
+}
+
 // Where the device has kernels of its own for many tokens, the others' times too.
 void time_layers() {
   int major = 0;
   must(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "capability");
-  std::printf("%-36s %6s  us at a share of", "bf16, router not included", "T");
-  for (const float share : kShares) std::printf(" %9.0f%%", share * 100);
-  std::printf("\n");
+  print_header();
   for (const Shape& shape : kShapes)
     for (const int64_t T : kTokens) {
       Layer layer({T, shape.d, shape.d, shape.E, shape.s}, sadmoe::DType::bf16, shape.gated, sets_of(shape));
@@ -62,6 +81,7 @@ int main(int count, char** words) {
   if (!std::strcmp(word, "conformance") && count == 2) return bench::check_conformance() ? 1 : 0;
   if (!std::strcmp(word, "constants") && count == 3) return bench::measure_constants(words[2]), 0;
   if (!std::strcmp(word, "layers") && count == 2) return bench::time_layers(), 0;
-  std::fprintf(stderr, "usage: bench_cuda conformance | constants FILE | layers\n");
+  if (!std::strcmp(word, "blocks") && count == 2) return bench::time_blocks(), 0;
+  std::fprintf(stderr, "usage: bench_cuda conformance | constants FILE | layers | blocks\n");
   return 2;
 }

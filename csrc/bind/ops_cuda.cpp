@@ -12,6 +12,11 @@ cuda::Options options;
 
 [[maybe_unused]] void allow_tf32(bool allow) { options.tf32 = allow; }
 [[maybe_unused]] void use_hopper(bool use) { options.hopper = use; }
+[[maybe_unused]] void use_down_tiles(int64_t tiles) {
+  check(tiles == 0 || tiles == 1 || tiles == 2 || tiles == 4, "_use_down_tiles",
+        "tiles must be 0 (by the shape), 1, 2 or 4, got ", tiles);
+  options.down_tiles = tiles;
+}
 
 void check_launch(int code, const char* op) { check(code == 0, op, "CUDA error ", code, ": ", cuda::error_string(code)); }
 
@@ -107,14 +112,16 @@ STABLE_TORCH_LIBRARY_IMPL(SADMOE_NAMESPACE, SADMOE_KEY, m) {
 }
 
 #if defined(SADMOE_EMULATOR)
-// For tests: chunks without large shapes, the kernels of many tokens on few, and those of sm_80 on what is a Hopper.
+// For tests: chunks without large shapes, the kernels of many tokens on few, those of sm_80 on what is a Hopper, and blocks
+// of any size.
 extern "C" __attribute__((visibility("default"))) void sadmoe_set_options(int64_t hidden_bytes, int64_t decode_tokens, bool tf32,
-                                                                          bool hopper) {
-  sadmoe::options = {hidden_bytes, decode_tokens, tf32, hopper};
+                                                                          bool hopper, int64_t down_tiles) {
+  sadmoe::options = {hidden_bytes, decode_tokens, tf32, hopper, down_tiles};
 }
 #else
 STABLE_TORCH_LIBRARY_IMPL(sadmoe, CompositeExplicitAutograd, m) {
   m.impl("_allow_tf32", TORCH_BOX(&sadmoe::allow_tf32));
   m.impl("_use_hopper", TORCH_BOX(&sadmoe::use_hopper));
+  m.impl("_use_down_tiles", TORCH_BOX(&sadmoe::use_down_tiles));
 }
 #endif

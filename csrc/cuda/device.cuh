@@ -179,6 +179,13 @@ inline int capability(int& major) {
   return static_cast<int>(code ? code : cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
 }
 constexpr size_t kGivenBytes = 48 << 10;  // of shared memory, to any block; more must be asked for
+constexpr size_t kBlockBytes = 1 << 10;   // of it, what a block takes beside its own
+// Of a multiprocessor of the current device, in bytes.
+inline int shared_of_multiprocessor(int& bytes) {
+  int device = 0;
+  const cudaError_t code = cudaGetDevice(&device);
+  return static_cast<int>(code ? code : cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+}
 template <class Parameters>
 int launch(void (*kernel)(Parameters), Grid grid, int threads, size_t shared_bytes, void* stream, const Parameters& parameters) {
   int major = 0;

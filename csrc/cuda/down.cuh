@@ -1,5 +1,6 @@
-// The output, a tile of tokens by a strip of columns at a time: every expert in ascending order adds into float32 sums in
-// shared memory, and y is written once. No atomics: the same bits every time, whatever the other tokens are.
+// The output, a block of tokens by a strip of columns at a time: every expert in ascending order adds into float32 sums in
+// shared memory, and y is written once. No atomics: the same bits every time, whatever the other tokens are and however
+// many a block takes. More tokens a block read the weights of an expert fewer times; fewer make more blocks.
 #pragma once
 #include "cuda/plan.cuh"
 #include "cuda/tile.cuh"
@@ -21,77 +22,118 @@ template <class Tile>
 struct DownStages {
   RowStage<Tile> h;
   DepthStage<Tile> w;
-  int32_t pairs;                // of the expert, the rows of h
-  int16_t tokens[kTileTokens];  // of the tile: those of its pairs, at its last step
+  int32_t pairs;          // of the expert, the rows of h
+  int16_t tokens[kRows];  // of the block: those of its pairs, at its last step
 };
 
-template <class Tile>
+// kTiles: of the plan, in a block.
+template <class Tile, int kTiles>
 struct DownMemory {
-  float y[kTileTokens][kColumns + 8];  // that the rows of few tokens are in different banks
-  DownStages<Tile> stages[kStages];
+  float y[kTiles * kTileTokens][kColumns + 8];  // that the rows of few tokens are in different banks
+  DownStages<Tile> stages[kTiles == 1 ? kStages : kStages + 1];
 };
 
-static_assert(kTileTokens == kRows, "the pairs of an expert in a tile of tokens are the rows of one product");
-
-// The experts of a tile of tokens, ascending, 32 at a glance: a lane holds the words and the first pair of one. Each warp
-// walks alone and sees the same.
+// The experts of a block of tokens, ascending, 32 at a glance, a lane each. Each warp walks alone and sees the same, but for
+// the words: a warp has those of the tokens that it lists, thread by thread.
+template <int kTiles>
 struct Walk {
-  const uint32_t *low_words, *high_words;
+  static constexpr int kGroups = kTiles * kTileTokens / kGroupTokens, kWarps = kThreads / 32;
+  static constexpr int kOwn = (kGroups + kWarps - 1) / kWarps;  // words of a warp
+  const uint32_t* words;
   const int32_t* starts;
-  int E, e0 = -32;
-  unsigned low, high, active = 0;  // of this lane's expert; of the 32 experts, those still to come
-  int32_t start;
+  int E, groups, e0 = -32;
+  unsigned active = 0;  // of the 32 experts, those still to come
+  unsigned own[kOwn];   // of this lane's expert
+  int32_t before[kOwn], start, pairs;
 
-  SADMOE_DEVICE Walk(const Down& p, int64_t tile)
-      : low_words(p.words + 2 * tile * p.E),
-        high_words(low_words + p.E),
-        starts(p.starts + tile * p.E),
-        E(static_cast<int>(p.E)) {}
+  SADMOE_DEVICE Walk(const Down& p, int64_t block)
+      : words(p.words + block * kGroups * p.E),
+        starts(p.starts + block * kTiles * p.E),
+        E(static_cast<int>(p.E)),
+        groups(static_cast<int>((p.T + kGroupTokens - 1) / kGroupTokens - block * kGroups)) {}
 
   SADMOE_DEVICE void look(int from) {
-    const int e = (e0 = from) + thread_index() % 32;
-    low = e < E ? low_words[e] : 0, high = e < E ? high_words[e] : 0, start = e < E ? starts[e] : 0;
-    active = ballot((low | high) != 0);
+    const int e = (e0 = from) + thread_index() % 32, warp = thread_index() / 32;
+    pairs = 0;
+    SADMOE_UNROLL
+    for (int i = 0; i < kOwn; ++i) own[i] = 0, before[i] = 0;
+    SADMOE_UNROLL
+    for (int g = 0; g < kGroups; ++g) {
+      const unsigned word = e < E && g < groups ? words[g * E + e] : 0;
+      if (g % kWarps == warp) own[g / kWarps] = word, before[g / kWarps] = pairs;
+      pairs += count_bits(word);
+    }
+    start = e < E ? starts[e] : 0;
+    active = ballot(pairs != 0);
   }
+  // Products that the pairs of all experts take, of kRows rows at most.
   SADMOE_DEVICE int count() {
     int n = 0;
-    for (int from = 0; from < E; from += 32) look(from), n += count_bits(active);
+    for (int from = 0; from < E; from += 32) {
+      look(from);
+      if constexpr (kTiles == 1) {
+        n += count_bits(active);
+      } else {
+        int own_products = (pairs + kRows - 1) / kRows;
+        SADMOE_UNROLL
+        for (int lanes = 16; lanes > 0; lanes /= 2) own_products += shuffle_xor(own_products, lanes);
+        n += own_products;
+      }
+    }
     e0 = -32, active = 0;
     return n;
   }
 
+  // first: its first pair in the block, of the next product.   left: its pairs from there on.
   struct Expert {
-    int e, first;  // and its first pair in the tile
-    unsigned low, high;
-    SADMOE_DEVICE int pairs() const { return count_bits(low) + count_bits(high); }
+    int e, first, left;
+    unsigned own[kOwn];
+    int32_t before[kOwn];  // tokens of the next product before those of the word; negative: of products that are done
+    SADMOE_DEVICE int rows() const { return kTiles == 1 || left < kRows ? left : kRows; }
   };
   // There must be one.
-  SADMOE_DEVICE Expert next() {
+  SADMOE_DEVICE void next(Expert& expert) {
+    if constexpr (kTiles > 1)
+      if (expert.left > kRows) {
+        expert.first += kRows, expert.left -= kRows;
+        SADMOE_UNROLL
+        for (int i = 0; i < kOwn; ++i) expert.before[i] -= kRows;
+        return;
+      }
     while (!active) look(e0 + 32);
     const int i = lowest_bit(active);
     active &= active - 1;
-    return {e0 + i, shuffle(start, i), shuffle(low, i), shuffle(high, i)};
+    expert.e = e0 + i, expert.first = shuffle(start, i), expert.left = shuffle(pairs, i);
+    SADMOE_UNROLL
+    for (int j = 0; j < kOwn; ++j) expert.own[j] = shuffle(own[j], i), expert.before[j] = shuffle(before[j], i);
   }
 };
 
-// tokens[r] = the r-th token that chose the expert.
-SADMOE_DEVICE void list_tokens(const Walk::Expert& expert, int16_t (&tokens)[kTileTokens]) {
-  const int t = thread_index();
-  if (t >= kTileTokens) return;
-  const unsigned word = t < 32 ? expert.low : expert.high, below = (1u << t % 32) - 1;
-  if (word >> t % 32 & 1) tokens[(t < 32 ? 0 : count_bits(expert.low)) + count_bits(word & below)] = static_cast<int16_t>(t);
+// tokens[r] = of the block, the token of row r of the next product.
+template <class Expert>
+SADMOE_DEVICE void list_tokens(const Expert& expert, int16_t (&tokens)[kRows]) {
+  const int lane = thread_index() % 32;
+  SADMOE_UNROLL
+  for (int i = 0; i < static_cast<int>(sizeof expert.own / sizeof *expert.own); ++i) {
+    const unsigned below = (1u << lane) - 1;
+    const int r = expert.before[i] + count_bits(expert.own[i] & below);
+    if ((expert.own[i] >> lane & 1) && r >= 0 && r < kRows) tokens[r] = static_cast<int16_t>(i * kThreads + thread_index());
+  }
 }
 
-template <class Tile>
-SADMOE_KERNEL(kThreads, 4)
+template <class Tile, int kTiles>
+SADMOE_KERNEL(kThreads, kTiles == 1   ? 4
+                        : kTiles == 2 ? 3
+                                      : 2)
 down(Down p) {
   using Stages = DownStages<Tile>;
   using Element = typename Tile::Element;
-  constexpr int kDepth = Tile::kDepth;
-  SADMOE_SHARED(DownMemory<Tile>, memory);
-  const int64_t t0 = block_x() * kTileTokens, c0 = block_y() * kColumns;
+  using Memory = DownMemory<Tile, kTiles>;
+  constexpr int kDepth = Tile::kDepth, kTokens = kTiles * kTileTokens;
+  SADMOE_SHARED(Memory, memory);
+  const int64_t t0 = block_x() * kTokens, c0 = block_y() * kColumns;
   SADMOE_ROLLED
-  for (int i = thread_index(); i < kTileTokens * kColumns; i += kThreads) {
+  for (int i = thread_index(); i < kTokens * kColumns; i += kThreads) {
     const int64_t c = c0 + i % kColumns;
     memory.y[i / kColumns][i % kColumns] = p.b_out.data && c < p.d_out ? load(p.b_out, c) : 0;
   }
@@ -100,25 +142,25 @@ down(Down p) {
   const unsigned h_row = static_cast<unsigned>(p.h.ld / h.kWide), w_row = static_cast<unsigned>(p.w_down.ld / w.kWide);
   const int s = static_cast<int>(p.s), steps = (s + kDepth - 1) / kDepth, columns = kept(static_cast<int>(p.d_out - c0));
   // One pipeline for all experts.
-  Walk walk(p, block_x());
-  Walk::Expert expert{};
+  Walk<kTiles> walk(p, block_x());
+  typename Walk<kTiles>::Expert expert{};
   unsigned h_on = 0, w_on = 0;
-  int left = 0, pairs = 0, used = 0;
+  int left = 0, rows = 0, used = 0;
   Tile sums;
   pipeline(
       memory.stages, walk.count() * steps,
       [&](Stages& stage) {
         if (left <= 0) {
-          expert = walk.next();
-          pairs = expert.pairs(), left = s;
+          walk.next(expert);
+          rows = expert.rows(), left = s;
           h_on = expert.first * h_row, w_on = expert.e * (s * w_row);
         }
         if (w.wide())
           w.copy(stage.w, w_on, left, columns);
         else
           w.load(stage.w, (expert.e * p.s + s - left) * p.w_down.ld, left, columns);
-        h.copy(stage.h, h_on, pairs, left, pairs);
-        if (thread_index() == 0) stage.pairs = pairs;
+        h.copy(stage.h, h_on, rows, left, rows);
+        if (thread_index() == 0) stage.pairs = rows;
         if (left <= kDepth) list_tokens(expert, stage.tokens);
         left -= kDepth, h_on += kDepth / h.kWide, w_on += kDepth * w_row;
       },
@@ -129,7 +171,7 @@ down(Down p) {
         sums.add_to(memory.y, stage.tokens, stage.pairs);
       });
   SADMOE_ROLLED
-  for (int i = thread_index(); i < kTileTokens * kColumns; i += kThreads) {
+  for (int i = thread_index(); i < kTokens * kColumns; i += kThreads) {
     const int64_t t = t0 + i / kColumns, c = c0 + i % kColumns;
     if (t < p.T && c < p.d_out) store(p.y, p.dtype, t * p.d_out + c, memory.y[i / kColumns][i % kColumns]);
   }

@@ -19,14 +19,56 @@ int on_hopper(const Options& options, bool& is) {
 
 template <class Tile, bool kGated>
 int launch_up(const Up& p, void* stream) {
-  const Grid grid{p.E * divide(p.s, kColumns), std::min(divide(p.T, kRows), kRowBlocks)};
+  const Grid grid{p.E * divide(p.s, Tile::columns), std::min(divide(p.T, Tile::rows), kRowBlocks)};
   return launch(up<Tile, kGated>, grid, kThreads, shared_bytes<UpMemory<Tile, kGated>>(), stream, p);
 }
 
+template <class Tile, int kTiles>
+constexpr size_t down_bytes() {
+  if constexpr (kTiles == 1) return shared_bytes<DownMemory<Tile, 1>>();
+  return sizeof(DownMemory<Tile, kTiles>);
+}
+
+// Tiles of the plan in a block of `down`: those with which a multiprocessor reads least, for every neuron a row of the weights
+// once a block and the activations of a quarter of its tokens; if two such blocks fit it.
 template <class Tile>
+int down_tiles(const Down& p, const Options& options, int& tiles) {
+  int processors = 0, shared = 0;
+  int code = multiprocessors(processors);
+  if (code == 0) code = shared_of_multiprocessor(shared);
+  if (code) return code;
+  if ((tiles = static_cast<int>(options.down_tiles))) return 0;
+  int64_t least = 0;
+  const auto consider = [&](int n, size_t bytes) {
+    const int64_t tokens = n * kTileTokens, blocks = divide(p.T, tokens) * divide(p.d_out, kColumns);
+    const int64_t read = divide(blocks, processors) * (kColumns + tokens / 4);
+    const bool fits = n == 1 || 2 * (bytes + kBlockBytes) <= static_cast<size_t>(shared);
+    if (fits && (tiles == 0 || read < least)) tiles = n, least = read;
+  };
+  consider(1, down_bytes<Tile, 1>());
+  consider(2, down_bytes<Tile, 2>());
+  consider(4, down_bytes<Tile, 4>());
+  return 0;
+}
+
+template <class Tile, int kTiles>
 int launch_down(const Down& p, void* stream) {
-  return launch(down<Tile>, {divide(p.T, kTileTokens), divide(p.d_out, kColumns)}, kThreads, shared_bytes<DownMemory<Tile>>(),
-                stream, p);
+  const Grid grid{divide(p.T, kTiles * kTileTokens), divide(p.d_out, kColumns)};
+  return launch(down<Tile, kTiles>, grid, kThreads, down_bytes<Tile, kTiles>(), stream, p);
+}
+
+template <class Tile>
+int launch_down(const Down& p, const Options& options, void* stream) {
+  int tiles = 0;
+  if (const int code = down_tiles<Tile>(p, options, tiles)) return code;
+  switch (tiles) {
+    case 1:
+      return launch_down<Tile, 1>(p, stream);
+    case 2:
+      return launch_down<Tile, 2>(p, stream);
+    default:
+      return launch_down<Tile, 4>(p, stream);
+  }
 }
 
 int make_plan(const Plan& p, void* stream) {
@@ -69,7 +111,7 @@ int run_chunk(const Experts& experts, const Plan& plan, const Options& options, 
   if (hopper && fits_hopper(p))
     code = up_on_hopper(p, stream);
   else
-    code = with_experts_tile(dtype, options.tf32, [&](auto tile) {
+    code = with_up_tile(dtype, s.s, options.tf32, [&](auto tile) {
       using Tile = typename decltype(tile)::type;
       return p.w_gate.data ? launch_up<Tile, true>(p, stream) : launch_up<Tile, false>(p, stream);
     });
@@ -80,7 +122,8 @@ int run_chunk(const Experts& experts, const Plan& plan, const Options& options, 
   q.starts = plan.starts, q.words = plan.words;
   q.T = plan.T, q.E = s.E, q.s = s.s, q.d_out = s.d_out;
   q.y = experts.y, q.dtype = dtype;
-  return with_experts_tile(dtype, options.tf32, [&](auto tile) { return launch_down<typename decltype(tile)::type>(q, stream); });
+  return with_experts_tile(dtype, options.tf32,
+                           [&](auto tile) { return launch_down<typename decltype(tile)::type>(q, options, stream); });
 }
 
 // The tokens [begin, end) of a choice, and of the experts' arguments.

@@ -15,6 +15,7 @@ struct Options {
   int64_t decode_tokens = 64;  // at most these, and 64, go to the decode kernels, whose results are the same bit for bit
   bool tf32 = false;           // float32 experts by tensor cores, operands rounded to 11 bits; never the router
   bool hopper = true;          // the kernels of sm_90a, on such a device, where they fit
+  int64_t down_tiles = 0;      // blocks of the down projection take so many times 64 tokens: 1, 2 or 4; 0: by the shape
 };
 
 // scores [T, E]; hidden [T, r] is scratch. x, v1, v2 of any dtypes.

@@ -43,6 +43,13 @@ int with_experts_tile(DType dtype, bool tf32, Body body) {
   return tf32 ? body(Type<Tf32<1>>{}) : body(Type<Fma>{});
 }
 
+// The same for the way into experts of s neurons: a tile has no more columns than they fill.
+template <class Body>
+int with_up_tile(DType dtype, int64_t s, bool tf32, Body body) {
+  if (s > 32 || dtype == DType::f32) return with_experts_tile(dtype, tf32, body);
+  return dtype == DType::bf16 ? body(Type<TallMma<bf16>>{}) : body(Type<TallMma<f16>>{});
+}
+
 // The same for a layer of the router, with the accuracy of float32 whatever the dtypes: 16 bits fit tf32.
 template <class Body>
 int with_router_tile(DType x, DType w, Body body) {

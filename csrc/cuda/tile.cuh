@@ -1,10 +1,12 @@
-// A tile of a matrix product, kRows x kColumns, by one block: sums live in registers, operands pass through shared memory
+// A tile of a matrix product, rows x columns, by one block: sums live in registers, operands pass through shared memory
 // in steps of kDepth. What differs is how a step is multiplied: Fma (float32), Mma<T> (tensor cores, 16 bits) or
-// Tf32<kParts> (tensor cores, float32 operands of fewer bits).
+// Tf32<kParts> (tensor cores, float32 operands of fewer bits), of 64 x 64 all; and TallMma<T>, which is Mma<T> of 128 x 32.
 //
 // The sum of an element runs over the depth in one fixed order, whatever the other rows are and however many: results are
 // batch-invariant. strip.cuh keeps the same order.
 #pragma once
+#include <type_traits>
+
 #include "cuda/stage.cuh"
 
 namespace sadmoe::cuda {
@@ -12,18 +14,22 @@ namespace sadmoe::cuda {
 constexpr int kRows = 64, kColumns = 64, kThreads = 128, kStages = 3;
 constexpr int kSums = kRows * kColumns / kThreads;
 
-// A row of the tile a row, also of x; and a step of the depth a row.
-template <class Tile>
-using RowStage = Stage<typename Tile::Element, kRows, Tile::kDepth, Tile::kRowPad>;
-template <class Tile>
-using DepthStage = Stage<typename Tile::Element, Tile::kDepth, kColumns, Tile::kDepthPad>;
-
-// How operands are staged.
-template <class T, int kDepthOf, int kRowPadOf>
+// How operands are staged: rows of the tile; its columns as rows, or steps of the depth as rows.
+template <class T, int kDepthOf, int kRowPadOf, int kRowsOf = kRows>
 struct Operands {
   using Element = T;
+  static constexpr int rows = kRowsOf, columns = kRows * kColumns / kRowsOf;
   static constexpr int kDepth = kDepthOf, kRowPad = kRowPadOf, kDepthPad = 8;
+  using Rows = Stage<T, rows, kDepth, kRowPad>;
+  using Columns = Stage<T, columns, kDepth, kRowPad>;
+  using Depths = Stage<T, kDepth, columns, kDepthPad>;
 };
+template <class Tile>
+using RowStage = typename Tile::Rows;
+template <class Tile>
+using ColumnStage = typename Tile::Columns;
+template <class Tile>
+using DepthStage = typename Tile::Depths;
 
 // Operands of any dtype, multiplied and added in float32. A thread holds rows ty + 8 i and columns tx + 16 j.
 struct Fma : Operands<float, 16, 4> {
@@ -69,14 +75,21 @@ struct Fma : Operands<float, 16, 4> {
   }
 };
 
-// Where the sums of a product by tensor cores are: [4 tiles of 16 rows][2 tiles of 8 columns][4]. A warp holds all rows of
-// 16 columns, so that an expert of few rows wastes no warp.
+// Where the sums of a product by tensor cores are: [4 tiles of 16 rows][2 tiles of 8 columns][4]. A warp holds 64 rows of 16
+// columns, and kAcross warps are side by side: with all four an expert of few rows wastes no warp.
+template <int kAcross>
 struct TensorSums {
   float sums[kSums] = {};
 
   SADMOE_DEVICE static int lane() { return thread_index() % 32; }
-  SADMOE_DEVICE static int first_column() { return thread_index() / 32 * 16; }
-  SADMOE_DEVICE static int row(int i) { return i / 8 * 16 + i % 4 / 2 * 8 + lane() / 4; }
+  SADMOE_DEVICE static int first_row() { return kAcross == kThreads / 32 ? 0 : thread_index() / 32 / kAcross * 64; }
+  SADMOE_DEVICE static int first_column() { return thread_index() / 32 % kAcross * 16; }
+  // Whether the 16 rows of sums[i] are beyond the first n of the tile, which has a row.
+  SADMOE_DEVICE static bool beyond(int i, int n) {
+    if (kAcross == kThreads / 32) return i && i / 8 * 16 >= n;
+    return first_row() + i / 8 * 16 >= n;
+  }
+  SADMOE_DEVICE static int row(int i) { return first_row() + i / 8 * 16 + i % 4 / 2 * 8 + lane() / 4; }
   SADMOE_DEVICE static int column(int i) { return first_column() + i / 4 % 2 * 8 + lane() % 4 * 2 + i % 2; }
 
   // y[tokens[r]] += row r, of the first n rows; the sums begin anew. 16 rows are read before any is written, for the compiler
@@ -85,7 +98,7 @@ struct TensorSums {
   SADMOE_DEVICE void add_to(Y& y, const int16_t* tokens, int n) {
     SADMOE_UNROLL
     for (int i = 0; i < kSums; i += 8) {
-      if (i && i / 8 * 16 >= n) break;
+      if (beyond(i, n)) break;
       float* to[2];
       Pair pairs[2][2];
       SADMOE_UNROLL
@@ -110,35 +123,43 @@ struct TensorSums {
 };
 
 // Operands of T, 16 bits, by m16n8k16.
-template <class T>
-struct Mma : Operands<T, 32, 8>, TensorSums {
-  using Operands<T, 32, 8>::kDepth;
+template <class T, int kAcross>
+struct MmaTile : Operands<T, 32, 8, 256 / kAcross>, TensorSums<kAcross> {
+  using Shape = Operands<T, 32, 8, 256 / kAcross>;
+  using Sums = TensorSums<kAcross>;
+  using Sums::lane, Sums::first_row, Sums::first_column, Sums::beyond, Sums::sums;
 
   // Of 16 columns: depths 0-7 and 8-15 of columns 0-7, then of columns 8-15.
-  SADMOE_DEVICE static void fragment(unsigned (&to)[4], const RowStage<Mma>& b, int k) {
-    load_matrices(to, b.from(b.offset(first_column() + lane() / 16 * 8 + lane() % 8, lane() / 8 % 2 * 8) + b.offset(0, k)));
-  }
-  SADMOE_DEVICE static void fragment(unsigned (&to)[4], const DepthStage<Mma>& b, int k) {
-    load_matrices_transposed(to, b.from(b.offset(lane() % 16, first_column() + lane() / 16 * 8) + b.offset(k, 0)));
+  template <class StageB>
+  SADMOE_DEVICE static void fragment(unsigned (&to)[4], const StageB& b, int k) {
+    if constexpr (std::is_same_v<StageB, typename Shape::Columns>)
+      load_matrices(to, b.from(b.offset(first_column() + lane() / 16 * 8 + lane() % 8, lane() / 8 % 2 * 8) + b.offset(0, k)));
+    else
+      load_matrices_transposed(to, b.from(b.offset(lane() % 16, first_column() + lane() / 16 * 8) + b.offset(k, 0)));
   }
 
   template <class StageB>
-  SADMOE_DEVICE void multiply(const RowStage<Mma>& a, const StageB& b, int n) {
+  SADMOE_DEVICE void multiply(const typename Shape::Rows& a, const StageB& b, int n) {
     SADMOE_UNROLL
-    for (int k = 0; k < kDepth; k += 16) {
+    for (int k = 0; k < Shape::kDepth; k += 16) {
       unsigned bs[4];
       fragment(bs, b, k);
       SADMOE_UNROLL
       for (int i = 0; i < kSums; i += 8) {
-        if (i && i / 8 * 16 >= n) break;
+        if (beyond(i, n)) break;
         unsigned as[4];
-        load_matrices(as, a.from(a.offset(lane() % 16, lane() / 16 * 8) + a.offset(i / 8 * 16, k)));
+        load_matrices(as, a.from(a.offset(first_row() + lane() % 16, lane() / 16 * 8) + a.offset(i / 8 * 16, k)));
         multiply_16x8x16(sums + i, as, bs[0], bs[1], T{});
         multiply_16x8x16(sums + i + 4, as, bs[2], bs[3], T{});
       }
     }
   }
 };
+template <class T>
+struct Mma : MmaTile<T, 4> {};
+// For experts of few neurons.
+template <class T>
+struct TallMma : MmaTile<T, 2> {};
 
 // A fragment of floats as that many sums of tf32: two parts of a hold all 24 bits, and b, rounded to one, loses nothing
 // where it comes from 16 bits.
@@ -169,7 +190,9 @@ SADMOE_DEVICE void multiply_parts(float* sums, const Split<kParts>& a, unsigned 
 
 // Operands of any dtype by m16n8k8: a as the sum of kParts numbers of 11 bits, b rounded to 11.
 template <int kParts>
-struct Tf32 : Operands<float, 16, 4>, TensorSums {
+struct Tf32 : Operands<float, 16, 4>, TensorSums<4> {
+  using TensorSums<4>::lane, TensorSums<4>::first_column, TensorSums<4>::beyond, TensorSums<4>::sums;
+
   SADMOE_DEVICE static void fragment(unsigned (&to)[4], const RowStage<Tf32>& b, int k) {
     load_matrices(to, b.from(b.offset(first_column() + lane() / 16 * 8 + lane() % 8, lane() / 8 % 2 * 4) + b.offset(0, k)));
   }
@@ -187,7 +210,7 @@ struct Tf32 : Operands<float, 16, 4>, TensorSums {
       const Split<1> bs(raw);
       SADMOE_UNROLL
       for (int i = 0; i < kSums; i += 8) {
-        if (i && i / 8 * 16 >= n) break;
+        if (beyond(i, n)) break;
         load_matrices(raw, a.from(a.offset(lane() % 16, lane() / 16 * 4) + a.offset(i / 8 * 16, k)));
         const Split<kParts> as(raw);
         multiply_parts(sums + i, as, bs.parts[0][0], bs.parts[0][1]);

@@ -94,15 +94,16 @@ SADMOE_DEVICE void with_hidden_type(DType dtype, Body body) {
 
 template <class Tile, bool kGated>
 struct UpStages {
-  RowStage<Tile> x, w[kGated ? 2 : 1];
+  RowStage<Tile> x;
+  ColumnStage<Tile> w[kGated ? 2 : 1];
 };
 
 template <class Tile, bool kGated>
 struct UpMemory {
-  int32_t tokens[kRows];
+  int32_t tokens[Tile::rows];
   union {
     UpStages<Tile, kGated> stages[kStages];
-    float sums[kGated ? 2 : 1][kRows][kColumns + 8];  // that neighbouring rows are in different banks
+    float sums[kGated ? 2 : 1][Tile::rows][Tile::columns + 8];  // that neighbouring rows are in different banks
   };
 };
 
@@ -115,15 +116,17 @@ up(Up p) {
   using Memory = UpMemory<Tile, kGated>;
   constexpr int kDepth = Tile::kDepth;
   SADMOE_SHARED(Memory, memory);
-  const int64_t strips = (p.s + kColumns - 1) / kColumns, e = block_x() / strips, j0 = block_x() % strips * kColumns;
+  const int64_t strips = (p.s + Tile::columns - 1) / Tile::columns, e = block_x() / strips,
+                j0 = block_x() % strips * Tile::columns;
   const int64_t begin = p.starts ? p.starts[e] : 0, end = p.starts ? p.starts[p.tiles * p.E + e] : p.T;
   const auto neuron = [&](int r) { return (e * p.s + j0 + r) * p.w_up.ld; };
-  const auto w = source<Element, kThreads, RowStage<Tile>>(p.w_up, neuron);
-  const auto gate = source<Element, kThreads, RowStage<Tile>>(kGated ? p.w_gate : p.w_up, neuron);
+  const auto w = source<Element, kThreads, ColumnStage<Tile>>(p.w_up, neuron);
+  const auto gate = source<Element, kThreads, ColumnStage<Tile>>(kGated ? p.w_gate : p.w_up, neuron);
   const int neurons = kept(static_cast<int>(p.s - j0)), d = static_cast<int>(p.d);
-  for (int64_t p0 = begin + block_y() * kRows; p0 < end; p0 += blocks_y() * kRows) {
-    const int n = static_cast<int>(end - p0 < kRows ? end - p0 : kRows);
-    if (const int r = thread_index(); r < kRows) memory.tokens[r] = static_cast<int>(p.rows && r < n ? p.rows[p0 + r] : p0 + r);
+  for (int64_t p0 = begin + block_y() * Tile::rows; p0 < end; p0 += blocks_y() * Tile::rows) {
+    const int n = static_cast<int>(end - p0 < Tile::rows ? end - p0 : Tile::rows);
+    if (const int r = thread_index(); r < Tile::rows)
+      memory.tokens[r] = static_cast<int>(p.rows && r < n ? p.rows[p0 + r] : p0 + r);
     sync_block();
     const auto x = source<Element, kThreads, RowStage<Tile>>(p.x, [&](int r) { return memory.tokens[r] * p.x.ld; });
     Tile sums, gates;
@@ -132,15 +135,15 @@ up(Up p) {
     pipeline(
         memory.stages, (d + kDepth - 1) / kDepth,
         [&](Stages& stage) {
-          const auto fill = [&](const auto& from, RowStage<Tile>& to, int rows, int used) {
+          const auto fill = [&](const auto& from, auto& to, int rows, int used) {
             if (from.wide())
               from.copy(to, on, rows, left, used);
             else
               from.load(to, d - left, rows, left);
           };
           fill(x, stage.x, n, n);
-          fill(w, stage.w[0], neurons, kRows);
-          if constexpr (kGated) fill(gate, stage.w[1], neurons, kRows);
+          fill(w, stage.w[0], neurons, Tile::columns);
+          if constexpr (kGated) fill(gate, stage.w[1], neurons, Tile::columns);
           left -= kDepth, on += kDepth / x.kWide;
         },
         [&](const Stages& stage) {
@@ -151,7 +154,7 @@ up(Up p) {
     if constexpr (kGated) store_sums(gates, memory.sums[1]);
     sync_block();
     with_hidden_type<Element, kGated>(p.h_dtype, [&](auto to) {
-      constexpr int kNeurons = 4 / sizeof(to), kOfRow = kColumns / kNeurons;  // threads
+      constexpr int kNeurons = 4 / sizeof(to), kOfRow = Tile::columns / kNeurons;  // threads
       const int c = thread_index() % kOfRow * kNeurons;
       if (const int64_t j = j0 + c; j < p.ld_h)
         write_hidden<decltype(to), kGated>(p, e * p.s + j, p.s - j, thread_index() / kOfRow, n, kThreads / kOfRow,

@@ -17,7 +17,12 @@ Way = Literal["dense", "decode", "sparse"]
 CONSTANTS = Path(__file__).with_name("gpu_constants.json")
 DECODE_TOKENS = 64  # the op takes its decode kernels up to here
 _TILE = 64  # tokens and columns of a tile in csrc/cuda/tile.cuh
-_RESIDENT = 4  # blocks of a tile at once on a multiprocessor
+_RESIDENT = {1: 4, 2: 3, 4: 2}  # blocks of so many tiles that registers allow at once on a multiprocessor
+_DOWN_BLOCK, _DOWN_TILE = (
+    40_512,
+    18_432,
+)  # bytes of shared memory that a block of down.cuh takes, and for each tile
+_HOPPER_ROWS = 256  # of a tile in hopper_up.cuh; 128 of a GLU
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,12 @@ class Card:
     dense_32: float
     ours_16: float
     ours_32: float
+    hopper_16: float  # 0: has none
     memory: float
     streamed: float
     l2: float
     shared: float
+    shared_bytes: int
     step: float
     launch: float
     unmeasured: tuple[str, ...] = ()  # the constants that no run on such a card has shown
@@ -185,43 +192,97 @@ def _tiles(pairs_each: float, steps: int) -> float:
     return pairs_each + min(pairs_each, 1.0) * (steps - 1) / 2
 
 
-def _waves(blocks: float, card: Card) -> float:
+def _waves(blocks: float, resident: int, card: Card) -> float:
     """How often all multiprocessors must be filled, not below a part of once."""
-    return max(blocks / (card.processors * _RESIDENT), 1.0)
+    return max(blocks / (card.processors * resident), 1.0)
 
 
-def _slowest(layer: Layer, work: float, l2: float, shared: float, card: Card) -> float:
+def _slowest(work: float, l2: float, shared: float, rate: float, card: Card) -> float:
+    """work in FLOP at that rate; bytes from L2, and through shared memory."""
     by_shared = shared / (card.shared * card.processors * card.clock)
-    return max(work / card.ours(layer.bytes_each), l2 / card.l2, by_shared)
+    return max(work / rate, l2 / card.l2, by_shared)
 
 
 def _up_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
-    """up.cuh: a tile of an expert's pairs by 64 of its neurons, computed whole."""
+    """The products on the way in, and their activation."""
+    if card.hopper_16 and layer.bytes_each == 2:
+        return _hopper_up_seconds(layer, tokens, share, card)
+    return _tiled_up_seconds(layer, tokens, share, card)
+
+
+def _tiled_up_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
+    """up.cuh: a tile of an expert's pairs by some of its neurons, computed whole; where s is small a tall one."""
     each = tokens * share
-    strips = -(-layer.expert_size // _TILE)
+    height, width = (128, 32) if layer.expert_size <= 32 and layer.bytes_each == 2 else (_TILE, _TILE)
+    strips = -(-layer.expert_size // width)
     rows = _tiles(each, 16) * layer.experts * strips
-    work = 2 * rows * _TILE * layer.d * layer.inputs
-    blocks = max(each / _TILE, min(each, 1.0)) * layer.experts * strips
+    work = 2 * rows * width * layer.d * layer.inputs
+    blocks = max(each / height, min(each, 1.0)) * layer.experts * strips
     gathered = each * layer.experts * layer.d * strips * layer.bytes_each
     weights = blocks * layer.expert_size / strips * layer.d * layer.inputs * layer.bytes_each
-    # Four warps read all rows and a quarter of the columns each.
-    shared = gathered + weights + (rows * 4 + blocks * _TILE) * layer.d * layer.inputs * layer.bytes_each
-    waiting = _waves(blocks, card) * card.step * min(blocks, 1.0)
-    return _slowest(layer, work, gathered + weights, shared, card) + waiting + card.launch
+    # A warp reads all columns of its rows, and 16 of their columns.
+    by_warps = (
+        (rows * width / 16 + blocks * height / _TILE * width) * layer.d * layer.inputs * layer.bytes_each
+    )
+    waiting = _waves(blocks, _RESIDENT[1], card) * card.step * min(blocks, 1.0)
+    slowest = _slowest(
+        work, gathered + weights, gathered + weights + by_warps, card.ours(layer.bytes_each), card
+    )
+    return slowest + waiting + card.launch
+
+
+def _hopper_up_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
+    """hopper_up.cuh: rows of an expert's pairs by a strip of at most 128 of its neurons, one block a multiprocessor."""
+    each = tokens * share
+    strips = -(-layer.expert_size // 128)
+    columns = -(-layer.expert_size // (strips * 32)) * 32  # of a strip
+    products = _tiles(each, _TILE) / _TILE * layer.experts * strips  # of 64 rows by a strip
+    tiles = max(each / (_HOPPER_ROWS / layer.inputs), min(each, 1.0)) * layer.experts * strips
+
+    def of(products: float, tiles: float, rows: float) -> float:
+        depth = layer.d * layer.inputs
+        read = (rows * layer.d + tiles * columns * depth) * layer.bytes_each
+        shared = read + products * (_TILE + columns) * depth * layer.bytes_each
+        work = 2 * products * _TILE * columns * depth
+        return _slowest(work, read, shared, card.dense_16 * card.hopper_16, card)
+
+    one = of(1, 1, _TILE) * card.processors * min(each, 1.0)  # by one multiprocessor
+    return (
+        max(of(products, tiles, each * layer.experts * strips), one)
+        + card.step * min(tiles, 1.0)
+        + card.launch
+    )
+
+
+def _down_tiles(layer: Layer, tokens: int, card: Card) -> int:
+    """Tiles of tokens in a block of down.cuh, as launch.cu picks them."""
+
+    def read(n: int) -> int:
+        blocks = -(-tokens // (n * _TILE)) * -(-layer.d_out // _TILE)
+        return -(-blocks // card.processors) * (_TILE + n * _TILE // 4)
+
+    fit = [n for n in _RESIDENT if n == 1 or 2 * (_DOWN_BLOCK + n * _DOWN_TILE) <= card.shared_bytes]
+    return min(fit, key=read)
 
 
 def _down_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
-    """down.cuh: 64 tokens by 64 columns, every expert added to float32 sums in shared memory, all in one pipeline."""
-    each, tiles, strips = _TILE * share, -(-tokens // _TILE), -(-layer.d_out // _TILE)
+    """down.cuh: tokens by 64 columns, every expert added to float32 sums in shared memory, all in one pipeline."""
+    n = _down_tiles(layer, tokens, card)
+    each, blocks, strips = n * _TILE * share, -(-tokens // (n * _TILE)), -(-layer.d_out // _TILE)
     depth = -(-layer.expert_size // 32) * 32
-    active = (1 - (1 - share) ** _TILE) * layer.experts  # of a tile of tokens
-    rows = _tiles(each, 16) * layer.experts * tiles
+    active = (1 - (1 - share) ** (n * _TILE)) * layer.experts  # of a block
+    products = active * max(each / max(active / layer.experts, 1e-9) / _TILE, 1.0)  # of 64 rows
+    rows = _tiles(each, 16) * layer.experts * blocks
     work = 2 * rows * depth * strips * _TILE
-    pairs = each * layer.experts * tiles
-    l2 = (pairs * strips + active * tiles * layer.d_out) * layer.expert_size * layer.bytes_each
-    shared = (
-        l2 + pairs * layer.d_out * 8 + (rows * 4 + active * tiles * _TILE) * strips * depth * layer.bytes_each
+    pairs = each * layer.experts * blocks
+    l2 = (pairs * strips + products * blocks * layer.d_out) * layer.expert_size * layer.bytes_each
+    sums = pairs * layer.d_out * 8
+    shared = l2 + sums + (rows * 4 + products * blocks * _TILE) * strips * depth * layer.bytes_each
+    # A step waits for a part of what L2 takes, others being on their way.
+    ahead = 3 if n == 1 else 4
+    resident = (
+        min(_RESIDENT[n], card.shared_bytes // (_DOWN_BLOCK + n * _DOWN_TILE)) if n > 1 else _RESIDENT[1]
     )
-    # A step waits for a third of what L2 takes, two being on their way.
-    waiting = _waves(tiles * strips, card) * active * (depth / 32) * card.step / 3
-    return max(_slowest(layer, work, l2, shared, card), waiting) + card.launch
+    waiting = _waves(blocks * strips, resident, card) * products * (depth / 32) * card.step / ahead
+    slowest = _slowest(work, l2, shared, card.ours(layer.bytes_each), card)
+    return max(slowest, waiting) + card.launch
