@@ -15,7 +15,8 @@ namespace {
 // together, only those that chose one expert. No result depends on it. 256 were slower where d is 2048, and as fast elsewhere.
 constexpr int64_t kBlock = 512, kSmallestBlock = 64;
 constexpr int64_t kHidden = 1 << 22;      // floats of activations that a block may need where every expert runs
-constexpr int64_t kFewTokens = 8;         // whose rows of y near caches hold whole
+constexpr int64_t kFewRows = 8;           // of an expert, on average: below it time is the weights' way from memory
+constexpr int64_t kSums = 1 << 16;        // sums of y that near caches hold, beside weights that are used once
 constexpr int64_t kSharedPerThread = 32;  // up to this many tokens a thread, threads share every token and split the weights
 
 int64_t block_tokens(const Experts& p) {
@@ -77,7 +78,7 @@ class Block {
   // The columns [begin, end) of y: every expert in ascending order, a strip of columns at a time. Its sums stand side by side:
   // in y, rows a power of two apart would have a few sets of the near caches to share.
   void down(int64_t begin, int64_t end, const AsFloat& b_out) {
-    const int64_t strip = T_ <= kFewTokens ? end - begin : int8_ ? k_.int_strip : k_.strip;
+    const int64_t strip = std::min(end - begin, columns_together());
     const Floats sums(T_ * strip);
     for (int64_t c = begin; c < end; c += strip) {
       const int64_t columns = std::min(strip, end - c);
@@ -100,6 +101,14 @@ class Block {
   }
 
  private:
+  // Of y. With many rows an expert, so few that their sums stay in the first-level cache; else whole rows of the weights, as
+  // memory gives them fastest.
+  int64_t columns_together() const {
+    const int64_t strip = int8_ ? k_.int_strip : k_.strip;
+    const bool few_rows = plan_.pairs() < kFewRows * static_cast<int64_t>(plan_.active.size());
+    return few_rows ? std::max(kSums / T_ / strip * strip, strip) : strip;
+  }
+
   void up_expert(int64_t e, int64_t j0, int64_t j1) {
     const int64_t n = plan_.count(e), m = j1 - j0, first = e * s_.s + j0, at_h = plan_.offsets[e] * s_.s + j0;
     const auto project = [&](View w, float* out) {
