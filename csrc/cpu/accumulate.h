@@ -89,20 +89,19 @@ void copy_weights(Accumulate& p, float* copy) {
 // once, without the distance from neuron to neuron, which a power of two would leave with a few sets of the near cache.
 template <class Vec, class W>
 void accumulate(const Accumulate& p) {
-  constexpr int64_t kFewRows = 4, kManyRows = 8, kNeurons = 8;
-  if (p.n <= kFewRows)
+  constexpr int64_t kManyRows = 8, kManyColumns = 1024, kNeurons = 8;
+  if (p.n < kManyRows || p.columns > kManyColumns)
     return in_turns<W>(p, kNeurons, [](Accumulate& part) {
       part.next = nullptr;
       accumulate_all<Vec, W>(part);
     });
   if constexpr (Vec::copied > 0) {
-    if (p.n >= kManyRows && p.columns * kNeurons <= Vec::copied) {
-      alignas(64) float copy[Vec::copied];
-      return in_turns<W>(p, Vec::copied / p.columns, [&](Accumulate& part) {
-        copy_weights<Vec, W>(part, copy);
-        accumulate_all<Vec, float>(part);
-      });
-    }
+    static_assert(Vec::copied >= kManyColumns * kNeurons, "some neurons fit a copy");
+    alignas(64) float copy[Vec::copied];
+    return in_turns<W>(p, Vec::copied / p.columns, [&](Accumulate& part) {
+      copy_weights<Vec, W>(part, copy);
+      accumulate_all<Vec, float>(part);
+    });
   }
   accumulate_all<Vec, W>(p);
 }
