@@ -53,6 +53,18 @@ def test_what_is_known_of_the_kernels_shows(card):
     assert choose(BERT[24], 512, 0.9, card) == "dense"
 
 
+def test_blocks_of_the_down_projection_grow_with_the_tokens_as_far_as_shared_memory_goes():
+    layer = Layer(2048, 2048, 128, 64, 128)
+    tiles = {
+        name: [crossover._down_tiles(layer, tokens, card) for tokens in (65, 256, 1024, 8192)]
+        for name, card in cards().items()
+    }
+    assert tiles["H100"] == sorted(tiles["H100"])
+    assert tiles["H100"][0] == 1
+    assert tiles["H100"][-1] == 4
+    assert max(tiles["A100"]) == 2, "two blocks of 256 tokens do not fit one multiprocessor"
+
+
 def test_fp32_has_its_own_rates():
     h100 = cards()["H100"]
     wide = dataclasses.replace(GEMMA, bytes_each=4)
