@@ -85,8 +85,9 @@ void copy_weights(Accumulate& p, float* copy) {
   p.w = copy, p.ld_w = p.columns, p.next = nullptr;
 }
 
-// Few rows wait for the weights, which memory gives fastest in order. Many read them again and again: from a copy, widened
-// once, without the distance from neuron to neuron, which a power of two would leave with a few sets of the near cache.
+// Few rows wait for the weights, which memory gives fastest as 8 streams in order; so do rows of many columns, whose sums are
+// far themselves. Other rows read the weights again and again: from a copy, widened once, without the distance from neuron to
+// neuron, which a power of two would leave with a few sets of the near cache.
 template <class Vec, class W>
 void accumulate(const Accumulate& p) {
   constexpr int64_t kManyRows = 8, kManyColumns = 1024, kNeurons = 8;
