@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from converted import converted
 from tiny_models import TINY, tokens
 
 pytest.importorskip("transformers")
@@ -15,12 +16,12 @@ sys.path.append(str(Path(__file__).parent.parent / "bench/recipes"))
 import recipe
 from run import CPU, GPU, Effort, Run
 from run import TINY as TINY_EFFORT
-from sadmoe import FinetuneConfig
+from sadmoe import DynamicK, FinetuneConfig
 from sadmoe.batches import evaluating
 from sadmoe.model_report import layer_heat
-from workload import Workload
+from workload import Workload, sweep
 
-MICRO = Effort(0.2, 2, 0.2, 0.2, 2, 0.2, 60, 1, 8, 4, 0.01, taus=(0.0, 0.1, 1.0), shares=(0.2, 0.5))
+MICRO = Effort(0.2, 2, 0.2, 0.2, 2, 0.2, 60, 1, 8, 4, 0.01, taus=(0.0, 0.1, 1.0), shares=(0.5, 0.2))
 
 
 def batches(n: int, seed: int) -> list[dict]:
@@ -31,9 +32,9 @@ def batches(n: int, seed: int) -> list[dict]:
 def likeness(dense):
     """Of the logits to the dense model's: 1 where they are equal."""
 
-    def metric(model, tests) -> float:
-        with evaluating(model), evaluating(dense):
-            pairs = [(model(**batch).logits, dense(**batch).logits) for batch in tests]
+    def metric(outputs) -> float:
+        with evaluating(dense):
+            pairs = [(output.logits, dense(**batch).logits) for output, batch in outputs]
         ours, theirs = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         return float(1 / (1 + (ours - theirs).norm() / theirs.norm()))
 
@@ -111,6 +112,15 @@ def test_what_was_measured_before_a_failure_is_on_disk(tmp_path, small_routers, 
     assert list(found["curves"]) == [*ours, "no fine-tuning, FFNs only, s = 4", "no fine-tuning, oracle gate"]
     assert (tmp_path / "tiny-micro.png").exists()
     assert "the same, oracle gate" in (tmp_path / "tiny-micro.html").read_text()
+
+
+def test_a_curve_ends_where_most_is_lost():
+    values, work = iter([0.7, 1.0, 0.76, 0.74, 0.9]), workload()
+    work.metric = lambda outputs: next(values) + 0 * len(list(outputs))
+    model = converted("bert")
+    points = sweep(work, model, [(f"tau {t}", DynamicK(t)) for t in (0.0, 0.1, 0.2, 0.3, 0.4)], 1.0, 0.0)
+    assert [point.metric for point in points] == [0.7, 1.0, 0.76, 0.74]
+    assert points[0].share == 1 > points[-1].share > 0
 
 
 @pytest.mark.parametrize("effort", [TINY_EFFORT, CPU, GPU], ids=["tiny", "cpu", "gpu"])

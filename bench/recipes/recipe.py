@@ -44,6 +44,7 @@ from workload import Workload, controls
 
 ROUTER, PROJECTION_ROUTER = 96, 32  # widths of the routers of FFNs, and of projections of attention
 CALIBRATED = 8  # batches for that tau
+HELD = 2**32  # bytes of inputs held together
 
 
 def task_trained(model: nn.Module, batches: list[Any], loss: Any, lr: float, run: Run) -> nn.Module:
@@ -116,7 +117,7 @@ class Recipe:
         )
         with run.stage(f"{name} layers"), fast(run.device, model, sparse):
             finetune_layers_(
-                model, self.fitted, layers, teacher=sparse, max_tokens=effort.tokens, max_bytes=2**32,
+                model, self.fitted, layers, teacher=sparse, max_tokens=effort.tokens, max_bytes=HELD,
                 checkpoint=run.checkpoint(f"{name} layers"),
             )  # fmt: skip
         self.route(model, f"{name} routers")
@@ -139,7 +140,8 @@ class Recipe:
         config = RouterConfig(width=ROUTER, steps=self.effort.routers, target_power=0.5)
         with self.run.stage(step):
             follow: dict[str, Any] = {"checkpoint": self.run.checkpoint(step), "progress": True}
-            fits = fit_routers_(model, self.fitted, config, max_tokens=self.effort.tokens, **follow)
+            of: dict[str, Any] = {"max_tokens": self.effort.tokens, "max_bytes": HELD}
+            fits = fit_routers_(model, self.fitted, config, **of, **follow)
         known = [fit.r2 for fit in fits.values() if math.isfinite(fit.r2)]  # else all norms were equal
         self.r2[step.removesuffix(" routers")] = statistics.mean(known)
 
@@ -164,7 +166,7 @@ def run_recipe(work: Workload, run: Run) -> None:
     """All of it: JSON, PNG and HTML named after the run, under run.out."""
     recipe, effort, (ours, *others) = Recipe(work, run), run.effort, run.sizes
     with run.stage("controls"):
-        dense = work.metric(work.dense, work.tests)
+        dense = work.value(work.dense)
         facts = {"controls": controls(work, dense), "router_r2": recipe.r2, "effort": asdict(effort)}
     print(f"{work.title}: dense {work.metric_name} {dense:.4f}; {facts['controls']}")
     dynamic: list[tuple[str, Gate]] = [(f"tau {t:g}", DynamicK(t)) for t in effort.taus]

@@ -29,7 +29,7 @@ class Effort:
     share: float = 0.2  # of the experts, at which the penalty on their norms rests
     budget: float = 0.4  # FLOPs of the converted layers, for the tau at which the routed fine-tune runs
     taus: tuple[float, ...] = (0.0, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55)
-    shares: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # of the experts, for static top-k
+    shares: tuple[float, ...] = (0.7, 0.5, 0.3, 0.2, 0.1, 0.05)  # of the experts, for static top-k
 
     def training(self, sizes: int) -> float:
         """Seconds of training alone, for so many expert sizes."""
@@ -41,7 +41,7 @@ class Effort:
         return replace(self, **{name: factor * getattr(self, name) for name in names})
 
 
-TINY = Effort(1, 3, 1, 1, 5, 0.5, 500, 1, 64, 32, 0.05, taus=(0.0, 0.1, 1.0), shares=(0.1, 0.5))
+TINY = Effort(1, 3, 1, 1, 5, 0.5, 500, 1, 64, 32, 0.05, taus=(0.0, 0.1, 1.0), shares=(0.5, 0.1))
 CPU = Effort(120, 400, 200, 80, 500, 130, 20_000, 4, 12_000, 2_000, 1.5)
 GPU = Effort(600, 3000, 1800, 900, 3000, 1200, 200_000, 1, 60_000, 10_000, 3)
 

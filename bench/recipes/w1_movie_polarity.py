@@ -6,17 +6,18 @@ bench/recipes/fetch.sh data && python bench/recipes/w1_movie_polarity.py --data 
 of it runs. What is done is told with the seconds since the start, and not done again after a kill.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from recipe import run_recipe, task_trained
 from run import CPU, GPU, TINY, from_command_line
-from sadmoe.batches import device_of, evaluating, to_device
+from sadmoe.batches import to_device
 from sadmoe.model_report import sentence_heat
 from sadmoe.texts import tokenized
 from sources import minilm_classifier, movie_polarity
-from torch import Tensor, nn
+from torch import Tensor
 from workload import Workload, inputs
 
 SENTENCE = "A film of rare charm that, for all its talk, never once forgets to be funny."
@@ -31,15 +32,10 @@ def batches(tokenizer: Any, labelled: list[tuple[str, int]], size: int) -> list[
     return [batch | {"labels": part} for batch, part in zip(made, labels, strict=True)]
 
 
-def accuracy(model: nn.Module, tests: Any) -> float:
+def accuracy(outputs: Iterable[tuple[Any, Any]]) -> float:
     """Share of the labels that the model gives."""
-    right, seen = 0, 0
-    with evaluating(model):
-        for batch in tests:
-            batch = to_device(batch, device_of(model))
-            right += int((model(**inputs(batch)).logits.argmax(-1) == batch["labels"]).sum())
-            seen += len(batch["labels"])
-    return right / seen
+    right = torch.cat([output.logits.argmax(-1) == batch["labels"] for output, batch in outputs])
+    return int(right.sum()) / len(right)
 
 
 def same_logits(output: Any, wanted: Any, batch: Any) -> Tensor:

@@ -9,7 +9,7 @@ runs. What is done is told with the seconds since the start, and not done again 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from recipe import run_recipe
 from run import CPU, GPU, TINY, from_command_line
-from sadmoe.batches import device_of, evaluating
 from sadmoe.model_report import sentence_heat
 from sources import austen, brown_news, python_docs, smollm2
-from torch import Tensor, nn
+from torch import Tensor
 from workload import Workload
 
 BLOCK = 512  # tokens, the first of them BOS
@@ -61,14 +60,12 @@ class BitsPerByte:
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
 
-    def __call__(self, model: nn.Module, tests: Sequence[Any]) -> float:
+    def __call__(self, outputs: Iterable[tuple[Any, Any]]) -> float:
         bits, length = 0.0, 0
-        with evaluating(model):
-            for batch in tests:
-                ids = batch["input_ids"].to(device_of(model))
-                logits = model(input_ids=ids).logits[0, :-1].float()
-                bits += F.cross_entropy(logits, ids[0, 1:], reduction="sum").item() / math.log(2)
-                length += len(self.tokenizer.decode(ids[0, 1:].tolist()).encode())
+        for output, batch in outputs:
+            logits, ids = output.logits[0, :-1].float(), batch["input_ids"][0, 1:]
+            bits += F.cross_entropy(logits, ids, reduction="sum").item() / math.log(2)
+            length += len(self.tokenizer.decode(ids.tolist()).encode())
         return bits / length
 
 

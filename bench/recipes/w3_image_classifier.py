@@ -6,13 +6,14 @@ bench/recipes/fetch.sh data && python bench/recipes/w3_image_classifier.py --dat
 of it runs. What is done is told with the seconds since the start, and not done again after a kill.
 """
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from recipe import run_recipe, task_trained
 from run import CPU, GPU, TINY, from_command_line
-from sadmoe.batches import device_of, evaluating
 from sadmoe.model_report import layer_heat
 from sadmoe.report import Heat
 from sources import fashion_mnist, pixels, vit_small
@@ -21,16 +22,13 @@ from workload import Workload
 
 WEIGHT = 1.0  # of the logits beside the hidden states
 SIDE = 4  # patches
+EFFORTS = {"tiny": TINY, "cpu": replace(CPU, stride=6), "gpu": GPU}
 
 
-def accuracy(model: nn.Module, tests: Any) -> float:
+def accuracy(outputs: Iterable[tuple[Tensor, Any]]) -> float:
     """Share of the images whose class the model names."""
-    right, seen = 0, 0
-    with evaluating(model):
-        for batch in tests:
-            classes = model(batch["pixel_values"].to(device_of(model))).argmax(-1).cpu()
-            right, seen = right + int((classes == batch["labels"]).sum()), seen + len(classes)
-    return right / seen
+    right = torch.cat([logits.argmax(-1) == batch["labels"] for logits, batch in outputs])
+    return int(right.sum()) / len(right)
 
 
 def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
@@ -57,7 +55,7 @@ def heat(model: nn.Module, image: Tensor) -> Heat:
 
 
 def main() -> None:
-    run = from_command_line("w3", __doc__ or "", {"tiny": TINY, "cpu": CPU, "gpu": GPU})
+    run = from_command_line("w3", __doc__ or "", EFFORTS)
     effort = run.effort
     labelled = batches(*fashion_mnist(run.data, "train", effort.train), 64)
     tests = batches(*fashion_mnist(run.data, "t10k", effort.tests), 200)

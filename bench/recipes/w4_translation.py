@@ -10,7 +10,7 @@ told with the seconds since the start, and not done again after a kill.
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from marian import EOS
 from recipe import run_recipe
 from run import CPU, GPU, TINY, from_command_line
-from sadmoe.batches import device_of, evaluating, to_device
+from sadmoe.batches import to_device
 from sadmoe.model_report import layer_heat
 from sadmoe.report import Heat
 from sources import handbook, translator
@@ -63,16 +63,13 @@ def batches(tokenizer: Any, pairs: list[tuple[str, str]], size: int) -> list[dic
     return made
 
 
-def perplexity(model: nn.Module, tests: Sequence[Any]) -> float:
+def perplexity(outputs: Iterable[tuple[Tensor, Any]]) -> float:
     """Of the targets' tokens, each after the true ones before it."""
     nats, tokens = 0.0, 0
-    with evaluating(model):
-        for batch in tests:
-            batch = to_device(batch, device_of(model))
-            labels = batch["labels"].flatten()
-            logits = model(**inputs(batch)).flatten(0, 1)
-            nats += F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum").item()
-            tokens += int((labels != IGNORED).sum())
+    for logits, batch in outputs:
+        labels = batch["labels"].flatten()
+        nats += F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum").item()
+        tokens += int((labels != IGNORED).sum())
     return math.exp(nats / tokens)
 
 

@@ -1,7 +1,8 @@
 """What a recipe is run on, and what is measured of a model on it."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,16 +20,18 @@ from sadmoe.sparsify.objective import OutputLoss
 from sadmoe.timing import measure
 from torch import Tensor, nn
 
+LOST = 0.75  # of a curve's best: where less is kept, it ends
+
 
 @dataclass
 class Workload:
-    """One model, its data, and what is asked of it."""
+    """One model, its data, and what is asked of it. metric: of the pairs (output, batch) of all tests."""
 
     title: str
     dense: nn.Module
     train: list[Any]  # batches, labels unused
     tests: list[Any]
-    metric: Callable[[nn.Module, Sequence[Any]], float]
+    metric: Callable[[Iterable[tuple[Any, Any]]], float]
     metric_name: str
     higher_is_better: bool
     heat: Callable[[nn.Module], Heat]
@@ -39,6 +42,21 @@ class Workload:
     def kept(self, value: float, dense: float) -> float:
         """Share of the dense metric that is left; above 1 where it got better."""
         return value / dense if self.higher_is_better else dense / value
+
+    def value(
+        self, model: nn.Module, during: Callable[[Any], AbstractContextManager[Any]] = nullcontext
+    ) -> float:
+        """The metric of a model. during: a context for each batch, in which the model runs and the metric does not."""
+
+        def outputs() -> Iterator[tuple[Any, Any]]:
+            for batch in self.tests:
+                batch = to_device(batch, device_of(model))
+                with during(batch):
+                    output = run(model, inputs(batch))
+                yield output, batch
+
+        with evaluating(model):
+            return self.metric(outputs())
 
 
 @dataclass
@@ -61,7 +79,10 @@ class Point:
 def sweep(
     work: Workload, model: nn.Module, gates: Sequence[tuple[str, Gate]], dense: float, timed: float
 ) -> list[Point]:
-    """The model under every gate, which all layers get. timed: seconds of timing at each point, 0 for none."""
+    """The model under one gate after the other, which all layers get, until most is lost.
+
+    timed: seconds of timing at each point, 0 for none.
+    """
     points = []
     for setting, gate in gates:
         for layer in moe_layers(model).values():
@@ -83,20 +104,24 @@ def sweep(
             f"  {setting}: share {point.share:.1%}, FLOPs {point.flops:.1%}, {work.metric_name} {point.metric:.4f}",
             flush=True,
         )
+        if point.kept < LOST * max(p.kept for p in points):
+            break
     return points
 
 
 def measured(work: Workload, model: nn.Module, setting: str, dense: float) -> Point:
     """Cost and metric of the model as its gates stand."""
-    device, samples = device_of(model), 0
-    with evaluating(model), FlopCount(model) as count, record_masks(model) as record:
-        for batch in work.tests:
-            batch = to_device(batch, device)
-            samples += samples_in(batch)
-            with record.batch(batch):
-                run(model, inputs(batch))
+    count, samples = FlopCount(model), sum(map(samples_in, work.tests))
+    with record_masks(model) as record:
+
+        @contextmanager
+        def counted(batch: Any) -> Iterator[None]:
+            with count, record.batch(batch):
+                yield
+
+        value = work.value(model, counted)
     report = cost_of_masks(model, record.layers, samples, count.flops / samples)
-    rest, value = report.rest or 0.0, work.metric(model, work.tests)
+    rest = report.rest or 0.0
     spread = statistics.mean(_spread(counts.histogram) for counts in record.layers.values())
     flops = (rest + report.executed) / (rest + report.dense)
     return Point(
@@ -124,5 +149,5 @@ def controls(work: Workload, dense: float) -> dict[str, float]:
         ("best half of the neurons of each token", lambda c, site: top_half(c)),
     ):
         with masked(sites, keep):
-            found[name] = work.metric(work.dense, work.tests)
+            found[name] = work.value(work.dense)
     return found

@@ -182,12 +182,12 @@ class ExpertPenalty:
 
     def __enter__(self) -> "ExpertPenalty":
         for name, layer in self.layers.items():
-            layer.norms_hook = self.seen[name].append
+            layer.norms_hooks.append(self.seen[name].append)
         return self
 
     def __exit__(self, *exc: object) -> None:
         for name, layer in self.layers.items():
-            layer.norms_hook = None
+            layer.norms_hooks.remove(self.seen[name].append)
             layer.gate = self.gates[name]
 
     def state_dict(self) -> dict[str, float]:

@@ -144,9 +144,7 @@ class DynamicKMoE(nn.Module):
         self._share_hint = paths.ShareHint()
         self.keeps_hidden = False
         self.check_nan = False
-        self.norms_hook: Callable[[Tensor], None] | None = (
-            None  # sees the norms of a gate on true norms, in training
-        )
+        self.norms_hooks: list[Callable[[Tensor], None]] = []  # see the norms [T, E] of a gate on true norms
 
     @property
     def experts(self) -> int:
@@ -323,8 +321,8 @@ class DynamicKMoE(nn.Module):
         """Every expert is computed to know its norm, so this path is plain torch; gradients hold the mask constant."""
         hidden = self._hidden(x)
         norms = self._norms(hidden)
-        if self.norms_hook is not None:
-            self.norms_hook(norms)
+        for hook in self.norms_hooks:
+            hook(norms)
         return self._down(self._kept(hidden, self.gate.mask(norms.detach())))
 
     def _kept(self, hidden: Tensor, mask: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Which experts a model runs, counted while it runs."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,19 +64,27 @@ class MaskRecord:
             self._batch = former
 
     def see(self, name: str, layer: DynamicKMoE, x: Tensor) -> None:
-        """Counts one call of a layer with input x [..., d]."""
+        """Counts one call of a layer with input x [..., d]; of one by true norms, `see_norms` is told."""
+        if not layer.gate.true_norms:
+            self._count(name, layer, x, layer.mask)
+
+    def see_norms(self, name: str, layer: DynamicKMoE, norms: Tensor) -> None:
+        """Counts one call of a layer whose gate goes by these norms [T, E]."""
+        self._count(name, layer, norms.detach(), layer.gate.mask)
+
+    def _count(self, name: str, layer: DynamicKMoE, values: Tensor, mask: Callable[[Tensor], Tensor]) -> None:
         if self.tau is not None and getattr(layer.gate, "tau", None) != self.tau:
             return
-        rows = x.reshape(-1, x.shape[-1])
+        rows = values.reshape(-1, values.shape[-1])
         counts = self.layers[name]
         counts.rows += len(rows)
-        real = real_rows(self.model, name, self._batch, x) if self.skip_padding else None
+        real = real_rows(self.model, name, self._batch, values) if self.skip_padding else None
         rows = rows if real is None else rows[real]
         if isinstance(layer.gate, DynamicK) and layer.gate.tau == 0:
             counts.histogram[-1] += len(rows)
             return
         with torch.no_grad():
-            k = layer.mask(rows).sum(-1)
+            k = mask(rows).sum(-1)
         counts.histogram += torch.bincount(k, minlength=layer.experts + 1).cpu()
 
 
@@ -91,7 +100,7 @@ def record_masks(
                     model(**batch)
         record.layers["encoder.layer.0.intermediate"].share
 
-    The router is evaluated once more for it: not for timing. skip_padding: see `batches.real_rows`.
+    A router is evaluated once more for it: not for timing. skip_padding: see `batches.real_rows`.
     tau: count only calls under this tau, so that the dense model may run in between.
     """
     record = MaskRecord(model, skip_padding, tau)
@@ -99,15 +108,14 @@ def record_masks(
     def hook_for(name: str) -> Any:
         return lambda layer, args, kwargs: record.see(name, layer, only_input(args, kwargs))
 
-    hooks = [
-        layer.register_forward_pre_hook(hook_for(name), with_kwargs=True)
-        for name, layer in converted_layers(model).items()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, layer in converted_layers(model).items():
+            hook = layer.register_forward_pre_hook(hook_for(name), with_kwargs=True)
+            hooks.callback(hook.remove)
+            see_norms = partial(record.see_norms, name, layer)
+            layer.norms_hooks.append(see_norms)
+            hooks.callback(layer.norms_hooks.remove, see_norms)
         yield record
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def experts_per_token(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
