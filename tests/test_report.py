@@ -117,6 +117,16 @@ def test_a_curve_has_a_tooltip_at_every_point_and_leaves_out_what_is_not_finite(
     assert [title.text for title in svg.iter("title")] == ["ours p: 1, 3", "ours r: 3, 1.5"]
 
 
+def test_a_level_is_a_dashed_line_without_points(tmp_path):
+    level = Series("dense", [0, 3], [2.0, 2.0], marks=False)
+    svg = ElementTree.fromstring(curves([level], "x", "y", {"dense": 0}))
+    assert [path.get("stroke-dasharray") for path in svg.iter("path") if path.get("style")] == ["6 4"]
+    assert not list(svg.iter("title"))
+    panel = Panel("a", "x", "y", [level, Series("ours", [1, 2], [3.0, 4.0])])
+    write_page(tmp_path / "page.html", Page("t", {}, (("a",), [("1",)]), [panel]))
+    assert (tmp_path / "page.html").read_text().count("stroke-dasharray") == 2  # and in the legend
+
+
 def test_a_curve_has_one_colour_in_every_panel(tmp_path):
     ours, theirs = Series("ours", [1, 2], [3.0, 4.0]), Series("theirs", [1, 2], [5.0, 6.0])
     panels = [Panel("a", "x", "y", [ours, theirs]), Panel("b", "x", "y", [theirs])]

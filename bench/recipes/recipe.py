@@ -82,6 +82,7 @@ class Recipe:
         self.work, self.effort, self.run = work, run.effort, run
         self.fitted = work.train[:: run.effort.stride]
         self.r2: dict[str, float] = {}
+        self.after: dict[str, float] = {}  # the metric, by step
 
     def sparse(self, sizes: Sequence[int]) -> nn.Module:
         """Dense still: projections are MLPs that split into experts of all sizes, activations ReLU and mostly zero;
@@ -96,12 +97,19 @@ class Recipe:
             with run.stage("projections"):
                 follow: dict[str, Any] = {"checkpoint": run.checkpoint("projections")}
                 print(replace_projections_(model, self.fitted, projections, **follow))
+            self.note("projections", model)
         if effort.sparsify:
             config = SparsifyConfig(seconds=effort.sparsify, alpha=0.3)
             with run.stage("sparsify"), fast(run.device, model, self.work.dense):
                 follow = {"teacher": self.work.dense, "checkpoint": run.checkpoint("sparsify")}
                 print(sparsify_(model, self.work.train, config, **follow))
+            self.note("sparsify", model)
         return model
+
+    def note(self, step: str, model: nn.Module) -> None:
+        """What a step left of the metric, with every neuron on."""
+        self.after[step] = self.work.value(model)
+        print(f"{self.work.metric_name} after {step}: {self.after[step]:.4f}")
 
     def converted(self, sparse: nn.Module, size: int) -> nn.Module:
         """The sparse model in experts of `size` neurons, fine-tuned to do with few of them."""
@@ -120,6 +128,7 @@ class Recipe:
                 model, self.fitted, layers, teacher=sparse, max_tokens=effort.tokens, max_bytes=HELD,
                 checkpoint=run.checkpoint(f"{name} layers"),
             )  # fmt: skip
+        self.note(f"{name} layers", model)
         self.route(model, f"{name} routers")
         with run.stage(f"{name} calibrate"):
             some = work.train[:: max(1, len(work.train) // CALIBRATED)]
@@ -167,7 +176,12 @@ def run_recipe(work: Workload, run: Run) -> None:
     recipe, effort, (ours, *others) = Recipe(work, run), run.effort, run.sizes
     with run.stage("controls"):
         dense = work.value(work.dense)
-        facts = {"controls": controls(work, dense), "router_r2": recipe.r2, "effort": asdict(effort)}
+        facts = {
+            "controls": controls(work, dense),
+            "after": recipe.after,
+            "router_r2": recipe.r2,
+            "effort": asdict(effort),
+        }
     print(f"{work.title}: dense {work.metric_name} {dense:.4f}; {facts['controls']}")
     dynamic: list[tuple[str, Gate]] = [(f"tau {t:g}", DynamicK(t)) for t in effort.taus]
     oracle: list[tuple[str, Gate]] = [(f"tau {t:g}", DynamicK(t, true_norms=True)) for t in effort.taus if t]

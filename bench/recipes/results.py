@@ -1,8 +1,8 @@
 """What a recipe's curves come to: the table, the picture, the page, written anew after every curve."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +77,12 @@ class Results:
 
     def page(self) -> Page:
         """The HTML report."""
-        controls = ", ".join(f"{name} {value:.4f}" for name, value in self.facts["controls"].items())
         return Page(
             title=self.work.title,
             facts={
-                self.work.metric_name: controls,
-                "router R²": ", ".join(f"{name} {r2:.3f}" for name, r2 in self.facts["router_r2"].items()),
+                self.work.metric_name: listed(self.facts["controls"], 4),
+                "every neuron on, after": listed(self.facts["after"], 4),
+                "router R²": listed(self.facts["router_r2"], 3),
                 "heat map and histograms": f"the first method at tau {working_tau(self.curves):g}",
                 "machine": self.facts["machine"],
             },
@@ -94,6 +94,11 @@ class Results:
             heats=[self.heat] if self.heat is not None else [],
             histograms=self.histograms,
         )  # fmt: skip
+
+
+def listed(values: Mapping[str, float], digits: int) -> str:
+    """Names and numbers in one line; "none" where there are none."""
+    return ", ".join(f"{name} {value:.{digits}f}" for name, value in values.items()) or "none"
 
 
 def best(curves: dict[str, list[Point]]) -> dict[str, dict[str, Any]]:
@@ -160,7 +165,7 @@ def panels(work: Workload, curves: dict[str, list[Point]], dense: float) -> list
         return lines
 
     good = "upper" if work.higher_is_better else "lower"
-    level = Series("dense", [0.0, 100.0], [dense, dense])
+    level = Series("dense", [0.0, 100.0], [dense, dense], marks=False)
     flops = [*series(lambda p: 100 * p.flops, curves), level]
     made = [
         Panel(
@@ -179,11 +184,7 @@ def panels(work: Workload, curves: dict[str, list[Point]], dense: float) -> list
 def pictures(work: Workload, curves: dict[str, list[Point]], dense: float, path: Path) -> None:
     """The panels as a PNG."""
     made = [
-        (p.heading, p.x_label, p.y_label, [_unlabelled(s) for s in p.series])
+        (p.heading, p.x_label, p.y_label, [replace(s, labels=()) for s in p.series])
         for p in panels(work, curves, dense)
     ]
     plot_curves(path, made, work.title)
-
-
-def _unlabelled(series: Series) -> Series:
-    return Series(series.name, series.x, series.y)

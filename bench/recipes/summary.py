@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from results import listed
 from sadmoe.tables import format_table
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -40,9 +41,10 @@ def main() -> None:
     for path in parser.parse_args().files:
         found = json.loads(path.read_text())
         told = found["metric"]
-        controls = ", ".join(f"{name} {value:.4f}" for name, value in found["controls"].items())
-        print(f"{path.stem}. {found['title']}. {told}: {controls}")
-        print("router R²: " + ", ".join(f"{name} {r2:.2f}" for name, r2 in found["router_r2"].items()))
+        print(f"{path.stem}. {found['title']}. {told}: {listed(found['controls'], 4)}")
+        if after := found.get("after"):
+            print(f"every neuron on, after {listed(after, 4)}")
+        print(f"router R²: {listed(found['router_r2'], 2)}")
         print(f"{found['machine']}, {sum(found['seconds'].values()) / 60:.0f} minutes in all")
         timers = [list(point["gains"]) for points in found["curves"].values() for point in points]
         print("faster: " + ", ".join(max(timers, key=len, default=[])))

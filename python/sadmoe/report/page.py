@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sadmoe.report.plots import Series
-from sadmoe.report.svg import bars, curves, escaped, heat, mark
+from sadmoe.report.svg import bars, curves, escaped, heat, sample
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,9 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _panel(panel: Panel, looks: Mapping[str, int]) -> str:
     key = "".join(
-        f'<span><svg width="14" height="14" viewBox="-7 -7 14 14">{mark(looks[name])}</svg> {escaped(name)}</span>'
-        for name in (one.name for one in panel.series)
+        f'<span><svg width="14" height="14" viewBox="-7 -7 14 14">{sample(one, looks[one.name])}</svg> '
+        f"{escaped(one.name)}</span>"
+        for one in panel.series
     )
     better = f" <small>(better: {escaped(panel.better)})</small>" if panel.better else ""
     chart = curves(panel.series, panel.x_label, panel.y_label, looks)

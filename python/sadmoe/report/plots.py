@@ -8,13 +8,22 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a plot: points (x, y) in ascending x, each with an optional label; `marker` alone draws no line."""
+    """One line of a plot: points (x, y) in order, each with an optional label.
+
+    line: whether they are joined. marks: whether each is marked; a line without is dashed: a level to compare with.
+    """
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     labels: Sequence[str] = ()
     line: bool = True
+    marks: bool = True
+
+    @property
+    def is_level(self) -> bool:
+        """Whether it is a line without marks."""
+        return self.line and not self.marks
 
 
 def plot_curves(path: Path, panels: Sequence[tuple[str, str, str, Sequence[Series]]], title: str) -> None:
@@ -28,7 +37,8 @@ def plot_curves(path: Path, panels: Sequence[tuple[str, str, str, Sequence[Serie
     for axis, (heading, x_label, y_label, series) in zip(axes[0], panels, strict=True):
         for one in series:
             colour = colours.setdefault(one.name, f"C{len(colours)}")
-            axis.plot(one.x, one.y, "o-" if one.line else "s", label=one.name, markersize=5, color=colour)
+            look = "--" if one.is_level else "o-" if one.line else "s"
+            axis.plot(one.x, one.y, look, label=one.name, markersize=5, color=colour)
             for x, y, label in zip(one.x, one.y, one.labels, strict=False):
                 axis.annotate(
                     label, (x, y), textcoords="offset points", xytext=(5, -11), fontsize=8, color="0.35"

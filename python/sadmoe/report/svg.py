@@ -54,9 +54,9 @@ def curves(series: Sequence[Series], x_label: str, y_label: str, looks: Mapping[
         places = [at(x, y) for x, y in zip(one.x, one.y, strict=True) if math.isfinite(y)]
         if one.line and len(places) > 1:
             path = "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in places)
-            parts.append(
-                f'<path d="{path}" fill="none" style="stroke:var(--c{look % COLOURS})" stroke-width="2"/>'
-            )
+            parts.append(_stroke(path, look, dashed=one.is_level))
+        if one.is_level:
+            continue
         labels = [*one.labels, *[""] * len(one.x)]
         told = [(x, y, text) for x, y, text in zip(one.x, one.y, labels, strict=False) if math.isfinite(y)]
         if one is series[0] and len(told) <= LABELLED:
@@ -73,6 +73,17 @@ def curves(series: Sequence[Series], x_label: str, y_label: str, looks: Mapping[
 def mark(look: int) -> str:
     """A mark, by form and colour."""
     return f'<path d="{MARKS[look % len(MARKS)]}" style="fill:var(--c{look % COLOURS})"/>'
+
+
+def sample(series: Series, look: int) -> str:
+    """What stands for a series in a legend: its mark, or a piece of its line."""
+    return _stroke("M-7,0H7", look, dashed=True) if series.is_level else mark(look)
+
+
+def _stroke(path: str, look: int, *, dashed: bool) -> str:
+    dashes = ' stroke-dasharray="6 4"' if dashed else ""
+    style = f"stroke:var(--c{look % COLOURS})"
+    return f'<path d="{path}" fill="none" style="{style}" stroke-width="2"{dashes}/>'
 
 
 def ticks(values: Sequence[float], about: int = 5) -> list[float]:
