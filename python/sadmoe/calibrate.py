@@ -56,7 +56,8 @@ def calibrate_(
     max_loss_increase: the largest tau found whose loss is at most this much above the loss at tau = 0,
     relatively (0.01: one percent more), >= 0. One of the two must be given.
     loss(model, batch) -> scalar runs the model itself; by default the output's `.loss`, so batches need
-    labels. It may compare with the dense model, run under `tau(model, 0.0)`. It is averaged over batches.
+    labels. It may compare with the dense model, run under `tau(model, 0.0)`: as 1 plus a distance,
+    for max_loss_increase needs a loss above 0 at tau = 0. It is averaged over batches.
     With a budget it is only measured, and only where it is given. The model runs in eval mode without
     gradients, at most 12 times over the batches. skip_padding: as in `cost`. Raises ValueError where no tau
     meets the budget, or the loss gives nothing to compare with; then the gates are as they were.

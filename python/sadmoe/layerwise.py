@@ -53,7 +53,7 @@ def finetune_layers_(
     teacher: nn.Module,
     batch_tokens: int = 1024,
     max_tokens: int = 32768,
-    max_bytes: int | None = None,
+    max_bytes: int = 2**30,
     checkpoint: Checkpoint | None = None,
     progress: bool = True,
 ) -> list[LayerFit]:
