@@ -87,7 +87,7 @@ def heat(model: nn.Module, tokenizer: Any, batch: Any) -> Heat:
 
 
 def main() -> None:
-    run = from_command_line("w4", __doc__ or "", EFFORTS)
+    run = from_command_line("w4", __doc__ or "", EFFORTS, sizes=(8, 4))
     effort = run.effort
     model, tokenizer = translator()
     pairs = handbook(run.data)
