@@ -79,6 +79,13 @@ def test_nan_and_infinity_pass_through(isa):
         assert y[2].isfinite(), act
 
 
+def test_what_is_far_below_zero_becomes_nothing(isa):
+    x, one = torch.tensor([[-1e3], [-1e20], [-3e38], [float("-inf")]]), torch.ones(1, 1, 1)
+    for act in ACTS:
+        y = ops.sparse_experts(x, torch.ones(4, 1, dtype=torch.bool), one, one, act=act)
+        assert (y.abs() < 1e-30).all(), act
+
+
 @pytest.mark.parametrize("router_dtype", [None, torch.float32])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("T", "d", "E"), [(0, 8, 3), (1, 40, 1), (7, 33, 50), (200, 64, 17)])
@@ -90,6 +97,18 @@ def test_scores_are_as_good_as_torch(isa, T, d, E, dtype, router_dtype):
     hidden = torch.relu(x.double() @ v1.double().T)
     truth, terms = (hidden @ v2.double().T).abs(), hidden @ v2.double().T.abs()
     assert_as_good_as_torch(ours, reference.router_scores(x, v1, v2), truth, terms)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T", [1, 9, 1100])
+def test_a_router_or_an_output_may_be_empty(isa, T, dtype):
+    x, _, *weights = experts_problem(T, 48, 6, 20, dtype=dtype)
+    v1, v2 = torch.zeros(0, 48, dtype=dtype), torch.zeros(6, 0, dtype=dtype)
+    assert torch.equal(ops.router_scores(x, v1, v2), torch.zeros(T, 6))
+    every = ops.sparse_experts(x, torch.ones(T, 6, dtype=torch.bool), *weights)
+    assert torch.equal(ops.dynamic_k_moe(x, v1, v2, *weights, tau=0.5), every), "a row of zeros runs all"
+    x, mask, *weights = experts_problem(T, 48, 6, 20, d_out=0, dtype=dtype)
+    assert ops.sparse_experts(x, mask, *weights).shape == (T, 0)
 
 
 @pytest.mark.parametrize("tau", [0.0, 1e-3, 0.3, 1.0])
@@ -165,6 +184,23 @@ def test_a_token_does_not_depend_on_its_neighbours_order_or_threads(isa, dtype, 
             assert torch.equal(run(x[:5]), whole[:5]), f"{count} threads, few tokens"
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_zero_has_the_same_sign_for_any_number_of_threads(isa):
+    x, w_up, w_down = torch.full((2, 16), 1e-30), torch.full((9, 4, 16), -1e-30), torch.ones(9, 4, 16)
+    mask = torch.zeros(2, 9, dtype=torch.bool)
+    mask[0, 4] = mask[1] = True  # 36 neurons: two threads share those of expert 4
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(
+                ops.sparse_experts(x, mask, w_up, w_down, b_out=torch.full((16,), -0.0)).view(torch.int32)
+            )
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 def test_non_contiguous_arguments_are_read_right(isa):

@@ -24,8 +24,10 @@ Vec relu(Vec x) {
   return max(Vec::zero(), x);
 }
 
+// Below -88, where exp ends, it stays above -1e-36.
 template <class Vec>
 Vec silu(Vec x) {
+  x = max(Vec::set(-88.0f), x);
   return x / (Vec::set(1.0f) + exp(Vec::zero() - x));
 }
 
@@ -44,9 +46,10 @@ Vec gelu(Vec x) {
   return where_less(x, Vec::zero(), tail, x - tail);
 }
 
-// 0.5 x (1 + tanh(u)) = x / (1 + e^(-2u)),  u = sqrt(2 / pi) (x + 0.044715 x³)
+// 0.5 x (1 + tanh(u)) = x / (1 + e^(-2u)),  u = sqrt(2 / pi) (x + 0.044715 x³); below -20 it stays above -1e-36.
 template <class Vec>
 Vec gelu_tanh(Vec x) {
+  x = max(Vec::set(-20.0f), x);
   const Vec u = x * fma(x * x, Vec::set(0.044715f), Vec::set(1.0f));
   return x / (Vec::set(1.0f) + exp(u * Vec::set(-1.5957691216057308f)));
 }
@@ -69,14 +72,14 @@ void activate_short_rows(const Activate& p, Act act) {
 
 template <class Vec, class Act>
 void activate_with(const Activate& p, Act act) {
-  if (!p.gate && p.ld == p.m && p.m < Vec::width && Vec::width % p.m == 0) return activate_short_rows<Vec>(p, act);
+  if (!p.gate && p.ld == p.m && p.m > 0 && p.m < Vec::width && Vec::width % p.m == 0) return activate_short_rows<Vec>(p, act);
   for (int64_t i = 0; i < p.n; ++i) {
     float* h = p.h + i * p.ld;
     const float* gate = p.gate ? p.gate + i * p.ld : nullptr;
     const auto step = [&](int64_t j, auto load, auto store) {
       const auto linear = [&](const float* sums, const float* scale, const float* bias) {
         const Vec v = load(sums + j), b = bias ? load(bias + j) : Vec::zero();
-        return scale ? fma(v, load(scale + j), b) : bias ? v + b : v;
+        return scale ? fma(v, load(scale + j), b) : v + b;
       };
       const Vec up = linear(h, p.scale, p.bias);
       const Vec out = gate ? act(linear(gate, p.gate_scale, p.gate_bias)) * up : act(up);

@@ -183,7 +183,9 @@ void route(View x, const Router& router, const RouterShape& s, float* scores, co
 }
 
 const Threads& one_thread() {
-  static const Threads one{1, [](int64_t n, int64_t, const std::function<void(int64_t, int64_t)>& body) { body(0, n); }};
+  static const Threads one{1, [](int64_t n, int64_t, const std::function<void(int64_t, int64_t)>& body) {
+                             if (n > 0) body(0, n);
+                           }};
   return one;
 }
 
