@@ -31,6 +31,7 @@ def emulator():
     native.sadmoe_set_options.argtypes = [
         *(ctypes.c_int64, ctypes.c_int64, ctypes.c_bool, ctypes.c_bool, ctypes.c_int64)
     ]
+    native.sadmoe_down_tiles.argtypes = [ctypes.c_int64, ctypes.c_int64, *[ctypes.c_int] * 3]
     native.sadmoe_products.restype = ctypes.c_int64
     native.definitions = library  # they live as long as this object
     return native

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from converted import random_rows
+from cuda_backends import emulator
 from given_costs import ALWAYS_DENSE, HALF, by_hand, give, layer_of
 from problems import assert_as_good_as_torch, in_double
 from sadmoe import crossover, paths, reference
@@ -27,6 +28,18 @@ def test_the_dense_path_is_what_the_cuda_kernels_compute(backend):
         args = [x, layer.mask(x), *layer.expert_weights()]
         truth = reference.sparse_experts(*in_double(args), act=layer.act)
         assert_as_good_as_torch(theirs, layer.masked_dense(x, layer.mask(x)), truth)
+
+
+@pytest.mark.parametrize("bytes_each", [2, 4])
+@pytest.mark.parametrize("name", crossover.cards())
+def test_the_model_knows_the_blocks_that_the_kernels_pick(name, bytes_each):
+    card, native = crossover.cards()[name], emulator()
+    for d_out, tokens in itertools.product(
+        (64, 384, 768, 2048, 2560, 4096), (65, 100, 256, 512, 1000, 4096, 8192, 65536)
+    ):
+        layer = crossover.Layer(512, d_out, 64, 32, 64, bytes_each=bytes_each)
+        picked = native.sadmoe_down_tiles(tokens, d_out, bytes_each, card.processors, card.shared_bytes)
+        assert crossover._down_tiles(layer, tokens, card) == picked, (d_out, tokens)
 
 
 class Card:

@@ -118,6 +118,12 @@ extern "C" __attribute__((visibility("default"))) void sadmoe_set_options(int64_
                                                                           bool hopper, int64_t down_tiles) {
   sadmoe::options = {hidden_bytes, decode_tokens, tf32, hopper, down_tiles};
 }
+// What the kernels would pick on a device that is not here, for experts of so many bytes a weight.
+extern "C" __attribute__((visibility("default"))) int sadmoe_down_tiles(int64_t T, int64_t d_out, int bytes_each,
+                                                                        int multiprocessors, int shared) {
+  const sadmoe::DType dtype = bytes_each == 2 ? sadmoe::DType::bf16 : sadmoe::DType::f32;
+  return sadmoe::cuda::down_tiles(T, d_out, dtype, {}, {multiprocessors, shared});
+}
 #else
 STABLE_TORCH_LIBRARY_IMPL(sadmoe, CompositeExplicitAutograd, m) {
   m.impl("_allow_tf32", TORCH_BOX(&sadmoe::allow_tf32));

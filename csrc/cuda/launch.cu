@@ -29,26 +29,22 @@ constexpr size_t down_bytes() {
   return sizeof(DownMemory<Tile, kTiles>);
 }
 
-// Tiles of the plan in a block of `down`: those with which a multiprocessor reads least, for every neuron a row of the weights
-// once a block and the activations of a quarter of its tokens; if two such blocks fit it.
+// See launch.h: what a multiprocessor reads is, for every neuron, a row of the weights once a block and the activations of a
+// quarter of its tokens; two such blocks must fit it.
 template <class Tile>
-int down_tiles(const Down& p, const Options& options, int& tiles) {
-  int processors = 0, shared = 0;
-  int code = multiprocessors(processors);
-  if (code == 0) code = shared_of_multiprocessor(shared);
-  if (code) return code;
-  if ((tiles = static_cast<int>(options.down_tiles))) return 0;
+int down_tiles(int64_t T, int64_t d_out, const Device& device) {
+  int tiles = 0;
   int64_t least = 0;
   const auto consider = [&](int n, size_t bytes) {
-    const int64_t tokens = n * kTileTokens, blocks = divide(p.T, tokens) * divide(p.d_out, kColumns);
-    const int64_t read = divide(blocks, processors) * (kColumns + tokens / 4);
-    const bool fits = n == 1 || 2 * (bytes + kBlockBytes) <= static_cast<size_t>(shared);
+    const int64_t tokens = n * kTileTokens, blocks = divide(T, tokens) * divide(d_out, kColumns);
+    const int64_t read = divide(blocks, device.multiprocessors) * (kColumns + tokens / 4);
+    const bool fits = n == 1 || 2 * (bytes + kBlockBytes) <= static_cast<size_t>(device.shared);
     if (fits && (tiles == 0 || read < least)) tiles = n, least = read;
   };
   consider(1, down_bytes<Tile, 1>());
   consider(2, down_bytes<Tile, 2>());
   consider(4, down_bytes<Tile, 4>());
-  return 0;
+  return tiles;
 }
 
 template <class Tile, int kTiles>
@@ -59,9 +55,11 @@ int launch_down(const Down& p, void* stream) {
 
 template <class Tile>
 int launch_down(const Down& p, const Options& options, void* stream) {
-  int tiles = 0;
-  if (const int code = down_tiles<Tile>(p, options, tiles)) return code;
-  switch (tiles) {
+  Device device{};
+  int code = multiprocessors(device.multiprocessors);
+  if (code == 0) code = shared_of_multiprocessor(device.shared);
+  if (code) return code;
+  switch (options.down_tiles ? options.down_tiles : down_tiles<Tile>(p.T, p.d_out, device)) {
     case 1:
       return launch_down<Tile, 1>(p, stream);
     case 2:
@@ -181,6 +179,11 @@ int sparse_experts(const Experts& experts, const Choice& choice, const Options& 
         decode ? decode_experts(part, plan, options.tf32, scratch.h, stream) : run_chunk(part, plan, options, scratch.h, stream);
   }
   return code;
+}
+
+int down_tiles(int64_t T, int64_t d_out, DType dtype, const Options& options, const Device& device) {
+  return with_experts_tile(dtype, options.tf32,
+                           [&](auto tile) { return down_tiles<typename decltype(tile)::type>(T, d_out, device); });
 }
 
 const char* error_string(int code) { return error_text(code); }

@@ -49,6 +49,13 @@ struct Scratch {
 int sparse_experts(const Experts& experts, const Choice& choice, const Options& options, const Workspace& workspace,
                    const Scratch& scratch, void* stream);
 
+struct Device {
+  int multiprocessors;
+  int shared;  // bytes of memory of each
+};
+// Tiles of 64 tokens in a block of the down projection on such a device, 1, 2 or 4: with which a multiprocessor reads least.
+int down_tiles(int64_t T, int64_t d_out, DType dtype, const Options& options, const Device& device);
+
 const char* error_string(int code);
 
 }  // namespace sadmoe::cuda
