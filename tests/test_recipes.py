@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 sys.path.append(str(Path(__file__).parent.parent / "bench/recipes"))
 
 import recipe
-from run import CPU, GPU, Effort, Run
+from run import CPU, GPU, Effort, Run, from_command_line
 from run import TINY as TINY_EFFORT
 from sadmoe import DynamicK, FinetuneConfig
 from sadmoe.batches import evaluating
@@ -130,3 +130,18 @@ def test_an_effort_is_one_that_the_steps_take(effort):
     assert 0 < effort.budget <= 1
     assert all(0 <= tau <= 1 for tau in effort.taus)
     assert all(0 < share <= 1 for share in effort.shares)
+
+
+def test_a_longer_run_has_files_and_a_state_of_its_own(monkeypatch, capsys):
+    runs = []
+    for more in ([], ["--longer", "2.5", "--sizes", "4"]):
+        monkeypatch.setattr(sys, "argv", ["w9", "--device", "cpu", *more])
+        runs.append(from_command_line("w9", "", {"cpu": CPU}))
+    assert [run.name for run in runs] == ["w9-cpu", "w9-cpu-x2.5"]
+    assert runs[1].effort == CPU.longer(2.5)
+    assert runs[1].effort.task == 2.5 * CPU.task
+    assert f"{CPU.longer(2.5).training(1):.0f} s of training" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["w9", "--longer", "0"])
+    with pytest.raises(SystemExit):
+        from_command_line("w9", "", {"cpu": CPU})
+    assert "argument --longer: expected a number above 0" in capsys.readouterr().err

@@ -48,7 +48,8 @@ GPU = Effort(600, 3000, 1800, 900, 3000, 1200, 200_000, 1, 60_000, 10_000, 3)
 
 @dataclass
 class Run:
-    """name: of its files, such as w1-cpu.   sizes: neurons in an expert, ours first.   seconds: by stage."""
+    """name: of its files and its state, such as w1-cpu or w1-cpu-x2.5.   sizes: neurons in an expert, ours first.
+    seconds: by stage."""
 
     name: str
     effort: Effort
@@ -97,4 +98,5 @@ def from_command_line(
     print(
         f"{name}, effort {args.effort}: {effort.training(len(args.sizes)):.0f} s of training, and its measurements"
     )
-    return Run(f"{name}-{args.effort}", effort, args.data, args.out, args.sizes, args.device)
+    longer = "" if args.longer == 1 else f"-x{args.longer:g}"
+    return Run(f"{name}-{args.effort}{longer}", effort, args.data, args.out, args.sizes, args.device)
