@@ -171,6 +171,11 @@ def test_text_does_not_run_every_model(folder, text, tmp_path, capsys):
         ),
         (["convert", "{folder}", "out", "--text", "{text}", "--budget", "3"], r"budget must be in (0, 1]"),
         (["evaluate", "{folder}", "--text", "{text}"], "has no converted layer: convert it first"),
+        (
+            ["report", "{folder}", "--text", "{text}", "--out", "no/a.html"],
+            "there is no folder no: make it first",
+        ),
+        (["bench", "{folder}", "--json", "."], ". is a folder, and a file is to be written"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_status_2(folder, text, tmp_path, monkeypatch, capsys, argv, message):
@@ -196,6 +201,14 @@ def test_help_teaches(capsys):
         [sys.executable, "-m", "sadmoe", "info"], capture_output=True, text=True, check=True
     )
     assert module.stdout == told
+
+
+def test_a_tokenizer_is_given_back_as_it_was(folder):
+    tokenizer = texts.load_tokenizer(folder)
+    tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"
+    (batch,) = texts.tokenized(tokenizer, ["few", "few tokens choose"])
+    assert batch["attention_mask"].sum() < batch["attention_mask"].numel()
+    assert tokenizer.pad_token is None
 
 
 def test_texts_are_paragraphs_in_batches(folder, text, tmp_path):

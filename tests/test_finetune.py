@@ -7,6 +7,7 @@ import sadmoe
 import torch
 from sadmoe.gates import DynamicK
 from tiny_models import TINY
+from torch import nn
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,52 @@ def test_a_loss_of_one_s_own_is_the_objective(converted):
         progress=False,
     )
     assert report.history[-1].objective < report.history[0].objective
+
+
+def test_gradient_checkpointing_changes_nothing(converted):
+    runs = []
+    for checkpointing in (False, True):
+        model = copy.deepcopy(converted[1])
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        config = sadmoe.FinetuneConfig(steps=4, alpha=1.0, lr=3e-3)
+        report = sadmoe.finetune_(
+            model,
+            converted[2],
+            config,
+            loss=lambda m, b: m(**b).last_hidden_state.square().mean(),
+            progress=False,
+        )
+        runs.append([(step.objective, step.penalty) for step in report.history])
+    assert runs[1] == [pytest.approx(step, rel=1e-4) for step in runs[0]]
+
+
+def test_blocks_that_stand_alone_are_compared_too():
+    torch.manual_seed(0)
+    teacher = nn.Module()
+    teacher.block = nn.TransformerEncoderLayer(24, 2, 60, 0.0, batch_first=True)
+    teacher.forward = teacher.block.forward
+    teacher, batches = teacher.eval(), [torch.randn(4, 5, 24)]
+    model = copy.deepcopy(teacher)
+    model.forward = model.block.forward
+    config = sadmoe.ConvertConfig(experts=4, tau=0.2, router=sadmoe.RouterConfig(steps=2, width=4))
+    sadmoe.convert_(model, batches, config, progress=False)
+    settings = sadmoe.FinetuneConfig(steps=8, alpha=0.0, lr=1e-3, tau=0.3)
+    report = sadmoe.finetune_(model, batches, settings, teacher=teacher, progress=False)
+    assert report.history[0].objective < 1, "it is compared with its like"
+
+
+def test_weights_of_16_bits_are_warned_of(converted):
+    model = copy.deepcopy(converted[1]).bfloat16()
+    with pytest.warns(UserWarning, match="finetune.* trains weights in torch.bfloat16.*float32"):
+        sadmoe.finetune_(
+            model,
+            converted[2],
+            sadmoe.FinetuneConfig(steps=1),
+            teacher=converted[0].bfloat16(),
+            progress=False,
+        )
+    converted[0].float()
 
 
 def test_without_a_threshold_the_gates_of_the_model_pick(converted):

@@ -175,6 +175,15 @@ def test_the_tau_of_the_moment_is_saved(tmp_path):
     assert [layer.gate for layer in moe_layers(loaded).values()] == [DynamicK(0.7), TopK(2)]
 
 
+def test_a_state_dict_that_is_given_is_what_is_saved(tmp_path):
+    model = described("bert")
+    averaged = {k: v / 2 if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=dict(averaged))  # which it empties
+    again = type(model).from_pretrained(tmp_path)
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, averaged[name]), name
+
+
 def test_convert_describes_and_restore_forgets(tmp_path):
     tiny = TINY["t5"]
     model = tiny.model()

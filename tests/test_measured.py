@@ -130,6 +130,20 @@ def test_the_users_file_is_read_at_the_first_decision_of_a_process(user):
 # ---------------------------------------------------------------- measuring
 
 
+def test_a_home_that_cannot_be_looked_into_is_a_warning(monkeypatch):
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(measured, "read", refused)
+    paths.use_costs(None)
+    try:
+        with pytest.warns(UserWarning, match="cannot be looked for.*XDG_CACHE_HOME"):
+            assert paths._table() == {}
+        assert paths._table() == {}, "and once"
+    finally:
+        paths.use_costs(None)
+
+
 def test_costs_are_measured_at_the_shares_of_the_masks_and_both_paths_run(monkeypatch):
     layer = random_layer(gate=TopK(2)).eval()
     ran = []

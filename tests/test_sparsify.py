@@ -1,5 +1,7 @@
 """The loop of sparsity enforcement."""
 
+from dataclasses import FrozenInstanceError, dataclass
+
 import pytest
 import torch
 from sadmoe.ffn import find_ffns
@@ -134,6 +136,34 @@ def test_a_failure_leaves_the_model_bit_for_bit_as_it_was(fail_at):
     assert same(state(model), before)
     assert [site.act for site in find_ffns(model)] == ["gelu", "gelu"]
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@dataclass(frozen=True)
+class Frozen:
+    hidden_act: str = "gelu"
+
+
+class Stubborn(Frozen):
+    model_type = "stubborn"
+
+
+def test_a_config_of_the_user_s_own_is_left_alone():
+    model = two_ffns(nn.GELU)
+    model.config = Frozen()
+    run_sparsify(model, short())
+    assert model.config == Frozen()
+    assert {site.act for site in find_ffns(model)} == {"relu"}
+
+
+def test_a_config_that_cannot_follow_leaves_the_activations():
+    model = two_ffns(nn.GELU)
+    model.config, before = Stubborn(), state(model)
+    config = model.config
+    with pytest.raises(FrozenInstanceError):
+        run_sparsify(model, short())
+    assert {site.act for site in find_ffns(model)} == {"gelu"}
+    assert model.config is config
+    assert same(state(model), before)
 
 
 def test_divergence_is_an_error_and_undone():

@@ -79,12 +79,12 @@ def random_batch(model: nn.Module, samples: int, length: int, seed: int = 0) -> 
     if kind == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
         size = (samples, config.num_channels, config.image_size, config.image_size)
         dtype = next(model.parameters()).dtype
-        return {kind: torch.randn(size, generator=generator).to(dtype)}
+        return {kind: torch.randn(size, generator=generator, device="cpu").to(dtype)}
     if kind != "input_ids" or not isinstance(getattr(config, "vocab_size", None), int):
         raise NotImplementedError(
             f"{type(model).__name__} takes neither token ids nor images, so no random input can be made for it"
         )
-    ids = torch.randint(config.vocab_size, (samples, length), generator=generator)
+    ids = torch.randint(config.vocab_size, (samples, length), generator=generator, device="cpu")
     decoder = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **decoder}
 

@@ -13,6 +13,7 @@ from sadmoe.dial import set_batch_invariant
 from sadmoe.measure_costs import TOKENS, calibrate_costs, costs_table
 from sadmoe.measured import cache_file, read
 from sadmoe.options import add_common, add_text, batches_of
+from sadmoe.outputs import check_files
 from sadmoe.paths import dtype_name, use_costs
 from sadmoe.texts import load_bare_model, load_tokenizer
 from sadmoe.timing import machine
@@ -65,7 +66,7 @@ def add_bench(commands: Any) -> None:
         "--cache",
         type=Path,
         metavar="FOLDER",
-        help=f"of the measurements, to read and to write (default: {cache_file().parent}, where later loads look)",
+        help="of the measurements, to read and to write (default: sadmoe in your cache folder, where later loads look)",
     )
     add_text(command)
     add_common(command)
@@ -79,10 +80,8 @@ def _bench(arguments: argparse.Namespace) -> None:
     model = model.to(getattr(torch, arguments.dtype)) if arguments.dtype else model
     if arguments.calibrate:
         return _calibrate(arguments, model)
-    if arguments.json and arguments.json.exists() and not arguments.force:
-        raise FileExistsError(
-            f"{arguments.json} is there already: choose another, or replace it with --force"
-        )
+    if arguments.json:
+        check_files((arguments.json,), arguments.force)
     if arguments.cache:
         use_costs(read(cache_file(arguments.cache)).values())
     if arguments.batch_invariant:

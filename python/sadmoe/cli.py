@@ -212,7 +212,8 @@ def _report(arguments: argparse.Namespace) -> None:
     model, tokenizer = load_model(arguments.model)
     batches = batches_of(arguments, tokenizer)
     points = evaluate(model, batches, sorted(arguments.tau), progress=True)
+    print(table(points))
     sentence = arguments.sentence or paragraphs(arguments.text)[0]
     write_page(page, report_page(model, tokenizer, points, batches, sentence))
     numbers.write_text(json.dumps([asdict(point) for point in points], indent=1))
-    print(f"{table(points)}\n\n{page}, and the numbers in {numbers}")
+    print(f"\n{page}, and the numbers in {numbers}")

@@ -18,6 +18,11 @@ BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # (gradient of act(
 }
 
 
+def is_recomputed() -> bool:
+    """Whether this forward is that of gradient checkpointing, run again in backward: hooks that record have seen it."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def of_router_scores(grad: Tensor, x: Tensor, v1: Tensor, v2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of x [T, d], v1 [r, d] and v2 [E, r], from grad [T, E]: `reference.router_scores`."""
     rows, first, second = x.float(), v1.float(), v2.float()

@@ -110,7 +110,7 @@ class _Sample:
 
     def __init__(self, size: int, rows: Tensor, seed: int):
         self.generator = torch.Generator().manual_seed(seed)
-        self.keys = torch.empty(0, dtype=torch.float64)
+        self.keys = torch.empty(0, dtype=torch.float64, device="cpu")
         self.buffer = torch.empty(size, rows.shape[-1], dtype=rows.dtype, device=rows.device)
 
     @property
@@ -118,7 +118,7 @@ class _Sample:
         return self.buffer[: len(self.keys)]
 
     def add(self, rows: Tensor) -> None:
-        keys = torch.rand(len(rows), generator=self.generator, dtype=torch.float64)
+        keys = torch.rand(len(rows), generator=self.generator, dtype=torch.float64, device="cpu")
         start = len(self.keys)
         fits = min(len(self.buffer) - start, len(rows))
         self.buffer[start : start + fits] = rows[:fits]
@@ -129,7 +129,7 @@ class _Sample:
     def _replace(self, rows: Tensor, keys: Tensor) -> None:
         size = len(self.buffer)
         everyone = torch.cat([self.keys, keys])
-        stays = torch.zeros(len(everyone), dtype=torch.bool)
+        stays = torch.zeros(len(everyone), dtype=torch.bool, device="cpu")
         stays[everyone.topk(size, largest=False, sorted=False).indices] = True
         leaving, entering = (~stays[:size]).nonzero().squeeze(1), stays[size:].nonzero().squeeze(1)
         self.buffer[leaving.to(rows.device)] = rows[entering.to(rows.device)]

@@ -1,6 +1,7 @@
 """The modules that replace an FFN: a router, and the experts with a gate."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from sadmoe import ops, paths, reference
 from sadmoe.crossover import Layer
 from sadmoe.gates import DynamicK, Gate
+from sadmoe.gradients import is_recomputed
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an activation
 SCALES = {"w_up": "scale_up", "w_gate": "scale_gate", "w_down": "scale_down"}  # of weights in int8
@@ -321,8 +323,9 @@ class DynamicKMoE(nn.Module):
         """Every expert is computed to know its norm, so this path is plain torch; gradients hold the mask constant."""
         hidden = self._hidden(x)
         norms = self._norms(hidden)
-        for hook in self.norms_hooks:
-            hook(norms)
+        if self.norms_hooks and not is_recomputed():
+            for hook in self.norms_hooks:
+                hook(norms)
         return self._down(self._kept(hidden, self.gate.mask(norms.detach())))
 
     def _kept(self, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -340,7 +343,8 @@ class DynamicKMoE(nn.Module):
         """
         by_expert = hidden.float().unflatten(-1, (self.experts, self.expert_size)).transpose(0, 1)
         w_down = self.float_weights("w_down").float()
-        squared = (by_expert @ (w_down @ w_down.transpose(1, 2)) * by_expert).sum(-1)
+        with _without_autocast(hidden.device):
+            squared = (by_expert @ (w_down @ w_down.transpose(1, 2)) * by_expert).sum(-1)
         return squared.clamp(min=NORM_FLOOR**2).sqrt().masked_fill(squared <= NORM_FLOOR**2, 0).t()
 
     def _hidden(self, x: Tensor) -> Tensor:
@@ -367,6 +371,10 @@ class DynamicKMoE(nn.Module):
             + (f", d_out={d_out}" if d_out != self.w_up.shape[2] else "")
             + f", gate={self.gate}"
         )
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def only_input(args: Sequence[Any], named: Mapping[str, Any]) -> Any:

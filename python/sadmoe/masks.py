@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sadmoe.batches import Batch, evaluating, real_rows, run
 from sadmoe.dial import converted_layers
 from sadmoe.gates import DynamicK
+from sadmoe.gradients import is_recomputed
 from sadmoe.layer import DynamicKMoE, only_input
 
 
@@ -30,7 +31,7 @@ class LayerMasks:
     @property
     def pairs(self) -> int:
         """Executed (token, expert) pairs: the sum of the masks."""
-        return int((self.histogram * torch.arange(len(self.histogram))).sum())
+        return int((self.histogram * torch.arange(len(self.histogram), device="cpu")).sum())
 
     @property
     def mean_k(self) -> float:
@@ -49,7 +50,7 @@ class MaskRecord:
     def __init__(self, model: nn.Module, skip_padding: bool, tau: float | None):
         self.model, self.skip_padding, self.tau = model, skip_padding, tau
         self.layers = {
-            name: LayerMasks(torch.zeros(layer.experts + 1, dtype=torch.int64))
+            name: LayerMasks(torch.zeros(layer.experts + 1, dtype=torch.int64, device="cpu"))
             for name, layer in converted_layers(model).items()
         }
         self._batch: Batch = ()
@@ -73,7 +74,7 @@ class MaskRecord:
         self._count(name, layer, norms.detach(), layer.gate.mask)
 
     def _count(self, name: str, layer: DynamicKMoE, values: Tensor, mask: Callable[[Tensor], Tensor]) -> None:
-        if self.tau is not None and getattr(layer.gate, "tau", None) != self.tau:
+        if is_recomputed() or (self.tau is not None and getattr(layer.gate, "tau", None) != self.tau):
             return
         rows = values.reshape(-1, values.shape[-1])
         counts = self.layers[name]

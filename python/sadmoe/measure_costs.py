@@ -82,11 +82,13 @@ def costs_table(costs: Costs) -> str:
 def _curve(layer: DynamicKMoE, T: int, shares: Sequence[float], seconds: float) -> Curve:
     g = torch.Generator().manual_seed(T)
     device, dtype = layer.w_up.device, layer.w_up.dtype
-    x = torch.randn(T, layer.shape.d, generator=g).to(device, dtype)
+    x = torch.randn(T, layer.shape.d, generator=g, device="cpu").to(device, dtype)
     masks: dict[float, Tensor] = {}
     for share in shares:
-        mask = torch.rand(T, layer.experts, generator=g) < share
-        mask[torch.arange(T), torch.randint(layer.experts, (T,), generator=g)] = True
+        mask = torch.rand(T, layer.experts, generator=g, device="cpu") < share
+        mask[torch.arange(T, device="cpu"), torch.randint(layer.experts, (T,), generator=g, device="cpu")] = (
+            True
+        )
         masks[mask.float().mean().item()] = mask.to(device)
 
     def routed(way: Callable[[Tensor, Tensor], Tensor], mask: Tensor) -> None:

@@ -24,9 +24,16 @@ def check_folder(folder: Path, force: bool, reads: Sequence[Path] = ()) -> None:
 
 
 def check_files(paths: Sequence[Path], force: bool) -> None:
-    """Raises FileExistsError where one of them is there, unless `force`."""
-    if there := [path for path in paths if path.exists() and not force]:
-        raise FileExistsError(f"{there[0]} is there already: choose another, or replace it with --force")
+    """Raises an error unless each of them may be written: absent, or with `force` a file, in a folder that is there."""
+    for path in paths:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder, and a file is to be written: choose another name")
+        if path.exists() and not force:
+            raise FileExistsError(f"{path} is there already: choose another, or replace it with --force")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(
+                f"{path} cannot be written, for there is no folder {path.parent}: make it first"
+            )
 
 
 @contextmanager

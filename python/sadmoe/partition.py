@@ -62,7 +62,7 @@ def partition(
     order = _canonical_order(rows)
     grouped = _in_groups(rows[order], s)
     order = torch.cat([order[grouped], order[~grouped]])
-    labels = torch.arange(f) // s  # of the rows in `order`: right for the groups
+    labels = torch.arange(f, device="cpu") // s  # of the rows in `order`: right for the groups
     n = int(grouped.sum())
     if n < f:
         generator = torch.Generator().manual_seed(seed)
@@ -137,13 +137,15 @@ def _normalised(weights: Tensor) -> Tensor:
 
 def _canonical_order(rows: Tensor) -> Tensor:
     """An order that does not depend on how the rows came: of their exact products with a fixed vector."""
-    vector = torch.randint(-(2**18), 2**18, (rows.shape[1],), generator=torch.Generator().manual_seed(0))
+    vector = torch.randint(
+        -(2**18), 2**18, (rows.shape[1],), generator=torch.Generator().manual_seed(0), device="cpu"
+    )
     return (rows @ vector.double()).argsort(stable=True)
 
 
 def _repeats(rows: Tensor) -> Tensor:
     """Which rows, in canonical order, are equal to the one before."""
-    repeats = torch.zeros(len(rows), dtype=torch.bool)
+    repeats = torch.zeros(len(rows), dtype=torch.bool, device="cpu")
     repeats[1:] = (rows[1:] == rows[:-1]).all(1)
     return repeats
 
@@ -156,14 +158,14 @@ def _in_groups(rows: Tensor, s: int) -> Tensor:
     """
     run = (~_repeats(rows)).cumsum(0) - 1
     lengths = torch.bincount(run)
-    position = torch.arange(len(rows)) - (lengths.cumsum(0) - lengths)[run]
+    position = torch.arange(len(rows), device="cpu") - (lengths.cumsum(0) - lengths)[run]
     return position < (lengths // s * s)[run]
 
 
 def _best_kmeans(
     rows: Tensor, experts: int, generator: torch.Generator, restarts: int, max_iter: int, progress: bool
 ) -> Tensor:
-    best, labels = math.inf, torch.empty(0)
+    best, labels = math.inf, torch.empty(0, device="cpu")
     with tqdm(total=restarts * max_iter, desc="partition", unit="step", disable=not progress) as bar:
         for restart in range(restarts):
             found, found_labels = _kmeans(rows, _start(rows, experts, generator), max_iter, bar)
@@ -176,7 +178,7 @@ def _best_kmeans(
 
 def _start(rows: Tensor, experts: int, generator: torch.Generator) -> Tensor:
     """Random rows as centres, none twice where enough differ."""
-    shuffled = torch.randperm(len(rows), generator=generator)
+    shuffled = torch.randperm(len(rows), generator=generator, device="cpu")
     return rows[shuffled[_repeats(rows)[shuffled].argsort(stable=True)][:experts]]
 
 
@@ -184,7 +186,8 @@ def _kmeans(rows: Tensor, centres: Tensor, max_iter: int, bar: tqdm) -> tuple[fl
     """The least inertia met, in units of 1 / _GRID, and its labels."""
     squares = _squares(rows)
     s = len(rows) // len(centres)
-    labels, prices = torch.full((len(rows),), -1), torch.zeros(len(centres), dtype=torch.int32)
+    labels = torch.full((len(rows),), -1, device="cpu")
+    prices = torch.zeros(len(centres), dtype=torch.int32, device="cpu")
     best, best_labels, stale = math.inf, labels, 0
     for step in range(max_iter):
         costs = _costs(rows, centres)
@@ -211,10 +214,10 @@ def _squares(rows: Tensor) -> Tensor:
 
 def _costs(rows: Tensor, centres: Tensor) -> Tensor:
     """Squared distances, less the squares of the rows: int32 [f, E] in units of 1 / _GRID."""
-    costs = torch.empty(len(rows), len(centres), dtype=torch.int32)
+    costs = torch.empty(len(rows), len(centres), dtype=torch.int32, device="cpu")
     squares, minus_twice = centres.square().sum(1), (-2 * centres).T
     step = max(1, _CHUNK // len(centres))
-    buffer = torch.empty(min(step, len(rows)), len(centres), dtype=torch.float64)
+    buffer = torch.empty(min(step, len(rows)), len(centres), dtype=torch.float64, device="cpu")
     for chunk, out in zip(rows.split(step), costs.split(step), strict=True):
         exact = torch.addmm(squares, chunk, minus_twice, out=buffer[: len(chunk)])
         out.copy_(exact.mul_(1 / _GRID).round_())
@@ -240,5 +243,7 @@ def _means(rows: Tensor, labels: Tensor, experts: int) -> Tensor:
 
 
 def _numbered_by_first(labels: Tensor, experts: int) -> Tensor:
-    first = torch.full((experts,), len(labels)).scatter_reduce_(0, labels, torch.arange(len(labels)), "amin")
+    first = torch.full((experts,), len(labels), device="cpu").scatter_reduce_(
+        0, labels, torch.arange(len(labels), device="cpu"), "amin"
+    )
     return first.argsort().argsort()[labels]

@@ -6,6 +6,7 @@ costs that came with sadmoe.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
@@ -123,7 +124,15 @@ def _on_its_way(mask: Tensor) -> Callable[[], float | None]:
 def _table() -> dict[Key, Costs]:
     global _costs
     if _costs is None:
-        _costs = measured.read(measured.cache_file())
+        try:
+            _costs = measured.read(measured.cache_file())
+        except (OSError, RuntimeError) as error:  # a home that is not there, or not to be looked into
+            warnings.warn(
+                f"measured costs of layers cannot be looked for, those that came with sadmoe are used: {error}; "
+                "set XDG_CACHE_HOME to a folder that can be read",
+                stacklevel=2,
+            )
+            _costs = {}
     return _costs
 
 

@@ -95,7 +95,7 @@ def fit_router_(
         torch.autocast(inputs.device.type, enabled=False),
     ):
         problem = _Problem.of(layer, inputs, config.target_power)
-        order = torch.randperm(len(inputs), generator=generator)
+        order = torch.randperm(len(inputs), generator=generator, device="cpu")
         held_out, train = order.tensor_split([math.ceil(HELD_OUT * len(inputs))])
         v1, v2 = (_fresh(v, generator) for v in (layer.router.v1, layer.router.v2))
         _train(v1, v2, problem, train, config, generator, progress)
@@ -240,7 +240,7 @@ def _power_of_two(scale: Tensor) -> float:
 
 def _fresh(weight: Tensor, generator: torch.Generator) -> Tensor:
     """torch's initialisation of a linear layer, in float32, from the given random numbers."""
-    fresh = torch.empty(weight.shape)
+    fresh = torch.empty(weight.shape, device="cpu")
     nn.init.kaiming_uniform_(fresh, a=5**0.5, generator=generator)
     return fresh.to(weight.device).requires_grad_()
 
@@ -260,7 +260,7 @@ def _train(
     order = train[:0]
     for _ in tqdm(range(config.steps), "router", disable=not progress, leave=False):
         if len(order) < size:
-            order = train[torch.randperm(len(train), generator=generator)]
+            order = train[torch.randperm(len(train), generator=generator, device="cpu")]
         rows, order = order[:size].to(v1.device), order[size:]
         x, y = problem.at(rows)
         optimizer.zero_grad()

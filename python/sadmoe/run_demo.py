@@ -28,6 +28,7 @@ from sadmoe.demo_rows import controls, picture, sweep, table
 from sadmoe.finetune import FinetuneConfig, finetune_
 from sadmoe.layerwise import finetune_layers_
 from sadmoe.outputs import replaced
+from sadmoe.report import matplotlib_pyplot
 from sadmoe.routers import RouterConfig, fit_routers_
 from sadmoe.sparsify import SparsifyConfig, sparsify_
 from sadmoe.texts import tokenized
@@ -61,6 +62,7 @@ def run_demo(out: Path, *, seconds: float = SECONDS, progress: bool = True) -> s
 
     seconds: of training.   Raises ImportError where the demo's extras are not installed.
     """
+    matplotlib_pyplot()
     clock = Clock()
     dense, tokenizer = minilm()
     train, held_out = split(topics())

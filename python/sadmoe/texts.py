@@ -1,6 +1,7 @@
 """Plain text and a transformers model of a local folder, as the batches that every step takes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,26 @@ def tokenized(
     """Batches in the texts' order, each padded to its longest: input_ids, attention_mask [B, T] and what else the
     tokenizer gives. labels: the input ids again, -100 at padding, for a causal language model's own loss.
     """
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    with _padding(tokenizer):
+        return _tokenized(tokenizer, texts, batch_size, max_length, labels)
+
+
+@contextmanager
+def _padding(tokenizer: Any) -> Iterator[None]:
+    """Inside, a tokenizer that has no token for padding pads with the one for the end."""
+    if tokenizer.pad_token is not None:
+        yield
+        return
+    tokenizer.pad_token = tokenizer.eos_token
+    try:
+        yield
+    finally:
+        tokenizer.pad_token = None
+
+
+def _tokenized(
+    tokenizer: Any, texts: Sequence[str], batch_size: int, max_length: int, labels: bool
+) -> list[dict[str, Tensor]]:
     batches = []
     for start in range(0, len(texts), batch_size):
         part = list(texts[start : start + batch_size])

@@ -12,7 +12,7 @@ def configs_in(model: nn.Module) -> list[tuple[Any, list[str]]]:
     names: dict[int, tuple[Any, list[str]]] = {}
     for name, module in model.named_modules():
         config = module.__dict__.get("config")
-        if config is not None:
+        if hasattr(config, "model_type"):  # else it is the user's own, and no business of ours
             names.setdefault(id(config), (config, []))[1].append(name)
     return list(names.values())
 
@@ -24,8 +24,9 @@ def own_configs(model: nn.Module) -> Callable[[], None]:
     """
     memo: dict[int, Any] = {}
     former = [(model.get_submodule(name), config) for config, owners in configs_in(model) for name in owners]
-    for module, config in former:
-        module.__dict__["config"] = copy.deepcopy(config, memo)
+    copies = [copy.deepcopy(config, memo) for _, config in former]
+    for (module, _), config in zip(former, copies, strict=True):
+        module.__dict__["config"] = config
 
     def undo() -> None:
         for module, config in former:

@@ -10,6 +10,15 @@ def join(*paths: str) -> str:
     return ".".join(p for p in paths if p)
 
 
+def is_module(block: nn.Module, path: str) -> bool:
+    """Whether there is a module at `path`."""
+    try:
+        block.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
 def lookup(block: nn.Module, path: str) -> tuple[dict[str, Any], str, Any]:
     """The dict that holds a module or attribute, its name in it, and itself.
 

@@ -51,14 +51,21 @@ def swap_activations_(model: nn.Module, sites: Sequence[FFNSite], act: str = "re
             f"swapped for {act}; make it a module (self.act = nn.GELU()) or an attribute"
         )
     old = {site.act for site in todo}
-    undo = [_swap(model.get_submodule(site.block), site, act) for site in todo]
-    if old:
-        undo += _swap_configs(model, old, act)  # in copies, which the undoing of own_configs lets go
+    undo: list[Undo] = []
 
     def undo_all() -> None:
         for step in reversed(undo):
             step()
 
+    try:
+        for site in todo:
+            undo.append(_swap(model.get_submodule(site.block), site, act))
+        if old:
+            undo.append(own_configs(model))
+            _swap_configs(model, old, act)  # in copies, which undoing lets go
+    except BaseException:
+        undo_all()
+        raise
     return undo_all
 
 
@@ -80,9 +87,8 @@ def _swap(block: nn.Module, site: FFNSite, act: str) -> Undo:
     return lambda: change(originals, before)
 
 
-def _swap_configs(model: nn.Module, old: set[str], act: str) -> list[Undo]:
+def _swap_configs(model: nn.Module, old: set[str], act: str) -> None:
     """Each config found in the model follows, if no module under it has one of the old activations left."""
-    undo = [own_configs(model)]
     found = configs_in(model)
     named = False
     for config, owners in found:
@@ -99,14 +105,13 @@ def _swap_configs(model: nn.Module, old: set[str], act: str) -> list[Undo]:
             )
             continue
         _set_all(config, changes)
-    if not named and any(hasattr(config, "model_type") for config, _ in found):
+    if found and not named:
         logger.warning(
             "the config of this %s has no name for its activation: a dense model saved now reloads with %s. Save it "
             "converted, or swap again after loading",
             type(model).__name__,
             " and ".join(sorted(old)),
         )
-    return undo
 
 
 def _config_changes(config: Any, old: set[str], act: str) -> dict[str, str]:

@@ -63,7 +63,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     y = ops.sparse_experts(rows, mask, w_up, w_down, b_up, w_gate, b_gate, act=act)
     if b_down is not None:
         y = y + b_down[pairs.where(here, 0)]
-    if self.has_post_expert_norm:
+    if getattr(self, "has_post_expert_norm", False):  # not in the first releases of transformers 5
         y = self.post_expert_norm(y)
     weighted = y.float().view(*weights.shape, -1) * (weights * here.view_as(weights)).unsqueeze(-1)
     return weighted.sum(1).to(hidden_states.dtype)

@@ -29,7 +29,7 @@ class Series:
 def plot_curves(path: Path, panels: Sequence[tuple[str, str, str, Sequence[Series]]], title: str) -> None:
     """Writes a picture of panels side by side, each (heading, x label, y label, series); a name has one colour in all.
     Needs matplotlib."""
-    pyplot = _pyplot()
+    pyplot = matplotlib_pyplot()
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(6.2 * len(panels), 4.6), squeeze=False, layout="constrained"
     )
@@ -51,7 +51,8 @@ def plot_curves(path: Path, panels: Sequence[tuple[str, str, str, Sequence[Serie
     pyplot.close(figure)
 
 
-def _pyplot() -> Any:
+def matplotlib_pyplot() -> Any:
+    """matplotlib.pyplot, drawing to files. Raises ImportError where matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError as error:

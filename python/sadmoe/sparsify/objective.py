@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from sadmoe.batches import Batch, real_rows, run
 from sadmoe.ffn import FFNSite
+from sadmoe.ffn.paths import is_module, join
+from sadmoe.gradients import is_recomputed
 
 Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> scalar; it runs the model itself
 # Runs the model on a batch and says how far off it is. The index is the same whenever the same batch comes; None where
@@ -124,8 +126,8 @@ def block_of(model: nn.Module, site: FFNSite) -> str:
         if path != site.name and isinstance(model.get_submodule(parent), nn.ModuleList | nn.Sequential):
             return path
         path = parent
-    down = (name for name, module in model.named_modules() if module is site.down)
-    return next(down, site.name)  # of a converted FFN the MoE layer is left
+    down = join(site.block, site.parts.down)  # converted, a passthrough is there, or the MoE layer around it
+    return down if is_module(model, down) else site.name
 
 
 @contextmanager
@@ -135,7 +137,7 @@ def outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[T
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def record(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        if torch._C._current_graph_task_id() == -1:  # not when checkpointing runs it again in backward
+        if not is_recomputed():
             seen[name].append(output if isinstance(output, Tensor) else output[0])
 
     handles = [model.get_submodule(name).register_forward_hook(partial(record, name)) for name in names]

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from sadmoe import reference
 from sadmoe.batches import Batches, check_batches, device_of, evaluating, real_rows, run, to_device
 from sadmoe.ffn import FFNSite, find_ffns
+from sadmoe.gradients import is_recomputed
 
 Penalty = Literal["hoyer", "l1"]
 FLOOR = 3e-8  # activations below it fade to none: root of the 1e-15 that the paper's code adds to sum a^2
@@ -141,7 +142,7 @@ class SparsityLoss:
         a = z.relu() if site.act == "relu" else (z.float() - self.displacement).clamp(min=0)
         values = PENALTIES[self.penalty](a) / z.shape[-1]
         # In backward, checkpointing runs the module again: the same operations are due, but they count once.
-        if torch._C._current_graph_task_id() == -1:
+        if not is_recomputed():
             self._seen[site.name].append(values)
 
     def _check(self, seen: Mapping[str, list[Tensor]]) -> None:
@@ -207,7 +208,9 @@ def measure_sparsity(
     """
     check_batches(batches)
     sites = find_ffns(model) if sites is None else sites
-    counts = {site.name: torch.zeros(3, dtype=torch.float64) for site in sites}  # pairs, zero, small
+    counts = {
+        site.name: torch.zeros(3, dtype=torch.float64, device="cpu") for site in sites
+    }  # pairs, zero, small
     current: dict[str, Any] = {}
 
     def count(site: FFNSite, module: nn.Module, args: Any, output: Tensor) -> None:
@@ -216,7 +219,9 @@ def measure_sparsity(
         a = a if real is None else a[real]
         if a.numel():
             small = (a < SMALL * a.amax(-1, keepdim=True)) | (a == 0)
-            counts[site.name] += torch.tensor([a.numel(), int((a == 0).sum()), int(small.sum())])
+            counts[site.name] += torch.tensor(
+                [a.numel(), int((a == 0).sum()), int(small.sum())], device="cpu"
+            )
 
     handles = [site.first.register_forward_hook(partial(count, site)) for site in sites]
     try:

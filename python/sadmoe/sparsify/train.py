@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple
 from typing import Any
@@ -88,6 +89,12 @@ class _Update:
         self.objective, self.penalty_of = objective, penalty_of
         self.device = device_of(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if short := {p.dtype for p in self.parameters if p.dtype.itemsize < 4}:
+            warnings.warn(
+                f"{name} trains weights in {', '.join(sorted(map(str, short)))}, to which small updates are lost by "
+                "rounding: give it the model in float32, under torch.autocast(..., torch.bfloat16)",
+                stacklevel=2,
+            )
         decayed = [p for p in self.parameters if p.dim() > 1]
         rest = [p for p in self.parameters if p.dim() <= 1]
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
@@ -157,7 +164,10 @@ def _endless(batches: Batches, seed: int) -> Iterator[tuple[int | None, Batch]]:
     generator = torch.Generator().manual_seed(seed)
     while True:
         if isinstance(batches, Sequence):
-            yield from ((i, batches[i]) for i in torch.randperm(len(batches), generator=generator).tolist())
+            yield from (
+                (i, batches[i])
+                for i in torch.randperm(len(batches), generator=generator, device="cpu").tolist()
+            )
             continue
         gave = False
         for batch in batches:

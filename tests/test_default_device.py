@@ -1,0 +1,24 @@
+"""torch.set_default_device says where the user's tensors are made, not where ours are."""
+
+import pytest
+import sadmoe
+import torch
+from torch import nn
+from two_ffns import data, two_ffns
+
+ROUTER = sadmoe.RouterConfig(steps=2, width=2)
+
+
+@pytest.mark.parametrize("cluster", ["weights", "activity"])
+def test_another_default_device_is_no_hindrance(cluster):
+    config = sadmoe.ConvertConfig(experts=6, cluster=cluster, budget=0.8, router=ROUTER)
+    batches, outputs = data(), []
+    for device in ("cpu", "meta"):
+        model, teacher = two_ffns(nn.GELU), two_ffns(nn.GELU)
+        with torch.device(device):
+            sadmoe.sparsify_(model, batches, sadmoe.SparsifyConfig(steps=2), progress=False)
+            sadmoe.convert_(model, batches, config, progress=False)
+            sadmoe.finetune_(model, batches, sadmoe.FinetuneConfig(steps=2), teacher=teacher, progress=False)
+            sadmoe.fit_routers_(model, batches, ROUTER, progress=False)
+        outputs.append(model(batches[0]))
+    assert torch.equal(*outputs)
