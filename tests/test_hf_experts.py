@@ -87,7 +87,7 @@ def test_a_model_can_be_loaded_for_it(tmp_path):
 
 def test_tau_drops_experts_of_small_weight_and_scales_up_the_rest():
     model = stock("mixtral")
-    experts = next(m for m in model.modules() if hasattr(m, "_is_expert_parallel"))
+    experts = next(m for m in model.modules() if hasattr(m, "down_proj"))
     x = torch.randn(5, 24, generator=torch.Generator().manual_seed(1))
     index = torch.tensor([[0, 1, 2], [3, 4, 5], [6, 7, 0], [1, 2, 3], [7, 6, 5]])
     weights = torch.tensor(
@@ -212,6 +212,17 @@ def test_every_layout(gate, transposed, concatenated):
     torch.testing.assert_close(experts(x, index, weights), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_experts_that_say_less_of_themselves_as_those_of_transformers_5_0():
+    model = stock("mixtral")
+    expected = logits(model)
+    silent = ("has_gate", "is_concatenated", "has_post_expert_norm", "_is_expert_parallel")
+    for module in model.modules():
+        for name in silent:
+            module.__dict__.pop(name, None)
+    assert torch.allclose(logits(on_sadmoe(model)), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(logits(on_sadmoe(model, tau=0.9)), expected)
+
+
 def test_wrong_settings_are_named():
     model = stock("mixtral")
     with pytest.raises(ValueError, match=r"tau must be in \[0, 1\] .* got 1.5"):
@@ -229,6 +240,6 @@ def test_experts_with_a_gating_of_their_own_are_refused():
     with pytest.raises(NotImplementedError, match="a gating of its own"):
         set_experts_tau(model, 0.1)
     assert model.config._experts_implementation == before
-    experts = next(m for m in model.modules() if hasattr(m, "_is_expert_parallel"))
+    experts = next(m for m in model.modules() if hasattr(m, "down_proj"))
     with pytest.raises(NotImplementedError, match="GptOssExperts"):
         experts_forward(experts, torch.zeros(1, 24), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))

@@ -63,7 +63,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     y = ops.sparse_experts(rows, mask, w_up, w_down, b_up, w_gate, b_gate, act=act)
     if b_down is not None:
         y = y + b_down[pairs.where(here, 0)]
-    if getattr(self, "has_post_expert_norm", False):  # not in the first releases of transformers 5
+    if getattr(self, "has_post_expert_norm", False):  # transformers 5.0 knows no such norms
         y = self.post_expert_norm(y)
     weighted = y.float().view(*weights.shape, -1) * (weights * here.view_as(weights)).unsqueeze(-1)
     return weighted.sum(1).to(hidden_states.dtype)
@@ -71,7 +71,11 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
 def _is_experts(module: nn.Module) -> bool:
     """Whether its class was decorated with transformers' use_experts_implementation."""
-    return hasattr(module, "_is_expert_parallel") and hasattr(module, "down_proj")
+    return all(hasattr(module, name) for name in ("_apply_gate", "is_transposed", "has_bias", "down_proj"))
+
+
+def _has_gate(experts: Any) -> bool:
+    return getattr(experts, "has_gate", hasattr(experts, "gate_up_proj"))  # transformers 5.0 does not say
 
 
 @torch.compiler.assume_constant_result
@@ -80,7 +84,7 @@ def _check(experts: Any) -> str:
     kind = type(experts).__name__
     act = which_activation(experts.act_fn) if callable(getattr(experts, "act_fn", None)) else None
     default = getattr(type(experts)._apply_gate, "__module__", "") == "transformers.integrations.moe"
-    if act is None or (experts.has_gate and not default):
+    if act is None or (_has_gate(experts) and not default):
         raise NotImplementedError(
             f"{kind} has an activation or a gating of its own, which sadmoe's kernels do not compute: "
             'use model.set_experts_implementation("grouped_mm")'
@@ -96,7 +100,7 @@ def _packed(experts: Any) -> Packed:
     nothing wrote to them in place: what `.data` writes is seen on the CPU, where a few values are compared, but not on
     CUDA, which would have to be waited for. In training, where gradients pass through, made each time.
     """
-    names = ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
+    names = ("gate_up_proj" if _has_gate(experts) else "up_proj", "down_proj")
     biases = tuple(f"{name}_bias" for name in names) if experts.has_bias else ()
     sources = [getattr(experts, name) for name in names + biases]
     training = torch.is_grad_enabled() and any(p.requires_grad for p in sources)
@@ -127,10 +131,11 @@ def _in_layout(
 ) -> Packed:
     first = first.transpose(1, 2) if experts.is_transposed else first  # [E, s or 2 s, d]
     down = down if experts.is_transposed else down.transpose(1, 2)  # [E, s, d]
-    if not experts.has_gate:
+    if not _has_gate(experts):
         return first.contiguous(), down.contiguous(), None, first_bias, None, down_bias
-    gate, up = _halves(first, experts.is_concatenated)
-    b_gate, b_up = (None, None) if first_bias is None else _halves(first_bias, experts.is_concatenated)
+    concatenated = getattr(experts, "is_concatenated", True)
+    gate, up = _halves(first, concatenated)
+    b_gate, b_up = (None, None) if first_bias is None else _halves(first_bias, concatenated)
     return up, down.contiguous(), gate, b_up, b_gate, down_bias
 
 
