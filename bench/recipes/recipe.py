@@ -43,7 +43,7 @@ from torch import nn
 from workload import Workload, controls
 
 ROUTER, PROJECTION_ROUTER = 96, 32  # widths of the routers of FFNs, and of projections of attention
-CALIBRATED = 8  # batches for that tau
+CALIBRATED = 4  # batches for the tau of the last stage
 HELD = 2**32  # bytes of inputs held together
 
 

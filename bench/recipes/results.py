@@ -155,7 +155,7 @@ def kept_table(kept: dict[str, dict[str, Any]]) -> tuple[tuple[str, ...], list[t
 
 
 def panels(work: Workload, curves: dict[str, list[Point]], dense: float) -> list[Panel]:
-    """The metric against FLOPs, and against each timer."""
+    """The metric against FLOPs, and against each timer that timed a point."""
 
     def series(x: Callable[[Point], float], some: dict[str, list[Point]]) -> list[Series]:
         lines = [
@@ -173,11 +173,11 @@ def panels(work: Workload, curves: dict[str, list[Point]], dense: float) -> list
         )
     ]
     for timer in work.timers:
-        timed = {name: points for name, points in curves.items() if all(timer in p.gains for p in points)}
-        gains = series(lambda p, timer=timer: p.gains[timer], timed)
-        made.append(
-            Panel(f"Wall time, {timer}", "times faster than dense", work.metric_name, gains, f"{good} right")
-        )
+        timed = {name: [p for p in points if timer in p.gains] for name, points in curves.items()}
+        if some := {name: points for name, points in timed.items() if points}:
+            gains = series(lambda p, timer=timer: p.gains[timer], some)
+            heading, better = f"Wall time, {timer}", f"{good} right"
+            made.append(Panel(heading, "times faster than dense", work.metric_name, gains, better))
     return made
 
 

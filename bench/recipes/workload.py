@@ -21,6 +21,7 @@ from sadmoe.timing import measure
 from torch import Tensor, nn
 
 LOST = 0.75  # of a curve's best: where less is kept, it ends
+OF_USE = 0.9  # of the dense metric: where less is kept, nobody asks how fast it is
 
 
 @dataclass
@@ -81,7 +82,7 @@ def sweep(
 ) -> list[Point]:
     """The model under one gate after the other, which all layers get, until most is lost.
 
-    timed: seconds of timing at each point, 0 for none.
+    timed: seconds of timing at each point of use, 0 for none.
     """
     points = []
     for setting, gate in gates:
@@ -90,7 +91,7 @@ def sweep(
                 gate if not isinstance(gate, TopK) else TopK(max(1, round(gate.k / 1000 * layer.experts)))
             )
         point = measured(work, model, setting, dense)
-        for name, call in work.timers.items() if timed else ():
+        for name, call in work.timers.items() if timed and point.kept >= OF_USE else ():
             with evaluating(model):
                 times = measure(
                     {"dense": lambda call=call: call(work.dense), "ours": lambda call=call: call(model)},
