@@ -14,12 +14,13 @@ pytest.importorskip("matplotlib")
 sys.path.append(str(Path(__file__).parent.parent / "bench/recipes"))
 
 import recipe
+from results import panels
 from run import CPU, GPU, Effort, Run, from_command_line
 from run import TINY as TINY_EFFORT
 from sadmoe import DynamicK, FinetuneConfig
 from sadmoe.batches import evaluating
 from sadmoe.model_report import layer_heat
-from workload import Workload, sweep
+from workload import Point, Workload, sweep
 
 MICRO = Effort(0.2, 2, 0.2, 0.2, 2, 0.2, 60, 1, 8, 4, 0.01, taus=(0.0, 0.1, 1.0), shares=(0.5, 0.2))
 
@@ -131,6 +132,18 @@ def test_an_effort_is_one_that_the_steps_take(effort):
     assert 0 < effort.budget <= 1
     assert all(0 <= tau <= 1 for tau in effort.taus)
     assert all(0 < share <= 1 for share in effort.shares)
+
+
+def test_what_has_lost_too_much_takes_no_room_in_the_pictures():
+    work = workload()
+    work.higher_is_better = False
+    points = [
+        Point(f"tau {x}", 1, 0, x, x, 1 / kept, kept) for x, kept in ((1, 1.0), (0.5, 0.8), (0.4, 1e-6))
+    ]
+    (panel,) = panels(work, {"ours": points}, 1.0)
+    ours, dense = panel.series
+    assert ours.labels == ["tau 1", "tau 0.5"]
+    assert dense.is_level
 
 
 def test_a_longer_run_has_files_and_a_state_of_its_own(monkeypatch, capsys):

@@ -19,6 +19,7 @@ from torch import nn
 from workload import Point, Workload, inputs, sweep
 
 KEPT = (0.99, 0.98)  # of the dense metric, at which savings are told
+SHOWN = 0.5  # of a curve's best: points that keep less are in no picture, whose scale they would take
 
 
 class Results:
@@ -88,7 +89,8 @@ class Results:
             },
             table=kept_table(best(self.curves)),
             notes=(
-                "Each row: the gate of fewest FLOPs that keeps that share of the dense metric.", *self.work.notes
+                "Each row: the gate of fewest FLOPs that keeps that share of the dense metric.",
+                f"The curves leave out gates that keep less than {SHOWN:.0%} of their best.", *self.work.notes
             ),
             panels=panels(self.work, self.curves, self.dense),
             heats=[self.heat] if self.heat is not None else [],
@@ -155,7 +157,11 @@ def kept_table(kept: dict[str, dict[str, Any]]) -> tuple[tuple[str, ...], list[t
 
 
 def panels(work: Workload, curves: dict[str, list[Point]], dense: float) -> list[Panel]:
-    """The metric against FLOPs, and against each timer that timed a point."""
+    """The metric against FLOPs, and against each timer that timed a point. What has lost too much is left out."""
+    curves = {
+        name: [p for p in points if p.kept >= SHOWN * max(q.kept for q in points)]
+        for name, points in curves.items()
+    }
 
     def series(x: Callable[[Point], float], some: dict[str, list[Point]]) -> list[Series]:
         lines = [
