@@ -44,6 +44,8 @@ def likeness(dense):
 
 @pytest.fixture
 def small_routers(monkeypatch):
+    monkeypatch.setattr("workload.LOST", 0.0)  # so little training keeps little
+    monkeypatch.setattr("workload.OF_USE", 0.0)
     monkeypatch.setattr(recipe, "ROUTER", 3)
     monkeypatch.setattr(recipe, "PROJECTION_ROUTER", 2)
 
@@ -81,8 +83,7 @@ def test_a_recipe_runs_tells_all_of_it_and_is_not_trained_twice(tmp_path, small_
     ours = next(iter(found["curves"].values()))
     assert [point["setting"] for point in ours] == ["tau 0", "tau 0.1", "tau 1"]
     assert ours[0]["flops"] == 1 > ours[2]["flops"]
-    assert [point["gains"].get("whole", 0) > 0 for point in ours] == [point["kept"] >= 0.9 for point in ours]
-    assert ours[0]["gains"]
+    assert all(point["gains"]["whole"] > 0 for point in ours)
     assert found["seconds"].keys() >= {"controls", "sparsify", "s4 layers", "s2 routed", "MoEfication"}
     assert (tmp_path / "tiny-micro.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "tiny-micro.html").read_text()
@@ -120,8 +121,9 @@ def test_a_curve_ends_where_most_is_lost():
     values, work = iter([0.7, 1.0, 0.76, 0.74, 0.9]), workload()
     work.metric = lambda outputs: next(values) + 0 * len(list(outputs))
     model = converted("bert")
-    points = sweep(work, model, [(f"tau {t}", DynamicK(t)) for t in (0.0, 0.1, 0.2, 0.3, 0.4)], 1.0, 0.0)
+    points = sweep(work, model, [(f"tau {t}", DynamicK(t)) for t in (0.0, 0.1, 0.2, 0.3, 0.4)], 1.0, 1e-3)
     assert [point.metric for point in points] == [0.7, 1.0, 0.76, 0.74]
+    assert ["whole" in point.gains for point in points] == [False, True, False, False], "nor is it timed"
     assert points[0].share == 1 > points[-1].share > 0
 
 
