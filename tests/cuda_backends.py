@@ -13,6 +13,7 @@ from sadmoe import ops
 
 OPS = ("router_scores", "dynamic_k_select", "sparse_experts", "dynamic_k_moe")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BY_SHAPE = -1.0  # of use_hopper's crowd
 SCHEDULES = [(order, seed, late) for order, seed in ((0, 1), (1, 1), (2, 1), (2, 2)) for late in (0, 1)]
 
 
@@ -29,9 +30,11 @@ def emulator():
     native = ctypes.CDLL(path)
     native.sadmoe_run_planted.restype = ctypes.c_char_p
     native.sadmoe_set_options.argtypes = [
-        *(ctypes.c_int64, ctypes.c_int64, ctypes.c_bool, ctypes.c_bool, ctypes.c_int64)
+        *(ctypes.c_int64, ctypes.c_int64, ctypes.c_bool, ctypes.c_bool, ctypes.c_double, ctypes.c_int64)
     ]
     native.sadmoe_down_tiles.argtypes = [ctypes.c_int64, ctypes.c_int64, *[ctypes.c_int] * 3]
+    native.sadmoe_crowd_share.argtypes = [ctypes.c_int64]
+    native.sadmoe_crowd_share.restype = ctypes.c_double
     native.sadmoe_products.restype = ctypes.c_int64
     native.definitions = library  # they live as long as this object
     return native
@@ -58,12 +61,16 @@ class Backend:
         if self.device == "cpu":
             emulator().sadmoe_schedule(*schedule)
 
-    def use_hopper(self, use):
-        """The kernels of sm_90a where a device has them and they fit, or those of sm_80 everywhere."""
+    def use_hopper(self, use, crowd=BY_SHAPE):
+        """The kernels of sm_90a where a device has them and they fit, or those of sm_80 everywhere.
+
+        crowd: share of its pairs from which a block of tokens goes through all experts.
+        """
         if self.device == "cpu":
-            set_options(emulator(), hopper=use)
+            set_options(emulator(), hopper=use, crowd=crowd)
         else:
             torch.ops.sadmoe._use_hopper(use)
+            torch.ops.sadmoe._use_crowd(crowd)
 
     def use_down_tiles(self, tiles):
         """Blocks of the down projection take 1, 2 or 4 times 64 tokens; 0: as many as fit the shape."""
@@ -77,9 +84,11 @@ class Backend:
         return emulator().sadmoe_products() if self.device == "cpu" else None
 
 
-def set_options(native, hidden_bytes=256 << 20, decode_tokens=64, tf32=False, hopper=False, down_tiles=0):
+def set_options(
+    native, hidden_bytes=256 << 20, decode_tokens=64, tf32=False, hopper=False, crowd=BY_SHAPE, down_tiles=0
+):
     """csrc/cuda/launch.h has them. Tests ask for hopper: else the kernels of sm_80 would run in none with 16 bits."""
-    native.sadmoe_set_options(hidden_bytes, decode_tokens, tf32, hopper, down_tiles)
+    native.sadmoe_set_options(hidden_bytes, decode_tokens, tf32, hopper, crowd, down_tiles)
 
 
 def backend_of(name):

@@ -156,26 +156,41 @@ BUDGETS = _budgets()
 
 # Of csrc/cuda/hopper.cu, for capability 9.0 alone. Launched with 168 registers, threads give up some or take more.
 HOPPER_ARCH = "sm_90a"
-_TOGETHER = (
-    r"(?:HGMMA(?:(?!DEPBAR)[\s\S])*){8}"  # else the compiler waits for each product: it saw its sums touched
+_HALVES = (("__nv_bfloat16", r"\.BF16"), ("__half", " "))
+_WARPGROUPS = (
+    COPY,
+    BY_4_BYTES,
+    r"USETMAXREG\.DEALLOC",
+    r"USETMAXREG\.TRY_ALLOC",
+    r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT",
 )
+
+
+def _together(times: int) -> str:
+    """Else the compiler waits for each product: it saw its sums touched."""
+    return rf"(?:HGMMA(?:(?!DEPBAR)[\s\S])*){{{times}}}"
+
+
 HOPPER_BUDGETS = {
     f"hopper_up<{dtype}, {gated}, {neurons}>": Budget(
         168,
         (
             rf"HGMMA\.64x{neurons}x16\.F32{suffix}",
-            _TOGETHER,
+            _together(8),
             r"UTMALDG\.3D",
-            COPY,
-            BY_4_BYTES,
-            r"USETMAXREG\.DEALLOC",
-            r"USETMAXREG\.TRY_ALLOC",
-            r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT",
+            *_WARPGROUPS,
         ),
     )
-    for dtype, suffix in (("__nv_bfloat16", r"\.BF16"), ("__half", " "))
+    for dtype, suffix in _HALVES
     for gated in ("false", "true")
     for neurons in (32, 64, 96, 128)
+} | {
+    f"hopper_down<{dtype}, {slices}>": Budget(
+        168,
+        (rf"HGMMA\.64x128x16\.F32{suffix}", _together(slices), TRANSPOSED, r"SHFL\.BFLY", *_WARPGROUPS),
+    )
+    for dtype, suffix in _HALVES
+    for slices in (1, 2, 4)
 }
 
 

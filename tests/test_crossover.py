@@ -65,6 +65,18 @@ def test_blocks_of_the_down_projection_grow_with_the_tokens_as_far_as_shared_mem
     assert max(tiles["A100"]) == 2, "two blocks of 256 tokens do not fit one multiprocessor"
 
 
+@pytest.mark.parametrize("layer", [*BERT.values(), GEMMA], ids=lambda layer: f"{layer.expert_size}")
+def test_a_wrong_hint_costs_less_where_crowds_go_through_all_experts(layer):
+    """All experts of every token, taken for few: on an H100, and on one without such a kernel."""
+    h100 = cards()["H100"]
+    without = dataclasses.replace(h100, hopper_16=0.0)
+    assert sparse_seconds(layer, 8192, 1.0, h100) < 0.75 * sparse_seconds(layer, 8192, 1.0, without)
+    turn = crossover._crowd_share(layer, 8192, h100)
+    assert 0.1 < turn < 0.4
+    before = crossover._compact_down_seconds(layer, 8192, turn, h100)
+    assert before == pytest.approx(crossover._crowd_down_seconds(layer, 8192, turn, h100), rel=0.35)
+
+
 def test_fp32_has_its_own_rates():
     h100 = cards()["H100"]
     wide = dataclasses.replace(GEMMA, bytes_each=4)
@@ -123,6 +135,9 @@ def test_a_card_is_found_by_its_capability():
     assert card_for((8, 0)).name == "A100"
     assert card_for((8, 6)).name == "A100"
     assert card_for((9, 0)).name == card_for((12, 0)).name == "H100"
+    assert card_for((9, 0)).hopper_16 > card_for((12, 0)).hopper_16 == 0, (
+        "products that only capability 9 has"
+    )
     with pytest.raises(ValueError, match=r"capability must be at least \(8, 0\), that of A100, got \(7, 5\)"):
         card_for((7, 5))
 

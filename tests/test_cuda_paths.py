@@ -42,6 +42,13 @@ def test_the_model_knows_the_blocks_that_the_kernels_pick(name, bytes_each):
         assert crossover._down_tiles(layer, tokens, card) == picked, (d_out, tokens)
 
 
+@pytest.mark.parametrize("s", [1, 8, 16, 17, 24, 32, 33, 64, 65, 88, 128, 172, 300])
+def test_the_model_knows_which_tokens_the_kernels_take_for_a_crowd(s):
+    card, native = crossover.card_for((9, 0)), emulator()
+    layer = crossover.Layer(512, 512, 64, s, 64)
+    assert crossover._crowd_share(layer, 256, card) == pytest.approx(native.sadmoe_crowd_share(s))
+
+
 class Card:
     """A CUDA device as far as the choice sees it; what is queued arrives when the test says so."""
 

@@ -22,7 +22,9 @@ const char* const kRight[] = {"hand_over",
                               "product_bits_bf16_96",
                               "product_bits_bf16_128",
                               "product_bits_f16_32",
-                              "product_bits_f16_128"};
+                              "product_bits_f16_128",
+                              "product_of_registers_bf16",
+                              "product_of_registers_f16"};
 
 int say(const char* name, bool right) {
   std::printf("%-24s %s\n", name, right ? "ok" : "WRONG NUMBERS");
@@ -52,7 +54,11 @@ bool same_bits(sadmoe::DType dtype, bool gated, int64_t s) {
   layer.options.hopper = false;
   const std::vector<uint16_t> plain = layer.result();
   layer.options.hopper = true;
-  return layer.result() == plain;
+  for (const double crowd : {0.0, 2.0}) {
+    layer.options.crowd = crowd;
+    if (layer.result() != plain) return false;
+  }
+  return true;
 }
 
 }  // namespace

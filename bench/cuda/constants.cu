@@ -50,7 +50,7 @@ double launch_gap() {
 // `up` has.
 double product_rate(sadmoe::DType dtype, bool hopper = false) {
   Layer layer({8192, 2048, 2048, 1, 2048}, dtype, false, 1);
-  layer.options.hopper = hopper;
+  layer.options.hopper = hopper, layer.options.crowd = 2;
   layer.mask(1);
   return layer.flops() / seconds([&](int i, cudaStream_t stream) { layer.run(i, stream); }, 4);
 }

@@ -44,7 +44,13 @@ void print_header() {
   std::printf("\n");
 }
 
-// By how many tokens a block of `down` takes: what launch.cu chooses, and each.
+bool is_hopper() {
+  int major = 0;
+  must(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "capability");
+  return major == 9;
+}
+
+// By how many tokens a block of `down` takes: what launch.cu chooses, and each; and where all go through all experts.
 void time_blocks() {
   const char* names[] = {"  blocks of 64 tokens", "  128", "  256"};
   print_header();
@@ -53,23 +59,23 @@ void time_blocks() {
       Layer layer({T, shape.d, shape.d, shape.E, shape.s}, sadmoe::DType::bf16, shape.gated, 1);
       time_layer(layer, shape.name, T);
       for (int i = 0; i < 3; ++i) {
-        layer.options.down_tiles = 1 << i;
+        layer.options.down_tiles = 1 << i, layer.options.crowd = 2;
         time_layer(layer, names[i], T);
       }
+      layer.options.crowd = 0;
+      if (is_hopper()) time_layer(layer, "  256, through all experts", T);
     }
 }
 
 // Where the device has kernels of its own for many tokens, the others' times too.
 void time_layers() {
-  int major = 0;
-  must(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "capability");
   print_header();
   for (const Shape& shape : kShapes)
     for (const int64_t T : kTokens) {
       Layer layer({T, shape.d, shape.d, shape.E, shape.s}, sadmoe::DType::bf16, shape.gated, sets_of(shape));
       time_layer(layer, shape.name, T);
       layer.options.hopper = false;
-      if (major == 9 && T > layer.options.decode_tokens) time_layer(layer, "  without the kernels of sm_90a", T);
+      if (is_hopper() && T > layer.options.decode_tokens) time_layer(layer, "  without the kernels of sm_90a", T);
     }
 }
 

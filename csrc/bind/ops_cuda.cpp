@@ -12,6 +12,7 @@ cuda::Options options;
 
 [[maybe_unused]] void allow_tf32(bool allow) { options.tf32 = allow; }
 [[maybe_unused]] void use_hopper(bool use) { options.hopper = use; }
+[[maybe_unused]] void use_crowd(double share) { options.crowd = share; }
 [[maybe_unused]] void use_down_tiles(int64_t tiles) {
   check(tiles == 0 || tiles == 1 || tiles == 2 || tiles == 4, "_use_down_tiles",
         "tiles must be 0 (by the shape), 1, 2 or 4, got ", tiles);
@@ -115,8 +116,8 @@ STABLE_TORCH_LIBRARY_IMPL(SADMOE_NAMESPACE, SADMOE_KEY, m) {
 // For tests: chunks without large shapes, the kernels of many tokens on few, those of sm_80 on what is a Hopper, and blocks
 // of any size.
 extern "C" __attribute__((visibility("default"))) void sadmoe_set_options(int64_t hidden_bytes, int64_t decode_tokens, bool tf32,
-                                                                          bool hopper, int64_t down_tiles) {
-  sadmoe::options = {hidden_bytes, decode_tokens, tf32, hopper, down_tiles};
+                                                                          bool hopper, double crowd, int64_t down_tiles) {
+  sadmoe::options = {hidden_bytes, decode_tokens, tf32, hopper, crowd, down_tiles};
 }
 // What the kernels would pick on a device that is not here, for experts of so many bytes a weight.
 extern "C" __attribute__((visibility("default"))) int sadmoe_down_tiles(int64_t T, int64_t d_out, int bytes_each,
@@ -124,10 +125,14 @@ extern "C" __attribute__((visibility("default"))) int sadmoe_down_tiles(int64_t 
   const sadmoe::DType dtype = bytes_each == 2 ? sadmoe::DType::bf16 : sadmoe::DType::f32;
   return sadmoe::cuda::down_tiles(T, d_out, dtype, {}, {multiprocessors, shared});
 }
+extern "C" __attribute__((visibility("default"))) double sadmoe_crowd_share(int64_t s) {
+  return sadmoe::cuda::crowd_share(s, {});
+}
 #else
 STABLE_TORCH_LIBRARY_IMPL(sadmoe, CompositeExplicitAutograd, m) {
   m.impl("_allow_tf32", TORCH_BOX(&sadmoe::allow_tf32));
   m.impl("_use_hopper", TORCH_BOX(&sadmoe::use_hopper));
+  m.impl("_use_crowd", TORCH_BOX(&sadmoe::use_crowd));
   m.impl("_use_down_tiles", TORCH_BOX(&sadmoe::use_down_tiles));
 }
 #endif

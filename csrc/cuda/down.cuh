@@ -16,7 +16,25 @@ struct Down {
   int64_t T, E, s, d_out;
   void* y;  // [T, d_out]
   DType dtype;
+  int32_t crowd;  // pairs that make a crowd of kCrowdTokens tokens, which hopper_down.cuh takes; 0: nothing is
 };
+
+constexpr int kCrowdTokens = 4 * kTileTokens;
+
+// Of the i-th kCrowdTokens tokens, by expert the first pair.
+SADMOE_DEVICE const int32_t* crowd_starts(const Down& p, int64_t i) {
+  const int64_t tile = i * (kCrowdTokens / kTileTokens), tiles = (p.T + kTileTokens - 1) / kTileTokens;
+  return p.starts + (tile < tiles ? tile : tiles) * p.E;
+}
+// Every warp finds it alone, and all the same.
+SADMOE_DEVICE bool crowded(const Down& p, int64_t i) {
+  const int32_t *starts = crowd_starts(p, i), *ends = crowd_starts(p, i + 1);
+  int32_t pairs = 0;
+  for (int64_t e = thread_index() % 32; e < p.E; e += 32) pairs += ends[e] - starts[e];
+  SADMOE_UNROLL
+  for (int lanes = 16; lanes > 0; lanes /= 2) pairs += shuffle_xor(pairs, lanes);
+  return pairs >= p.crowd;
+}
 
 template <class Tile>
 struct DownStages {
@@ -131,6 +149,7 @@ down(Down p) {
   using Memory = DownMemory<Tile, kTiles>;
   constexpr int kDepth = Tile::kDepth, kTokens = kTiles * kTileTokens;
   SADMOE_SHARED(Memory, memory);
+  if (p.crowd && crowded(p, block_x() * kTokens / kCrowdTokens)) return;
   const int64_t t0 = block_x() * kTokens, c0 = block_y() * kColumns;
   SADMOE_ROLLED
   for (int i = thread_index(); i < kTokens * kColumns; i += kThreads) {

@@ -1,3 +1,4 @@
+#include "cuda/hopper_down.cuh"
 #include "cuda/hopper_up.cuh"
 #include "cuda/parts.h"
 
@@ -41,6 +42,26 @@ int launch_tiles(const Up& up, void* stream) {
   return up.w_gate.data ? launch_tiles<T, true>(p, stream) : launch_tiles<T, false>(p, stream);
 }
 
+template <class T, int kSlices>
+int launch_crowds(const Down& p, void* stream) {
+  using Block = HopperDownBlock<T, kSlices>;
+  return launch(hopper_down<T, kSlices>, {divide(p.T, kCrowdTokens), divide(p.d_out, Block::kColumns)}, Block::kThreads,
+                sizeof(typename Block::Memory), stream, p);
+}
+
+// Experts of few neurons share a stage.
+template <class T>
+int launch_crowds(const Down& p, void* stream) {
+  switch (crowd_depth(p.s)) {
+    case 16:
+      return launch_crowds<T, 1>(p, stream);
+    case 32:
+      return launch_crowds<T, 2>(p, stream);
+    default:
+      return launch_crowds<T, 4>(p, stream);
+  }
+}
+
 }  // namespace
 
 bool fits_hopper(const Up& p) {
@@ -50,6 +71,14 @@ bool fits_hopper(const Up& p) {
 
 int up_on_hopper(const Up& p, void* stream) {
   return p.x.dtype == DType::bf16 ? launch_tiles<bf16>(p, stream) : launch_tiles<f16>(p, stream);
+}
+
+bool fits_hopper(const Down& p) {
+  return p.dtype != DType::f32 && p.w_down.dtype == p.dtype && p.h.wide && p.w_down.wide && p.T >= kCrowdTokens;
+}
+
+int crowds_on_hopper(const Down& p, void* stream) {
+  return p.dtype == DType::bf16 ? launch_crowds<bf16>(p, stream) : launch_crowds<f16>(p, stream);
 }
 
 }  // namespace sadmoe::cuda

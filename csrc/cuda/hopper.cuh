@@ -142,5 +142,22 @@ SADMOE_DEVICE void settle(float (&sums)[kSums]) {
 SADMOE_MULTIPLY_64_BY_ALL(bf16, "bf16")
 SADMOE_MULTIPLY_64_BY_ALL(f16, "f16")
 
+// The same with a in registers: of the rows 16 w to 16 w + 15, what a lane holds for multiply_16x8x16. Unless `add`, the sums
+// begin anew. Until the wait a must be left alone, too.
+#define SADMOE_MULTIPLY_64_REGISTERS(T, type)                                                          \
+  SADMOE_DEVICE void multiply_64(float (&sums)[64], const unsigned (&a)[4], uint64_t b, bool add, T) { \
+    asm volatile(                                                                                      \
+        "{\n"                                                                                          \
+        ".reg .pred add;\n"                                                                            \
+        "setp.ne.b32 add, %69, 0;\n"                                                                   \
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" SADMOE_NAMES_64              \
+        "}, {%64, %65, %66, %67}, %68, add, 1, 1, 0;\n"                                                \
+        "}\n"                                                                                          \
+        : SADMOE_SUMS_16(0), SADMOE_SUMS_16(16), SADMOE_SUMS_16(32), SADMOE_SUMS_16(48)                \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));             \
+  }
+SADMOE_MULTIPLY_64_REGISTERS(bf16, "bf16")
+SADMOE_MULTIPLY_64_REGISTERS(f16, "f16")
+
 }  // namespace sadmoe::cuda
 #endif

@@ -3,7 +3,7 @@
 // engine; two multiply them. The sum of an element runs over the depth as in tile.cuh, 16 steps by 16; that products of a
 // warpgroup round as those of a warp do, so that all kernels have the same bits, bench_cuda conformance asks the device.
 #pragma once
-#include "cuda/hopper.cuh"
+#include "cuda/hopper_ring.cuh"
 #include "cuda/up.cuh"
 
 namespace sadmoe::cuda {
@@ -37,14 +37,12 @@ struct HopperUpBlock {
     float at[kMatrices][16][kColumns];
     SADMOE_DEVICE static int column(int r, int c) { return c ^ r % 4 * 8; }
   };
-  static constexpr int kMostBytes = 227 << 10, kBarrierBytes = 1024;
+  static constexpr int kBarrierBytes = 1024;
   static constexpr int kStages = stages_in<Stage>(kMostBytes - kBarrierBytes - kConsumers * kWarps * sizeof(Sums), 6);
-  // Steps that are on their way: a stage is still multiplied while the next already is, and both are waited for.
-  static constexpr int kAhead = kStages - 2;
-  static_assert(kAhead >= 2, "enough on its way");
+  using Ring = cuda::Ring<kStages>;
   struct Memory {
     alignas(1024) Stage stages[kStages];
-    Barrier full[kStages], empty[kStages];
+    Ring ring;
     Sums sums[kConsumers * kWarps];
   };
   static_assert(sizeof(Memory) <= kMostBytes);
@@ -102,17 +100,7 @@ struct UpWalk {
   }
 };
 
-// Where in the ring a step is, and which turn of the ring it is.
-template <class Block>
-struct Ring {
-  int stage = 0, parity = 0;
-  SADMOE_DEVICE void next() {
-    if (++stage == Block::kStages) stage = 0, parity ^= 1;
-  }
-};
-
-// The first warpgroup: steps of all tiles, one after another. A stage is full once copies that were started kAhead steps
-// ago have landed.
+// The first warpgroup: steps of all tiles, one after another.
 template <class Block>
 SADMOE_DEVICE void bring(const HopperUp& p, typename Block::Memory& memory) {
   constexpr int kEvery = kWarpgroup / 8, kCopies = Block::kRows / kEvery;  // 8 lanes a row, 16 bytes each
@@ -120,17 +108,7 @@ SADMOE_DEVICE void bring(const HopperUp& p, typename Block::Memory& memory) {
   using T = typename Block::Element;
   const T* x = static_cast<const T*>(p.up.x.data);
   const int lane = thread_index() % 32, r0 = thread_index() / 8, c = thread_index() % 8;
-  Ring<Block> filled, landed;
-  int64_t step = 0;
-  const auto advance = [&] {
-    commit_copies();
-    if (step++ < Block::kAhead) return;
-    wait_copies<Block::kAhead>();
-    fence_async();
-    sync_warp();
-    if (lane == 0) arrive(memory.full[landed.stage]);
-    landed.next();
-  };
+  Bringing<typename Block::Ring> bringing(memory.ring);
   for (UpWalk<Block> tile(p); tile.next();) {
     int32_t tokens[kCopies / 8];
     SADMOE_UNROLL
@@ -139,10 +117,10 @@ SADMOE_DEVICE void bring(const HopperUp& p, typename Block::Memory& memory) {
       tokens[i] = r >= tile.n ? -1 : p.up.rows ? p.up.rows[tile.p0 + r] : static_cast<int32_t>(tile.p0 + r);
     }
     SADMOE_ROLLED
-    for (int64_t k = 0; k < p.up.d; k += Block::kDepth, filled.next(), advance()) {
-      auto& stage = memory.stages[filled.stage];
-      Barrier& full = memory.full[filled.stage];
-      wait_barrier(memory.empty[filled.stage], filled.parity ^ 1);
+    for (int64_t k = 0; k < p.up.d; k += Block::kDepth, bringing.end()) {
+      const int at = bringing.begin();
+      auto& stage = memory.stages[at];
+      Barrier& full = memory.ring.full[at];
       if (thread_index() == 0) {
         expect_bytes(full, sizeof stage.w);
         load_tile(stage.w[0], p.w_up, tile.e, tile.j0, k, full);
@@ -159,29 +137,22 @@ SADMOE_DEVICE void bring(const HopperUp& p, typename Block::Memory& memory) {
       }
     }
   }
-  for (const int64_t steps = step; step < steps + Block::kAhead;) advance();
-}
-
-// By a warp that is done with a stage.
-template <class Block>
-SADMOE_DEVICE void release(typename Block::Memory& memory, int stage) {
-  sync_warp();
-  if (thread_index() % 32 == 0) arrive(memory.empty[stage]);
+  bringing.finish();
 }
 
 // A tile without pairs for this warpgroup.
 template <class Block>
-SADMOE_DEVICE void skip(const HopperUp& p, typename Block::Memory& memory, Ring<Block>& ring) {
+SADMOE_DEVICE void skip(const HopperUp& p, typename Block::Memory& memory, Turn<typename Block::Ring>& turn) {
   SADMOE_ROLLED
-  for (int64_t k = 0; k < p.up.d; k += Block::kDepth, ring.next()) {
-    wait_barrier(memory.full[ring.stage], ring.parity);
-    release<Block>(memory, ring.stage);
+  for (int64_t k = 0; k < p.up.d; k += Block::kDepth, turn.next()) {
+    wait_barrier(memory.ring.full[turn.stage], turn.parity);
+    memory.ring.release(turn.stage);
   }
 }
 
 // A tile's sums, kLive of them, on a warpgroup: [64, kNeurons] each.
 template <class Block, int kLive>
-SADMOE_DEVICE void multiply(const HopperUp& p, typename Block::Memory& memory, Ring<Block>& ring,
+SADMOE_DEVICE void multiply(const HopperUp& p, typename Block::Memory& memory, Turn<typename Block::Ring>& turn,
                             float (&sums)[2][Block::kSums]) {
   const int first = (thread_index() / kWarpgroup - 1) * Block::kBlockRows;
   SADMOE_UNROLL
@@ -189,9 +160,9 @@ SADMOE_DEVICE void multiply(const HopperUp& p, typename Block::Memory& memory, R
   for (int i = 0; i < Block::kSums; ++i) sums[q][i] = 0;
   int before = -1;  // the stage that is still multiplied
   SADMOE_ROLLED
-  for (int64_t k = 0; k < p.up.d; k += Block::kDepth, before = ring.stage, ring.next()) {
-    const auto& stage = memory.stages[ring.stage];
-    wait_barrier(memory.full[ring.stage], ring.parity);
+  for (int64_t k = 0; k < p.up.d; k += Block::kDepth, before = turn.stage, turn.next()) {
+    const auto& stage = memory.stages[turn.stage];
+    wait_barrier(memory.ring.full[turn.stage], turn.parity);
     begin_products();
     SADMOE_UNROLL
     for (int depth = 0; depth < kSwizzledBytes; depth += 32) SADMOE_UNROLL
@@ -202,12 +173,12 @@ SADMOE_DEVICE void multiply(const HopperUp& p, typename Block::Memory& memory, R
     }
     commit_products();
     wait_products<1>();
-    if (before >= 0) release<Block>(memory, before);
+    if (before >= 0) memory.ring.release(before);
   }
   wait_products<0>();
   SADMOE_UNROLL
   for (int q = 0; q < kLive; ++q) settle(sums[q]);
-  release<Block>(memory, before);
+  memory.ring.release(before);
 }
 
 // The sums of 32 columns, the kPart-th of a warp's, to shared memory.
@@ -269,15 +240,15 @@ SADMOE_DEVICE void consume(const HopperUp& p, typename Block::Memory& memory) {
   const int warp = thread_index() / 32 - Block::kWarps, first = warp / Block::kWarps * Block::kBlockRows;
   const int row = first + warp % Block::kWarps * 16;
   constexpr int kNext = Block::kConsumers * Block::kBlockRows;
-  Ring<Block> ring;
+  Turn<typename Block::Ring> turn;
   for (UpWalk<Block> tile(p); tile.next();) {
     float sums[2][Block::kSums];
     if (first >= tile.n)
-      skip<Block>(p, memory, ring);
+      skip<Block>(p, memory, turn);
     else if (!Block::kGated && first + kNext >= tile.n)
-      multiply<Block, 1>(p, memory, ring, sums);
+      multiply<Block, 1>(p, memory, turn, sums);
     else
-      multiply<Block, 2>(p, memory, ring, sums);
+      multiply<Block, 2>(p, memory, turn, sums);
     finish<Block>(p.up, tile, row, memory.sums[warp], sums);
   }
 }
@@ -287,11 +258,7 @@ SADMOE_KERNEL(HopperUpBlock<T, kGated, kNeurons>::kThreads, 1)
 hopper_up(SADMOE_PARAMETER HopperUp p) {
   using Block = HopperUpBlock<T, kGated, kNeurons>;
   SADMOE_SHARED(typename Block::Memory, memory);
-  if (thread_index() == 0) {
-    for (Barrier& b : memory.full) init_barrier(b, Block::kWarps);
-    for (Barrier& b : memory.empty) init_barrier(b, Block::kConsumers * Block::kWarps);
-    fence_async();
-  }
+  if (thread_index() == 0) memory.ring.init(Block::kWarps, Block::kConsumers * Block::kWarps);
   sync_block();
   if (thread_index() < kWarpgroup) {
     give_registers<Block::kGiven>();

@@ -1,3 +1,5 @@
+#include <cmath>
+
 #include "cuda/down.cuh"
 #include "cuda/launch.h"
 #include "cuda/parts.h"
@@ -120,8 +122,11 @@ int run_chunk(const Experts& experts, const Plan& plan, const Options& options, 
   q.starts = plan.starts, q.words = plan.words;
   q.T = plan.T, q.E = s.E, q.s = s.s, q.d_out = s.d_out;
   q.y = experts.y, q.dtype = dtype;
-  return with_experts_tile(dtype, options.tf32,
+  if (const double share = crowd_share(s.s, options); hopper && fits_hopper(q) && share <= 1)
+    q.crowd = std::max(1, static_cast<int32_t>(std::ceil(share * static_cast<double>(kCrowdTokens * s.E))));
+  code = with_experts_tile(dtype, options.tf32,
                            [&](auto tile) { return launch_down<typename decltype(tile)::type>(q, options, stream); });
+  return code || !q.crowd ? code : crowds_on_hopper(q, stream);
 }
 
 // The tokens [begin, end) of a choice, and of the experts' arguments.
@@ -184,6 +189,13 @@ int sparse_experts(const Experts& experts, const Choice& choice, const Options& 
 int down_tiles(int64_t T, int64_t d_out, DType dtype, const Options& options, const Device& device) {
   return with_experts_tile(dtype, options.tf32,
                            [&](auto tile) { return down_tiles<typename decltype(tile)::type>(T, d_out, device); });
+}
+
+// By a model, not measured: a column of a pair takes hopper_down.cuh as long as so many steps of the depth, of a product at 0.65
+// of the dense rate, and 13 to add it; down.cuh 168 to add it in shared memory, and 2.45 for every neuron to bring operands.
+double crowd_share(int64_t s, const Options& options) {
+  if (options.crowd >= 0) return options.crowd;
+  return static_cast<double>(13 + crowd_depth(s)) / (168 + 2.45 * static_cast<double>(s));
 }
 
 const char* error_string(int code) { return error_text(code); }

@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 
+#include "cuda/down.cuh"
 #include "cuda/launch.h"
 #include "cuda/plan.cuh"
 #include "cuda/tile.cuh"
@@ -70,6 +71,11 @@ struct Projection {
 // Of 16 bits, in rows that begin on 16 bytes: the same as launching `up`, on a device of capability 9.0. In hopper.cu.
 bool fits_hopper(const Up& p);
 int up_on_hopper(const Up& p, void* stream);
+// Likewise what `down` leaves: the tokens of crowds.
+bool fits_hopper(const Down& p);
+int crowds_on_hopper(const Down& p, void* stream);
+// Neurons of an expert there, with those that fill up a stage.
+inline int64_t crowd_depth(int64_t s) { return s <= 16 ? 16 : s <= 32 ? 32 : divide(s, 64) * 64; }
 
 // At most kTileTokens tokens, in decode.cu.
 int decode_projection(const Projection& p, void* stream);

@@ -7,7 +7,7 @@ r router width. Times in seconds. Nothing here runs on the device or waits for i
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -23,6 +23,8 @@ _DOWN_BLOCK, _DOWN_TILE = (
     18_432,
 )  # bytes of shared memory that a block of down.cuh takes, and for each tile
 _HOPPER_ROWS = 256  # of a tile in hopper_up.cuh; 128 of a GLU
+_CROWD = 256  # tokens that hopper_down.cuh takes through all experts
+_CONFLICTS = 2  # tokens of a warp in the same banks of shared memory where sums are added, by simulation
 
 
 @dataclass(frozen=True)
@@ -104,14 +106,18 @@ def cards(path: Path = CONSTANTS) -> dict[str, Card]:
 
 @lru_cache
 def card_for(capability: tuple[int, int], path: Path = CONSTANTS) -> Card:
-    """The card of that compute capability, or the one before it. Raises ValueError below the first."""
+    """The card of that compute capability, or the one before it, less the products that only its generation has.
+
+    Raises ValueError below the first.
+    """
     known = sorted(cards(path).values(), key=lambda card: card.capability)
     fitting = [card for card in known if card.capability <= capability]
     if not fitting:
         raise ValueError(
             f"capability must be at least {known[0].capability}, that of {known[0].name}, got {capability}"
         )
-    return fitting[-1]
+    card = fitting[-1]
+    return card if card.capability[0] == capability[0] else replace(card, hopper_16=0.0)
 
 
 def dense_seconds(layer: Layer, tokens: int, card: Card) -> float:
@@ -265,7 +271,46 @@ def _down_tiles(layer: Layer, tokens: int, card: Card) -> int:
     return min(fit, key=read)
 
 
+def _crowd_share(layer: Layer, tokens: int, card: Card) -> float:
+    """The share from which hopper_down.cuh takes the place of down.cuh, as launch.cu has it; above 1: never."""
+    if not card.hopper_16 or layer.bytes_each != 2 or layer.d_out % 8 or tokens < _CROWD:
+        return 2.0
+    return (13 + _crowd_depth(layer)) / (168 + 2.45 * layer.expert_size)
+
+
+def _crowd_depth(layer: Layer) -> int:
+    s = layer.expert_size
+    return 16 if s <= 16 else 32 if s <= 32 else -(-s // 64) * 64
+
+
 def _down_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
+    """The products on the way out. Where there are two kernels both are launched, and one finds nothing to do.
+
+    The time grows with the share, as crossover() needs it, though by the model the second may begin below the first.
+    """
+    turn = _crowd_share(layer, tokens, card)
+    if turn > 1:
+        return _compact_down_seconds(layer, tokens, share, card)
+    fewest = _compact_down_seconds(layer, tokens, min(share, turn), card)
+    crowds = _crowd_down_seconds(layer, tokens, share, card) if share >= turn else 0.0
+    return max(fewest, crowds) + card.launch
+
+
+def _crowd_down_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
+    """hopper_down.cuh: _CROWD tokens by 64 columns through all experts, their sums in registers."""
+    blocks, strips = -(-tokens // _CROWD), -(-layer.d_out // _TILE)
+    depth = _crowd_depth(layer) * layer.experts
+    waves = -(-blocks * strips // card.processors) * card.processors / (blocks * strips)
+    rows = blocks * _CROWD * strips  # that go through all experts
+    work = 2 * rows * _TILE * depth
+    l2 = (share * rows * layer.neurons + blocks * layer.neurons * layer.d_out) * layer.bytes_each
+    shared = l2 + 2 * rows * depth * layer.bytes_each  # zeros are written, too
+    adding = 1.5 * rows * _TILE * layer.experts / (128 * card.processors * card.clock)
+    rate = card.dense_16 * card.hopper_16
+    return waves * (_slowest(work, l2, shared, rate, card) + adding) + card.launch
+
+
+def _compact_down_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
     """down.cuh: tokens by 64 columns, every expert added to float32 sums in shared memory, all in one pipeline."""
     n = _down_tiles(layer, tokens, card)
     each, blocks, strips = n * _TILE * share, -(-tokens // (n * _TILE)), -(-layer.d_out // _TILE)
@@ -276,7 +321,7 @@ def _down_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
     work = 2 * rows * depth * strips * _TILE
     pairs = each * layer.experts * blocks
     l2 = (pairs * strips + products * blocks * layer.d_out) * layer.expert_size * layer.bytes_each
-    sums = pairs * layer.d_out * 8
+    sums = pairs * layer.d_out * 8 * _CONFLICTS
     shared = l2 + sums + (rows * 4 + products * blocks * _TILE) * strips * depth * layer.bytes_each
     # A step waits for a part of what L2 takes, others being on their way.
     ahead = 3 if n == 1 else 4

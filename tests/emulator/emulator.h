@@ -43,9 +43,18 @@ struct TileMap {
 };
 void load_tile(void* shared, const TileMap& map, int64_t matrix, int64_t row, int64_t column, void* barrier);
 void set_registers(int registers, bool more, const char* file, int line);
-// sums [columns / 2] of a thread; a, b: operands as csrc/cuda/hopper.cuh describes them.
+// A product as csrc/cuda/hopper.cuh describes it, of 64 rows: a is an operand, or in a thread's registers.
 using Convert = float (*)(uint16_t);
-void multiply(float* sums, int columns, uint64_t a, uint64_t b, Convert convert, const char* file, int line);
+struct Product {
+  float* sums;  // [columns / 2] of a thread
+  int columns;
+  uint64_t a;
+  const unsigned* registers;  // [4] of a, or null
+  uint64_t b;
+  bool add;  // else the sums begin anew
+  Convert convert;
+};
+void multiply(const Product& product, const char* file, int line);
 void begin_products();
 void commit_products();
 void wait_products(int left);

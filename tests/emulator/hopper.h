@@ -56,7 +56,11 @@ SADMOE_WORD float number_of(uint16_t bits) {
 template <int kSums, class T>
 SADMOE_WORD void multiply_64(float (&sums)[kSums], uint64_t a, uint64_t b, T, SADMOE_CALLER) {
   static_assert(kSums % 16 == 0 && kSums <= 64, "columns that csrc/cuda/hopper.cuh has");
-  emulator::multiply(sums, kSums * 2, a, b, &number_of<T>, file, line);
+  emulator::multiply({sums, kSums * 2, a, nullptr, b, true, &number_of<T>}, file, line);
+}
+template <class T>
+SADMOE_WORD void multiply_64(float (&sums)[64], const unsigned (&a)[4], uint64_t b, bool add, T, SADMOE_CALLER) {
+  emulator::multiply({sums, 128, 0, a, b, add, &number_of<T>}, file, line);
 }
 
 }  // namespace sadmoe::cuda

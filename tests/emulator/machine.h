@@ -37,11 +37,10 @@ struct TileLoad {
   Flag* flag;
 };
 
-struct Product {
-  float* sums;
-  int columns;
-  uint64_t a, b;
-  Convert convert;
+constexpr int kProductDepth = 16;
+
+struct Issued : Product {
+  uint16_t rows[2][kProductDepth];  // of a, that this thread multiplies, where they come from registers
 };
 
 enum class State { ready, at_barrier, in_warp, at_flag, done };
@@ -59,8 +58,8 @@ struct Fiber {
   uint32_t parity = 0;
   int registers = 0;   // 0: as launched
   bool begun = false;  // products may be issued
-  std::vector<Product> products;
-  std::vector<std::vector<Product>> product_commits;
+  std::vector<Issued> products;
+  std::vector<std::vector<Issued>> product_commits;
   std::vector<const char*> touched;  // of the stack, since products were begun
   size_t issued = 0;                 // products, of those of its warpgroup
 };
@@ -140,7 +139,8 @@ class Device {
   void each_chunk(const Product& product, Body body) const;
   void check_issued(const Product& product, const char* file, int line);
   void check_touch(const char* p, void* pc);
-  void multiply_now(const Product& product) const;
+  void gather_rows(Issued& product, const char* file, int line);
+  void multiply_now(const Issued& product) const;
 
   const Launch* launch_ = nullptr;
   std::vector<Fiber> fibers_;

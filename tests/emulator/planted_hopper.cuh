@@ -154,34 +154,34 @@ SADMOE_DEVICE float uneven(int i, int j) {
   const unsigned mixed = (static_cast<unsigned>(i) * 2654435761u + static_cast<unsigned>(j)) * 2246822519u;
   return (static_cast<float>(mixed >> 8 & 0xff) - 127.5f) * (mixed & 1 ? 1.0f : 0.015625f) * (mixed & 2 ? 1.0f : 0.001953125f);
 }
-template <class T, int kColumns>
-SADMOE_KERNEL(128)
-product_bits(SADMOE_PARAMETER HopperBuffers p) {
-  SADMOE_SHARED(BitsMemory, m);
-  const int lane = thread_index() % 32, row0 = thread_index() / 32 * 16;
+template <class T>
+SADMOE_DEVICE void fill_uneven(BitsMemory& m) {
   for (int i = thread_index(); i < (64 + 128) * 64; i += 128) {
     const int r = i / 64, c = i % 64;
     from_float(uneven(r, c), *reinterpret_cast<T*>(&m.a[0][0] + r * kSwizzledBytes + swizzled(r, c / 8) + c % 8 * 2));
   }
   fence_async();
   sync_block();
-  float sums[kColumns / 2], few[kColumns / 2];
+}
+// 16 depths of this warp's rows.
+SADMOE_DEVICE void load_rows(const BitsMemory& m, int k, unsigned (&to)[4]) {
+  const int lane = thread_index() % 32;
+  load_matrices(to, &m.a[thread_index() / 32 * 16 + lane % 16][swizzled(lane % 16, 2 * k + lane / 16)]);
+}
+// Whether multiply_16x8x16 has the same bits.
+template <class T, int kColumns>
+SADMOE_DEVICE bool same_by_warps(const BitsMemory& m, const float (&sums)[kColumns / 2]) {
+  float few[kColumns / 2];
   SADMOE_UNROLL
-  for (int i = 0; i < kColumns / 2; ++i) sums[i] = few[i] = 0;
-  begin_products();
-  SADMOE_UNROLL
-  for (int k = 0; k < 128; k += 32) multiply_64(sums, operand(&m.a[0][k]), operand(&m.b[0][k]), T{});
-  commit_products();
-  wait_products<0>();
-  settle(sums);
+  for (int i = 0; i < kColumns / 2; ++i) few[i] = 0;
   SADMOE_UNROLL
   for (int k = 0; k < 4; ++k) {
     unsigned as[4], bs[4];
-    load_matrices(as, &m.a[row0 + lane % 16][swizzled(lane % 16, 2 * k + lane / 16)]);
+    load_rows(m, k, as);
     SADMOE_UNROLL
     for (int c = 0; c < kColumns; c += 16) {
-      const int r = lane / 16 * 8 + lane % 8;
-      load_matrices(bs, &m.b[c + r][swizzled(r, 2 * k + lane / 8 % 2)]);
+      const int r = thread_index() % 32 / 16 * 8 + thread_index() % 8;
+      load_matrices(bs, &m.b[c + r][swizzled(r, 2 * k + thread_index() % 32 / 8 % 2)]);
       multiply_16x8x16(few + c / 2, as, bs[0], bs[1], T{});
       multiply_16x8x16(few + c / 2 + 4, as, bs[2], bs[3], T{});
     }
@@ -189,7 +189,45 @@ product_bits(SADMOE_PARAMETER HopperBuffers p) {
   bool right = true;
   SADMOE_UNROLL
   for (int i = 0; i < kColumns / 2; ++i) right = right && as_bits(sums[i]) == as_bits(few[i]) && sums[i] != 0;
-  say(p, right);
+  return right;
+}
+template <class T, int kColumns>
+SADMOE_KERNEL(128)
+product_bits(SADMOE_PARAMETER HopperBuffers p) {
+  SADMOE_SHARED(BitsMemory, m);
+  fill_uneven<T>(m);
+  float sums[kColumns / 2];
+  SADMOE_UNROLL
+  for (int i = 0; i < kColumns / 2; ++i) sums[i] = 0;
+  begin_products();
+  SADMOE_UNROLL
+  for (int k = 0; k < 128; k += 32) multiply_64(sums, operand(&m.a[0][k]), operand(&m.b[0][k]), T{});
+  commit_products();
+  wait_products<0>();
+  settle(sums);
+  say(p, same_by_warps<T, kColumns>(m, sums));
+}
+// Rows from registers, and sums that begin anew.
+template <class T, Bug kBug>
+SADMOE_KERNEL(128)
+product_of_registers(SADMOE_PARAMETER HopperBuffers p) {
+  SADMOE_SHARED(BitsMemory, m);
+  fill_uneven<T>(m);
+  unsigned rows[4][4];
+  SADMOE_UNROLL
+  for (int k = 0; k < 4; ++k) load_rows(m, k, rows[k]);
+  float sums[64];
+  SADMOE_UNROLL
+  for (int i = 0; i < 64; ++i) sums[i] = 1;
+  begin_products();
+  if (kBug == Bug::touched_early) ++rows[2][1];
+  SADMOE_UNROLL
+  for (int k = 0; k < 4; ++k) multiply_64(sums, rows[k], operand(&m.b[0][k * 32]), kBug == Bug::begun_unordered || k > 0, T{});
+  commit_products();
+  if (kBug == Bug::writes_over) ++rows[2][1];
+  wait_products<0>();
+  settle(sums);
+  say(p, same_by_warps<T, 128>(m, sums));
 }
 
 template <Bug kBug>
@@ -237,6 +275,11 @@ const HopperCase kHopperCases[] = {
     {"product_bits_bf16_128", product_bits<bf16, 128>, 128},
     {"product_bits_f16_32", product_bits<f16, 32>, 128},
     {"product_bits_f16_128", product_bits<f16, 128>, 128},
+    {"product_of_registers_bf16", product_of_registers<bf16, Bug::none>, 128},
+    {"product_of_registers_f16", product_of_registers<f16, Bug::none>, 128},
+    {"product_of_registers_touched_early", product_of_registers<bf16, Bug::touched_early>, 128},
+    {"product_of_registers_written_over", product_of_registers<bf16, Bug::writes_over>, 128},
+    {"product_of_registers_on_old_sums", product_of_registers<bf16, Bug::begun_unordered>, 128},
     {"registers", registers<Bug::none>, kHopperThreads},
     {"registers_that_nobody_gave", registers<Bug::too_many>, kHopperThreads},
     {"registers_of_one_warp", registers<Bug::by_one_warp>, kHopperThreads},

@@ -10,8 +10,16 @@ namespace sadmoe::emulator {
 
 namespace {
 
-constexpr int kDepth = 16;
 constexpr uint64_t kSwizzle128 = 1;
+
+// What of a product a place on the stack is; null: nothing.
+const char* part_of(const Product& product, const char* p) {
+  const auto within = [p](const void* begin, size_t bytes) {
+    return p >= static_cast<const char*>(begin) && p < static_cast<const char*>(begin) + bytes;
+  };
+  if (within(product.sums, product.columns * 2)) return "sums are";
+  return product.registers && within(product.registers, 16) ? "an operand is" : nullptr;
+}
 
 }  // namespace
 
@@ -27,7 +35,7 @@ const char* Device::chunk(uint64_t operand, int row, int half) const {
 template <class Body>
 void Device::each_chunk(const Product& product, Body body) const {
   const int thread = position.thread % kWarpgroup;
-  body(chunk(product.a, thread / 2, thread % 2));
+  if (!product.registers) body(chunk(product.a, thread / 2, thread % 2));
   for (int i = thread; i < product.columns * 2; i += kWarpgroup) body(chunk(product.b, i / 2, i % 2));
 }
 
@@ -37,12 +45,22 @@ void Device::check_issued(const Product& product, const char* file, int line) {
   const size_t i = current_->issued++;
   if (i == issued.size()) issued.push_back(product);
   const Product& other = issued[i];
-  if (other.a != product.a || other.b != product.b || other.columns != product.columns)
+  if (other.a != product.a || other.b != product.b || other.columns != product.columns || other.add != product.add)
     fail("warps of a warpgroup issue different products at " + source_line(file, line), nullptr);
 }
 
+// Rows of a from the registers of four lanes each, as multiply_16x8x16 has them.
+void Device::gather_rows(Issued& product, const char* file, int line) {
+  const auto* all = static_cast<const unsigned*>(meet(product.registers, 16, file, line));
+  for (int half = 0; half < 2; ++half)
+    for (int k = 0; k < kProductDepth; ++k) {
+      const int lane = position.thread % kWarp / 4 * 4 + k % 8 / 2;
+      product.rows[half][k] = static_cast<uint16_t>(all[lane * 4 + k / 8 * 2 + half] >> k % 2 * 16);
+    }
+}
+
 void Device::multiply(const Product& product, const char* file, int line, void* pc) {
-  const uint64_t operands[] = {product.a, product.b};
+  const uint64_t operands[] = {product.registers ? product.b : product.a, product.b};
   const void* all = meet(operands, sizeof operands, file, line);
   for (int lane = 0; lane < kWarp; ++lane)
     if (std::memcmp(static_cast<const char*>(all) + lane * sizeof operands, operands, sizeof operands))
@@ -50,9 +68,8 @@ void Device::multiply(const Product& product, const char* file, int line, void* 
   for (const uint64_t operand : operands)
     if (operand >> 62 != kSwizzle128) fail("an operand that is not swizzled by 128 bytes", pc);
   if (!current_->begun) fail("a product without begin_products", pc);
-  const char* sums = reinterpret_cast<const char*>(product.sums);
   for (const char* p : current_->touched)
-    if (p >= sums && p < sums + product.columns * 2) fail("sums are touched between begin_products and their product", pc);
+    if (const char* part = part_of(product, p)) fail(part + std::string(" touched between begin_products and their product"), pc);
   check_issued(product, file, line);
   each_chunk(product, [&](const char* p) {
     if (!memory.is_shared(p, 16)) fail("an operand outside shared memory", pc);
@@ -60,29 +77,36 @@ void Device::multiply(const Product& product, const char* file, int line, void* 
     if (const std::string what = memory.unfenced(p, 16); !what.empty()) fail("a product reads " + what, pc);
     memory.set_multiplied(p, 16, 1);
   });
-  if (!late_copies) multiply_now(product);
-  current_->products.push_back(product);
+  Issued issued{product, {}};
+  if (product.registers) gather_rows(issued, file, line);
+  if (!late_copies) multiply_now(issued);
+  current_->products.push_back(issued);
   ++products_issued;
 }
 
 // In the order of multiply_16x8x16: the sum of 16 depths, then to what there was.
-void Device::multiply_now(const Product& product) const {
+void Device::multiply_now(const Issued& product) const {
   const int row0 = position.thread % kWarpgroup / kWarp * 16 + position.thread % kWarp / 4, t = position.thread % 4;
-  const auto row_of = [&](uint64_t operand, int row, float (&to)[kDepth]) {
-    for (int k = 0; k < kDepth; ++k) {
+  const auto row_of = [&](uint64_t operand, int row, float (&to)[kProductDepth]) {
+    for (int k = 0; k < kProductDepth; ++k) {
       uint16_t bits;
       std::memcpy(&bits, chunk(operand, row, k / 8) + k % 8 * 2, 2);
       to[k] = product.convert(bits);
     }
   };
-  float a[2][kDepth], b[kDepth];
-  for (int i = 0; i < 2; ++i) row_of(product.a, row0 + i * 8, a[i]);
+  float a[2][kProductDepth], b[kProductDepth];
+  for (int i = 0; i < 2; ++i)
+    if (!product.registers)
+      row_of(product.a, row0 + i * 8, a[i]);
+    else
+      for (int k = 0; k < kProductDepth; ++k) a[i][k] = product.convert(product.rows[i][k]);
   for (int i = 0; i < product.columns / 4; ++i) {  // this thread's columns
     row_of(product.b, i / 2 * 8 + t * 2 + i % 2, b);
     for (int half = 0; half < 2; ++half) {
       float sum = 0;
-      for (int k = 0; k < kDepth; ++k) sum += a[half][k] * b[k];
-      product.sums[i / 2 * 4 + half * 2 + i % 2] += sum;
+      for (int k = 0; k < kProductDepth; ++k) sum += a[half][k] * b[k];
+      float& to = product.sums[i / 2 * 4 + half * 2 + i % 2];
+      to = product.add ? to + sum : sum;
     }
   }
 }
@@ -98,7 +122,7 @@ void Device::commit_products() {
 void Device::wait_products(int left) {
   auto& commits = current_->product_commits;
   while (static_cast<int>(commits.size()) > left) {
-    for (const Product& product : commits.front()) {
+    for (const Issued& product : commits.front()) {
       each_chunk(product, [&](const char* p) { memory.set_multiplied(p, 16, -1); });
       if (late_copies) multiply_now(product);
     }
@@ -109,11 +133,9 @@ void Device::wait_products(int left) {
 // The kernel reads or writes its stack.
 void Device::check_touch(const char* p, void* pc) {
   if (current_->begun) current_->touched.push_back(p);
-  const auto check = [&](const std::vector<Product>& products) {
-    for (const Product& product : products) {
-      const char* sums = reinterpret_cast<const char*>(product.sums);
-      if (p >= sums && p < sums + product.columns * 2) fail("sums are touched before wait_products", pc);
-    }
+  const auto check = [&](const std::vector<Issued>& products) {
+    for (const Issued& product : products)
+      if (const char* part = part_of(product, p)) fail(part + std::string(" touched before wait_products"), pc);
   };
   check(current_->products);
   for (const auto& products : current_->product_commits) check(products);
@@ -142,8 +164,8 @@ std::string Device::too_many_registers() const {
   return all > most ? "a block of " + std::to_string(all) + " registers, launched with " + std::to_string(most) : "";
 }
 
-void multiply(float* sums, int columns, uint64_t a, uint64_t b, Convert convert, const char* file, int line) {
-  device().multiply({sums, columns, a, b, convert}, file, line, __builtin_return_address(0));
+void multiply(const Product& product, const char* file, int line) {
+  device().multiply(product, file, line, __builtin_return_address(0));
 }
 int64_t products() { return device().products_issued; }
 void begin_products() { device().begin_products(); }
