@@ -157,6 +157,8 @@ def test_a_longer_run_has_files_and_a_state_of_its_own(monkeypatch, capsys):
     assert runs[1].effort == CPU.longer(2.5)
     assert runs[1].effort.task == 2.5 * CPU.task
     assert f"{CPU.longer(2.5).training(1):.0f} s of training" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["w9", "--device", "cpu"])
+    assert from_command_line("w9", "", {"cpu": CPU, "gpu": GPU}, effort="gpu").name == "w9-gpu"
     monkeypatch.setattr(sys, "argv", ["w9", "--longer", "0"])
     with pytest.raises(SystemExit):
         from_command_line("w9", "", {"cpu": CPU})

@@ -76,16 +76,20 @@ class Run:
 
 
 def from_command_line(
-    name: str, description: str, efforts: Mapping[str, Effort], sizes: Sequence[int] = (8, 32)
+    name: str,
+    description: str,
+    efforts: Mapping[str, Effort],
+    sizes: Sequence[int] = (8, 32),
+    effort: str = "cpu",
 ) -> Run:
-    """What every recipe's command line takes."""
+    """What every recipe's command line takes. sizes, effort: by default."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--data", type=Path, default=Path("data"), help="folder that fetch.sh filled (%(default)s)")
     add("--out", type=Path, default=Path("bench/results"), help="folder for results (%(default)s)")
-    add("--effort", choices=efforts, default="cpu", help="tiny: to see that it runs, cpu: two cores, gpu")
+    add("--effort", choices=efforts, default=effort, help="how long it takes, and what of it (%(default)s)")
     add("--longer", type=float, default=1.0, help="times the seconds of training, for a slow machine")
     add("--sizes", type=int, nargs="+", default=sizes, help="neurons in an expert; the first is ours")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -94,9 +98,9 @@ def from_command_line(
     if not args.longer > 0:
         parser.error(f"argument --longer: expected a number above 0, got {args.longer:g}; try 2")
     torch.set_num_threads(args.threads)
-    effort = efforts[args.effort].longer(args.longer)
+    asked = efforts[args.effort].longer(args.longer)
     print(
-        f"{name}, effort {args.effort}: {effort.training(len(args.sizes)):.0f} s of training, and its measurements"
+        f"{name}, effort {args.effort}: {asked.training(len(args.sizes)):.0f} s of training, and its measurements"
     )
     longer = "" if args.longer == 1 else f"-x{args.longer:g}"
-    return Run(f"{name}-{args.effort}{longer}", effort, args.data, args.out, args.sizes, args.device)
+    return Run(f"{name}-{args.effort}{longer}", asked, args.data, args.out, args.sizes, args.device)
