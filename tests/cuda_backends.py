@@ -33,7 +33,7 @@ def emulator():
         *(ctypes.c_int64, ctypes.c_int64, ctypes.c_bool, ctypes.c_bool, ctypes.c_double, ctypes.c_int64)
     ]
     native.sadmoe_down_tiles.argtypes = [ctypes.c_int64, ctypes.c_int64, *[ctypes.c_int] * 3]
-    native.sadmoe_crowd_share.argtypes = [ctypes.c_int64]
+    native.sadmoe_crowd_share.argtypes = [*[ctypes.c_int64] * 3, ctypes.c_int]
     native.sadmoe_crowd_share.restype = ctypes.c_double
     native.sadmoe_products.restype = ctypes.c_int64
     native.definitions = library  # they live as long as this object

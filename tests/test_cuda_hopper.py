@@ -154,6 +154,20 @@ def test_what_a_token_did_not_choose_adds_nothing_to_it_in_a_crowd(backend):
     assert not crowd[20].any()
 
 
+def test_crowds_of_tokens_in_chunks(native):
+    """320, 320 and 60 tokens: no crowd ends where a chunk does, and the last chunk has none."""
+    backend = Backend("sadmoe_emulated", "cpu")
+    args = experts_problem(700, 8, 3, 16, dtype=torch.bfloat16)
+    whole, _ = with_crowds(backend, partial(backend.sparse_experts, *args), NEVER)
+    set_options(native, hidden_bytes=5 * 64 * 3 * 16 * 2, hopper=True, crowd=ALWAYS)
+    before = native.sadmoe_products()
+    assert torch.equal(bits(backend.sparse_experts(*args)), bits(whole))
+    in_chunks = native.sadmoe_products() - before
+    set_options(native, hidden_bytes=5 * 64 * 3 * 16 * 2, hopper=True, crowd=NEVER)
+    backend.sparse_experts(*args)
+    assert native.sadmoe_products() - before - in_chunks < in_chunks
+
+
 def test_the_schedule_changes_nothing_in_a_crowd(native):
     set_options(native, hopper=True, crowd=ALWAYS)
     backend = Backend("sadmoe_emulated", "cpu")

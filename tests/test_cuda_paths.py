@@ -45,8 +45,10 @@ def test_the_model_knows_the_blocks_that_the_kernels_pick(name, bytes_each):
 @pytest.mark.parametrize("s", [1, 8, 16, 17, 24, 32, 33, 64, 65, 88, 128, 172, 300])
 def test_the_model_knows_which_tokens_the_kernels_take_for_a_crowd(s):
     card, native = crossover.card_for((9, 0)), emulator()
-    layer = crossover.Layer(512, 512, 64, s, 64)
-    assert crossover._crowd_share(layer, 256, card) == pytest.approx(native.sadmoe_crowd_share(s))
+    for d_out, tokens in itertools.product((64, 768, 2048, 4096), (256, 300, 1000, 8192, 65536)):
+        layer = crossover.Layer(512, d_out, 64, s, 64)
+        share = native.sadmoe_crowd_share(tokens, d_out, s, card.processors)
+        assert crossover._crowd_share(layer, tokens, card) == pytest.approx(share), (d_out, tokens)
 
 
 class Card:

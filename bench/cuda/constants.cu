@@ -46,8 +46,8 @@ double launch_gap() {
       200);
 }
 
-// Products of one expert that all tokens take: nothing is sparse, all is at hand. With and without those of sm_90a, which only
-// `up` has.
+// Products of one expert that all tokens take: nothing is sparse, all is at hand. With and without those of sm_90a, in
+// `up` alone.
 double product_rate(sadmoe::DType dtype, bool hopper = false) {
   Layer layer({8192, 2048, 2048, 1, 2048}, dtype, false, 1);
   layer.options.hopper = hopper, layer.options.crowd = 2;

@@ -113,8 +113,8 @@ STABLE_TORCH_LIBRARY_IMPL(SADMOE_NAMESPACE, SADMOE_KEY, m) {
 }
 
 #if defined(SADMOE_EMULATOR)
-// For tests: chunks without large shapes, the kernels of many tokens on few, those of sm_80 on what is a Hopper, and blocks
-// of any size.
+// For tests: chunks without large shapes, the kernels of many tokens on few, those of sm_80 on what is a Hopper, crowds of any
+// share, and blocks of any size.
 extern "C" __attribute__((visibility("default"))) void sadmoe_set_options(int64_t hidden_bytes, int64_t decode_tokens, bool tf32,
                                                                           bool hopper, double crowd, int64_t down_tiles) {
   sadmoe::options = {hidden_bytes, decode_tokens, tf32, hopper, crowd, down_tiles};
@@ -125,8 +125,9 @@ extern "C" __attribute__((visibility("default"))) int sadmoe_down_tiles(int64_t 
   const sadmoe::DType dtype = bytes_each == 2 ? sadmoe::DType::bf16 : sadmoe::DType::f32;
   return sadmoe::cuda::down_tiles(T, d_out, dtype, {}, {multiprocessors, shared});
 }
-extern "C" __attribute__((visibility("default"))) double sadmoe_crowd_share(int64_t s) {
-  return sadmoe::cuda::crowd_share(s, {});
+extern "C" __attribute__((visibility("default"))) double sadmoe_crowd_share(int64_t T, int64_t d_out, int64_t s,
+                                                                            int multiprocessors) {
+  return sadmoe::cuda::crowd_share({T, 0, d_out, 0, s}, {}, {multiprocessors, 0});
 }
 #else
 STABLE_TORCH_LIBRARY_IMPL(sadmoe, CompositeExplicitAutograd, m) {

@@ -148,10 +148,10 @@ SADMOE_MULTIPLY_64_BY_ALL(f16, "f16")
   SADMOE_DEVICE void multiply_64(float (&sums)[64], const unsigned (&a)[4], uint64_t b, bool add, T) { \
     asm volatile(                                                                                      \
         "{\n"                                                                                          \
-        ".reg .pred add;\n"                                                                            \
-        "setp.ne.b32 add, %69, 0;\n"                                                                   \
+        ".reg .pred begun;\n"                                                                          \
+        "setp.ne.b32 begun, %69, 0;\n"                                                                 \
         "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" SADMOE_NAMES_64              \
-        "}, {%64, %65, %66, %67}, %68, add, 1, 1, 0;\n"                                                \
+        "}, {%64, %65, %66, %67}, %68, begun, 1, 1, 0;\n"                                              \
         "}\n"                                                                                          \
         : SADMOE_SUMS_16(0), SADMOE_SUMS_16(16), SADMOE_SUMS_16(32), SADMOE_SUMS_16(48)                \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));             \

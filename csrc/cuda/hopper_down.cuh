@@ -1,6 +1,6 @@
-// down.cuh where most of a crowd of tokens chose most experts, on devices of capability 9.0, 16 bits: the same sums bit for bit,
-// but a token keeps its row whatever it chose, so that all of y stays in registers; who did not choose an expert multiplies
-// zeros, and adds nothing. By the products of warpgroups, of the transposed matrices: columns of y by tokens.
+// down.cuh for crowds, tokens that chose many experts, on devices of capability 9.0, 16 bits. The same sums bit for bit, but a
+// token keeps its row whatever it chose, so that all of y stays in registers; who did not choose an expert multiplies zeros, and
+// adds nothing. By the products of warpgroups, of the transposed matrices: columns of y by tokens.
 //
 // One warpgroup brings operands into a ring of stages; each of two others multiplies half of the tokens.
 #pragma once
@@ -22,8 +22,8 @@ struct HopperDownBlock {
 
   using Weights = Stage<T, kSwizzledElements, kColumns, 8>;
   struct Step {
-    unsigned char h[kCrowdTokens][kSwizzledBytes];
-    alignas(1024) Weights w;
+    alignas(1024) unsigned char h[kCrowdTokens][kSwizzledBytes];
+    Weights w;
     unsigned words[kExperts][kGroups];  // of the plan: who chose an expert
   };
   static constexpr int kStages = 5;

@@ -56,11 +56,7 @@ int launch_down(const Down& p, void* stream) {
 }
 
 template <class Tile>
-int launch_down(const Down& p, const Options& options, void* stream) {
-  Device device{};
-  int code = multiprocessors(device.multiprocessors);
-  if (code == 0) code = shared_of_multiprocessor(device.shared);
-  if (code) return code;
+int launch_down(const Down& p, const Options& options, const Device& device, void* stream) {
   switch (options.down_tiles ? options.down_tiles : down_tiles<Tile>(p.T, p.d_out, device)) {
     case 1:
       return launch_down<Tile, 1>(p, stream);
@@ -122,10 +118,14 @@ int run_chunk(const Experts& experts, const Plan& plan, const Options& options, 
   q.starts = plan.starts, q.words = plan.words;
   q.T = plan.T, q.E = s.E, q.s = s.s, q.d_out = s.d_out;
   q.y = experts.y, q.dtype = dtype;
-  if (const double share = crowd_share(s.s, options); hopper && fits_hopper(q) && share <= 1)
+  Device device{};
+  code = multiprocessors(device.multiprocessors);
+  if (code == 0) code = shared_of_multiprocessor(device.shared);
+  if (code) return code;
+  if (const double share = crowd_share({q.T, s.d, s.d_out, s.E, s.s}, options, device); hopper && fits_hopper(q) && share <= 1)
     q.crowd = std::max(1, static_cast<int32_t>(std::ceil(share * static_cast<double>(kCrowdTokens * s.E))));
   code = with_experts_tile(dtype, options.tf32,
-                           [&](auto tile) { return launch_down<typename decltype(tile)::type>(q, options, stream); });
+                           [&](auto tile) { return launch_down<typename decltype(tile)::type>(q, options, device, stream); });
   return code || !q.crowd ? code : crowds_on_hopper(q, stream);
 }
 
@@ -192,10 +192,14 @@ int down_tiles(int64_t T, int64_t d_out, DType dtype, const Options& options, co
 }
 
 // By a model, not measured: a column of a pair takes hopper_down.cuh as long as so many steps of the depth, of a product at 0.65
-// of the dense rate, and 13 to add it; down.cuh 168 to add it in shared memory, and 2.45 for every neuron to bring operands.
-double crowd_share(int64_t s, const Options& options) {
+// of the dense rate, and 13 to add it; down.cuh 168 to add it in shared memory, and 2.45 for every neuron to bring operands. The
+// former has few blocks, each of which fills a multiprocessor.
+double crowd_share(const ExpertsShape& shape, const Options& options, const Device& device) {
   if (options.crowd >= 0) return options.crowd;
-  return static_cast<double>(13 + crowd_depth(s)) / (168 + 2.45 * static_cast<double>(s));
+  const int64_t blocks = divide(shape.T, kCrowdTokens) * divide(shape.d_out, kColumns);
+  const double waves = static_cast<double>(divide(blocks, device.multiprocessors) * device.multiprocessors);
+  const double full = static_cast<double>(13 + crowd_depth(shape.s)) / (168 + 2.45 * static_cast<double>(shape.s));
+  return full * waves / static_cast<double>(blocks);
 }
 
 const char* error_string(int code) { return error_text(code); }

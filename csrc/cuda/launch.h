@@ -15,7 +15,7 @@ struct Options {
   int64_t decode_tokens = 64;  // at most these, and 64, go to the decode kernels, whose results are the same bit for bit
   bool tf32 = false;           // float32 experts by tensor cores, operands rounded to 11 bits; never the router
   bool hopper = true;          // the kernels of sm_90a, on such a device, where they fit
-  double crowd = -1;           // share of pairs that makes tokens a crowd, see crowd_share; negative: by the shape
+  double crowd = -1;           // share of all pairs that makes tokens a crowd, see crowd_share; negative: by the shape
   int64_t down_tiles = 0;      // blocks of the down projection take so many times 64 tokens: 1, 2 or 4; 0: by the shape
 };
 
@@ -57,9 +57,9 @@ struct Device {
 // Tiles of 64 tokens in a block of the down projection on such a device, 1, 2 or 4: with which a multiprocessor reads least.
 int down_tiles(int64_t T, int64_t d_out, DType dtype, const Options& options, const Device& device);
 
-// On sm_90a, 256 tokens that chose at least this share of all experts, of s neurons each, go through all: it takes less time
-// than to add up what each chose. Above 1: none do.
-double crowd_share(int64_t s, const Options& options);
+// On sm_90a, 256 tokens that chose at least this share of all experts are a crowd and go through all together, for that takes
+// less time than to add up what each chose. Above 1: none do.
+double crowd_share(const ExpertsShape& shape, const Options& options, const Device& device);
 
 const char* error_string(int code);
 

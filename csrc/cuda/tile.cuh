@@ -128,6 +128,7 @@ struct MmaTile : Operands<T, 32, 8, 256 / kAcross>, TensorSums<kAcross> {
   using Shape = Operands<T, 32, 8, 256 / kAcross>;
   using Sums = TensorSums<kAcross>;
   using Sums::lane, Sums::first_row, Sums::first_column, Sums::beyond, Sums::sums;
+  static constexpr bool kTall = kAcross < kThreads / 32;
 
   // Of 16 columns: depths 0-7 and 8-15 of columns 0-7, then of columns 8-15.
   template <class StageB>
@@ -138,8 +139,10 @@ struct MmaTile : Operands<T, 32, 8, 256 / kAcross>, TensorSums<kAcross> {
       load_matrices_transposed(to, b.from(b.offset(lane() % 16, first_column() + lane() / 16 * 8) + b.offset(k, 0)));
   }
 
+  // The first n rows of the tile. Of a tall one the first m columns, by 8; in the other the branch costs more than it saves.
   template <class StageB>
-  SADMOE_DEVICE void multiply(const typename Shape::Rows& a, const StageB& b, int n) {
+  SADMOE_DEVICE void multiply(const typename Shape::Rows& a, const StageB& b, int n, int m = Shape::columns) {
+    if (kTall && first_column() >= m) return;
     SADMOE_UNROLL
     for (int k = 0; k < Shape::kDepth; k += 16) {
       unsigned bs[4];
@@ -150,7 +153,7 @@ struct MmaTile : Operands<T, 32, 8, 256 / kAcross>, TensorSums<kAcross> {
         unsigned as[4];
         load_matrices(as, a.from(a.offset(first_row() + lane() % 16, lane() / 16 * 8) + a.offset(i / 8 * 16, k)));
         multiply_16x8x16(sums + i, as, bs[0], bs[1], T{});
-        multiply_16x8x16(sums + i + 4, as, bs[2], bs[3], T{});
+        if (!kTall || first_column() + 8 < m) multiply_16x8x16(sums + i + 4, as, bs[2], bs[3], T{});
       }
     }
   }

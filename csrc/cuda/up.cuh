@@ -147,8 +147,14 @@ up(Up p) {
           left -= kDepth, on += kDepth / x.kWide;
         },
         [&](const Stages& stage) {
-          sums.multiply(stage.x, stage.w[0], n);
-          if constexpr (kGated) gates.multiply(stage.x, stage.w[1], n);
+          const auto multiply = [&](Tile& to, const auto& w) {
+            if constexpr (Tile::columns < kColumns)
+              to.multiply(stage.x, w, n, neurons);
+            else
+              to.multiply(stage.x, w, n);
+          };
+          multiply(sums, stage.w[0]);
+          if constexpr (kGated) multiply(gates, stage.w[1]);
         });
     store_sums(sums, memory.sums[0]);
     if constexpr (kGated) store_sums(gates, memory.sums[1]);

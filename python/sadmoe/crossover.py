@@ -217,9 +217,10 @@ def _up_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
 
 
 def _tiled_up_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
-    """up.cuh: a tile of an expert's pairs by some of its neurons, computed whole; where s is small a tall one."""
+    """up.cuh: a tile of an expert's pairs by some of its neurons, computed whole; where s is small a tall one, by 8."""
     each = tokens * share
-    height, width = (128, 32) if layer.expert_size <= 32 and layer.bytes_each == 2 else (_TILE, _TILE)
+    tall = layer.expert_size <= 32 and layer.bytes_each == 2
+    height, width = (128, -(-layer.expert_size // 8) * 8) if tall else (_TILE, _TILE)
     strips = -(-layer.expert_size // width)
     rows = _tiles(each, 16) * layer.experts * strips
     work = 2 * rows * width * layer.d * layer.inputs
@@ -275,7 +276,13 @@ def _crowd_share(layer: Layer, tokens: int, card: Card) -> float:
     """The share from which hopper_down.cuh takes the place of down.cuh, as launch.cu has it; above 1: never."""
     if not card.hopper_16 or layer.bytes_each != 2 or layer.d_out % 8 or tokens < _CROWD:
         return 2.0
-    return (13 + _crowd_depth(layer)) / (168 + 2.45 * layer.expert_size)
+    blocks = _crowd_blocks(layer, tokens)
+    full = (13 + _crowd_depth(layer)) / (168 + 2.45 * layer.expert_size)
+    return full * -(-blocks // card.processors) * card.processors / blocks
+
+
+def _crowd_blocks(layer: Layer, tokens: int) -> int:
+    return -(-tokens // _CROWD) * -(-layer.d_out // _TILE)
 
 
 def _crowd_depth(layer: Layer) -> int:
@@ -298,13 +305,12 @@ def _down_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
 
 def _crowd_down_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
     """hopper_down.cuh: _CROWD tokens by 64 columns through all experts, their sums in registers."""
-    blocks, strips = -(-tokens // _CROWD), -(-layer.d_out // _TILE)
-    depth = _crowd_depth(layer) * layer.experts
-    waves = -(-blocks * strips // card.processors) * card.processors / (blocks * strips)
-    rows = blocks * _CROWD * strips  # that go through all experts
+    blocks, depth = _crowd_blocks(layer, tokens), _crowd_depth(layer) * layer.experts
+    waves = -(-blocks // card.processors) * card.processors / blocks
+    rows = blocks * _CROWD  # that go through all experts
     work = 2 * rows * _TILE * depth
-    l2 = (share * rows * layer.neurons + blocks * layer.neurons * layer.d_out) * layer.bytes_each
-    shared = l2 + 2 * rows * depth * layer.bytes_each  # zeros are written, too
+    l2 = (share * rows + blocks * _TILE) * layer.neurons * layer.bytes_each
+    shared = (2 * rows + 3 * blocks * _TILE) * depth * layer.bytes_each  # zeros are written, too
     adding = 1.5 * rows * _TILE * layer.experts / (128 * card.processors * card.clock)
     rate = card.dense_16 * card.hopper_16
     return waves * (_slowest(work, l2, shared, rate, card) + adding) + card.launch
