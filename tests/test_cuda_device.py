@@ -5,6 +5,8 @@ import subprocess
 
 import pytest
 import torch
+from converted import random_rows
+from given_costs import layer_of
 from problems import experts_problem, router_problem
 from sadmoe import ops
 
@@ -19,18 +21,54 @@ def test_a_tensor_on_another_device_is_named(cuda):
         ops.sparse_experts(*args)
 
 
+@pytest.fixture
+def crowds(cuda):
+    """Tokens that chose a quarter of the experts are a crowd, however few they are."""
+    torch.ops.sadmoe._use_crowd(0.25)
+    yield
+    torch.ops.sadmoe._use_crowd(-1.0)
+
+
 @pytest.mark.cuda
-@pytest.mark.parametrize("T", [1, 40, 100])
-def test_a_captured_graph_replays_with_another_mask(cuda, T):
+@pytest.mark.parametrize("T", [1, 40, 100, 600])
+def test_a_captured_graph_replays_with_another_mask(crowds, T):
     args = [a if a is None else a.cuda() for a in experts_problem(T, 64, 8, 16, dtype=torch.bfloat16)]
     ops.sparse_experts(*args)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = ops.sparse_experts(*args)
-    for share in (0.0, 0.2, 1.0):
+    for share in (0.0, 0.2, 1.0, 0.1):
         args[1].copy_(torch.rand(T, 8, device="cuda") < share)
         graph.replay()
         assert torch.equal(y, ops.sparse_experts(*args)), share
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("T", [1, 300])
+def test_a_captured_layer_replays_with_other_tokens(crowds, T):
+    layer = layer_of(torch.bfloat16, d=64, experts=16, expert_size=16).cuda()
+    x = random_rows(T, 64).bfloat16().cuda()
+    with torch.no_grad():
+        layer(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        for seed in (3, 4):
+            x.copy_(random_rows(T, 64, seed))
+            graph.replay()
+            assert torch.equal(y, layer(x)), seed
+
+
+@pytest.mark.cuda
+def test_a_layer_compiles_and_runs_under_autocast(cuda):
+    layer, x = layer_of(d=64, experts=16, expert_size=16).cuda(), random_rows(100, 64).cuda()
+    with torch.no_grad():
+        y = layer(x)
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), y)
+        with torch.autocast("cuda", torch.bfloat16):
+            rough = layer(x)
+    assert rough.dtype == torch.bfloat16
+    assert (rough.float() - y).abs().mean() < 0.01 * y.abs().mean(), "few of 1,600 pairs are chosen otherwise"
 
 
 @pytest.mark.cuda
