@@ -20,7 +20,10 @@ from test_convert import fingerprint
 from tiny_models import TINY, call
 from torch import Tensor, nn
 
-NAMES = ["bert", "gpt2", "t5", "llama", "phi3", "albert", "vit", "timm vit", "torch encoder", "user glu"]
+NAMES = [
+    *("bert", "gpt2", "t5", "llama", "gemma", "phi3", "albert", "vit"),
+    *("timm vit", "torchvision vit", "torch encoder", "user glu"),
+]
 
 
 def metadata(path: Path) -> dict:

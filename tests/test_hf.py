@@ -24,10 +24,13 @@ from tiny_models import TINY, call
 NAMES = [
     "bert",
     "bert classifier",
+    "roberta",
     "gpt2",
     "t5",
     "t5 v1.1",
     "llama",
+    "qwen3",
+    "gemma",
     "phi3",
     "vit",
     "dinov2",

@@ -206,41 +206,40 @@ def test_every_is_checked():
 KILLED = """
     import os, signal
     import test_resume, torch
-    from sadmoe import Checkpoint
-    from sadmoe.sparsify import resume
+    from sadmoe import Checkpoint, files
 
     torch.set_num_threads(1)
-    written, write = [], resume.write
+    written, write = [], files.write
 
     def write_and_die(*args):
         write(*args)
         written.append(1)
-        if len(written) == 3:
+        if len(written) == {writes}:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    resume.write = write_and_die
-    model, dense = test_resume.start(test_resume.sparsify)
-    test_resume.sparsify(model, dense, Checkpoint({folder!r}, every=0.0))
+    files.write = write_and_die
+    model, dense = test_resume.start(test_resume.{step})
+    test_resume.{step}(model, dense, Checkpoint({folder!r}, every=0.0))
 """
 
 
-def test_a_kill_dash_nine_loses_at_most_an_interval(tmp_path):
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(KILLED.format(folder=str(tmp_path)))],
-        cwd=Path(__file__).parent,
-    )
+@pytest.mark.parametrize(
+    ("step", "writes"),
+    [(sparsify, 3), (finetune, 3), (finetune_layers, 2), (fit_routers, 1), (replace_projections, 1)],
+)
+def test_a_kill_dash_nine_loses_at_most_an_interval(step, writes, tmp_path):
+    """Of fit_routers_ the router of a layer, which is trained in seconds."""
+    code = KILLED.format(folder=str(tmp_path), step=step.__name__, writes=writes)
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=Path(__file__).parent)
     assert run.returncode == -signal.SIGKILL
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        model, dense = start(sparsify)
-        uninterrupted = copy.deepcopy(model)
-        with safe_open(tmp_path / "sparsify.safetensors", "pt") as file:
-            assert len(json.loads(file.metadata()["sadmoe run"])["state"]["history"]) == 3
-        report = sparsify(model, dense, Checkpoint(tmp_path))
-        assert report.history == sparsify(uninterrupted, dense, None).history
-    finally:
-        torch.set_num_threads(threads)
+    (saved,) = tmp_path.iterdir()
+    with safe_open(saved, "pt") as file:
+        history = json.loads(file.metadata()["sadmoe run"])["state"].get("history", [])
+    assert len(history) == (0 if step is fit_routers else writes)
+    model, dense = start(step)
+    uninterrupted = copy.deepcopy(model)
+    step(model, dense, Checkpoint(tmp_path))
+    step(uninterrupted, dense, None)
     assert same(state(model), state(uninterrupted))
 
 
@@ -274,7 +273,9 @@ def shared(spoil: bool = False) -> dict[str, nn.Module]:
     sadmoe.sparsify_(sparse, batches(), SparsifyConfig(**settings), teacher=dense, progress=False)
     config = FinetuneConfig(**settings, share=0.01)  # so low that the penalty never rests
     sadmoe.finetune_(model, batches(), config, teacher=dense, progress=False)
-    return {"sparsify": sparse, "finetune": model}
+    layered = copy.deepcopy(model)
+    sadmoe.finetune_layers_(layered, batches(), config, teacher=dense, batch_tokens=8, progress=False)
+    return {"sparsify": sparse, "finetune": model, "layers": layered}
 
 
 def assert_close_states(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -298,7 +299,7 @@ def test_two_processes_do_what_one_does(tmp_path):
     for name, model in shared().items():
         first, second = (load_file(tmp_path / f"{name}.{rank}.safetensors") for rank in range(2))
         assert same(first, second)
-        start_of = dict(converted()[name == "finetune"].state_dict())
+        start_of = dict(converted()[name != "sparsify"].state_dict())
         moved = [key for key in first if not torch.equal(first[key], start_of[key])]
         assert len(moved) > 20
         assert_close_states(first, state(model))

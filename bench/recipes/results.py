@@ -68,6 +68,7 @@ class Results:
         self.run.out.mkdir(parents=True, exist_ok=True)
         found = {**self.facts, "seconds": self.run.seconds, "kept": best(curves)}
         found["curves"] = {name: [asdict(point) for point in points] for name, points in curves.items()}
+        found["histograms"] = self.histograms  # by layer: tokens, by how many experts they run
         path.with_suffix(".json").write_text(json.dumps(found, indent=1))
         pictures(self.work, curves, self.dense, path.with_suffix(".png"))
         write_page(path.with_suffix(".html"), self.page())

@@ -33,6 +33,18 @@ def row(method: str, kept: dict[str, Any]) -> tuple[str, ...]:
     return tuple(cells)
 
 
+def room(points: list[dict[str, Any]]) -> str:
+    """How much of a model a curve is about, by its point of fewest experts: what is left is its routers'."""
+    least = min(points, key=lambda point: point["share"])
+    converted = (1 - least["flops"]) / (1 - least["ffn_flops"])
+    routers = least["ffn_flops"] - least["share"]
+    fewest = 1 - converted * (1 - routers)
+    return (
+        f"converted: {converted:.0%} of the FLOPs, routers {routers:.0%} of those; "
+        f"with no expert run {1 / fewest:.1f} times fewer FLOPs"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -45,6 +57,7 @@ def main() -> None:
         if after := found.get("after"):
             print(f"every neuron on, after {listed(after, 4)}")
         print(f"router R²: {listed(found['router_r2'], 2)}")
+        print(room(next(iter(found["curves"].values()))))
         print(f"{found['machine']}, {sum(found['seconds'].values()) / 60:.0f} minutes in all")
         timers = [list(point["gains"]) for points in found["curves"].values() for point in points]
         print("faster: " + ", ".join(max(timers, key=len, default=[])))

@@ -83,10 +83,12 @@ void Device::start_fibers() {
   issued_.assign((launch_->threads + kWarpgroup - 1) / kWarpgroup, {});
 }
 
-void Device::make_order(std::mt19937& random) {
-  std::iota(turns_.begin(), turns_.end(), 0);
-  if (order == Order::reverse) std::reverse(turns_.begin(), turns_.end());
-  if (order == Order::random) std::shuffle(turns_.begin(), turns_.end(), random);
+// 0, 1, ... in the order of the schedule.
+template <class Index>
+void Device::arrange(std::vector<Index>& turns, std::mt19937& random) const {
+  std::iota(turns.begin(), turns.end(), 0);
+  if (order == Order::reverse) std::reverse(turns.begin(), turns.end());
+  if (order == Order::random) std::shuffle(turns.begin(), turns.end(), random);
 }
 
 bool Device::may_run(const Fiber& fiber) const {
@@ -96,7 +98,7 @@ bool Device::may_run(const Fiber& fiber) const {
 // Every fiber as far as it gets; whether one got anywhere.
 bool Device::pass(std::mt19937& random) {
   bool progress = false;
-  make_order(random);
+  arrange(turns_, random);
   for (const int t : turns_) {
     if (!may_run(fibers_[t]) || (order == Order::random && progress && random() % 3 == 0)) continue;
     progress = true;
@@ -157,8 +159,11 @@ int Device::run(const Launch& launch) {
   std::vector<char> buffer(kMaxShared + 1024);
   shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(buffer.data()) + 1023) / 1024 * 1024);
   memory.begin_launch();
-  const int64_t blocks = launch.blocks_x * launch.blocks_y;
-  for (int64_t b = 0; b < blocks && error.empty(); ++b) run_block(order == Order::reverse ? blocks - 1 - b : b);
+  std::vector<int64_t> blocks(launch.blocks_x * launch.blocks_y);
+  std::mt19937 random(seed);
+  arrange(blocks, random);
+  for (const int64_t block : blocks)
+    if (error.empty()) run_block(block);
   return error.empty() ? 0 : kFailed;
 }
 

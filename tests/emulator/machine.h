@@ -120,7 +120,8 @@ class Device {
   bool pass(std::mt19937& random);
   bool may_run(const Fiber& fiber) const;
   void start_fibers();
-  void make_order(std::mt19937& random);
+  template <class Index>
+  void arrange(std::vector<Index>& turns, std::mt19937& random) const;
   void leave();
   [[noreturn]] void fail(const std::string& what, void* pc);
   std::string stuck() const;
