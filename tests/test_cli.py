@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from sadmoe import cli, moe_layers, texts
+from sadmoe.data import load_data
 from sadmoe.outputs import replaced
 from sadmoe.report import Series, plot_curves
 
@@ -39,8 +40,13 @@ def text(tmp_path):
     return path
 
 
-def converted(folder, text, out, *more):
-    return cli.main(["convert", str(folder), str(out), "--text", str(text), "--expert-size", "8", *more])
+def converted(folder, data, out, *more):
+    places = ["--model", str(folder), "--data", str(data), "--out", str(out)]
+    return cli.main(["convert", *places, "--expert-size", "8", *more])
+
+
+def evaluated(folder, data, *taus):
+    return cli.main(["evaluate", "--model", str(folder), "--data", str(data), "--tau", *taus])
 
 
 def test_convert_then_evaluate(folder, text, tmp_path, capsys):
@@ -49,7 +55,7 @@ def test_convert_then_evaluate(folder, text, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f'BertModel.from_pretrained("{out}")' in printed
     assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == "sadmoe"
-    assert cli.main(["evaluate", str(out), "--text", str(text), "--tau", "0", "0.5"]) == 0
+    assert evaluated(out, text, "0", "0.5") == 0
     header, zero, half = capsys.readouterr().out.strip().splitlines()
     assert "executed share" in header
     assert zero.split()[1] == "100.0%"
@@ -61,7 +67,7 @@ def test_convert_to_int8(folder, text, tmp_path, capsys):
     assert converted(folder, text, out, "--tau", "0.2", "--int8") == 0
     assert "MiB of experts" in capsys.readouterr().out
     assert json.loads((out / "config.json").read_text())["quantization_config"]["layers"]
-    assert cli.main(["evaluate", str(out), "--text", str(text), "--tau", "0", "0.5"]) == 0
+    assert evaluated(out, text, "0", "0.5") == 0
     (layer,) = moe_layers(transformers.BertModel.from_pretrained(out)).values()
     assert layer.is_int8
 
@@ -147,35 +153,156 @@ def leave_unfinished():
     raise KeyboardInterrupt
 
 
-def test_text_does_not_run_every_model(folder, text, tmp_path, capsys):
-    for config, takes in (
-        (transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1), "pixel_values"),
-        (
-            transformers.T5Config(d_model=8, d_ff=16, num_layers=1, num_heads=1),
-            "the input of encoder and decoder",
-        ),
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vit")
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(image_size=16, patch_size=8, **SIZES)
+    transformers.ViTForImageClassification(config).save_pretrained(path)
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def t5(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("t5")
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_ff": 64, "d_kv": 16, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(vocab_size=len(WORDS), decoder_start_token_id=0, **sizes)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(path)
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for i in range(20):
+        place = tmp_path / "photos" / f"class {i % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        image.new("RGB", (20, 24), (12 * i, 200 - 5 * i, 90)).save(place / f"{i}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    path = tmp_path / "pairs.txt"
+    path.write_text("experts run\tfew tokens choose them\nfew tokens\texperts\n" * 12)
+    return path
+
+
+def test_a_model_of_images_is_converted_evaluated_and_reported(vit, photos, tmp_path, capsys):
+    out, page = tmp_path / "moe", tmp_path / "page.html"
+    assert converted(vit, photos, out, "--tau", "0.2") == 0
+    assert "ViTForImageClassification.from_pretrained" in capsys.readouterr().out
+    assert (out / "preprocessor_config.json").exists()
+    assert evaluated(out, photos, "0", "1") == 0
+    assert float(capsys.readouterr().out.splitlines()[-1].split()[3]) > 0  # error
+    report = ["report", "--model", str(out), "--data", str(photos), "--out", str(page)]
+    assert cli.main([*report, "--sentence", "few"]) == 2
+    assert "--sentence: a ViTForImageClassification takes images" in capsys.readouterr().err
+    assert cli.main([*report, "--tau", "0", "0.5"]) == 0
+    assert "Experts of each patch of the first image" in page.read_text()
+    assert cli.main(["bench", "--model", str(out), "--data", str(photos), "--seconds", "0.01"]) == 0
+
+
+def test_an_encoder_decoder_is_converted_evaluated_and_reported(t5, pairs, tmp_path, capsys):
+    out, page = tmp_path / "moe", tmp_path / "page.html"
+    assert converted(t5, pairs, out, "--tau", "0.2") == 0
+    assert len(moe_layers(transformers.T5ForConditionalGeneration.from_pretrained(out))) == 2
+    capsys.readouterr()
+    assert evaluated(out, pairs, "0", "1") == 0
+    assert float(capsys.readouterr().out.splitlines()[-1].split()[3]) > 0
+    assert cli.main(["report", "--model", str(out), "--data", str(pairs), "--out", str(page)]) == 0
+    assert "experts" in page.read_text()
+
+
+def test_what_an_encoder_decoder_reads(t5, pairs):
+    model = texts.load_bare_model(t5)
+    data = load_data(model, t5, pairs, batch_size=2, max_length=8)
+    names = {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask"}
+    assert names <= data.first.keys()
+    target = data.processor("few tokens choose them")["input_ids"]
+    assert data.first["decoder_input_ids"].tolist() == [[0, *target[:-1]]]
+    assert data.words[1:3] == ["experts", "run"]
+    assert [len(batch["input_ids"]) for batch in data.batches] == [2] * 12
+
+
+def test_projections_and_a_checkpoint_that_is_taken_up_again(folder, text, tmp_path, capsys, monkeypatch):
+    state, first, second = tmp_path / "state", tmp_path / "first", tmp_path / "second"
+    more = ("--tau", "0.2", "--projections", "3", "--sparsify", "0.2", "--checkpoint", str(state))
+    monkeypatch.setattr(cli, "convert_", interrupt)
+    assert converted(folder, text, first, *more) == 130
+    assert f"interrupted; the same command goes on from {state}" in capsys.readouterr().err
+    assert {path.name for path in state.iterdir()} == {"projections", "sparsify"}
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.optim.AdamW, "step", once_only())
+    assert converted(folder, text, first, *more) == 0
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: pytest.fail("it was trained again"))
+    assert converted(folder, text, second, *more) == 0
+    one, two = (transformers.BertModel.from_pretrained(out) for out in (first, second))
+    assert len(moe_layers(one)) == 5
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def interrupt(*args, **kw):
+    raise KeyboardInterrupt
+
+
+def once_only():
+    """AdamW's step, for routers alone: what came before them is loaded."""
+    real = torch.optim.AdamW.step
+
+    def step(self, *args, **kw):
+        assert len(self.param_groups[0]["params"]) == 2, "more than a router is trained"
+        return real(self, *args, **kw)
+
+    return step
+
+
+def test_data_of_another_kind_is_refused(folder, vit, t5, text, pairs, photos, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    audio = tmp_path / "audio"
+    sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 1}
+    sizes |= {"encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "decoder_attention_heads": 1, "vocab_size": 20}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    transformers.WhisperModel(transformers.WhisperConfig(**sizes, **ids)).save_pretrained(audio)
+    for model, data, message in (
+        (vit, text, "a ViTForImageClassification takes images, and"),
+        (vit, tmp_path / "empty", "holds no image, by the names *.bmp"),
+        (folder, photos, "a BertModel takes text, and"),
+        (t5, text, "takes lines of a source, a tab and a target; line 1 of those in"),
+        (audio, text, "which takes input_features, and neither text nor images"),
     ):
-        transformers.AutoModel.from_config(config).save_pretrained(tmp_path / takes)
-        assert converted(tmp_path / takes, text, tmp_path / "out") == 2
-        assert f"which takes {takes}, and not text alone" in capsys.readouterr().err
+        assert converted(model, data, tmp_path / "out") == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["convert", "nowhere", "out", "--text", "{text}"], "nowhere holds no model: config.json is missing"),
-        (["convert", "{folder}", "out", "--text", "nothing.txt"], "nothing.txt"),
         (
-            ["convert", "{folder}", "out", "--text", "{text}", "--expert-size", "7"],
+            ["convert", "--model", "nowhere", "--out", "out", "--data", "{text}"],
+            "nowhere holds no model: config.json is missing",
+        ),
+        (["convert", "--model", "{folder}", "--out", "out", "--data", "nothing.txt"], "nothing.txt"),
+        (
+            ["convert", "--model", "{folder}", "--out", "out", "--data", "{text}", "--expert-size", "7"],
             "64 neurons do not split into experts of 7",
         ),
-        (["convert", "{folder}", "out", "--text", "{text}", "--budget", "3"], r"budget must be in (0, 1]"),
-        (["evaluate", "{folder}", "--text", "{text}"], "has no converted layer: convert it first"),
         (
-            ["report", "{folder}", "--text", "{text}", "--out", "no/a.html"],
+            ["convert", "--model", "{folder}", "--out", "out", "--data", "{text}", "--budget", "3"],
+            r"budget must be in (0, 1]",
+        ),
+        (["evaluate", "--model", "{folder}", "--data", "{text}"], "has no converted layer: convert it first"),
+        (
+            ["report", "--model", "{folder}", "--data", "{text}", "--out", "no/a.html"],
             "there is no folder no: make it first",
         ),
-        (["bench", "{folder}", "--json", "."], ". is a folder, and a file is to be written"),
+        (["bench", "--model", "{folder}", "--json", "."], ". is a folder, and a file is to be written"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_status_2(folder, text, tmp_path, monkeypatch, capsys, argv, message):

@@ -256,7 +256,7 @@ SMALL = ["--batch-size", "2", "--max-length", "6", "--seconds", "0"]
 
 def test_bench_times_layers_and_model_beside_dense(folder, tmp_path, capsys):
     numbers = tmp_path / "numbers.json"
-    argv = ["bench", str(folder), *SMALL, "--tau", "0.9", "--json", str(numbers)]
+    argv = ["bench", "--model", str(folder), *SMALL, "--tau", "0.9", "--json", str(numbers)]
     assert cli.main(argv) == 0
     printed = capsys.readouterr().out
     assert printed.count(WHOLE) == 2
@@ -269,7 +269,7 @@ def test_bench_times_layers_and_model_beside_dense(folder, tmp_path, capsys):
 
 
 def test_calibrate_says_what_it_wrote_and_later_runs_use_it(folder, user, tmp_path, capsys):
-    argv = ["bench", str(folder), "--calibrate", "--seconds", "0", "--tokens", "1"]
+    argv = ["bench", "--model", str(folder), "--calibrate", "--seconds", "0", "--tokens", "1"]
     assert cli.main(argv) == 0
     printed = capsys.readouterr().out
     assert f"wrote {user}" in printed
@@ -283,7 +283,7 @@ def test_calibrate_says_what_it_wrote_and_later_runs_use_it(folder, user, tmp_pa
     dense = dataclasses.replace(row, curves={1: ((0.01, 9.0),)})
     measured.write(here / "costs.json", [dense])
     capsys.readouterr()
-    argv = ["bench", str(folder), *SMALL, "--batch-invariant", "no", "--cache", str(here)]
+    argv = ["bench", "--model", str(folder), *SMALL, "--batch-invariant", "no", "--cache", str(here)]
     assert cli.main(argv) == 0
     assert "2 of 2" in capsys.readouterr().out
     (here / "costs.json").write_text("")
@@ -301,7 +301,7 @@ def test_calibrate_says_what_it_wrote_and_later_runs_use_it(folder, user, tmp_pa
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
 def test_a_mistake_is_one_line_and_exit_status_2(folder, capsys, more, message):
-    assert cli.main(["bench", str(folder), *SMALL, *more]) == 2
+    assert cli.main(["bench", "--model", str(folder), *SMALL, *more]) == 2
     capture = capsys.readouterr()
     assert re.search(message, capture.err)
     assert "Traceback" not in capture.err

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ pytest.importorskip("matplotlib")
 sys.path.append(str(Path(__file__).parent.parent / "bench/recipes"))
 
 import recipe
-from results import panels
+from results import Saved, panels
 from run import CPU, GPU, Effort, Run, from_command_line
 from run import TINY as TINY_EFFORT
 from sadmoe import DynamicK, FinetuneConfig
@@ -97,9 +98,24 @@ def test_a_recipe_runs_tells_all_of_it_and_is_not_trained_twice(tmp_path, small_
         workload(), start(tmp_path)
     )  # as after a kill at the very end: nothing is trained again
     again = json.loads((tmp_path / "tiny-micro.json").read_text())
-    for name, points in found["curves"].items():
-        if "MoEfication" not in name:
-            assert [p["metric"] for p in again["curves"][name]] == [p["metric"] for p in points]
+    assert again["curves"] == found["curves"], "nor measured"
+    assert again["router_r2"] == found["router_r2"]
+    assert "another machine" not in capsys.readouterr().out
+
+    other = replace(MICRO, taus=(0.0, 0.5))
+    Saved(Run("tiny-micro", other, tmp_path, tmp_path, [4, 2], "cpu"))
+    assert "its curves are measured again" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_moefication_is_fine_tuned_where_no_step_before_was(tmp_path, small_routers):
+    run = replace(start(tmp_path), effort=replace(MICRO, projections=0, sparsify=0))
+    recipe.run_recipe(workload(), run)
+    found = json.loads((tmp_path / "tiny-micro.json").read_text())
+    plain, tuned = (found["curves"][f"MoEfication, {kind}s = 2"] for kind in ("", "fine-tuned, "))
+    assert [p["setting"] for p in plain] == [p["setting"] for p in tuned] == ["top 50%", "top 20%"]
+    assert all(p["gains"]["whole"] > 0 for p in tuned)
+    assert plain[0]["metric"] != tuned[0]["metric"]
 
 
 @pytest.mark.slow

@@ -183,7 +183,8 @@ def test_the_command_writes_page_and_numbers(tmp_path, capsys):
     transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("w1 w2 w3\n\nw4 w5 w40 w41\n")
     out = tmp_path / "report.html"
-    command = ["report", str(tmp_path / "model"), "--text", str(tmp_path / "text.txt"), "--out", str(out)]
+    places = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "text.txt"), "--out", str(out)]
+    command = ["report", *places]
     threads = torch.get_num_threads()
     assert cli.main([*command, "--tau", "0", "0.5", "--sentence", "w7 w8"]) == 0
     page = parsed(out).text

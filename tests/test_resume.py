@@ -68,13 +68,20 @@ def replace_projections(model: nn.Module, dense: nn.Module, checkpoint: Checkpoi
     )
 
 
+def convert(model: nn.Module, dense: nn.Module, checkpoint: Checkpoint | None, data=None):
+    config = ConvertConfig(experts=6, tau=0.2, cluster="activity", router=RouterConfig(steps=4, width=4))
+    return sadmoe.convert_(model, data or batches(), config, checkpoint=checkpoint, progress=False)
+
+
 def mean_square(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return model(**batch).last_hidden_state.square().mean()
 
 
 def start(step) -> tuple[nn.Module, nn.Module]:
     dense, model = converted()
-    return (copy.deepcopy(dense), dense) if step in (sparsify, replace_projections) else (model, dense)
+    return (
+        (copy.deepcopy(dense), dense) if step in (sparsify, replace_projections, convert) else (model, dense)
+    )
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -118,12 +125,12 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(step, tmp_path):
         assert same(state(model), state(uninterrupted))
 
 
-@pytest.mark.parametrize("step", [finetune_layers, fit_routers, replace_projections])
+@pytest.mark.parametrize("step", [finetune_layers, fit_routers, replace_projections, convert])
 def test_layers_that_were_done_are_not_done_again(step, tmp_path, monkeypatch):
     uninterrupted, dense = start(step)
     step(uninterrupted, dense, None)
     model, dense = start(step)
-    name = "sadmoe.routers.fit_router_" if step is fit_routers else f"sadmoe.{MODULES[step]}.train"
+    name = f"sadmoe.{TRAINS[step]}"
     real, calls = vars(sys.modules[name.rpartition(".")[0]])[name.rpartition(".")[2]], []
 
     def counted(*args, **kw):
@@ -144,10 +151,16 @@ def test_layers_that_were_done_are_not_done_again(step, tmp_path, monkeypatch):
     assert all(".tmp" not in path.name for path in files)
 
 
-MODULES = {finetune_layers: "layerwise", replace_projections: "attention"}
+TRAINS = {
+    finetune_layers: "layerwise.train",
+    replace_projections: "attention.train",
+    fit_routers: "routers.fit_router_",
+    convert: "convert.build.fit_router_",
+}
+ALL = [sparsify, finetune, finetune_layers, fit_routers, replace_projections, convert]
 
 
-@pytest.mark.parametrize("step", [sparsify, finetune, finetune_layers, fit_routers, replace_projections])
+@pytest.mark.parametrize("step", ALL)
 def test_a_run_that_had_ended_is_loaded(step, tmp_path, monkeypatch):
     first, dense = start(step)
     step(first, dense, Checkpoint(tmp_path))
@@ -155,6 +168,18 @@ def test_a_run_that_had_ended_is_loaded(step, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: pytest.fail("it was run again"))
     step(second, dense, Checkpoint(tmp_path))
     assert same(state(first), state(second))
+
+
+def test_a_conversion_that_is_loaded_says_what_the_first_one_did(tmp_path):
+    model, dense = start(convert)
+    rows = convert(copy.deepcopy(model), dense, Checkpoint(tmp_path)).layers
+    again = convert(copy.deepcopy(model), dense, Checkpoint(tmp_path))
+    assert again.layers == rows
+    assert str(again)
+    other = ConvertConfig(experts=6, tau=0.2, cluster="weights", router=RouterConfig(steps=4, width=4))
+    with pytest.raises(ValueError, match="is of another run: cluster was activity, is weights"):
+        sadmoe.convert_(model, batches(), other, checkpoint=Checkpoint(tmp_path), progress=False)
+    assert not sadmoe.moe_layers(model)
 
 
 def test_seconds_go_on_where_they_were(tmp_path):
@@ -225,17 +250,17 @@ KILLED = """
 
 @pytest.mark.parametrize(
     ("step", "writes"),
-    [(sparsify, 3), (finetune, 3), (finetune_layers, 2), (fit_routers, 1), (replace_projections, 1)],
+    list(zip(ALL, (3, 3, 2, 1, 1, 1), strict=True)),
 )
 def test_a_kill_dash_nine_loses_at_most_an_interval(step, writes, tmp_path):
-    """Of fit_routers_ the router of a layer, which is trained in seconds."""
+    """Of fit_routers_ the router of a layer, which is trained in seconds; of convert_ a layer."""
     code = KILLED.format(folder=str(tmp_path), step=step.__name__, writes=writes)
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=Path(__file__).parent)
     assert run.returncode == -signal.SIGKILL
     (saved,) = tmp_path.iterdir()
     with safe_open(saved, "pt") as file:
         history = json.loads(file.metadata()["sadmoe run"])["state"].get("history", [])
-    assert len(history) == (0 if step is fit_routers else writes)
+    assert len(history) == (0 if step in (fit_routers, convert) else writes)
     model, dense = start(step)
     uninterrupted = copy.deepcopy(model)
     step(model, dense, Checkpoint(tmp_path))

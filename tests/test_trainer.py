@@ -1,4 +1,4 @@
-"""Sparsity fine-tuning in transformers' Trainer, and in a loop of one's own."""
+"""Sparsity fine-tuning and router fitting in transformers' Trainer, and in a loop of one's own."""
 
 import copy
 import os
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from sadmoe.hf.trainer import SparsityCallback
+from sadmoe.hf.trainer import RouterCallback, SparsityCallback
 
 STEPS = 4
 PLAIN_SGD = {"learning_rate": 1e-2, "optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
@@ -216,6 +216,110 @@ def test_a_converted_model_trains_in_the_trainer(tmp_path):
     transformers.Trainer(model, arguments, train_dataset=Rows(8, causal=False)).train()
     moved = states_differ(model, before)
     assert any("w_up" in key for key in moved)
+
+
+# ---------------------------------------------------------------- routers
+
+
+class Unlabelled(Rows):
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {"input_ids": self.rows[i]["input_ids"]}
+
+
+def routed_model(name="bert classifier") -> nn.Module:
+    model = model_of(name)
+    config = sadmoe.ConvertConfig(experts=6, tau=0.1, router=sadmoe.RouterConfig(steps=1, width=8))
+    sadmoe.convert_(model, [tokens()], config, progress=False)
+    return model
+
+
+def routed(tmp_path, callbacks, model, data=None, **settings) -> transformers.Trainer:
+    settings = {"max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "no", "seed": 1} | settings
+    arguments = transformers.TrainingArguments(
+        tmp_path, use_cpu=True, report_to=[], disable_tqdm=True, **settings
+    )
+    data = Rows(8, causal=False) if data is None else data
+    return transformers.Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_routers_alone_are_fitted_without_labels(tmp_path, checkpointing):
+    model, callback = routed_model("bert"), RouterCallback()
+    model.config.hidden_dropout_prob = 0.1
+    before, asked = copy.deepcopy(model), [p.requires_grad for p in model.parameters()]
+    settings = {"max_steps": 60, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 60}
+    trainer = routed(
+        tmp_path, [callback], model, Unlabelled(8, causal=False), gradient_checkpointing=checkpointing, **settings
+    )  # fmt: skip
+    trainer.train()
+    assert all(".router." in name for name in states_differ(model, before))
+    with sadmoe.RouterLoss(before) as at_first, sadmoe.tau(before, 0.0), torch.no_grad():
+        before(input_ids=torch.stack([row["input_ids"] for row in Unlabelled(8, causal=False)]))
+        assert callback.last < 0.5 * at_first()
+    assert [p.requires_grad for p in model.parameters()] == asked
+    watched = [model, *sadmoe.moe_layers(model).values()]  # checkpointing leaves hooks of its own elsewhere
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in watched)
+    assert all(layer.gate == sadmoe.DynamicK(0.1) for layer in sadmoe.moe_layers(model).values())
+    saved = type(model).from_pretrained(tmp_path / "checkpoint-60")
+    assert states_differ(saved, model) == []
+    assert all(layer.gate == sadmoe.DynamicK(0.1) for layer in sadmoe.moe_layers(saved).values())
+
+
+def test_routers_beside_experts_take_the_step_of_a_plain_loop(tmp_path):
+    ours = routed_model()
+    data = Rows(4, causal=False)
+    routed(tmp_path, [RouterCallback(2.0, alone=False)], ours, data, **PLAIN_SGD | {"max_steps": 1}).train()
+    model = routed_model().train()
+    batch = {key: torch.stack([row[key] for row in data]) for key in data[0]}
+    with sadmoe.RouterLoss(model) as routers:
+        (model(**batch).loss + 2.0 * routers(batch)).backward()
+    moved = set()
+    for (name, p), q in zip(model.named_parameters(), ours.parameters(), strict=True):
+        expected = p if p.grad is None else p - 1e-2 * p.grad
+        torch.testing.assert_close(q, expected, rtol=1e-4, atol=1e-6, msg=name)
+        moved |= {name.rpartition(".")[2]} if p.grad is not None and p.grad.any() else set()
+    assert moved >= {"v1", "v2", "w_up", "w_down"}
+
+
+def test_a_router_callback_that_comes_too_late_is_refused(tmp_path):
+    trainer = routed(tmp_path, [], routed_model())
+    trainer.add_callback(RouterCallback())
+    with pytest.raises(ValueError, match=r"give a new one to a new Trainer\(callbacks"):
+        trainer.train()
+    with pytest.raises(ValueError, match="alpha must be above 0, got 0"):
+        RouterCallback(0.0)
+    with pytest.raises(ValueError, match="target_power must be in"):
+        RouterCallback(target_power=3.0)
+
+
+def test_beside_experts_a_model_without_a_loss_is_refused(tmp_path):
+    trainer = routed(
+        tmp_path, [RouterCallback(alone=False)], routed_model("bert"), Unlabelled(8, causal=False)
+    )
+    with pytest.raises(ValueError, match="RouterCallback adds to the loss that the model returns"):
+        trainer.train()
+
+
+def test_a_pass_that_fails_leaves_gradients_gates_and_modes(tmp_path):
+    model, callback = routed_model(), RouterCallback()
+    asked = [p.requires_grad for p in model.parameters()]
+    trainer = routed(tmp_path, [callback], model)
+
+    def fails(module, args):
+        assert not module.training
+        raise RuntimeError("out of memory")
+
+    (layer, *_) = sadmoe.moe_layers(model).values()
+    handle = layer.register_forward_pre_hook(fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    handle.remove()
+    assert torch.is_grad_enabled()
+    assert all(module.training for module in model.modules())
+    assert layer.gate == sadmoe.DynamicK(0.1)
+    trainer.train()  # the same run again
+    assert callback.last is not None
+    assert [p.requires_grad for p in model.parameters()] == asked
 
 
 WORKER = """

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sadmoe import ConvertConfig, RouterConfig, SparsifyConfig, convert_, moe_layers, tau
+from sadmoe import Checkpoint, ConvertConfig, RouterConfig, SparsifyConfig, convert_, moe_layers, tau
 from sadmoe.batches import Batches
 from sadmoe.inputs import held_out_and_batches, stream_inputs
 from sadmoe.layer import DynamicKMoE
@@ -31,8 +31,13 @@ class ActivityRouter(nn.Module):
         return F.linear(torch.tanh(F.linear(x.float(), self.v1.float())), self.v2.float())
 
 
-def moefied(dense: nn.Module, batches: Batches, expert_size: int, steps: int, tokens: int) -> nn.Module:
-    """A copy of a ReLU model in experts, with that router in every layer. Its gates are for the caller: TopK."""
+def moefied(
+    dense: nn.Module, batches: Batches, expert_size: int, steps: int, tokens: int, checkpoint: Checkpoint
+) -> nn.Module:
+    """A copy of a ReLU model in experts, with that router in every layer. Its gates are for the caller: TopK.
+
+    checkpoint: where the routers are saved, to be taken up again after a kill.
+    """
     model = copy.deepcopy(dense)
     router = RouterConfig(width=WIDTH, steps=1)
     config = ConvertConfig(expert_size=expert_size, router=router, max_tokens=min(tokens, 8192))
@@ -41,7 +46,7 @@ def moefied(dense: nn.Module, batches: Batches, expert_size: int, steps: int, to
     sites = [_Site(name, layer) for name, layer in layers.items()]
     with tau(model, 0.0), seeded(model, 0):
         for name, rows in stream_inputs(model, sites, batches, max_tokens=tokens):
-            layers[name].router = fitted(layers[name], rows, steps)
+            layers[name].router = fitted(layers[name], rows, steps, checkpoint, name)
     return model
 
 
@@ -50,7 +55,7 @@ class _Site:
         self.name, self.first = name, first
 
 
-def fitted(layer: DynamicKMoE, rows: Tensor, steps: int) -> ActivityRouter:
+def fitted(layer: DynamicKMoE, rows: Tensor, steps: int, checkpoint: Checkpoint, name: str) -> ActivityRouter:
     """The router of one layer, from what enters it."""
     with torch.no_grad():
         sums = torch.cat([activity(layer, part) for part in rows.split(2048)])
@@ -61,7 +66,10 @@ def fitted(layer: DynamicKMoE, rows: Tensor, steps: int) -> ActivityRouter:
         return F.binary_cross_entropy_with_logits(router(batch["rows"]), batch["labels"])
 
     config = SparsifyConfig(steps=steps, alpha=0.0, lr=1e-3)
-    train(router, chunks, config, objective, lambda batch: torch.zeros(()), progress=False)
+    train(
+        router, chunks, config, objective, lambda batch: torch.zeros(()), progress=False,
+        checkpoint=checkpoint, name=name,
+    )  # fmt: skip
     return router
 
 

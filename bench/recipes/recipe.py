@@ -2,8 +2,8 @@
 
     projections of attention -> sparsify -> convert -> layers -> routers -> routed -> a sweep of every gate
 
-Each training step saves itself under OUT/state and is not done again, so a killed run goes on when it is started again.
-JSON, PNG and HTML are written anew after every curve.
+Each training step and each curve is saved under OUT/state and not done again, so a killed run goes on when it is
+started again. JSON, PNG and HTML are written anew after every curve.
 """
 
 import copy
@@ -31,6 +31,7 @@ from sadmoe import (
     finetune_,
     finetune_layers_,
     fit_routers_,
+    moe_layers,
     replace_projections_,
     sparsify_,
 )
@@ -119,7 +120,9 @@ class Recipe:
             projection_router=RouterConfig(width=PROJECTION_ROUTER, steps=1), max_tokens=min(effort.tokens, 8192),
         )  # fmt: skip
         with run.stage(f"{name} convert"):
-            convert_(model, self.fitted, untrained, progress=False)
+            convert_(
+                model, self.fitted, untrained, checkpoint=run.checkpoint(f"{name} convert"), progress=False
+            )
         layers = FinetuneConfig(
             seconds=effort.layers, tau=0.07, ramp=0.0, alpha=0.02, share=effort.share, lr=1e-3
         )
@@ -161,14 +164,24 @@ class Recipe:
         tokens = min(self.effort.tokens, 8192)
         config = ConvertConfig(expert_size=size, cluster="activity", router=router, max_tokens=tokens)
         with self.run.stage("untrained convert"):
-            convert_(model, self.fitted, config, progress=False)
+            checkpoint = self.run.checkpoint(f"untrained s{size} convert")
+            convert_(model, self.fitted, config, checkpoint=checkpoint, progress=False)
         self.route(model, f"untrained s{size} routers")
         return model
 
     def moefied(self, sparse: nn.Module, size: int) -> nn.Module:
         """The sparse model by MoEfication."""
+        effort, checkpoint = self.effort, self.run.checkpoint("MoEfication")
         with self.run.stage("MoEfication"):
-            return moefied(sparse, self.fitted, size, self.effort.routers, self.effort.tokens)
+            return moefied(sparse, self.fitted, size, effort.routers, effort.tokens, checkpoint)
+
+    def tuned(self, moefied: nn.Module) -> nn.Module:
+        """MoEfication's own calibration, for as long as ours trains after `sparse`: as many experts as our budget."""
+        for layer in moe_layers(moefied).values():
+            layer.gate = TopK(max(1, round(self.effort.budget * layer.experts)))
+        seconds = self.effort.layers + self.effort.routed
+        self.finetune(moefied, "MoEfication tuned", FinetuneConfig(seconds=seconds, tau=None, lr=2e-4))
+        return moefied
 
 
 def run_recipe(work: Workload, run: Run) -> None:
@@ -191,13 +204,16 @@ def run_recipe(work: Workload, run: Run) -> None:
     sparse = recipe.sparse(run.sizes)
     model = recipe.converted(sparse, ours)
     results.add(f"sadmoe, dynamic k, s = {ours}", model, dynamic, timed=True)
-    results.add("the same, static top-k", model, static)
+    results.add("the same, static top-k", model, static, timed=True)
     results.add("the same, oracle gate", model, oracle)
     untrained = recipe.untrained(ours)
     results.add(f"no fine-tuning, FFNs only, s = {ours}", untrained, dynamic, timed=True)
     results.add("no fine-tuning, oracle gate", untrained, oracle)
     last = run.sizes[-1]
-    results.add(f"MoEfication, s = {last}", recipe.moefied(sparse, last), static)
+    theirs = recipe.moefied(sparse, last)
+    results.add(f"MoEfication, s = {last}", theirs, static, timed=True)
+    if not effort.sparsify:  # else what it was given was fine-tuned
+        results.add(f"MoEfication, fine-tuned, s = {last}", recipe.tuned(theirs), static, timed=True)
     for size in others:
         results.add(f"sadmoe, dynamic k, s = {size}", recipe.converted(sparse, size), dynamic, timed=True)
     print(results.table())

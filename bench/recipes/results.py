@@ -35,16 +35,22 @@ class Results:
             **facts,
         }
         self.curves: dict[str, list[Point]] = {}
+        self.saved = Saved(run)
         self.heat: Heat | None = None
         self.histograms: dict[str, list[int]] = {}
 
     def add(
         self, name: str, model: nn.Module, gates: Sequence[tuple[str, Gate]], *, timed: bool = False
     ) -> None:
-        """Measures a model under every gate, and writes all that is known. The first one's tokens are looked into."""
+        """Measures a model under every gate, if that is not done, and writes all that is known. The first one's tokens
+        are looked into."""
         with self.run.stage(name):
-            seconds = self.run.effort.timed if timed else 0.0
-            self.curves[name] = sweep(self.work, model, gates, self.dense, seconds)
+            points = self.saved.get(name)
+            if points is None:
+                seconds = self.run.effort.timed if timed else 0.0
+                points = sweep(self.work, model, gates, self.dense, seconds)
+                self.saved.put(name, points)
+            self.curves[name] = points
             if self.heat is None:
                 self.look_into(model)
         self.write()
@@ -97,6 +103,36 @@ class Results:
             heats=[self.heat] if self.heat is not None else [],
             histograms=self.histograms,
         )  # fmt: skip
+
+
+class Saved:
+    """Curves of an earlier start of the same run, on the same machine, of the same effort."""
+
+    def __init__(self, run: Run):
+        self.path = run.out / "state" / run.name / "curves.json"
+        self.of = {"machine": machine(), "effort": asdict(run.effort), "sizes": list(run.sizes)}
+        self.of = json.loads(json.dumps(self.of))  # as it is read
+        self.curves: dict[str, list[dict[str, Any]]] = {}
+        if not self.path.exists():
+            return
+        found = json.loads(self.path.read_text())
+        if found["of"] == self.of:
+            self.curves = found["curves"]
+        else:
+            print(f"{self.path} is of another machine, effort or sizes: its curves are measured again")
+
+    def get(self, name: str) -> list[Point] | None:
+        """The points of a curve that was measured to its end."""
+        points = self.curves.get(name)
+        return None if points is None else [Point(**point) for point in points]
+
+    def put(self, name: str, points: Sequence[Point]) -> None:
+        """Keeps a curve. A kill leaves the old file or the new one."""
+        self.curves[name] = [asdict(point) for point in points]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_suffix(".tmp")
+        beside.write_text(json.dumps({"of": self.of, "curves": self.curves}, indent=1))
+        beside.replace(self.path)
 
 
 def listed(values: Mapping[str, float], digits: int) -> str:

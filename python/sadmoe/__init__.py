@@ -23,6 +23,7 @@ from sadmoe.layerwise import finetune_layers_
 from sadmoe.masks import record_masks
 from sadmoe.ops import build_info
 from sadmoe.partition import partition
+from sadmoe.router_loss import RouterLoss
 from sadmoe.routers import RouterConfig, fit_router_, fit_routers_
 from sadmoe.sparsify import (
     Checkpoint,
@@ -52,6 +53,7 @@ __all__ = [
     "ProjectionReport",
     "Router",
     "RouterConfig",
+    "RouterLoss",
     "SparsifyConfig",
     "SparsifyReport",
     "SparsityLoss",

@@ -12,10 +12,10 @@ from sadmoe.bench import compare, random_batch, table
 from sadmoe.dial import set_batch_invariant
 from sadmoe.measure_costs import TOKENS, calibrate_costs, costs_table
 from sadmoe.measured import cache_file, read
-from sadmoe.options import add_common, add_text, batches_of
+from sadmoe.options import add_common, add_data, data_of
 from sadmoe.outputs import check_files
 from sadmoe.paths import dtype_name, use_costs
-from sadmoe.texts import load_bare_model, load_tokenizer
+from sadmoe.texts import load_bare_model
 from sadmoe.timing import machine
 
 
@@ -30,8 +30,9 @@ def add_bench(commands: Any) -> None:
         "in a file that later loads on this machine decide by. In float32 only layers with batch_invariant=False "
         "decide; in bfloat16 and float16 also those that are left as they are.",
     )
-    command.add_argument("model", type=Path, help="folder that `sadmoe convert` or save_pretrained wrote")
-    command.add_argument("--text", type=Path, help="what to run on (default: random tokens or images)")
+    command.add_argument(
+        "--model", type=Path, required=True, help="folder that `sadmoe convert` or save_pretrained wrote"
+    )
     command.add_argument(
         "--tau",
         type=float,
@@ -68,7 +69,7 @@ def add_bench(commands: Any) -> None:
         metavar="FOLDER",
         help="of the measurements, to read and to write (default: sadmoe in your cache folder, where later loads look)",
     )
-    add_text(command)
+    add_data(command, default="random tokens or images")
     add_common(command)
     command.set_defaults(command=_bench)
 
@@ -86,8 +87,8 @@ def _bench(arguments: argparse.Namespace) -> None:
         use_costs(read(cache_file(arguments.cache)).values())
     if arguments.batch_invariant:
         set_batch_invariant(model, arguments.batch_invariant == "yes")
-    if arguments.text:
-        batch = batches_of(arguments, load_tokenizer(arguments.model))[0]
+    if arguments.data:
+        batch = data_of(arguments, model).batches[0]
     else:
         batch = random_batch(model, arguments.batch_size, arguments.max_length)
     rows = compare(model, batch, arguments.tau, arguments.seconds)

@@ -1,6 +1,7 @@
 """The command line: `sadmoe demo | convert | evaluate | report | bench | info`, thin over the API."""
 
 import argparse
+import copy
 import json
 import logging
 import sys
@@ -10,29 +11,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sadmoe import ops
+from sadmoe.attention import ProjectionConfig, replace_projections_
 from sadmoe.bench_command import add_bench
 from sadmoe.convert import ConvertConfig, convert_
+from sadmoe.data import Data
 from sadmoe.evaluate import evaluate, table
 from sadmoe.int8 import quantize_experts_
 from sadmoe.model_report import report_page
-from sadmoe.options import add_common, add_text, batches_of
+from sadmoe.options import add_common, add_data, data_of
 from sadmoe.outputs import check_files, check_folder, replaced
 from sadmoe.report import write_page
 from sadmoe.run_demo import SECONDS, run_demo
-from sadmoe.sparsify import SparsifyConfig, sparsify_
-from sadmoe.texts import load_model, paragraphs
+from sadmoe.sparsify import Checkpoint, SparsifyConfig, sparsify_
+from sadmoe.texts import load_bare_model
 
 BUDGET = 0.5  # of `sadmoe convert`
 EPILOG = """\
 examples:
-  sadmoe demo                                          convert a real text encoder, see what it costs and keeps
-  sadmoe convert ./my-bert ./my-moe --text corpus.txt  convert a transformers model of a local folder
-  sadmoe evaluate ./my-moe --text held_out.txt         cost, time and fidelity at several tau
-  sadmoe report ./my-moe --text held_out.txt           the same and more, as one HTML page
-  sadmoe bench ./my-moe --tau 0.1 0.3                  its layers and all of it, timed beside dense
-  sadmoe bench ./my-moe --calibrate                    measure where its layers are better off dense on this machine
+  sadmoe demo                                            convert a real text encoder, see what it costs and keeps
+  sadmoe convert --model bert --data text.txt --out moe  convert a transformers model of a local folder
+  sadmoe convert --model vit --data photos --out moe     the same, of images
+  sadmoe evaluate --model moe --data held_out.txt        cost, time and fidelity at several tau
+  sadmoe report --model moe --data held_out.txt          the same and more, as one HTML page
+  sadmoe bench --model moe --tau 0.1 0.3                 its layers and all of it, timed beside dense
+  sadmoe bench --model moe --calibrate                   measure where its layers are better off dense on this machine
 """
 
 
@@ -45,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.command(arguments)
     except KeyboardInterrupt:
-        print("sadmoe: interrupted; nothing was written", file=sys.stderr)
+        saved = getattr(arguments, "checkpoint", None)
+        told = f"the same command goes on from {saved}" if saved else "nothing was written"
+        print(f"sadmoe: interrupted; {told}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError, FloatingPointError) as error:
         print(f"sadmoe: error: {error}", file=sys.stderr)
@@ -94,18 +101,18 @@ def _add_convert(commands: Any) -> None:
     command = commands.add_parser(
         "convert",
         help="convert a transformers model of a local folder",
-        description="Converts every FFN of MODEL and saves the result, which transformers loads after `import sadmoe`. "
-        "Without --sparsify nothing is fine-tuned: models with GELU or SiLU then keep their quality to a budget of "
-        "about 0.6, with it to far less.",
+        description="Converts every FFN of a model and saves the result, which transformers loads after "
+        "`import sadmoe`. Without --sparsify nothing is fine-tuned: models with GELU or SiLU then keep their quality to a "
+        "budget of about 0.6, with it to far less.",
     )
-    command.add_argument("model", type=Path, help="folder of a transformers model and its tokenizer")
-    command.add_argument("out", type=Path, help="folder to write")
     command.add_argument(
-        "--text",
+        "--model",
         type=Path,
         required=True,
-        help="text like what the model will see, paragraphs between blank lines",
+        help="folder of a transformers model, and of its tokenizer or image processor",
     )
+    add_data(command)
+    command.add_argument("--out", type=Path, required=True, help="folder to write")
     command.add_argument(
         "--budget",
         type=float,
@@ -122,10 +129,21 @@ def _add_convert(commands: Any) -> None:
         help="first swap the activation for ReLU and fine-tune that long by self-distillation",
     )
     command.add_argument(
+        "--projections",
+        type=int,
+        metavar="UPDATES",
+        help="before that make MLPs of attention's projections, each trained for so many updates, to convert as well",
+    )
+    command.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FOLDER",
+        help="where the long steps save themselves: the same command goes on from there after a kill",
+    )
+    command.add_argument(
         "--int8", action="store_true", help="round the experts' weights to int8, which decodes faster on CPUs"
     )
     command.add_argument("--seed", type=int, default=0)
-    add_text(command)
     add_common(command)
     command.set_defaults(command=_convert)
 
@@ -134,7 +152,7 @@ def _add_evaluate(commands: Any) -> None:
     command = commands.add_parser(
         "evaluate",
         help="cost, time and fidelity of a converted model at several tau",
-        description="Runs a converted model over TEXT at several tau. error: of the last hidden states or logits, "
+        description="Runs a converted model over DATA at several tau. error: of the last hidden states or logits, "
         "|y - y0| / |y0| with y0 those at tau = 0, padding left out.",
     )
     _add_sweep(command)
@@ -145,21 +163,24 @@ def _add_report(commands: Any) -> None:
     command = commands.add_parser(
         "report",
         help="one HTML page about a converted model: curve, experts per token and layer, table",
-        description="Runs a converted model over TEXT at several tau, and writes one self-contained HTML file, with "
+        description="Runs a converted model over DATA at several tau, and writes one self-contained HTML file, with "
         "the numbers in a JSON file beside it: the curve of error against cost and time, a heat map of the experts "
-        "that each token of a sentence runs in each layer, a histogram for each layer, and `sadmoe evaluate`'s table.",
+        "that each token of a sentence, or patch of an image, runs in each layer, a histogram for each layer, and "
+        "`sadmoe evaluate`'s table.",
     )
     command.add_argument(
         "--out", type=Path, default=Path("sadmoe-report.html"), help="file to write (default: %(default)s)"
     )
-    command.add_argument("--sentence", help="of the heat map (default: the first paragraph of TEXT)")
+    command.add_argument("--sentence", help="of the heat map (default: what comes first in DATA)")
     _add_sweep(command)
     command.set_defaults(command=_report)
 
 
 def _add_sweep(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", type=Path, help="folder that `sadmoe convert` or save_pretrained wrote")
-    command.add_argument("--text", type=Path, required=True)
+    command.add_argument(
+        "--model", type=Path, required=True, help="folder that `sadmoe convert` or save_pretrained wrote"
+    )
+    add_data(command)
     command.add_argument(
         "--tau",
         type=float,
@@ -167,7 +188,6 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
         default=[0.0, 0.01, 0.03, 0.1, 0.3, 1.0],
         help="(default: %(default)s)",
     )
-    add_text(command)
     add_common(command)
 
 
@@ -177,21 +197,20 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    check_folder(arguments.out, arguments.force, reads=(arguments.model, arguments.text))
+    check_folder(arguments.out, arguments.force, reads=(arguments.model, arguments.data))
     budget = BUDGET if arguments.budget is None and arguments.tau is None else arguments.budget
     config = ConvertConfig(
         expert_size=arguments.expert_size, budget=budget, tau=arguments.tau, seed=arguments.seed
     )
-    model, tokenizer = load_model(arguments.model)
-    batches = batches_of(arguments, tokenizer)
-    if arguments.sparsify is not None:
-        print(sparsify_(model, batches, SparsifyConfig(seconds=arguments.sparsify, seed=arguments.seed)))
-    print(convert_(model, batches, config))
+    model = load_bare_model(arguments.model)
+    data = data_of(arguments, model)
+    _prepare(model, data, arguments)
+    print(convert_(model, data.batches, config, checkpoint=_checkpoint(arguments, "convert")))
     if arguments.int8:
         print(quantize_experts_(model))
     with replaced(arguments.out):
         model.save_pretrained(arguments.out)  # type: ignore[operator]
-        tokenizer.save_pretrained(arguments.out)
+        data.processor.save_pretrained(arguments.out)
     print(
         f"\nsaved to {arguments.out}. Load it with\n\n    import sadmoe\n"
         f"    from transformers import {type(model).__name__}\n"
@@ -199,9 +218,28 @@ def _convert(arguments: argparse.Namespace) -> None:
     )
 
 
+def _prepare(model: nn.Module, data: Data, arguments: argparse.Namespace) -> None:
+    """What is asked for before the conversion. Projections that were replaced are compared with the dense model."""
+    dense = copy.deepcopy(model) if arguments.projections and arguments.sparsify is not None else None
+    if arguments.projections:
+        projections = ProjectionConfig(
+            steps=arguments.projections, multiple=arguments.expert_size, seed=arguments.seed
+        )
+        follow = _checkpoint(arguments, "projections")
+        print(replace_projections_(model, data.batches, projections, checkpoint=follow))
+    if arguments.sparsify is not None:
+        sparsify = SparsifyConfig(seconds=arguments.sparsify, seed=arguments.seed)
+        follow = _checkpoint(arguments, "sparsify")
+        print(sparsify_(model, data.batches, sparsify, teacher=dense, checkpoint=follow))
+
+
+def _checkpoint(arguments: argparse.Namespace, step: str) -> Checkpoint | None:
+    return None if arguments.checkpoint is None else Checkpoint(arguments.checkpoint / step)
+
+
 def _evaluate(arguments: argparse.Namespace) -> None:
-    model, tokenizer = load_model(arguments.model)
-    print(table(evaluate(model, batches_of(arguments, tokenizer), arguments.tau)))
+    model = load_bare_model(arguments.model)
+    print(table(evaluate(model, data_of(arguments, model).batches, arguments.tau)))
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -209,11 +247,12 @@ def _report(arguments: argparse.Namespace) -> None:
     if page == numbers:
         raise ValueError(f"--out names the page, and {numbers} is where its numbers go: give a name in .html")
     check_files((page, numbers), arguments.force)
-    model, tokenizer = load_model(arguments.model)
-    batches = batches_of(arguments, tokenizer)
-    points = evaluate(model, batches, sorted(arguments.tau), progress=True)
+    model = load_bare_model(arguments.model)
+    data = data_of(arguments, model)
+    if data.is_images and arguments.sentence is not None:
+        raise ValueError(f"--sentence: a {type(model).__name__} takes images; leave it out")
+    points = evaluate(model, data.batches, sorted(arguments.tau), progress=True)
     print(table(points))
-    sentence = arguments.sentence or paragraphs(arguments.text)[0]
-    write_page(page, report_page(model, tokenizer, points, batches, sentence))
+    write_page(page, report_page(model, data, points, arguments.sentence))
     numbers.write_text(json.dumps([asdict(point) for point in points], indent=1))
     print(f"\n{page}, and the numbers in {numbers}")

@@ -48,7 +48,7 @@ class Point:
 def evaluate(
     model: nn.Module, batches: Sequence[dict[str, Any]], taus: Sequence[float], *, progress: bool = False
 ) -> list[Point]:
-    """Runs a converted transformers model over batches of text at every tau; its gates come back."""
+    """Runs a converted transformers model over batches at every tau; its gates come back."""
     converted_layers(model)
     errors = _errors(model, batches, taus)
     with tau(model, 0.0):
@@ -85,10 +85,11 @@ def _errors(model: nn.Module, batches: Sequence[dict[str, Any]], taus: Sequence[
 
 
 def _output(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """What the model says of every real token, float32 [tokens, n], or of every text, [B, n]."""
+    """What the model says of every real token, float32 [tokens, n], or of every sample, [B, n]."""
     output = run(model, batch)
     y = output["logits"] if "logits" in output else output[0]
-    return (y[batch["attention_mask"].bool()] if y.dim() == 3 else y).float()
+    real = batch.get("decoder_attention_mask", batch.get("attention_mask"))
+    return (y if y.dim() < 3 or real is None else y[real.bool()]).float()
 
 
 def _seconds(model: nn.Module, batches: Sequence[dict[str, Any]]) -> float:

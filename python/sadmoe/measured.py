@@ -93,7 +93,7 @@ def read(path: Path) -> dict[Key, Costs]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path}, the measured costs of layers, is damaged ({error}): delete it, or measure again with "
-            "`sadmoe bench MODEL --calibrate --force`"
+            "`sadmoe bench --model MODEL --calibrate --force`"
         ) from error
     return {row.key: row for row in rows}
 

@@ -1,6 +1,7 @@
-"""`sadmoe report`: everything about one converted text model on one page."""
+"""`sadmoe report`: everything about one converted model on one page."""
 
 import platform
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from sadmoe.batches import Batch, device_of, evaluating, run, to_device
+from sadmoe.data import Data
 from sadmoe.dial import converted_layers
 from sadmoe.evaluate import HEADER, Point
 from sadmoe.gates import DynamicK
@@ -18,17 +20,14 @@ from sadmoe.tables import si
 LONGEST = 40  # tokens of the sentence that are shown
 
 
-def report_page(
-    model: nn.Module,
-    tokenizer: Any,
-    points: Sequence[Point],
-    batches: Sequence[dict[str, Any]],
-    sentence: str,
-) -> Page:
-    """The page of a converted transformers model: `points` from `evaluate`, the rest as its gates stand now."""
+def report_page(model: nn.Module, data: Data, points: Sequence[Point], sentence: str | None = None) -> Page:
+    """The page of a converted transformers model: `points` from `evaluate`, the rest as its gates stand now.
+
+    sentence: of the heat map, where the model takes text; the data's first sample if None.
+    """
     layers = converted_layers(model)
     with record_masks(model) as record, evaluating(model):
-        for batch in batches:
+        for batch in data.batches:
             with record.batch(batch):
                 run(model, batch)
     tokens = sum(counts.tokens for counts in record.layers.values()) // len(layers)
@@ -41,13 +40,13 @@ def report_page(
             "parameters": si(parameters),
             "converted": f"{len(layers)} layers of {_sizes(layers)}",
             "as saved": now,
-            "text": f"{tokens} tokens",
+            "data": f"{tokens} tokens",
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         },
         table=(HEADER, [point.cells() for point in points]),
         notes=("error: of the last hidden states or logits, |y - y0| / |y0|, y0 those at tau = 0.",),
         panels=_panels(points),
-        heats=[sentence_heat(f"Experts of each token at {now}", model, tokenizer, sentence)],
+        heats=[_heat(model, data, sentence, now)],
         histograms={
             name: counts.histogram.tolist()
             for name, counts in zip(short_names(record.layers), record.layers.values(), strict=True)
@@ -74,6 +73,18 @@ def _panels(points: Sequence[Point]) -> list[Panel]:
         Panel("FLOPs", "executed FLOPs, % of dense", "error", costs, "lower left"),
         Panel("Wall time", "times faster than at tau = 0", "error", gains, "lower right"),
     ]
+
+
+def _heat(model: nn.Module, data: Data, sentence: str | None, now: str) -> Heat:
+    heading = f"Experts of each token at {now}"
+    if data.is_images:
+        counts = Counter(k.numel() for k in experts_per_token(model, data.first).values())
+        (patches, _) = counts.most_common(1)[0]
+        heading = f"Experts of each patch of the first image at {now}"
+        return layer_heat(heading, model, data.first, [str(i) for i in range(patches)])
+    if sentence is not None:
+        return sentence_heat(heading, model, data.processor, sentence)
+    return layer_heat(heading, model, data.first, data.words)
 
 
 def layer_heat(heading: str, model: nn.Module, batch: Batch, labels: Sequence[str]) -> Heat:

@@ -1,21 +1,28 @@
 """Arguments that several commands of the command line share."""
 
 import argparse
-from typing import Any
+from pathlib import Path
 
-from sadmoe.texts import paragraphs, tokenized
+from torch import nn
+
+from sadmoe.data import Data, load_data
 
 
-def add_text(command: argparse.ArgumentParser) -> None:
-    """How text becomes batches."""
+def add_data(command: argparse.ArgumentParser, *, default: str | None = None) -> None:
+    """What the model is run on, and in what batches. default: what that is where nothing is given."""
     command.add_argument(
-        "--batch-size", type=int, default=16, help="paragraphs in a batch (default: %(default)s)"
+        "--data",
+        type=Path,
+        required=default is None,
+        help="what the model is for: a text, paragraphs between blank lines; of an encoder-decoder lines of source, "
+        "tab and target; of an image model a folder of images"
+        + (f" (default: {default})" if default else ""),
     )
     command.add_argument(
-        "--max-length",
-        type=int,
-        default=128,
-        help="tokens after which a paragraph is cut (default: %(default)s)",
+        "--batch-size", type=int, default=16, help="samples in a batch (default: %(default)s)"
+    )
+    command.add_argument(
+        "--max-length", type=int, default=128, help="tokens after which a text is cut (default: %(default)s)"
     )
 
 
@@ -25,7 +32,12 @@ def add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--force", action="store_true", help="replace what a former run wrote")
 
 
-def batches_of(arguments: argparse.Namespace, tokenizer: Any) -> list[dict[str, Any]]:
-    """The paragraphs of --text, short ones first, as batches."""
-    texts = sorted(paragraphs(arguments.text), key=len)
-    return tokenized(tokenizer, texts, batch_size=arguments.batch_size, max_length=arguments.max_length)
+def data_of(arguments: argparse.Namespace, model: nn.Module) -> Data:
+    """What --data holds, for the model of --model."""
+    return load_data(
+        model,
+        arguments.model,
+        arguments.data,
+        batch_size=arguments.batch_size,
+        max_length=arguments.max_length,
+    )

@@ -61,12 +61,12 @@ def tokenized(
     """Batches in the texts' order, each padded to its longest: input_ids, attention_mask [B, T] and what else the
     tokenizer gives. labels: the input ids again, -100 at padding, for a causal language model's own loss.
     """
-    with _padding(tokenizer):
+    with padding(tokenizer):
         return _tokenized(tokenizer, texts, batch_size, max_length, labels)
 
 
 @contextmanager
-def _padding(tokenizer: Any) -> Iterator[None]:
+def padding(tokenizer: Any) -> Iterator[None]:
     """Inside, a tokenizer that has no token for padding pads with the one for the end."""
     if tokenizer.pad_token is not None:
         yield

@@ -1,22 +1,18 @@
 """Find the FFNs, check all, build all, swap all last."""
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import nn
 
 from sadmoe.batches import Batches, check_batches, device_of, evaluating, run, to_device
 from sadmoe.calibrate import calibrate_
+from sadmoe.convert.build import Built, Clock, build_all
 from sadmoe.convert.config import ConvertConfig
 from sadmoe.convert.report import ConversionReport, LayerReport
 from sadmoe.convert.undo import surgery
 from sadmoe.cost import layer_cost
 from sadmoe.ffn import (
-    DenseFFN,
     FFNSite,
     check_originals,
     find_ffns,
@@ -29,18 +25,18 @@ from sadmoe.ffn import (
 )
 from sadmoe.ffn.dense import TENSORS
 from sadmoe.gates import DynamicK
-from sadmoe.inputs import stream_inputs
-from sadmoe.layer import DynamicKMoE
-from sadmoe.partition import partition, slots
-from sadmoe.routers import fit_router_
+from sadmoe.sparsify.resume import Checkpoint
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the ops take
-CLUSTERED = 1024  # tokens by whose activity neurons are clustered
-JUDGED = 1024  # tokens of each layer on which the report's share and error are measured
 
 
 def convert_(
-    model: nn.Module, batches: Batches, config: ConvertConfig | None = None, *, progress: bool = True
+    model: nn.Module,
+    batches: Batches,
+    config: ConvertConfig | None = None,
+    *,
+    checkpoint: Checkpoint | None = None,
+    progress: bool = True,
 ) -> ConversionReport:
     """Turns the FFNs of a model into dynamic-k mixtures of experts, in place (arXiv 2310.04361, section 3).
 
@@ -48,12 +44,13 @@ def convert_(
     fails, Ctrl-C included, leaves the model as it was. Takes the memory of the FFNs twice until it returns.
     The same model, batches and config give the same layers, bit for bit.
 
-    batches: a list or a DataLoader of what the model is called with; no labels needed.   progress: show bars.
+    batches: a list or a DataLoader of what the model is called with; no labels needed.   checkpoint: where to resume
+    from after a kill: layers that were built are loaded, see `Checkpoint`.   progress: show bars.
     Raises ValueError or TypeError where model or batches do not fit, FFNNotFoundError where there is no FFN,
     NotImplementedError where none of them can be converted.
     """
     config = ConvertConfig() if config is None else config
-    clock = _Clock()
+    clock = Clock()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     # It makes weights, which must not be those of inference alone.
@@ -61,7 +58,7 @@ def convert_(
         with clock("find"):
             check_batches(batches)
             sites = _checked_sites(model, config)
-        built = _build_all(model, sites, batches, config, clock, progress)
+        built = build_all(model, sites, batches, config, clock, checkpoint, progress)
         for one in built:
             swap_in(model, one.site, one.layer)
         _check_runs(model, batches)
@@ -107,31 +104,6 @@ def _check_runs(model: nn.Module, batches: Batches) -> None:
                 f"this {type(model).__name__} does not run with MoE layers in the place of its FFNs: "
                 f"{type(error).__name__}: {error}; leave out those that it is about by ConvertConfig(filter=...)"
             ) from error
-
-
-@dataclass
-class _Built:
-    """A layer that is ready to be swapped in, and what its row of the report is made from."""
-
-    site: FFNSite
-    dense: DenseFFN
-    layer: DynamicKMoE
-    r2: float
-    tokens: int
-    sample: Tensor
-
-
-class _Clock:
-    """Seconds spent on each step, in the order in which the steps began."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, step: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
 
 
 def _checked_sites(model: nn.Module, config: ConvertConfig) -> list[FFNSite]:
@@ -180,58 +152,7 @@ def _check_budget(sites: list[FFNSite], config: ConvertConfig, budget: float) ->
         )
 
 
-def _build_all(
-    model: nn.Module,
-    sites: list[FFNSite],
-    batches: Batches,
-    config: ConvertConfig,
-    clock: _Clock,
-    progress: bool,
-) -> list[_Built]:
-    """The layers in the order of the sites. The inputs of a layer are let go when it is built."""
-    stream = stream_inputs(
-        model,
-        sites,
-        batches,
-        max_tokens=config.max_tokens,
-        max_bytes=config.max_bytes,
-        seed=config.seed,
-        skip_padding=config.skip_padding,
-        progress=progress,
-    )
-    by_name = {site.name: site for site in sites}
-    built = {}
-    for _ in tqdm(sites, "layers", disable=not progress):
-        with clock("inputs"):
-            name, inputs = next(stream)
-        built[name] = _build(by_name[name], inputs, config, clock, progress)
-    return [built[site.name] for site in sites]
-
-
-def _build(site: FFNSite, inputs: Tensor, config: ConvertConfig, clock: _Clock, progress: bool) -> _Built:
-    dense, config = site.dense(), config.of(site.adapter)
-    experts = config.experts_of(dense.f)
-    with clock("partition"):
-        alike = _activity(dense, inputs) if config.cluster == "activity" else dense.first
-        labels = partition(alike, experts, seed=config.seed, restarts=config.restarts, progress=progress)
-    with clock("routers"):
-        devices = [dense.w_up.device] if dense.w_up.is_cuda else []
-        with torch.random.fork_rng(
-            devices
-        ):  # a new layer draws weights, which the user's own draws must not feel
-            layer = layer_from_dense(dense, slots(labels, experts), experts, config.router.width, config.gate)
-        fit = fit_router_(layer, inputs, config.router, progress=progress)
-    return _Built(site, dense, layer, fit.r2, len(inputs), inputs[:JUDGED].clone())
-
-
-def _activity(dense: DenseFFN, inputs: Tensor) -> Tensor:
-    """[f, tokens], 1 where a neuron is above 1 % of the token's largest: alike are neurons that fire together."""
-    with torch.no_grad():
-        hidden = dense.hidden(inputs[:CLUSTERED]).abs()
-    return (hidden > 0.01 * hidden.amax(-1, keepdim=True)).t().to(torch.float32).contiguous()
-
-
-def _judge(one: _Built) -> LayerReport:
+def _judge(one: Built) -> LayerReport:
     """The row of a layer at its present tau. The first rows of a sample are as random as all of it."""
     layer, dense = one.layer, one.dense
     wanted = dense(one.sample).float()

@@ -1,20 +1,130 @@
-"""Sparsity fine-tuning inside `transformers.Trainer`."""
+"""Sparsity fine-tuning and router fitting inside `transformers.Trainer`."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
+from sadmoe.batches import evaluating
+from sadmoe.dial import tau
 from sadmoe.ffn import find_ffns, swap_activations_
+from sadmoe.router_loss import RouterLoss
 from sadmoe.sparsify import SparsifyConfig, SparsityLoss
 from sadmoe.sparsify.config import Schedule
 from sadmoe.sparsify.penalty import Penalty
 
 
-class SparsityCallback(TrainerCallback):
+class Term(Protocol):
+    """What is added to a loss: it watches the model's forward passes, and is called once after each."""
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    def __call__(self, batch: Any, /) -> Tensor: ...
+
+    def forget(self) -> None: ...
+
+
+class AddedLoss(TrainerCallback):
+    """Adds `alpha` times a term to the loss that the model returns, while a Trainer trains it.
+
+    `last` is the latest term, without alpha. After a run that raised an error, `stop()` takes the callback off.
+    """
+
+    def __init__(self) -> None:
+        self.alpha = 0.0
+        self.last: Tensor | None = None
+        self._in_step = False
+        self._arguments: Any = None
+        self._term: Term | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def check(self, arguments: Any) -> None:
+        """Raises ValueError where the Trainer would run several devices in this process."""
+        if arguments.n_gpu > 1:
+            raise ValueError(
+                f"{type(self).__name__} needs one device a process, got {arguments.n_gpu} in this one: launch with "
+                "torchrun"
+            )
+
+    def watch(self, model: nn.Module, term: Term, arguments: Any) -> None:
+        """Begins to watch the model."""
+        self._arguments = arguments
+        term.__enter__()
+        self._term = term
+        self._handles.append(model.register_forward_hook(self._add, with_kwargs=True))
+
+    def unwatch(self) -> None:
+        """Takes the hooks off, also those of an earlier run that failed."""
+        self._in_step = False
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._term is not None:
+            self._term.__exit__()
+        self._term = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """From here on passes in training are the step's."""
+        self._in_step = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Adds nothing to what the model says outside a step, so also after a run that failed between two."""
+        self._in_step = False
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leaves the model as any other."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Leaves the model as any other: of itself at the end of a run; call it after one that raised an error."""
+        self.unwatch()
+
+    def counts(self, model: nn.Module) -> bool:
+        """Whether a pass that runs now is one of training."""
+        return self._in_step and model.training and torch.is_grad_enabled()
+
+    def with_term(self, loss: Tensor | None, term: Tensor) -> Tensor:
+        """The loss that is trained on, from the model's own, None where it gave none."""
+        if loss is None:
+            raise ValueError(
+                f"{type(self).__name__} adds to the loss that the model returns, and it returned none: leave labels in "
+                "the batches and label smoothing and compute_loss_func out, or add the term in your own compute_loss"
+            )
+        return loss + term.to(loss.device)
+
+    def _add(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """The forward hook: the output with the term in its loss, in training."""
+        assert self._term is not None
+        if not self.counts(model):
+            self._term.forget()
+            return None
+        loss = output.get("loss") if isinstance(output, Mapping) else output[0]
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            loss = None
+        term = self._term(kwargs)
+        self.last = term.detach()
+        total = self.with_term(loss, self.alpha / self._divisor(kwargs) * term)
+        if isinstance(output, Mapping):
+            output["loss"] = total  # type: ignore[index]
+            return output
+        return (total, *(output if loss is None else output[1:]))
+
+    def _divisor(self, kwargs: dict[str, Any]) -> float:
+        """By what the Trainer would have divided a mean, where the model has done so already for its own loss."""
+        if kwargs.get("num_items_in_batch") is None:
+            return 1.0
+        arguments = self._arguments
+        multiplied = arguments.world_size if arguments.average_tokens_across_devices else 1
+        return float(arguments.gradient_accumulation_steps * multiplied)
+
+
+class SparsityCallback(AddedLoss):
     """Adds alpha * `SparsityLoss` to the loss that the model returns, while a Trainer trains it.
 
         Trainer(model, arguments, train_dataset=data, callbacks=[SparsityCallback(alpha=0.3)]).train()
@@ -38,6 +148,7 @@ class SparsityCallback(TrainerCallback):
         relu_swap: bool = True,
         filter: Callable[[str], bool] | None = None,
     ):
+        super().__init__()
         self.config = SparsifyConfig(  # which checks them; of a length that nothing here uses
             steps=1,
             alpha=alpha,
@@ -47,76 +158,91 @@ class SparsityCallback(TrainerCallback):
             relu_swap=relu_swap,
         )
         self.filter = filter
-        self.alpha = 0.0
-        self._in_step = False
-        self.last: Tensor | None = None
-        self._arguments: Any = None
-        self._sparsity: SparsityLoss | None = None
-        self._handle: RemovableHandle | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Swaps the activations, and starts to watch the model."""
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"SparsityCallback needs one device a process, got {args.n_gpu} in this one: launch with torchrun"
-            )
-        self.stop()  # what an earlier run that failed left
+        self.check(args)
+        self.unwatch()
         model = kwargs["model"]
         sites = find_ffns(model, self.filter)
         if self.config.relu_swap:
             swap_activations_(model, sites, "relu")
-        self._arguments = args
-        self._sparsity = SparsityLoss(
-            model, sites, penalty=self.config.penalty, displacement=self.config.displacement
-        ).__enter__()
-        self._handle = model.register_forward_hook(self._add, with_kwargs=True)
+        term = SparsityLoss(model, sites, penalty=self.config.penalty, displacement=self.config.displacement)
+        self.watch(model, term, args)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Sets the weight of the moment."""
-        self._in_step = True
+        super().on_step_begin(args, state, control)
         self.alpha = self.config.alpha_at((state.global_step + 0.5) / state.max_steps)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Adds nothing to what the model says outside a step, so also after a run that failed between two."""
-        self._in_step = False
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leaves the model as any other."""
-        self.stop()
+class RouterCallback(AddedLoss):
+    """Fits the routers of a converted model while a Trainer trains it: alpha * `RouterLoss`.
+
+        Trainer(model, arguments, train_dataset=data, callbacks=[RouterCallback()]).train()
+
+    alone: whether only the routers are trained, until the Trainer's run ends. Passes of training are then as in
+    evaluation and at tau = 0, the term is the whole loss and labels are not needed; gates, also as saved, stay as they
+    are. False: beside all that asks for gradients, with gates that pick as in use, and the term is added to the loss
+    that the model returns.   alpha: its weight.   target_power: see `RouterConfig`.
+    `last` is the latest term: 1 - R² of the routers on a batch, mean over layers. Works with gradient accumulation,
+    non-reentrant checkpointing, mixed precision and several processes. After a run that raised an error, `stop()` takes
+    the callback off the model.   Give it to Trainer(callbacks=...): the optimizer has to know of the routers.
+    Source: arXiv 2310.04361, section 3.
+    """
+
+    def __init__(self, alpha: float = 1.0, *, alone: bool = True, target_power: float = 1.0):
+        super().__init__()
+        if not alpha > 0:
+            raise ValueError(f"alpha must be above 0, got {alpha}")
+        if not 0 < target_power <= 2:
+            raise ValueError(f"target_power must be in (0, 2], got {target_power}")
+        self.alpha, self.alone, self.target_power = alpha, alone, target_power
+        self._asked: dict[nn.Parameter, bool] = {}
+        self._dense = ExitStack()  # what holds for a pass
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Says what is trained, before the Trainer makes its optimizer."""
+        self.check(args)
+        model = kwargs["model"]
+        routers = RouterLoss(model).weights
+        self._asked = {p: p.requires_grad for p in model.parameters()}
+        for p in model.parameters() if self.alone else ():
+            p.requires_grad_(False)
+        for p in routers:
+            p.requires_grad_()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts to watch the model."""
+        if not self._asked:
+            raise ValueError(
+                "RouterCallback came after the Trainer, or has been stopped: give a new one to a new "
+                "Trainer(callbacks=[RouterCallback(...)])"
+            )
+        self.unwatch()
+        model = kwargs["model"]
+        if self.alone:
+            self._handles.append(model.register_forward_pre_hook(self._open))
+            self._handles.append(model.register_forward_hook(self._close, always_call=True))
+        self.watch(model, RouterLoss(model, target_power=self.target_power), args)
+
+    def with_term(self, loss: Tensor | None, term: Tensor) -> Tensor:
+        """Alone it is the loss: nothing in the model's own could be trained."""
+        return term if self.alone else super().with_term(loss, term)
 
     def stop(self) -> None:
-        """Leaves the model as any other: of itself at the end of a run; call it after one that raised an error."""
-        self._in_step = False
-        if self._handle is not None:
-            self._handle.remove()
-        if self._sparsity is not None:
-            self._sparsity.__exit__()
-        self._handle = self._sparsity = None
+        """Leaves the model as any other, asking for gradients as before the Trainer was made."""
+        super().stop()
+        for p, asked in self._asked.items():
+            p.requires_grad_(asked)
+        self._asked = {}
 
-    def _add(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """The forward hook: the output with the penalty in its loss, in training."""
-        assert self._sparsity is not None
-        if not self._in_step or not model.training or not torch.is_grad_enabled():
-            self._sparsity.forget()
-            return None
-        loss = output.get("loss") if isinstance(output, Mapping) else output[0]
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise ValueError(
-                "SparsityCallback adds to the loss that the model returns, and it returned none: leave labels in the "
-                "batches and label smoothing and compute_loss_func out, or use SparsityLoss in your own compute_loss"
-            )
-        penalty = self._sparsity(kwargs)
-        self.last = penalty.detach()
-        loss = loss + self.alpha / self._divisor(kwargs) * penalty.to(loss.device)
-        if isinstance(output, Mapping):
-            output["loss"] = loss  # type: ignore[index]
-            return output
-        return (loss, *output[1:])
+    def _open(self, model: nn.Module, args: Any) -> None:
+        """Before a pass of training: what enters the layers is what the dense model would give them."""
+        if self.counts(model):
+            self._dense.enter_context(tau(model, 0.0))
+            self._dense.enter_context(evaluating(model))
 
-    def _divisor(self, kwargs: dict[str, Any]) -> float:
-        """By what the Trainer would have divided a mean, where the model has done so already for its own loss."""
-        if kwargs.get("num_items_in_batch") is None:
-            return 1.0
-        arguments = self._arguments
-        multiplied = arguments.world_size if arguments.average_tokens_across_devices else 1
-        return float(arguments.gradient_accumulation_steps * multiplied)
+    def _close(self, model: nn.Module, args: Any, output: Any) -> None:
+        """After it, also after one that failed."""
+        self._dense.close()

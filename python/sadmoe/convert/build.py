@@ -1,0 +1,149 @@
+"""The layers of a conversion, each built beside its FFN; nothing here touches the model."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from sadmoe.batches import Batches
+from sadmoe.convert.config import ConvertConfig
+from sadmoe.ffn import DenseFFN, FFNSite, layer_from_dense
+from sadmoe.ffn.dense import TENSORS
+from sadmoe.files import checksum
+from sadmoe.inputs import stream_inputs
+from sadmoe.layer import DynamicKMoE
+from sadmoe.partition import partition, slots
+from sadmoe.routers import fit_router_
+from sadmoe.sparsify.processes import place
+from sadmoe.sparsify.resume import Checkpoint, read, write
+
+CLUSTERED = 1024  # tokens by whose activity neurons are clustered
+JUDGED = 1024  # tokens of each layer on which the report's share and error are measured
+
+
+@dataclass
+class Built:
+    """A layer that is ready to be swapped in, and what its row of the report is made from."""
+
+    site: FFNSite
+    dense: DenseFFN
+    layer: DynamicKMoE
+    r2: float
+    tokens: int
+    sample: Tensor
+
+
+class Clock:
+    """Seconds spent on each step, in the order in which the steps began."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
+
+
+def build_all(
+    model: nn.Module,
+    sites: list[FFNSite],
+    batches: Batches,
+    config: ConvertConfig,
+    clock: Clock,
+    checkpoint: Checkpoint | None,
+    progress: bool,
+) -> list[Built]:
+    """The layers in the order of the sites, those in the checkpoint loaded. Inputs are let go when a layer is built."""
+    saved = {site.name: _Saved(checkpoint, site, config) for site in sites}
+    built = {name: layer for name, one in saved.items() if (layer := one.load()) is not None}
+    by_name = {site.name: site for site in sites if site.name not in built}
+    stream = stream_inputs(
+        model,
+        by_name.values(),
+        batches,
+        max_tokens=config.max_tokens,
+        max_bytes=config.max_bytes,
+        seed=config.seed,
+        skip_padding=config.skip_padding,
+        progress=progress,
+    )
+    for _ in tqdm(by_name, "layers", disable=not progress):
+        with clock("inputs"):
+            name, inputs = next(stream)
+        built[name] = _build(by_name[name], inputs, config, clock, progress)
+        saved[name].save(built[name])
+    return [built[site.name] for site in sites]
+
+
+def _build(site: FFNSite, inputs: Tensor, config: ConvertConfig, clock: Clock, progress: bool) -> Built:
+    dense, config = site.dense(), config.of(site.adapter)
+    experts = config.experts_of(dense.f)
+    with clock("partition"):
+        alike = _activity(dense, inputs) if config.cluster == "activity" else dense.first
+        labels = partition(alike, experts, seed=config.seed, restarts=config.restarts, progress=progress)
+    with clock("routers"):
+        layer = _layer(dense, slots(labels, experts), config)
+        fit = fit_router_(layer, inputs, config.router, progress=progress)
+    return Built(site, dense, layer, fit.r2, len(inputs), inputs[:JUDGED].clone())
+
+
+def _layer(dense: DenseFFN, order: Tensor, config: ConvertConfig) -> DynamicKMoE:
+    """The neurons in that order, under a router that is still to be fitted. The user's own random numbers stay as they
+    are, though a new layer draws weights."""
+    with torch.random.fork_rng([dense.w_up.device] if dense.w_up.is_cuda else []):
+        return layer_from_dense(dense, order, config.experts_of(dense.f), config.router.width, config.gate)
+
+
+@dataclass
+class _Saved:
+    """A layer that was built, on disk: the order of its neurons, its router, and what its report is made from."""
+
+    checkpoint: Checkpoint | None
+    site: FFNSite
+    config: ConvertConfig
+
+    def run(self) -> dict[str, Any]:
+        """What all that is a function of, but for the batches."""
+        dense, config = self.site.dense(), self.config.of(self.site.adapter)
+        names = ("cluster", "restarts", "seed", "max_tokens", "skip_padding")
+        return {
+            "experts": config.experts_of(dense.f),
+            "router": asdict(config.router),
+            **{name: getattr(config, name) for name in names},
+            "weights": checksum({name: w for name in TENSORS if (w := getattr(dense, name)) is not None}),
+        }
+
+    def load(self) -> Built | None:
+        """The layer, if it was saved."""
+        if self.checkpoint is None:
+            return None
+        found = read(self.checkpoint.file(self.site.name), self.run())
+        if found is None:
+            return None
+        tensors, state = found
+        dense = self.site.dense()
+        device = dense.w_up.device
+        layer = _layer(dense, tensors["permutation"].to(device), self.config.of(self.site.adapter))
+        layer.router.load_state_dict({name: tensors[name] for name in ("v1", "v2")})
+        return Built(self.site, dense, layer, state["r2"], state["tokens"], tensors["sample"].to(device))
+
+    def save(self, one: Built) -> None:
+        if self.checkpoint is None or place()[0] != 0:
+            return
+        tensors = {"permutation": one.layer.permutation, "sample": one.sample}
+        tensors |= one.layer.router.state_dict()
+        write(self.checkpoint.file(self.site.name), tensors, self.run(), {"r2": one.r2, "tokens": one.tokens})
+
+
+def _activity(dense: DenseFFN, inputs: Tensor) -> Tensor:
+    """[f, tokens], 1 where a neuron is above 1 % of the token's largest: alike are neurons that fire together."""
+    with torch.no_grad():
+        hidden = dense.hidden(inputs[:CLUSTERED]).abs()
+    return (hidden > 0.01 * hidden.amax(-1, keepdim=True)).t().to(torch.float32).contiguous()

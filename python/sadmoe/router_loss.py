@@ -1,0 +1,113 @@
+"""The routers' regression as a term of a training loss of the user's own. Source: arXiv 2310.04361, section 3."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from sadmoe import reference
+from sadmoe.batches import real_rows, rows_of
+from sadmoe.dial import converted_layers
+from sadmoe.gradients import is_recomputed
+from sadmoe.layer import DynamicKMoE, only_input
+
+
+class RouterLoss:
+    """How badly the routers predict their experts' output norms, from the forward pass of the user's own loop.
+
+        with RouterLoss(model) as routers, sadmoe.tau(model, 0.0):
+            optimizer = torch.optim.AdamW(routers.weights, lr=1e-3)
+            for batch in batches:
+                with torch.no_grad():
+                    model(**batch)
+                routers(batch).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    Calling it gives the mean over layers of SSE / SST, which is 1 - R² on the tokens of the passes since the last call,
+    of targets norm ** target_power (see `RouterConfig`), and forgets those passes. Its gradient reaches the routers
+    alone: what enters a layer and the norms are constants in it, so a pass under no_grad will do, and added to a task's
+    loss it trains routers beside experts. It is computed in float32, also under autocast, and computes each layer's
+    up projection once more. At tau = 0 inputs are those of the dense model, which is what `fit_routers_` fits to.
+
+    weights: the routers' parameters; inside the `with` they ask for gradients, afterwards as they did before.
+    Keeps what enters every layer until it is called. Raises ValueError where nothing was converted.
+    """
+
+    def __init__(self, model: nn.Module, *, target_power: float = 1.0):
+        if not 0 < target_power <= 2:
+            raise ValueError(f"target_power must be in (0, 2], got {target_power}")
+        self.model = model
+        self.layers = converted_layers(model)
+        self.target_power = target_power
+        self.weights = [v for layer in self.layers.values() for v in layer.router.parameters()]
+        self._asked = [v.requires_grad for v in self.weights]
+        self._handles: list[RemovableHandle] = []
+        self._seen: dict[str, list[Tensor]] = defaultdict(list)
+
+    def __enter__(self) -> "RouterLoss":
+        if self._handles:
+            raise RuntimeError("this RouterLoss is entered already: one `with` around the loop is enough")
+        self._asked = [v.requires_grad for v in self.weights]
+        for v in self.weights:
+            v.requires_grad_()
+        self._handles = [
+            layer.register_forward_pre_hook(partial(self._record, name), with_kwargs=True)
+            for name, layer in self.layers.items()
+        ]
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._seen.clear()
+        for v, asked in zip(self.weights, self._asked, strict=True):
+            v.requires_grad_(asked)
+
+    def __call__(self, batch: Mapping[str, Any] | None = None) -> Tensor:
+        """The mean over layers of 1 - R²: a scalar, float32.
+
+        batch: what the model was called with, whose "attention_mask" says which tokens are real (in an encoder-decoder
+        also "decoder_attention_mask"). None: all are.   Raises RuntimeError where no pass came before.
+        """
+        seen, self._seen = self._seen, defaultdict(list)
+        if not self._handles:
+            raise RuntimeError(
+                "enter RouterLoss before the model runs: with RouterLoss(model) as routers: ..."
+            )
+        if not seen:
+            raise RuntimeError(
+                "RouterLoss has seen no forward pass since it was last called: run the model first"
+            )
+        parts = [
+            self._unexplained(layer, torch.cat([self._rows(name, batch, x) for x in seen[name]]))
+            for name, layer in self.layers.items()
+            if name in seen
+        ]
+        return torch.stack(parts).mean()
+
+    def forget(self) -> None:
+        """Drops what passes since the last call left, as after an evaluation."""
+        self._seen.clear()
+
+    def _record(self, name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        if not is_recomputed():
+            self._seen[name].append(only_input(args, kwargs).detach())
+
+    def _rows(self, name: str, batch: Mapping[str, Any] | None, x: Tensor) -> Tensor:
+        real = None if batch is None else real_rows(self.model, name, batch, x)
+        rows = rows_of(x)
+        return rows if real is None else rows[real]
+
+    def _unexplained(self, layer: DynamicKMoE, rows: Tensor) -> Tensor:
+        targets = layer.expert_norms(rows).pow(self.target_power)
+        with torch.autocast(rows.device.type, enabled=False):
+            v1, v2 = (v.float() for v in (layer.router.v1, layer.router.v2))
+            errors = reference.router_scores(rows.float(), v1, v2) - targets
+            around = (targets - targets.mean()).square().sum()
+            return errors.square().sum() / around.clamp(min=torch.finfo(torch.float32).tiny)

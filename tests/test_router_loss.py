@@ -1,0 +1,130 @@
+"""The routers' regression in a loop of one's own."""
+
+import pytest
+import sadmoe
+import torch
+from converted import converted
+from tiny_models import TINY, call, tokens
+from torch.utils.checkpoint import checkpoint
+
+pytest.importorskip("transformers")
+
+
+def rows_seen(model, batch) -> dict[str, torch.Tensor]:
+    """What enters each layer, padding included."""
+    seen, handles = {}, []
+    for name, layer in sadmoe.moe_layers(model).items():
+        handles.append(
+            layer.register_forward_pre_hook(
+                lambda _, args, name=name: seen.update({name: args[0].detach().flatten(0, -2)})
+            )
+        )
+    with torch.no_grad():
+        call(model, batch)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_it_is_what_the_routers_leave_unexplained_on_real_tokens(power):
+    model, batch = converted("bert"), tokens()
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][0, 5:] = 0
+    real = batch["attention_mask"].bool().flatten()
+    expected = []
+    for name, rows in rows_seen(model, batch).items():
+        layer = sadmoe.moe_layers(model)[name]
+        targets = layer.expert_norms(rows[real]).double() ** power
+        errors = layer.router(rows[real]).double() - targets
+        expected.append(errors.square().sum() / (targets - targets.mean()).square().sum())
+    with sadmoe.RouterLoss(model, target_power=power) as routers:
+        call(model, batch)
+        found = routers(batch)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), torch.stack(expected).mean(), rtol=1e-4, atol=0)
+        call(model, batch)
+        assert routers() != found, "padding counts where no batch says what it is"
+
+
+def test_its_gradient_reaches_the_routers_alone():
+    model = converted("bert").train()
+    asked = {name: p.requires_grad for name, p in model.named_parameters()}
+    with sadmoe.RouterLoss(model) as routers:
+        call(model, tokens())
+        routers().backward()
+        assert all(v.grad is not None and v.grad.any() for v in routers.weights)
+    moved = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert moved == {name for name in asked if ".router." in name}
+    assert asked == {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def test_a_loop_with_it_fits_the_routers():
+    model, batch = converted("bert"), TINY["bert"].batch()
+    with sadmoe.RouterLoss(model) as routers, sadmoe.tau(model, 0.0), torch.no_grad():
+        optimizer, losses = torch.optim.AdamW(routers.weights, lr=1e-2), []
+        for _ in range(60):
+            call(model, batch)
+            with torch.enable_grad():
+                loss = routers(batch)
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_passes_are_gathered_and_those_forgotten_do_not_count():
+    model, (one, two) = converted("bert"), (tokens(), tokens() | {"input_ids": tokens()["input_ids"].flip(0)})
+    with sadmoe.RouterLoss(model) as routers:
+        call(model, one)
+        alone = routers()
+        call(model, two)
+        routers.forget()
+        call(model, one)
+        assert torch.equal(routers(), alone)
+        call(model, one)
+        call(model, one)
+        torch.testing.assert_close(routers(), alone, rtol=1e-5, atol=0)  # twice the same
+
+
+def test_a_pass_that_checkpointing_runs_again_counts_once():
+    model = converted("bert")
+    (layer, *_) = sadmoe.moe_layers(model).values()
+    x = torch.randn(7, layer.shape.d, requires_grad=True)
+    with sadmoe.RouterLoss(layer) as routers:
+        y = checkpoint(layer, x, use_reentrant=False)
+        once = routers()
+        y.sum().backward()
+        with pytest.raises(RuntimeError, match="has seen no forward pass"):
+            routers()
+        layer(x)
+        assert torch.equal(routers(), once)
+
+
+def test_under_autocast_it_is_computed_in_float32():
+    model = converted("bert")
+    with sadmoe.RouterLoss(model) as routers:
+        call(model, tokens())
+        plain = routers()
+        with torch.autocast("cpu", torch.bfloat16):
+            call(model, tokens())
+            mixed = routers()
+        mixed.backward()
+    assert mixed.dtype == torch.float32
+    torch.testing.assert_close(mixed, plain, rtol=0.05, atol=0)
+
+
+def test_what_cannot_be_is_named():
+    model = converted("bert")
+    with pytest.raises(ValueError, match=r"target_power must be in \(0, 2\], got 0"):
+        sadmoe.RouterLoss(model, target_power=0.0)
+    with pytest.raises(ValueError, match="has no converted layer"):
+        sadmoe.RouterLoss(TINY["bert"].model())
+    with pytest.raises(RuntimeError, match="enter RouterLoss before the model runs"):
+        sadmoe.RouterLoss(model)()
+    with sadmoe.RouterLoss(model) as routers:
+        with pytest.raises(RuntimeError, match="has seen no forward pass"):
+            routers()
+        with pytest.raises(RuntimeError, match="entered already"):
+            routers.__enter__()
