@@ -1,29 +1,44 @@
 """What else was tried beside the method, each against it: MiniLM's embeddings at equal executed shares.
 
     python bench/ablations.py [--model sadmoe-demo/model] [--shares 0.75 0.5 0.35] [--size 16] [--only WORD]
-                              [--json FILE]
+                              [--json FILE] [--png FILE]
 
-Without --model, MiniLM as it comes (GELU), converted without any fine-tuning; the variants that change the partition or
-the routers' training are of that only. Cosine of the sentence embeddings to the dense model's on held-out paragraphs,
-read off each variant's curve over tau at the given executed shares; nan where the curve does not reach that far.
+Without --model, MiniLM as it comes (GELU), converted without any fine-tuning; the variants that change the partition
+are of that only, those that go on with fine-tuning of a --model only, which has had it. Cosine of the sentence
+embeddings to the dense model's on held-out paragraphs, read off each variant's curve over tau at the given executed
+shares; nan where the curve does not reach that far.
 """
 
 import argparse
 import copy
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import sadmoe
 import torch
-from sadmoe import ConvertConfig, DynamicK, DynamicKMoE, RouterConfig, convert_, fit_routers_
+from router_losses import Weight, fit_by, near_threshold, plain, under_prediction
+from sadmoe import (
+    ConvertConfig,
+    DynamicK,
+    DynamicKMoE,
+    FinetuneConfig,
+    RouterConfig,
+    RouterLoss,
+    convert_,
+    finetune_,
+    fit_routers_,
+)
 from sadmoe.batches import evaluating, real_rows
 from sadmoe.demo import embeddings, fidelity, minilm, split, topics
 from sadmoe.demo_rows import embedded_with
 from sadmoe.dial import converted_layers
 from sadmoe.masks import record_masks
+from sadmoe.report import Series, plot_curves
+from sadmoe.run_demo import embedding_error, fast_training
 from sadmoe.tables import format_table
 from sadmoe.texts import load_model, tokenized
 from sadmoe.timing import machine
@@ -32,6 +47,8 @@ from tqdm import tqdm
 from variants import tau_of_share
 
 STEPS, WIDTH, TOKENS = 500, 96, 8192
+THRESHOLD = 0.2  # the tau near which errors of routers weigh more
+SECONDS, BUDGET = 40.0, 0.45  # of further fine-tuning, and FLOPs of the layers meanwhile
 GRID = np.linspace(0.05, 0.8, 8)  # of tau, and of the share where a variant sets that
 Batches = list[dict[str, Tensor]]
 
@@ -48,6 +65,12 @@ def converted(
 
 def refitted(model: nn.Module, batches: Batches) -> None:
     fit_routers_(model, batches, RouterConfig(width=WIDTH, steps=STEPS, target_power=0.5), max_tokens=TOKENS)
+
+
+def weighted(weight: Weight) -> Callable[[nn.Module, Batches], None]:
+    """Routers fitted anew, then refined with that weight."""
+    config = RouterConfig(width=WIDTH, steps=STEPS, target_power=0.5)
+    return lambda model, batches: fit_by(model, batches, config, TOKENS, weight, THRESHOLD)
 
 
 def by_activation_norms(model: nn.Module, batches: Batches) -> None:
@@ -139,6 +162,53 @@ def equal_shares(batches: Batches) -> Setting:
     return setting
 
 
+def jointly(model: nn.Module, batches: Batches) -> Setting:
+    """A tau of its own for every layer, all for one budget: each layer alone at each tau of a grid tells its share and
+    what it takes of the model's output; those are added up, and one price of a share decides in all layers."""
+    taus = [0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0]
+    layers, some = converted_layers(model), batches[:: max(1, len(batches) // 4)]
+    sadmoe.set_tau(model, 0.0)
+    dense = embeddings(model, some)
+    table = {}
+    for name, layer in layers.items():
+        table[name] = []
+        for value in taus:
+            layer.gate = DynamicK(value)
+            with record_masks(model) as record:
+                found = torch.cat([embedded_with(record, model, batch) for batch in some])
+            table[name].append((value, record.layers[name].share, (1 - fidelity(found, dense).cosine)))
+        layer.gate = DynamicK(0.0)
+
+    def chosen(price: float) -> dict[str, tuple[float, float, float]]:
+        return {name: min(rows, key=lambda row: row[2] + price * row[1]) for name, rows in table.items()}
+
+    def setting(model: nn.Module, share: float) -> nn.Module:
+        low, high = 1e-6, 10.0  # the price at which the mean share is the wanted one
+        for _ in range(40):
+            middle = (low * high) ** 0.5
+            mean = np.mean([row[1] for row in chosen(middle).values()])
+            low, high = (middle, high) if mean > share else (low, middle)
+        for name, layer in converted_layers(model).items():
+            layer.gate = DynamicK(chosen(high)[name][0])
+        return model
+
+    return setting
+
+
+def further(model: nn.Module, dense: nn.Module, batches: Batches, routers: bool) -> None:
+    """Fine-tuned for SECONDS more as its gates pick at BUDGET; routers: with their regression as a term of the loss."""
+    sadmoe.calibrate_(model, batches[::4], budget=BUDGET)
+    config = FinetuneConfig(seconds=SECONDS, tau=None, lr=1e-4)
+    with RouterLoss(model, target_power=0.5) if routers else nullcontext() as term:
+
+        def loss(output: object, wanted: object, batch: dict[str, Tensor]) -> Tensor:
+            error = embedding_error(output, wanted, batch)
+            return error if term is None else error + term(batch)
+
+        with fast_training(model, dense):
+            finetune_(model, batches, config, teacher=dense, output_loss=loss, progress=False)
+
+
 def corrected(batches: Batches) -> Setting:
     def setting(model: nn.Module, value: float) -> nn.Module:
         model = one_tau(copy.deepcopy(model), value)
@@ -177,6 +247,7 @@ def main() -> None:
         "--only", nargs="+", default=[""], help="variants whose names hold one of these words"
     )
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--png", type=Path, help="the curves as a picture")
     args = parser.parse_args()
     dense, tokenizer = minilm()
     train, held_out = (sorted(texts, key=len) for texts in split(topics()))
@@ -196,9 +267,21 @@ def main() -> None:
         "the method: one tau": (changed, one_tau),
         "a tau for each layer, of equal shares": (changed, equal_shares(batches)),
         "means of skipped experts in b_out": (changed, corrected(batches)),
+        "a tau for each layer, jointly": (changed, jointly(copy.deepcopy(base), batches)),
+        "routers fitted anew": (lambda: changed(refitted), one_tau),
+        "the same, and refined": (lambda: changed(weighted(plain)), one_tau),
+        "refined, errors near tau weigh more": (lambda: changed(weighted(near_threshold)), one_tau),
+        "refined, predictions too low weigh more": (lambda: changed(weighted(under_prediction)), one_tau),
         "true norms (the oracle)": (changed, oracle),
     }
-    if not args.model:
+    if args.model:
+        variants |= {
+            "experts fine-tuned further": (lambda: changed(partial(further, dense=dense, routers=False)), one_tau),
+            "experts and routers fine-tuned further": (
+                lambda: changed(partial(further, dense=dense, routers=True)), one_tau,
+            ),
+        }  # fmt: skip
+    else:
         variants |= {
             "neurons clustered by weights": (lambda: build(cluster="weights"), one_tau),
             "routers predict norms": (lambda: build(power=1.0), one_tau),
@@ -206,7 +289,6 @@ def main() -> None:
             "norms of activations": (lambda: changed(by_activation_norms), one_tau),
             "every neuron's mean in b_out": (lambda: changed(centred), one_tau),
             "the same, means taken at tau 0.3": (lambda: changed(partial(centred, skipping=0.3)), one_tau),
-            "the method, routers fitted anew": (lambda: changed(refitted), one_tau),
         }
     variants = {name: v for name, v in variants.items() if any(word in name for word in args.only)}
     rows, curves = [], {}
@@ -216,6 +298,13 @@ def main() -> None:
     print(format_table(("cosine at an executed share of", *(f"{share:.0%}" for share in args.shares)), rows))
     if args.json:
         args.json.write_text(json.dumps({"machine": machine(), "curves": curves}, indent=1))
+    if args.png:
+        least = 0.5  # of the cosine: what is below is of no use, and takes the scale
+        lines = [
+            Series(name, *zip(*(p for p in sorted(points) if p[1] > least), strict=True))
+            for name, points in curves.items()
+        ]
+        plot_curves(args.png, [("", "executed share of the experts", "cosine", lines)], "MiniLM-L6: variants")
 
 
 if __name__ == "__main__":

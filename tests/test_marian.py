@@ -79,3 +79,23 @@ def test_a_target_token_sees_the_source_and_what_is_before_it(translator):
 def test_all_of_it_is_found(translator):
     assert len(sadmoe.find_ffns(translator)) == 6 + 2
     assert len(sadmoe.find_projections(translator)) == 4 * (6 + 2)
+
+
+def test_a_translation_is_the_most_likely_token_after_the_other(translator):
+    ids = torch.tensor([[5, 6, 7, 0], [8, 0, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    found = translator.translated(ids, mask, 6)
+    given = torch.tensor([[0, *row] + [0] * (6 - len(row)) for row in found])[:, :-1]
+    with torch.no_grad():
+        likely = translator(ids, mask, given).argmax(-1)
+    for row, expected in zip(found, likely.tolist(), strict=True):
+        assert row == expected[: len(row)]
+        assert len(row) == 6 or expected[len(row)] == 0
+    assert max(map(len, found)) > 1
+
+
+def test_a_translation_ends_where_the_end_is_likeliest(translator):
+    translator.bias.data[0] = 1e4
+    ids = torch.tensor([[5, 6, 7, 0]])
+    assert translator.translated(ids, torch.ones_like(ids), 6) == [[]]
+    translator.bias.data[0] = 0.0

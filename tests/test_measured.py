@@ -310,7 +310,7 @@ def test_a_mistake_is_one_line_and_exit_status_2(folder, capsys, more, message):
 def test_a_dense_model_is_refused(tmp_path, capsys):
     TINY["bert"].model().save_pretrained(tmp_path)
     for more in ([], ["--calibrate"]):
-        assert cli.main(["bench", str(tmp_path), *SMALL, *more]) == 2
+        assert cli.main(["bench", "--model", str(tmp_path), *SMALL, *more]) == 2
         assert "has no converted layer: convert it first" in capsys.readouterr().err
 
 

@@ -242,6 +242,14 @@ def routed(tmp_path, callbacks, model, data=None, **settings) -> transformers.Tr
     return transformers.Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
 
 
+def routed_alike(folder, **settings) -> nn.Module:
+    """Routers fitted on samples that are all alike, so that every batch has the same loss, whatever its size."""
+    data, model = Rows(8, causal=False), routed_model()
+    data.rows = data.rows[:1] * 8
+    routed(folder, [RouterCallback()], model, data, **PLAIN_SGD, **settings).train()
+    return model
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_routers_alone_are_fitted_without_labels(tmp_path, checkpointing):
     model, callback = routed_model("bert"), RouterCallback()
@@ -334,8 +342,10 @@ WORKER = """
     callback = test_trainer.SparsityCallback(alpha=5.0, schedule="constant")
     model, trainer = test_trainer.trained(folder, callback, "llama", **settings)
     assert trainer.args.world_size == 2
+    routers = test_trainer.routed_alike(folder, per_device_train_batch_size=2, ddp_backend="gloo")
     if trainer.args.process_index == 0:
         save_file(dict(model.named_parameters()), folder / "model.safetensors")
+        save_file(dict(routers.named_parameters()), folder / "routers.safetensors")
     torch.distributed.barrier()  # neither leaves while the other may still talk to it
     torch.distributed.destroy_process_group()
     os._exit(0)  # torch's own threads have aborted a process that ended by itself
@@ -358,5 +368,9 @@ def test_two_processes_do_what_one_does(tmp_path):
     two = load_file(tmp_path / "model.safetensors")
     one, _ = trained(tmp_path, SparsityCallback(alpha=5.0, schedule="constant"), "llama", **PLAIN_SGD)
     assert len(states_differ(one, model_of("llama"))) > 10
+    for name, p in one.named_parameters():
+        torch.testing.assert_close(two[name], p.detach(), rtol=1e-3, atol=1e-5, msg=name)
+    two, one = load_file(tmp_path / "routers.safetensors"), routed_alike(tmp_path)
+    assert len(states_differ(one, routed_model())) == 4  # v1 and v2 of two layers
     for name, p in one.named_parameters():
         torch.testing.assert_close(two[name], p.detach(), rtol=1e-3, atol=1e-5, msg=name)

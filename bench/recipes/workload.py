@@ -10,7 +10,7 @@ import torch
 from sadmoe import TopK, moe_layers
 from sadmoe.batches import Batch, device_of, evaluating, run, samples_in, to_device
 from sadmoe.cost import cost_of_masks
-from sadmoe.demo_rows import masked, top_half
+from sadmoe.demo_rows import added_to, masked, top_half
 from sadmoe.ffn import find_ffns
 from sadmoe.flops import FlopCount
 from sadmoe.gates import Gate
@@ -38,6 +38,7 @@ class Workload:
     heat: Callable[[nn.Module], Heat]
     timers: dict[str, Callable[[nn.Module], object]]  # name -> what is timed
     output_loss: OutputLoss | None = None
+    also: dict[str, Callable[[nn.Module], float]] = field(default_factory=dict)  # of dense and of ours, once
     notes: tuple[str, ...] = ()
 
     def kept(self, value: float, dense: float) -> float:
@@ -143,11 +144,16 @@ def _spread(histogram: Tensor) -> float:
 
 
 def controls(work: Workload, dense: float) -> dict[str, float]:
-    """What the metric says of the dense model without FFNs, and with the best half of each token's neurons."""
+    """What the metric says of the dense model without FFNs, with the best half of each token's neurons, and with the
+    half that is best on average."""
     sites, found = find_ffns(work.dense), {"dense": dense}
+    sums: dict[str, Tensor] = {}
+    with masked(sites, added_to(sums)):
+        work.value(work.dense)
     for name, keep in (
         ("FFN off", lambda c, site: torch.zeros_like(c, dtype=torch.bool)),
         ("best half of the neurons of each token", lambda c, site: top_half(c)),
+        ("the same half for all tokens", lambda c, site: top_half(sums[site.name]).expand_as(c)),
     ):
         with masked(sites, keep):
             found[name] = work.value(work.dense)

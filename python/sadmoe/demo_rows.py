@@ -83,14 +83,19 @@ def contributions(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The dense model's embeddings, and the mean contribution of each neuron, [f], by site."""
     sums: dict[str, Tensor] = {}
+    with masked(sites, added_to(sums)):
+        return embeddings(dense, tests), sums
 
-    def add(contribution: Tensor, site: FFNSite) -> Tensor:
+
+def added_to(sums: dict[str, Tensor]) -> Callable[[Tensor, FFNSite], Tensor]:
+    """For `masked`: keeps all, and adds the mean contribution of each neuron, [f], to that of its site."""
+
+    def keep(contribution: Tensor, site: FFNSite) -> Tensor:
         mean = contribution.flatten(0, -2).mean(0)
         sums[site.name] = sums.get(site.name, torch.zeros_like(mean)) + mean
         return torch.ones_like(contribution, dtype=torch.bool)
 
-    with masked(sites, add):
-        return embeddings(dense, tests), sums
+    return keep
 
 
 def sweep(dense: nn.Module, model: nn.Module, taus: Sequence[float], tests: Any, wanted: Tensor) -> list[Row]:
