@@ -4,6 +4,7 @@ from collections.abc import Callable
 from itertools import count
 
 import pytest
+import sadmoe.convert.build as build
 import sadmoe.convert.recipe as recipe
 import torch
 from sadmoe.convert import ConvertConfig, after_surgery, convert_, restore_, surgery
@@ -87,9 +88,9 @@ def test_routers_are_fitted_on_what_the_dense_model_computes(monkeypatch):
     model, batches = model_and_batches("bert")
     clean = collect_inputs(model, find_ffns(model), batches, max_tokens=100)
     seen: list[Tensor] = []
-    fit = recipe.fit_router_
+    fit = build.fit_router_
     monkeypatch.setattr(
-        recipe, "fit_router_", lambda layer, x, *a, **k: seen.append(x.clone()) or fit(layer, x, *a, **k)
+        build, "fit_router_", lambda layer, x, *a, **k: seen.append(x.clone()) or fit(layer, x, *a, **k)
     )
     convert(model, batches, tau=1.0)
     assert [x.tolist() for x in seen] == [x.tolist() for x in clean.values()]
@@ -280,7 +281,8 @@ def test_a_failure_anywhere_leaves_the_model_exactly_as_it_was(monkeypatch, stag
     model.bert.pooler.eval()
     handle = model.bert.encoder.layer[0].intermediate.dense.register_forward_hook(lambda *a: None)
     before, config = fingerprint(model), model.config.to_dict()
-    monkeypatch.setattr(recipe, stage, raising(error, after, getattr(recipe, stage)))
+    module = build if hasattr(build, stage) else recipe
+    monkeypatch.setattr(module, stage, raising(error, after, getattr(module, stage)))
     with pytest.raises(error, match="injected"):
         convert(model, batches, budget=0.9)
     assert fingerprint(model) == before
@@ -378,7 +380,7 @@ def test_a_config_that_means_nothing_is_refused(fields, message):
 
 def test_an_impossible_budget_is_refused_before_any_router_is_fitted(monkeypatch):
     model, batches = model_and_batches()
-    monkeypatch.setattr(recipe, "fit_router_", lambda *a, **k: pytest.fail("too late"))
+    monkeypatch.setattr(build, "fit_router_", lambda *a, **k: pytest.fail("too late"))
     with pytest.raises(ValueError, match=r"budget 0\.05 cannot be met: router and one expert cost 0\.17"):
         convert(model, batches, budget=0.05)
 

@@ -74,6 +74,30 @@ def test_a_target_is_predicted_from_the_tokens_before_it():
     assert batch["decoder_input_ids"].tolist()[1] == [eos, 120, 121, 122]
 
 
+class Repeats(torch.nn.Module):
+    """Translates everything alike."""
+
+    def __init__(self, words: list[int]):
+        super().__init__()
+        self.words, self.weight = words, torch.nn.Parameter(torch.zeros(1))
+
+    def translated(self, ids, mask, longest):
+        return [self.words[:longest] for _ in ids]
+
+
+def test_bleu_is_of_the_words_without_padding_and_end():
+    pytest.importorskip("sacrebleu")
+    tokenizer = SimpleNamespace(decode_batch=lambda rows: [" ".join(f"w{i}" for i in row) for row in rows])
+    eos, pad = w4_translation.EOS, w4_translation.IGNORED
+    labels = torch.tensor([[5, 6, 7, 8, 9, eos, pad], [5, 6, 7, 8, 9, eos, pad]])
+    ids = torch.ones(2, 4, dtype=torch.int64)
+    tests = [{"input_ids": ids, "attention_mask": ids, "labels": labels}]
+    score = w4_translation.bleu(Repeats([5, 6, 7, 8, 9]), tokenizer, tests)
+    assert score == pytest.approx(100)
+    assert w4_translation.bleu(Repeats([5, 6, 7, 8, 4]), tokenizer, tests) < 90
+    assert w4_translation.bleu(Repeats([1, 2, 3, 4]), tokenizer, tests) < 1
+
+
 @pytest.mark.parametrize("script", [w1_movie_polarity, w3_image_classifier])
 def test_accuracy_is_the_share_that_is_right(script):
     logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, 0.0]])
