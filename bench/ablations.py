@@ -14,7 +14,7 @@ import copy
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -166,21 +166,25 @@ def jointly(model: nn.Module, batches: Batches) -> Setting:
     """A tau of its own for every layer, all for one budget: each layer alone at each tau of a grid tells its share and
     what it takes of the model's output; those are added up, and one price of a share decides in all layers."""
     taus = [0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0]
-    layers, some = converted_layers(model), batches[:: max(1, len(batches) // 4)]
-    sadmoe.set_tau(model, 0.0)
-    dense = embeddings(model, some)
-    table = {}
-    for name, layer in layers.items():
-        table[name] = []
-        for value in taus:
-            layer.gate = DynamicK(value)
-            with record_masks(model) as record:
-                found = torch.cat([embedded_with(record, model, batch) for batch in some])
-            table[name].append((value, record.layers[name].share, (1 - fidelity(found, dense).cosine)))
-        layer.gate = DynamicK(0.0)
+    some = batches[:: max(1, len(batches) // 4)]
+
+    @cache
+    def table() -> dict[str, list[tuple[float, float, float]]]:
+        """(tau, share, loss) of each layer alone."""
+        sadmoe.set_tau(model, 0.0)
+        dense, rows = embeddings(model, some), {}
+        for name, layer in converted_layers(model).items():
+            rows[name] = []
+            for value in taus:
+                layer.gate = DynamicK(value)
+                with record_masks(model) as record:
+                    found = torch.cat([embedded_with(record, model, batch) for batch in some])
+                rows[name].append((value, record.layers[name].share, 1 - fidelity(found, dense).cosine))
+            layer.gate = DynamicK(0.0)
+        return rows
 
     def chosen(price: float) -> dict[str, tuple[float, float, float]]:
-        return {name: min(rows, key=lambda row: row[2] + price * row[1]) for name, rows in table.items()}
+        return {name: min(rows, key=lambda row: row[2] + price * row[1]) for name, rows in table().items()}
 
     def setting(model: nn.Module, share: float) -> nn.Module:
         low, high = 1e-6, 10.0  # the price at which the mean share is the wanted one
@@ -301,8 +305,9 @@ def main() -> None:
     if args.png:
         least = 0.5  # of the cosine: what is below is of no use, and takes the scale
         lines = [
-            Series(name, *zip(*(p for p in sorted(points) if p[1] > least), strict=True))
+            Series(name, *zip(*good, strict=True))
             for name, points in curves.items()
+            if (good := [point for point in sorted(points) if point[1] > least])
         ]
         plot_curves(args.png, [("", "executed share of the experts", "cosine", lines)], "MiniLM-L6: variants")
 

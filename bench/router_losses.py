@@ -8,15 +8,13 @@ import torch
 from sadmoe import DynamicKMoE, reference, tau
 from sadmoe.batches import Batches
 from sadmoe.dial import converted_layers
-from sadmoe.inputs import stream_inputs
+from sadmoe.inputs import Place, stream_inputs
 from sadmoe.routers import RouterConfig, fit_router_
 from torch import Tensor, nn
 from tqdm import tqdm
 
-NEAR, WIDE = (
-    8.0,
-    0.15,
-)  # times the weight of an expert at the threshold; how near that is, of the token's largest
+NEAR = 8.0  # times the weight of an expert at the threshold
+WIDE = 0.15  # how near to it that is, of the token's largest
 UNDER = 4.0  # times the weight of a prediction that is too low
 Weight = Callable[[Tensor, Tensor, float], Tensor]  # (scores, targets, tau) -> [T, E]
 
@@ -37,11 +35,6 @@ def under_prediction(scores: Tensor, targets: Tensor, threshold: float) -> Tenso
     return torch.where(scores < targets, UNDER, 1.0)
 
 
-class _Site:
-    def __init__(self, name: str, first: nn.Module):
-        self.name, self.first = name, first
-
-
 def fit_by(
     model: nn.Module,
     batches: Batches,
@@ -52,7 +45,7 @@ def fit_by(
 ) -> None:
     """`fit_routers_` with that weight on each squared error; goes on from what plain least squares gives."""
     layers = converted_layers(model)
-    sites = [_Site(name, layer) for name, layer in layers.items()]
+    sites = [Place(name, layer) for name, layer in layers.items()]
     with tau(model, 0.0):
         for name, rows in stream_inputs(model, sites, batches, max_tokens=max_tokens):
             fit_router_(layers[name], rows, config)

@@ -1,6 +1,7 @@
 """The command line on a tiny model of a local folder: what it writes, prints and refuses."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -203,9 +204,9 @@ def test_a_model_of_images_is_converted_evaluated_and_reported(vit, photos, tmp_
     assert float(capsys.readouterr().out.splitlines()[-1].split()[3]) > 0  # error
     report = ["report", "--model", str(out), "--data", str(photos), "--out", str(page)]
     assert cli.main([*report, "--sentence", "few"]) == 2
-    assert "--sentence: a ViTForImageClassification takes images" in capsys.readouterr().err
+    assert "--sentence: a ViTForImageClassification takes more than a sentence" in capsys.readouterr().err
     assert cli.main([*report, "--tau", "0", "0.5"]) == 0
-    assert "Experts of each patch of the first image" in page.read_text()
+    assert "Experts of each token of the first image" in page.read_text()
     assert cli.main(["bench", "--model", str(out), "--data", str(photos), "--seconds", "0.01"]) == 0
 
 
@@ -216,8 +217,14 @@ def test_an_encoder_decoder_is_converted_evaluated_and_reported(t5, pairs, tmp_p
     capsys.readouterr()
     assert evaluated(out, pairs, "0", "1") == 0
     assert float(capsys.readouterr().out.splitlines()[-1].split()[3]) > 0
-    assert cli.main(["report", "--model", str(out), "--data", str(pairs), "--out", str(page)]) == 0
-    assert "experts" in page.read_text()
+    report = ["report", "--model", str(out), "--data", str(pairs), "--out", str(page)]
+    assert cli.main([*report, "--sentence", "few tokens"]) == 2
+    assert "takes more than a sentence" in capsys.readouterr().err
+    assert cli.main(report) == 0
+    titles = re.findall("<title>([^<]*)</title>", page.read_text())
+    heat = [title.partition(":")[0] for title in titles if title.endswith("% of the experts")]
+    words = ["[CLS]", "experts", "run", "[SEP]"]
+    assert heat == [f"DenseReluDense {word}" for word in words]  # of the encoder: the decoder sees other tokens
 
 
 def test_what_an_encoder_decoder_reads(t5, pairs):
@@ -225,6 +232,7 @@ def test_what_an_encoder_decoder_reads(t5, pairs):
     data = load_data(model, t5, pairs, batch_size=2, max_length=8)
     names = {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask"}
     assert names <= data.first.keys()
+    assert len(data.batches) == 12
     target = data.processor("few tokens choose them")["input_ids"]
     assert data.first["decoder_input_ids"].tolist() == [[0, *target[:-1]]]
     assert data.words[1:3] == ["experts", "run"]
@@ -237,7 +245,7 @@ def test_projections_and_a_checkpoint_that_is_taken_up_again(folder, text, tmp_p
     monkeypatch.setattr(cli, "convert_", interrupt)
     assert converted(folder, text, first, *more) == 130
     assert f"interrupted; the same command goes on from {state}" in capsys.readouterr().err
-    assert {path.name for path in state.iterdir()} == {"projections", "sparsify"}
+    assert {path.name for path in state.iterdir()} == {"projections", "sparsify", "data.json"}
     monkeypatch.undo()
     monkeypatch.setattr(torch.optim.AdamW, "step", once_only())
     assert converted(folder, text, first, *more) == 0
@@ -245,7 +253,34 @@ def test_projections_and_a_checkpoint_that_is_taken_up_again(folder, text, tmp_p
     assert converted(folder, text, second, *more) == 0
     one, two = (transformers.BertModel.from_pretrained(out) for out in (first, second))
     assert len(moe_layers(one)) == 5
+    assert converted(folder, text, tmp_path / "third", *more, "--max-length", "5") == 2
+    assert f"--checkpoint: {state} is of another run, of {{'data'" in capsys.readouterr().err
+    assert converted(folder, text, tmp_path / "out", "--checkpoint", str(tmp_path / "out/state")) == 2
+    assert "which is read: write to another folder" in capsys.readouterr().err
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_images_are_read_by_batches_and_turned_as_they_were_taken(vit, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / "photos").mkdir()
+    wide = image.new("RGB", (32, 16), (250, 0, 0))
+    turned = image.Exif()
+    turned[0x0112] = 6  # the camera was held upright
+    wide.save(tmp_path / "photos/0.jpg", exif=turned)
+    wide.save(tmp_path / "photos/1.jpg")
+    seen = []
+    model = texts.load_bare_model(vit).bfloat16()
+    data = load_data(model, vit, tmp_path / "photos", batch_size=2, max_length=8)
+    processor = data.batches.processor
+    object.__setattr__(
+        data.batches, "processor", lambda images, **kw: seen.extend(images) or processor(images, **kw)
+    )
+    assert len(data.batches) == 1
+    assert data.batches[0]["pixel_values"].dtype == torch.bfloat16
+    assert [one.size for one in seen] == [(16, 32), (32, 16)]
+    assert data.batches[-1:][0]["pixel_values"].shape == (2, 3, 16, 16)
+    with pytest.raises(IndexError):
+        data.batches[1]
 
 
 def interrupt(*args, **kw):
@@ -274,8 +309,12 @@ def test_data_of_another_kind_is_refused(folder, vit, t5, text, pairs, photos, t
         (vit, text, "a ViTForImageClassification takes images, and"),
         (vit, tmp_path / "empty", "holds no image, by the names *.bmp"),
         (folder, photos, "a BertModel takes text, and"),
-        (t5, text, "takes lines of a source, a tab and a target; line 1 of those in"),
-        (audio, text, "which takes input_features, and neither text nor images"),
+        (t5, text, "takes lines of a source, a tab and a target; line 1 of"),
+        (
+            audio,
+            text,
+            "which takes input_features and a decoder that has its own, and not text or images alone",
+        ),
     ):
         assert converted(model, data, tmp_path / "out") == 2
         assert message in capsys.readouterr().err

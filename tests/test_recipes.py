@@ -100,11 +100,13 @@ def test_a_recipe_runs_tells_all_of_it_and_is_not_trained_twice(tmp_path, small_
     again = json.loads((tmp_path / "tiny-micro.json").read_text())
     assert again["curves"] == found["curves"], "nor measured"
     assert again["router_r2"] == found["router_r2"]
-    assert "another machine" not in capsys.readouterr().out
+    assert "measured again" not in capsys.readouterr().out
 
-    other = replace(MICRO, taus=(0.0, 0.5))
-    Saved(Run("tiny-micro", other, tmp_path, tmp_path, [4, 2], "cpu"))
-    assert "its curves are measured again" in capsys.readouterr().out
+    saved = Saved(start(tmp_path))
+    (name, curve), *_ = saved.curves.items()
+    assert saved.get(name, curve["of"]) == [Point(**point) for point in found["curves"][name]]
+    assert saved.get(name, {**curve["of"], "model": 1}) is None
+    assert "it is measured again" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -102,17 +102,41 @@ def test_a_pass_that_checkpointing_runs_again_counts_once():
         assert torch.equal(routers(), once)
 
 
-def test_under_autocast_it_is_computed_in_float32():
-    model = converted("bert")
-    with sadmoe.RouterLoss(model) as routers:
-        call(model, tokens())
+@pytest.mark.parametrize("inside", [False, True])
+def test_of_what_autocast_gave_it_is_computed_without(inside):
+    (layer, *_) = sadmoe.moe_layers(converted("bert")).values()
+    rows = torch.randn(40, layer.shape.d, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with sadmoe.RouterLoss(layer) as routers:
+        layer(rows.float())
         plain = routers()
         with torch.autocast("cpu", torch.bfloat16):
-            call(model, tokens())
-            mixed = routers()
+            layer(rows)
+            mixed = routers() if inside else None
+        mixed = routers() if mixed is None else mixed  # as a hook outside, where what was kept is bfloat16
         mixed.backward()
-    assert mixed.dtype == torch.float32
-    torch.testing.assert_close(mixed, plain, rtol=0.05, atol=0)
+    assert torch.equal(mixed, plain)
+
+
+def test_layers_whose_norms_are_all_equal_are_left_out():
+    model = converted("bert")
+    first, second = sadmoe.moe_layers(model).values()
+    with sadmoe.RouterLoss(model) as routers, torch.no_grad():
+        call(model, tokens())
+        first.w_down.zero_()  # silent
+        both = routers()
+        with sadmoe.RouterLoss(second) as alone:
+            call(model, tokens())
+            expected = alone()
+        call(model, tokens())
+        torch.testing.assert_close(routers(), expected, rtol=1e-5, atol=0)
+        assert both.isfinite()
+        second.w_down.zero_()
+        call(model, tokens())
+        with torch.enable_grad():
+            loss = routers()
+        assert loss == 0
+        loss.backward()
+        assert all(v.grad is None or not v.grad.any() for v in routers.weights)
 
 
 def test_what_cannot_be_is_named():

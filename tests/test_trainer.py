@@ -253,7 +253,9 @@ def routed_alike(folder, **settings) -> nn.Module:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_routers_alone_are_fitted_without_labels(tmp_path, checkpointing):
     model, callback = routed_model("bert"), RouterCallback()
-    model.config.hidden_dropout_prob = 0.1
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.9  # of no consequence, as in evaluation
     before, asked = copy.deepcopy(model), [p.requires_grad for p in model.parameters()]
     settings = {"max_steps": 60, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 60}
     trainer = routed(
@@ -292,12 +294,49 @@ def test_routers_beside_experts_take_the_step_of_a_plain_loop(tmp_path):
 def test_a_router_callback_that_comes_too_late_is_refused(tmp_path):
     trainer = routed(tmp_path, [], routed_model())
     trainer.add_callback(RouterCallback())
-    with pytest.raises(ValueError, match=r"give a new one to a new Trainer\(callbacks"):
+    with pytest.raises(ValueError, match=r"came after the Trainer.* give a new one to a new Trainer\(model, callbacks"):
         trainer.train()
     with pytest.raises(ValueError, match="alpha must be above 0, got 0"):
         RouterCallback(0.0)
     with pytest.raises(ValueError, match="target_power must be in"):
         RouterCallback(target_power=3.0)
+
+
+def test_routers_of_projections_are_fitted_in_bfloat16(tmp_path):
+    model, callback = model_of("bert"), RouterCallback()
+    sadmoe.replace_projections_(model, [tokens()], sadmoe.ProjectionConfig(steps=2), progress=False)
+    config = sadmoe.ConvertConfig(expert_size=4, tau=0.1, router=sadmoe.RouterConfig(steps=1, width=4))
+    sadmoe.convert_(model, [tokens()], config, progress=False)
+    before, losses = copy.deepcopy(model), []
+
+    class Notes(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            losses.append(callback.last.item())
+
+    settings = {"max_steps": 40, "learning_rate": 1e-2, "bf16": True}
+    trainer = routed(tmp_path, [callback, Notes()], model, Unlabelled(8, causal=False), **settings)
+    trainer.train()
+    assert callback.last.dtype == torch.float32
+    assert losses[-1] < 0.7 * losses[0]
+    moved = states_differ(model, before)
+    assert len(moved) == 2 * len(sadmoe.moe_layers(model))
+
+
+def test_what_a_router_callback_cannot_follow_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="leave label smoothing out"):
+        routed(tmp_path, [RouterCallback()], routed_model(), label_smoothing_factor=0.1)
+    arguments = transformers.TrainingArguments(
+        tmp_path, use_cpu=True, report_to=[], disable_tqdm=True, max_steps=1, save_strategy="no"
+    )
+    trainer = transformers.Trainer(
+        None,
+        arguments,
+        train_dataset=Rows(8, causal=False),
+        model_init=lambda: routed_model(),
+        callbacks=[RouterCallback()],
+    )
+    with pytest.raises(ValueError, match=r"made another model since \(model_init\)"):
+        trainer.train()
 
 
 def test_beside_experts_a_model_without_a_loss_is_refused(tmp_path):
@@ -308,20 +347,23 @@ def test_beside_experts_a_model_without_a_loss_is_refused(tmp_path):
         trainer.train()
 
 
-def test_a_pass_that_fails_leaves_gradients_gates_and_modes(tmp_path):
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_pass_that_fails_leaves_gradients_gates_and_modes(tmp_path, error):
     model, callback = routed_model(), RouterCallback()
     asked = [p.requires_grad for p in model.parameters()]
     trainer = routed(tmp_path, [callback], model)
 
     def fails(module, args):
         assert not module.training
-        raise RuntimeError("out of memory")
+        raise error("out of memory")
 
     (layer, *_) = sadmoe.moe_layers(model).values()
     handle = layer.register_forward_pre_hook(fails)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(error, match="out of memory"):
         trainer.train()
     handle.remove()
+    if error is KeyboardInterrupt:  # for which torch runs no hook
+        callback.unwatch()
     assert torch.is_grad_enabled()
     assert all(module.training for module in model.modules())
     assert layer.gate == sadmoe.DynamicK(0.1)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from sadmoe import Checkpoint, ConvertConfig, RouterConfig, SparsifyConfig, convert_, moe_layers, tau
 from sadmoe.batches import Batches
-from sadmoe.inputs import held_out_and_batches, stream_inputs
+from sadmoe.inputs import Place, held_out_and_batches, stream_inputs
 from sadmoe.layer import DynamicKMoE
 from sadmoe.sparsify.guards import seeded
 from sadmoe.sparsify.train import train
@@ -43,16 +43,11 @@ def moefied(
     config = ConvertConfig(expert_size=expert_size, router=router, max_tokens=min(tokens, 8192))
     convert_(model, batches, config, progress=False)
     layers = moe_layers(model)
-    sites = [_Site(name, layer) for name, layer in layers.items()]
+    sites = [Place(name, layer) for name, layer in layers.items()]
     with tau(model, 0.0), seeded(model, 0):
         for name, rows in stream_inputs(model, sites, batches, max_tokens=tokens):
             layers[name].router = fitted(layers[name], rows, steps, checkpoint, name)
     return model
-
-
-class _Site:
-    def __init__(self, name: str, first: nn.Module):
-        self.name, self.first = name, first
 
 
 def fitted(layer: DynamicKMoE, rows: Tensor, steps: int, checkpoint: Checkpoint, name: str) -> ActivityRouter:

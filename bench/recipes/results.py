@@ -6,9 +6,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from run import Run
 from sadmoe import DynamicK, moe_layers
 from sadmoe.batches import device_of, evaluating, run, to_device
+from sadmoe.files import checksum
 from sadmoe.gates import Gate
 from sadmoe.masks import record_masks
 from sadmoe.model_report import short_names
@@ -46,11 +48,16 @@ class Results:
         """Measures a model under every gate, if that is not done, and writes all that is known. The first one's tokens
         are looked into."""
         with self.run.stage(name):
-            points = self.saved.get(name)
+            seconds = self.run.effort.timed if timed else 0.0
+            of = {
+                "model": checksum(model.state_dict()),
+                "gates": [str(gate) for _, gate in gates],
+                "timed": seconds,
+            }
+            points = self.saved.get(name, of)
             if points is None:
-                seconds = self.run.effort.timed if timed else 0.0
                 points = sweep(self.work, model, gates, self.dense, seconds)
-                self.saved.put(name, points)
+                self.saved.put(name, of, points)
             self.curves[name] = points
             if self.heat is None:
                 self.look_into(model)
@@ -112,32 +119,32 @@ class Results:
 
 
 class Saved:
-    """Curves of an earlier start of the same run, on the same machine, of the same effort."""
+    """Curves of an earlier start of the same run, each with what it is of: model, gates, samples, machine."""
 
     def __init__(self, run: Run):
         self.path = run.out / "state" / run.name / "curves.json"
-        self.of = {"machine": machine(), "effort": asdict(run.effort), "sizes": list(run.sizes)}
-        self.of = json.loads(json.dumps(self.of))  # as it is read
-        self.curves: dict[str, list[dict[str, Any]]] = {}
-        if not self.path.exists():
-            return
-        found = json.loads(self.path.read_text())
-        if found["of"] == self.of:
-            self.curves = found["curves"]
-        else:
-            print(f"{self.path} is of another machine, effort or sizes: its curves are measured again")
+        device = torch.cuda.get_device_name() if run.device.startswith("cuda") else run.device
+        self.on = {"machine": machine(), "device": device, "tests": run.effort.tests}
+        self.curves: dict[str, dict[str, Any]] = {}
+        if self.path.exists():
+            self.curves = json.loads(self.path.read_text())
 
-    def get(self, name: str) -> list[Point] | None:
+    def get(self, name: str, of: Mapping[str, Any]) -> list[Point] | None:
         """The points of a curve that was measured to its end."""
-        points = self.curves.get(name)
-        return None if points is None else [Point(**point) for point in points]
+        found = self.curves.get(name)
+        if found is None:
+            return None
+        if found["of"] != {**of, **self.on}:
+            print(f"{self.path} has this curve of another model, machine or gates: it is measured again")
+            return None
+        return [Point(**point) for point in found["points"]]
 
-    def put(self, name: str, points: Sequence[Point]) -> None:
+    def put(self, name: str, of: Mapping[str, Any], points: Sequence[Point]) -> None:
         """Keeps a curve. A kill leaves the old file or the new one."""
-        self.curves[name] = [asdict(point) for point in points]
+        self.curves[name] = {"of": {**of, **self.on}, "points": [asdict(point) for point in points]}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_suffix(".tmp")
-        beside.write_text(json.dumps({"of": self.of, "curves": self.curves}, indent=1))
+        beside.write_text(json.dumps(self.curves, indent=1))
         beside.replace(self.path)
 
 

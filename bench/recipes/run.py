@@ -32,8 +32,9 @@ class Effort:
     shares: tuple[float, ...] = (0.7, 0.5, 0.3, 0.2, 0.1, 0.05)  # of the experts, for static top-k
 
     def training(self, sizes: int) -> float:
-        """Seconds of training alone, for so many expert sizes."""
-        return self.task + self.sparsify + sizes * (self.layers + self.routed)
+        """Seconds of training alone, for so many expert sizes, and for MoEfication where it is fine-tuned."""
+        ours = self.task + self.sparsify + sizes * (self.layers + self.routed)
+        return ours if self.sparsify else ours + self.layers + self.routed
 
     def longer(self, factor: float) -> "Effort":
         """The same work with that many times the seconds of training."""

@@ -12,7 +12,7 @@ from sadmoe.bench import compare, random_batch, table
 from sadmoe.dial import set_batch_invariant
 from sadmoe.measure_costs import TOKENS, calibrate_costs, costs_table
 from sadmoe.measured import cache_file, read
-from sadmoe.options import add_common, add_data, data_of
+from sadmoe.options import add_common, add_data, add_model, data_of
 from sadmoe.outputs import check_files
 from sadmoe.paths import dtype_name, use_costs
 from sadmoe.texts import load_bare_model
@@ -30,9 +30,7 @@ def add_bench(commands: Any) -> None:
         "in a file that later loads on this machine decide by. In float32 only layers with batch_invariant=False "
         "decide; in bfloat16 and float16 also those that are left as they are.",
     )
-    command.add_argument(
-        "--model", type=Path, required=True, help="folder that `sadmoe convert` or save_pretrained wrote"
-    )
+    add_model(command)
     command.add_argument(
         "--tau",
         type=float,

@@ -21,7 +21,7 @@ from sadmoe.data import Data
 from sadmoe.evaluate import evaluate, table
 from sadmoe.int8 import quantize_experts_
 from sadmoe.model_report import report_page
-from sadmoe.options import add_common, add_data, data_of
+from sadmoe.options import add_common, add_data, add_model, data_of
 from sadmoe.outputs import check_files, check_folder, replaced
 from sadmoe.report import write_page
 from sadmoe.run_demo import SECONDS, run_demo
@@ -177,9 +177,7 @@ def _add_report(commands: Any) -> None:
 
 
 def _add_sweep(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--model", type=Path, required=True, help="folder that `sadmoe convert` or save_pretrained wrote"
-    )
+    add_model(command)
     add_data(command)
     command.add_argument(
         "--tau",
@@ -197,13 +195,16 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    check_folder(arguments.out, arguments.force, reads=(arguments.model, arguments.data))
+    state = () if arguments.checkpoint is None else (arguments.checkpoint,)
+    check_folder(arguments.out, arguments.force, reads=(arguments.model, arguments.data, *state))
     budget = BUDGET if arguments.budget is None and arguments.tau is None else arguments.budget
     config = ConvertConfig(
         expert_size=arguments.expert_size, budget=budget, tau=arguments.tau, seed=arguments.seed
     )
     model = load_bare_model(arguments.model)
     data = data_of(arguments, model)
+    if arguments.checkpoint is not None:
+        _check_same_data(arguments)
     _prepare(model, data, arguments)
     print(convert_(model, data.batches, config, checkpoint=_checkpoint(arguments, "convert")))
     if arguments.int8:
@@ -233,6 +234,20 @@ def _prepare(model: nn.Module, data: Data, arguments: argparse.Namespace) -> Non
         print(sparsify_(model, data.batches, sparsify, teacher=dense, checkpoint=follow))
 
 
+def _check_same_data(arguments: argparse.Namespace) -> None:
+    """Raises ValueError where the checkpoint was made from other data; the steps themselves check the rest."""
+    note = arguments.checkpoint / "data.json"
+    now = {name: str(getattr(arguments, name)) for name in ("data", "batch_size", "max_length")}
+    if not note.exists():
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(now))
+    elif (saved := json.loads(note.read_text())) != now:
+        raise ValueError(
+            f"--checkpoint: {arguments.checkpoint} is of another run, of {saved}, not {now}: give that data "
+            "again, or an empty folder"
+        )
+
+
 def _checkpoint(arguments: argparse.Namespace, step: str) -> Checkpoint | None:
     return None if arguments.checkpoint is None else Checkpoint(arguments.checkpoint / step)
 
@@ -249,10 +264,10 @@ def _report(arguments: argparse.Namespace) -> None:
     check_files((page, numbers), arguments.force)
     model = load_bare_model(arguments.model)
     data = data_of(arguments, model)
-    if data.is_images and arguments.sentence is not None:
-        raise ValueError(f"--sentence: a {type(model).__name__} takes images; leave it out")
+    if arguments.sentence is not None and (data.is_images or data.is_pairs):
+        raise ValueError(f"--sentence: a {type(model).__name__} takes more than a sentence; leave it out")
     points = evaluate(model, data.batches, sorted(arguments.tau), progress=True)
     print(table(points))
-    write_page(page, report_page(model, data, points, arguments.sentence))
     numbers.write_text(json.dumps([asdict(point) for point in points], indent=1))
+    write_page(page, report_page(model, data, points, arguments.sentence))
     print(f"\n{page}, and the numbers in {numbers}")

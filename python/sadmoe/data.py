@@ -1,24 +1,28 @@
 """What a transformers model of a folder is run on: text, pairs of texts or images, as the batches that it takes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from sadmoe.texts import load_tokenizer, padding, paragraphs, tokenized
 
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+SHOWN = 40  # tokens of the first text: what a heat map has room for
+
+Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Data:
-    """batches: all of it. first: its first sample, a batch of one. processor: the tokenizer or image processor that
-    goes with the model."""
+    """batches: all of it. first: its first sample, a batch of one, a text cut to SHOWN tokens. processor: the tokenizer
+    or image processor that goes with the model."""
 
-    batches: list[dict[str, Tensor]]
-    first: dict[str, Tensor]
+    batches: Sequence[Batch]
+    first: Batch
     processor: Any
 
     @property
@@ -26,18 +30,22 @@ class Data:
         return "pixel_values" in self.first
 
     @property
+    def is_pairs(self) -> bool:
+        return "decoder_input_ids" in self.first
+
+    @property
     def words(self) -> list[str]:
-        """The tokens of the first sample, of text."""
+        """The tokens of the first sample, of text; of a pair, those of the source."""
         ids = self.first["input_ids"][0].tolist()
         return [self.processor.decode([i]).strip() or "␣" for i in ids]
 
 
-def load_data(model: nn.Module, folder: Path, path: Path, *, batch_size: int, max_length: int) -> Data:
-    """What is at `path`, in the form that the model of `folder` takes.
+def load_data(model: Any, folder: Path, path: Path, *, batch_size: int, max_length: int) -> Data:
+    """What is at `path`, in the form that the transformers model of `folder` takes.
 
     A model of images takes a folder of images, at any depth; an encoder-decoder of text a file of lines, source and
-    target with a tab between; any other model of text a file of text, see `paragraphs`. Short texts come first.
-    max_length: tokens after which a text is cut.
+    target with a tab between; any other model of text a file of text, see `paragraphs`. Short texts come first; images
+    are read when their batch is asked for.   max_length: tokens after which a text is cut.
     Raises NotImplementedError where the model takes something else, ValueError where the data is of another kind.
     """
     takes, name = str(getattr(model, "main_input_name", "")), type(model).__name__
@@ -47,11 +55,12 @@ def load_data(model: nn.Module, folder: Path, path: Path, *, batch_size: int, ma
             raise ValueError(
                 f"--data: a {name} takes images, and {path} is no folder: give one that holds them"
             )
-        return _images(path, folder, batch_size)
+        return _images(path, folder, batch_size, model.dtype)
     if takes != "input_ids":
+        takes = f"{takes or 'inputs of its own'}{' and a decoder that has its own' if pairs else ''}"
         raise NotImplementedError(
-            f"{folder} holds a {name}, which takes {takes or 'inputs of its own'}, and neither text nor images: "
-            "convert it in Python, with batches of what it is called with (docs/convert-your-model.md)"
+            f"{folder} holds a {name}, which takes {takes}, and not text or images alone: convert it in Python, with "
+            "batches of what it is called with (docs/convert-your-model.md)"
         )
     if path.is_dir():
         raise ValueError(f"--data: a {name} takes text, and {path} is a folder: give a file of text")
@@ -59,61 +68,89 @@ def load_data(model: nn.Module, folder: Path, path: Path, *, batch_size: int, ma
     if pairs:
         return _pairs(path, model, tokenizer, batch_size, max_length)
     texts = paragraphs(path)
-    sizes: Any = {"batch_size": batch_size, "max_length": max_length}
-    (first,) = tokenized(tokenizer, texts[:1], **sizes)
-    return Data(tokenized(tokenizer, sorted(texts, key=len), **sizes), first, tokenizer)
-
-
-def _parts(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (values[i : i + size] for i in range(0, len(values), size))
+    (first,) = tokenized(tokenizer, texts[:1], max_length=min(max_length, SHOWN))
+    ordered = sorted(texts, key=len)
+    return Data(tokenized(tokenizer, ordered, batch_size=batch_size, max_length=max_length), first, tokenizer)
 
 
 def _pairs(path: Path, model: Any, tokenizer: Any, batch_size: int, max_length: int) -> Data:
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"{path} has no text")
-    pairs = [line.split("\t") for line in lines]
-    for number, pair in enumerate(pairs, 1):
-        if len(pair) != 2:
-            raise ValueError(
-                f"--data: a {type(model).__name__} takes lines of a source, a tab and a target; line {number} of "
-                f"those in {path} has {len(pair) - 1} tabs"
-            )
+    start = getattr(model.config, "decoder_start_token_id", None)
+    if start is None:
+        raise ValueError(
+            f"{type(model).__name__}: its config names no decoder_start_token_id, with which a target begins; set "
+            "it there"
+        )
+    pairs = _lines_of_pairs(path, type(model).__name__)
 
-    def batch(some: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+    def batch(some: Sequence[Sequence[str]], longest: int) -> Batch:
         sources, targets = ([pair[side] for pair in some] for side in (0, 1))
-        settings = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
+        settings = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
         with padding(tokenizer):
             made = dict(tokenizer(sources, **settings))
             wanted = tokenizer(text_target=targets, **settings)
-        ids, mask = wanted["input_ids"], wanted["attention_mask"]
-        shifted = model.prepare_decoder_input_ids_from_labels(
-            ids
-        )  # a place later, after the token that starts
-        return made | {"decoder_input_ids": shifted, "decoder_attention_mask": mask}
+        ids = wanted["input_ids"].roll(1, dims=1)  # each token is predicted from those before it
+        ids[:, 0] = start
+        return made | {"decoder_input_ids": ids, "decoder_attention_mask": wanted["attention_mask"]}
 
     ordered = sorted(pairs, key=lambda pair: len(pair[0]))
-    return Data([batch(part) for part in _parts(ordered, batch_size)], batch(pairs[:1]), tokenizer)
+    parts = (ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size))
+    return Data([batch(part, max_length) for part in parts], batch(pairs[:1], SHOWN), tokenizer)
 
 
-def _images(path: Path, folder: Path, batch_size: int) -> Data:
-    try:
-        from PIL import Image
-        from transformers import AutoImageProcessor
-    except ImportError as error:
-        raise ImportError("images need pillow and transformers: pip install pillow 'sadmoe[hf]'") from error
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGES)
-    if not found:
+def _lines_of_pairs(path: Path, name: str) -> list[list[str]]:
+    pairs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        pair = [part.strip() for part in line.rstrip("\r").split("\t")]
+        if pair == [""]:
+            continue
+        if len(pair) != 2 or not all(pair):
+            raise ValueError(
+                f"--data: a {name} takes lines of a source, a tab and a target; line {number} of {path} "
+                f"is {line[:60]!r}"
+            )
+        pairs.append(pair)
+    if not pairs:
+        raise ValueError(f"{path} has no text")
+    return pairs
+
+
+def _images(path: Path, folder: Path, batch_size: int, dtype: torch.dtype) -> Data:
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGES)
+    if not files:
         raise ValueError(
             f"--data: {path} holds no image, by the names {', '.join('*' + end for end in IMAGES)}"
         )
-    processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    try:
+        from transformers import AutoImageProcessor
 
-    def batch(files: Sequence[Path]) -> dict[str, Tensor]:
-        images = []
-        for file in files:
-            with Image.open(file) as image:
-                images.append(image.convert("RGB"))
-        return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"]}
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    except ImportError as error:
+        raise ImportError(
+            f"images need pillow and transformers: pip install pillow 'sadmoe[hf]' ({error})"
+        ) from error
+    batches = _Images(files, processor, batch_size, dtype)
+    return Data(batches, _Images(files[:1], processor, 1, dtype)[0], processor)
 
-    return Data([batch(part) for part in _parts(found, batch_size)], batch(found[:1]), processor)
+
+@dataclass(frozen=True)
+class _Images(Sequence[Batch]):
+    """Batches of images, read when they are asked for, as transformers' pipelines read them."""
+
+    files: Sequence[Path]
+    processor: Any
+    size: int
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        return -(-len(self.files) // self.size)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        from transformers.image_utils import load_image
+
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        start = (i % len(self)) * self.size
+        images = [load_image(str(file)) for file in self.files[start : start + self.size]]
+        return {"pixel_values": self.processor(images, return_tensors="pt")["pixel_values"].to(self.dtype)}

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,13 @@ class Site(Protocol):
 
     @property
     def first(self) -> nn.Module: ...
+
+
+class Place(NamedTuple):
+    """A site by its name and module."""
+
+    name: str
+    first: nn.Module
 
 
 def collect_inputs(

@@ -9,15 +9,13 @@ import torch
 from torch import nn
 
 from sadmoe.batches import Batch, device_of, evaluating, run, to_device
-from sadmoe.data import Data
+from sadmoe.data import SHOWN, Data
 from sadmoe.dial import converted_layers
 from sadmoe.evaluate import HEADER, Point
 from sadmoe.gates import DynamicK
 from sadmoe.masks import experts_per_token, record_masks
 from sadmoe.report import Heat, Page, Panel, Series
 from sadmoe.tables import si
-
-LONGEST = 40  # tokens of the sentence that are shown
 
 
 def report_page(model: nn.Module, data: Data, points: Sequence[Point], sentence: str | None = None) -> Page:
@@ -79,25 +77,33 @@ def _heat(model: nn.Module, data: Data, sentence: str | None, now: str) -> Heat:
     heading = f"Experts of each token at {now}"
     if data.is_images:
         counts = Counter(k.numel() for k in experts_per_token(model, data.first).values())
-        (patches, _) = counts.most_common(1)[0]
-        heading = f"Experts of each patch of the first image at {now}"
-        return layer_heat(heading, model, data.first, [str(i) for i in range(patches)])
+        ((tokens, _),) = counts.most_common(1)
+        heading = f"Experts of each token of the first image at {now}"
+        return layer_heat(heading, model, data.first, [str(i) for i in range(tokens)])
     if sentence is not None:
         return sentence_heat(heading, model, data.processor, sentence)
     return layer_heat(heading, model, data.first, data.words)
 
 
 def layer_heat(heading: str, model: nn.Module, batch: Batch, labels: Sequence[str]) -> Heat:
-    """The executed share of every layer for every token of a batch of one sample, one label a token, as gates stand."""
+    """The executed share of every layer for every token of a batch of one sample, one label a token, as gates stand.
+
+    Layers that see other tokens are left out: in an encoder-decoder those of the decoder.
+    """
     layers = converted_layers(model)
-    counts = {n: k.flatten() for n, k in experts_per_token(model, batch).items() if k.numel() == len(labels)}
+    two_sided = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    counts = {
+        name: k.flatten()
+        for name, k in experts_per_token(model, batch).items()
+        if k.numel() == len(labels) and not (two_sided and "decoder" in name.split("."))
+    }
     values = [[float(v) / layers[name].experts for v in k] for name, k in counts.items()]
     return Heat(heading, values, short_names(counts), labels)
 
 
 def sentence_heat(heading: str, model: nn.Module, tokenizer: Any, sentence: str) -> Heat:
-    """The same for the tokens of a sentence, the first 40."""
-    batch = dict(tokenizer(sentence, truncation=True, max_length=LONGEST, return_tensors="pt"))
+    """The same for the tokens of a sentence, the first SHOWN."""
+    batch = dict(tokenizer(sentence, truncation=True, max_length=SHOWN, return_tensors="pt"))
     words = [tokenizer.decode([i]).strip() or "␣" for i in batch["input_ids"][0].tolist()]
     return layer_heat(heading, model, to_device(batch, device_of(model)), words)
 

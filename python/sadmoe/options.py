@@ -8,6 +8,13 @@ from torch import nn
 from sadmoe.data import Data, load_data
 
 
+def add_model(command: argparse.ArgumentParser) -> None:
+    """Which converted model."""
+    command.add_argument(
+        "--model", type=Path, required=True, help="folder that `sadmoe convert` or save_pretrained wrote"
+    )
+
+
 def add_data(command: argparse.ArgumentParser, *, default: str | None = None) -> None:
     """What the model is run on, and in what batches. default: what that is where nothing is given."""
     command.add_argument(

@@ -14,6 +14,9 @@ from sadmoe.batches import real_rows, rows_of
 from sadmoe.dial import converted_layers
 from sadmoe.gradients import is_recomputed
 from sadmoe.layer import DynamicKMoE, only_input
+from sadmoe.routers import RouterConfig
+
+EQUAL = 1e-9  # of a layer's SSE: an SST below it is rounding, of norms that are all equal
 
 
 class RouterLoss:
@@ -29,18 +32,19 @@ class RouterLoss:
                 optimizer.zero_grad()
 
     Calling it gives the mean over layers of SSE / SST, which is 1 - R² on the tokens of the passes since the last call,
-    of targets norm ** target_power (see `RouterConfig`), and forgets those passes. Its gradient reaches the routers
-    alone: what enters a layer and the norms are constants in it, so a pass under no_grad will do, and added to a task's
-    loss it trains routers beside experts. It is computed in float32, also under autocast, and computes each layer's
-    up projection once more. At tau = 0 inputs are those of the dense model, which is what `fit_routers_` fits to.
+    of targets norm ** target_power (see `RouterConfig`), and forgets those passes. Layers whose norms are all equal
+    there, such as silent ones, say nothing and are left out. Its gradient reaches the routers alone: what enters a
+    layer and the norms are constants in it, so a pass under no_grad will do, and added to a task's loss it trains
+    routers beside experts. It is computed without autocast, errors in float32, and computes each layer's up projection
+    once more. At tau = 0 inputs are those of the dense model, which is what `fit_routers_` fits to.
 
     weights: the routers' parameters; inside the `with` they ask for gradients, afterwards as they did before.
-    Keeps what enters every layer until it is called. Raises ValueError where nothing was converted.
+    Keeps what enters every layer until it is called.
+    Raises ValueError where nothing was converted, or target_power is not in (0, 2].
     """
 
     def __init__(self, model: nn.Module, *, target_power: float = 1.0):
-        if not 0 < target_power <= 2:
-            raise ValueError(f"target_power must be in (0, 2], got {target_power}")
+        RouterConfig(target_power=target_power)  # checks it
         self.model = model
         self.layers = converted_layers(model)
         self.target_power = target_power
@@ -70,10 +74,11 @@ class RouterLoss:
             v.requires_grad_(asked)
 
     def __call__(self, batch: Mapping[str, Any] | None = None) -> Tensor:
-        """The mean over layers of 1 - R²: a scalar, float32.
+        """The mean over layers of 1 - R²: a scalar, float32; 0 where no layer says anything.
 
-        batch: what the model was called with, whose "attention_mask" says which tokens are real (in an encoder-decoder
-        also "decoder_attention_mask"). None: all are.   Raises RuntimeError where no pass came before.
+        batch: what the model was called with in all those passes, whose "attention_mask" says which tokens are real (in
+        an encoder-decoder also "decoder_attention_mask"). None: all are.
+        Raises RuntimeError where no pass came before.
         """
         seen, self._seen = self._seen, defaultdict(list)
         if not self._handles:
@@ -85,11 +90,15 @@ class RouterLoss:
                 "RouterLoss has seen no forward pass since it was last called: run the model first"
             )
         parts = [
-            self._unexplained(layer, torch.cat([self._rows(name, batch, x) for x in seen[name]]))
+            _unexplained(
+                layer, torch.cat([self._rows(name, batch, x) for x in seen[name]]), self.target_power
+            )
             for name, layer in self.layers.items()
             if name in seen
         ]
-        return torch.stack(parts).mean()
+        errors, around = (torch.stack(sums) for sums in zip(*parts, strict=True))
+        told = around > EQUAL * errors.detach()
+        return (errors * told / around.where(told, 1)).sum() / told.sum().clamp(min=1)
 
     def forget(self) -> None:
         """Drops what passes since the last call left, as after an evaluation."""
@@ -104,10 +113,12 @@ class RouterLoss:
         rows = rows_of(x)
         return rows if real is None else rows[real]
 
-    def _unexplained(self, layer: DynamicKMoE, rows: Tensor) -> Tensor:
-        targets = layer.expert_norms(rows).pow(self.target_power)
-        with torch.autocast(rows.device.type, enabled=False):
-            v1, v2 = (v.float() for v in (layer.router.v1, layer.router.v2))
-            errors = reference.router_scores(rows.float(), v1, v2) - targets
-            around = (targets - targets.mean()).square().sum()
-            return errors.square().sum() / around.clamp(min=torch.finfo(torch.float32).tiny)
+
+def _unexplained(layer: DynamicKMoE, rows: Tensor, power: float) -> tuple[Tensor, Tensor]:
+    """SSE of the router and SST of its targets over (token, expert) pairs."""
+    rows = rows.to(layer.float_weights("w_up").dtype)
+    with torch.autocast(rows.device.type, enabled=False):
+        targets = layer.expert_norms(rows).pow(power)
+        v1, v2 = (v.float() for v in (layer.router.v1, layer.router.v2))
+        errors = reference.router_scores(rows.float(), v1, v2) - targets
+        return errors.square().sum(), (targets - targets.mean()).square().sum()

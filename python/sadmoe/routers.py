@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from sadmoe.batches import Batches
 from sadmoe.dial import converted_layers, tau
 from sadmoe.ffn import projection_mlps
 from sadmoe.files import checksum
-from sadmoe.inputs import collect_inputs, stream_inputs
+from sadmoe.inputs import Place, collect_inputs, stream_inputs
 from sadmoe.layer import DynamicKMoE
 from sadmoe.sparsify.processes import place
 from sadmoe.sparsify.resume import Checkpoint, read, write
@@ -129,11 +129,14 @@ def fit_routers_(
         name: _for_width(config, layer.router.v1.shape[0], free=config is None or name in projections)
         for name, layer in layers.items()
     }
+    whole = 0 if checkpoint is None else checksum(_all_but_routers(model))
+    told = {"max_tokens": max_tokens, "skip_padding": skip_padding, "model": whole}
     saved = {
-        name: _Saved(checkpoint, name, layer, configs[name], max_tokens) for name, layer in layers.items()
+        name: _Saved(checkpoint, name, layer, {"config": asdict(configs[name]), **told})
+        for name, layer in layers.items()
     }
     fits = {name: fit for name, one in saved.items() if (fit := one.load_()) is not None}
-    sites = [_Converted(name, layer) for name, layer in layers.items() if name not in fits]
+    sites = [Place(name, layer) for name, layer in layers.items() if name not in fits]
     with tau(model, 0.0):
         stream = stream_inputs(
             model,
@@ -157,24 +160,19 @@ def _for_width(config: RouterConfig | None, width: int, free: bool) -> RouterCon
 
 @dataclass
 class _Saved:
-    """A router that was fitted, on disk: it takes seconds, so that is how often `fit_routers_` saves."""
+    """A router that was fitted, on disk: it takes seconds, so that is how often `fit_routers_` saves.
+
+    run: what the router is a function of, but for the batches.
+    """
 
     checkpoint: Checkpoint | None
     name: str
     layer: DynamicKMoE
-    config: RouterConfig
-    max_tokens: int
-
-    def run(self) -> dict[str, Any]:
-        parts = self.layer.state_dict(keep_vars=True)  # of int8 the scales too
-        experts = {
-            key: t for key, t in parts.items() if not key.startswith("router.") and key != "permutation"
-        }
-        return {"config": asdict(self.config), "max_tokens": self.max_tokens, "weights": checksum(experts)}
+    run: dict[str, Any]
 
     def load_(self) -> RouterFit | None:
         """Puts the saved router into the layer, if there is one."""
-        found = None if self.checkpoint is None else read(self.checkpoint.file(self.name), self.run())
+        found = None if self.checkpoint is None else read(self.checkpoint.file(self.name), self.run)
         if found is None:
             return None
         self.layer.router.load_state_dict(found[0])
@@ -182,12 +180,12 @@ class _Saved:
 
     def save(self, fit: RouterFit) -> None:
         if self.checkpoint is not None and place()[0] == 0:
-            write(self.checkpoint.file(self.name), self.layer.router.state_dict(), self.run(), asdict(fit))
+            write(self.checkpoint.file(self.name), self.layer.router.state_dict(), self.run, asdict(fit))
 
 
-class _Converted(NamedTuple):
-    name: str
-    first: nn.Module
+def _all_but_routers(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, of which no router is."""
+    return {name: t for name, t in model.state_dict().items() if "router" not in name.split(".")}
 
 
 @dataclass(frozen=True)

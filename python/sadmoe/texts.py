@@ -20,17 +20,8 @@ def paragraphs(path: Path) -> list[str]:
 
 
 def load_model(folder: Path) -> tuple[nn.Module, Any]:
-    """`load_bare_model` and its tokenizer. Raises NotImplementedError where text alone does not run the model."""
-    model = load_bare_model(folder)
-    takes = str(model.main_input_name)
-    if getattr(model.config, "is_encoder_decoder", False):
-        takes = "the input of encoder and decoder"
-    if takes != "input_ids":
-        raise NotImplementedError(
-            f"{folder} holds a {type(model).__name__}, which takes {takes}, and not text alone: convert it in Python, "
-            "with batches of what it is called with (docs/convert-your-model.md)"
-        )
-    return model, load_tokenizer(folder)
+    """`load_bare_model` and its tokenizer."""
+    return load_bare_model(folder), load_tokenizer(folder)
 
 
 def load_bare_model(folder: Path) -> nn.Module:

@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 from sadmoe.batches import Batches
 from sadmoe.convert.config import ConvertConfig
 from sadmoe.ffn import DenseFFN, FFNSite, layer_from_dense
-from sadmoe.ffn.dense import TENSORS
 from sadmoe.files import checksum
 from sadmoe.inputs import stream_inputs
 from sadmoe.layer import DynamicKMoE
@@ -61,7 +60,8 @@ def build_all(
     progress: bool,
 ) -> list[Built]:
     """The layers in the order of the sites, those in the checkpoint loaded. Inputs are let go when a layer is built."""
-    saved = {site.name: _Saved(checkpoint, site, config) for site in sites}
+    whole = 0 if checkpoint is None else checksum(dict(model.state_dict()))
+    saved = {site.name: _Saved(checkpoint, site, config, whole) for site in sites}
     built = {name: layer for name, one in saved.items() if (layer := one.load()) is not None}
     by_name = {site.name: site for site in sites if site.name not in built}
     stream = stream_inputs(
@@ -108,6 +108,7 @@ class _Saved:
     checkpoint: Checkpoint | None
     site: FFNSite
     config: ConvertConfig
+    model: int  # checksum of all that makes what enters the layer
 
     def run(self) -> dict[str, Any]:
         """What all that is a function of, but for the batches."""
@@ -117,7 +118,8 @@ class _Saved:
             "experts": config.experts_of(dense.f),
             "router": asdict(config.router),
             **{name: getattr(config, name) for name in names},
-            "weights": checksum({name: w for name in TENSORS if (w := getattr(dense, name)) is not None}),
+            "act": dense.act,
+            "model": self.model,
         }
 
     def load(self) -> Built | None:

@@ -13,6 +13,7 @@ from sadmoe.batches import evaluating
 from sadmoe.dial import tau
 from sadmoe.ffn import find_ffns, swap_activations_
 from sadmoe.router_loss import RouterLoss
+from sadmoe.routers import RouterConfig
 from sadmoe.sparsify import SparsifyConfig, SparsityLoss
 from sadmoe.sparsify.config import Schedule
 from sadmoe.sparsify.penalty import Penalty
@@ -195,8 +196,7 @@ class RouterCallback(AddedLoss):
         super().__init__()
         if not alpha > 0:
             raise ValueError(f"alpha must be above 0, got {alpha}")
-        if not 0 < target_power <= 2:
-            raise ValueError(f"target_power must be in (0, 2], got {target_power}")
+        RouterConfig(target_power=target_power)  # checks it
         self.alpha, self.alone, self.target_power = alpha, alone, target_power
         self._asked: dict[nn.Parameter, bool] = {}
         self._dense = ExitStack()  # what holds for a pass
@@ -204,6 +204,10 @@ class RouterCallback(AddedLoss):
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Says what is trained, before the Trainer makes its optimizer."""
         self.check(args)
+        if args.label_smoothing_factor:
+            raise ValueError(
+                "RouterCallback is in the loss that the model returns: leave label smoothing out"
+            )
         model = kwargs["model"]
         routers = RouterLoss(model).weights
         self._asked = {p: p.requires_grad for p in model.parameters()}
@@ -214,13 +218,13 @@ class RouterCallback(AddedLoss):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Starts to watch the model."""
-        if not self._asked:
+        model = kwargs["model"]
+        if not all(p in self._asked for p in model.parameters()):
             raise ValueError(
-                "RouterCallback came after the Trainer, or has been stopped: give a new one to a new "
-                "Trainer(callbacks=[RouterCallback(...)])"
+                "RouterCallback came after the Trainer, has been stopped, or the Trainer has made another model since "
+                "(model_init): give a new one to a new Trainer(model, callbacks=[RouterCallback(...)])"
             )
         self.unwatch()
-        model = kwargs["model"]
         if self.alone:
             self._handles.append(model.register_forward_pre_hook(self._open))
             self._handles.append(model.register_forward_hook(self._close, always_call=True))
@@ -229,6 +233,11 @@ class RouterCallback(AddedLoss):
     def with_term(self, loss: Tensor | None, term: Tensor) -> Tensor:
         """Alone it is the loss: nothing in the model's own could be trained."""
         return term if self.alone else super().with_term(loss, term)
+
+    def unwatch(self) -> None:
+        """Takes the hooks off, and ends a pass that Ctrl-C left open."""
+        super().unwatch()
+        self._dense.close()
 
     def stop(self) -> None:
         """Leaves the model as any other, asking for gradients as before the Trainer was made."""
