@@ -224,7 +224,9 @@ def test_an_encoder_decoder_is_converted_evaluated_and_reported(t5, pairs, tmp_p
     titles = re.findall("<title>([^<]*)</title>", page.read_text())
     heat = [title.partition(":")[0] for title in titles if title.endswith("% of the experts")]
     words = ["[CLS]", "experts", "run", "[SEP]"]
-    assert heat == [f"DenseReluDense {word}" for word in words]  # of the encoder: the decoder sees other tokens
+    assert heat == [
+        f"DenseReluDense {word}" for word in words
+    ]  # of the encoder: the decoder sees other tokens
 
 
 def test_what_an_encoder_decoder_reads(t5, pairs):

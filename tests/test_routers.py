@@ -228,7 +228,7 @@ def test_the_routers_of_a_converted_model_are_fitted_at_tau_zero():
     assert list(fits) == list(layers)
 
     expected = converted("bert")
-    sites = [routers._Converted(name, layer) for name, layer in converted_layers(expected).items()]
+    sites = [routers.Place(name, layer) for name, layer in converted_layers(expected).items()]
     for name, x in collect_inputs(expected, sites, [batch], max_tokens=100).items():
         assert fit_router_(converted_layers(expected)[name], x, config) == fits[name]
         assert torch.equal(converted_layers(expected)[name].router.v2, layers[name].router.v2)

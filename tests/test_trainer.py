@@ -294,7 +294,9 @@ def test_routers_beside_experts_take_the_step_of_a_plain_loop(tmp_path):
 def test_a_router_callback_that_comes_too_late_is_refused(tmp_path):
     trainer = routed(tmp_path, [], routed_model())
     trainer.add_callback(RouterCallback())
-    with pytest.raises(ValueError, match=r"came after the Trainer.* give a new one to a new Trainer\(model, callbacks"):
+    with pytest.raises(
+        ValueError, match=r"came after the Trainer.* give a new one to a new Trainer\(model, callbacks"
+    ):
         trainer.train()
     with pytest.raises(ValueError, match="alpha must be above 0, got 0"):
         RouterCallback(0.0)
