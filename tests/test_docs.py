@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sadmoe
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -45,6 +46,14 @@ def test_links_lead_somewhere(page):
 def test_every_page_is_found_from_the_readme():
     readme = (ROOT / "README.md").read_text()
     assert [page.name for page in PAGES if f"docs/{page.name}" not in readme] == []
+
+
+def test_every_public_name_is_told():
+    page = (ROOT / "docs/api.md").read_text()
+    assert [name for name in sadmoe.__all__ if f"`{name}`" not in page] == []
+    told = set(re.findall(r"`(\w+)`", page.partition("**In transformers**")[0]))
+    foreign = {"_", "with", "save_pretrained", "from_pretrained"}
+    assert [name for name in told - foreign if not hasattr(sadmoe, name)] == []
 
 
 def test_the_picture_is_what_its_script_draws():

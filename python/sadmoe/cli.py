@@ -102,8 +102,8 @@ def _add_convert(commands: Any) -> None:
         "convert",
         help="convert a transformers model of a local folder",
         description="Converts every FFN of a model and saves the result, which transformers loads after "
-        "`import sadmoe`. Without --sparsify nothing is fine-tuned: models with GELU or SiLU then keep their quality "
-        "to a budget of about 0.6, with it to far less.",
+        "`import sadmoe`. Without --sparsify nothing is fine-tuned: a model with GELU or SiLU then loses quality "
+        "below a budget of about 0.9.",
     )
     command.add_argument(
         "--model",
