@@ -204,7 +204,7 @@ def test_a_model_of_images_is_converted_evaluated_and_reported(vit, photos, tmp_
     assert float(capsys.readouterr().out.splitlines()[-1].split()[3]) > 0  # error
     report = ["report", "--model", str(out), "--data", str(photos), "--out", str(page)]
     assert cli.main([*report, "--sentence", "few"]) == 2
-    assert "--sentence: a ViTForImageClassification takes more than a sentence" in capsys.readouterr().err
+    assert "--sentence: this ViTForImageClassification is not run on text alone" in capsys.readouterr().err
     assert cli.main([*report, "--tau", "0", "0.5"]) == 0
     assert "Experts of each token of the first image" in page.read_text()
     assert cli.main(["bench", "--model", str(out), "--data", str(photos), "--seconds", "0.01"]) == 0
@@ -219,7 +219,7 @@ def test_an_encoder_decoder_is_converted_evaluated_and_reported(t5, pairs, tmp_p
     assert float(capsys.readouterr().out.splitlines()[-1].split()[3]) > 0
     report = ["report", "--model", str(out), "--data", str(pairs), "--out", str(page)]
     assert cli.main([*report, "--sentence", "few tokens"]) == 2
-    assert "takes more than a sentence" in capsys.readouterr().err
+    assert "is not run on text alone" in capsys.readouterr().err
     assert cli.main(report) == 0
     titles = re.findall("<title>([^<]*)</title>", page.read_text())
     heat = [title.partition(":")[0] for title in titles if title.endswith("% of the experts")]
@@ -227,6 +227,42 @@ def test_an_encoder_decoder_is_converted_evaluated_and_reported(t5, pairs, tmp_p
     assert heat == [
         f"DenseReluDense {word}" for word in words
     ]  # of the encoder: the decoder sees other tokens
+
+
+@pytest.fixture
+def whisper(tmp_path):
+    sizes = {
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "vocab_size": 20,
+    }
+    sizes |= {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "decoder_attention_heads": 2, "num_mel_bins": 8}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    config = transformers.WhisperConfig(max_source_positions=10, **sizes, **ids)
+    transformers.WhisperModel(config).save_pretrained(tmp_path / "whisper")
+    return tmp_path / "whisper"
+
+
+def test_any_model_takes_the_batches_of_a_python_file(whisper, tmp_path, capsys):
+    data, out, page = tmp_path / "mine.py", tmp_path / "moe", tmp_path / "page.html"
+    data.write_text(
+        "import torch\n"
+        "def batches():\n"
+        "    ids = torch.randint(3, 20, (2, 6))\n"
+        "    return [{'input_features': torch.randn(2, 8, 20), 'decoder_input_ids': ids} for _ in range(8)]\n"
+    )
+    assert converted(whisper, data, out, "--tau", "0.2") == 0
+    assert len(moe_layers(transformers.WhisperModel.from_pretrained(out))) == 2
+    capsys.readouterr()
+    assert evaluated(out, data, "0", "1") == 0
+    assert float(capsys.readouterr().out.splitlines()[-1].split()[3]) > 0
+    assert cli.main(["report", "--model", str(out), "--data", str(data), "--out", str(page)]) == 0
+    assert "WhisperModel, converted" in page.read_text()
+    data.write_text("batches = 3")
+    assert converted(whisper, data, tmp_path / "other") == 2
+    assert "must set `batches` to a list of what the model is called with" in capsys.readouterr().err
 
 
 def test_what_an_encoder_decoder_reads(t5, pairs):
@@ -300,20 +336,15 @@ def once_only():
     return step
 
 
-def test_data_of_another_kind_is_refused(folder, vit, t5, text, pairs, photos, tmp_path, capsys):
+def test_data_of_another_kind_is_refused(folder, vit, t5, whisper, text, pairs, photos, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    audio = tmp_path / "audio"
-    sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 1}
-    sizes |= {"encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "decoder_attention_heads": 1, "vocab_size": 20}
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-    transformers.WhisperModel(transformers.WhisperConfig(**sizes, **ids)).save_pretrained(audio)
     for model, data, message in (
         (vit, text, "a ViTForImageClassification takes images, and"),
         (vit, tmp_path / "empty", "holds no image, by the names *.bmp"),
         (folder, photos, "a BertModel takes text, and"),
         (t5, text, "takes lines of a source, a tab and a target; line 1 of"),
         (
-            audio,
+            whisper,
             text,
             "which takes input_features and a decoder that has its own, and not text or images alone",
         ),

@@ -211,7 +211,8 @@ def _convert(arguments: argparse.Namespace) -> None:
         print(quantize_experts_(model))
     with replaced(arguments.out):
         model.save_pretrained(arguments.out)  # type: ignore[operator]
-        data.processor.save_pretrained(arguments.out)
+        if data.processor is not None:
+            data.processor.save_pretrained(arguments.out)
     print(
         f"\nsaved to {arguments.out}. Load it with\n\n    import sadmoe\n"
         f"    from transformers import {type(model).__name__}\n"
@@ -264,8 +265,8 @@ def _report(arguments: argparse.Namespace) -> None:
     check_files((page, numbers), arguments.force)
     model = load_bare_model(arguments.model)
     data = data_of(arguments, model)
-    if arguments.sentence is not None and (data.is_images or data.is_pairs):
-        raise ValueError(f"--sentence: a {type(model).__name__} takes more than a sentence; leave it out")
+    if arguments.sentence is not None and data.kind != "text":
+        raise ValueError(f"--sentence: this {type(model).__name__} is not run on text alone; leave it out")
     points = evaluate(model, data.batches, sorted(arguments.tau), progress=True)
     print(table(points))
     numbers.write_text(json.dumps([asdict(point) for point in points], indent=1))

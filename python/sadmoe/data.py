@@ -1,14 +1,16 @@
-"""What a transformers model of a folder is run on: text, pairs of texts or images, as the batches that it takes."""
+"""What a transformers model of a folder is run on, as the batches that it takes: text, pairs of texts, images, or
+what a Python file of the user's makes."""
 
+import runpy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from sadmoe.texts import load_tokenizer, padding, paragraphs, tokenized
+from sadmoe.texts import load_processor, load_tokenizer, padding, paragraphs, tokenized
 
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 SHOWN = 40  # tokens of the first text: what a heat map has room for
@@ -18,24 +20,18 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Data:
-    """batches: all of it. first: its first sample, a batch of one, a text cut to SHOWN tokens. processor: the tokenizer
-    or image processor that goes with the model."""
+    """batches: all of it. processor: the tokenizer or image processor that goes with the model, None where there is
+    none. kind: what it is. first: its first sample, a batch of one, a text cut to SHOWN tokens; None of "python"."""
 
-    batches: Sequence[Batch]
-    first: Batch
+    batches: Sequence[Any]
     processor: Any
-
-    @property
-    def is_images(self) -> bool:
-        return "pixel_values" in self.first
-
-    @property
-    def is_pairs(self) -> bool:
-        return "decoder_input_ids" in self.first
+    kind: Literal["text", "pairs", "images", "python"]
+    first: Batch | None = None
 
     @property
     def words(self) -> list[str]:
         """The tokens of the first sample, of text; of a pair, those of the source."""
+        assert self.first is not None
         ids = self.first["input_ids"][0].tolist()
         return [self.processor.decode([i]).strip() or "␣" for i in ids]
 
@@ -45,9 +41,12 @@ def load_data(model: Any, folder: Path, path: Path, *, batch_size: int, max_leng
 
     A model of images takes a folder of images, at any depth; an encoder-decoder of text a file of lines, source and
     target with a tab between; any other model of text a file of text, see `paragraphs`. Short texts come first; images
-    are read when their batch is asked for.   max_length: tokens after which a text is cut.
-    Raises NotImplementedError where the model takes something else, ValueError where the data is of another kind.
+    are read when their batch is asked for. Every model takes a Python file, which is run, and whose `batches` are a
+    list of what the model is called with, or a function that makes it.   max_length: tokens after which a text is cut.
+    Raises NotImplementedError where the model needs a Python file, ValueError where the data is of another kind.
     """
+    if path.suffix == ".py":
+        return _from_python(path, folder)
     takes, name = str(getattr(model, "main_input_name", "")), type(model).__name__
     pairs = bool(getattr(model.config, "is_encoder_decoder", False))
     if takes == "pixel_values" and not pairs:
@@ -59,8 +58,8 @@ def load_data(model: Any, folder: Path, path: Path, *, batch_size: int, max_leng
     if takes != "input_ids":
         takes = f"{takes or 'inputs of its own'}{' and a decoder that has its own' if pairs else ''}"
         raise NotImplementedError(
-            f"{folder} holds a {name}, which takes {takes}, and not text or images alone: convert it in Python, with "
-            "batches of what it is called with (docs/convert-your-model.md)"
+            f"{folder} holds a {name}, which takes {takes}, and not text or images alone: give a Python "
+            "file as --data, whose `batches` are what it is called with"
         )
     if path.is_dir():
         raise ValueError(f"--data: a {name} takes text, and {path} is a folder: give a file of text")
@@ -70,7 +69,20 @@ def load_data(model: Any, folder: Path, path: Path, *, batch_size: int, max_leng
     texts = paragraphs(path)
     (first,) = tokenized(tokenizer, texts[:1], max_length=min(max_length, SHOWN))
     ordered = sorted(texts, key=len)
-    return Data(tokenized(tokenizer, ordered, batch_size=batch_size, max_length=max_length), first, tokenizer)
+    batches = tokenized(tokenizer, ordered, batch_size=batch_size, max_length=max_length)
+    return Data(batches, tokenizer, "text", first)
+
+
+def _from_python(path: Path, folder: Path) -> Data:
+    batches = runpy.run_path(str(path)).get("batches")
+    if callable(batches):
+        batches = batches()
+    if not isinstance(batches, Sequence) or not batches:
+        raise ValueError(
+            f"--data: {path} must set `batches` to a list of what the model is called with, or to a function that "
+            f"makes one; got {type(batches).__name__}"
+        )
+    return Data(batches, load_processor(folder), "python")
 
 
 def _pairs(path: Path, model: Any, tokenizer: Any, batch_size: int, max_length: int) -> Data:
@@ -94,7 +106,7 @@ def _pairs(path: Path, model: Any, tokenizer: Any, batch_size: int, max_length: 
 
     ordered = sorted(pairs, key=lambda pair: len(pair[0]))
     parts = (ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size))
-    return Data([batch(part, max_length) for part in parts], batch(pairs[:1], SHOWN), tokenizer)
+    return Data([batch(part, max_length) for part in parts], tokenizer, "pairs", batch(pairs[:1], SHOWN))
 
 
 def _lines_of_pairs(path: Path, name: str) -> list[list[str]]:
@@ -129,7 +141,7 @@ def _images(path: Path, folder: Path, batch_size: int, dtype: torch.dtype) -> Da
             f"images need pillow and transformers: pip install pillow 'sadmoe[hf]' ({error})"
         ) from error
     batches = _Images(files, processor, batch_size, dtype)
-    return Data(batches, _Images(files[:1], processor, 1, dtype)[0], processor)
+    return Data(batches, processor, "images", _Images(files[:1], processor, 1, dtype)[0])
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -46,7 +46,7 @@ class Point:
 
 
 def evaluate(
-    model: nn.Module, batches: Sequence[dict[str, Any]], taus: Sequence[float], *, progress: bool = False
+    model: nn.Module, batches: Sequence[Any], taus: Sequence[float], *, progress: bool = False
 ) -> list[Point]:
     """Runs a converted transformers model over batches at every tau; its gates come back."""
     converted_layers(model)
@@ -70,7 +70,7 @@ def table(points: Sequence[Point]) -> str:
     return format_table(HEADER, [point.cells() for point in points])
 
 
-def _errors(model: nn.Module, batches: Sequence[dict[str, Any]], taus: Sequence[float]) -> list[float]:
+def _errors(model: nn.Module, batches: Sequence[Any], taus: Sequence[float]) -> list[float]:
     """|y - y0| / |y0| at every tau, a batch at a time: what a language model says of one batch is large enough."""
     size, wrong = 0.0, [0.0] * len(taus)
     with evaluating(model):
@@ -84,15 +84,17 @@ def _errors(model: nn.Module, batches: Sequence[dict[str, Any]], taus: Sequence[
     return [math.sqrt(one / size) for one in wrong]
 
 
-def _output(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+def _output(model: nn.Module, batch: Any) -> Tensor:
     """What the model says of every real token, float32 [tokens, n], or of every sample, [B, n]."""
     output = run(model, batch)
     y = output["logits"] if "logits" in output else output[0]
-    real = batch.get("decoder_attention_mask", batch.get("attention_mask"))
-    return (y if y.dim() < 3 or real is None else y[real.bool()]).float()
+    masks = batch if isinstance(batch, Mapping) else {}
+    real = masks.get("decoder_attention_mask", masks.get("attention_mask"))
+    fits = isinstance(real, Tensor) and real.shape == y.shape[:-1]
+    return (y[real.bool()] if fits else y).float()
 
 
-def _seconds(model: nn.Module, batches: Sequence[dict[str, Any]]) -> float:
+def _seconds(model: nn.Module, batches: Sequence[Any]) -> float:
     """Of one pass over the batches."""
     seconds = []
     with evaluating(model):

@@ -44,7 +44,7 @@ def report_page(model: nn.Module, data: Data, points: Sequence[Point], sentence:
         table=(HEADER, [point.cells() for point in points]),
         notes=("error: of the last hidden states or logits, |y - y0| / |y0|, y0 those at tau = 0.",),
         panels=_panels(points),
-        heats=[_heat(model, data, sentence, now)],
+        heats=_heats(model, data, sentence, now),
         histograms={
             name: counts.histogram.tolist()
             for name, counts in zip(short_names(record.layers), record.layers.values(), strict=True)
@@ -73,16 +73,18 @@ def _panels(points: Sequence[Point]) -> list[Panel]:
     ]
 
 
-def _heat(model: nn.Module, data: Data, sentence: str | None, now: str) -> Heat:
+def _heats(model: nn.Module, data: Data, sentence: str | None, now: str) -> list[Heat]:
     heading = f"Experts of each token at {now}"
-    if data.is_images:
+    if data.first is None:
+        return []
+    if data.kind == "images":
         counts = Counter(k.numel() for k in experts_per_token(model, data.first).values())
         ((tokens, _),) = counts.most_common(1)
         heading = f"Experts of each token of the first image at {now}"
-        return layer_heat(heading, model, data.first, [str(i) for i in range(tokens)])
+        return [layer_heat(heading, model, data.first, [str(i) for i in range(tokens)])]
     if sentence is not None:
-        return sentence_heat(heading, model, data.processor, sentence)
-    return layer_heat(heading, model, data.first, data.words)
+        return [sentence_heat(heading, model, data.processor, sentence)]
+    return [layer_heat(heading, model, data.first, data.words)]
 
 
 def layer_heat(heading: str, model: nn.Module, batch: Batch, labels: Sequence[str]) -> Heat:

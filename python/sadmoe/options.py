@@ -22,7 +22,7 @@ def add_data(command: argparse.ArgumentParser, *, default: str | None = None) ->
         type=Path,
         required=default is None,
         help="what the model is for: a text, paragraphs between blank lines; of an encoder-decoder lines of source, "
-        "tab and target; of an image model a folder of images"
+        "tab and target; of an image model a folder of images; of any model a Python file that sets `batches`"
         + (f" (default: {default})" if default else ""),
     )
     command.add_argument(

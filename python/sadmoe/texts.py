@@ -46,6 +46,16 @@ def load_tokenizer(folder: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
+def load_processor(folder: Path) -> Any:
+    """Whatever makes a model's inputs, of local files alone: processor, tokenizer or image processor; None without."""
+    import transformers
+
+    try:
+        return transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
+
+
 def tokenized(
     tokenizer: Any, texts: Sequence[str], *, batch_size: int = 16, max_length: int = 128, labels: bool = False
 ) -> list[dict[str, Tensor]]:
