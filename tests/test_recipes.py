@@ -101,6 +101,7 @@ def test_a_recipe_runs_tells_all_of_it_and_is_not_trained_twice(tmp_path, small_
     assert again["curves"] == found["curves"], "nor measured"
     assert again["router_r2"] == found["router_r2"]
     assert "measured again" not in capsys.readouterr().out
+    assert all(again["seconds"][step] > found["seconds"][step] for step in found["seconds"])  # of both starts
 
     saved = Saved(start(tmp_path))
     (name, curve), *_ = saved.curves.items()

@@ -122,7 +122,7 @@ class Saved:
     """Curves of an earlier start of the same run, each with what it is of: model, gates, samples, machine."""
 
     def __init__(self, run: Run):
-        self.path = run.out / "state" / run.name / "curves.json"
+        self.path = run.state / "curves.json"
         device = torch.cuda.get_device_name() if run.device.startswith("cuda") else run.device
         self.on = {"machine": machine(), "device": device, "tests": run.effort.tests}
         self.curves: dict[str, dict[str, Any]] = {}

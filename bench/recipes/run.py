@@ -1,6 +1,7 @@
 """One start of a recipe: what its command line asks for, how long that takes, and where its time went."""
 
 import argparse
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -50,7 +51,7 @@ GPU = Effort(600, 3000, 1800, 900, 3000, 1200, 200_000, 1, 60_000, 10_000, 3)
 @dataclass
 class Run:
     """name: of its files and its state, such as w1-cpu or w1-cpu-x2.5.   sizes: neurons in an expert, ours first.
-    seconds: by stage."""
+    seconds: by stage that came to its end, of this start and those before it."""
 
     name: str
     effort: Effort
@@ -61,9 +62,23 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
+    def __post_init__(self) -> None:
+        if self.clock.exists():
+            self.seconds = json.loads(self.clock.read_text())
+
+    @property
+    def state(self) -> Path:
+        """The folder of what a start leaves for the next one."""
+        return self.out / "state" / self.name
+
+    @property
+    def clock(self) -> Path:
+        """The seconds of earlier starts."""
+        return self.state / "seconds.json"
+
     def checkpoint(self, step: str) -> Checkpoint:
         """Where a step saves itself, to be taken up again after a kill."""
-        return Checkpoint(self.out / "state" / self.name / step, every=30)
+        return Checkpoint(self.state / step, every=30)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -72,7 +87,9 @@ class Run:
         print(f"[{began - self.started:5.0f} s] {name}", flush=True)
         yield
         now = time.perf_counter()
-        self.seconds[name] = now - began
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - began
+        self.state.mkdir(parents=True, exist_ok=True)
+        self.clock.write_text(json.dumps(self.seconds))
         print(f"[{now - self.started:5.0f} s] {name}: took {now - began:.0f} s", flush=True)
 
 
