@@ -221,8 +221,9 @@ def panels(work: Workload, curves: dict[str, list[Point]], dense: float) -> list
         return lines
 
     good = "upper" if work.higher_is_better else "lower"
-    level = Series("dense", [0.0, 100.0], [dense, dense], marks=False)
-    flops = [*series(lambda p: 100 * p.flops, curves), level]
+    flops = series(lambda p: 100 * p.flops, curves)
+    least = min((x for one in flops for x in one.x), default=0.0)
+    flops.append(Series("dense", [min(least, 90.0), 100.0], [dense, dense], marks=False))
     made = [
         Panel(
             "FLOPs", "executed FLOPs of the whole model, % of dense", work.metric_name, flops, f"{good} left"
