@@ -299,9 +299,9 @@ def main() -> None:
     for name, (model, setting) in tqdm(variants.items(), "variants"):
         curves[name] = curve(model(), setting, tests, wanted)
         rows.append((name, *(f"{at(curves[name], share):.4f}" for share in args.shares)))
+        if args.json:
+            args.json.write_text(json.dumps({"machine": machine(), "curves": curves}, indent=1))
     print(format_table(("cosine at an executed share of", *(f"{share:.0%}" for share in args.shares)), rows))
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), "curves": curves}, indent=1))
     if args.png:
         least = 0.5  # of the cosine: what is below is of no use, and takes the scale
         lines = [

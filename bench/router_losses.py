@@ -58,8 +58,8 @@ def refine(layer: DynamicKMoE, rows: Tensor, config: RouterConfig, weight: Weigh
     targets = torch.cat([layer.expert_norms(part) for part in rows.split(1024)]).pow(config.target_power)
     x_scale, y_scale = rows.square().mean().sqrt(), targets.mean()
     weights: Any = [
-        (layer.router.v1 * x_scale).requires_grad_(),
-        (layer.router.v2 / y_scale).requires_grad_(),
+        (layer.router.v1.detach() * x_scale).requires_grad_(),
+        (layer.router.v2.detach() / y_scale).requires_grad_(),
     ]
     optimizer = torch.optim.AdamW(weights, lr=config.lr / 5, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
