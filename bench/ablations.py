@@ -199,7 +199,7 @@ def jointly(model: nn.Module, batches: Batches) -> Setting:
     return setting
 
 
-def further(model: nn.Module, dense: nn.Module, batches: Batches, routers: bool) -> None:
+def further(model: nn.Module, batches: Batches, dense: nn.Module, routers: bool) -> None:
     """Fine-tuned for SECONDS more as its gates pick at BUDGET; routers: with their regression as a term of the loss."""
     sadmoe.calibrate_(model, batches[::4], budget=BUDGET)
     config = FinetuneConfig(seconds=SECONDS, tau=None, lr=1e-4)
