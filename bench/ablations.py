@@ -14,8 +14,9 @@ import copy
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sadmoe
@@ -28,6 +29,7 @@ from sadmoe import (
     FinetuneConfig,
     RouterConfig,
     RouterLoss,
+    calibrate_layers_,
     convert_,
     finetune_,
     fit_routers_,
@@ -162,38 +164,18 @@ def equal_shares(batches: Batches) -> Setting:
     return setting
 
 
-def jointly(model: nn.Module, batches: Batches) -> Setting:
-    """A tau of its own for every layer, all for one budget: each layer alone at each tau of a grid tells its share and
-    what it takes of the model's output; those are added up, and one price of a share decides in all layers."""
-    taus = [0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0]
+def jointly(batches: Batches, dense: nn.Module | None = None) -> Setting:
+    """A tau of its own for every layer, all for one budget, which is that share of the way from one expert to all.
+    dense: the model whose embeddings are held to; by default its own hidden states at tau = 0."""
     some = batches[:: max(1, len(batches) // 4)]
 
-    @cache
-    def table() -> dict[str, list[tuple[float, float, float]]]:
-        """(tau, share, loss) of each layer alone."""
-        sadmoe.set_tau(model, 0.0)
-        dense, rows = embeddings(model, some), {}
-        for name, layer in converted_layers(model).items():
-            rows[name] = []
-            for value in taus:
-                layer.gate = DynamicK(value)
-                with record_masks(model) as record:
-                    found = torch.cat([embedded_with(record, model, batch) for batch in some])
-                rows[name].append((value, record.layers[name].share, 1 - fidelity(found, dense).cosine))
-            layer.gate = DynamicK(0.0)
-        return rows
-
-    def chosen(price: float) -> dict[str, tuple[float, float, float]]:
-        return {name: min(rows, key=lambda row: row[2] + price * row[1]) for name, rows in table().items()}
+    def error(model: nn.Module, batch: Any) -> Tensor:
+        return 1 - (embeddings(model, [batch]) * embeddings(dense, [batch])).sum(-1).mean()
 
     def setting(model: nn.Module, share: float) -> nn.Module:
-        low, high = 1e-6, 10.0  # the price at which the mean share is the wanted one
-        for _ in range(40):
-            middle = (low * high) ** 0.5
-            mean = np.mean([row[1] for row in chosen(middle).values()])
-            low, high = (middle, high) if mean > share else (low, middle)
-        for name, layer in converted_layers(model).items():
-            layer.gate = DynamicK(chosen(high)[name][0])
+        ends = sadmoe.cost(model, shares=1.0)
+        budget = (ends.floor + share * (ends.dense - ends.floor)) / ends.dense
+        calibrate_layers_(model, some, budget=budget, loss=None if dense is None else error)
         return model
 
     return setting
@@ -271,7 +253,8 @@ def main() -> None:
         "the method: one tau": (changed, one_tau),
         "a tau for each layer, of equal shares": (changed, equal_shares(batches)),
         "means of skipped experts in b_out": (changed, corrected(batches)),
-        "a tau for each layer, jointly": (changed, jointly(copy.deepcopy(base), batches)),
+        "a tau for each layer, jointly": (changed, jointly(batches)),
+        "the same, held to the dense model": (changed, jointly(batches, dense)),
         "routers fitted anew": (lambda: changed(refitted), one_tau),
         "the same, and refined": (lambda: changed(weighted(plain)), one_tau),
         "refined, errors near tau weigh more": (lambda: changed(weighted(near_threshold)), one_tau),

@@ -22,7 +22,7 @@ ROOMS = [  # a room imports only rooms above it
     {"sparsify", "cost"},
     {"routers"},
     {"calibrate", "finetune", "evaluate", "router_loss"},
-    {"layerwise"},
+    {"layerwise", "calibrate_layers"},
     {"convert", "describe"},
     {"attention", "checkpoint"},
     {"adapter"},

@@ -173,6 +173,7 @@ def test_a_longer_run_has_files_and_a_state_of_its_own(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["w9", "--device", "cpu", *more])
         runs.append(from_command_line("w9", "", {"cpu": CPU}))
     assert [run.name for run in runs] == ["w9-cpu", "w9-cpu-x2.5"]
+    assert [run.file("json").name for run in runs] == ["w9-cpu.json", "w9-cpu-x2.5.json"]
     assert runs[1].effort == CPU.longer(2.5)
     assert runs[1].effort.task == 2.5 * CPU.task
     assert f"{CPU.longer(2.5).training(1):.0f} s of training" in capsys.readouterr().out

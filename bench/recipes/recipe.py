@@ -217,4 +217,4 @@ def run_recipe(work: Workload, run: Run) -> None:
     for size in others:
         results.add(f"sadmoe, dynamic k, s = {size}", recipe.converted(sparse, size), dynamic, timed=True)
     print(results.table())
-    print(f"\n{run.out / run.name}.json, .png and .html")
+    print("\n" + ", ".join(str(run.file(kind)) for kind in ("json", "png", "html")))

@@ -82,14 +82,14 @@ class Results:
 
     def write(self) -> None:
         """JSON, PNG and HTML."""
-        path, curves = self.run.out / self.run.name, self.curves
+        curves = self.curves
         self.run.out.mkdir(parents=True, exist_ok=True)
         found = {**self.facts, "seconds": self.run.seconds, "kept": best(curves)}
         found["curves"] = {name: [asdict(point) for point in points] for name, points in curves.items()}
         found["histograms"] = self.histograms  # by layer: tokens, by how many experts they run
-        path.with_suffix(".json").write_text(json.dumps(found, indent=1))
-        pictures(self.work, curves, self.dense, path.with_suffix(".png"))
-        write_page(path.with_suffix(".html"), self.page())
+        self.run.file("json").write_text(json.dumps(found, indent=1))
+        pictures(self.work, curves, self.dense, self.run.file("png"))
+        write_page(self.run.file("html"), self.page())
 
     def table(self) -> str:
         """What each method saves, as people read it."""

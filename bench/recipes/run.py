@@ -71,6 +71,10 @@ class Run:
         """The folder of what a start leaves for the next one."""
         return self.out / "state" / self.name
 
+    def file(self, kind: str) -> Path:
+        """The result of that kind: json, png or html."""
+        return self.out / f"{self.name}.{kind}"
+
     @property
     def clock(self) -> Path:
         """The seconds of earlier starts."""

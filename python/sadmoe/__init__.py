@@ -10,6 +10,7 @@ from sadmoe.adapter import load_adapter, save_adapter
 from sadmoe.attention import ProjectionConfig, ProjectionReport, find_projections, replace_projections_
 from sadmoe.batches import padding_mask
 from sadmoe.calibrate import Calibration, calibrate_
+from sadmoe.calibrate_layers import LayerCalibration, calibrate_layers_
 from sadmoe.checkpoint import CheckpointError, load, save
 from sadmoe.convert import ConversionReport, ConvertConfig, convert_, restore_
 from sadmoe.cost import CostReport, cost
@@ -49,6 +50,7 @@ __all__ = [
     "FinetuneConfig",
     "FinetuneReport",
     "Int8Report",
+    "LayerCalibration",
     "ProjectionConfig",
     "ProjectionReport",
     "Router",
@@ -60,6 +62,7 @@ __all__ = [
     "TopK",
     "build_info",
     "calibrate_",
+    "calibrate_layers_",
     "convert_",
     "cost",
     "dequantize_experts_",

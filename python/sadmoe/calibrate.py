@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from sadmoe.batches import Batch, Batches, check_batches, device_of, evaluating, run, samples_in, to_device
 from sadmoe.cost import CostReport, cost, cost_of_masks
-from sadmoe.dial import converted_layers, set_tau, tau
+from sadmoe.dial import Taus, converted_layers, set_tau, tau
 from sadmoe.masks import record_masks
 
 __all__ = ["Calibration", "calibrate_", "set_tau", "tau"]
@@ -66,7 +66,7 @@ def calibrate_(
     check_batches(batches)
     _check_goal(budget, max_loss_increase)
     with tqdm(desc="calibrate", total=EVALUATIONS, unit="pass", disable=not progress) as bar:
-        search = _Search(model, batches, loss, skip_padding, bar)
+        search = TauSearch(model, batches, loss, skip_padding, bar)
         if budget is not None:
             found = search.by_cost(budget)
         elif max_loss_increase is not None:
@@ -78,20 +78,41 @@ def calibrate_(
 def _check_goal(budget: float | None, max_loss_increase: float | None) -> None:
     if (budget is None) == (max_loss_increase is None):
         raise ValueError("calibrate_ takes either budget or max_loss_increase, and one of them")
-    if budget is not None and not 0 < budget <= 1:
-        raise ValueError(
-            f"budget must be in (0, 1], executed over dense FLOPs of the converted layers, got {budget}"
-        )
+    if budget is not None:
+        check_budget(budget)
     if max_loss_increase is not None and not max_loss_increase >= 0:
         raise ValueError(f"max_loss_increase must not be negative, got {max_loss_increase}")
 
 
-class _Search:
-    """Evaluations of one model on one set of batches, and the two ways to choose the next tau."""
+def check_budget(budget: float) -> None:
+    """Raises ValueError unless it is a share of the dense FLOPs."""
+    if not 0 < budget <= 1:
+        raise ValueError(
+            f"budget must be in (0, 1], executed over dense FLOPs of the converted layers, got {budget}"
+        )
 
-    def __init__(self, model: nn.Module, batches: Batches, loss: Loss | None, skip_padding: bool, bar: Any):
+
+class BudgetError(ValueError):
+    """No tau meets the budget."""
+
+
+class TauSearch:
+    """Evaluations of one model on one set of batches, and the two ways to choose the next tau.
+
+    taus: what the layers get for the number that is searched for; by default that number.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        loss: Loss | None,
+        skip_padding: bool,
+        bar: Any,
+        taus: Callable[[float], Taus] = lambda value: value,
+    ):
         self.model, self.batches, self.loss = model, batches, loss
-        self.skip_padding, self.bar = skip_padding, bar
+        self.skip_padding, self.bar, self.taus = skip_padding, bar, taus
         self.evaluations = 0
 
     def by_cost(self, budget: float) -> Calibration:
@@ -131,11 +152,11 @@ class _Search:
 
     def at(self, value: float) -> Calibration:
         """Runs the batches with that tau; the gates come back."""
-        device, samples, losses = device_of(self.model), 0, []
+        device, samples, losses, taus = device_of(self.model), 0, [], self.taus(value)
         with (
-            tau(self.model, value),
+            tau(self.model, taus),
             evaluating(self.model),
-            record_masks(self.model, skip_padding=self.skip_padding, tau=value) as record,
+            record_masks(self.model, skip_padding=self.skip_padding, tau=taus) as record,
         ):
             for batch in self.batches:
                 batch = to_device(batch, device)
@@ -160,7 +181,7 @@ class _Search:
     def _check_floor(self, found: Calibration, budget: float) -> None:
         floor = found.cost.floor / found.cost.dense
         if budget < floor:
-            raise ValueError(
+            raise BudgetError(
                 f"budget {budget} is below what one expert per token costs in this model, {floor:.4f} of "
                 "the dense FLOPs: ask for more, or convert with narrower routers or smaller experts"
             )
@@ -168,7 +189,7 @@ class _Search:
     def _top_expert(self, budget: float) -> Calibration:
         found = self.at(1.0)
         if found.budget > budget:
-            raise ValueError(
+            raise BudgetError(
                 f"budget {budget} cannot be met: even tau = 1 executes {found.budget:.4f} of dense, "
                 "because the routers predict the same norm for several experts; fit them, see fit_routers_"
             )

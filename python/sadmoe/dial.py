@@ -1,6 +1,6 @@
 """The converted layers of a model, and what they share: the one number, and what a token may depend on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
@@ -31,15 +31,25 @@ def trainable_layers(model: nn.Module) -> dict[str, DynamicKMoE]:
     return layers
 
 
-def set_tau(model: nn.Module, tau: float) -> None:
+Taus = float | Mapping[str, float]  # one for all converted layers, or each one's by its name
+
+
+def set_tau(model: nn.Module, tau: Taus) -> None:
     """Every converted layer runs expert e for token t iff scores[t, e] >= tau * max(scores[t]).
 
-    tau in [0, 1]: 0 is the dense model, 1 the top expert of every token. Takes effect at the next call,
-    without a reload. A gate on true norms (the oracle) stays one; a static top-k gate becomes dynamic-k.
-    Raises ValueError where tau is out of range or nothing was converted.
+    tau in [0, 1]: 0 is the dense model, 1 the top expert of every token. A mapping gives every converted layer its own,
+    by name. Takes effect at the next call, without a reload. A gate on true norms (the oracle) stays one; a static
+    top-k gate becomes dynamic-k. Raises ValueError where tau is out of range, layers are missing or unknown, or nothing
+    was converted; then nothing was set.
     """
-    for layer in converted_layers(model).values():
-        layer.gate = DynamicK(tau, layer.gate.true_norms)
+    layers = converted_layers(model)
+    by_name = tau if isinstance(tau, Mapping) else dict.fromkeys(layers, tau)
+    if by_name.keys() != layers.keys():
+        wrong = ", ".join(sorted(by_name.keys() ^ layers.keys()))
+        raise ValueError(f"tau must have the name of every converted layer and no other, differs in: {wrong}")
+    gates = {name: DynamicK(by_name[name], layer.gate.true_norms) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.gate = gates[name]
 
 
 def set_batch_invariant(model: nn.Module, value: bool | None, *, expected_share: float | None = None) -> None:
@@ -57,7 +67,7 @@ def set_batch_invariant(model: nn.Module, value: bool | None, *, expected_share:
 
 
 @contextmanager
-def tau(model: nn.Module, value: float) -> Iterator[None]:
+def tau(model: nn.Module, value: Taus) -> Iterator[None]:
     """`set_tau` for a with block; every layer's former gate comes back, whatever happens inside."""
     gates = [(layer, layer.gate) for layer in converted_layers(model).values()]
     set_tau(model, value)

@@ -1,6 +1,6 @@
 """Which experts a model runs, counted while it runs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sadmoe.batches import Batch, evaluating, real_rows, run
-from sadmoe.dial import converted_layers
+from sadmoe.dial import Taus, converted_layers
 from sadmoe.gates import DynamicK
 from sadmoe.gradients import is_recomputed
 from sadmoe.layer import DynamicKMoE, only_input
@@ -47,7 +47,7 @@ class LayerMasks:
 class MaskRecord:
     """What `record_masks` counts: `layers`, by name."""
 
-    def __init__(self, model: nn.Module, skip_padding: bool, tau: float | None):
+    def __init__(self, model: nn.Module, skip_padding: bool, tau: Taus | None):
         self.model, self.skip_padding, self.tau = model, skip_padding, tau
         self.layers = {
             name: LayerMasks(torch.zeros(layer.experts + 1, dtype=torch.int64, device="cpu"))
@@ -74,7 +74,8 @@ class MaskRecord:
         self._count(name, layer, norms.detach(), layer.gate.mask)
 
     def _count(self, name: str, layer: DynamicKMoE, values: Tensor, mask: Callable[[Tensor], Tensor]) -> None:
-        if is_recomputed() or (self.tau is not None and getattr(layer.gate, "tau", None) != self.tau):
+        wanted = self.tau[name] if isinstance(self.tau, Mapping) else self.tau
+        if is_recomputed() or (wanted is not None and getattr(layer.gate, "tau", None) != wanted):
             return
         rows = values.reshape(-1, values.shape[-1])
         counts = self.layers[name]
@@ -91,7 +92,7 @@ class MaskRecord:
 
 @contextmanager
 def record_masks(
-    model: nn.Module, *, skip_padding: bool = True, tau: float | None = None
+    model: nn.Module, *, skip_padding: bool = True, tau: Taus | None = None
 ) -> Iterator[MaskRecord]:
     """Counts, inside the with block, the experts that every converted layer runs for every token.
 
@@ -102,7 +103,7 @@ def record_masks(
         record.layers["encoder.layer.0.intermediate"].share
 
     A router is evaluated once more for it: not for timing. skip_padding: see `batches.real_rows`.
-    tau: count only calls under this tau, so that the dense model may run in between.
+    tau: count only calls under this tau (or these, by layer), so that the dense model may run in between.
     """
     record = MaskRecord(model, skip_padding, tau)
 

@@ -1,0 +1,195 @@
+"""A tau for each layer, all for one budget."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from statistics import fmean
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from sadmoe.batches import (
+    Batch,
+    Batches,
+    check_batches,
+    device_of,
+    evaluating,
+    length,
+    real_rows,
+    run,
+    to_device,
+)
+from sadmoe.calibrate import BudgetError, Calibration, Loss, TauSearch, check_budget
+from sadmoe.cost import CostReport
+from sadmoe.dial import converted_layers, set_tau, tau
+
+FACTORS = (0.0, 0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0)  # of the one tau, that a layer may get; 0 makes it dense
+Factors = Mapping[str, float]  # by layer
+
+
+@dataclass(frozen=True)
+class LayerCalibration:
+    """The tau of each layer that was set, and what the model does with them on the batches: see `Calibration`.
+
+    one: what a single tau does at the same budget, with its loss. Where nothing lost less, `taus` are that one.
+    """
+
+    taus: dict[str, float]
+    budget: float
+    share: float
+    cost: CostReport
+    loss: float
+    one: Calibration
+
+
+def calibrate_layers_(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    budget: float,
+    loss: Loss | None = None,
+    skip_padding: bool = True,
+    progress: bool = False,
+) -> LayerCalibration:
+    """Finds a tau for each converted layer, all for one budget as in `calibrate_`, and sets them.
+
+    It begins with one tau. Then each layer alone gets a quarter to four times that, or 0: what it then costs, and what
+    the model loses. These are added up, as if no layer felt another, and one price of a FLOP decides in all layers.
+    What that chooses is scaled until the model uses the budget up, and kept where the model then loses less than with
+    one tau: on these batches it is never worse.
+    loss(model, batch) -> scalar runs the model itself, as in `calibrate_`; by default |y - y0|² / |y0|² of logits or
+    hidden states at real tokens, y0 at tau = 0. The model runs over the batches 7 times for each layer, and some 30
+    times more: give few. skip_padding: as in `cost`. Raises ValueError where no tau meets the budget, or the loss is
+    not finite; then, as in any failure, the gates are as they were.
+    """
+    names = list(converted_layers(model))
+    check_batches(batches)
+    check_budget(budget)
+    measured = Drift(skip_padding) if loss is None else loss
+
+    def search(factors: Factors, loss: Loss | None = None) -> TauSearch:
+        taus = partial(_taus, factors)
+        return TauSearch(model, batches, loss, skip_padding, tqdm(disable=True), taus)
+
+    def solved(factors: Factors) -> Calibration:
+        found = search(factors).by_cost(budget)
+        return replace(found, loss=search(factors, measured).at(found.tau).loss)
+
+    equal = dict.fromkeys(names, 1.0)
+    one = solved(equal)
+    found, factors = one, equal
+    if one.tau > 0:  # else the budget is all there is
+        costs = {factor: search(equal).at(min(1.0, factor * one.tau)).cost for factor in FACTORS}
+        losses = _alone(model, batches, one.tau, names, measured, progress)
+        other = _at_price(_options(costs, losses, one), sum(_flops(one.cost).values()))
+        try:
+            solution = solved(other)
+            if _loss(solution) < _loss(one):
+                found, factors = solution, other
+        except BudgetError:  # it leaves too much dense
+            pass
+    taus = _taus(factors, found.tau)
+    set_tau(model, taus)
+    return LayerCalibration(taus, found.budget, found.share, found.cost, _loss(found), one)
+
+
+class Drift:
+    """A loss: |y - y0|² / |y0|² of the logits or hidden states of a batch at real tokens, y0 at tau = 0."""
+
+    def __init__(self, skip_padding: bool):
+        self.skip_padding = skip_padding
+        self.of: tuple[Batch, Tensor] | None = None  # the last batch, and its y0: it often comes again
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        if self.of is None or self.of[0] is not batch:
+            with tau(model, 0.0):
+                self.of = batch, self._output(model, batch)
+        wanted = self.of[1]
+        return (self._output(model, batch) - wanted).square().sum() / wanted.square().sum()
+
+    def _output(self, model: nn.Module, batch: Batch) -> Tensor:
+        """float32 [tokens, n], or [samples, n] where the model says one thing of a sample."""
+        output: Any = run(model, batch)
+        if isinstance(output, Mapping):
+            output = output["logits"] if "logits" in output else next(iter(output.values()))
+        while not isinstance(output, Tensor):
+            output = output[0]
+        side = "decoder" if isinstance(batch, Mapping) and "decoder_input_ids" in batch else ""
+        real = real_rows(model, side, batch, output) if self.skip_padding and output.dim() > 2 else None
+        rows = output.reshape(-1, output.shape[-1]).float()
+        return rows if real is None else rows[real]
+
+
+@dataclass(frozen=True)
+class _Option:
+    """One layer at one factor of the one tau: FLOPs of a sample, and the model's loss with the others at that tau."""
+
+    factor: float
+    flops: float
+    loss: float
+
+
+def _taus(factors: Factors, value: float) -> dict[str, float]:
+    return {name: min(1.0, factor * value) for name, factor in factors.items()}
+
+
+def _flops(cost: CostReport) -> dict[str, float]:
+    return {layer.name: layer.calls * layer.executed for layer in cost.layers}
+
+
+def _loss(found: Calibration) -> float:
+    if found.loss is None or not math.isfinite(found.loss):
+        raise ValueError(
+            f"loss must be finite on the batches, got {found.loss}: pass another loss, or other batches"
+        )
+    return found.loss
+
+
+def _alone(
+    model: nn.Module, batches: Batches, value: float, names: Sequence[str], loss: Loss, progress: bool
+) -> dict[tuple[str, float], float]:
+    """The mean loss of the batches with each layer alone at each factor but 1 of that tau."""
+    same = dict.fromkeys(names, 1.0)
+    found = defaultdict[tuple[str, float], list[float]](list)
+    with evaluating(model):
+        for batch in tqdm(batches, "each layer alone", length(batches), disable=not progress):
+            batch = to_device(batch, device_of(model))
+            for name, factor in product(names, FACTORS):
+                if factor == 1.0:
+                    continue
+                with tau(model, _taus({**same, name: factor}, value)):
+                    found[name, factor].append(float(loss(model, batch)))
+    return {option: fmean(losses) for option, losses in found.items()}
+
+
+def _options(
+    costs: Mapping[float, CostReport], losses: Mapping[tuple[str, float], float], one: Calibration
+) -> dict[str, list[_Option]]:
+    """By layer. What it costs alone at a factor is taken to be what it costs where all are at it."""
+    flops = {factor: _flops(cost) for factor, cost in costs.items()}
+    return {
+        name: [_Option(f, flops[f][name], losses.get((name, f), _loss(one))) for f in FACTORS]
+        for name in flops[1.0]
+    }
+
+
+def _at_price(options: Mapping[str, Sequence[_Option]], flops: float) -> dict[str, float]:
+    """The factors that lose least, each FLOP at the lowest price at which all layers together take at most `flops`."""
+
+    def at(price: float) -> dict[str, _Option]:
+        return {
+            name: min(some, key=lambda one: one.loss + price * one.flops) for name, some in options.items()
+        }
+
+    low, high = 1e-12 / flops, 1e12 / flops
+    for _ in range(100):
+        middle = math.sqrt(low * high)
+        if sum(one.flops for one in at(middle).values()) > flops:
+            low = middle
+        else:
+            high = middle
+    return {name: one.factor for name, one in at(high).items()}
