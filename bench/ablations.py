@@ -39,8 +39,9 @@ from sadmoe.demo import embeddings, fidelity, minilm, split, topics
 from sadmoe.demo_rows import embedded_with
 from sadmoe.dial import converted_layers
 from sadmoe.masks import record_masks
+from sadmoe.mixed import fast_training
 from sadmoe.report import Series, plot_curves
-from sadmoe.run_demo import embedding_error, fast_training
+from sadmoe.run_demo import embedding_error
 from sadmoe.tables import format_table
 from sadmoe.texts import load_model, tokenized
 from sadmoe.timing import machine

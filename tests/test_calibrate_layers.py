@@ -115,6 +115,10 @@ def test_the_taus_are_saved_with_the_model(model, tmp_path):
         ({"budget": 0.0}, r"budget must be in \(0, 1\], .* got 0.0"),
         ({"budget": 0.01}, "budget 0.01 is below what one expert"),
         (
+            {"budget": 1.0, "loss": lambda model, batch: distance(model, batch) * math.nan},
+            "loss must be finite .* nan",
+        ),
+        (
             {"budget": 0.6, "loss": lambda model, batch: distance(model, batch) * math.nan},
             "loss must be finite .* nan",
         ),

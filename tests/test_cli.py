@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sadmoe import cli, moe_layers, texts
+from sadmoe import cli, convert_command, moe_layers, texts
 from sadmoe.data import load_data
 from sadmoe.outputs import replaced
 from sadmoe.report import Series, plot_curves
@@ -17,21 +17,24 @@ transformers = pytest.importorskip("transformers")
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "experts", "run", "few", "tokens", "choose", "them"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
+def bert(path, **sizes):
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    transformers.BertModel(config).save_pretrained(path)
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        **sizes,
+    }
+    transformers.BertModel(transformers.BertConfig(vocab_size=len(WORDS), **shape)).save_pretrained(path)
     (path / "vocab.txt").write_text("\n".join(WORDS))
     transformers.BertTokenizer(vocab=str(path / "vocab.txt")).save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return bert(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -280,7 +283,7 @@ def test_what_an_encoder_decoder_reads(t5, pairs):
 def test_projections_and_a_checkpoint_that_is_taken_up_again(folder, text, tmp_path, capsys, monkeypatch):
     state, first, second = tmp_path / "state", tmp_path / "first", tmp_path / "second"
     more = ("--tau", "0.2", "--projections", "3", "--sparsify", "0.2", "--checkpoint", str(state))
-    monkeypatch.setattr(cli, "convert_", interrupt)
+    monkeypatch.setattr(convert_command, "convert_", interrupt)
     assert converted(folder, text, first, *more) == 130
     assert f"interrupted; the same command goes on from {state}" in capsys.readouterr().err
     assert {path.name for path in state.iterdir()} == {"projections", "sparsify", "data.json"}
@@ -296,6 +299,33 @@ def test_projections_and_a_checkpoint_that_is_taken_up_again(folder, text, tmp_p
     assert converted(folder, text, tmp_path / "out", "--checkpoint", str(tmp_path / "out/state")) == 2
     assert "which is read: write to another folder" in capsys.readouterr().err
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_finetune_does_all_that_comes_after_the_conversion(text, tmp_path, capsys, monkeypatch):
+    folder, state, out = (tmp_path / name for name in ("wide", "state", "out"))
+    bert(folder, hidden_size=128, intermediate_size=512)  # beside which the routers are small
+    more = ("--finetune", "0.4", "--projections", "3", "--checkpoint", str(state), "--budget", "0.8")
+    assert converted(folder, text, out, *more) == 0
+    assert re.search(r"the whole model: \d+ updates in .*\ntau [01]\.\d+ executes", capsys.readouterr().out)
+    assert {path.name for path in state.iterdir()} == {"projections", "convert", "finetune", "data.json"}
+    taus = {layer.gate.tau for layer in moe_layers(transformers.BertModel.from_pretrained(out)).values()}
+    assert len(taus) == 1
+    assert taus.pop() > 0
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: pytest.fail("it was trained again"))
+    assert converted(folder, text, tmp_path / "again", *more) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (("--sparsify", "0"), "--sparsify takes seconds of training, above 0, got 0; leave it out"),
+        (("--finetune", "0"), "--finetune takes seconds of training, above 0, got 0; leave it out"),
+        (("--finetune", "9", "--tau", "0.1"), "--finetune trains for a budget .*: give --budget, not --tau"),
+    ],
+)
+def test_training_that_cannot_be_is_refused_before_anything_is_loaded(more, told, tmp_path, capsys):
+    assert converted(tmp_path / "no model", tmp_path / "no data", tmp_path / "out", *more) == 2
+    assert re.search(told, capsys.readouterr().err)
 
 
 def test_images_are_read_by_batches_and_turned_as_they_were_taken(vit, tmp_path):

@@ -9,9 +9,8 @@ started again. JSON, PNG and HTML are written anew after every curve.
 import copy
 import math
 import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -35,8 +34,9 @@ from sadmoe import (
     replace_projections_,
     sparsify_,
 )
+from sadmoe.budget import LAYERS, ROUTED
 from sadmoe.gates import Gate
-from sadmoe.run_demo import fast_training
+from sadmoe.mixed import fast_training
 from sadmoe.sparsify.guards import mode, seeded
 from sadmoe.sparsify.objective import task
 from sadmoe.sparsify.train import train
@@ -52,28 +52,13 @@ def task_trained(model: nn.Module, batches: list[Any], loss: Any, lr: float, run
     """The dense model after training on its task: loss(model, batch) -> scalar."""
     model.to(run.device)
     config = SparsifyConfig(seconds=run.effort.task, alpha=0.0, lr=lr, weight_decay=0.05)
-    with run.stage("task"), mode(model, train=True), seeded(model, 0), fast(run.device, model):
+    with run.stage("task"), mode(model, train=True), seeded(model, 0), fast_training(model):
         train(
             model, batches, config, task(model, loss), lambda batch: torch.zeros(()), True,
             checkpoint=run.checkpoint("task"),
         )  # fmt: skip
     model.zero_grad(set_to_none=True)
     return model.eval()
-
-
-@contextmanager
-def fast(device: str, *models: nn.Module) -> Iterator[None]:
-    """Mixed precision where it is faster."""
-    if device != "cpu":
-        with torch.autocast("cuda", torch.bfloat16):
-            yield
-        return
-    parts = (
-        [part for part in model.modules() if hasattr(part, "set_attn_implementation")] for model in models
-    )
-    switchable = [found[0] for found in parts if found]  # the outermost, of models of transformers
-    with fast_training(*switchable):
-        yield
 
 
 class Recipe:
@@ -101,7 +86,7 @@ class Recipe:
             self.note("projections", model)
         if effort.sparsify:
             config = SparsifyConfig(seconds=effort.sparsify, alpha=0.3)
-            with run.stage("sparsify"), fast(run.device, model, self.work.dense):
+            with run.stage("sparsify"), fast_training(model, self.work.dense):
                 follow = {"teacher": self.work.dense, "checkpoint": run.checkpoint("sparsify")}
                 print(sparsify_(model, self.work.train, config, **follow))
             self.note("sparsify", model)
@@ -123,10 +108,8 @@ class Recipe:
             convert_(
                 model, self.fitted, untrained, checkpoint=run.checkpoint(f"{name} convert"), progress=False
             )
-        layers = FinetuneConfig(
-            seconds=effort.layers, tau=0.07, ramp=0.0, alpha=0.02, share=effort.share, lr=1e-3
-        )
-        with run.stage(f"{name} layers"), fast(run.device, model, sparse):
+        layers = replace(LAYERS, seconds=effort.layers, share=effort.share)
+        with run.stage(f"{name} layers"), fast_training(model, sparse):
             finetune_layers_(
                 model, self.fitted, layers, teacher=sparse, max_tokens=effort.tokens, max_bytes=HELD,
                 checkpoint=run.checkpoint(f"{name} layers"),
@@ -137,13 +120,13 @@ class Recipe:
             some = work.train[:: max(1, len(work.train) // CALIBRATED)]
             tau = calibrate_(model, some, budget=effort.budget).tau
             print(f"tau {tau:.4f} for {effort.budget:.0%} of the layers' FLOPs")
-        self.finetune(model, f"{name} routed", FinetuneConfig(seconds=effort.routed, tau=None, lr=2e-4))
+        self.finetune(model, f"{name} routed", replace(ROUTED, seconds=effort.routed))
         return model
 
     def finetune(self, model: nn.Module, step: str, config: FinetuneConfig) -> None:
         """One fine-tuning of the whole model against the dense one."""
         work, run = self.work, self.run
-        with run.stage(step), fast(run.device, model, work.dense):
+        with run.stage(step), fast_training(model, work.dense):
             follow: dict[str, Any] = {"output_loss": work.output_loss, "checkpoint": run.checkpoint(step)}
             print(finetune_(model, work.train, config, teacher=work.dense, **follow))
 
@@ -180,7 +163,7 @@ class Recipe:
         for layer in moe_layers(moefied).values():
             layer.gate = TopK(max(1, round(self.effort.budget * layer.experts)))
         seconds = self.effort.layers + self.effort.routed
-        self.finetune(moefied, "MoEfication tuned", FinetuneConfig(seconds=seconds, tau=None, lr=2e-4))
+        self.finetune(moefied, "MoEfication tuned", replace(ROUTED, seconds=seconds))
         return moefied
 
 
@@ -208,6 +191,7 @@ def run_recipe(work: Workload, run: Run) -> None:
     results.add("the same, oracle gate", model, oracle)
     untrained = recipe.untrained(ours)
     results.add(f"no fine-tuning, FFNs only, s = {ours}", untrained, dynamic, timed=True)
+    results.add("no fine-tuning, static top-k", untrained, static)
     results.add("no fine-tuning, oracle gate", untrained, oracle)
     last = run.sizes[-1]
     theirs = recipe.moefied(sparse, last)

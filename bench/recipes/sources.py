@@ -65,7 +65,7 @@ def smollm2() -> tuple[nn.Module, Any]:
 
 
 class ViTClassifier(nn.Module):
-    """DINOv2's class token beside the mean of its patches, into one linear layer."""
+    """The class token beside the mean of the patches, into one linear layer."""
 
     def __init__(self, backbone: nn.Module, classes: int):
         super().__init__()
@@ -152,7 +152,7 @@ def fashion_mnist(data: Path, split: str, count: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))
 
 
-def pixels(images: Tensor, size: int = 56) -> Tensor:
+def pixels(images: Tensor, size: int) -> Tensor:
     """uint8 [N, 28, 28] -> what a ViT of three colours takes, [N, 3, size, size]."""
     scaled = nn.functional.interpolate(images[:, None].float() / 255, size=(size, size), mode="bilinear")
     mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))

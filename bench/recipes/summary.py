@@ -41,7 +41,7 @@ def room(points: list[dict[str, Any]]) -> str:
     fewest = 1 - converted * (1 - routers)
     return (
         f"converted: {converted:.0%} of the FLOPs, routers {routers:.0%} of those; "
-        f"with no expert run {1 / fewest:.1f} times fewer FLOPs"
+        f"with no expert run {1 / fewest:.2f} times fewer FLOPs"
     )
 
 

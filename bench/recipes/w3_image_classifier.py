@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from recipe import run_recipe, task_trained
-from run import CPU, GPU, TINY, from_command_line
+from run import CPU, GPU, TINY, Run, from_command_line
 from sadmoe.model_report import layer_heat
 from sadmoe.report import Heat
 from sources import fashion_mnist, pixels, vit_small
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from workload import Workload
 
 WEIGHT = 1.0  # of the logits beside the hidden states
-SIDE = 4  # patches
 EFFORTS = {"tiny": TINY, "cpu": replace(CPU, stride=6), "gpu": GPU}
 
 
@@ -41,42 +40,47 @@ def same_logits(output: Tensor, wanted: Tensor, batch: Any) -> Tensor:
     return WEIGHT * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
-def batches(images: Tensor, labels: Tensor, size: int) -> list[dict[str, Tensor]]:
+def batches(images: Tensor, labels: Tensor, size: int, side: int) -> list[dict[str, Tensor]]:
+    """size images each, of side x side pixels."""
     parts = zip(images.split(size), labels.split(size), strict=True)
-    return [{"pixel_values": pixels(part), "labels": classes} for part, classes in parts]
+    return [{"pixel_values": pixels(part, side), "labels": classes} for part, classes in parts]
 
 
-def heat(model: nn.Module, image: Tensor) -> Heat:
-    """Layers by the class token and the patches, row by row, of one image."""
-    labels = ["class", *(f"{i // SIDE},{i % SIDE}" for i in range(SIDE * SIDE))]
+def heat(model: nn.Module, image: Tensor, patches: int) -> Heat:
+    """Layers by the class token and the patches x patches, row by row, of one image."""
+    labels = ["class", *(f"{i // patches},{i % patches}" for i in range(patches * patches))]
     return layer_heat(
         "Experts of each patch (row, column) of one image", model, {"pixel_values": image}, labels
     )
 
 
-def main() -> None:
-    run = from_command_line("w3", __doc__ or "", EFFORTS)
-    effort = run.effort
-    labelled = batches(*fashion_mnist(run.data, "train", effort.train), 64)
-    tests = batches(*fashion_mnist(run.data, "t10k", effort.tests), 200)
-    torch.manual_seed(0)  # of the fresh head
-    dense = task_trained(vit_small(), labelled, cross_entropy, 1e-4, run)
+def on_fashion_mnist(title: str, model: nn.Module, side: int, patch: int, lr: float, run: Run) -> None:
+    """The recipe on a classifier of images of side x side pixels, in patches of patch x patch, trained here first."""
+    labelled = batches(*fashion_mnist(run.data, "train", run.effort.train), 64, side)
+    tests = batches(*fashion_mnist(run.data, "t10k", run.effort.tests), 200, side)
+    dense = task_trained(model, labelled, cross_entropy, lr, run)
     one = tests[0]["pixel_values"][:64].to(run.device)
     run_recipe(
         Workload(
-            title="W3: ViT-S/14, Fashion-MNIST",
+            title=title,
             dense=dense,
             train=[{"pixel_values": batch["pixel_values"]} for batch in labelled],
-            tests=[{"pixel_values": batch["pixel_values"], "labels": batch["labels"]} for batch in tests],
+            tests=tests,
             metric=accuracy,
             metric_name="top-1",
             higher_is_better=True,
-            heat=lambda model: heat(model, one[:1]),
+            heat=lambda model: heat(model, one[:1], side // patch),
             timers={"64 images": lambda model: model(one)},
             output_loss=same_logits,
         ),
         run,
     )
+
+
+def main() -> None:
+    run = from_command_line("w3", __doc__ or "", EFFORTS)
+    torch.manual_seed(0)  # of the fresh head
+    on_fashion_mnist("W3: ViT-S/14, Fashion-MNIST", vit_small(), 56, 14, 1e-4, run)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ SENTENCE = "She had been forced into prudence in her youth, she learned romance 
 EFFORTS = {
     "tiny": TINY,
     "cpu": replace(CPU, task=300, projections=0, sparsify=0, layers=60, routers=800, routed=100, stride=2),
-    "gpu": GPU,
+    "gpu": replace(GPU, projections=0, sparsify=0),
 }
 
 

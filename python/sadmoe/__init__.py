@@ -9,6 +9,7 @@ from sadmoe import hf
 from sadmoe.adapter import load_adapter, save_adapter
 from sadmoe.attention import ProjectionConfig, ProjectionReport, find_projections, replace_projections_
 from sadmoe.batches import padding_mask
+from sadmoe.budget import BudgetReport, finetune_for_budget_
 from sadmoe.calibrate import Calibration, calibrate_
 from sadmoe.calibrate_layers import LayerCalibration, calibrate_layers_
 from sadmoe.checkpoint import CheckpointError, load, save
@@ -37,6 +38,7 @@ from sadmoe.sparsify import (
 
 __version__ = "0.1.0"
 __all__ = [
+    "BudgetReport",
     "Calibration",
     "Checkpoint",
     "CheckpointError",
@@ -69,6 +71,7 @@ __all__ = [
     "find_ffns",
     "find_projections",
     "finetune_",
+    "finetune_for_budget_",
     "finetune_layers_",
     "fit_router_",
     "fit_routers_",

@@ -26,6 +26,20 @@ def run(model: nn.Module, batch: Batch) -> Any:
     raise TypeError(f"a batch must be a Mapping, a tuple, a list or a Tensor, got {type(batch).__name__}")
 
 
+def answer(model: nn.Module, batch: Batch, *, skip_padding: bool = True) -> Tensor:
+    """What the model says of every real token, float32 [tokens, n], or of every sample [samples, n]: its logits, else
+    the first of its outputs that is no loss."""
+    output = run(model, batch)
+    if isinstance(output, Mapping):
+        output = output.get("logits", [value for key, value in output.items() if key != "loss"])
+    while not isinstance(output, Tensor):
+        output = next(part for part in output if not isinstance(part, Tensor) or part.dim() > 0)
+    side = "decoder" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else ""
+    real = real_rows(model, side, batch, output) if skip_padding and output.dim() > 2 else None
+    rows = output.reshape(-1, output.shape[-1]).float()
+    return rows if real is None else rows[real]
+
+
 def to_device(batch: Any, device: torch.device | str) -> Any:
     """The batch with every tensor inside it on `device`; what is no tensor stays as it is."""
     if isinstance(batch, Tensor):

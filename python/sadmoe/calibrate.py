@@ -96,6 +96,16 @@ class BudgetError(ValueError):
     """No tau meets the budget."""
 
 
+def check_reachable(budget: float, report: CostReport) -> None:
+    """Raises BudgetError where one expert a token costs more than the budget."""
+    floor = report.floor / report.dense
+    if budget < floor:
+        raise BudgetError(
+            f"budget {budget} is below what one expert per token costs in this model, {floor:.4f} of "
+            "the dense FLOPs: ask for more, or convert with narrower routers or smaller experts"
+        )
+
+
 class TauSearch:
     """Evaluations of one model on one set of batches, and the two ways to choose the next tau.
 
@@ -125,7 +135,7 @@ class TauSearch:
         while self.evaluations < EVALUATIONS - 1 and (best is None or budget - best.budget > TOLERANCE):
             guess = bracket.guess()
             found = self.at(guess)
-            self._check_floor(found, budget)
+            check_reachable(budget, found.cost)
             bracket.narrow(guess, found.budget)
             best = found if found.budget <= budget else best
         return self._result(self._top_expert(budget) if best is None else best, dense_loss)
@@ -177,14 +187,6 @@ class TauSearch:
     def _bracket(self, budget: float) -> "_Bracket":
         ends = cost(self.model, shares=1.0)
         return _Bracket(budget - TOLERANCE / 2, ends.all_experts / ends.dense, ends.floor / ends.dense)
-
-    def _check_floor(self, found: Calibration, budget: float) -> None:
-        floor = found.cost.floor / found.cost.dense
-        if budget < floor:
-            raise BudgetError(
-                f"budget {budget} is below what one expert per token costs in this model, {floor:.4f} of "
-                "the dense FLOPs: ask for more, or convert with narrower routers or smaller experts"
-            )
 
     def _top_expert(self, budget: float) -> Calibration:
         found = self.at(1.0)

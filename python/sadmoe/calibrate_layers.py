@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from statistics import fmean
-from typing import Any
+from typing import TypeGuard
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -15,12 +15,11 @@ from tqdm.auto import tqdm
 from sadmoe.batches import (
     Batch,
     Batches,
+    answer,
     check_batches,
     device_of,
     evaluating,
     length,
-    real_rows,
-    run,
     to_device,
 )
 from sadmoe.calibrate import BudgetError, Calibration, Loss, TauSearch, check_budget
@@ -57,10 +56,10 @@ def calibrate_layers_(
 ) -> LayerCalibration:
     """Finds a tau for each converted layer, all for one budget as in `calibrate_`, and sets them.
 
-    It begins with one tau. Then each layer alone gets a quarter to four times that, or 0: what it then costs, and what
-    the model loses. These are added up, as if no layer felt another, and one price of a FLOP decides in all layers.
-    What that chooses is scaled until the model uses the budget up, and kept where the model then loses less than with
-    one tau: on these batches it is never worse.
+    It begins with one tau. Then each layer alone gets a quarter to four times that, or 0, and what the model then loses
+    is set against what the layer costs where all have it. These are added up, as if no layer felt another, and one
+    price of a FLOP decides in all layers. What that chooses is scaled until the model uses the budget up, and kept
+    where the model then loses less than with one tau: on these batches it is never worse.
     loss(model, batch) -> scalar runs the model itself, as in `calibrate_`; by default |y - y0|² / |y0|² of logits or
     hidden states at real tokens, y0 at tau = 0. The model runs over the batches 7 times for each layer, and some 30
     times more: give few. skip_padding: as in `cost`. Raises ValueError where no tau meets the budget, or the loss is
@@ -81,20 +80,26 @@ def calibrate_layers_(
 
     equal = dict.fromkeys(names, 1.0)
     one = solved(equal)
+    least = one.loss
+    if not _finite(least):
+        raise ValueError(
+            f"loss must be finite on the batches, got {least}: pass another loss, or other batches"
+        )
     found, factors = one, equal
     if one.tau > 0:  # else the budget is all there is
-        costs = {factor: search(equal).at(min(1.0, factor * one.tau)).cost for factor in FACTORS}
-        losses = _alone(model, batches, one.tau, names, measured, progress)
-        other = _at_price(_options(costs, losses, one), sum(_flops(one.cost).values()))
+        tried = sorted({min(factor, 1 / one.tau) for factor in FACTORS})
+        costs = {f: one.cost if f == 1 else search(equal).at(f * one.tau).cost for f in tried}
+        losses = _alone(model, batches, one, tried, measured, progress)
+        other = _at_price(_options(costs, losses), sum(_flops(one.cost).values()))
         try:
             solution = solved(other)
-            if _loss(solution) < _loss(one):
-                found, factors = solution, other
+            if _finite(solution.loss) and solution.loss < least:
+                found, factors, least = solution, other, solution.loss
         except BudgetError:  # it leaves too much dense
             pass
     taus = _taus(factors, found.tau)
     set_tau(model, taus)
-    return LayerCalibration(taus, found.budget, found.share, found.cost, _loss(found), one)
+    return LayerCalibration(taus, found.budget, found.share, found.cost, least, one)
 
 
 class Drift:
@@ -107,21 +112,10 @@ class Drift:
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         if self.of is None or self.of[0] is not batch:
             with tau(model, 0.0):
-                self.of = batch, self._output(model, batch)
+                self.of = batch, answer(model, batch, skip_padding=self.skip_padding)
         wanted = self.of[1]
-        return (self._output(model, batch) - wanted).square().sum() / wanted.square().sum()
-
-    def _output(self, model: nn.Module, batch: Batch) -> Tensor:
-        """float32 [tokens, n], or [samples, n] where the model says one thing of a sample."""
-        output: Any = run(model, batch)
-        if isinstance(output, Mapping):
-            output = output["logits"] if "logits" in output else next(iter(output.values()))
-        while not isinstance(output, Tensor):
-            output = output[0]
-        side = "decoder" if isinstance(batch, Mapping) and "decoder_input_ids" in batch else ""
-        real = real_rows(model, side, batch, output) if self.skip_padding and output.dim() > 2 else None
-        rows = output.reshape(-1, output.shape[-1]).float()
-        return rows if real is None else rows[real]
+        wrong = answer(model, batch, skip_padding=self.skip_padding) - wanted
+        return wrong.square().sum() / wanted.square().sum()
 
 
 @dataclass(frozen=True)
@@ -141,40 +135,36 @@ def _flops(cost: CostReport) -> dict[str, float]:
     return {layer.name: layer.calls * layer.executed for layer in cost.layers}
 
 
-def _loss(found: Calibration) -> float:
-    if found.loss is None or not math.isfinite(found.loss):
-        raise ValueError(
-            f"loss must be finite on the batches, got {found.loss}: pass another loss, or other batches"
-        )
-    return found.loss
+def _finite(loss: float | None) -> TypeGuard[float]:
+    return loss is not None and math.isfinite(loss)
 
 
 def _alone(
-    model: nn.Module, batches: Batches, value: float, names: Sequence[str], loss: Loss, progress: bool
+    model: nn.Module, batches: Batches, one: Calibration, tried: Sequence[float], loss: Loss, progress: bool
 ) -> dict[tuple[str, float], float]:
-    """The mean loss of the batches with each layer alone at each factor but 1 of that tau."""
+    """The mean loss of the batches with each layer alone at each of those factors, the others at the one tau."""
+    names = [layer.name for layer in one.cost.layers]
     same = dict.fromkeys(names, 1.0)
     found = defaultdict[tuple[str, float], list[float]](list)
     with evaluating(model):
         for batch in tqdm(batches, "each layer alone", length(batches), disable=not progress):
             batch = to_device(batch, device_of(model))
-            for name, factor in product(names, FACTORS):
+            for name, factor in product(names, tried):
                 if factor == 1.0:
                     continue
-                with tau(model, _taus({**same, name: factor}, value)):
+                with tau(model, _taus({**same, name: factor}, one.tau)):
                     found[name, factor].append(float(loss(model, batch)))
-    return {option: fmean(losses) for option, losses in found.items()}
+    means = {option: fmean(losses) for option, losses in found.items()}
+    means |= {(name, 1.0): one.loss or 0.0 for name in names}
+    return {option: mean if math.isfinite(mean) else math.inf for option, mean in means.items()}
 
 
 def _options(
-    costs: Mapping[float, CostReport], losses: Mapping[tuple[str, float], float], one: Calibration
+    costs: Mapping[float, CostReport], losses: Mapping[tuple[str, float], float]
 ) -> dict[str, list[_Option]]:
     """By layer. What it costs alone at a factor is taken to be what it costs where all are at it."""
     flops = {factor: _flops(cost) for factor, cost in costs.items()}
-    return {
-        name: [_Option(f, flops[f][name], losses.get((name, f), _loss(one))) for f in FACTORS]
-        for name in flops[1.0]
-    }
+    return {name: [_Option(f, flops[f][name], losses[name, f]) for f in costs] for name in flops[1.0]}
 
 
 def _at_price(options: Mapping[str, Sequence[_Option]], flops: float) -> dict[str, float]:

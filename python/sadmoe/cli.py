@@ -1,7 +1,6 @@
 """The command line: `sadmoe demo | convert | evaluate | report | bench | info`, thin over the API."""
 
 import argparse
-import copy
 import json
 import logging
 import sys
@@ -11,24 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from sadmoe import ops
-from sadmoe.attention import ProjectionConfig, replace_projections_
 from sadmoe.bench_command import add_bench
-from sadmoe.convert import ConvertConfig, convert_
-from sadmoe.data import Data
+from sadmoe.convert_command import add_convert
 from sadmoe.evaluate import evaluate, table
-from sadmoe.int8 import quantize_experts_
 from sadmoe.model_report import report_page
 from sadmoe.options import add_common, add_data, add_model, data_of
-from sadmoe.outputs import check_files, check_folder, replaced
+from sadmoe.outputs import check_files, check_folder
 from sadmoe.report import write_page
 from sadmoe.run_demo import SECONDS, run_demo
-from sadmoe.sparsify import Checkpoint, SparsifyConfig, sparsify_
 from sadmoe.texts import load_bare_model
 
-BUDGET = 0.5  # of `sadmoe convert`
 EPILOG = """\
 examples:
   sadmoe demo                                            convert a real text encoder, see what it costs and keeps
@@ -69,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="command")
     _add_demo(commands)
-    _add_convert(commands)
+    add_convert(commands)
     _add_evaluate(commands)
     _add_report(commands)
     add_bench(commands)
@@ -95,57 +88,6 @@ def _add_demo(commands: Any) -> None:
     command.add_argument("--seconds", type=float, default=SECONDS, help="of training (default: %(default)s)")
     add_common(command)
     command.set_defaults(command=_demo)
-
-
-def _add_convert(commands: Any) -> None:
-    command = commands.add_parser(
-        "convert",
-        help="convert a transformers model of a local folder",
-        description="Converts every FFN of a model and saves the result, which transformers loads after "
-        "`import sadmoe`. Without --sparsify nothing is fine-tuned: a model with GELU or SiLU then loses quality "
-        "below a budget of about 0.9.",
-    )
-    command.add_argument(
-        "--model",
-        type=Path,
-        required=True,
-        help="folder of a transformers model, and of its tokenizer or image processor",
-    )
-    add_data(command)
-    command.add_argument("--out", type=Path, required=True, help="folder to write")
-    command.add_argument(
-        "--budget",
-        type=float,
-        help=f"FLOPs of the FFNs, a share of dense, for which tau is solved (default, without --tau: {BUDGET})",
-    )
-    command.add_argument("--tau", type=float, help="the threshold itself, instead of a budget")
-    command.add_argument(
-        "--expert-size", type=int, default=32, help="neurons in an expert (default: %(default)s)"
-    )
-    command.add_argument(
-        "--sparsify",
-        type=float,
-        metavar="SECONDS",
-        help="first swap the activation for ReLU and fine-tune that long by self-distillation",
-    )
-    command.add_argument(
-        "--projections",
-        type=int,
-        metavar="UPDATES",
-        help="before that make MLPs of attention's projections, each trained for so many updates, to convert as well",
-    )
-    command.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FOLDER",
-        help="where the long steps save themselves: the same command goes on from there after a kill",
-    )
-    command.add_argument(
-        "--int8", action="store_true", help="round the experts' weights to int8, which decodes faster on CPUs"
-    )
-    command.add_argument("--seed", type=int, default=0)
-    add_common(command)
-    command.set_defaults(command=_convert)
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -192,65 +134,6 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
 def _demo(arguments: argparse.Namespace) -> None:
     check_folder(arguments.out, arguments.force)
     print(run_demo(arguments.out, seconds=arguments.seconds))
-
-
-def _convert(arguments: argparse.Namespace) -> None:
-    state = () if arguments.checkpoint is None else (arguments.checkpoint,)
-    check_folder(arguments.out, arguments.force, reads=(arguments.model, arguments.data, *state))
-    budget = BUDGET if arguments.budget is None and arguments.tau is None else arguments.budget
-    config = ConvertConfig(
-        expert_size=arguments.expert_size, budget=budget, tau=arguments.tau, seed=arguments.seed
-    )
-    model = load_bare_model(arguments.model)
-    data = data_of(arguments, model)
-    if arguments.checkpoint is not None:
-        _check_same_data(arguments)
-    _prepare(model, data, arguments)
-    print(convert_(model, data.batches, config, checkpoint=_checkpoint(arguments, "convert")))
-    if arguments.int8:
-        print(quantize_experts_(model))
-    with replaced(arguments.out):
-        model.save_pretrained(arguments.out)  # type: ignore[operator]
-        if data.processor is not None:
-            data.processor.save_pretrained(arguments.out)
-    print(
-        f"\nsaved to {arguments.out}. Load it with\n\n    import sadmoe\n"
-        f"    from transformers import {type(model).__name__}\n"
-        f'    model = {type(model).__name__}.from_pretrained("{arguments.out}")'
-    )
-
-
-def _prepare(model: nn.Module, data: Data, arguments: argparse.Namespace) -> None:
-    """What is asked for before the conversion. Projections that were replaced are compared with the dense model."""
-    dense = copy.deepcopy(model) if arguments.projections and arguments.sparsify is not None else None
-    if arguments.projections:
-        projections = ProjectionConfig(
-            steps=arguments.projections, multiple=arguments.expert_size, seed=arguments.seed
-        )
-        follow = _checkpoint(arguments, "projections")
-        print(replace_projections_(model, data.batches, projections, checkpoint=follow))
-    if arguments.sparsify is not None:
-        sparsify = SparsifyConfig(seconds=arguments.sparsify, seed=arguments.seed)
-        follow = _checkpoint(arguments, "sparsify")
-        print(sparsify_(model, data.batches, sparsify, teacher=dense, checkpoint=follow))
-
-
-def _check_same_data(arguments: argparse.Namespace) -> None:
-    """Raises ValueError where the checkpoint was made from other data; the steps themselves check the rest."""
-    note = arguments.checkpoint / "data.json"
-    now = {name: str(getattr(arguments, name)) for name in ("data", "batch_size", "max_length")}
-    if not note.exists():
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(now))
-    elif (saved := json.loads(note.read_text())) != now:
-        raise ValueError(
-            f"--checkpoint: {arguments.checkpoint} is of another run, of {saved}, not {now}: give that data "
-            "again, or an empty folder"
-        )
-
-
-def _checkpoint(arguments: argparse.Namespace, step: str) -> Checkpoint | None:
-    return None if arguments.checkpoint is None else Checkpoint(arguments.checkpoint / step)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

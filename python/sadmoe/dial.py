@@ -9,6 +9,8 @@ from sadmoe.ffn import moe_layers
 from sadmoe.gates import DynamicK
 from sadmoe.layer import DynamicKMoE
 
+Taus = float | Mapping[str, float]  # one for all converted layers, or each one's by its name
+
 
 def converted_layers(model: nn.Module) -> dict[str, DynamicKMoE]:
     """The converted layers by name, in the model's order. Raises ValueError where there is none."""
@@ -29,9 +31,6 @@ def trainable_layers(model: nn.Module) -> dict[str, DynamicKMoE]:
                 f"the experts of {name} are int8 and cannot be trained: dequantize_experts_(model) first"
             )
     return layers
-
-
-Taus = float | Mapping[str, float]  # one for all converted layers, or each one's by its name
 
 
 def set_tau(model: nn.Module, tau: Taus) -> None:

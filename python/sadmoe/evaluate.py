@@ -2,15 +2,15 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
-from sadmoe.batches import evaluating, run
+from sadmoe.batches import answer, evaluating, run
 from sadmoe.cost import cost
 from sadmoe.dial import converted_layers, tau
 from sadmoe.tables import format_table
@@ -76,22 +76,12 @@ def _errors(model: nn.Module, batches: Sequence[Any], taus: Sequence[float]) -> 
     with evaluating(model):
         for batch in batches:
             with tau(model, 0.0):
-                dense = _output(model, batch)
+                dense = answer(model, batch)
             size += dense.square().sum().item()
             for i, value in enumerate(taus):
                 with tau(model, value):
-                    wrong[i] += (_output(model, batch) - dense).square().sum().item()
+                    wrong[i] += (answer(model, batch) - dense).square().sum().item()
     return [math.sqrt(one / size) for one in wrong]
-
-
-def _output(model: nn.Module, batch: Any) -> Tensor:
-    """What the model says of every real token, float32 [tokens, n], or of every sample, [B, n]."""
-    output = run(model, batch)
-    y = output["logits"] if "logits" in output else output[0]
-    masks = batch if isinstance(batch, Mapping) else {}
-    real = masks.get("decoder_attention_mask", masks.get("attention_mask"))
-    fits = isinstance(real, Tensor) and real.shape == y.shape[:-1]
-    return (y[real.bool()] if fits else y).float()
 
 
 def _seconds(model: nn.Module, batches: Sequence[Any]) -> float:

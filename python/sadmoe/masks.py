@@ -74,7 +74,7 @@ class MaskRecord:
         self._count(name, layer, norms.detach(), layer.gate.mask)
 
     def _count(self, name: str, layer: DynamicKMoE, values: Tensor, mask: Callable[[Tensor], Tensor]) -> None:
-        wanted = self.tau[name] if isinstance(self.tau, Mapping) else self.tau
+        wanted = self.tau.get(name) if isinstance(self.tau, Mapping) else self.tau
         if is_recomputed() or (wanted is not None and getattr(layer.gate, "tau", None) != wanted):
             return
         rows = values.reshape(-1, values.shape[-1])

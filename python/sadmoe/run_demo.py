@@ -3,16 +3,15 @@
 import copy
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sadmoe import budget
 from sadmoe.calibrate import calibrate_
 from sadmoe.convert import ConvertConfig, convert_
 from sadmoe.demo import (
@@ -25,8 +24,9 @@ from sadmoe.demo import (
     topics,
 )
 from sadmoe.demo_rows import controls, picture, sweep, table
-from sadmoe.finetune import FinetuneConfig, finetune_
+from sadmoe.finetune import finetune_
 from sadmoe.layerwise import finetune_layers_
+from sadmoe.mixed import fast_training
 from sadmoe.outputs import replaced
 from sadmoe.report import matplotlib_pyplot
 from sadmoe.routers import RouterConfig, fit_routers_
@@ -36,17 +36,11 @@ from sadmoe.texts import tokenized
 SECONDS = 198.0  # of training, two thirds of the whole demo on two cores
 EXPERT_SIZE = 8  # neurons: larger experts run faster at the same share, but hold more that do not count
 SPARSIFY = SparsifyConfig(seconds=0.34 * SECONDS, alpha=0.3)  # neurons of the dense model
-LAYERS = FinetuneConfig(  # whole experts, each layer on its own
-    seconds=0.19 * SECONDS, tau=0.07, ramp=0.0, alpha=0.02, share=0.2, lr=1e-3
-)
-ROUTED = FinetuneConfig(
-    seconds=0.47 * SECONDS, tau=None, lr=2e-4
-)  # the whole model, by the routers, as in use
+LAYERS = replace(budget.LAYERS, seconds=0.19 * SECONDS)  # whole experts, each layer on its own
+ROUTED = replace(budget.ROUTED, seconds=0.47 * SECONDS)  # the whole model, by the routers, as in use
 EMBEDDING = 10.0  # weight of the embedding's error, 1 - cosine, beside the hidden states'
 ROUTER_WIDTH = 96
-ROUTERS = RouterConfig(  # of roots of the norms: small experts are told apart better
-    width=ROUTER_WIDTH, steps=500, target_power=0.5
-)
+ROUTERS = replace(budget.ROUTERS, width=ROUTER_WIDTH)
 ROUTED_TOKENS = 60_000  # all of the text
 UNTRAINED = RouterConfig(
     width=ROUTER_WIDTH, steps=1
@@ -172,34 +166,6 @@ def train_ffns_(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if any(part in name for part in FROZEN):
             parameter.requires_grad_(False)
-
-
-@contextmanager
-def fast_training(*models: Any) -> Iterator[None]:
-    """bfloat16 where it is faster, and attention without the fused kernel, whose backward is slow in it on a CPU."""
-    usual = [model.config._attn_implementation for model in models]
-    for model in models:
-        model.set_attn_implementation("eager")
-    try:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_faster()):
-            yield
-    finally:
-        for model, implementation in zip(models, usual, strict=True):
-            model.set_attn_implementation(implementation)
-
-
-def bf16_is_faster() -> bool:
-    """Whether this processor multiplies bfloat16 faster than float32: training then takes it."""
-    seconds = []
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.ones(768, 384, dtype=dtype), torch.ones(384, 1536, dtype=dtype)
-        samples = []
-        for _ in range(5):
-            started = time.perf_counter()
-            a @ b
-            samples.append(time.perf_counter() - started)
-        seconds.append(median(samples))
-    return seconds[1] < 0.8 * seconds[0]
 
 
 def check_reload(model: nn.Module, tokenizer: Any, folder: Path, tests: Sequence[Any]) -> None:

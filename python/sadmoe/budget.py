@@ -1,0 +1,138 @@
+"""Fine-tuning a converted model to do with the experts that a budget pays for: all steps after the conversion."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sadmoe.batches import Batches, check_batches, length
+from sadmoe.calibrate import Calibration, calibrate_, check_budget, check_reachable
+from sadmoe.cost import cost
+from sadmoe.dial import trainable_layers
+from sadmoe.ffn import projection_mlps
+from sadmoe.finetune import FinetuneConfig, FinetuneReport, finetune_
+from sadmoe.gates import DynamicK, Gate
+from sadmoe.layer import DynamicKMoE
+from sadmoe.layerwise import LayerFit, finetune_layers_
+from sadmoe.mixed import fast_training
+from sadmoe.routers import RouterConfig, RouterFit, fit_routers_
+from sadmoe.sparsify import Checkpoint
+from sadmoe.sparsify.guards import all_or_nothing
+from sadmoe.sparsify.objective import OutputLoss
+
+LAYERS = FinetuneConfig(seconds=0.3, tau=0.07, ramp=0.0, alpha=0.02, share=0.2, lr=1e-3)  # of each second
+ROUTED = FinetuneConfig(seconds=0.7, tau=None, lr=2e-4)
+ROUTERS = RouterConfig(steps=500, target_power=0.5)  # roots of norms: small experts are told apart better
+CALIBRATED = 8  # batches, at least where there are as many
+
+
+@dataclass(frozen=True)
+class BudgetReport:
+    """What each step found: experts by layer, routers by layer, the whole model, and the tau that was set."""
+
+    layers: list[LayerFit]
+    routers: dict[str, RouterFit]
+    whole: FinetuneReport
+    calibration: Calibration
+
+    def __str__(self) -> str:
+        fits = "\n".join(f"{fit}, router R² {self.routers[fit.name].r2:.3f}" for fit in self.layers)
+        found = self.calibration
+        return (
+            f"{fits}\nthe whole model: {self.whole}\n"
+            f"tau {found.tau:.4f} executes {found.share:.1%} of the experts, {found.budget:.1%} of the layers' FLOPs"
+        )
+
+
+def finetune_for_budget_(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    budget: float,
+    seconds: float,
+    dense: nn.Module,
+    sparse: nn.Module | None = None,
+    output_loss: OutputLoss | None = None,
+    router: RouterConfig = ROUTERS,
+    max_tokens: int = 20_000,
+    seed: int = 0,
+    checkpoint: Checkpoint | None = None,
+    progress: bool = True,
+) -> BudgetReport:
+    """Fine-tunes a converted model in place to do with few experts, without labels, and sets the tau for the budget.
+
+    `finetune_layers_` (each layer by true norms, 30 % of the seconds), `fit_routers_`, `calibrate_`, `finetune_` (the
+    whole model by its routers, the rest), `calibrate_`: as the demo does, in bfloat16 where that is faster. Experts of
+    8 to 32 neurons that fire together (`ConvertConfig(cluster="activity")`) do best. Freeze what need not move.
+
+    budget: executed FLOPs of the converted layers over their dense FLOPs, in (0, 1].   seconds: of training; routers
+    and calibration come on top.   dense: the model that is to be matched.   sparse: the model as it was converted,
+    needed where `sparsify_` or `replace_projections_` had made it another than dense.   output_loss: see `finetune_`.
+    router: the training of the routers, which stay as wide as they are.   max_tokens: inputs of each layer to train on.
+    seed: of the order of batches and tokens.   checkpoint: where to resume from after a kill, a folder for each step,
+    see `Checkpoint`. Runs in one process.
+    Raises what the steps raise; after any error the model is as it was, its gates too.
+    """
+    check_budget(budget)
+    check_batches(batches)
+    if not seconds > 0:
+        raise ValueError(f"seconds of training must be positive, got {seconds}")
+    sparse = dense if sparse is None else sparse
+    layers = trainable_layers(model)
+    check_reachable(budget, cost(model, shares=1.0))
+    router = replace(router, width=_router_width(model, layers), seed=seed)
+    some = list(islice(batches, 0, None, max(1, (length(batches) or 0) // CALIBRATED)))
+
+    def of(step: str) -> dict[str, Any]:
+        folder = None if checkpoint is None else replace(checkpoint, folder=Path(checkpoint.folder) / step)
+        return {"checkpoint": folder, "progress": progress}
+
+    def lasting(config: FinetuneConfig, **more: float) -> FinetuneConfig:
+        return replace(config, seconds=seconds * (config.seconds or 0.0), seed=seed, **more)  # type: ignore[arg-type]
+
+    with all_or_nothing(model) as undo:
+        undo.append(partial(_put_back, [(layer, layer.gate) for layer in layers.values()]))
+        for layer in layers.values():
+            layer.gate = DynamicK(0.0)  # by the routers, whatever it was
+        with fast_training(model, sparse):
+            alone = finetune_layers_(
+                model,
+                batches,
+                lasting(LAYERS, share=budget / 2),
+                teacher=sparse,
+                max_tokens=max_tokens,
+                **of("layers"),
+            )
+        fits = fit_routers_(model, batches, router, max_tokens=max_tokens, **of("routers"))
+        calibrate_(model, some, budget=budget)
+        with fast_training(model, dense):
+            whole = finetune_(
+                model,
+                batches,
+                lasting(ROUTED),
+                teacher=dense,
+                output_loss=output_loss,
+                **of(f"whole {budget:g}"),
+            )
+        found = calibrate_(model, some, budget=budget, progress=progress)
+    return BudgetReport(alone, fits, whole, found)
+
+
+def _router_width(model: nn.Module, layers: Mapping[str, DynamicKMoE]) -> int:
+    """Of the FFNs, as `fit_routers_` wants it; where only projections were converted, any."""
+    projections = projection_mlps(model)
+    widths = {layer.router.v1.shape[0] for name, layer in layers.items() if name not in projections}
+    if len(widths) > 1:
+        raise ValueError(
+            f"the routers of the FFNs must be equally wide, got {sorted(widths)}: convert with one width"
+        )
+    return widths.pop() if widths else RouterConfig.width
+
+
+def _put_back(gates: Sequence[tuple[DynamicKMoE, Gate]]) -> None:
+    for layer, gate in gates:
+        layer.gate = gate

@@ -1,0 +1,207 @@
+"""`sadmoe convert`: a transformers model of a local folder converted, with all that may be trained before and after."""
+
+import argparse
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sadmoe.attention import ProjectionConfig, replace_projections_
+from sadmoe.budget import finetune_for_budget_
+from sadmoe.convert import ConvertConfig, convert_
+from sadmoe.cost import cost
+from sadmoe.data import Data
+from sadmoe.int8 import quantize_experts_
+from sadmoe.options import add_common, add_data, data_of
+from sadmoe.outputs import check_folder, replaced
+from sadmoe.routers import RouterConfig
+from sadmoe.sparsify import Checkpoint, SparsifyConfig, sparsify_
+from sadmoe.texts import load_bare_model
+
+BUDGET = 0.5  # where neither it nor tau is given
+PROJECTION_ROUTER = 32  # width: an MLP of attention costs an eighth of an FFN
+
+
+def add_convert(commands: Any) -> None:
+    """Adds `sadmoe convert`."""
+    command = commands.add_parser(
+        "convert",
+        help="convert a transformers model of a local folder",
+        description="Converts every FFN of a model and saves the result, which transformers loads after "
+        "`import sadmoe`. Without --sparsify and --finetune nothing is fine-tuned: a model with GELU or SiLU then "
+        "loses quality below a budget of about 0.9.",
+    )
+    command.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        help="folder of a transformers model, and of its tokenizer or image processor",
+    )
+    add_data(command)
+    command.add_argument("--out", type=Path, required=True, help="folder to write")
+    command.add_argument(
+        "--budget",
+        type=float,
+        help=f"FLOPs of the FFNs, a share of dense, for which tau is solved (default, without --tau: {BUDGET})",
+    )
+    command.add_argument("--tau", type=float, help="the threshold itself, instead of a budget")
+    command.add_argument(
+        "--expert-size", type=int, default=32, help="neurons in an expert (default: %(default)s)"
+    )
+    command.add_argument(
+        "--sparsify",
+        type=float,
+        metavar="SECONDS",
+        help="first swap the activation for ReLU and fine-tune that long by self-distillation",
+    )
+    command.add_argument(
+        "--projections",
+        type=int,
+        metavar="UPDATES",
+        help="before that make MLPs of attention's projections, each trained for so many updates, to convert as well",
+    )
+    command.add_argument(
+        "--finetune",
+        type=float,
+        metavar="SECONDS",
+        help="afterwards fine-tune that long to do with what --budget pays for, against the model of --model, without "
+        "labels; best with --expert-size 8 to 32",
+    )
+    command.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FOLDER",
+        help="where the long steps save themselves: the same command goes on from there after a kill",
+    )
+    command.add_argument(
+        "--int8", action="store_true", help="round the experts' weights to int8, which decodes faster on CPUs"
+    )
+    command.add_argument("--seed", type=int, default=0)
+    add_common(command)
+    command.set_defaults(command=_convert)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    _check(arguments)
+    state = () if arguments.checkpoint is None else (arguments.checkpoint,)
+    check_folder(arguments.out, arguments.force, reads=(arguments.model, arguments.data, *state))
+    model = load_bare_model(arguments.model)
+    data = data_of(arguments, model)
+    if arguments.checkpoint is not None:
+        _check_same_data(arguments)
+    dense = copy.deepcopy(model) if _compares_with_dense(arguments) else None
+    _prepare(model, dense, data, arguments)
+    if arguments.finetune is None:
+        config = _conversion(arguments)
+        print(convert_(model, data.batches, config, checkpoint=_checkpoint(arguments, "convert")))
+    else:
+        _convert_finetuned(model, dense, data, arguments)
+    if arguments.int8:
+        print(quantize_experts_(model))
+    with replaced(arguments.out):
+        model.save_pretrained(arguments.out)  # type: ignore[operator]
+        if data.processor is not None:
+            data.processor.save_pretrained(arguments.out)
+    print(
+        f"\nsaved to {arguments.out}. Load it with\n\n    import sadmoe\n"
+        f"    from transformers import {type(model).__name__}\n"
+        f'    model = {type(model).__name__}.from_pretrained("{arguments.out}")'
+    )
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuses what cannot be before anything is loaded or trained."""
+    _conversion(arguments)
+    for name in ("sparsify", "finetune"):
+        seconds = getattr(arguments, name)
+        if seconds is not None and not seconds > 0:
+            raise ValueError(
+                f"--{name} takes seconds of training, above 0, got {seconds:g}; leave it out for none"
+            )
+    if arguments.finetune is not None and arguments.tau is not None:
+        raise ValueError("--finetune trains for a budget and solves tau for it: give --budget, not --tau")
+
+
+def _conversion(arguments: argparse.Namespace) -> ConvertConfig:
+    budget = BUDGET if arguments.budget is None and arguments.tau is None else arguments.budget
+    return ConvertConfig(
+        expert_size=arguments.expert_size,
+        budget=budget,
+        tau=arguments.tau,
+        projection_router=RouterConfig(width=PROJECTION_ROUTER) if arguments.projections else None,
+        seed=arguments.seed,
+    )
+
+
+def _compares_with_dense(arguments: argparse.Namespace) -> bool:
+    """Whether a step compares with the dense model, of which the steps before it may have left little."""
+    return arguments.finetune is not None or bool(arguments.projections and arguments.sparsify is not None)
+
+
+def _prepare(model: nn.Module, dense: nn.Module | None, data: Data, arguments: argparse.Namespace) -> None:
+    """What is asked for before the conversion."""
+    if arguments.projections:
+        projections = ProjectionConfig(
+            steps=arguments.projections, multiple=arguments.expert_size, seed=arguments.seed
+        )
+        follow = _checkpoint(arguments, "projections")
+        print(replace_projections_(model, data.batches, projections, checkpoint=follow))
+    if arguments.sparsify is not None:
+        sparsify = SparsifyConfig(seconds=arguments.sparsify, seed=arguments.seed)
+        follow = _checkpoint(arguments, "sparsify")
+        print(sparsify_(model, data.batches, sparsify, teacher=dense, checkpoint=follow))
+
+
+def _convert_finetuned(
+    model: nn.Module, dense: nn.Module | None, data: Data, arguments: argparse.Namespace
+) -> None:
+    """The conversion, and what --finetune asks for after it, which trains the routers."""
+    assert dense is not None
+    asked = _conversion(arguments)
+    prepared = arguments.projections or arguments.sparsify is not None
+    sparse = copy.deepcopy(model) if prepared else dense
+    of_projections = asked.projection_router
+    config = replace(
+        asked,
+        budget=None,
+        tau=0.0,
+        cluster="activity",
+        router=replace(asked.router, steps=1),
+        projection_router=None if of_projections is None else replace(of_projections, steps=1),
+    )
+    convert_(model, data.batches, config, checkpoint=_checkpoint(arguments, "convert"))
+    assert asked.budget is not None
+    print(
+        finetune_for_budget_(
+            model,
+            data.batches,
+            budget=asked.budget,
+            seconds=arguments.finetune,
+            dense=dense,
+            sparse=sparse,
+            seed=arguments.seed,
+            checkpoint=_checkpoint(arguments, "finetune"),
+        )
+    )
+    print(cost(model, data.batches))
+
+
+def _check_same_data(arguments: argparse.Namespace) -> None:
+    """Raises ValueError where the checkpoint was made from other data; the steps themselves check the rest."""
+    note = arguments.checkpoint / "data.json"
+    now = {name: str(getattr(arguments, name)) for name in ("data", "batch_size", "max_length")}
+    if not note.exists():
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(now))
+    elif (saved := json.loads(note.read_text())) != now:
+        raise ValueError(
+            f"--checkpoint: {arguments.checkpoint} is of another run, of {saved}, not {now}: give that data "
+            "again, or an empty folder"
+        )
+
+
+def _checkpoint(arguments: argparse.Namespace, step: str) -> Checkpoint | None:
+    return None if arguments.checkpoint is None else Checkpoint(arguments.checkpoint / step)

@@ -1,0 +1,57 @@
+"""Training in bfloat16 where that is faster."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from sadmoe.batches import device_of
+
+
+@contextmanager
+def fast_training(*models: nn.Module) -> Iterator[None]:
+    """Autocast to bfloat16, on a CPU only where that is faster; there also attention of transformers without the fused
+    kernel, whose backward is slow in it. A caller's own autocast stays as it is."""
+    device = device_of(models[0]).type
+    faster = not torch.is_autocast_enabled(device) and (device != "cpu" or bf16_is_faster())
+    with (
+        torch.autocast(device, torch.bfloat16) if faster else nullcontext(),
+        _eager_attention(models) if device == "cpu" else nullcontext(),
+    ):
+        yield
+
+
+@contextmanager
+def _eager_attention(models: Sequence[nn.Module]) -> Iterator[None]:
+    parts: list[list[Any]] = [
+        [part for part in model.modules() if hasattr(part, "set_attn_implementation")] for model in models
+    ]
+    usual = [(part.config, part.config._attn_implementation) for some in parts for part in some]
+    try:
+        for some in parts:
+            if some:
+                some[0].set_attn_implementation("eager")  # the outermost, and all in it
+        yield
+    finally:
+        for config, implementation in usual:
+            config._attn_implementation = implementation
+
+
+@cache
+def bf16_is_faster() -> bool:
+    """Whether this processor multiplies bfloat16 faster than float32; asked once in a process."""
+    seconds = []
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(768, 384, dtype=dtype), torch.ones(384, 1536, dtype=dtype)
+        samples = []
+        for _ in range(5):
+            started = time.perf_counter()
+            a @ b
+            samples.append(time.perf_counter() - started)
+        seconds.append(median(samples))
+    return seconds[1] < 0.8 * seconds[0]

@@ -1,0 +1,132 @@
+"""All that comes after a conversion, in one call."""
+
+import copy
+
+import pytest
+import sadmoe
+import torch
+from sadmoe import budget, moe_layers
+from sadmoe.cost import cost
+from sadmoe.gates import DynamicK, TopK
+from test_calibrate import text_batches
+from tiny_models import TINY, call
+
+pytest.importorskip("transformers")
+BUDGET = 0.6
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return TINY["bert"].model().eval()
+
+
+@pytest.fixture
+def model(dense):
+    model = copy.deepcopy(dense)
+    config = sadmoe.ConvertConfig(
+        experts=12, router=sadmoe.RouterConfig(steps=2, width=4), cluster="activity"
+    )
+    sadmoe.convert_(model, text_batches(), config, progress=False)
+    return model
+
+
+def finetuned(model, dense, **settings):
+    settings = {"budget": BUDGET, "seconds": 3.0, **settings}
+    return sadmoe.finetune_for_budget_(model, text_batches(), dense=dense, progress=False, **settings)
+
+
+def error(model, dense):
+    with torch.no_grad():
+        wrong = [(call(model, batch) - call(dense, batch)).square().mean() for batch in text_batches()]
+    return torch.stack(wrong).mean().item()
+
+
+def test_the_budget_is_met_and_the_model_is_nearer_to_the_dense_one_than_by_calibration_alone(model, dense):
+    plain = copy.deepcopy(model)
+    sadmoe.fit_routers_(plain, text_batches(), sadmoe.RouterConfig(width=4, steps=300))
+    sadmoe.calibrate_(plain, text_batches(), budget=BUDGET)
+    report = finetuned(model, dense)
+    found = cost(model, text_batches())
+    assert report.calibration.budget == found.executed / found.dense <= BUDGET
+    assert list(report.routers) == [fit.name for fit in report.layers] == list(moe_layers(model))
+    assert error(model, dense) < error(plain, dense)
+    told = str(report)
+    assert told.count("router R²") == 2
+    assert "the whole model: " in told
+    assert f"tau {report.calibration.tau:.4f} executes" in told
+
+
+def test_an_error_in_the_last_step_leaves_weights_routers_and_gates(model, dense, monkeypatch):
+    for layer in moe_layers(model).values():
+        layer.gate = TopK(3)
+    before = copy.deepcopy(model.state_dict())
+
+    def fails(*args, **kw):
+        raise KeyError
+
+    monkeypatch.setattr(budget, "finetune_", fails)
+    with pytest.raises(KeyError):
+        finetuned(model, dense, seconds=0.5)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [layer.gate for layer in moe_layers(model).values()] == [TopK(3)] * 2
+
+
+def test_what_is_done_is_not_done_again(model, dense, tmp_path, monkeypatch):
+    again, folder = copy.deepcopy(model), sadmoe.Checkpoint(tmp_path)
+    first = finetuned(model, dense, seconds=0.5, checkpoint=folder)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: pytest.fail("it was trained again"))
+    second = finetuned(again, dense, seconds=0.5, checkpoint=folder)
+    assert first.calibration.tau == second.calibration.tau
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_another_budget_trains_the_whole_model_anew_from_the_same_layers(model, dense, tmp_path):
+    other, folder = copy.deepcopy(model), sadmoe.Checkpoint(tmp_path)
+    finetuned(model, dense, seconds=0.5, checkpoint=folder)
+    report = finetuned(other, dense, seconds=0.5, budget=0.8, checkpoint=folder)
+    assert 0.6 < report.calibration.budget <= 0.8
+    assert {path.name for path in tmp_path.iterdir()} == {"layers", "routers", "whole 0.6", "whole 0.8"}
+
+
+def test_oracles_and_loaders_do(model, dense):
+    for layer in moe_layers(model).values():
+        layer.gate = DynamicK(0.1, true_norms=True)
+    loader = torch.utils.data.DataLoader(text_batches(), batch_size=None)
+    report = sadmoe.finetune_for_budget_(
+        model, loader, budget=BUDGET, seconds=0.3, dense=dense, progress=False
+    )
+    assert [layer.gate for layer in moe_layers(model).values()] == [DynamicK(report.calibration.tau)] * 2
+
+
+def test_with_projections_it_is_taught_by_what_was_converted(dense):
+    model = copy.deepcopy(dense)
+    sadmoe.replace_projections_(model, text_batches(), sadmoe.ProjectionConfig(steps=2), progress=False)
+    sparse = copy.deepcopy(model)
+    config = sadmoe.ConvertConfig(
+        expert_size=4,
+        router=sadmoe.RouterConfig(steps=2, width=4),
+        projection_router=sadmoe.RouterConfig(steps=2, width=2),
+    )
+    sadmoe.convert_(model, text_batches(), config, progress=False)
+    report = finetuned(model, dense, sparse=sparse, seconds=0.5, budget=0.9)
+    assert len(report.layers) == len(moe_layers(model)) == 10
+    widths = {len(layer.router.v1) for layer in moe_layers(model).values()}
+    assert widths == {2, 4}
+
+
+@pytest.mark.parametrize(
+    ("kw", "text"),
+    [
+        ({"budget": 0.01}, "budget 0.01 is below what one expert"),
+        ({"budget": 1.5}, r"budget must be in \(0, 1\]"),
+        ({"seconds": 0.0}, "seconds of training must be positive, got 0.0"),
+    ],
+)
+def test_wrong_numbers_are_refused(model, dense, kw, text):
+    with pytest.raises(ValueError, match=text):
+        finetuned(model, dense, **kw)
+
+
+def test_a_dense_model_is_refused(dense):
+    with pytest.raises(ValueError, match="no converted layer"):
+        finetuned(copy.deepcopy(dense), dense)

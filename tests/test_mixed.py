@@ -1,0 +1,38 @@
+"""Training in bfloat16 where that is faster."""
+
+import pytest
+import torch
+from sadmoe import mixed
+from sadmoe.mixed import fast_training
+from tiny_models import TINY
+from torch import nn
+
+pytest.importorskip("transformers")
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_bfloat16_and_eager_attention_inside_and_what_was_before_afterwards(faster, monkeypatch):
+    monkeypatch.setattr(mixed, "bf16_is_faster", lambda: faster)
+    whole = TINY["bert"].model()
+    wrapped, plain = nn.Sequential(whole), nn.Linear(2, 2)
+    usual = whole.config._attn_implementation
+    seen = []
+
+    def inside():
+        with fast_training(wrapped, plain):
+            seen.append((torch.is_autocast_enabled("cpu"), whole.config._attn_implementation))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        inside()
+    assert seen == [(faster, "eager")]
+    assert usual != "eager"
+    assert whole.config._attn_implementation == usual
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_caller_s_own_autocast_stays(monkeypatch):
+    monkeypatch.setattr(mixed, "bf16_is_faster", lambda: False)
+    with torch.autocast("cpu", torch.float16), fast_training(nn.Linear(2, 2)):
+        assert torch.get_autocast_dtype("cpu") == torch.float16
+        assert torch.is_autocast_enabled("cpu")
