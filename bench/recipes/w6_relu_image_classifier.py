@@ -1,5 +1,5 @@
-"""W6: an image classifier with ReLU, small and trained here; top-1 on Fashion-MNIST. What ReLU gives without fine-tuning,
-which the pretrained classifier of W3 does not have.
+"""W6: an image classifier with ReLU, small and trained here; top-1 on Fashion-MNIST. What ReLU gives without
+fine-tuning, which the pretrained classifier of W3 does not have.
 
     bench/recipes/fetch.sh data && python bench/recipes/w6_relu_image_classifier.py --data data [--effort tiny|cpu|gpu]
 
