@@ -28,18 +28,20 @@ def fast_training(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _eager_attention(models: Sequence[nn.Module]) -> Iterator[None]:
-    parts: list[list[Any]] = [
-        [part for part in model.modules() if hasattr(part, "set_attn_implementation")] for model in models
-    ]
-    usual = [(part.config, part.config._attn_implementation) for some in parts for part in some]
+    parts = [part for model in models if (part := _outermost(model)) is not None]
+    usual = [part.config._attn_implementation for part in parts]
     try:
-        for some in parts:
-            if some:
-                some[0].set_attn_implementation("eager")  # the outermost, and all in it
+        for part in parts:
+            part.set_attn_implementation("eager")
         yield
     finally:
-        for config, implementation in usual:
-            config._attn_implementation = implementation
+        for part, implementation in zip(parts, usual, strict=True):
+            part.set_attn_implementation(implementation)
+
+
+def _outermost(model: nn.Module) -> Any:
+    """The model of transformers that this is, or that is in it; None where there is none."""
+    return next((part for part in model.modules() if hasattr(part, "set_attn_implementation")), None)
 
 
 @cache
