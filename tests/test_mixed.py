@@ -1,6 +1,7 @@
 """Training in bfloat16 where that is faster."""
 
 import pytest
+import sadmoe
 import torch
 from sadmoe import mixed
 from sadmoe.mixed import fast_training
@@ -29,6 +30,17 @@ def test_bfloat16_and_eager_attention_inside_and_what_was_before_afterwards(fast
     assert usual != "eager"
     assert whole.config._attn_implementation == usual
     assert not torch.is_autocast_enabled("cpu")
+
+
+def test_attention_comes_back_where_training_gave_the_model_another_config():
+    """`sparsify_` swaps GELU for ReLU, and with it the config."""
+    tiny = TINY["bert"]
+    model = tiny.model()
+    config, usual = model.config, model.config._attn_implementation
+    with fast_training(model):
+        sadmoe.sparsify_(model, [tiny.batch()], sadmoe.SparsifyConfig(steps=1), progress=False)
+    assert model.config is not config
+    assert model.config._attn_implementation == usual
 
 
 def test_a_caller_s_own_autocast_stays(monkeypatch):
