@@ -11,7 +11,7 @@
 // Every matrix is row-major with one neuron a row, so up and down projection both stream whole neurons. Sums are float32. An
 // int8 row stands for itself times its neuron's scale, which multiplies sums and h instead; on the CPU a row of x, and of h of
 // one expert, is rounded to 16 bits with a step of its own, and multiplied with int8 in whole numbers, without further rounding.
-// With x in bf16, units that multiply tiles of bf16 (tensor cores, AMX, AVX512-BF16) round h to it; elsewhere h stays float32.
+// With x in bf16, units that multiply bf16 (tensor cores, AMX, AVX512-BF16) round h to it; elsewhere h stays float32.
 // The result of a token is the same bit for bit whatever its neighbours, their order, and the thread count.
 #pragma once
 #include <cstdint>

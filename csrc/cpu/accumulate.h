@@ -107,47 +107,51 @@ void accumulate(const Accumulate& p) {
   accumulate_all<Vec, W>(p);
 }
 
+// What follows multiplies entries of 16 bits, and sums the products of two neighbours: Pair is Ints or Pairs (see table.h).
+//
 // The weights of two neurons at once, pairs of one column beside each other: as they are, or from a copy of such pairs, group
-// after group of Ints::width columns, for all neurons. Part: of a group, part columns.
-template <class Ints, bool Part>
+// after group of Pair::width columns, for all neurons. Part: of a group, part columns.
+template <class Pair, bool Part>
 struct PairsInPlace {
+  using Weight = typename Pair::Weight;
   const Accumulate& p;
   int64_t part;
 
-  void load(int64_t j, int64_t c, Ints* out) const {
-    const int8_t* even = static_cast<const int8_t*>(p.w) + j * p.ld_w + c;
-    const int8_t* odd = j + 1 < p.m ? even + p.ld_w : even;  // past the last neuron h is zero
-    Part ? Ints::load_pairs_part(even, odd, part, out) : Ints::load_pairs(even, odd, out);
+  void load(int64_t j, int64_t c, Pair* out) const {
+    const Weight* even = static_cast<const Weight*>(p.w) + j * p.ld_w + c;
+    const Weight* odd = j + 1 < p.m ? even + p.ld_w : even;  // past the last neuron h is zero
+    Part ? Pair::load_pairs_part(even, odd, part, out) : Pair::load_pairs(even, odd, out);
   }
 };
 
-template <class Ints>
+template <class Pair>
 struct CopiedPairs {
-  const int16_t* copy;
+  const typename Pair::Entry* copy;
   int64_t columns;  // a whole number of groups
 
-  void load(int64_t j, int64_t c, Ints* out) const {
-    const int16_t* from = copy + j * columns + 2 * c;
-    out[0] = Ints::load(from), out[1] = Ints::load(from + Ints::width);
+  void load(int64_t j, int64_t c, Pair* out) const {
+    const auto* from = copy + j * columns + 2 * c;
+    out[0] = Pair::load(from), out[1] = Pair::load(from + Pair::width);
   }
 };
 
-// The same of integers: Rows tokens x Groups of Ints::width columns, two neurons at once, whose products are summed exactly.
-// Part: of one group, part columns.
-template <class Ints, class Vec, int Rows, int Groups, bool Part, class Pairs>
-void accumulate_int_tile(const Accumulate& p, const Pairs& pairs, int64_t i0, int64_t c0, int64_t part) {
-  using Sum = typename Ints::Sum;
+// Rows tokens x Groups of Pair::width columns, two neurons at once. Part: of one group, part columns.
+template <class Pair, class Vec, int Rows, int Groups, bool Part, class Pairs>
+void accumulate_pair_tile(const Accumulate& p, const Pairs& pairs, int64_t i0, int64_t c0, int64_t part) {
+  using Entry = typename Pair::Entry;
+  using Weight = typename Pair::Weight;
+  using Sum = typename Pair::Sum;
   Sum sums[Rows][Groups][2];
   const auto each = [](auto body) { unroll<Rows>([&](auto i) { unroll<Groups>([&](auto g) { body(i.value, g.value); }); }); };
   each([&](int i, int g) { sums[i][g][0] = sums[i][g][1] = Sum::zero(); });
-  const int16_t* h = static_cast<const int16_t*>(p.h) + i0 * p.ld_h;
-  const int8_t* ahead = p.next && i0 == 0 ? static_cast<const int8_t*>(p.next) + c0 : nullptr;
+  const Entry* h = static_cast<const Entry*>(p.h) + i0 * p.ld_h;
+  const Weight* ahead = p.next && i0 == 0 ? static_cast<const Weight*>(p.next) + c0 : nullptr;
   for (int64_t j = 0; j < p.m; j += 2) {
     if (ahead) __builtin_prefetch(ahead + j * p.ld_w), __builtin_prefetch(ahead + (j + 1) * p.ld_w);
-    Ints ws[Groups][2];
-    unroll<Groups>([&](auto g) { pairs.load(j, c0 + g.value * Ints::width, ws[g.value]); });
+    Pair ws[Groups][2];
+    unroll<Groups>([&](auto g) { pairs.load(j, c0 + g.value * Pair::width, ws[g.value]); });
     unroll<Rows>([&](auto i) {
-      const Ints pair = Ints::set_pair(h + i.value * p.ld_h + j);
+      const Pair pair = Pair::set_pair(h + i.value * p.ld_h + j);
       unroll<Groups>([&](auto g) {
         for (int half = 0; half < 2; ++half) {
           Sum& sum = sums[i.value][g.value][half];
@@ -157,63 +161,65 @@ void accumulate_int_tile(const Accumulate& p, const Pairs& pairs, int64_t i0, in
     });
   }
   each([&](int i, int g) {
-    const Vec step = Vec::set(p.steps[i0 + i]);
-    float* y = p.y + (p.rows ? p.rows[i0 + i] : i0 + i) * p.ld_y + c0 + g * Ints::width;
+    float* y = p.y + (p.rows ? p.rows[i0 + i] : i0 + i) * p.ld_y + c0 + g * Pair::width;
+    const auto add_to = [&, step = Vec::set(p.steps ? p.steps[i0 + i] : 1.0f)](Vec sum, Vec y) {
+      return std::is_same_v<Entry, int16_t> ? fma(sum, step, y) : sum + y;
+    };
     Vec columns[2];
-    Ints::to_floats(sums[i][g], columns);
+    Pair::to_floats(sums[i][g], columns);
     for (int half = 0; half < 2; ++half, y += Vec::width) {
       const int64_t left = part - half * Vec::width;
       if (!Part || left >= Vec::width)
-        fma(columns[half], step, Vec::load(y)).store(y);
+        add_to(columns[half], Vec::load(y)).store(y);
       else if (left > 0)
-        fma(columns[half], step, Vec::load_part(y, left)).store_part(y, left);
+        add_to(columns[half], Vec::load_part(y, left)).store_part(y, left);
     }
   });
 }
 
-template <class Ints, class Vec, int Rows, int Groups, bool Part, class Pairs>
-void accumulate_int_rows(const Accumulate& p, const Pairs& pairs, int64_t i0, int64_t c0, int64_t part) {
-  for (; i0 + Rows <= p.n; i0 += Rows) accumulate_int_tile<Ints, Vec, Rows, Groups, Part>(p, pairs, i0, c0, part);
+template <class Pair, class Vec, int Rows, int Groups, bool Part, class Pairs>
+void accumulate_pair_rows(const Accumulate& p, const Pairs& pairs, int64_t i0, int64_t c0, int64_t part) {
+  for (; i0 + Rows <= p.n; i0 += Rows) accumulate_pair_tile<Pair, Vec, Rows, Groups, Part>(p, pairs, i0, c0, part);
   if constexpr (Rows > 1)
-    if (i0 < p.n) accumulate_int_rows<Ints, Vec, Rows - 1, Groups, Part>(p, pairs, i0, c0, part);
+    if (i0 < p.n) accumulate_pair_rows<Pair, Vec, Rows - 1, Groups, Part>(p, pairs, i0, c0, part);
 }
 
 // pairs_of(Part, part): the weights where groups are whole, and where the last one is not.
-template <class Ints, class Vec, class PairsOf>
-void accumulate_int_columns(const Accumulate& p, const PairsOf& pairs_of) {
-  constexpr int kRows = Ints::accumulate_rows, kGroups = Ints::accumulate_groups;
+template <class Pair, class Vec, class PairsOf>
+void accumulate_pair_columns(const Accumulate& p, const PairsOf& pairs_of) {
+  constexpr int kRows = Pair::accumulate_rows, kGroups = Pair::accumulate_groups;
   const auto whole = pairs_of(std::false_type{}, 0);
   int64_t c = 0;
-  for (; c + kGroups * Ints::width <= p.columns; c += kGroups * Ints::width)
-    accumulate_int_rows<Ints, Vec, kRows, kGroups, false>(p, whole, 0, c, 0);
-  for (; c + Ints::width <= p.columns; c += Ints::width) accumulate_int_rows<Ints, Vec, kRows, 1, false>(p, whole, 0, c, 0);
+  for (; c + kGroups * Pair::width <= p.columns; c += kGroups * Pair::width)
+    accumulate_pair_rows<Pair, Vec, kRows, kGroups, false>(p, whole, 0, c, 0);
+  for (; c + Pair::width <= p.columns; c += Pair::width) accumulate_pair_rows<Pair, Vec, kRows, 1, false>(p, whole, 0, c, 0);
   if (const int64_t part = p.columns - c; part > 0)
-    accumulate_int_rows<Ints, Vec, kRows, 1, true>(p, pairs_of(std::true_type{}, part), 0, c, part);
+    accumulate_pair_rows<Pair, Vec, kRows, 1, true>(p, pairs_of(std::true_type{}, part), 0, c, part);
 }
 
 // Many rows read a copy, as above: of all neurons, for their sum is added as one.
-template <class Ints, class Vec>
-void accumulate_ints(const Accumulate& p) {
-  constexpr int64_t kManyRows = 8, kWidth = Ints::width;
-  if constexpr (Ints::copied > 0) {
+template <class Pair, class Vec>
+void accumulate_pairs(const Accumulate& p) {
+  constexpr int64_t kManyRows = 8, kWidth = Pair::width;
+  if constexpr (Pair::copied > 0) {
     const int64_t columns = (p.columns + kWidth - 1) / kWidth * kWidth;
-    if (p.n >= kManyRows && (p.m + 1) / 2 * 2 * columns <= Ints::copied) {
-      alignas(64) int16_t copy[Ints::copied];
+    if (p.n >= kManyRows && (p.m + 1) / 2 * 2 * columns <= Pair::copied) {
+      alignas(64) typename Pair::Entry copy[Pair::copied];
       const auto fill = [&](const auto& pairs, int64_t j, int64_t c) {
-        Ints both[2];
+        Pair both[2];
         pairs.load(j, c, both);
         both[0].store(copy + j * columns + 2 * c), both[1].store(copy + j * columns + 2 * c + kWidth);
       };
       for (int64_t j = 0; j < p.m; j += 2) {
         int64_t c = 0;
-        for (; c + kWidth <= p.columns; c += kWidth) fill(PairsInPlace<Ints, false>{p, 0}, j, c);
-        if (c < p.columns) fill(PairsInPlace<Ints, true>{p, p.columns - c}, j, c);
+        for (; c + kWidth <= p.columns; c += kWidth) fill(PairsInPlace<Pair, false>{p, 0}, j, c);
+        if (c < p.columns) fill(PairsInPlace<Pair, true>{p, p.columns - c}, j, c);
       }
-      return accumulate_int_columns<Ints, Vec>(p, [&](auto, int64_t) { return CopiedPairs<Ints>{copy, columns}; });
+      return accumulate_pair_columns<Pair, Vec>(p, [&](auto, int64_t) { return CopiedPairs<Pair>{copy, columns}; });
     }
   }
-  accumulate_int_columns<Ints, Vec>(
-      p, [&](auto part, int64_t columns) { return PairsInPlace<Ints, decltype(part)::value>{p, columns}; });
+  accumulate_pair_columns<Pair, Vec>(
+      p, [&](auto part, int64_t columns) { return PairsInPlace<Pair, decltype(part)::value>{p, columns}; });
 }
 
 }  // namespace sadmoe::cpu

@@ -83,6 +83,8 @@ bool use_isa(const std::string& isa) {
   return false;
 }
 
+void use_kernels(const Kernels& some) { chosen = &some; }
+
 const Kernels& kernels() {
   const Kernels* one = chosen.load();
   return one ? *one : fastest();

@@ -9,6 +9,7 @@ namespace sadmoe::cpu {
 
 std::vector<std::string> supported_isas();  // on this processor, fastest first
 bool use_isa(const std::string& isa);       // for the whole process; "auto" is the fastest. False where unsupported
+void use_kernels(const Kernels& some);      // or these, which this processor must be able to run
 const Kernels& kernels();                   // the chosen ones
 
 }  // namespace sadmoe::cpu

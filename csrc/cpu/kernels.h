@@ -18,7 +18,8 @@ struct Quantize {
 };
 
 // out[i, j] = x[rows[i]] . w[j]   for i < n, j < m. The sum over k has one fixed order, whatever n, m, and the rows are.
-//   x [., d] float32, with int8 weights quantized: int16 with steps   w [m, d] of the kernel's weight dtype
+//   x [., d] float32, with int8 weights quantized: int16 with steps, of the kernel of halves bf16
+//   w [m, d] of the kernel's weight dtype
 //   out [n, .] float32, leading dimension ld
 struct Project {
   int64_t n, m, d, ld;
@@ -26,7 +27,7 @@ struct Project {
   const int32_t* rows;  // null: row i is i
   const void* w;
   float* out;
-  const float* steps = nullptr;  // of the rows of x
+  const float* steps = nullptr;  // of the rows of quantized x
 };
 
 // In place on h [n, m], leading dimension ld:
@@ -40,7 +41,8 @@ struct Activate {
 };
 
 // y[rows[i], c] += sum over j ascending of h[i, j] w[j, c]   for i < n, c < columns. Rows are distinct.
-//   h [n, m] float32, leading dimension ld_h; with int8 weights quantized, ld_h even, and the sum over j is added as one
+//   h [n, m] float32, leading dimension ld_h; with int8 weights quantized, of the kernel of halves bf16: then ld_h is even, with
+//   a zero where m is odd, and the sum over j is added as one
 //   w [m, .] of the kernel's weight dtype, leading dimension ld_w   y float32, leading dimension ld_y
 struct Accumulate {
   int64_t n, m, columns, ld_h, ld_w, ld_y;
@@ -49,7 +51,7 @@ struct Accumulate {
   const void* w;
   float* y;
   const void* next = nullptr;    // the w of the next call, which is fetched meanwhile; null: unknown
-  const float* steps = nullptr;  // of the rows of h
+  const float* steps = nullptr;  // of the rows of quantized h
 };
 
 // The rule of dynamic-k on one row: mask[e] = scores[e] >= tau * max(scores). Negative scores count as 0; NaN is never
@@ -81,9 +83,15 @@ constexpr int64_t kTile = 512;  // entries
 inline int64_t left_size(int64_t n, int64_t k) { return (n + 15) / 16 * ((k + 31) / 32) * kTile; }
 inline int64_t right_size(int64_t k, int64_t m) { return left_size(m, k); }
 
+// Products of bf16 by a unit that sums those of two neighbours, in float32: weights and rows are taken as they are.
+struct Halves {
+  void (*project)(const Project&);
+  void (*accumulate)(const Accumulate&);
+};
+
 struct Kernels {
   const char* isa;
-  int64_t strip, int_strip;  // columns of y that accumulate is best given at once; with int8 weights
+  int64_t strip, pair_strip;  // columns of y that accumulate is best given at once; that of int8 weights, and of halves
   void (*quantize)(const Quantize&);
   void (*project[4])(const Project&);        // by DType of w
   void (*accumulate[4])(const Accumulate&);  // by DType of w
@@ -91,7 +99,8 @@ struct Kernels {
   void (*select)(const Select&);
   void (*widen[3])(const void* from, float* to, int64_t n);   // to float32
   void (*narrow[3])(const float* from, void* to, int64_t n);  // round to nearest even
-  const Tiles* tiles;                                         // null where there is no such unit
+  const Halves* halves = nullptr;                             // null where there is no such unit
+  const Tiles* tiles = nullptr;
 };
 
 // One line of kernels.inc each.

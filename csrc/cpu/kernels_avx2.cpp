@@ -95,6 +95,7 @@ struct Vec {
 // Sixteen integers of 16 bits, or eight of 32.
 struct Ints {
   using Entry = int16_t;
+  using Weight = int8_t;
   using Sum = Ints;
   static constexpr int width = 16, sums = 8;
   static constexpr int project_rows = 2, project_columns = 4;

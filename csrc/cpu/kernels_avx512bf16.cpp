@@ -1,61 +1,65 @@
 // AVX512-BF16, over AVX-512: AMD since Zen 4, Intel since Cooper Lake. Only bf16 differs from AVX-512.
-#include <cstring>
-
-#include "cpu/tiles_avx512.h"
+#include "cpu/table.h"
+#include "cpu/vec_avx512.h"
 
 namespace sadmoe::cpu {
 namespace {
 
-// Dot products of two pairs a lane: a pair of a row, in all lanes, with the pairs of 16 columns.
-struct DotUnit {
-  struct Registers {
-    Registers() {}  // those of AVX-512: nothing to hold
-  };
+// Thirty-two bf16, whose products with others are summed two by two in sixteen floats.
+struct Pairs {
+  using Entry = bf16;
+  using Weight = bf16;
+  using Sum = Vec;
+  static constexpr int width = 32, sums = 16;
+  static constexpr int project_rows = 6, project_columns = 4;       // 24 sums, 6 rows, 1 weight
+  static constexpr int accumulate_rows = 6, accumulate_groups = 2;  // 24 sums, 4 weights, 1 pair of activations
+  static constexpr int copied = 0;
 
-  template <int Rows, int Columns>
-  static void product(const bf16* left, const bf16* right, int64_t n, int64_t k, float* out, int64_t ld) {
-    const int64_t depth = tiles_of(k, kDepth);
-    for (int64_t i = 0; i < n; i += kRows)
-      rows<8, Columns>(left + i * depth * kDepth, right, n - i < kRows ? n - i : kRows, k, out + i * ld, ld);
+  __m512i v;
+
+  static __mmask32 first(int64_t n) { return (__mmask32{1} << n) - 1; }
+  static void pairs(Pairs a, Pairs b, Pairs* out) {
+    out[0].v = _mm512_unpacklo_epi16(a.v, b.v);  // columns 0 to 3, 8 to 11, 16 to 19, 24 to 27
+    out[1].v = _mm512_unpackhi_epi16(a.v, b.v);
   }
 
- private:
-  // n rows of one row of tiles: by Count while there are as many, the rest by half of that.
-  template <int Count, int Columns>
-  static void rows(const bf16* left, const bf16* right, int64_t n, int64_t k, float* out, int64_t ld) {
-    for (; n >= Count; n -= Count, left += Count * kDepth, out += Count * ld) block<Count, Columns>(left, right, k, out, ld);
-    if constexpr (Count > 1)
-      if (n > 0) rows<Count / 2, Columns>(left, right, n, k, out, ld);
+  static Pairs load(const bf16* p) { return {_mm512_loadu_si512(p)}; }
+  static Pairs load_part(const bf16* p, int64_t n) { return {_mm512_maskz_loadu_epi16(first(n), p)}; }
+  static void load_pairs(const bf16* a, const bf16* b, Pairs* out) { pairs(load(a), load(b), out); }
+  static void load_pairs_part(const bf16* a, const bf16* b, int64_t n, Pairs* out) {
+    pairs(load_part(a, n), load_part(b, n), out);
+  }
+  static Pairs set_pair(const bf16* p) {
+    int32_t pair;
+    __builtin_memcpy(&pair, p, sizeof pair);
+    return {_mm512_set1_epi32(pair)};
   }
 
-  template <int Count, int Columns>
-  static void block(const bf16* left, const bf16* right, int64_t k, float* out, int64_t ld) {
-    const int64_t apart = tiles_of(k, kDepth) * kTile;  // two tiles of columns
-    __m512 sums[Count][Columns];
-    const auto each = [](auto body) { unroll<Count>([&](auto i) { unroll<Columns>([&](auto j) { body(i, j); }); }); };
-    each([&](auto i, auto j) { sums[i.value][j.value] = _mm512_setzero_ps(); });
-    for (; k > 0; k -= kDepth, left += kTile, right += kTile)
-      for (int64_t p = 0; p < kDepth && p < k; p += 2) {
-        __m512bh columns[Columns];
-        unroll<Columns>([&](auto j) {
-          columns[j.value] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(right + j.value * apart + p / 2 * kDepth));
-        });
-        unroll<Count>([&](auto i) {
-          int32_t pair;
-          std::memcpy(&pair, left + i.value * kDepth + p, sizeof pair);
-          const __m512bh row = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
-          unroll<Columns>(
-              [&](auto j) { sums[i.value][j.value] = _mm512_dpbf16_ps(sums[i.value][j.value], row, columns[j.value]); });
-        });
-      }
-    each([&](auto i, auto j) { _mm512_storeu_ps(out + i.value * ld + 16 * j.value, sums[i.value][j.value]); });
+  static Vec reduce(const Vec* a) { return Vec::reduce(a); }
+  static void to_floats(const Vec* sums, Vec* out) {
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    out[0].v = _mm512_permutex2var_ps(sums[0].v, low, sums[1].v);
+    out[1].v = _mm512_permutex2var_ps(sums[0].v, high, sums[1].v);
+  }
+
+  friend void hold(Pairs& a) { asm("" : "+v"(a.v)); }
+  friend Vec fma(Pairs a, Pairs b, Vec sum) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
+    return sum;
   }
 };
+
+constexpr Halves kHalves = {project<Pairs, bf16>, accumulate_pairs<Pairs, Vec>};
 
 }  // namespace
 
 const Kernels& kernels_avx512bf16() {
-  static const Kernels kTable = with_tiles(kernels_avx512vnni(), "avx512bf16", &kTilesOf<DotUnit>);
+  static const Kernels kTable = [] {
+    Kernels table = kernels_avx512vnni();
+    table.isa = "avx512bf16", table.halves = &kHalves;
+    return table;
+  }();
   return kTable;
 }
 

@@ -119,6 +119,7 @@ struct Ints {
     static Sum zero() { return {Words{}}; }
   };
   using Entry = int16_t;
+  using Weight = int8_t;
   static constexpr int width = 8, sums = 4;
   static constexpr int project_rows = 2, project_columns = 2;
   static constexpr int accumulate_rows = 2, accumulate_groups = 2;  // 8 sums, 4 weights, 1 pair of activations

@@ -14,9 +14,9 @@ namespace {
 // Tokens a thread works on at once: the more, the fewer times the weights are read. Their rows need not stay in a near cache
 // together, only those that chose one expert. No result depends on it. 256 were slower where d is 2048, and as fast elsewhere.
 constexpr int64_t kBlock = 512, kSmallestBlock = 64;
-constexpr int64_t kHidden = 1 << 22;               // floats of activations that a block may need where every expert runs
-constexpr int64_t kFewRows = 12, kFewIntRows = 8;  // of an expert, on average: below it time is the weights' way from memory
-constexpr int64_t kSums = 1 << 16;                 // sums of y that near caches hold, beside weights that are used once
+constexpr int64_t kHidden = 1 << 22;                // floats of activations that a block may need where every expert runs
+constexpr int64_t kFewRows = 12, kFewPairRows = 8;  // of an expert, on average: below it time is the weights' way from memory
+constexpr int64_t kSums = 1 << 16;                  // sums of y that near caches hold, beside weights that are used once
 constexpr int64_t kSharedPerThread = 32;  // up to this many tokens a thread, threads share every token and split the weights
 
 int64_t block_tokens(const Experts& p) {
@@ -42,6 +42,15 @@ class IntRows {
   Floats steps_;
 };
 
+// What rows of activations are, as the experts' kernels take them: float32, whole numbers for weights in int8, or bf16.
+enum class Form { floats, ints, halves };
+
+Form form_of(const Experts& p) {
+  if (p.w_up.dtype == DType::i8) return Form::ints;
+  const bool halves = kernels().halves && p.x.dtype == DType::bf16 && p.w_up.dtype == DType::bf16;
+  return halves ? Form::halves : Form::floats;
+}
+
 // The tokens of one block with everything they need on the way from x to y. A part of the work (hidden units, scores,
 // experts, columns of y) is a range, so that one thread may do it all, or several threads share it.
 class Block {
@@ -51,26 +60,39 @@ class Block {
         s_(experts.shape),
         k_(kernels()),
         T_(end - begin),
-        x_(at(experts.x, begin * s_.d), T_ * s_.d),
+        form_(form_of(experts)),
+        project_(form_ == Form::halves ? k_.halves->project : k_.project[int(p_.w_up.dtype)]),
+        accumulate_(form_ == Form::halves ? k_.halves->accumulate : k_.accumulate[int(p_.w_down.dtype)]),
+        half_x_(at(experts.x, begin * s_.d)),
+        x_(form_ == Form::halves ? View{} : half_x_, T_ * s_.d),
         y_(static_cast<char*>(experts.y) + begin * s_.d_out * size_of(experts.x.dtype)),
-        int8_(experts.w_up.dtype == DType::i8) {
+        ld_h_(form_ == Form::floats ? s_.s : (s_.s + 1) / 2 * 2) {
     plan_.build(mask, T_, s_.E);
-    h_ = Floats(plan_.pairs() * s_.s);
-    if (p_.w_gate) gate_ = Floats(plan_.pairs() * s_.s);
-    if (!int8_) return;
-    int_x_ = IntRows(T_, s_.d, s_.d), int_h_ = IntRows(plan_.pairs(), s_.s, (s_.s + 1) / 2 * 2);
-    int_x_.quantize(0, T_, x_.get());
+    switch (form_) {
+      case Form::floats:
+        h_ = Floats(plan_.pairs() * s_.s);
+        break;
+      case Form::ints:
+        int_x_ = IntRows(T_, s_.d, s_.d), int_h_ = IntRows(plan_.pairs(), s_.s, ld_h_);
+        int_x_.quantize(0, T_, x_.get());
+        break;
+      case Form::halves:
+        half_h_ = Buffer<bf16>(plan_.pairs() * ld_h_);
+    }
   }
 
   // What up may be given a part of: neurons, or where the activations of an expert are quantized together, experts.
-  int64_t neurons_together() const { return int8_ ? s_.s : 1; }
+  int64_t neurons_together() const { return form_ == Form::ints ? s_.s : 1; }
   int64_t active_neurons() const { return static_cast<int64_t>(plan_.active.size()) * s_.s; }
 
   // Hidden activations of the neurons [begin, end) of the active experts, put in a row.
   void up(int64_t begin, int64_t end) {
+    int64_t most = 0;
+    for (int64_t a = begin / s_.s; a * s_.s < end; ++a) most = std::max(most, plan_.count(plan_.active[a]));
+    const Floats h(form_ == Form::floats ? 0 : most * s_.s), gate(p_.w_gate ? most * s_.s : 0);
     for (int64_t n0 = begin; n0 < end;) {
       const int64_t a = n0 / s_.s, n1 = std::min(end, (a + 1) * s_.s);
-      up_expert(plan_.active[a], n0 - a * s_.s, n1 - a * s_.s);
+      up_expert(plan_.active[a], n0 - a * s_.s, n1 - a * s_.s, h.get(), gate.get());
       n0 = n1;
     }
   }
@@ -88,12 +110,10 @@ class Block {
       }
       const auto weights = [&](int64_t e) { return at(p_.w_down, e * s_.s * s_.d_out + c).data; };
       for (size_t a = 0; a < plan_.active.size(); ++a) {
-        const int64_t e = plan_.active[a];
+        const int64_t e = plan_.active[a], first = plan_.offsets[e];
         const void* next = a + 1 < plan_.active.size() ? weights(plan_.active[a + 1]) : nullptr;
-        const int64_t first = plan_.offsets[e], ld = int8_ ? int_h_.ld() : s_.s;
-        const void* h = int8_ ? static_cast<const void*>(int_h_.row(first)) : h_.get() + first * s_.s;
-        k_.accumulate[int(p_.w_down.dtype)]({plan_.count(e), s_.s, columns, ld, s_.d_out, strip, h, plan_.rows_of(e), weights(e),
-                                             sums.get(), next, int8_ ? int_h_.steps() + first : nullptr});
+        accumulate_({plan_.count(e), s_.s, columns, ld_h_, s_.d_out, strip, hidden(first), plan_.rows_of(e), weights(e),
+                     sums.get(), next, form_ == Form::ints ? int_h_.steps() + first : nullptr});
       }
       for (int64_t t = 0; t < T_; ++t)
         k_.narrow[int(p_.x.dtype)](sums.get() + t * strip, y_ + (t * s_.d_out + c) * size_of(p_.x.dtype), columns);
@@ -104,52 +124,75 @@ class Block {
   // Of y. With many rows an expert, so few that their sums stay in the first-level cache; else whole rows of the weights, as
   // memory gives them fastest.
   int64_t columns_together() const {
-    const int64_t strip = int8_ ? k_.int_strip : k_.strip, few = int8_ ? kFewIntRows : kFewRows;
+    const bool floats = form_ == Form::floats;
+    const int64_t strip = floats ? k_.strip : k_.pair_strip, few = floats ? kFewRows : kFewPairRows;
     const bool few_rows = plan_.pairs() < few * static_cast<int64_t>(plan_.active.size());
     return few_rows ? std::max(kSums / T_ / strip * strip, strip) : strip;
   }
 
-  void up_expert(int64_t e, int64_t j0, int64_t j1) {
-    const int64_t n = plan_.count(e), m = j1 - j0, first = e * s_.s + j0, at_h = plan_.offsets[e] * s_.s + j0;
+  // Into h_, or by way of h [count, s], as much as gate, into what takes its place.
+  void up_expert(int64_t e, int64_t j0, int64_t j1, float* h, float* gate) {
+    const int64_t n = plan_.count(e), m = j1 - j0, first = e * s_.s + j0, at_h = plan_.offsets[e];
+    h = form_ == Form::floats ? h_.get() + at_h * s_.s + j0 : h + j0;
+    gate = p_.w_gate ? gate + j0 : nullptr;
     const auto project = [&](View w, float* out) {
-      const void* x = int8_ ? static_cast<const void*>(int_x_.row(0)) : x_.get();
-      k_.project[int(w.dtype)]({n, m, s_.d, s_.s, x, plan_.rows_of(e), at(w, first * s_.d).data, out, int_x_.steps()});
+      project_({n, m, s_.d, s_.s, x_rows(), plan_.rows_of(e), at(w, first * s_.d).data, out,
+                form_ == Form::ints ? int_x_.steps() : nullptr});
     };
-    float* h = h_.get() + at_h;
-    float* gate = p_.w_gate ? gate_.get() + at_h : nullptr;
     project(p_.w_up, h);
     if (gate) project(p_.w_gate, gate);
     const auto of_neurons = [&](View v) { return AsFloat(at(v, first), m); };
     const AsFloat bias = of_neurons(p_.b_up), gate_bias = of_neurons(p_.b_gate), scale = of_neurons(p_.scale_up),
                   gate_scale = of_neurons(p_.scale_gate), out_scale = of_neurons(p_.scale_down);
     k_.activate({n, m, s_.s, h, bias.get(), gate, gate_bias.get(), p_.act, scale.get(), gate_scale.get(), out_scale.get()});
-    if (int8_) int_h_.quantize(plan_.offsets[e], n, h);
+    if (form_ == Form::ints) int_h_.quantize(at_h, n, h);
+    if (form_ != Form::halves) return;
+    for (int64_t i = 0; i < n; ++i) {
+      bf16* row = half_h_.get() + (at_h + i) * ld_h_;
+      k_.narrow[int(DType::bf16)](h + i * s_.s, row + j0, m);
+      if (j1 < ld_h_ && j1 == s_.s) row[j1] = {0};
+    }
+  }
+
+  const void* x_rows() const {
+    return form_ == Form::floats ? x_.get() : form_ == Form::ints ? static_cast<const void*>(int_x_.row(0)) : half_x_.data;
+  }
+  const void* hidden(int64_t row) const {
+    if (form_ == Form::floats) return h_.get() + row * ld_h_;
+    return form_ == Form::ints ? static_cast<const void*>(int_h_.row(row)) : half_h_.get() + row * ld_h_;
   }
 
   const Experts& p_;
   const ExpertsShape& s_;
   const Kernels& k_;
   int64_t T_;
+  Form form_;
+  void (*project_)(const Project&);
+  void (*accumulate_)(const Accumulate&);
+  View half_x_;  // x as it is
   AsFloat x_;
   char* y_;
-  bool int8_;
+  int64_t ld_h_;
   Plan plan_;
-  Floats h_{0}, gate_{0};
-  IntRows int_x_, int_h_;  // those of x and h
+  Floats h_{0};  // of the one that form_ says
+  IntRows int_x_, int_h_;
+  Buffer<bf16> half_h_{0};
 };
 
-bool by_tiles(View x, const Router& router) {
-  return kernels().tiles && x.dtype == DType::bf16 && router.v1.dtype == DType::bf16;
-}
+bool in_bf16(View x, const Router& router) { return x.dtype == DType::bf16 && router.v1.dtype == DType::bf16; }
 
-// hidden [T, r] = relu(x v1ᵀ), units [begin, end). By tiles the products of bf16 are as exact, and their sums as float32.
+// Units that multiply bf16 take x as it is: the products are as exact, and their sums as float32.
+bool takes_bf16() { return kernels().tiles || kernels().halves; }
+
+// hidden [T, r] = relu(x v1ᵀ), units [begin, end), of x in float32, or in bf16 for such a unit.
 void route_hidden(View x, const Router& router, const RouterShape& s, int64_t begin, int64_t end, float* hidden) {
   const Kernels& k = kernels();
-  if (by_tiles(x, router))
+  if (k.tiles && in_bf16(x, router)) {
     tiled_hidden(static_cast<const bf16*>(x.data), static_cast<const bf16*>(router.v1.data), s, begin, end, hidden);
-  else
-    k.project[int(router.v1.dtype)]({s.T, end - begin, s.d, s.r, static_cast<const float*>(x.data), nullptr,
-                                     at(router.v1, begin * s.d).data, hidden + begin});
+  } else {
+    const auto project = in_bf16(x, router) ? k.halves->project : k.project[int(router.v1.dtype)];
+    project({s.T, end - begin, s.d, s.r, x.data, nullptr, at(router.v1, begin * s.d).data, hidden + begin});
+  }
   k.activate({s.T, end - begin, s.r, hidden + begin, nullptr, nullptr, nullptr, Activation::relu});
 }
 
@@ -170,9 +213,9 @@ void route_scores(const float* hidden, const Router& router, const RouterShape& 
 
 // Scores of few tokens by all threads, or of one block by one.
 void route(View x, const Router& router, const RouterShape& s, float* scores, const Threads& threads) {
-  const bool tiles = by_tiles(x, router);
-  const AsFloat wide(tiles ? View{} : x, tiles ? 0 : s.T * s.d);
-  const View rows = tiles ? x : View{wide.get(), DType::f32};
+  const bool as_it_is = in_bf16(x, router) && takes_bf16();
+  const AsFloat wide(as_it_is ? View{} : x, s.T * s.d);
+  const View rows = as_it_is ? x : View{wide.get(), DType::f32};
   const Floats hidden(s.T * s.r);
   threads.parallel_for((s.r + 15) / 16, 2, [&](int64_t i0, int64_t i1) {
     route_hidden(rows, router, s, 16 * i0, std::min(16 * i1, s.r), hidden.get());

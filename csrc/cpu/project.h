@@ -32,7 +32,7 @@ void project_tile(const Project& p, int64_t i0, int64_t j0) {
     unroll<Rows>([&](auto i) { xs[i.value] = load(x[i.value] + k); });
     unroll<Columns>([&](auto j) {
       Vec wj = load(w[j.value] + k);
-      if constexpr (std::is_same_v<W, float>) hold(wj);
+      if constexpr (std::is_same_v<W, X> && !std::is_same_v<X, int16_t>) hold(wj);
       unroll<Rows>([&](auto i) {
         Sum& sum = sums[i.value * Columns + j.value];
         sum = fma(xs[i.value], wj, sum);

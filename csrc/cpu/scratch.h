@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "contract.h"
@@ -15,15 +16,19 @@ inline View at(View view, int64_t elements) {
   return {view ? static_cast<const char*>(view.data) + elements * size_of(view.dtype) : nullptr, view.dtype};
 }
 
-// Uninitialised.
+// Uninitialised, and on a line of the cache: vectors that lie across two take twice as long.
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t n = 0) : data_(new T[n]) {}
+  explicit Buffer(int64_t n = 0) : data_(static_cast<T*>(::operator new(n * sizeof(T), kLine))) {}
   T* get() const { return data_.get(); }
 
  private:
-  std::unique_ptr<T[]> data_;
+  static constexpr std::align_val_t kLine{64};
+  struct Delete {
+    void operator()(T* data) const { ::operator delete(data, kLine); }
+  };
+  std::unique_ptr<T, Delete> data_;
 };
 using Floats = Buffer<float>;
 

@@ -11,14 +11,16 @@
 //   project_rows (6 or at most 4), project_columns, accumulate_rows, accumulate_vecs: register tiles
 //   copied                    floats of weights that are copied for many rows to read, see accumulate.h; 0: none
 //   hold(v)                   keeps v in a register, lest its load be folded into every use
-// Ints is `width` integers of 16 bits, Ints::Sum half as many of 32, as many as floats in a Vec:
-//   load, load_part(p, n)     from int16_t and int8_t, widened
+// Ints is `width` integers of 16 bits, Ints::Sum half as many of 32, as many as floats in a Vec. Pairs, of instruction sets that
+// multiply bf16, is `width` bf16, Pairs::Sum a Vec. Both are for the templates of pairs; Weight is int8_t or bf16:
+//   load, load_part(p, n)     from Entry, and from Weight, widened
 //   load_pairs(a, b, v[2])    a[i], b[i] beside each other for i < width, in an order that to_floats ends; _part(a, b, n, v)
 //   set_pair(p)               p[0], p[1] everywhere
 //   fma(a, b, sum)            sum + the products of each two neighbours
 //   reduce(sum[sums])         a Vec whose lane i is the sum of sum[i]
+//   to_floats(sum[2], v[2])   the sums of width columns in their order
 //   project_rows, project_columns, accumulate_rows, accumulate_groups (of width columns), copied (entries of 16 bits)
-// For both, Entry is what a row in memory is made of, Sum what products are summed in, and sums how many lanes that has.
+// For all, Entry is what a row in memory is made of, Sum what products are summed in, and sums how many lanes that has.
 #pragma once
 #include "cpu/accumulate.h"
 #include "cpu/activate.h"
@@ -52,12 +54,11 @@ constexpr Kernels table(const char* isa) {
           kStrip / kIntColumns * kIntColumns,
           quantize<Vec>,
           {project<Vec, float>, project<Vec, bf16>, project<Vec, f16>, project<Ints, int8_t>},
-          {accumulate<Vec, float>, accumulate<Vec, bf16>, accumulate<Vec, f16>, accumulate_ints<Ints, Vec>},
+          {accumulate<Vec, float>, accumulate<Vec, bf16>, accumulate<Vec, f16>, accumulate_pairs<Ints, Vec>},
           activate<Vec>,
           select<Vec>,
           {widen<Vec, float>, widen<Vec, bf16>, widen<Vec, f16>},
-          {narrow<Vec, float>, narrow<Vec, bf16>, narrow<Vec, f16>},
-          nullptr};
+          {narrow<Vec, float>, narrow<Vec, bf16>, narrow<Vec, f16>}};
 }
 
 }  // namespace sadmoe::cpu

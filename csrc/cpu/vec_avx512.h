@@ -92,6 +92,7 @@ struct Vec {
 // Thirty-two integers of 16 bits, or sixteen of 32.
 struct Ints {
   using Entry = int16_t;
+  using Weight = int8_t;
   using Sum = Ints;
 #ifdef __AVX512VNNI__
   static constexpr int rows = 6;  // 24 sums, 4 weights or 1, 6 rows or 1 pair of activations

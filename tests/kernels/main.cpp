@@ -10,6 +10,9 @@
 #include "cpu/isa.h"
 #include "cpu/moe.h"
 #include "layer.h"
+#ifdef SADMOE_TILES
+#include "tiles.h"
+#endif
 
 namespace sadmoe::test {
 namespace {
@@ -116,6 +119,9 @@ class Test {
       cpu::use_isa(isa);
       body(isa);
     }
+#ifdef SADMOE_TILES
+    if (cpu::use_isa("avx512bf16")) cpu::use_kernels(kernels_of_tiles()), body("tiles");
+#endif
   }
 
   void judge(const std::string& isa, const char* what, const Layer& layer, double share) {
