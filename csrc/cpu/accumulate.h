@@ -8,6 +8,8 @@
 
 namespace sadmoe::cpu {
 
+constexpr int64_t kManyRows = 8;  // that one set of weights is worth preparing for
+
 // One tile: Rows tokens x Vecs vectors of columns, held in registers while j runs over the neurons. Columns beyond the
 // last whole vector: Vecs = 1 and part > 0 columns.
 template <class Vec, class W, int Rows, int Vecs>
@@ -90,7 +92,7 @@ void copy_weights(Accumulate& p, float* copy) {
 // neuron, which a power of two would leave with a few sets of the near cache.
 template <class Vec, class W>
 void accumulate(const Accumulate& p) {
-  constexpr int64_t kManyRows = 8, kManyColumns = 1024, kNeurons = 8;
+  constexpr int64_t kManyColumns = 1024, kNeurons = 8;
   if (p.n < kManyRows || p.columns > kManyColumns)
     return in_turns<W>(p, kNeurons, [](Accumulate& part) {
       part.next = nullptr;
@@ -145,9 +147,18 @@ void accumulate_pair_tile(const Accumulate& p, const Pairs& pairs, int64_t i0, i
   const auto each = [](auto body) { unroll<Rows>([&](auto i) { unroll<Groups>([&](auto g) { body(i.value, g.value); }); }); };
   each([&](int i, int g) { sums[i][g][0] = sums[i][g][1] = Sum::zero(); });
   const Entry* h = static_cast<const Entry*>(p.h) + i0 * p.ld_h;
-  const Weight* ahead = p.next && i0 == 0 ? static_cast<const Weight*>(p.next) + c0 : nullptr;
+  // Few rows wait for the weights: those some columns ahead are fetched. Else the first tiles fetch a line each of what comes
+  // next.
+  constexpr int64_t kLine = 64 / sizeof(Weight), kLines = (Groups * Pair::width + kLine - 1) / kLine, kAhead = 4 * kLine;
+  const bool few = p.n < kManyRows;
+  const int64_t turn = i0 / Rows, lines = few ? kLines : 1;
+  const Weight* ahead = few && turn == 0                  ? static_cast<const Weight*>(p.w) + c0 + kAhead
+                        : !few && p.next && turn < kLines ? static_cast<const Weight*>(p.next) + c0 + turn * kLine
+                                                          : nullptr;
   for (int64_t j = 0; j < p.m; j += 2) {
-    if (ahead) __builtin_prefetch(ahead + j * p.ld_w), __builtin_prefetch(ahead + (j + 1) * p.ld_w);
+    if (ahead)
+      for (int64_t line = 0; line < lines * kLine; line += kLine)
+        __builtin_prefetch(ahead + j * p.ld_w + line), __builtin_prefetch(ahead + (j + 1) * p.ld_w + line);
     Pair ws[Groups][2];
     unroll<Groups>([&](auto g) { pairs.load(j, c0 + g.value * Pair::width, ws[g.value]); });
     unroll<Rows>([&](auto i) {
@@ -197,13 +208,13 @@ void accumulate_pair_columns(const Accumulate& p, const PairsOf& pairs_of) {
     accumulate_pair_rows<Pair, Vec, kRows, 1, true>(p, pairs_of(std::true_type{}, part), 0, c, part);
 }
 
-// Many rows read a copy, as above: of all neurons, for their sum is added as one.
+// Many rows, three tiles or more, read a copy, as above: of all neurons, for their sum is added as one.
 template <class Pair, class Vec>
 void accumulate_pairs(const Accumulate& p) {
-  constexpr int64_t kManyRows = 8, kWidth = Pair::width;
+  constexpr int64_t kWidth = Pair::width;
   if constexpr (Pair::copied > 0) {
     const int64_t columns = (p.columns + kWidth - 1) / kWidth * kWidth;
-    if (p.n >= kManyRows && (p.m + 1) / 2 * 2 * columns <= Pair::copied) {
+    if (p.n >= 3 * Pair::accumulate_rows && (p.m + 1) / 2 * 2 * columns <= Pair::copied) {
       alignas(64) typename Pair::Entry copy[Pair::copied];
       const auto fill = [&](const auto& pairs, int64_t j, int64_t c) {
         Pair both[2];

@@ -13,7 +13,7 @@ struct Pairs {
   static constexpr int width = 32, sums = 16;
   static constexpr int project_rows = 6, project_columns = 4;       // 24 sums, 6 rows, 1 weight
   static constexpr int accumulate_rows = 6, accumulate_groups = 2;  // 24 sums, 4 weights, 1 pair of activations
-  static constexpr int copied = 0;
+  static constexpr int copied = 8192;
 
   __m512i v;
 
@@ -23,6 +23,7 @@ struct Pairs {
     out[1].v = _mm512_unpackhi_epi16(a.v, b.v);
   }
 
+  void store(bf16* p) const { _mm512_storeu_si512(p, v); }
   static Pairs load(const bf16* p) { return {_mm512_loadu_si512(p)}; }
   static Pairs load_part(const bf16* p, int64_t n) { return {_mm512_maskz_loadu_epi16(first(n), p)}; }
   static void load_pairs(const bf16* a, const bf16* b, Pairs* out) { pairs(load(a), load(b), out); }

@@ -106,7 +106,7 @@ void project(const Project& p) {
     for (int64_t j = 0; j < p.m; j += kColumns) project_tile<Vec, W, 1, kColumns>(p, 0, j);
     return;
   }
-  if constexpr (sizeof(W) == 2)  // which integers are not: they copy nothing
+  if constexpr (sizeof(W) == 2 && !std::is_same_v<W, typename Vec::Entry>)  // where they are widened
     if constexpr (Vec::copied > 0)
       if (p.n >= kManyRows && p.d * Vec::project_columns <= Vec::copied) return project_widened<Vec, W>(p);
   in_blocks<Vec, W>(p, [](const Project& part, int64_t i, int64_t j0, int64_t j1) {

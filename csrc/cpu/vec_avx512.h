@@ -14,7 +14,7 @@ struct Vec {
   static constexpr int width = 16, sums = 16;
   static constexpr int project_rows = 6, project_columns = 4;     // 24 sums, 10 loads a step
   static constexpr int accumulate_rows = 6, accumulate_vecs = 4;  // 24 sums, 4 weights, 1 activation: 29 of 32 registers
-  static constexpr int copied = 0;                                // not measured
+  static constexpr int copied = 0;                                // 8192 are 5 % slower on a Zen 5
 
   __m512 v;
 
@@ -102,7 +102,7 @@ struct Ints {
   static constexpr int width = 32, sums = 16;
   static constexpr int project_rows = rows, project_columns = 4;
   static constexpr int accumulate_rows = rows, accumulate_groups = 2;
-  static constexpr int copied = 0;  // not measured
+  static constexpr int copied = 8192;
 
   __m512i v;
 
@@ -115,6 +115,7 @@ struct Ints {
   }
 
   static Ints zero() { return {_mm512_setzero_si512()}; }
+  void store(int16_t* p) const { _mm512_storeu_si512(p, v); }
   static Ints load(const int16_t* p) { return {_mm512_loadu_si512(p)}; }
   static Ints load_part(const int16_t* p, int64_t n) { return {_mm512_maskz_loadu_epi16(first(n), p)}; }
   static Ints load(const int8_t* p) { return {_mm512_cvtepi8_epi16(bytes(p))}; }
