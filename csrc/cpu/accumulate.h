@@ -28,8 +28,11 @@ void accumulate_tile(const Accumulate& p, int64_t i0, int64_t c0, int64_t part =
   const W* w = static_cast<const W*>(p.w) + c0;
   const int64_t turn = i0 / Rows;  // the first tiles fetch a vector each of these columns of what comes next
   const W* ahead = p.next && turn < Vecs ? static_cast<const W*>(p.next) + c0 + turn * Vec::width : nullptr;
+  constexpr int64_t kAhead = 512 / sizeof(W);
+  const bool wait = p.n < kManyRows && i0 == 0;  // few rows wait for the weights: those some columns ahead are fetched
   for (int64_t j = 0; j < p.m; ++j, w += p.ld_w) {
     if (ahead) __builtin_prefetch(ahead + j * p.ld_w);
+    if (wait) unroll<Vecs>([&](auto v) { __builtin_prefetch(w + kAhead + v.value * Vec::width); });
     Vec ws[Vecs];
     unroll<Vecs>([&](auto v) { ws[v.value] = load(w + v.value * Vec::width); });
     unroll<Rows>([&](auto i) {
@@ -87,19 +90,19 @@ void copy_weights(Accumulate& p, float* copy) {
   p.w = copy, p.ld_w = p.columns, p.next = nullptr;
 }
 
-// Few rows wait for the weights, which memory gives fastest as 8 streams in order; so do rows of many columns, whose sums are
+// Few rows wait for the weights, which memory gives fastest as 16 streams in order; so do rows of many columns, whose sums are
 // far themselves. Other rows read the weights again and again: from a copy, widened once, without the distance from neuron to
 // neuron, which a power of two would leave with a few sets of the near cache.
 template <class Vec, class W>
 void accumulate(const Accumulate& p) {
-  constexpr int64_t kManyColumns = 1024, kNeurons = 8;
+  constexpr int64_t kManyColumns = 1024, kNeurons = 16;
   if (p.n < kManyRows || p.columns > kManyColumns)
     return in_turns<W>(p, kNeurons, [](Accumulate& part) {
       part.next = nullptr;
       accumulate_all<Vec, W>(part);
     });
   if constexpr (Vec::copied > 0) {
-    static_assert(Vec::copied >= kManyColumns * kNeurons, "some neurons fit a copy");
+    static_assert(Vec::copied >= kManyColumns, "some neurons fit a copy");
     alignas(64) float copy[Vec::copied];
     return in_turns<W>(p, Vec::copied / p.columns, [&](Accumulate& part) {
       copy_weights<Vec, W>(part, copy);
