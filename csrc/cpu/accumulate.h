@@ -9,6 +9,10 @@
 namespace sadmoe::cpu {
 
 constexpr int64_t kManyRows = 8;  // that one set of weights is worth preparing for
+constexpr int64_t kStrip = 72;    // columns of y, of 512 tokens 144 KiB, that stay near while many rows are added
+
+// Whether these are many columns, for few rows: time is the weights' way from memory, and those some columns ahead are fetched.
+inline bool waits(const Accumulate& p) { return p.columns > kStrip; }
 
 // One tile: Rows tokens x Vecs vectors of columns, held in registers while j runs over the neurons. Columns beyond the
 // last whole vector: Vecs = 1 and part > 0 columns.
@@ -29,7 +33,7 @@ void accumulate_tile(const Accumulate& p, int64_t i0, int64_t c0, int64_t part =
   const int64_t turn = i0 / Rows;  // the first tiles fetch a vector each of these columns of what comes next
   const W* ahead = p.next && turn < Vecs ? static_cast<const W*>(p.next) + c0 + turn * Vec::width : nullptr;
   constexpr int64_t kAhead = 512 / sizeof(W);
-  const bool wait = p.n < kManyRows && i0 == 0;  // few rows wait for the weights: those some columns ahead are fetched
+  const bool wait = waits(p) && i0 == 0;
   for (int64_t j = 0; j < p.m; ++j, w += p.ld_w) {
     if (ahead) __builtin_prefetch(ahead + j * p.ld_w);
     if (wait) unroll<Vecs>([&](auto v) { __builtin_prefetch(w + kAhead + v.value * Vec::width); });
@@ -150,14 +154,13 @@ void accumulate_pair_tile(const Accumulate& p, const Pairs& pairs, int64_t i0, i
   const auto each = [](auto body) { unroll<Rows>([&](auto i) { unroll<Groups>([&](auto g) { body(i.value, g.value); }); }); };
   each([&](int i, int g) { sums[i][g][0] = sums[i][g][1] = Sum::zero(); });
   const Entry* h = static_cast<const Entry*>(p.h) + i0 * p.ld_h;
-  // Few rows wait for the weights: those some columns ahead are fetched. Else the first tiles fetch a line each of what comes
-  // next.
+  // The first tile fetches all lines some columns ahead, or the first tiles one each of the weights that come next.
   constexpr int64_t kLine = 64 / sizeof(Weight), kLines = (Groups * Pair::width + kLine - 1) / kLine, kAhead = 4 * kLine;
-  const bool few = p.n < kManyRows;
-  const int64_t turn = i0 / Rows, lines = few ? kLines : 1;
-  const Weight* ahead = few && turn == 0                  ? static_cast<const Weight*>(p.w) + c0 + kAhead
-                        : !few && p.next && turn < kLines ? static_cast<const Weight*>(p.next) + c0 + turn * kLine
-                                                          : nullptr;
+  const bool wait = waits(p);
+  const int64_t turn = i0 / Rows, lines = wait ? kLines : 1;
+  const Weight* ahead = wait && turn == 0                  ? static_cast<const Weight*>(p.w) + c0 + kAhead
+                        : !wait && p.next && turn < kLines ? static_cast<const Weight*>(p.next) + c0 + turn * kLine
+                                                           : nullptr;
   for (int64_t j = 0; j < p.m; j += 2) {
     if (ahead)
       for (int64_t line = 0; line < lines * kLine; line += kLine)

@@ -14,9 +14,9 @@ namespace {
 // Tokens a thread works on at once: the more, the fewer times the weights are read. Their rows need not stay in a near cache
 // together, only those that chose one expert. No result depends on it. 256 were slower where d is 2048, and as fast elsewhere.
 constexpr int64_t kBlock = 512, kSmallestBlock = 64;
-constexpr int64_t kHidden = 1 << 22;                // floats of activations that a block may need where every expert runs
-constexpr int64_t kFewRows = 12, kFewPairRows = 8;  // of an expert, on average: below it time is the weights' way from memory
-constexpr int64_t kSums = 1 << 16;                  // sums of y that near caches hold, beside weights that are used once
+constexpr int64_t kHidden = 1 << 22;      // floats of activations that a block may need where every expert runs
+constexpr int64_t kFewRows = 12;          // of an expert, on average: below it time is the weights' way from memory
+constexpr int64_t kSums = 1 << 16;        // sums of y that near caches hold, beside weights that are used once
 constexpr int64_t kSharedPerThread = 32;  // up to this many tokens a thread, threads share every token and split the weights
 
 int64_t block_tokens(const Experts& p) {
@@ -124,9 +124,8 @@ class Block {
   // Of y. With many rows an expert, so few that their sums stay in the first-level cache; else whole rows of the weights, as
   // memory gives them fastest.
   int64_t columns_together() const {
-    const bool floats = form_ == Form::floats;
-    const int64_t strip = floats ? k_.strip : k_.pair_strip, few = floats ? kFewRows : kFewPairRows;
-    const bool few_rows = plan_.pairs() < few * static_cast<int64_t>(plan_.active.size());
+    const int64_t strip = form_ == Form::floats ? k_.strip : k_.pair_strip;
+    const bool few_rows = plan_.pairs() < kFewRows * static_cast<int64_t>(plan_.active.size());
     return few_rows ? std::max(kSums / T_ / strip * strip, strip) : strip;
   }
 

@@ -48,7 +48,6 @@ void select(const Select& p) {
 template <class Vec, class Ints>
 constexpr Kernels table(const char* isa) {
   constexpr int64_t kColumns = Vec::accumulate_vecs * Vec::width, kIntColumns = Ints::accumulate_groups * Ints::width;
-  constexpr int64_t kStrip = 72;  // of 512 tokens: 144 KiB
   return {isa,
           kStrip / kColumns * kColumns,
           kStrip / kIntColumns * kIntColumns,
