@@ -14,10 +14,11 @@ namespace {
 // Tokens a thread works on at once: the more, the fewer times the weights are read. Their rows need not stay in a near cache
 // together, only those that chose one expert. No result depends on it. 256 were slower where d is 2048, and as fast elsewhere.
 constexpr int64_t kBlock = 512, kSmallestBlock = 64;
-constexpr int64_t kHidden = 1 << 22;      // floats of activations that a block may need where every expert runs
-constexpr int64_t kFewRows = 12;          // of an expert, on average: below it time is the weights' way from memory
-constexpr int64_t kSums = 1 << 16;        // sums of y that near caches hold, beside weights that are used once
-constexpr int64_t kSharedPerThread = 32;  // up to this many tokens a thread, threads share every token and split the weights
+constexpr int64_t kHidden = 1 << 22;  // floats of activations that a block may need where every expert runs
+constexpr int64_t kFewRows = 12;      // of an expert, on average: below it time is the weights' way from memory
+constexpr int64_t kSums = 1 << 16;    // sums of y that near caches hold, beside weights that are used once
+// Up to this many tokens a thread, threads share every token and split the weights: more where each has kBroad columns of y.
+constexpr int64_t kShared = 32, kSharedIfBroad = 128, kBroad = 128;
 
 int64_t block_tokens(const Experts& p) {
   return std::clamp(kHidden / (p.shape.E * p.shape.s * (p.w_gate ? 2 : 1)), kSmallestBlock, kBlock);
@@ -231,13 +232,15 @@ const Threads& one_thread() {
   return one;
 }
 
-// Calls run(begin, end, threads) for blocks of tokens: few tokens in one block on all threads, many in a block a thread.
-void for_blocks(int64_t T, int64_t block, const Threads& threads,
+// Calls run(begin, end, threads) for blocks of tokens, whose results have so many columns: few tokens in one block on all
+// threads, many in a block a thread.
+void for_blocks(int64_t T, int64_t columns, int64_t block, const Threads& threads,
                 const std::function<void(int64_t, int64_t, const Threads&)>& run) {
   if (T == 0) return;
-  if (threads.count == 1 ? T <= block : T <= kSharedPerThread * threads.count) return run(0, T, threads);
+  const int64_t count = threads.count, broad = columns >= kBroad * count ? std::min(kSharedIfBroad * count, block) : 0;
+  if (T <= (count == 1 ? block : std::max(kShared * count, broad))) return run(0, T, threads);
   // A whole number of rounds of the threads, in blocks as equal as they can be.
-  const int64_t rounds = (T + block * threads.count - 1) / (block * threads.count), blocks = rounds * threads.count;
+  const int64_t rounds = (T + block * count - 1) / (block * count), blocks = rounds * count;
   threads.parallel_for(blocks, 1, [&](int64_t b0, int64_t b1) {
     for (int64_t b = b0; b < b1; ++b)
       if (const int64_t begin = T * b / blocks, end = T * (b + 1) / blocks; begin < end) run(begin, end, one_thread());
@@ -273,7 +276,7 @@ class Runner {
 }  // namespace
 
 void router_scores(View x, const Router& router, const RouterShape& shape, float* scores, const Threads& threads) {
-  for_blocks(shape.T, kBlock, threads, [&](int64_t begin, int64_t end, const Threads& inner) {
+  for_blocks(shape.T, shape.E, kBlock, threads, [&](int64_t begin, int64_t end, const Threads& inner) {
     const RouterShape part{end - begin, shape.d, shape.r, shape.E};
     route(at(x, begin * shape.d), router, part, scores + begin * shape.E, inner);
   });
@@ -281,14 +284,14 @@ void router_scores(View x, const Router& router, const RouterShape& shape, float
 
 void sparse_experts(const Experts& p, const bool* mask, const Threads& threads) {
   Runner run(p, threads);
-  for_blocks(p.shape.T, block_tokens(p), threads,
+  for_blocks(p.shape.T, p.shape.d_out, block_tokens(p), threads,
              [&](int64_t begin, int64_t end, const Threads& inner) { run(mask + begin * p.shape.E, begin, end, inner); });
 }
 
 void dynamic_k_moe(const Experts& p, const Router& router, const Threads& threads) {
   const int64_t E = p.shape.E;
   Runner run(p, threads);
-  for_blocks(p.shape.T, block_tokens(p), threads, [&](int64_t begin, int64_t end, const Threads& inner) {
+  for_blocks(p.shape.T, p.shape.d_out, block_tokens(p), threads, [&](int64_t begin, int64_t end, const Threads& inner) {
     const int64_t T = end - begin;
     const Floats scores(T * E);
     const Buffer<bool> mask(T * E);
