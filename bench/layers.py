@@ -12,8 +12,8 @@ runs its three ops one after another. With several --isas each call switches fir
 
 speedup: dense over sadmoe. of_ideal: the same times the share. of_floor: floor over sadmoe, where
   floor = max(executed FLOPs / peak, bytes of the weights that some token needs / bandwidth) + the router's own floor
-with the rate of torch's largest product and the rate of reading a buffer as large as the layer's weights, of this run
-and its threads. The peer int8 is sadmoe with its experts' weights in int8, on
+with the rate of a large product, torch's or that of sadmoe with every expert on, whichever is faster, and the rate of
+reading a buffer as large as the layer's weights, of this run and its threads. The peer int8 is sadmoe with its experts' weights in int8, on
 the first of --isas. Writes layers.json, what is printed as
 layers.md, and a picture of each shape and dtype.
 """
@@ -53,6 +53,7 @@ SIZES = [16, 24, 32, 64, 128]
 TOKENS = [1, 2, 4, 8, 16, 64, 256, 1024, 4096]
 SHARES = [0.05, 0.1, 0.25, 0.5, 1.0]
 MASKS = ["independent", "skewed", "clustered", "recorded"]
+WIDE = 128  # neurons of an expert that wastes nothing
 PEERS = {"loop": loop, "grouped_mm": grouped_mm, "int8": int8}
 
 
@@ -64,18 +65,21 @@ def shape_of(text: str, s: int) -> LayerShape:
 
 
 def limits(layer: LayerShape, dtype: torch.dtype) -> dict[str, float]:
-    """A second: flops of torch's largest product, bytes read of a buffer as large as the layer's weights."""
+    """A second: flops of a large product, torch's or the op's own, and bytes read of a buffer as large as the weights."""
     x, w = torch.randn(1024, layer.d).to(dtype), torch.randn(layer.f, layer.d).to(dtype)
+    neurons = w.unflatten(0, (-1, WIDE if layer.f % WIDE == 0 else layer.s))
+    all_of_them = torch.ones(len(x), len(neurons), dtype=torch.bool)
     size = layer.matrices * layer.d * layer.f * dtype.itemsize
     buffer = torch.ones(size // 4)  # as floats, whatever the dtype
     calls = {
         "product": lambda: torch.nn.functional.linear(x, w),
+        "op": lambda: ops.sparse_experts(x, all_of_them, neurons, neurons, act="relu"),  # two products
         "sum": buffer.sum,
         "dot": lambda: buffer.dot(buffer),
     }
     times = {name: t.median for name, t in measure(calls).items()}
     return {
-        "flops": 2 * 1024 * layer.d * layer.f / times["product"],
+        "flops": 2 * len(x) * layer.d * layer.f / min(times["product"], times["op"] / 2),
         "bytes": size / min(times["sum"], times["dot"]),
     }
 
