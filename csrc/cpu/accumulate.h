@@ -27,7 +27,7 @@ void accumulate_tile(const Accumulate& p, int64_t i0, int64_t c0, int64_t part =
     for (int v = 0; v < Vecs; ++v) __builtin_prefetch(next + v * Vec::width, 1);
   }
   Vec sums[Rows][Vecs];
-  each([&](auto i, auto v) { sums[i.value][v.value] = load(y[i.value] + v.value * Vec::width); });
+  each([&](auto i, auto v) __attribute__((always_inline)) { sums[i.value][v.value] = load(y[i.value] + v.value * Vec::width); });
   const float* h = static_cast<const float*>(p.h) + i0 * p.ld_h;
   const W* w = static_cast<const W*>(p.w) + c0;
   const int64_t turn = i0 / Rows;  // the first tiles fetch a vector each of these columns of what comes next
@@ -44,7 +44,7 @@ void accumulate_tile(const Accumulate& p, int64_t i0, int64_t c0, int64_t part =
       unroll<Vecs>([&](auto v) { sums[i.value][v.value] = fma(hij, ws[v.value], sums[i.value][v.value]); });
     });
   }
-  each([&](auto i, auto v) {
+  each([&](auto i, auto v) __attribute__((always_inline)) {
     if (part)
       sums[i.value][v.value].store_part(y[i.value] + v.value * Vec::width, part);
     else
@@ -152,7 +152,7 @@ void accumulate_pair_tile(const Accumulate& p, const Pairs& pairs, int64_t i0, i
   using Sum = typename Pair::Sum;
   Sum sums[Rows][Groups][2];
   const auto each = [](auto body) { unroll<Rows>([&](auto i) { unroll<Groups>([&](auto g) { body(i.value, g.value); }); }); };
-  each([&](int i, int g) { sums[i][g][0] = sums[i][g][1] = Sum::zero(); });
+  each([&](int i, int g) __attribute__((always_inline)) { sums[i][g][0] = sums[i][g][1] = Sum::zero(); });
   const Entry* h = static_cast<const Entry*>(p.h) + i0 * p.ld_h;
   // The first tile fetches all lines some columns ahead, or the first tiles one each of the weights that come next.
   constexpr int64_t kLine = 64 / sizeof(Weight), kLines = (Groups * Pair::width + kLine - 1) / kLine, kAhead = 4 * kLine;
@@ -177,7 +177,7 @@ void accumulate_pair_tile(const Accumulate& p, const Pairs& pairs, int64_t i0, i
       });
     });
   }
-  each([&](int i, int g) {
+  each([&](int i, int g) __attribute__((always_inline)) {
     float* y = p.y + (p.rows ? p.rows[i0 + i] : i0 + i) * p.ld_y + c0 + g * Pair::width;
     const auto add_to = [&, step = Vec::set(p.steps ? p.steps[i0 + i] : 1.0f)](Vec sum, Vec y) {
       return std::is_same_v<Entry, int16_t> ? fma(sum, step, y) : sum + y;

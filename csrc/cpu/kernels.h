@@ -28,6 +28,7 @@ struct Project {
   const void* w;
   float* out;
   const float* steps = nullptr;  // of the rows of quantized x
+  const void* next = nullptr;    // the w of the next call, which is fetched meanwhile; null: unknown
 };
 
 // In place on h [n, m], leading dimension ld:

@@ -93,7 +93,8 @@ class Block {
     const Floats h(form_ == Form::floats ? 0 : most * s_.s), gate(p_.w_gate ? most * s_.s : 0);
     for (int64_t n0 = begin; n0 < end;) {
       const int64_t a = n0 / s_.s, n1 = std::min(end, (a + 1) * s_.s);
-      up_expert(plan_.active[a], n0 - a * s_.s, n1 - a * s_.s, h.get(), gate.get());
+      const int64_t next = n1 < end ? plan_.active[n1 / s_.s] * s_.s : -1;
+      up_expert(plan_.active[a], n0 - a * s_.s, n1 - a * s_.s, next, h.get(), gate.get());
       n0 = n1;
     }
   }
@@ -130,17 +131,18 @@ class Block {
     return few_rows ? std::max(kSums / T_ / strip * strip, strip) : strip;
   }
 
-  // Into h_, or by way of h [count, s], as much as gate, into what takes its place.
-  void up_expert(int64_t e, int64_t j0, int64_t j1, float* h, float* gate) {
+  // Into h_, or by way of h [count, s], as much as gate, into what takes its place. next: the neuron, of all, that comes then.
+  void up_expert(int64_t e, int64_t j0, int64_t j1, int64_t next, float* h, float* gate) {
     const int64_t n = plan_.count(e), m = j1 - j0, first = e * s_.s + j0, at_h = plan_.offsets[e];
     h = form_ == Form::floats ? h_.get() + at_h * s_.s + j0 : h + j0;
     gate = p_.w_gate ? gate + j0 : nullptr;
-    const auto project = [&](View w, float* out) {
-      project_({n, m, s_.d, s_.s, x_rows(), plan_.rows_of(e), at(w, first * s_.d).data, out,
-                form_ == Form::ints ? int_x_.steps() : nullptr});
+    const auto neuron = [&](View w, int64_t j) { return j < 0 ? nullptr : at(w, j * s_.d).data; };
+    const auto project = [&](View w, float* out, const void* then) {
+      project_({n, m, s_.d, s_.s, x_rows(), plan_.rows_of(e), neuron(w, first), out,
+                form_ == Form::ints ? int_x_.steps() : nullptr, then});
     };
-    project(p_.w_up, h);
-    if (gate) project(p_.w_gate, gate);
+    project(p_.w_up, h, gate ? neuron(p_.w_gate, first) : neuron(p_.w_up, next));
+    if (gate) project(p_.w_gate, gate, neuron(p_.w_up, next));
     const auto of_neurons = [&](View v) { return AsFloat(at(v, first), m); };
     const AsFloat bias = of_neurons(p_.b_up), gate_bias = of_neurons(p_.b_gate), scale = of_neurons(p_.scale_up),
                   gate_scale = of_neurons(p_.scale_gate), out_scale = of_neurons(p_.scale_down);

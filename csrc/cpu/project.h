@@ -10,9 +10,9 @@
 namespace sadmoe::cpu {
 
 // One tile: Rows tokens x Columns neurons. A transposed reduction ends Vec::sums of its sums at a time. Every product has its
-// own accumulator over k, hence the same bits in any tile.
+// own accumulator over k, hence the same bits in any tile. Flat: a function that was called would keep the sums in memory.
 template <class Vec, class W, int Rows, int Columns>
-void project_tile(const Project& p, int64_t i0, int64_t j0) {
+[[gnu::flatten]] void project_tile(const Project& p, int64_t i0, int64_t j0) {
   using X = typename Vec::Entry;
   using Sum = typename Vec::Sum;
   constexpr int kSums = (Rows * Columns + Vec::sums - 1) / Vec::sums * Vec::sums;
@@ -23,8 +23,15 @@ void project_tile(const Project& p, int64_t i0, int64_t j0) {
   for (int j = 0; j < Columns; ++j)  // past the last neuron: repeat it, and drop the result
     w[j] = static_cast<const W*>(p.w) + (j0 + j < p.m ? j0 + j : p.m - 1) * p.d;
 
-  const int64_t turn = i0 / Rows, next = j0 + Columns + turn;  // the first tiles fetch a neuron each of those that come next
-  const W* ahead = turn < Columns && next < p.m ? static_cast<const W*>(p.w) + next * p.d : nullptr;
+  // The first tiles fetch a neuron each of those that come next, the last of them what is left. A row alone is memory's anyway.
+  const int64_t turn = i0 / Rows, end = p.n == 1 ? 0 : i0 + Rows < p.n && turn < Columns ? turn + 1 : Columns;
+  const W* ahead[Columns];
+  int fetched = 0;
+  for (int64_t j = j0 + Columns + turn; j < j0 + Columns + end; ++j)
+    if (j < p.m)
+      ahead[fetched++] = static_cast<const W*>(p.w) + j * p.d;
+    else if (p.next)
+      ahead[fetched++] = static_cast<const W*>(p.next) + (j - p.m) * p.d;
   Sum sums[kSums];
   unroll<kSums>([&](auto n) { sums[n.value] = Sum::zero(); });
   const auto step = [&](auto load, int64_t k) {
@@ -41,8 +48,11 @@ void project_tile(const Project& p, int64_t i0, int64_t j0) {
   };
   int64_t k = 0;
   const auto whole = [](auto* from) { return Vec::load(from); };
-  if (ahead)
-    for (; k + Vec::width <= p.d; k += Vec::width) __builtin_prefetch(ahead + k), step(whole, k);
+  const auto fetch = [&](int64_t k) {
+    for (int i = 0; i < fetched; ++i) __builtin_prefetch(ahead[i] + k);
+  };
+  if (fetched)
+    for (; k + Vec::width <= p.d; k += Vec::width) fetch(k), step(whole, k);
   else
     for (; k + Vec::width <= p.d; k += Vec::width) step(whole, k);
   if (k < p.d) step([&](auto* from) { return Vec::load_part(from, p.d - k); }, k);
