@@ -13,9 +13,9 @@ runs its three ops one after another. With several --isas each call switches fir
 speedup: dense over sadmoe. of_ideal: the same times the share. of_floor: floor over sadmoe, where
   floor = max(executed FLOPs / peak, bytes of the weights that some token needs / bandwidth) + the router's own floor
 with the rate of a large product, torch's or that of sadmoe with every expert on, whichever is faster, and the rate of
-reading a buffer as large as the layer's weights, of this run and its threads. The peer int8 is sadmoe with its experts' weights in int8, on
-the first of --isas. Writes layers.json, what is printed as
-layers.md, and a picture of each shape and dtype.
+reading a buffer as large as the layer's weights, of this run and its threads. The peer int8 is sadmoe with its experts'
+weights in int8, on the first of --isas. Writes layers.json, what is printed as layers.md, and a picture of each shape
+and dtype.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def shape_of(text: str, s: int) -> LayerShape:
 
 
 def limits(layer: LayerShape, dtype: torch.dtype) -> dict[str, float]:
-    """A second: flops of a large product, torch's or the op's own, and bytes read of a buffer as large as the weights."""
+    """A second: flops of a large product, torch's or the op's, and bytes read of a buffer as large as the weights."""
     x, w = torch.randn(1024, layer.d).to(dtype), torch.randn(layer.f, layer.d).to(dtype)
     neurons = w.unflatten(0, (-1, WIDE if layer.f % WIDE == 0 else layer.s))
     all_of_them = torch.ones(len(x), len(neurons), dtype=torch.bool)
@@ -170,6 +170,7 @@ def cells(args: argparse.Namespace, say: Printed) -> Iterator[dict]:
         if layer.f % s:
             say(f"\n{name}: f = {layer.f} is not a multiple of s = {s}, left out")
             continue
+        ops.use_cpu_isa(args.isas[0])
         limit = limits(layer, kind)
         say(
             f"\n{name}, s {s}, E {layer.experts}, {layer.act}, {dtype}; "

@@ -79,6 +79,19 @@ def test_nan_and_infinity_pass_through(isa):
         assert y[2].isfinite(), act
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_infinite_weight_of_an_odd_last_neuron_gives_infinity(isa, dtype):
+    x, w_up, w_down = (
+        torch.ones(2, 1, dtype=dtype),
+        torch.ones(1, 3, 1, dtype=dtype),
+        torch.ones(1, 3, 40, dtype=dtype),
+    )
+    w_down[0, 2, 7] = float("inf")
+    y = ops.sparse_experts(x, torch.ones(2, 1, dtype=torch.bool), w_up, w_down)
+    assert (y[:, 7] == float("inf")).all()
+    assert y.isfinite().sum() == y.numel() - 2
+
+
 def test_what_is_far_below_zero_becomes_nothing(isa):
     x, one = torch.tensor([[-1e3], [-1e20], [-3e38], [float("-inf")]]), torch.ones(1, 1, 1)
     for act in ACTS:

@@ -8,10 +8,10 @@
 
 namespace sadmoe::cpu {
 
-constexpr int64_t kManyRows = 8;  // that one set of weights is worth preparing for
-constexpr int64_t kStrip = 72;    // columns of y, of 512 tokens 144 KiB, that stay near while many rows are added
+constexpr int64_t kStrip = 72;  // columns of y, of 512 tokens 144 KiB, that stay near while many rows are added
 
-// Whether these are many columns, for few rows: time is the weights' way from memory, and those some columns ahead are fetched.
+// Whether these are many columns, as few rows are given: time is the weights' way from memory, and those some columns ahead are
+// fetched.
 inline bool waits(const Accumulate& p) { return p.columns > kStrip; }
 
 // One tile: Rows tokens x Vecs vectors of columns, held in registers while j runs over the neurons. Columns beyond the
@@ -99,7 +99,7 @@ void copy_weights(Accumulate& p, float* copy) {
 // neuron, which a power of two would leave with a few sets of the near cache.
 template <class Vec, class W>
 void accumulate(const Accumulate& p) {
-  constexpr int64_t kManyColumns = 1024, kNeurons = 16;
+  constexpr int64_t kManyRows = 8, kManyColumns = 1024, kNeurons = 16;
   if (p.n < kManyRows || p.columns > kManyColumns)
     return in_turns<W>(p, kNeurons, [](Accumulate& part) {
       part.next = nullptr;
@@ -127,8 +127,9 @@ struct PairsInPlace {
   int64_t part;
 
   void load(int64_t j, int64_t c, Pair* out) const {
+    static constexpr Weight kNone[Pair::width] = {};  // past the last neuron
     const Weight* even = static_cast<const Weight*>(p.w) + j * p.ld_w + c;
-    const Weight* odd = j + 1 < p.m ? even + p.ld_w : even;  // past the last neuron h is zero
+    const Weight* odd = j + 1 < p.m ? even + p.ld_w : kNone;
     Part ? Pair::load_pairs_part(even, odd, part, out) : Pair::load_pairs(even, odd, out);
   }
 };
@@ -145,8 +146,8 @@ struct CopiedPairs {
 };
 
 // Rows tokens x Groups of Pair::width columns, two neurons at once. Part: of one group, part columns.
-template <class Pair, class Vec, int Rows, int Groups, bool Part, class Pairs>
-void accumulate_pair_tile(const Accumulate& p, const Pairs& pairs, int64_t i0, int64_t c0, int64_t part) {
+template <class Pair, class Vec, int Rows, int Groups, bool Part, class Weights>
+void accumulate_pair_tile(const Accumulate& p, const Weights& weights, int64_t i0, int64_t c0, int64_t part) {
   using Entry = typename Pair::Entry;
   using Weight = typename Pair::Weight;
   using Sum = typename Pair::Sum;
@@ -166,7 +167,7 @@ void accumulate_pair_tile(const Accumulate& p, const Pairs& pairs, int64_t i0, i
       for (int64_t line = 0; line < lines * kLine; line += kLine)
         __builtin_prefetch(ahead + j * p.ld_w + line), __builtin_prefetch(ahead + (j + 1) * p.ld_w + line);
     Pair ws[Groups][2];
-    unroll<Groups>([&](auto g) { pairs.load(j, c0 + g.value * Pair::width, ws[g.value]); });
+    unroll<Groups>([&](auto g) { weights.load(j, c0 + g.value * Pair::width, ws[g.value]); });
     unroll<Rows>([&](auto i) {
       const Pair pair = Pair::set_pair(h + i.value * p.ld_h + j);
       unroll<Groups>([&](auto g) {
@@ -179,39 +180,42 @@ void accumulate_pair_tile(const Accumulate& p, const Pairs& pairs, int64_t i0, i
   }
   each([&](int i, int g) __attribute__((always_inline)) {
     float* y = p.y + (p.rows ? p.rows[i0 + i] : i0 + i) * p.ld_y + c0 + g * Pair::width;
-    const auto add_to = [&, step = Vec::set(p.steps ? p.steps[i0 + i] : 1.0f)](Vec sum, Vec y) {
-      return std::is_same_v<Entry, int16_t> ? fma(sum, step, y) : sum + y;
+    const auto added = [&](Vec sum, Vec before) {
+      if constexpr (std::is_same_v<Entry, int16_t>)
+        return fma(sum, Vec::set(p.steps[i0 + i]), before);
+      else
+        return sum + before;
     };
     Vec columns[2];
     Pair::to_floats(sums[i][g], columns);
     for (int half = 0; half < 2; ++half, y += Vec::width) {
       const int64_t left = part - half * Vec::width;
       if (!Part || left >= Vec::width)
-        add_to(columns[half], Vec::load(y)).store(y);
+        added(columns[half], Vec::load(y)).store(y);
       else if (left > 0)
-        add_to(columns[half], Vec::load_part(y, left)).store_part(y, left);
+        added(columns[half], Vec::load_part(y, left)).store_part(y, left);
     }
   });
 }
 
-template <class Pair, class Vec, int Rows, int Groups, bool Part, class Pairs>
-void accumulate_pair_rows(const Accumulate& p, const Pairs& pairs, int64_t i0, int64_t c0, int64_t part) {
-  for (; i0 + Rows <= p.n; i0 += Rows) accumulate_pair_tile<Pair, Vec, Rows, Groups, Part>(p, pairs, i0, c0, part);
+template <class Pair, class Vec, int Rows, int Groups, bool Part, class Weights>
+void accumulate_pair_rows(const Accumulate& p, const Weights& weights, int64_t i0, int64_t c0, int64_t part) {
+  for (; i0 + Rows <= p.n; i0 += Rows) accumulate_pair_tile<Pair, Vec, Rows, Groups, Part>(p, weights, i0, c0, part);
   if constexpr (Rows > 1)
-    if (i0 < p.n) accumulate_pair_rows<Pair, Vec, Rows - 1, Groups, Part>(p, pairs, i0, c0, part);
+    if (i0 < p.n) accumulate_pair_rows<Pair, Vec, Rows - 1, Groups, Part>(p, weights, i0, c0, part);
 }
 
-// pairs_of(Part, part): the weights where groups are whole, and where the last one is not.
-template <class Pair, class Vec, class PairsOf>
-void accumulate_pair_columns(const Accumulate& p, const PairsOf& pairs_of) {
+// weights_of(Part, part): the weights where groups are whole, and where the last one is not.
+template <class Pair, class Vec, class WeightsOf>
+void accumulate_pair_columns(const Accumulate& p, const WeightsOf& weights_of) {
   constexpr int kRows = Pair::accumulate_rows, kGroups = Pair::accumulate_groups;
-  const auto whole = pairs_of(std::false_type{}, 0);
+  const auto whole = weights_of(std::false_type{}, 0);
   int64_t c = 0;
   for (; c + kGroups * Pair::width <= p.columns; c += kGroups * Pair::width)
     accumulate_pair_rows<Pair, Vec, kRows, kGroups, false>(p, whole, 0, c, 0);
   for (; c + Pair::width <= p.columns; c += Pair::width) accumulate_pair_rows<Pair, Vec, kRows, 1, false>(p, whole, 0, c, 0);
   if (const int64_t part = p.columns - c; part > 0)
-    accumulate_pair_rows<Pair, Vec, kRows, 1, true>(p, pairs_of(std::true_type{}, part), 0, c, part);
+    accumulate_pair_rows<Pair, Vec, kRows, 1, true>(p, weights_of(std::true_type{}, part), 0, c, part);
 }
 
 // Many rows, three tiles or more, read a copy, as above: of all neurons, for their sum is added as one.
@@ -222,9 +226,9 @@ void accumulate_pairs(const Accumulate& p) {
     const int64_t columns = (p.columns + kWidth - 1) / kWidth * kWidth;
     if (p.n >= 3 * Pair::accumulate_rows && (p.m + 1) / 2 * 2 * columns <= Pair::copied) {
       alignas(64) typename Pair::Entry copy[Pair::copied];
-      const auto fill = [&](const auto& pairs, int64_t j, int64_t c) {
+      const auto fill = [&](const auto& weights, int64_t j, int64_t c) {
         Pair both[2];
-        pairs.load(j, c, both);
+        weights.load(j, c, both);
         both[0].store(copy + j * columns + 2 * c), both[1].store(copy + j * columns + 2 * c + kWidth);
       };
       for (int64_t j = 0; j < p.m; j += 2) {

@@ -1,4 +1,4 @@
-// AMX-BF16, over AVX-512: Intel since Sapphire Rapids. Only bf16 differs from AVX-512.
+// AMX-BF16, over AVX512-BF16: Intel since Sapphire Rapids. Only bf16 in experts that are not too small differs from that.
 #include "cpu/tiles_avx512.h"
 
 namespace sadmoe::cpu {
@@ -50,7 +50,7 @@ struct TileUnit {
 }  // namespace
 
 const Kernels& kernels_amx() {
-  static const Kernels kTable = with_tiles(kernels_avx512vnni(), "amx", &kTilesOf<TileUnit>);
+  static const Kernels kTable = with_tiles(kernels_avx512bf16(), "amx", &kTilesOf<TileUnit>);
   return kTable;
 }
 

@@ -20,9 +20,7 @@ constexpr int64_t kSums = 1 << 16;    // sums of y that near caches hold, beside
 // Up to this many tokens a thread, threads share every token and split the weights: more where each has kBroad columns of y.
 constexpr int64_t kShared = 32, kSharedIfBroad = 128, kBroad = 128;
 
-int64_t block_tokens(const Experts& p) {
-  return std::clamp(kHidden / (p.shape.E * p.shape.s * (p.w_gate ? 2 : 1)), kSmallestBlock, kBlock);
-}
+int64_t block_tokens(const Experts& p) { return std::clamp(kHidden / (p.shape.E * p.shape.s), kSmallestBlock, kBlock); }
 
 // Rows of activations in 16 bits, for weights in int8.
 class IntRows {
@@ -46,9 +44,9 @@ class IntRows {
 // What rows of activations are, as the experts' kernels take them: float32, whole numbers for weights in int8, or bf16.
 enum class Form { floats, ints, halves };
 
-Form form_of(const Experts& p) {
+Form form_of(const Experts& p, const Kernels& k) {
   if (p.w_up.dtype == DType::i8) return Form::ints;
-  const bool halves = kernels().halves && p.x.dtype == DType::bf16 && p.w_up.dtype == DType::bf16;
+  const bool halves = k.halves && p.x.dtype == DType::bf16 && p.w_up.dtype == DType::bf16;
   return halves ? Form::halves : Form::floats;
 }
 
@@ -61,7 +59,7 @@ class Block {
         s_(experts.shape),
         k_(kernels()),
         T_(end - begin),
-        form_(form_of(experts)),
+        form_(form_of(experts, k_)),
         project_(form_ == Form::halves ? k_.halves->project : k_.project[int(p_.w_up.dtype)]),
         accumulate_(form_ == Form::halves ? k_.halves->accumulate : k_.accumulate[int(p_.w_down.dtype)]),
         half_x_(at(experts.x, begin * s_.d)),

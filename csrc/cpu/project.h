@@ -24,7 +24,8 @@ template <class Vec, class W, int Rows, int Columns>
     w[j] = static_cast<const W*>(p.w) + (j0 + j < p.m ? j0 + j : p.m - 1) * p.d;
 
   // The first tiles fetch a neuron each of those that come next, the last of them what is left. A row alone is memory's anyway.
-  const int64_t turn = i0 / Rows, end = p.n == 1 ? 0 : i0 + Rows < p.n && turn < Columns ? turn + 1 : Columns;
+  const int64_t turn = (i0 + Vec::project_rows - 1) / Vec::project_rows;
+  const int64_t end = p.n == 1 ? 0 : i0 + Rows < p.n && turn < Columns ? turn + 1 : Columns;
   const W* ahead[Columns];
   int fetched = 0;
   for (int64_t j = j0 + Columns + turn; j < j0 + Columns + end; ++j)
@@ -39,7 +40,7 @@ template <class Vec, class W, int Rows, int Columns>
     unroll<Rows>([&](auto i) { xs[i.value] = load(x[i.value] + k); });
     unroll<Columns>([&](auto j) {
       Vec wj = load(w[j.value] + k);
-      if constexpr (std::is_same_v<W, X> && !std::is_same_v<X, int16_t>) hold(wj);
+      if constexpr (std::is_same_v<W, X>) hold(wj);
       unroll<Rows>([&](auto i) {
         Sum& sum = sums[i.value * Columns + j.value];
         sum = fma(xs[i.value], wj, sum);
@@ -102,7 +103,7 @@ template <class Vec, class W>
 void project_widened(const Project& p) {
   alignas(64) float copy[Vec::copied];
   in_blocks<Vec, float>(p, [&](Project part, int64_t i, int64_t j0, int64_t j1) {
-    part.m = j1 - j0, part.w = copy, part.out = p.out + j0;
+    part.m = j1 - j0, part.w = copy, part.next = nullptr, part.out = p.out + j0;
     widen<Vec, W>(static_cast<const W*>(p.w) + j0 * p.d, copy, part.m * p.d);
     project_rows<Vec, float, Vec::project_rows>(part, i, 0, part.m);
   });

@@ -7,7 +7,7 @@ namespace sadmoe::cpu {
 namespace {
 
 constexpr int64_t kStripEntries = 8192;  // floats of y in the first-level cache
-constexpr int64_t kSmallestExpert = 16;  // neurons: 8 leave most of a tile empty, and gained nothing by either unit
+constexpr int64_t kSmallestExpert = 16;  // neurons: 8 leave most of a tile empty, and gained nothing
 
 int64_t whole_tiles(int64_t n) { return (n + 15) / 16 * 16; }
 

@@ -147,6 +147,12 @@ std::unique_ptr<bool[]> random_mask(const Shape& shape, double share, unsigned s
   return mask;
 }
 
+std::unique_ptr<bool[]> mask_of_one_hot_expert(const Shape& shape, unsigned seed) {
+  auto mask = random_mask(shape, 0.02, seed);
+  for (int64_t t = 0; t < shape.T; ++t) mask[t * shape.E + seed % shape.E] = true;
+  return mask;
+}
+
 double error_of_allowed(const std::vector<double>& ours, const Sums& plain, const Sums& truth, DType dtype, double rounding) {
   double error = 0, plain_error = 0, size = 0;
   for (size_t i = 0; i < ours.size(); ++i) {

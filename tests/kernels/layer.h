@@ -50,6 +50,7 @@ class Layer {
 
 // A mask in which experts, and the first token, may have nothing.
 std::unique_ptr<bool[]> random_mask(const Shape& shape, double share, unsigned seed);
+std::unique_ptr<bool[]> mask_of_one_hot_expert(const Shape& shape, unsigned seed);  // every token's, others of a few tokens
 
 // The largest error as a share of what is allowed: twice that of plain floats, or four float roundings of the largest sum of
 // terms and the last one of the largest result to the dtype, where plain floats are better by luck; and where the contract rounds

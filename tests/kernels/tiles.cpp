@@ -42,7 +42,7 @@ struct Loops {
 }  // namespace
 
 const cpu::Kernels& kernels_of_tiles() {
-  static const cpu::Kernels kTable = cpu::with_tiles(cpu::kernels_avx512(), "tiles", &cpu::kTilesOf<Loops>);
+  static const cpu::Kernels kTable = cpu::with_tiles(cpu::kernels_avx512bf16(), "tiles", &cpu::kTilesOf<Loops>);
   return kTable;
 }
 

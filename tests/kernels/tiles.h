@@ -1,4 +1,4 @@
-// Kernels that no processor has: those of AVX-512 with bf16 by way of tiles that plain loops multiply.
+// Kernels that no processor has: those of AVX512-BF16 with bf16 by way of tiles that plain loops multiply.
 #pragma once
 #include "cpu/kernels.h"
 
