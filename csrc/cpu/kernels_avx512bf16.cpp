@@ -1,4 +1,4 @@
-// AVX512-BF16, over AVX-512: AMD since Zen 4, Intel since Cooper Lake. Only bf16 differs from AVX-512.
+// AVX512-BF16, over AVX512-VNNI: AMD since Zen 4, Intel since Cooper Lake. Only bf16 differs from that.
 #include "cpu/table.h"
 #include "cpu/vec_avx512.h"
 
