@@ -51,7 +51,7 @@ struct Pairs {
   }
 };
 
-static_assert(Pairs::accumulate_groups * Pairs::width == Ints::accumulate_groups * Ints::width, "one pair_strip for both");
+static_assert(kPairStrip<Pairs> == kPairStrip<Ints>, "one for both");
 constexpr Halves kHalves = {project<Pairs, bf16>, accumulate_pairs<Pairs, Vec>};
 
 }  // namespace

@@ -45,12 +45,17 @@ void select(const Select& p) {
   for (int64_t e = 0; e < p.n; ++e) p.mask[e] = (p.scores[e] < 0 ? 0 : p.scores[e]) >= threshold;
 }
 
+// Whole tiles of columns of y.
+template <class Vec>
+constexpr int64_t kStripOf = kStrip / (Vec::accumulate_vecs * Vec::width) * (Vec::accumulate_vecs * Vec::width);
+template <class Pair>
+constexpr int64_t kPairStrip = kStrip / (Pair::accumulate_groups * Pair::width) * (Pair::accumulate_groups * Pair::width);
+
 template <class Vec, class Ints>
 constexpr Kernels table(const char* isa) {
-  constexpr int64_t kColumns = Vec::accumulate_vecs * Vec::width, kIntColumns = Ints::accumulate_groups * Ints::width;
   return {isa,
-          kStrip / kColumns * kColumns,
-          kStrip / kIntColumns * kIntColumns,
+          kStripOf<Vec>,
+          kPairStrip<Ints>,
           quantize<Vec>,
           {project<Vec, float>, project<Vec, bf16>, project<Vec, f16>, project<Ints, int8_t>},
           {accumulate<Vec, float>, accumulate<Vec, bf16>, accumulate<Vec, f16>, accumulate_pairs<Ints, Vec>},
