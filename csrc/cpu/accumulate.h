@@ -11,8 +11,11 @@ namespace sadmoe::cpu {
 constexpr int64_t kStrip = 72;  // columns of y, of 512 tokens 144 KiB, that stay near while many rows are added
 
 // Whether these are many columns, as few rows are given: time is the weights' way from memory, and those some columns ahead are
-// fetched.
-inline bool waits(const Accumulate& p) { return p.columns > kStrip; }
+// fetched. A template of Vec, as everything here: a function of one instruction set must not be linked into another.
+template <class Vec>
+bool waits(const Accumulate& p) {
+  return p.columns > kStrip;
+}
 
 // One tile: Rows tokens x Vecs vectors of columns, held in registers while j runs over the neurons. Columns beyond the
 // last whole vector: Vecs = 1 and part > 0 columns.
@@ -33,7 +36,7 @@ void accumulate_tile(const Accumulate& p, int64_t i0, int64_t c0, int64_t part =
   const int64_t turn = i0 / Rows;  // the first tiles fetch a vector each of these columns of what comes next
   const W* ahead = p.next && turn < Vecs ? static_cast<const W*>(p.next) + c0 + turn * Vec::width : nullptr;
   constexpr int64_t kAhead = 512 / sizeof(W);
-  const bool wait = waits(p) && i0 == 0;
+  const bool wait = waits<Vec>(p) && i0 == 0;
   for (int64_t j = 0; j < p.m; ++j, w += p.ld_w) {
     if (ahead) __builtin_prefetch(ahead + j * p.ld_w);
     if (wait) unroll<Vecs>([&](auto v) { __builtin_prefetch(w + kAhead + v.value * Vec::width); });
@@ -157,7 +160,7 @@ void accumulate_pair_tile(const Accumulate& p, const Weights& weights, int64_t i
   const Entry* h = static_cast<const Entry*>(p.h) + i0 * p.ld_h;
   // The first tile fetches all lines some columns ahead, or the first tiles one each of the weights that come next.
   constexpr int64_t kLine = 64 / sizeof(Weight), kLines = (Groups * Pair::width + kLine - 1) / kLine, kAhead = 4 * kLine;
-  const bool wait = waits(p);
+  const bool wait = waits<Vec>(p);
   const int64_t turn = i0 / Rows, lines = wait ? kLines : 1;
   const Weight* ahead = wait && turn == 0                  ? static_cast<const Weight*>(p.w) + c0 + kAhead
                         : !wait && p.next && turn < kLines ? static_cast<const Weight*>(p.next) + c0 + turn * kLine
