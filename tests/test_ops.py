@@ -99,7 +99,7 @@ def test_what_is_far_below_zero_becomes_nothing(isa):
         assert (y.abs() < 1e-30).all(), act
 
 
-@pytest.mark.parametrize("router_dtype", [None, torch.float32])
+@pytest.mark.parametrize("router_dtype", [None, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("T", "d", "E"), [(0, 8, 3), (1, 40, 1), (7, 33, 50), (200, 64, 17)])
 def test_scores_are_as_good_as_torch(isa, T, d, E, dtype, router_dtype):
