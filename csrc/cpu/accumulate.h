@@ -1,7 +1,9 @@
 // Weighted sums of neuron rows into token rows, in tiles. One template for every instruction set; no intrinsics here.
 #pragma once
+#include <algorithm>
 #include <type_traits>
 
+#include "cpu/ahead.h"
 #include "cpu/kernels.h"
 #include "cpu/unroll.h"
 #include "cpu/widen.h"
@@ -10,17 +12,10 @@ namespace sadmoe::cpu {
 
 constexpr int64_t kStrip = 72;  // columns of y, of 512 tokens 144 KiB, that stay near while many rows are added
 
-// Whether these are many columns, as few rows are given: time is the weights' way from memory, and those some columns ahead are
-// fetched. A template of Vec, as everything here: a function of one instruction set must not be linked into another.
-template <class Vec>
-bool waits(const Accumulate& p) {
-  return p.columns > kStrip;
-}
-
 // One tile: Rows tokens x Vecs vectors of columns, held in registers while j runs over the neurons. Columns beyond the
-// last whole vector: Vecs = 1 and part > 0 columns.
+// last whole vector: Vecs = 1 and part > 0 columns. Flat, as tiles of project.
 template <class Vec, class W, int Rows, int Vecs>
-void accumulate_tile(const Accumulate& p, int64_t i0, int64_t c0, int64_t part = 0) {
+[[gnu::flatten]] void accumulate_tile(const Accumulate& p, AheadInRows& ahead, int64_t i0, int64_t c0, int64_t part = 0) {
   const auto load = [&](auto* from) { return part ? Vec::load_part(from, part) : Vec::load(from); };
   float* y[Rows];
   for (int i = 0; i < Rows; ++i) y[i] = p.y + (p.rows ? p.rows[i0 + i] : i0 + i) * p.ld_y + c0;
@@ -30,24 +25,25 @@ void accumulate_tile(const Accumulate& p, int64_t i0, int64_t c0, int64_t part =
     for (int v = 0; v < Vecs; ++v) __builtin_prefetch(next + v * Vec::width, 1);
   }
   Vec sums[Rows][Vecs];
-  each([&](auto i, auto v) __attribute__((always_inline)) { sums[i.value][v.value] = load(y[i.value] + v.value * Vec::width); });
+  each([&](auto i, auto v) { sums[i.value][v.value] = load(y[i.value] + v.value * Vec::width); });
   const float* h = static_cast<const float*>(p.h) + i0 * p.ld_h;
   const W* w = static_cast<const W*>(p.w) + c0;
-  const int64_t turn = i0 / Rows;  // the first tiles fetch a vector each of these columns of what comes next
-  const W* ahead = p.next && turn < Vecs ? static_cast<const W*>(p.next) + c0 + turn * Vec::width : nullptr;
-  constexpr int64_t kAhead = 512 / sizeof(W);
-  const bool wait = waits<Vec>(p) && i0 == 0;
-  for (int64_t j = 0; j < p.m; ++j, w += p.ld_w) {
-    if (ahead) __builtin_prefetch(ahead + j * p.ld_w);
-    if (wait) unroll<Vecs>([&](auto v) { __builtin_prefetch(w + kAhead + v.value * Vec::width); });
-    Vec ws[Vecs];
-    unroll<Vecs>([&](auto v) { ws[v.value] = load(w + v.value * Vec::width); });
-    unroll<Rows>([&](auto i) {
-      const Vec hij = Vec::set(h[i.value * p.ld_h + j]);
-      unroll<Vecs>([&](auto v) { sums[i.value][v.value] = fma(hij, ws[v.value], sums[i.value][v.value]); });
-    });
-  }
-  each([&](auto i, auto v) __attribute__((always_inline)) {
+  constexpr int64_t kBytes = Vecs * Vec::width * sizeof(W);
+  const int64_t pace = ahead.pace(p.m, Rows * Vecs * Vec::width);
+  with_lines<(kBytes + Ahead::kLine - 1) / Ahead::kLine>(pace, [&](auto lines) {
+    AheadInRows walk = ahead;
+    for (int64_t j = 0; j < p.m; ++j, w += p.ld_w) {
+      walk.step(pace, lines);
+      Vec ws[Vecs];
+      unroll<Vecs>([&](auto v) { ws[v.value] = load(w + v.value * Vec::width); });
+      unroll<Rows>([&](auto i) {
+        const Vec hij = Vec::set(h[i.value * p.ld_h + j]);
+        unroll<Vecs>([&](auto v) { sums[i.value][v.value] = fma(hij, ws[v.value], sums[i.value][v.value]); });
+      });
+    }
+    ahead = walk;
+  });
+  each([&](auto i, auto v) {
     if (part)
       sums[i.value][v.value].store_part(y[i.value] + v.value * Vec::width, part);
     else
@@ -57,66 +53,60 @@ void accumulate_tile(const Accumulate& p, int64_t i0, int64_t c0, int64_t part =
 
 // Rows i0 .. n of one strip of columns: tiles of Rows, then one tile of what is left.
 template <class Vec, class W, int Rows, int Vecs>
-void accumulate_rows(const Accumulate& p, int64_t i0, int64_t c0, int64_t part = 0) {
-  for (; i0 + Rows <= p.n; i0 += Rows) accumulate_tile<Vec, W, Rows, Vecs>(p, i0, c0, part);
+void accumulate_rows(const Accumulate& p, AheadInRows& ahead, int64_t i0, int64_t c0, int64_t part = 0) {
+  for (; i0 + Rows <= p.n; i0 += Rows) accumulate_tile<Vec, W, Rows, Vecs>(p, ahead, i0, c0, part);
   if constexpr (Rows > 1)
-    if (i0 < p.n) accumulate_rows<Vec, W, Rows - 1, Vecs>(p, i0, c0, part);
+    if (i0 < p.n) accumulate_rows<Vec, W, Rows - 1, Vecs>(p, ahead, i0, c0, part);
 }
 
 template <class Vec, class W>
-void accumulate_all(const Accumulate& p) {
+void accumulate_all(const Accumulate& p, AheadInRows ahead) {
   constexpr int kRows = Vec::accumulate_rows, kVecs = Vec::accumulate_vecs;
   int64_t c = 0;
-  for (; c + kVecs * Vec::width <= p.columns; c += kVecs * Vec::width) accumulate_rows<Vec, W, kRows, kVecs>(p, 0, c);
-  for (; c + Vec::width <= p.columns; c += Vec::width) accumulate_rows<Vec, W, kRows, 1>(p, 0, c);
-  if (c < p.columns) accumulate_rows<Vec, W, kRows, 1>(p, 0, c, p.columns - c);
+  for (; c + kVecs * Vec::width <= p.columns; c += kVecs * Vec::width) accumulate_rows<Vec, W, kRows, kVecs>(p, ahead, 0, c);
+  for (; c + Vec::width <= p.columns; c += Vec::width) accumulate_rows<Vec, W, kRows, 1>(p, ahead, 0, c);
+  if (c < p.columns) accumulate_rows<Vec, W, kRows, 1>(p, ahead, 0, c, p.columns - c);
 }
 
-// A few neurons at a time, over all columns. Sums are the same, for they pass through y.
+// The columns of so many neurons that come next, while p is computed.
+template <class W>
+AheadInRows ahead_of(const Accumulate& p, const void* next, int64_t neurons) {
+  return {next, neurons, p.columns * int64_t(sizeof(W)), p.ld_w * int64_t(sizeof(W)), p.n * p.m * p.columns};
+}
+
+// body(part, ahead): a few neurons at a time, over all columns, while those that come next are fetched. Sums are the same, for
+// they pass through y.
 template <class W, class Body>
 void in_turns(const Accumulate& p, int64_t neurons, const Body& body) {
+  Accumulate part = p;
   for (int64_t j = 0; j < p.m; j += neurons) {
-    Accumulate part = p;
-    part.m = p.m - j < neurons ? p.m - j : neurons;
+    const int64_t left = p.m - j;
+    part.m = std::min(left, neurons);
     part.h = static_cast<const float*>(p.h) + j;
     part.w = static_cast<const W*>(p.w) + j * p.ld_w;
-    part.next = p.next ? static_cast<const W*>(p.next) + j * p.ld_w : nullptr;
-    body(part);
+    const void* next = left > neurons ? static_cast<const W*>(part.w) + neurons * p.ld_w : p.next;
+    body(part, ahead_of<W>(part, next, std::min(left > neurons ? left - neurons : p.m, neurons)));
   }
 }
 
-// The weights side by side, widened, in the place of p.w; those that come next are fetched meanwhile.
-template <class Vec, class W>
-void copy_weights(Accumulate& p, float* copy) {
-  for (int64_t j = 0; j < p.m; ++j) {
-    widen<Vec, W>(static_cast<const W*>(p.w) + j * p.ld_w, copy + j * p.columns, p.columns);
-    if (!p.next) continue;
-    constexpr int64_t kLine = 64 / sizeof(W);
-    for (int64_t c = 0; c < p.columns; c += kLine) __builtin_prefetch(static_cast<const W*>(p.next) + j * p.ld_w + c);
-  }
-  p.w = copy, p.ld_w = p.columns, p.next = nullptr;
-}
-
-// Few rows wait for the weights, which memory gives fastest as 16 streams in order; so do rows of many columns, whose sums are
-// far themselves. Other rows read the weights again and again: from a copy, widened once, without the distance from neuron to
-// neuron, which a power of two would leave with a few sets of the near cache.
+// Many rows read the weights again and again: from a copy, widened once, without the distance from neuron to neuron, which a
+// power of two would leave with a few sets of the near cache.
 template <class Vec, class W>
 void accumulate(const Accumulate& p) {
-  constexpr int64_t kManyRows = 8, kManyColumns = 1024, kNeurons = 16;
-  if (p.n < kManyRows || p.columns > kManyColumns)
-    return in_turns<W>(p, kNeurons, [](Accumulate& part) {
-      part.next = nullptr;
-      accumulate_all<Vec, W>(part);
-    });
-  if constexpr (Vec::copied > 0) {
-    static_assert(Vec::copied >= kManyColumns, "some neurons fit a copy");
-    alignas(64) float copy[Vec::copied];
-    return in_turns<W>(p, Vec::copied / p.columns, [&](Accumulate& part) {
-      copy_weights<Vec, W>(part, copy);
-      accumulate_all<Vec, float>(part);
-    });
-  }
-  accumulate_all<Vec, W>(p);
+  constexpr int64_t kManyRows = 8, kManyColumns = 1024;
+  if constexpr (Vec::copied > 0)
+    if (p.n >= kManyRows && p.columns <= kManyColumns) {
+      static_assert(Vec::copied >= kManyColumns, "some neurons fit a copy");
+      alignas(64) float copy[Vec::copied];
+      return in_turns<W>(p, Vec::copied / p.columns, [&](Accumulate part, const AheadInRows& ahead) {
+        for (int64_t j = 0; j < part.m; ++j)
+          widen<Vec, W>(static_cast<const W*>(part.w) + j * p.ld_w, copy + j * p.columns, p.columns);
+        part.w = copy, part.ld_w = p.columns;
+        accumulate_all<Vec, float>(part, ahead);
+      });
+    }
+  const int64_t neurons = p.columns <= kStrip ? p.m : p.n <= Vec::accumulate_rows ? 4 : 16;
+  in_turns<W>(p, neurons, [](const Accumulate& part, const AheadInRows& ahead) { accumulate_all<Vec, W>(part, ahead); });
 }
 
 // What follows multiplies entries of 16 bits, and sums the products of two neighbours: Pair is Ints or Pairs (see table.h).
@@ -148,40 +138,38 @@ struct CopiedPairs {
   }
 };
 
-// Rows tokens x Groups of Pair::width columns, two neurons at once. Part: of one group, part columns.
+// Rows tokens x Groups of Pair::width columns, two neurons at once. Part: of one group, part columns. Flat.
 template <class Pair, class Vec, int Rows, int Groups, bool Part, class Weights>
-void accumulate_pair_tile(const Accumulate& p, const Weights& weights, int64_t i0, int64_t c0, int64_t part) {
+[[gnu::flatten]] void accumulate_pair_tile(const Accumulate& p, const Weights& weights, AheadInRows& ahead, int64_t i0,
+                                           int64_t c0, int64_t part) {
   using Entry = typename Pair::Entry;
   using Weight = typename Pair::Weight;
   using Sum = typename Pair::Sum;
   Sum sums[Rows][Groups][2];
   const auto each = [](auto body) { unroll<Rows>([&](auto i) { unroll<Groups>([&](auto g) { body(i.value, g.value); }); }); };
-  each([&](int i, int g) __attribute__((always_inline)) { sums[i][g][0] = sums[i][g][1] = Sum::zero(); });
+  each([&](int i, int g) { sums[i][g][0] = sums[i][g][1] = Sum::zero(); });
   const Entry* h = static_cast<const Entry*>(p.h) + i0 * p.ld_h;
-  // The first tile fetches all lines some columns ahead, or the first tiles one each of the weights that come next.
-  constexpr int64_t kLine = 64 / sizeof(Weight), kLines = (Groups * Pair::width + kLine - 1) / kLine, kAhead = 4 * kLine;
-  const bool wait = waits<Vec>(p);
-  const int64_t turn = i0 / Rows, lines = wait ? kLines : 1;
-  const Weight* ahead = wait && turn == 0                  ? static_cast<const Weight*>(p.w) + c0 + kAhead
-                        : !wait && p.next && turn < kLines ? static_cast<const Weight*>(p.next) + c0 + turn * kLine
-                                                           : nullptr;
-  for (int64_t j = 0; j < p.m; j += 2) {
-    if (ahead)
-      for (int64_t line = 0; line < lines * kLine; line += kLine)
-        __builtin_prefetch(ahead + j * p.ld_w + line), __builtin_prefetch(ahead + (j + 1) * p.ld_w + line);
-    Pair ws[Groups][2];
-    unroll<Groups>([&](auto g) { weights.load(j, c0 + g.value * Pair::width, ws[g.value]); });
-    unroll<Rows>([&](auto i) {
-      const Pair pair = Pair::set_pair(h + i.value * p.ld_h + j);
-      unroll<Groups>([&](auto g) {
-        for (int half = 0; half < 2; ++half) {
-          Sum& sum = sums[i.value][g.value][half];
-          sum = fma(pair, ws[g.value][half], sum);
-        }
+  constexpr int64_t kBytes = 2 * Groups * Pair::width * sizeof(Weight);
+  const int64_t pace = ahead.pace((p.m + 1) / 2, 2 * Rows * Groups * Pair::width);
+  with_lines<(kBytes + Ahead::kLine - 1) / Ahead::kLine>(pace, [&](auto lines) {
+    AheadInRows walk = ahead;
+    for (int64_t j = 0; j < p.m; j += 2) {
+      walk.step(pace, lines);
+      Pair ws[Groups][2];
+      unroll<Groups>([&](auto g) { weights.load(j, c0 + g.value * Pair::width, ws[g.value]); });
+      unroll<Rows>([&](auto i) {
+        const Pair pair = Pair::set_pair(h + i.value * p.ld_h + j);
+        unroll<Groups>([&](auto g) {
+          for (int half = 0; half < 2; ++half) {
+            Sum& sum = sums[i.value][g.value][half];
+            sum = fma(pair, ws[g.value][half], sum);
+          }
+        });
       });
-    });
-  }
-  each([&](int i, int g) __attribute__((always_inline)) {
+    }
+    ahead = walk;
+  });
+  each([&](int i, int g) {
     float* y = p.y + (p.rows ? p.rows[i0 + i] : i0 + i) * p.ld_y + c0 + g * Pair::width;
     const auto added = [&](Vec sum, Vec before) {
       if constexpr (std::is_same_v<Entry, int16_t>)
@@ -202,23 +190,25 @@ void accumulate_pair_tile(const Accumulate& p, const Weights& weights, int64_t i
 }
 
 template <class Pair, class Vec, int Rows, int Groups, bool Part, class Weights>
-void accumulate_pair_rows(const Accumulate& p, const Weights& weights, int64_t i0, int64_t c0, int64_t part) {
-  for (; i0 + Rows <= p.n; i0 += Rows) accumulate_pair_tile<Pair, Vec, Rows, Groups, Part>(p, weights, i0, c0, part);
+void accumulate_pair_rows(const Accumulate& p, const Weights& weights, AheadInRows& ahead, int64_t i0, int64_t c0, int64_t part) {
+  for (; i0 + Rows <= p.n; i0 += Rows) accumulate_pair_tile<Pair, Vec, Rows, Groups, Part>(p, weights, ahead, i0, c0, part);
   if constexpr (Rows > 1)
-    if (i0 < p.n) accumulate_pair_rows<Pair, Vec, Rows - 1, Groups, Part>(p, weights, i0, c0, part);
+    if (i0 < p.n) accumulate_pair_rows<Pair, Vec, Rows - 1, Groups, Part>(p, weights, ahead, i0, c0, part);
 }
 
 // weights_of(Part, part): the weights where groups are whole, and where the last one is not.
 template <class Pair, class Vec, class WeightsOf>
 void accumulate_pair_columns(const Accumulate& p, const WeightsOf& weights_of) {
   constexpr int kRows = Pair::accumulate_rows, kGroups = Pair::accumulate_groups;
+  AheadInRows ahead = ahead_of<typename Pair::Weight>(p, p.next, p.m);
   const auto whole = weights_of(std::false_type{}, 0);
   int64_t c = 0;
   for (; c + kGroups * Pair::width <= p.columns; c += kGroups * Pair::width)
-    accumulate_pair_rows<Pair, Vec, kRows, kGroups, false>(p, whole, 0, c, 0);
-  for (; c + Pair::width <= p.columns; c += Pair::width) accumulate_pair_rows<Pair, Vec, kRows, 1, false>(p, whole, 0, c, 0);
+    accumulate_pair_rows<Pair, Vec, kRows, kGroups, false>(p, whole, ahead, 0, c, 0);
+  for (; c + Pair::width <= p.columns; c += Pair::width)
+    accumulate_pair_rows<Pair, Vec, kRows, 1, false>(p, whole, ahead, 0, c, 0);
   if (const int64_t part = p.columns - c; part > 0)
-    accumulate_pair_rows<Pair, Vec, kRows, 1, true>(p, weights_of(std::true_type{}, part), 0, c, part);
+    accumulate_pair_rows<Pair, Vec, kRows, 1, true>(p, weights_of(std::true_type{}, part), ahead, 0, c, part);
 }
 
 // Many rows, three tiles or more, read a copy, as above: of all neurons, for their sum is added as one.

@@ -15,7 +15,7 @@ namespace {
 // together, only those that chose one expert. No result depends on it. 256 were slower where d is 2048, and as fast elsewhere.
 constexpr int64_t kBlock = 512, kSmallestBlock = 64;
 constexpr int64_t kHidden = 1 << 22;  // floats of activations that a block may need where every expert runs
-constexpr int64_t kFewRows = 12;      // of an expert, on average: below it time is the weights' way from memory
+constexpr int64_t kFewRows = 32;      // of an expert, on average: below it time is the weights' way from memory
 constexpr int64_t kSums = 1 << 16;    // sums of y that near caches hold, beside weights that are used once
 // Up to this many tokens a thread, threads share every token and split the weights: more where each has kBroad columns of y.
 constexpr int64_t kShared = 32, kSharedIfBroad = 128, kBroad = 128;

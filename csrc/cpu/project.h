@@ -1,21 +1,33 @@
 // Dot products of token rows with neuron rows, in tiles. One template for every instruction set; no intrinsics here.
 #pragma once
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 
+#include "cpu/ahead.h"
 #include "cpu/kernels.h"
 #include "cpu/unroll.h"
 #include "cpu/widen.h"
 
 namespace sadmoe::cpu {
 
+constexpr int64_t kKeptTiles = 8;  // of a block of neurons whose rows are multiplied in parts
+
+// Sums of a tile, in whole groups.
+template <class Vec>
+constexpr int sums_of(int products) {
+  return (products + Vec::sums - 1) / Vec::sums * Vec::sums;
+}
+
 // One tile: Rows tokens x Columns neurons. A transposed reduction ends Vec::sums of its sums at a time. Every product has its
-// own accumulator over k, hence the same bits in any tile. Flat: a function that was called would keep the sums in memory.
+// own accumulator over k, hence the same bits in any tile. Of a row, the entries k0 .. k1 are multiplied, and the sums of those
+// before and after wait in `kept`. Flat: a function that was called would keep the sums in memory.
 template <class Vec, class W, int Rows, int Columns>
-[[gnu::flatten]] void project_tile(const Project& p, int64_t i0, int64_t j0) {
+[[gnu::flatten]] void project_tile(const Project& p, int64_t i0, int64_t j0, int64_t k0, int64_t k1, typename Vec::Sum* kept,
+                                   Ahead& ahead) {
   using X = typename Vec::Entry;
   using Sum = typename Vec::Sum;
-  constexpr int kSums = (Rows * Columns + Vec::sums - 1) / Vec::sums * Vec::sums;
+  constexpr int kSums = sums_of<Vec>(Rows * Columns);
   const auto row = [&](int64_t i) { return p.rows ? p.rows[i0 + i] : i0 + i; };
   const X* x[Rows];
   const W* w[Columns];
@@ -23,18 +35,9 @@ template <class Vec, class W, int Rows, int Columns>
   for (int j = 0; j < Columns; ++j)  // past the last neuron: repeat it, and drop the result
     w[j] = static_cast<const W*>(p.w) + (j0 + j < p.m ? j0 + j : p.m - 1) * p.d;
 
-  // The first tiles fetch a neuron each of those that come next, the last of them what is left. A row alone is memory's anyway.
-  const int64_t turn = (i0 + Vec::project_rows - 1) / Vec::project_rows;
-  const int64_t end = p.n == 1 ? 0 : i0 + Rows < p.n && turn < Columns ? turn + 1 : Columns;
-  const W* ahead[Columns];
-  int fetched = 0;
-  for (int64_t j = j0 + Columns + turn; j < j0 + Columns + end; ++j)
-    if (j < p.m)
-      ahead[fetched++] = static_cast<const W*>(p.w) + j * p.d;
-    else if (p.next)
-      ahead[fetched++] = static_cast<const W*>(p.next) + (j - p.m) * p.d;
   Sum sums[kSums];
   unroll<kSums>([&](auto n) { sums[n.value] = Sum::zero(); });
+  if (k0 > 0) unroll<kSums>([&](auto n) { sums[n.value] = kept[n.value]; });
   const auto step = [&](auto load, int64_t k) {
     Vec xs[Rows];
     unroll<Rows>([&](auto i) { xs[i.value] = load(x[i.value] + k); });
@@ -47,16 +50,17 @@ template <class Vec, class W, int Rows, int Columns>
       });
     });
   };
-  int64_t k = 0;
+  int64_t k = k0;
   const auto whole = [](auto* from) { return Vec::load(from); };
-  const auto fetch = [&](int64_t k) {
-    for (int i = 0; i < fetched; ++i) __builtin_prefetch(ahead[i] + k);
-  };
-  if (fetched)
-    for (; k + Vec::width <= p.d; k += Vec::width) fetch(k), step(whole, k);
-  else
-    for (; k + Vec::width <= p.d; k += Vec::width) step(whole, k);
-  if (k < p.d) step([&](auto* from) { return Vec::load_part(from, p.d - k); }, k);
+  constexpr int64_t kBytes = Columns * Vec::width * sizeof(W);
+  const int64_t pace = ahead.pace((k1 - k0) / Vec::width, Rows * Columns * Vec::width);
+  with_lines<(kBytes + Ahead::kLine - 1) / Ahead::kLine>(pace, [&](auto lines) {
+    Ahead walk = ahead;
+    for (; k + Vec::width <= k1; k += Vec::width) walk.step(pace, lines), step(whole, k);
+    ahead = walk;
+  });
+  if (k < k1) step([&](auto* from) { return Vec::load_part(from, k1 - k); }, k);
+  if (k1 < p.d) return unroll<kSums>([&](auto n) { kept[n.value] = sums[n.value]; });
 
   float total[kSums];
   unroll<kSums / Vec::sums>([&](auto n) { Vec::reduce(sums + n.value * Vec::sums).store(total + n.value * Vec::sums); });
@@ -72,56 +76,76 @@ template <class Vec, class W, int Rows, int Columns>
   }
 }
 
-// The neurons j0 .. j1 of rows i0 .. n, in tiles of Rows rows, the rest in smaller ones: of 4 after 6, then half, rounded up.
+// The neurons of rows i0 .. n, in tiles of Rows rows, the rest in smaller ones: of 4 after 6, then half, rounded up. Of each
+// tile's rows, span entries after span.
 template <class Vec, class W, int Rows>
-void project_rows(const Project& p, int64_t i0, int64_t j0, int64_t j1) {
-  constexpr int kColumns = Vec::project_columns;
+void project_rows(const Project& p, int64_t i0, int64_t span, typename Vec::Sum* kept, Ahead& ahead) {
+  constexpr int kColumns = Vec::project_columns, kSums = sums_of<Vec>(Rows * kColumns);
   const auto pairs_are_left = [&] { return Rows == 3 && p.n - i0 == 4; };  // a row alone takes as long as two
   for (; i0 + Rows <= p.n && !pairs_are_left(); i0 += Rows)
-    for (int64_t j = j0; j < j1; j += kColumns) project_tile<Vec, W, Rows, kColumns>(p, i0, j);
+    for (int64_t k = 0; k < p.d; k += span)
+      for (int64_t j = 0; j < p.m; j += kColumns)
+        project_tile<Vec, W, Rows, kColumns>(p, i0, j, k, std::min(k + span, p.d), kept + j / kColumns * kSums, ahead);
   if constexpr (Rows > 1)
-    if (i0 < p.n) project_rows<Vec, W, (Rows > 4 ? 4 : (Rows + 1) / 2)>(p, i0, j0, j1);
+    if (i0 < p.n) project_rows<Vec, W, (Rows > 4 ? 4 : (Rows + 1) / 2)>(p, i0, span, kept, ahead);
 }
 
-// Calls body(part, first, end) for rows that stay in the second-level cache together, the last of them part.n, and for as many
-// neurons at once as stay in the first-level one, as entries of W, while those rows stream by.
-template <class Vec, class W, class Body>
-void in_blocks(const Project& p, const Body& body) {
-  constexpr int64_t kRows = Vec::project_rows, kColumns = Vec::project_columns;
-  constexpr int64_t kNear = 12 * 1024 / sizeof(W), kNext = 192 * 1024 / sizeof(typename Vec::Entry);
-  const auto whole = [&](int64_t entries, int64_t tile) { return entries / p.d < tile ? tile : entries / p.d / tile * tile; };
-  const int64_t rows = whole(kNext, kRows), columns = whole(kNear, kColumns);
-  Project part = p;
-  for (int64_t i = 0; i < p.n; i += rows) {
-    part.n = i + rows < p.n ? i + rows : p.n;
-    for (int64_t j = 0; j < p.m; j += columns) body(part, i, j, j + columns < p.m ? j + columns : p.m);
-  }
-}
+// How many neurons all rows are multiplied with before the next neurons, and how many entries of a tile's rows before the next
+// entries. Either neurons stay in the first-level cache and rows stream by, or, where that would bring more lines, a tile's rows
+// stay there, and neurons in the second-level one stream by.
+struct Blocks {
+  int64_t neurons, span;
+};
 
-// Many rows: 16-bit weights are widened once, and not again in every tile.
 template <class Vec, class W>
-void project_widened(const Project& p) {
-  alignas(64) float copy[Vec::copied];
-  in_blocks<Vec, float>(p, [&](Project part, int64_t i, int64_t j0, int64_t j1) {
-    part.m = j1 - j0, part.w = copy, part.next = nullptr, part.out = p.out + j0;
-    widen<Vec, W>(static_cast<const W*>(p.w) + j0 * p.d, copy, part.m * p.d);
-    project_rows<Vec, float, Vec::project_rows>(part, i, 0, part.m);
-  });
+Blocks blocks_of(const Project& p) {
+  constexpr int64_t kRows = Vec::project_rows, kColumns = Vec::project_columns, kEntry = sizeof(typename Vec::Entry);
+  constexpr int64_t kNear = 12 * 1024, kNearRows = 32 * 1024, kTileRows = 24 * 1024, kNext = 128 * 1024;
+  const auto neurons = [&](int64_t bytes) { return bytes / (p.d * int64_t(sizeof(W))); };
+  const auto whole_tiles = [&](int64_t m, int64_t least) { return std::max(m / kColumns, least) * kColumns; };
+  if (p.n <= kRows || p.n * p.d * kEntry <= kNearRows || neurons(kNear) >= kRows) return {whole_tiles(neurons(kNear), 1), p.d};
+  const int64_t spans = (p.d * kRows * kEntry + kTileRows - 1) / kTileRows;
+  if (spans == 1) return {whole_tiles(neurons(kNext), 1), p.d};
+  return {std::min(whole_tiles(neurons(kNext), 4), kKeptTiles * kColumns),
+          (p.d / spans + Vec::width - 1) / Vec::width * Vec::width};
+}
+
+// body(part, ahead): so many neurons after the other, while those that come next are fetched.
+template <class Vec, class W, class Body>
+void in_blocks(const Project& p, int64_t neurons, const Body& body) {
+  Project part = p;
+  for (int64_t j = 0; j < p.m; j += neurons) {
+    const int64_t left = p.m - j;
+    const W* w = static_cast<const W*>(p.w) + j * p.d;
+    const void* next = left > neurons ? w + neurons * p.d : p.next;
+    part.m = std::min(left, neurons), part.w = w, part.out = p.out + j;
+    const int64_t fetched = std::min(left > neurons ? left - neurons : p.m, neurons) * p.d * int64_t(sizeof(W));
+    body(part, Ahead(next, fetched, p.n * part.m * p.d));
+  }
 }
 
 template <class Vec, class W>
 void project(const Project& p) {
-  constexpr int64_t kManyRows = 8;
-  if (p.n == 1) {  // more neurons at once: memory gives several streams faster
-    constexpr int kColumns = 2 * Vec::project_columns;
-    for (int64_t j = 0; j < p.m; j += kColumns) project_tile<Vec, W, 1, kColumns>(p, 0, j);
-    return;
-  }
-  if constexpr (sizeof(W) == 2 && !std::is_same_v<W, typename Vec::Entry>)  // where they are widened
-    if constexpr (Vec::copied > 0)
-      if (p.n >= kManyRows && p.d * Vec::project_columns <= Vec::copied) return project_widened<Vec, W>(p);
-  in_blocks<Vec, W>(p, [](const Project& part, int64_t i, int64_t j0, int64_t j1) {
-    project_rows<Vec, W, Vec::project_rows>(part, i, j0, j1);
+  constexpr int kColumns = Vec::project_columns;
+  if (p.n == 1)  // more neurons at once: memory gives several streams faster
+    return in_blocks<Vec, W>(p, 2 * kColumns, [&](const Project& part, Ahead ahead) {
+      project_tile<Vec, W, 1, 2 * kColumns>(part, 0, 0, 0, p.d, nullptr, ahead);
+    });
+  if constexpr (sizeof(W) == 2 && !std::is_same_v<W, typename Vec::Entry> && Vec::copied > 0)
+    if (constexpr int64_t kManyRows = 8; p.n >= kManyRows && p.d * kColumns <= Vec::copied) {
+      // 16-bit weights are widened once, and not again in every tile.
+      alignas(64) float copy[Vec::copied];
+      constexpr int64_t kNear = 3 * 1024;
+      return in_blocks<Vec, W>(p, std::max(kNear / p.d / kColumns, int64_t{1}) * kColumns, [&](Project part, Ahead ahead) {
+        widen<Vec, W>(static_cast<const W*>(part.w), copy, part.m * p.d);
+        part.w = copy;
+        project_rows<Vec, float, Vec::project_rows>(part, 0, p.d, nullptr, ahead);
+      });
+    }
+  const Blocks by = blocks_of<Vec, W>(p);
+  typename Vec::Sum kept[kKeptTiles * sums_of<Vec>(Vec::project_rows * kColumns)];
+  in_blocks<Vec, W>(p, by.neurons, [&](const Project& part, Ahead ahead) {
+    project_rows<Vec, W, Vec::project_rows>(part, 0, by.span, kept, ahead);
   });
 }
 
