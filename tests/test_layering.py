@@ -87,6 +87,7 @@ def test_an_instruction_set_file_includes_only_its_template():
         assert includes(path) <= {"immintrin.h", "cstring"} | shared, path.name
     for name in (
         "table",
+        "ahead",
         "project",
         "accumulate",
         "activate",

@@ -1,6 +1,5 @@
 // Weighted sums of neuron rows into token rows, in tiles. One template for every instruction set; no intrinsics here.
 #pragma once
-#include <algorithm>
 #include <type_traits>
 
 #include "cpu/ahead.h"
@@ -15,7 +14,7 @@ constexpr int64_t kStrip = 72;  // columns of y, of 512 tokens 144 KiB, that sta
 // One tile: Rows tokens x Vecs vectors of columns, held in registers while j runs over the neurons. Columns beyond the
 // last whole vector: Vecs = 1 and part > 0 columns. Flat, as tiles of project.
 template <class Vec, class W, int Rows, int Vecs>
-[[gnu::flatten]] void accumulate_tile(const Accumulate& p, AheadInRows& ahead, int64_t i0, int64_t c0, int64_t part = 0) {
+[[gnu::flatten]] void accumulate_tile(const Accumulate& p, AheadInRows<Vec>& ahead, int64_t i0, int64_t c0, int64_t part = 0) {
   const auto load = [&](auto* from) { return part ? Vec::load_part(from, part) : Vec::load(from); };
   float* y[Rows];
   for (int i = 0; i < Rows; ++i) y[i] = p.y + (p.rows ? p.rows[i0 + i] : i0 + i) * p.ld_y + c0;
@@ -30,8 +29,8 @@ template <class Vec, class W, int Rows, int Vecs>
   const W* w = static_cast<const W*>(p.w) + c0;
   constexpr int64_t kBytes = Vecs * Vec::width * sizeof(W);
   const int64_t pace = ahead.pace(p.m, Rows * Vecs * Vec::width);
-  with_lines<(kBytes + Ahead::kLine - 1) / Ahead::kLine>(pace, [&](auto lines) {
-    AheadInRows walk = ahead;
+  with_lines<(kBytes + kLine - 1) / kLine>(pace, [&](auto lines) {
+    AheadInRows<Vec> walk = ahead;
     for (int64_t j = 0; j < p.m; ++j, w += p.ld_w) {
       walk.step(pace, lines);
       Vec ws[Vecs];
@@ -53,14 +52,14 @@ template <class Vec, class W, int Rows, int Vecs>
 
 // Rows i0 .. n of one strip of columns: tiles of Rows, then one tile of what is left.
 template <class Vec, class W, int Rows, int Vecs>
-void accumulate_rows(const Accumulate& p, AheadInRows& ahead, int64_t i0, int64_t c0, int64_t part = 0) {
+void accumulate_rows(const Accumulate& p, AheadInRows<Vec>& ahead, int64_t i0, int64_t c0, int64_t part = 0) {
   for (; i0 + Rows <= p.n; i0 += Rows) accumulate_tile<Vec, W, Rows, Vecs>(p, ahead, i0, c0, part);
   if constexpr (Rows > 1)
     if (i0 < p.n) accumulate_rows<Vec, W, Rows - 1, Vecs>(p, ahead, i0, c0, part);
 }
 
 template <class Vec, class W>
-void accumulate_all(const Accumulate& p, AheadInRows ahead) {
+void accumulate_all(const Accumulate& p, AheadInRows<Vec> ahead) {
   constexpr int kRows = Vec::accumulate_rows, kVecs = Vec::accumulate_vecs;
   int64_t c = 0;
   for (; c + kVecs * Vec::width <= p.columns; c += kVecs * Vec::width) accumulate_rows<Vec, W, kRows, kVecs>(p, ahead, 0, c);
@@ -69,24 +68,21 @@ void accumulate_all(const Accumulate& p, AheadInRows ahead) {
 }
 
 // The columns of so many neurons that come next, while p is computed.
-template <class W>
-AheadInRows ahead_of(const Accumulate& p, const void* next, int64_t neurons) {
+template <class Vec, class W>
+AheadInRows<Vec> ahead_of(const Accumulate& p, const void* next, int64_t neurons) {
   return {next, neurons, p.columns * int64_t(sizeof(W)), p.ld_w * int64_t(sizeof(W)), p.n * p.m * p.columns};
 }
 
 // body(part, ahead): a few neurons at a time, over all columns, while those that come next are fetched. Sums are the same, for
 // they pass through y.
-template <class W, class Body>
+template <class Vec, class W, class Body>
 void in_turns(const Accumulate& p, int64_t neurons, const Body& body) {
-  Accumulate part = p;
-  for (int64_t j = 0; j < p.m; j += neurons) {
-    const int64_t left = p.m - j;
-    part.m = std::min(left, neurons);
-    part.h = static_cast<const float*>(p.h) + j;
-    part.w = static_cast<const W*>(p.w) + j * p.ld_w;
-    const void* next = left > neurons ? static_cast<const W*>(part.w) + neurons * p.ld_w : p.next;
-    body(part, ahead_of<W>(part, next, std::min(left > neurons ? left - neurons : p.m, neurons)));
-  }
+  some_at_once<Vec>(p.m, neurons, [&](int64_t j, int64_t count, bool more, int64_t then) {
+    Accumulate part = p;
+    const W* w = static_cast<const W*>(p.w) + j * p.ld_w;
+    part.m = count, part.w = w, part.h = static_cast<const float*>(p.h) + j;
+    body(part, ahead_of<Vec, W>(part, more ? w + count * p.ld_w : p.next, then));
+  });
 }
 
 // Many rows read the weights again and again: from a copy, widened once, without the distance from neuron to neuron, which a
@@ -98,15 +94,16 @@ void accumulate(const Accumulate& p) {
     if (p.n >= kManyRows && p.columns <= kManyColumns) {
       static_assert(Vec::copied >= kManyColumns, "some neurons fit a copy");
       alignas(64) float copy[Vec::copied];
-      return in_turns<W>(p, Vec::copied / p.columns, [&](Accumulate part, const AheadInRows& ahead) {
+      return in_turns<Vec, W>(p, Vec::copied / p.columns, [&](Accumulate part, const AheadInRows<Vec>& ahead) {
         for (int64_t j = 0; j < part.m; ++j)
           widen<Vec, W>(static_cast<const W*>(part.w) + j * p.ld_w, copy + j * p.columns, p.columns);
         part.w = copy, part.ld_w = p.columns;
         accumulate_all<Vec, float>(part, ahead);
       });
     }
-  const int64_t neurons = p.columns <= kStrip ? p.m : p.n <= Vec::accumulate_rows ? 4 : 16;
-  in_turns<W>(p, neurons, [](const Accumulate& part, const AheadInRows& ahead) { accumulate_all<Vec, W>(part, ahead); });
+  const int64_t neurons = p.columns <= kStrip ? p.m : p.n <= 2 ? 4 : 16;
+  in_turns<Vec, W>(p, neurons,
+                   [](const Accumulate& part, const AheadInRows<Vec>& ahead) { accumulate_all<Vec, W>(part, ahead); });
 }
 
 // What follows multiplies entries of 16 bits, and sums the products of two neighbours: Pair is Ints or Pairs (see table.h).
@@ -140,7 +137,7 @@ struct CopiedPairs {
 
 // Rows tokens x Groups of Pair::width columns, two neurons at once. Part: of one group, part columns. Flat.
 template <class Pair, class Vec, int Rows, int Groups, bool Part, class Weights>
-[[gnu::flatten]] void accumulate_pair_tile(const Accumulate& p, const Weights& weights, AheadInRows& ahead, int64_t i0,
+[[gnu::flatten]] void accumulate_pair_tile(const Accumulate& p, const Weights& weights, AheadInRows<Vec>& ahead, int64_t i0,
                                            int64_t c0, int64_t part) {
   using Entry = typename Pair::Entry;
   using Weight = typename Pair::Weight;
@@ -151,8 +148,8 @@ template <class Pair, class Vec, int Rows, int Groups, bool Part, class Weights>
   const Entry* h = static_cast<const Entry*>(p.h) + i0 * p.ld_h;
   constexpr int64_t kBytes = 2 * Groups * Pair::width * sizeof(Weight);
   const int64_t pace = ahead.pace((p.m + 1) / 2, 2 * Rows * Groups * Pair::width);
-  with_lines<(kBytes + Ahead::kLine - 1) / Ahead::kLine>(pace, [&](auto lines) {
-    AheadInRows walk = ahead;
+  with_lines<(kBytes + kLine - 1) / kLine>(pace, [&](auto lines) {
+    AheadInRows<Vec> walk = ahead;
     for (int64_t j = 0; j < p.m; j += 2) {
       walk.step(pace, lines);
       Pair ws[Groups][2];
@@ -190,7 +187,8 @@ template <class Pair, class Vec, int Rows, int Groups, bool Part, class Weights>
 }
 
 template <class Pair, class Vec, int Rows, int Groups, bool Part, class Weights>
-void accumulate_pair_rows(const Accumulate& p, const Weights& weights, AheadInRows& ahead, int64_t i0, int64_t c0, int64_t part) {
+void accumulate_pair_rows(const Accumulate& p, const Weights& weights, AheadInRows<Vec>& ahead, int64_t i0, int64_t c0,
+                          int64_t part) {
   for (; i0 + Rows <= p.n; i0 += Rows) accumulate_pair_tile<Pair, Vec, Rows, Groups, Part>(p, weights, ahead, i0, c0, part);
   if constexpr (Rows > 1)
     if (i0 < p.n) accumulate_pair_rows<Pair, Vec, Rows - 1, Groups, Part>(p, weights, ahead, i0, c0, part);
@@ -200,7 +198,7 @@ void accumulate_pair_rows(const Accumulate& p, const Weights& weights, AheadInRo
 template <class Pair, class Vec, class WeightsOf>
 void accumulate_pair_columns(const Accumulate& p, const WeightsOf& weights_of) {
   constexpr int kRows = Pair::accumulate_rows, kGroups = Pair::accumulate_groups;
-  AheadInRows ahead = ahead_of<typename Pair::Weight>(p, p.next, p.m);
+  AheadInRows<Vec> ahead = ahead_of<Vec, typename Pair::Weight>(p, p.next, p.m);
   const auto whole = weights_of(std::false_type{}, 0);
   int64_t c = 0;
   for (; c + kGroups * Pair::width <= p.columns; c += kGroups * Pair::width)

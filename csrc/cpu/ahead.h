@@ -6,17 +6,24 @@
 
 namespace sadmoe::cpu {
 
+constexpr int64_t kLine = 64;  // bytes
+
 // A walk through memory at an even pace: as far with each product as ends with the last of them. Bursts would have to wait,
-// and memory gives lines fastest in their order.
+// and memory gives lines fastest in their order. A template of Vec, as everything here: a function of one instruction set must
+// not be linked into another.
+template <class Vec>
 class Ahead {
  public:
-  static constexpr int64_t kLine = 64, kAgain = 3072;
+  static constexpr int64_t kAgain = 3072;
 
   Ahead() = default;  // nothing
 
   // So many bytes while so many products are summed, but `least` a step at least. from may be null: nothing.
   Ahead(const void* from, int64_t bytes, int64_t products, int64_t least = 1)
-      : at_(static_cast<const char*>(from)), left_(from ? bytes : 0), rate_((bytes << kShift) / products + 1), least_(least) {}
+      : at_(static_cast<const char*>(from)),
+        left_(from ? bytes : 0),
+        rate_(products > 0 ? (bytes << kShift) / products + 1 : 0),
+        least_(least) {}
 
   // Bytes a step, of so many steps of so many products.
   int64_t pace(int64_t steps, int64_t products) {
@@ -52,10 +59,13 @@ class Ahead {
 };
 
 // The same through rows of so many bytes, ld bytes apart.
-class AheadInRows : public Ahead {
+template <class Vec>
+class AheadInRows : public Ahead<Vec> {
  public:
+  using Ahead<Vec>::kAgain;
+
   AheadInRows(const void* from, int64_t rows, int64_t row, int64_t ld, int64_t products)
-      : Ahead(from, rows * row, products, row == ld ? 1 : kLine),
+      : Ahead<Vec>(from, rows * row, products, row == ld ? 1 : kLine),
         row_left_(row),
         row_(row),
         jump_(ld - row),
@@ -71,6 +81,8 @@ class AheadInRows : public Ahead {
   }
 
  private:
+  using Ahead<Vec>::ask, Ahead<Vec>::at_;
+
   int64_t row_left_, row_, jump_, again_;
 };
 
@@ -78,9 +90,19 @@ class AheadInRows : public Ahead {
 template <int Most, class Body>
 void with_lines(int64_t pace, const Body& body) {
   if (pace == 0) return body(Index<0>{});
-  if (Most > 1 && pace <= Ahead::kLine) return body(Index<1>{});
-  if (Most > 2 && pace <= 2 * Ahead::kLine) return body(Index<2>{});
+  if (Most > 1 && pace <= kLine) return body(Index<1>{});
+  if (Most > 2 && pace <= 2 * kLine) return body(Index<2>{});
   body(Index<Most>{});
+}
+
+// Takes m neurons, `most` at once: body(j, count, more, then) for those from j on, where then are taken after them: from j +
+// count on where there are more, else from those that come next, which are supposed to be m as well.
+template <class Vec, class Body>
+void some_at_once(int64_t m, int64_t most, const Body& body) {
+  for (int64_t j = 0; j < m; j += most) {
+    const int64_t left = m - j, count = left < most ? left : most, then = left > most ? left - most : m;
+    body(j, count, left > most, then < most ? then : most);
+  }
 }
 
 }  // namespace sadmoe::cpu

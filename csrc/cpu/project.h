@@ -1,6 +1,5 @@
 // Dot products of token rows with neuron rows, in tiles. One template for every instruction set; no intrinsics here.
 #pragma once
-#include <algorithm>
 #include <cstring>
 #include <type_traits>
 
@@ -24,7 +23,7 @@ constexpr int sums_of(int products) {
 // before and after wait in `kept`. Flat: a function that was called would keep the sums in memory.
 template <class Vec, class W, int Rows, int Columns>
 [[gnu::flatten]] void project_tile(const Project& p, int64_t i0, int64_t j0, int64_t k0, int64_t k1, typename Vec::Sum* kept,
-                                   Ahead& ahead) {
+                                   Ahead<Vec>& ahead) {
   using X = typename Vec::Entry;
   using Sum = typename Vec::Sum;
   constexpr int kSums = sums_of<Vec>(Rows * Columns);
@@ -54,8 +53,8 @@ template <class Vec, class W, int Rows, int Columns>
   const auto whole = [](auto* from) { return Vec::load(from); };
   constexpr int64_t kBytes = Columns * Vec::width * sizeof(W);
   const int64_t pace = ahead.pace((k1 - k0) / Vec::width, Rows * Columns * Vec::width);
-  with_lines<(kBytes + Ahead::kLine - 1) / Ahead::kLine>(pace, [&](auto lines) {
-    Ahead walk = ahead;
+  with_lines<(kBytes + kLine - 1) / kLine>(pace, [&](auto lines) {
+    Ahead<Vec> walk = ahead;
     for (; k + Vec::width <= k1; k += Vec::width) walk.step(pace, lines), step(whole, k);
     ahead = walk;
   });
@@ -79,74 +78,81 @@ template <class Vec, class W, int Rows, int Columns>
 // The neurons of rows i0 .. n, in tiles of Rows rows, the rest in smaller ones: of 4 after 6, then half, rounded up. Of each
 // tile's rows, span entries after span.
 template <class Vec, class W, int Rows>
-void project_rows(const Project& p, int64_t i0, int64_t span, typename Vec::Sum* kept, Ahead& ahead) {
+void project_rows(const Project& p, int64_t i0, int64_t span, typename Vec::Sum* kept, Ahead<Vec>& ahead) {
   constexpr int kColumns = Vec::project_columns, kSums = sums_of<Vec>(Rows * kColumns);
   const auto pairs_are_left = [&] { return Rows == 3 && p.n - i0 == 4; };  // a row alone takes as long as two
   for (; i0 + Rows <= p.n && !pairs_are_left(); i0 += Rows)
     for (int64_t k = 0; k < p.d; k += span)
       for (int64_t j = 0; j < p.m; j += kColumns)
-        project_tile<Vec, W, Rows, kColumns>(p, i0, j, k, std::min(k + span, p.d), kept + j / kColumns * kSums, ahead);
+        project_tile<Vec, W, Rows, kColumns>(p, i0, j, k, k + span < p.d ? k + span : p.d, kept + j / kColumns * kSums, ahead);
   if constexpr (Rows > 1)
     if (i0 < p.n) project_rows<Vec, W, (Rows > 4 ? 4 : (Rows + 1) / 2)>(p, i0, span, kept, ahead);
 }
 
-// How many neurons all rows are multiplied with before the next neurons, and how many entries of a tile's rows before the next
-// entries. Either neurons stay in the first-level cache and rows stream by, or, where that would bring more lines, a tile's rows
-// stay there, and neurons in the second-level one stream by.
+// What is multiplied before the next rows, the next neurons, and the next entries of a tile's rows. Either neurons stay in the
+// first-level cache, and rows in the second-level one stream by; or, where that would bring more lines, a tile's rows stay
+// there, and neurons in the second-level one stream by.
 struct Blocks {
-  int64_t neurons, span;
+  int64_t rows, neurons, span;
 };
 
 template <class Vec, class W>
 Blocks blocks_of(const Project& p) {
-  constexpr int64_t kRows = Vec::project_rows, kColumns = Vec::project_columns, kEntry = sizeof(typename Vec::Entry);
-  constexpr int64_t kNear = 12 * 1024, kNearRows = 32 * 1024, kTileRows = 24 * 1024, kNext = 128 * 1024;
-  const auto neurons = [&](int64_t bytes) { return bytes / (p.d * int64_t(sizeof(W))); };
-  const auto whole_tiles = [&](int64_t m, int64_t least) { return std::max(m / kColumns, least) * kColumns; };
-  if (p.n <= kRows || p.n * p.d * kEntry <= kNearRows || neurons(kNear) >= kRows) return {whole_tiles(neurons(kNear), 1), p.d};
-  const int64_t spans = (p.d * kRows * kEntry + kTileRows - 1) / kTileRows;
-  if (spans == 1) return {whole_tiles(neurons(kNext), 1), p.d};
-  return {std::min(whole_tiles(neurons(kNext), 4), kKeptTiles * kColumns),
-          (p.d / spans + Vec::width - 1) / Vec::width * Vec::width};
+  constexpr int64_t kRows = Vec::project_rows, kColumns = Vec::project_columns;
+  constexpr int64_t kNear = 12 * 1024, kNearRows = 32 * 1024, kTileRows = 24 * 1024, kNext = 128 * 1024, kNextRows = 192 * 1024;
+  const int64_t row = p.d * int64_t(sizeof(typename Vec::Entry)), neuron = p.d * int64_t(sizeof(W));
+  const auto whole = [](int64_t count, int64_t tile) { return count < tile ? tile : count / tile * tile; };
+  if (p.n <= kRows || p.n * row <= kNearRows || kNear / neuron >= kRows)
+    return {whole(kNextRows / row, kRows), whole(kNear / neuron, kColumns), p.d};
+  const int64_t spans = (kRows * row + kTileRows - 1) / kTileRows, neurons = whole(kNext / neuron, kColumns);
+  if (spans == 1) return {p.n, neurons, p.d};
+  constexpr int64_t kLeast = 4 * kColumns, kMost = kKeptTiles * kColumns;
+  return {p.n,
+          neurons < kLeast  ? kLeast
+          : neurons > kMost ? kMost
+                            : neurons,
+          (p.d + spans * Vec::width - 1) / (spans * Vec::width) * Vec::width};
 }
 
-// body(part, ahead): so many neurons after the other, while those that come next are fetched.
+// body(part, ahead): so many neurons after the other, with so many rows, while those that come next are fetched.
 template <class Vec, class W, class Body>
-void in_blocks(const Project& p, int64_t neurons, const Body& body) {
-  Project part = p;
-  for (int64_t j = 0; j < p.m; j += neurons) {
-    const int64_t left = p.m - j;
+void in_blocks(const Project& p, int64_t rows, int64_t neurons, const Body& body) {
+  some_at_once<Vec>(p.m, neurons, [&](int64_t j, int64_t count, bool more, int64_t then) {
+    Project part = p;
     const W* w = static_cast<const W*>(p.w) + j * p.d;
-    const void* next = left > neurons ? w + neurons * p.d : p.next;
-    part.m = std::min(left, neurons), part.w = w, part.out = p.out + j;
-    const int64_t fetched = std::min(left > neurons ? left - neurons : p.m, neurons) * p.d * int64_t(sizeof(W));
-    body(part, Ahead(next, fetched, p.n * part.m * p.d));
-  }
+    part.m = count, part.w = w, part.out = p.out + j;
+    body(part, Ahead<Vec>(more ? w + count * p.d : p.next, then * p.d * int64_t(sizeof(W)), rows * count * p.d));
+  });
 }
 
 template <class Vec, class W>
 void project(const Project& p) {
   constexpr int kColumns = Vec::project_columns;
   if (p.n == 1)  // more neurons at once: memory gives several streams faster
-    return in_blocks<Vec, W>(p, 2 * kColumns, [&](const Project& part, Ahead ahead) {
+    return in_blocks<Vec, W>(p, 1, 2 * kColumns, [&](const Project& part, Ahead<Vec> ahead) {
       project_tile<Vec, W, 1, 2 * kColumns>(part, 0, 0, 0, p.d, nullptr, ahead);
     });
-  if constexpr (sizeof(W) == 2 && !std::is_same_v<W, typename Vec::Entry> && Vec::copied > 0)
-    if (constexpr int64_t kManyRows = 8; p.n >= kManyRows && p.d * kColumns <= Vec::copied) {
-      // 16-bit weights are widened once, and not again in every tile.
+  if constexpr (sizeof(W) == 2 && !std::is_same_v<W, typename Vec::Entry> && Vec::copied > 0) {
+    constexpr int64_t kManyRows = 8, kNear = 3 * 1024;
+    if (p.n >= kManyRows && p.d * kColumns <= Vec::copied) {  // 16-bit weights are widened once, and not again in every tile
       alignas(64) float copy[Vec::copied];
-      constexpr int64_t kNear = 3 * 1024;
-      return in_blocks<Vec, W>(p, std::max(kNear / p.d / kColumns, int64_t{1}) * kColumns, [&](Project part, Ahead ahead) {
+      const int64_t tiles = kNear / p.d / kColumns;
+      return in_blocks<Vec, W>(p, p.n, (tiles > 0 ? tiles : 1) * kColumns, [&](Project part, Ahead<Vec> ahead) {
         widen<Vec, W>(static_cast<const W*>(part.w), copy, part.m * p.d);
         part.w = copy;
         project_rows<Vec, float, Vec::project_rows>(part, 0, p.d, nullptr, ahead);
       });
     }
+  }
   const Blocks by = blocks_of<Vec, W>(p);
   typename Vec::Sum kept[kKeptTiles * sums_of<Vec>(Vec::project_rows * kColumns)];
-  in_blocks<Vec, W>(p, by.neurons, [&](const Project& part, Ahead ahead) {
-    project_rows<Vec, W, Vec::project_rows>(part, 0, by.span, kept, ahead);
-  });
+  Project rows = p;
+  for (int64_t i = 0; i < p.n; i += by.rows) {
+    rows.n = i + by.rows < p.n ? i + by.rows : p.n;
+    in_blocks<Vec, W>(rows, rows.n - i, by.neurons, [&](const Project& part, Ahead<Vec> ahead) {
+      project_rows<Vec, W, Vec::project_rows>(part, i, by.span, kept, ahead);
+    });
+  }
 }
 
 }  // namespace sadmoe::cpu
