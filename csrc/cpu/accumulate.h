@@ -113,13 +113,15 @@ void accumulate(const Accumulate& p) {
 template <class Pair, bool Part>
 struct PairsInPlace {
   using Weight = typename Pair::Weight;
-  const Accumulate& p;
-  int64_t part;
+  const Weight* w;
+  int64_t ld, m, part;
+
+  PairsInPlace(const Accumulate& p, int64_t part) : w(static_cast<const Weight*>(p.w)), ld(p.ld_w), m(p.m), part(part) {}
 
   void load(int64_t j, int64_t c, Pair* out) const {
     static constexpr Weight kNone[Pair::width] = {};  // past the last neuron
-    const Weight* even = static_cast<const Weight*>(p.w) + j * p.ld_w + c;
-    const Weight* odd = j + 1 < p.m ? even + p.ld_w : kNone;
+    const Weight* even = w + j * ld + c;
+    const Weight* odd = j + 1 < m ? even + ld : kNone;
     Part ? Pair::load_pairs_part(even, odd, part, out) : Pair::load_pairs(even, odd, out);
   }
 };
@@ -146,6 +148,7 @@ template <class Pair, class Vec, int Rows, int Groups, bool Part, class Weights>
   const auto each = [](auto body) { unroll<Rows>([&](auto i) { unroll<Groups>([&](auto g) { body(i.value, g.value); }); }); };
   each([&](int i, int g) { sums[i][g][0] = sums[i][g][1] = Sum::zero(); });
   const Entry* h = static_cast<const Entry*>(p.h) + i0 * p.ld_h;
+  const Weights from = weights;  // in registers
   constexpr int64_t kBytes = 2 * Groups * Pair::width * sizeof(Weight);
   const int64_t pace = ahead.pace((p.m + 1) / 2, 2 * Rows * Groups * Pair::width);
   with_lines<(kBytes + kLine - 1) / kLine>(pace, [&](auto lines) {
@@ -153,7 +156,7 @@ template <class Pair, class Vec, int Rows, int Groups, bool Part, class Weights>
     for (int64_t j = 0; j < p.m; j += 2) {
       walk.step(pace, lines);
       Pair ws[Groups][2];
-      unroll<Groups>([&](auto g) { weights.load(j, c0 + g.value * Pair::width, ws[g.value]); });
+      unroll<Groups>([&](auto g) { from.load(j, c0 + g.value * Pair::width, ws[g.value]); });
       unroll<Rows>([&](auto i) {
         const Pair pair = Pair::set_pair(h + i.value * p.ld_h + j);
         unroll<Groups>([&](auto g) {
@@ -201,6 +204,10 @@ void accumulate_pair_columns(const Accumulate& p, const WeightsOf& weights_of) {
   AheadInRows<Vec> ahead = ahead_of<Vec, typename Pair::Weight>(p, p.next, p.m);
   const auto whole = weights_of(std::false_type{}, 0);
   int64_t c = 0;
+  constexpr int kWide = kRows * kGroups * 2 / 3;  // for a row alone, as memory gives long pieces of a neuron faster
+  if constexpr (kWide > kGroups)
+    for (; p.n == 1 && c + kWide * Pair::width <= p.columns; c += kWide * Pair::width)
+      accumulate_pair_tile<Pair, Vec, 1, kWide, false>(p, whole, ahead, 0, c, 0);
   for (; c + kGroups * Pair::width <= p.columns; c += kGroups * Pair::width)
     accumulate_pair_rows<Pair, Vec, kRows, kGroups, false>(p, whole, ahead, 0, c, 0);
   for (; c + Pair::width <= p.columns; c += Pair::width)
@@ -224,14 +231,14 @@ void accumulate_pairs(const Accumulate& p) {
       };
       for (int64_t j = 0; j < p.m; j += 2) {
         int64_t c = 0;
-        for (; c + kWidth <= p.columns; c += kWidth) fill(PairsInPlace<Pair, false>{p, 0}, j, c);
-        if (c < p.columns) fill(PairsInPlace<Pair, true>{p, p.columns - c}, j, c);
+        for (; c + kWidth <= p.columns; c += kWidth) fill(PairsInPlace<Pair, false>(p, 0), j, c);
+        if (c < p.columns) fill(PairsInPlace<Pair, true>(p, p.columns - c), j, c);
       }
       return accumulate_pair_columns<Pair, Vec>(p, [&](auto, int64_t) { return CopiedPairs<Pair>{copy, columns}; });
     }
   }
   accumulate_pair_columns<Pair, Vec>(
-      p, [&](auto part, int64_t columns) { return PairsInPlace<Pair, decltype(part)::value>{p, columns}; });
+      p, [&](auto part, int64_t columns) { return PairsInPlace<Pair, decltype(part)::value>(p, columns); });
 }
 
 }  // namespace sadmoe::cpu
