@@ -75,8 +75,7 @@ template <class Vec, class W, int Rows, int Columns>
   }
 }
 
-// The neurons of rows i0 .. n, in tiles of Rows rows, the rest in smaller ones: of 4 after 6, then half, rounded up. Of each
-// tile's rows, span entries after span.
+// The neurons of rows i0 .. n: tiles of Rows rows, then one tile of what is left. Of each tile's rows, span entries after span.
 template <class Vec, class W, int Rows>
 void project_rows(const Project& p, int64_t i0, int64_t span, typename Vec::Sum* kept, Ahead<Vec>& ahead) {
   constexpr int kColumns = Vec::project_columns, kSums = sums_of<Vec>(Rows * kColumns);
@@ -86,7 +85,7 @@ void project_rows(const Project& p, int64_t i0, int64_t span, typename Vec::Sum*
       for (int64_t j = 0; j < p.m; j += kColumns)
         project_tile<Vec, W, Rows, kColumns>(p, i0, j, k, k + span < p.d ? k + span : p.d, kept + j / kColumns * kSums, ahead);
   if constexpr (Rows > 1)
-    if (i0 < p.n) project_rows<Vec, W, (Rows > 4 ? 4 : (Rows + 1) / 2)>(p, i0, span, kept, ahead);
+    if (i0 < p.n) project_rows<Vec, W, Rows - 1>(p, i0, span, kept, ahead);
 }
 
 // What is multiplied before the next rows, the next neurons, and the next entries of a tile's rows. Either neurons stay in the

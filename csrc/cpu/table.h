@@ -8,7 +8,7 @@
 //   scale2(v, n)              v 2^n for whole n
 //   round_to(int16_t*)        to nearest even
 //   reduce(v[sums])           lane i is the sum of v[i], by one fixed tree
-//   project_rows (6 or at most 4), project_columns, accumulate_rows, accumulate_vecs: register tiles
+//   project_rows, project_columns, accumulate_rows, accumulate_vecs: register tiles
 //   copied                    floats of weights that are copied for many rows to read, see accumulate.h; 0: none
 //   hold(v)                   keeps v in a register, lest its load be folded into every use
 // Ints is `width` integers of 16 bits, Ints::Sum half as many of 32, as many as floats in a Vec. Pairs, of instruction sets that
