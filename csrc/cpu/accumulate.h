@@ -11,11 +11,16 @@ namespace sadmoe::cpu {
 
 constexpr int64_t kStrip = 72;  // columns of y, of 512 tokens 144 KiB, that stay near while many rows are added
 
-// One tile: Rows tokens x Vecs vectors of columns, held in registers while j runs over the neurons. Columns beyond the
-// last whole vector: Vecs = 1 and part > 0 columns. Flat, as tiles of project.
-template <class Vec, class W, int Rows, int Vecs>
-[[gnu::flatten]] void accumulate_tile(const Accumulate& p, AheadInRows<Vec>& ahead, int64_t i0, int64_t c0, int64_t part = 0) {
-  const auto load = [&](auto* from) { return part ? Vec::load_part(from, part) : Vec::load(from); };
+// One tile: Rows tokens x Vecs vectors of columns, held in registers while j runs over the neurons. Part: of one vector, part
+// columns. Flat, as tiles of project.
+template <class Vec, class W, int Rows, int Vecs, bool Part>
+[[gnu::flatten]] void accumulate_tile(const Accumulate& p, AheadInRows<Vec>& ahead, int64_t i0, int64_t c0, int64_t part) {
+  const auto load = [&](auto* from) {
+    if constexpr (Part)
+      return Vec::load_part(from, part);
+    else
+      return Vec::load(from);
+  };
   float* y[Rows];
   for (int i = 0; i < Rows; ++i) y[i] = p.y + (p.rows ? p.rows[i0 + i] : i0 + i) * p.ld_y + c0;
   const auto each = [](auto body) { unroll<Rows>([&](auto i) { unroll<Vecs>([&](auto v) { body(i, v); }); }); };
@@ -43,7 +48,7 @@ template <class Vec, class W, int Rows, int Vecs>
     ahead = walk;
   });
   each([&](auto i, auto v) {
-    if (part)
+    if constexpr (Part)
       sums[i.value][v.value].store_part(y[i.value] + v.value * Vec::width, part);
     else
       sums[i.value][v.value].store(y[i.value] + v.value * Vec::width);
@@ -51,11 +56,11 @@ template <class Vec, class W, int Rows, int Vecs>
 }
 
 // Rows i0 .. n of one strip of columns: tiles of Rows, then one tile of what is left.
-template <class Vec, class W, int Rows, int Vecs>
+template <class Vec, class W, int Rows, int Vecs, bool Part = false>
 void accumulate_rows(const Accumulate& p, AheadInRows<Vec>& ahead, int64_t i0, int64_t c0, int64_t part = 0) {
-  for (; i0 + Rows <= p.n; i0 += Rows) accumulate_tile<Vec, W, Rows, Vecs>(p, ahead, i0, c0, part);
+  for (; i0 + Rows <= p.n; i0 += Rows) accumulate_tile<Vec, W, Rows, Vecs, Part>(p, ahead, i0, c0, part);
   if constexpr (Rows > 1)
-    if (i0 < p.n) accumulate_rows<Vec, W, Rows - 1, Vecs>(p, ahead, i0, c0, part);
+    if (i0 < p.n) accumulate_rows<Vec, W, Rows - 1, Vecs, Part>(p, ahead, i0, c0, part);
 }
 
 template <class Vec, class W>
@@ -64,7 +69,7 @@ void accumulate_all(const Accumulate& p, AheadInRows<Vec> ahead) {
   int64_t c = 0;
   for (; c + kVecs * Vec::width <= p.columns; c += kVecs * Vec::width) accumulate_rows<Vec, W, kRows, kVecs>(p, ahead, 0, c);
   for (; c + Vec::width <= p.columns; c += Vec::width) accumulate_rows<Vec, W, kRows, 1>(p, ahead, 0, c);
-  if (c < p.columns) accumulate_rows<Vec, W, kRows, 1>(p, ahead, 0, c, p.columns - c);
+  if (c < p.columns) accumulate_rows<Vec, W, kRows, 1, true>(p, ahead, 0, c, p.columns - c);
 }
 
 // The columns of so many neurons that come next, while p is computed.

@@ -86,12 +86,11 @@ class AheadInRows : public Ahead<Vec> {
   int64_t row_left_, row_, jump_, again_;
 };
 
-// body(Index of 0, 1, 2 or Most): the lines that steps of this pace ask for each.
+// body(Index of 0, 1 or Most): the lines that each step of this pace asks for.
 template <int Most, class Body>
 void with_lines(int64_t pace, const Body& body) {
   if (pace == 0) return body(Index<0>{});
   if (Most > 1 && pace <= kLine) return body(Index<1>{});
-  if (Most > 2 && pace <= 2 * kLine) return body(Index<2>{});
   body(Index<Most>{});
 }
 

@@ -83,7 +83,8 @@ void project_rows(const Project& p, int64_t i0, int64_t span, typename Vec::Sum*
   for (; i0 + Rows <= p.n && !pairs_are_left(); i0 += Rows)
     for (int64_t k = 0; k < p.d; k += span)
       for (int64_t j = 0; j < p.m; j += kColumns)
-        project_tile<Vec, W, Rows, kColumns>(p, i0, j, k, k + span < p.d ? k + span : p.d, kept + j / kColumns * kSums, ahead);
+        project_tile<Vec, W, Rows, kColumns>(p, i0, j, k, k + span < p.d ? k + span : p.d,
+                                             span < p.d ? kept + j / kColumns * kSums : kept, ahead);
   if constexpr (Rows > 1)
     if (i0 < p.n) project_rows<Vec, W, Rows - 1>(p, i0, span, kept, ahead);
 }
@@ -103,14 +104,13 @@ Blocks blocks_of(const Project& p) {
   const auto whole = [](int64_t count, int64_t tile) { return count < tile ? tile : count / tile * tile; };
   if (p.n <= kRows || p.n * row <= kNearRows || kNear / neuron >= kRows)
     return {whole(kNextRows / row, kRows), whole(kNear / neuron, kColumns), p.d};
-  const int64_t spans = (kRows * row + kTileRows - 1) / kTileRows, neurons = whole(kNext / neuron, kColumns);
+  int64_t neurons = whole(kNext / neuron, kColumns);
+  const int64_t spans = (kRows * row + kTileRows - 1) / kTileRows;
   if (spans == 1) return {p.n, neurons, p.d};
   constexpr int64_t kLeast = 4 * kColumns, kMost = kKeptTiles * kColumns;
-  return {p.n,
-          neurons < kLeast  ? kLeast
-          : neurons > kMost ? kMost
-                            : neurons,
-          (p.d + spans * Vec::width - 1) / (spans * Vec::width) * Vec::width};
+  if (neurons < kLeast) neurons = kLeast;
+  if (neurons > kMost) neurons = kMost;
+  return {p.n, neurons, (p.d + spans * Vec::width - 1) / (spans * Vec::width) * Vec::width};
 }
 
 // body(part, ahead): so many neurons after the other, with so many rows, while those that come next are fetched.
@@ -131,6 +131,7 @@ void project(const Project& p) {
     return in_blocks<Vec, W>(p, 1, 2 * kColumns, [&](const Project& part, Ahead<Vec> ahead) {
       project_tile<Vec, W, 1, 2 * kColumns>(part, 0, 0, 0, p.d, nullptr, ahead);
     });
+  typename Vec::Sum kept[kKeptTiles * sums_of<Vec>(Vec::project_rows * kColumns)];
   if constexpr (sizeof(W) == 2 && !std::is_same_v<W, typename Vec::Entry> && Vec::copied > 0) {
     constexpr int64_t kManyRows = 8, kNear = 3 * 1024;
     if (p.n >= kManyRows && p.d * kColumns <= Vec::copied) {  // 16-bit weights are widened once, and not again in every tile
@@ -139,12 +140,11 @@ void project(const Project& p) {
       return in_blocks<Vec, W>(p, p.n, (tiles > 0 ? tiles : 1) * kColumns, [&](Project part, Ahead<Vec> ahead) {
         widen<Vec, W>(static_cast<const W*>(part.w), copy, part.m * p.d);
         part.w = copy;
-        project_rows<Vec, float, Vec::project_rows>(part, 0, p.d, nullptr, ahead);
+        project_rows<Vec, float, Vec::project_rows>(part, 0, p.d, kept, ahead);
       });
     }
   }
   const Blocks by = blocks_of<Vec, W>(p);
-  typename Vec::Sum kept[kKeptTiles * sums_of<Vec>(Vec::project_rows * kColumns)];
   Project rows = p;
   for (int64_t i = 0; i < p.n; i += by.rows) {
     rows.n = i + by.rows < p.n ? i + by.rows : p.n;
