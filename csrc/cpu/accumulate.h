@@ -9,7 +9,7 @@
 
 namespace sadmoe::cpu {
 
-constexpr int64_t kStrip = 72;  // columns of y, of 512 tokens 144 KiB, that stay near while many rows are added
+constexpr int64_t kStrip = 72;  // columns of y, of 512 tokens 144 KiB, that stay near while many rows are added; more are wide
 
 // One tile: Rows tokens x Vecs vectors of columns, held in registers while j runs over the neurons. Part: of one vector, part
 // columns. Flat, as tiles of project.
@@ -33,9 +33,9 @@ template <class Vec, class W, int Rows, int Vecs, bool Part>
   const float* h = static_cast<const float*>(p.h) + i0 * p.ld_h;
   const W* w = static_cast<const W*>(p.w) + c0;
   constexpr int64_t kBytes = Vecs * Vec::width * sizeof(W);
-  const int64_t pace = ahead.pace(p.m, Rows * Vecs * Vec::width);
+  const int64_t pace = ahead.take(p.m, Rows * Vecs * Vec::width, kBytes);
   with_lines<(kBytes + kLine - 1) / kLine>(pace, [&](auto lines) {
-    AheadInRows<Vec> walk = ahead;
+    AheadInRows<Vec> walk = ahead;  // in registers
     for (int64_t j = 0; j < p.m; ++j, w += p.ld_w) {
       walk.step(pace, lines);
       Vec ws[Vecs];
@@ -82,7 +82,7 @@ AheadInRows<Vec> ahead_of(const Accumulate& p, const void* next, int64_t neurons
 // they pass through y.
 template <class Vec, class W, class Body>
 void in_turns(const Accumulate& p, int64_t neurons, const Body& body) {
-  some_at_once<Vec>(p.m, neurons, [&](int64_t j, int64_t count, bool more, int64_t then) {
+  some_at_once(p.m, neurons, [&](int64_t j, int64_t count, bool more, int64_t then) {
     Accumulate part = p;
     const W* w = static_cast<const W*>(p.w) + j * p.ld_w;
     part.m = count, part.w = w, part.h = static_cast<const float*>(p.h) + j;
@@ -91,7 +91,8 @@ void in_turns(const Accumulate& p, int64_t neurons, const Body& body) {
 }
 
 // Many rows read the weights again and again: from a copy, widened once, without the distance from neuron to neuron, which a
-// power of two would leave with a few sets of the near cache.
+// power of two would leave with a few sets of the near cache. Else from where they are: a strip of all neurons, or of wide rows
+// as many as stay near until the next rows of tokens, and fewer where there are none.
 template <class Vec, class W>
 void accumulate(const Accumulate& p) {
   constexpr int64_t kManyRows = 8, kManyColumns = 1024;
@@ -155,9 +156,9 @@ template <class Pair, class Vec, int Rows, int Groups, bool Part, class Weights>
   const Entry* h = static_cast<const Entry*>(p.h) + i0 * p.ld_h;
   const Weights from = weights;  // in registers
   constexpr int64_t kBytes = 2 * Groups * Pair::width * sizeof(Weight);
-  const int64_t pace = ahead.pace((p.m + 1) / 2, 2 * Rows * Groups * Pair::width);
+  const int64_t pace = ahead.take((p.m + 1) / 2, 2 * Rows * Groups * Pair::width, kBytes);
   with_lines<(kBytes + kLine - 1) / kLine>(pace, [&](auto lines) {
-    AheadInRows<Vec> walk = ahead;
+    AheadInRows<Vec> walk = ahead;  // in registers
     for (int64_t j = 0; j < p.m; j += 2) {
       walk.step(pace, lines);
       Pair ws[Groups][2];
@@ -206,7 +207,9 @@ void accumulate_pair_rows(const Accumulate& p, const Weights& weights, AheadInRo
 template <class Pair, class Vec, class WeightsOf>
 void accumulate_pair_columns(const Accumulate& p, const WeightsOf& weights_of) {
   constexpr int kRows = Pair::accumulate_rows, kGroups = Pair::accumulate_groups;
-  AheadInRows<Vec> ahead = ahead_of<Vec, typename Pair::Weight>(p, p.next, p.m);
+  constexpr int64_t kFar = 512 * 1024;  // bytes that would leave the caches before their turn
+  const bool fits = p.m * p.columns * int64_t(sizeof(typename Pair::Weight)) <= kFar;
+  AheadInRows<Vec> ahead = ahead_of<Vec, typename Pair::Weight>(p, fits ? p.next : nullptr, p.m);
   const auto whole = weights_of(std::false_type{}, 0);
   int64_t c = 0;
   constexpr int kWide = kRows * kGroups * 2 / 3;  // for a row alone, as memory gives long pieces of a neuron faster

@@ -8,33 +8,25 @@ namespace sadmoe::cpu {
 
 constexpr int64_t kLine = 64;  // bytes
 
-// A walk through memory at an even pace: as far with each product as ends with the last of them. Bursts would have to wait,
-// and memory gives lines fastest in their order. A template of Vec, as everything here: a function of one instruction set must
-// not be linked into another.
+// Prefetches a range of memory at an even pace, so that it ends with the last product: bursts would have to wait, and memory
+// gives lines fastest in their order. A template of Vec: a function of one instruction set must not be linked into another.
 template <class Vec>
 class Ahead {
  public:
-  static constexpr int64_t kAgain = 3072;
+  // So many bytes while so many products are summed. from may be null: nothing.
+  Ahead(const void* from, int64_t bytes, int64_t products) : Ahead(from, bytes, products, 1) {}
 
-  Ahead() = default;  // nothing
-
-  // So many bytes while so many products are summed, but `least` a step at least. from may be null: nothing.
-  Ahead(const void* from, int64_t bytes, int64_t products, int64_t least = 1)
-      : at_(static_cast<const char*>(from)),
-        left_(from ? bytes : 0),
-        rate_(products > 0 ? (bytes << kShift) / products + 1 : 0),
-        least_(least) {}
-
-  // Bytes a step, of so many steps of so many products.
-  int64_t pace(int64_t steps, int64_t products) {
+  // Takes the bytes a step for so many steps, each of so many products, and of at most so many bytes.
+  int64_t take(int64_t steps, int64_t products, int64_t most) {
     if (left_ <= 0) return 0;
-    const int64_t even = (rate_ * products) >> kShift, pace = even < least_ ? least_ : even;
+    const int64_t even = (rate_ * products + (int64_t{1} << kShift) - 1) >> kShift;
+    const int64_t pace = even < least_ ? least_ : even > most ? most : even;
     left_ -= steps * pace;
     return pace;
   }
 
-  // Each line is asked for twice, the second time kAgain bytes later: a processor drops what it is asked for while too many
-  // lines are on their way.
+  // Each line is asked for at least twice, the second time kAgain bytes later: a processor drops what it is asked for while
+  // too many lines are on their way.
   template <int Lines>
   void step(int64_t pace, Index<Lines> lines) {
     ask(lines, kAgain);
@@ -42,6 +34,14 @@ class Ahead {
   }
 
  protected:
+  static constexpr int64_t kAgain = 3072;
+
+  Ahead(const void* from, int64_t bytes, int64_t products, int64_t least)
+      : at_(static_cast<const char*>(from)),
+        left_(from ? bytes : 0),
+        rate_(products > 0 ? (bytes << kShift) / products : 0),
+        least_(least) {}
+
   template <int Lines>
   void ask(Index<Lines>, int64_t again) const {
     unroll<Lines>([&](auto line) {
@@ -50,20 +50,19 @@ class Ahead {
     });
   }
 
-  const char* at_ = nullptr;
+  const char* at_;
 
  private:
   static constexpr int kShift = 20;
 
-  int64_t left_ = 0, rate_ = 0, least_ = 1;
+  int64_t left_, rate_, least_;
 };
 
-// The same through rows of so many bytes, ld bytes apart.
+// The same through rows of so many bytes, ld bytes apart. Where they are, each step takes a line at least, and lines are asked
+// for again as many whole rows later as hold kAgain bytes.
 template <class Vec>
 class AheadInRows : public Ahead<Vec> {
  public:
-  using Ahead<Vec>::kAgain;
-
   AheadInRows(const void* from, int64_t rows, int64_t row, int64_t ld, int64_t products)
       : Ahead<Vec>(from, rows * row, products, row == ld ? 1 : kLine),
         row_left_(row),
@@ -76,12 +75,12 @@ class AheadInRows : public Ahead<Vec> {
     if constexpr (Lines > 0) {
       ask(lines, again_);
       at_ += pace, row_left_ -= pace;
-      if (row_left_ <= 0) at_ += jump_, row_left_ += row_;
+      while (row_left_ <= 0) at_ += jump_, row_left_ += row_;
     }
   }
 
  private:
-  using Ahead<Vec>::ask, Ahead<Vec>::at_;
+  using Ahead<Vec>::ask, Ahead<Vec>::at_, Ahead<Vec>::kAgain;
 
   int64_t row_left_, row_, jump_, again_;
 };
@@ -95,8 +94,8 @@ void with_lines(int64_t pace, const Body& body) {
 }
 
 // Takes m neurons, `most` at once: body(j, count, more, then) for those from j on, where then are taken after them: from j +
-// count on where there are more, else from those that come next, which are supposed to be m as well.
-template <class Vec, class Body>
+// count on where there are more, else from those that come next.
+template <class Body>
 void some_at_once(int64_t m, int64_t most, const Body& body) {
   for (int64_t j = 0; j < m; j += most) {
     const int64_t left = m - j, count = left < most ? left : most, then = left > most ? left - most : m;

@@ -28,7 +28,7 @@ struct Project {
   const void* w;
   float* out;
   const float* steps = nullptr;  // of the rows of quantized x
-  const void* next = nullptr;    // the w of the next call, which is fetched meanwhile; null: unknown
+  const void* next = nullptr;    // the w of the next call, of the same shape, which is fetched meanwhile; null: unknown
 };
 
 // In place on h [n, m], leading dimension ld:
@@ -41,7 +41,7 @@ struct Activate {
   const float *scale = nullptr, *gate_scale = nullptr, *out_scale = nullptr;  // [m], all of them that apply, or none
 };
 
-// y[rows[i], c] += sum over j ascending of h[i, j] w[j, c]   for i < n, c < columns. Rows are distinct.
+// y[rows[i], c] += sum over j ascending of h[i, j] w[j, c]   for i < n, c < columns, columns >= 1. Rows are distinct.
 //   h [n, m] float32, leading dimension ld_h; with int8 weights quantized, of the kernel of halves bf16: then ld_h is even, with
 //   a zero where m is odd, and the sum over j is added as one
 //   w [m, .] of the kernel's weight dtype, leading dimension ld_w   y float32, leading dimension ld_y
@@ -51,7 +51,7 @@ struct Accumulate {
   const int32_t* rows;
   const void* w;
   float* y;
-  const void* next = nullptr;    // the w of the next call, which is fetched meanwhile; null: unknown
+  const void* next = nullptr;    // the w of the next call, of the same shape, which is fetched meanwhile; null: unknown
   const float* steps = nullptr;  // of the rows of quantized h
 };
 

@@ -19,8 +19,8 @@ constexpr int sums_of(int products) {
 }
 
 // One tile: Rows tokens x Columns neurons. A transposed reduction ends Vec::sums of its sums at a time. Every product has its
-// own accumulator over k, hence the same bits in any tile. Of a row, the entries k0 .. k1 are multiplied, and the sums of those
-// before and after wait in `kept`. Flat: a function that was called would keep the sums in memory.
+// own accumulator over k, hence the same bits in any tile. One call multiplies the entries k0 .. k1 of the rows; up to the last
+// of them, sums wait in `kept`. Flat: a function that was called would keep the sums in memory.
 template <class Vec, class W, int Rows, int Columns>
 [[gnu::flatten]] void project_tile(const Project& p, int64_t i0, int64_t j0, int64_t k0, int64_t k1, typename Vec::Sum* kept,
                                    Ahead<Vec>& ahead) {
@@ -52,9 +52,9 @@ template <class Vec, class W, int Rows, int Columns>
   int64_t k = k0;
   const auto whole = [](auto* from) { return Vec::load(from); };
   constexpr int64_t kBytes = Columns * Vec::width * sizeof(W);
-  const int64_t pace = ahead.pace((k1 - k0) / Vec::width, Rows * Columns * Vec::width);
+  const int64_t pace = ahead.take((k1 - k0) / Vec::width, Rows * Columns * Vec::width, kBytes);
   with_lines<(kBytes + kLine - 1) / kLine>(pace, [&](auto lines) {
-    Ahead<Vec> walk = ahead;
+    Ahead<Vec> walk = ahead;  // in registers
     for (; k + Vec::width <= k1; k += Vec::width) walk.step(pace, lines), step(whole, k);
     ahead = walk;
   });
@@ -75,7 +75,7 @@ template <class Vec, class W, int Rows, int Columns>
   }
 }
 
-// The neurons of rows i0 .. n: tiles of Rows rows, then one tile of what is left. Of each tile's rows, span entries after span.
+// The neurons of rows i0 .. n: tiles of Rows rows, then of what is left. Of each tile's rows, span entries after span.
 template <class Vec, class W, int Rows>
 void project_rows(const Project& p, int64_t i0, int64_t span, typename Vec::Sum* kept, Ahead<Vec>& ahead) {
   constexpr int kColumns = Vec::project_columns, kSums = sums_of<Vec>(Rows * kColumns);
@@ -99,12 +99,13 @@ struct Blocks {
 template <class Vec, class W>
 Blocks blocks_of(const Project& p) {
   constexpr int64_t kRows = Vec::project_rows, kColumns = Vec::project_columns;
-  constexpr int64_t kNear = 12 * 1024, kNearRows = 32 * 1024, kTileRows = 24 * 1024, kNext = 128 * 1024, kNextRows = 192 * 1024;
+  // Bytes: of neurons, rows, and rows of a tile in the first-level cache; of neurons and rows in the second-level one.
+  constexpr int64_t kNear = 12 * 1024, kNearRows = 32 * 1024, kTileRows = 24 * 1024, kFar = 128 * 1024, kFarRows = 192 * 1024;
   const int64_t row = p.d * int64_t(sizeof(typename Vec::Entry)), neuron = p.d * int64_t(sizeof(W));
   const auto whole = [](int64_t count, int64_t tile) { return count < tile ? tile : count / tile * tile; };
   if (p.n <= kRows || p.n * row <= kNearRows || kNear / neuron >= kRows)
-    return {whole(kNextRows / row, kRows), whole(kNear / neuron, kColumns), p.d};
-  int64_t neurons = whole(kNext / neuron, kColumns);
+    return {whole(kFarRows / row, kRows), whole(kNear / neuron, kColumns), p.d};
+  int64_t neurons = whole(kFar / neuron, kColumns);
   const int64_t spans = (kRows * row + kTileRows - 1) / kTileRows;
   if (spans == 1) return {p.n, neurons, p.d};
   constexpr int64_t kLeast = 4 * kColumns, kMost = kKeptTiles * kColumns;
@@ -116,7 +117,7 @@ Blocks blocks_of(const Project& p) {
 // body(part, ahead): so many neurons after the other, with so many rows, while those that come next are fetched.
 template <class Vec, class W, class Body>
 void in_blocks(const Project& p, int64_t rows, int64_t neurons, const Body& body) {
-  some_at_once<Vec>(p.m, neurons, [&](int64_t j, int64_t count, bool more, int64_t then) {
+  some_at_once(p.m, neurons, [&](int64_t j, int64_t count, bool more, int64_t then) {
     Project part = p;
     const W* w = static_cast<const W*>(p.w) + j * p.d;
     part.m = count, part.w = w, part.out = p.out + j;
@@ -133,10 +134,11 @@ void project(const Project& p) {
     });
   typename Vec::Sum kept[kKeptTiles * sums_of<Vec>(Vec::project_rows * kColumns)];
   if constexpr (sizeof(W) == 2 && !std::is_same_v<W, typename Vec::Entry> && Vec::copied > 0) {
-    constexpr int64_t kManyRows = 8, kNear = 3 * 1024;
+    constexpr int64_t kManyRows = 8, kCopied = 3 * 1024;
+    static_assert(kCopied <= Vec::copied, "or a tile of neurons, as below");
     if (p.n >= kManyRows && p.d * kColumns <= Vec::copied) {  // 16-bit weights are widened once, and not again in every tile
       alignas(64) float copy[Vec::copied];
-      const int64_t tiles = kNear / p.d / kColumns;
+      const int64_t tiles = kCopied / p.d / kColumns;
       return in_blocks<Vec, W>(p, p.n, (tiles > 0 ? tiles : 1) * kColumns, [&](Project part, Ahead<Vec> ahead) {
         widen<Vec, W>(static_cast<const W*>(part.w), copy, part.m * p.d);
         part.w = copy;
@@ -145,11 +147,12 @@ void project(const Project& p) {
     }
   }
   const Blocks by = blocks_of<Vec, W>(p);
-  Project rows = p;
+  Project part = p;
   for (int64_t i = 0; i < p.n; i += by.rows) {
-    rows.n = i + by.rows < p.n ? i + by.rows : p.n;
-    in_blocks<Vec, W>(rows, rows.n - i, by.neurons, [&](const Project& part, Ahead<Vec> ahead) {
-      project_rows<Vec, W, Vec::project_rows>(part, i, by.span, kept, ahead);
+    const bool last = i + by.rows >= p.n;
+    part.n = last ? p.n : i + by.rows, part.next = last ? p.next : p.w;
+    in_blocks<Vec, W>(part, part.n - i, by.neurons, [&](const Project& block, Ahead<Vec> ahead) {
+      project_rows<Vec, W, Vec::project_rows>(block, i, by.span, kept, ahead);
     });
   }
 }

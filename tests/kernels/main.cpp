@@ -17,12 +17,14 @@
 namespace sadmoe::test {
 namespace {
 
-// Sizes on both sides of vectors of 4, 8, 16 and 32, of register tiles, and of blocks of tokens and columns.
+// Sizes on both sides of vectors of 4, 8, 16 and 32, of register tiles, and of blocks of tokens, rows, columns, and entries of a
+// row; the last three: rows in parts, several blocks of rows, and wide pieces of neurons for a row alone.
 constexpr Shape kShapes[] = {
-    {1, 1, 1, 1, 1, 1},      {1, 33, 5, 6, 33, 9},    {2, 31, 3, 7, 17, 4},    {3, 64, 4, 16, 48, 16}, {4, 15, 17, 3, 95, 31},
-    {5, 100, 6, 24, 77, 7},  {6, 47, 9, 13, 130, 3},  {7, 65, 3, 32, 129, 5},  {8, 32, 8, 8, 64, 8},   {13, 9, 65, 2, 5, 12},
-    {19, 40, 5, 17, 71, 10}, {70, 24, 33, 4, 39, 11}, {3, 2, 2, 128, 3, 2},    {1100, 5, 3, 4, 6, 2},  {33, 130, 2, 64, 31, 6},
-    {70, 70, 3, 40, 50, 8},  {1100, 9, 3, 17, 35, 4}, {120, 8, 17, 9, 400, 4},
+    {1, 1, 1, 1, 1, 1},      {1, 33, 5, 6, 33, 9},    {2, 31, 3, 7, 17, 4},    {3, 64, 4, 16, 48, 16},   {4, 15, 17, 3, 95, 31},
+    {5, 100, 6, 24, 77, 7},  {6, 47, 9, 13, 130, 3},  {7, 65, 3, 32, 129, 5},  {8, 32, 8, 8, 64, 8},     {13, 9, 65, 2, 5, 12},
+    {19, 40, 5, 17, 71, 10}, {70, 24, 33, 4, 39, 11}, {3, 2, 2, 128, 3, 2},    {1100, 5, 3, 4, 6, 2},    {33, 130, 2, 64, 31, 6},
+    {70, 70, 3, 40, 50, 8},  {1100, 9, 3, 17, 35, 4}, {120, 8, 17, 9, 400, 4}, {20, 6203, 2, 13, 20, 3}, {400, 140, 2, 9, 20, 3},
+    {1, 9, 5, 6, 601, 3},
 };
 constexpr DType kDtypes[] = {DType::f32, DType::bf16, DType::f16};
 constexpr const char* kDtypeNames[] = {"float32", "bfloat16", "float16"};

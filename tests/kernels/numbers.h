@@ -38,7 +38,7 @@ inline uint32_t encode(double x, DType t) {
   if (t == DType::f16) {
     int exponent;
     const double fraction = std::frexp(std::fabs(x), &exponent);
-    const double magnitude = exponent < -13 ? std::ldexp(std::fabs(x), 24) : (exponent + 13) * 1024 + fraction * 2048;
+    const double magnitude = exponent < -13 || x == 0 ? std::ldexp(std::fabs(x), 24) : (exponent + 13) * 1024 + fraction * 2048;
     return static_cast<uint32_t>(magnitude) | (std::signbit(x) ? 0x8000u : 0u);
   }
   const float narrow = static_cast<float>(x);
