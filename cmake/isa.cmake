@@ -6,7 +6,7 @@ function(add_isa_source target file)
   target_include_directories(${lib} PRIVATE csrc)
   set(optimised -O3)
   if(SADMOE_SANITIZE)
-    set(optimised -O1)  # checks in every unrolled access take minutes to optimise
+    set(optimised -O1 -g1)  # checks in every unrolled access, and debug information of all, take minutes
   endif()
   target_compile_options(${lib} PRIVATE ${optimised} -ffp-contract=off ${ARGN})
   target_sources(${target} PRIVATE $<TARGET_OBJECTS:${lib}>)
