@@ -91,8 +91,8 @@ void in_turns(const Accumulate& p, int64_t neurons, const Body& body) {
 }
 
 // Many rows read the weights again and again: from a copy, widened once, without the distance from neuron to neuron, which a
-// power of two would leave with a few sets of the near cache. Else from where they are: a strip of all neurons, or of wide rows
-// as many as stay near until the next rows of tokens, and fewer where there are none.
+// power of two would leave with a few sets of the near cache. Else from where they are: in a narrow strip all neurons at once, in
+// a wide one as many as stay near until the next tile of rows reads them, and fewer where no tile does.
 template <class Vec, class W>
 void accumulate(const Accumulate& p) {
   constexpr int64_t kManyRows = 8, kManyColumns = 1024;

@@ -58,8 +58,8 @@ class Ahead {
   int64_t left_, rate_, least_;
 };
 
-// The same through rows of so many bytes, ld bytes apart. Where they are, each step takes a line at least, and lines are asked
-// for again as many whole rows later as hold kAgain bytes.
+// The same through rows of so many bytes, ld bytes apart. With a gap between them, each step takes a line at least, and lines
+// are asked for again as many whole rows later as hold kAgain bytes.
 template <class Vec>
 class AheadInRows : public Ahead<Vec> {
  public:
