@@ -61,6 +61,8 @@ template <class Vec, class W, int Rows, int Columns>
   if (k < k1) step([&](auto* from) { return Vec::load_part(from, k1 - k); }, k);
   if (k1 < p.d) return unroll<kSums>([&](auto n) { kept[n.value] = sums[n.value]; });
 
+  constexpr int kWhole = Rows * Columns / Vec::sums * Vec::sums, kLast = Rows * Columns - kWhole;
+  unroll<kSums - Rows * Columns>([&](auto n) { sums[kWhole + kLast + n.value] = sums[kWhole + n.value % kLast]; });
   float total[kSums];
   unroll<kSums / Vec::sums>([&](auto n) { Vec::reduce(sums + n.value * Vec::sums).store(total + n.value * Vec::sums); });
   if constexpr (std::is_same_v<X, int16_t>)
