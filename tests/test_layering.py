@@ -83,7 +83,7 @@ def test_only_bindings_see_torch_or_python():
 
 def test_an_instruction_set_file_includes_only_its_template():
     for path in (ROOT / "csrc/cpu").glob("kernels_*.cpp"):
-        shared = {"cpu/table.h", "cpu/vec_avx512.h", "cpu/tiles_avx512.h"}
+        shared = {"cpu/table.h", "cpu/vec_avx512.h", "cpu/tiles_amx.h", "cpu/int_tiles_amx.h"}
         assert includes(path) <= {"immintrin.h", "cstring"} | shared, path.name
     for name in (
         "table",
@@ -96,7 +96,9 @@ def test_an_instruction_set_file_includes_only_its_template():
         "half",
         "unroll",
         "vec_avx512",
-        "tiles_avx512",
+        "tile_unit",
+        "tiles_amx",
+        "int_tiles_amx",
     ):
         allowed = {
             "immintrin.h",

@@ -34,10 +34,10 @@ bool runs_avx512bf16() { return runs_avx512vnni() && __builtin_cpu_supports("avx
 bool runs_amx() {
 #if defined(__linux__)
   static const bool lent = [] {
-    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-    constexpr long kAskForFeature = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
+    constexpr long kAskForFeature = 0x1023, kTileData = 18;       // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     unsigned a, b, c, d;
-    return runs_avx512bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTile) &&
+    return runs_avx512bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kNeeded) == kNeeded &&
            syscall(SYS_arch_prctl, kAskForFeature, kTileData) == 0;
   }();
   return lent;

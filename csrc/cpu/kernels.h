@@ -71,7 +71,7 @@ struct Select {
 struct Tiles {
   void (*left_of_rows)(const bf16* x, const int32_t* rows, int64_t n, int64_t k, bf16* left);  // of x[rows[i], :]
   void (*left_of_floats)(const float* h, int64_t ld, int64_t n, int64_t k, bf16* left);        // of h [n, k], rounded
-  void (*right_of_rows)(const bf16* w, int64_t m, int64_t k, bf16* right);                     // of w [m, k]: its transpose
+  void (*right_of_rows)(const bf16* w, int64_t ld, int64_t m, int64_t k, bf16* right);         // of w [m, k]: its transpose
   void (*right_of_columns)(const bf16* w, int64_t ld, int64_t k, int64_t m, bf16* right);      // of w [k, m]
   // out = left right: [n, m], both rounded up to 16, leading dimension ld
   void (*multiply)(const bf16* left, const bf16* right, int64_t n, int64_t m, int64_t k, float* out, int64_t ld);

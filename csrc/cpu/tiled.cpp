@@ -117,7 +117,7 @@ void TiledWeights::lay_out_all(const Threads& threads) {
 
 const bf16* TiledWeights::input(View w, int64_t e, int64_t all_at, bf16* scratch) const {
   if (all_) return all_ + e * expert_size_ + all_at;
-  tiles_.right_of_rows(bits(w, e * p_.shape.s * p_.shape.d), p_.shape.s, p_.shape.d, scratch);
+  tiles_.right_of_rows(bits(w, e * p_.shape.s * p_.shape.d), p_.shape.d, p_.shape.s, p_.shape.d, scratch);
   return scratch;
 }
 
@@ -149,7 +149,7 @@ void tiled_hidden(const bf16* x, const bf16* v1, const RouterShape& s, int64_t b
   const int64_t ld = whole_tiles(end - begin);
   const Floats out(whole_tiles(s.T) * ld);
   tiles.left_of_rows(x, rows.data(), s.T, s.d, left.get());
-  tiles.right_of_rows(v1 + begin * s.d, end - begin, s.d, right.get());
+  tiles.right_of_rows(v1 + begin * s.d, s.d, end - begin, s.d, right.get());
   tiles.multiply(left.get(), right.get(), s.T, end - begin, s.d, out.get(), ld);
   for (int64_t t = 0; t < s.T; ++t) std::copy_n(out.get() + t * ld, end - begin, hidden + t * s.r + begin);
 }

@@ -10,21 +10,20 @@
 #include "cpu/isa.h"
 #include "cpu/moe.h"
 #include "layer.h"
-#ifdef SADMOE_TILES
-#include "tiles.h"
-#endif
+#include "tile_traps.h"
 
 namespace sadmoe::test {
 namespace {
 
 // Sizes on both sides of vectors of 4, 8, 16 and 32, of register tiles, and of blocks of tokens, rows, columns, and entries of a
-// row; the last three: rows in parts, several blocks of rows, and wide pieces of neurons for a row alone.
+// row; the last five: rows in parts, several blocks of rows, wide pieces of neurons for a row alone, and for tiles of int8 more
+// than one part of a sum.
 constexpr Shape kShapes[] = {
     {1, 1, 1, 1, 1, 1},      {1, 33, 5, 6, 33, 9},    {2, 31, 3, 7, 17, 4},    {3, 64, 4, 16, 48, 16}, {4, 15, 17, 3, 95, 31},
     {5, 100, 6, 24, 77, 7},  {6, 47, 9, 13, 130, 3},  {7, 65, 3, 32, 129, 5},  {8, 32, 8, 8, 64, 8},   {13, 9, 65, 2, 5, 12},
     {19, 40, 5, 17, 71, 10}, {70, 24, 33, 4, 39, 11}, {3, 2, 2, 128, 3, 2},    {1100, 5, 3, 4, 6, 2},  {33, 130, 2, 64, 31, 6},
     {70, 70, 3, 40, 50, 8},  {1100, 9, 3, 17, 35, 4}, {120, 8, 17, 9, 400, 4}, {8, 2501, 2, 17, 5, 3}, {360, 140, 2, 5, 5, 3},
-    {1, 9, 5, 6, 601, 3},
+    {1, 9, 5, 6, 601, 3},    {90, 530, 2, 35, 21, 3}, {40, 7, 2, 519, 39, 3},
 };
 constexpr DType kDtypes[] = {DType::f32, DType::bf16, DType::f16};
 constexpr const char* kDtypeNames[] = {"float32", "bfloat16", "float16"};
@@ -75,15 +74,20 @@ class Test {
   }
 
  private:
-  // y for a mask from outside: right, and the same bits in the parts of three threads.
+  // y for a mask from outside: right, and the same bits in the parts of three threads, and with int8 by tiles as without.
   void given_mask(const Layer& layer, const std::unique_ptr<bool[]>& mask) {
     const auto truth = layer.output<double>(mask.get()), plain = layer.output<float>(mask.get());
+    std::map<std::string, std::vector<double>> found;
     for_isas([&](const std::string& isa) {
       const auto y = output(layer, [&](const Experts& p) { cpu::sparse_experts(p, mask.get(), threads(1)); });
       const auto shared = output(layer, [&](const Experts& p) { cpu::sparse_experts(p, mask.get(), threads(3)); });
       judge(isa, "sparse_experts", layer, error_of_allowed(y, plain, truth, layer.kind.dtype, rounding(layer)));
       judge(isa, "sparse_experts of 3 threads", layer, y == shared ? 0 : INFINITY);
+      found[isa] = y;
     });
+    for (const char* isa : {"amx", kTrapped})
+      if (layer.kind.int8 && found.count(isa))
+        judge(isa, "sparse_experts without tiles", layer, found[isa] == found["avx512vnni"] ? 0 : INFINITY);
   }
 
   // Scores, and y for the mask that follows from them. The truth of y takes the mask of our own scores, which decide in float.
@@ -122,9 +126,7 @@ class Test {
       cpu::use_isa(isa);
       body(isa);
     }
-#ifdef SADMOE_TILES
-    if (cpu::use_isa("avx512bf16")) cpu::use_kernels(kernels_of_tiles()), body("tiles");
-#endif
+    if (const cpu::Kernels* kernels = kernels_by_traps()) cpu::use_kernels(*kernels), body(kTrapped);
   }
 
   void judge(const std::string& isa, const char* what, const Layer& layer, double share) {

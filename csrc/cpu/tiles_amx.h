@@ -1,16 +1,17 @@
-// Tiles by AVX-512 and its conversion to bf16, for a unit that multiplies them. Included by the files of such units alone.
-//
-// Unit multiplies Rows x Columns tiles, 1 or 2 each, summed over the depth:
-//   Unit::Registers                                              what a thread must hold for it meanwhile
-//   Unit::product<Rows, Columns>(left, right, n, k, out, ld)     out = left right of n rows, may write 16 Rows of them
+// bf16 in tiles (see Tiles), laid out by AVX-512 and its conversion to bf16. Included by the files of such instruction sets
+// alone.
 #pragma once
 #include "cpu/kernels.h"
+#include "cpu/tile_unit.h"
 #include "cpu/vec_avx512.h"
 
 namespace sadmoe::cpu {
 namespace {
 
 constexpr int64_t kRows = 16, kDepth = 32;  // of a tile: 16 rows of 64 bytes
+
+template <class W>
+constexpr int64_t kDepthOf = 64 / sizeof(W);  // k of a tile, in rows of neighbours that fill 32 bits
 
 constexpr int64_t tiles_of(int64_t n, int64_t each) { return (n + each - 1) / each; }
 
@@ -66,39 +67,51 @@ void transpose(__m512i (&a)[16]) {
   });
 }
 
-void right_of_rows(const bf16* w, int64_t m, int64_t k, bf16* right) {
+// Of w [m, k], its rows ld apart, or below of w [k, m]; m columns of tiles, W bf16 or int8_t.
+template <class W>
+void right_of_rows(const W* w, int64_t ld, int64_t m, int64_t k, W* right) {
+  constexpr int64_t kLine = kDepthOf<W>;
   for (int64_t j0 = 0; j0 < m; j0 += kRows)
-    for (int64_t k0 = 0; k0 < k; k0 += kDepth, right += kTile) {
-      __m512i pairs[16];
+    for (int64_t k0 = 0; k0 < k; k0 += kLine, right += kRows * kLine) {
+      const int64_t bytes = (k - k0) * int64_t(sizeof(W));
+      const __mmask64 within = bytes >= 64 ? ~__mmask64{0} : (__mmask64{1} << bytes) - 1;
+      __m512i lines[16];
       unroll<16>([&](auto j) {  // past the last row: repeat it, the result is used for nothing
         const int64_t row = j0 + j.value < m ? j0 + j.value : m - 1;
-        pairs[j.value] = _mm512_maskz_loadu_epi16(first(k - k0), w + row * k + k0);
+        lines[j.value] = _mm512_maskz_loadu_epi8(within, w + row * ld + k0);
       });
-      transpose(pairs);
-      unroll<16>([&](auto i) { _mm512_storeu_si512(right + i.value * kDepth, pairs[i.value]); });
+      transpose(lines);
+      unroll<16>([&](auto i) { _mm512_storeu_si512(right + i.value * kLine, lines[i.value]); });
     }
 }
 
-void right_of_columns(const bf16* w, int64_t ld, int64_t k, int64_t m, bf16* right) {
-  const int64_t depth = tiles_of(k, kDepth);
-  for (int64_t k0 = 0; k0 < k; k0 += kDepth)
+__m512i words(const bf16* from, __mmask16 columns) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(columns, from)); }
+__m512i words(const int8_t* from, __mmask16 columns) { return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(columns, from)); }
+
+template <class W>
+void right_of_columns(const W* w, int64_t ld, int64_t k, int64_t m, W* right) {
+  constexpr int64_t kLine = kDepthOf<W>, kTogether = 4 / sizeof(W);
+  const int64_t depth = tiles_of(k, kLine);
+  for (int64_t k0 = 0; k0 < k; k0 += kLine)
     for (int64_t j0 = 0; j0 < m; j0 += kRows) {
-      bf16* tile = right + (j0 / kRows * depth + k0 / kDepth) * kTile;
+      W* tile = right + (j0 / kRows * depth + k0 / kLine) * kRows * kLine;
       const __mmask16 columns = m - j0 >= 16 ? 0xffff : Vec::first(m - j0);
       for (int64_t i = 0; i < kRows; ++i) {
-        const auto row = [&](int64_t at) {
-          return at < k ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(columns, w + at * ld + j0)) : _mm512_setzero_si512();
-        };
-        const int64_t even = k0 + 2 * i;
-        _mm512_storeu_si512(tile + i * kDepth, _mm512_or_si512(row(even), _mm512_slli_epi32(row(even + 1), 16)));
+        __m512i line = _mm512_setzero_si512();
+        unroll<kTogether>([&, at = k0 + kTogether * i](auto e) {
+          if (at + e.value < k)
+            line =
+                _mm512_or_si512(line, _mm512_slli_epi32(words(w + (at + e.value) * ld + j0, columns), 8 * sizeof(W) * e.value));
+        });
+        _mm512_storeu_si512(tile + i * kLine, line);
       }
     }
 }
 
-template <class Unit, int Columns>
+template <int Columns>
 void product_of(const bf16* left, const bf16* right, int64_t n, int64_t k, float* out, int64_t ld) {
-  n > kRows ? Unit::template product<2, Columns>(left, right, n, k, out, ld)
-            : Unit::template product<1, Columns>(left, right, n, k, out, ld);
+  const int64_t depth = tiles_of(k, kDepth);
+  n > kRows ? tile_product<2, Columns>(left, right, depth, out, ld) : tile_product<1, Columns>(left, right, depth, out, ld);
 }
 
 // body(i, j, n, Index<Columns>): up to 32 rows from i and one or two tiles of columns from j, of n x m in all.
@@ -111,23 +124,21 @@ void for_products(int64_t n, int64_t m, const Body& body) {
     }
 }
 
-template <class Unit>
 void multiply(const bf16* left, const bf16* right, int64_t n, int64_t m, int64_t k, float* out, int64_t ld) {
-  const typename Unit::Registers registers;
+  const TileRegisters registers;
   const int64_t depth = tiles_of(k, kDepth) * kDepth;
   for_products(n, m, [&](int64_t i, int64_t j, int64_t rows, auto columns) {
-    product_of<Unit, columns.value>(left + i * depth, right + j * depth, rows, k, out + i * ld + j, ld);
+    product_of<columns.value>(left + i * depth, right + j * depth, rows, k, out + i * ld + j, ld);
   });
 }
 
-template <class Unit>
 void multiply_add(const bf16* left, const bf16* right, int64_t n, int64_t m, int64_t k, const int32_t* rows, float* y,
                   int64_t ld) {
-  const typename Unit::Registers registers;
+  const TileRegisters registers;
   const int64_t depth = tiles_of(k, kDepth) * kDepth;
   alignas(64) float sums[32 * 32];
   for_products(n, m, [&](int64_t i0, int64_t j, int64_t count, auto columns) {
-    product_of<Unit, columns.value>(left + i0 * depth, right + j * depth, count, k, sums, 32);
+    product_of<columns.value>(left + i0 * depth, right + j * depth, count, k, sums, 32);
     for (int64_t i = 0; i < count; ++i)
       unroll<columns.value>([&, from = sums + 32 * i, to = y + rows[i0 + i] * ld + j](auto c) {
         (Vec::load(to + 16 * c.value) + Vec::load(from + 16 * c.value)).store(to + 16 * c.value);
@@ -135,14 +146,7 @@ void multiply_add(const bf16* left, const bf16* right, int64_t n, int64_t m, int
   });
 }
 
-template <class Unit>
-constexpr Tiles kTilesOf = {left_of_rows, left_of_floats, right_of_rows, right_of_columns, multiply<Unit>, multiply_add<Unit>};
-
-// The kernels of an instruction set that adds such a unit to `kernels`, and nothing else.
-Kernels with_tiles(Kernels kernels, const char* isa, const Tiles* tiles) {
-  kernels.isa = isa, kernels.tiles = tiles;
-  return kernels;
-}
+constexpr Tiles kTiles = {left_of_rows, left_of_floats, right_of_rows<bf16>, right_of_columns<bf16>, multiply, multiply_add};
 
 }  // namespace
 }  // namespace sadmoe::cpu

@@ -1,0 +1,89 @@
+// AMX: a unit that multiplies tiles of 16 rows x 64 bytes. Included by the files of such instruction sets alone.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "cpu/half.h"
+
+namespace sadmoe::cpu {
+namespace {
+
+constexpr int64_t kTileBytes = 1024;
+
+// The tile registers of this thread, for as long as it lives. Given back, a thread switch saves less.
+class TileRegisters {
+ public:
+  TileRegisters() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+  }
+  ~TileRegisters() { _tile_release(); }
+  TileRegisters(const TileRegisters&) = delete;
+};
+
+// What was written to them is in memory: GCC's intrinsics do not say that tiles are loaded from there.
+inline void will_be_loaded(const void* left, const void* right) { asm volatile("" ::"r"(left), "r"(right) : "memory"); }
+
+// Products of Rows x Columns tiles, 1 or 2 each, summed over the depth, in tiles: out [16 Rows, 16 Columns], its rows ld apart.
+template <int Rows, int Columns>
+void tile_product(const bf16* left, const bf16* right, int64_t depth, float* out, int64_t ld) {
+  constexpr int64_t kTile = kTileBytes / sizeof(bf16);
+  will_be_loaded(left, right);
+  _tile_zero(0);
+  if (Columns > 1) _tile_zero(1);
+  if (Rows > 1) _tile_zero(2);
+  if (Rows > 1 && Columns > 1) _tile_zero(3);
+  for (int64_t i = 0; i < depth; ++i) {
+    _tile_loadd(6, right + i * kTile, 64);
+    if (Columns > 1) _tile_loadd(7, right + (depth + i) * kTile, 64);
+    _tile_loadd(4, left + i * kTile, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if (Columns > 1) _tile_dpbf16ps(1, 4, 7);
+    if (Rows > 1) {
+      _tile_loadd(5, left + (depth + i) * kTile, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      if (Columns > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  const int64_t stride = ld * static_cast<int64_t>(sizeof(float));
+  _tile_stored(0, out, stride);
+  if (Columns > 1) _tile_stored(1, out + 16, stride);
+  if (Rows > 1) _tile_stored(2, out + 16 * ld, stride);
+  if (Rows > 1 && Columns > 1) _tile_stored(3, out + 16 * ld + 16, stride);
+}
+
+// The same of one tile a column by Columns, of bytes: left has the upper bytes of 16 bits, with the sign, in even tiles, the
+// lower ones in odd tiles. high and low [16, 16 Columns] are their sums, rows ld apart.
+template <int Columns>
+void tile_product(const int8_t* left, const int8_t* right, int64_t depth, int32_t* high, int32_t* low, int64_t ld) {
+  will_be_loaded(left, right);
+  _tile_zero(0);
+  _tile_zero(1);
+  if (Columns > 1) _tile_zero(2);
+  if (Columns > 1) _tile_zero(3);
+  for (int64_t i = 0; i < depth; ++i) {
+    _tile_loadd(4, left + 2 * i * kTileBytes, 64);
+    _tile_loadd(5, left + (2 * i + 1) * kTileBytes, 64);
+    _tile_loadd(6, right + i * kTileBytes, 64);
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbusd(1, 5, 6);
+    if (Columns > 1) {
+      _tile_loadd(7, right + (depth + i) * kTileBytes, 64);
+      _tile_dpbssd(2, 4, 7);
+      _tile_dpbusd(3, 5, 7);
+    }
+  }
+  const int64_t stride = ld * static_cast<int64_t>(sizeof(int32_t));
+  _tile_stored(0, high, stride);
+  _tile_stored(1, low, stride);
+  if (Columns > 1) _tile_stored(2, high + 16, stride);
+  if (Columns > 1) _tile_stored(3, low + 16, stride);
+}
+
+}  // namespace
+}  // namespace sadmoe::cpu
