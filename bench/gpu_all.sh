@@ -72,7 +72,7 @@ sanitize() {
   tool=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer 2>/dev/null) ||
     { echo "compute-sanitizer was not found"; return 77; }
   "$tool" --tool "$1" --error-exitcode 9 "$bench" conformance &&
-    "$tool" --tool "$1" --error-exitcode 9 "$python" -m pytest tests/test_cuda.py -m cuda -p no:cacheprovider \
+    "$tool" --tool "$1" --error-exitcode 9 "$python" -m pytest tests/test_kernels.py -m cuda -p no:cacheprovider \
       -k "every_activation or one_hot or three_stages or neighbours or tokens_of_a_block"
 }
 export -f machine compile peers sanitize
@@ -89,7 +89,7 @@ for name in "${steps[@]}"; do
     layers) TAIL=60 step layers 180 "$bench" layers ;;
     blocks) TAIL=62 step blocks 120 "$bench" blocks ;;
     peers) TAIL=200 step peers 420 bash -c peers ;;
-    tests) TAIL=12 step tests 300 "$python" -m pytest tests/test_cuda*.py -m cuda -p no:cacheprovider ;;
+    tests) TAIL=12 step tests 300 "$python" -m pytest tests/test_kernel*.py tests/test_cuda*.py -m cuda -p no:cacheprovider ;;
     memcheck | racecheck) step "$name" 240 bash -c "sanitize $name" ;;
     *) failed+=("$name"); echo "-- $name: no such step" ;;
   esac

@@ -1,36 +1,56 @@
 """Settings of every test: one thread, so that small problems are not lost in the cost of waking threads."""
 
-import cuda_backends
+import backends
 import pytest
 import torch
-from sadmoe import paths
+from sadmoe import ops, paths
 
 torch.set_num_threads(1)
 
 
 def _as_found(native):
     native.sadmoe_schedule(0, 1, 1)
-    cuda_backends.set_options(native)
+    backends.set_options(native)
     return native
 
 
-@pytest.fixture(params=["emulator", pytest.param("cuda", marks=pytest.mark.cuda)])
-def backend(request):
-    backend = cuda_backends.backend_of(request.param)
-    if request.param == "emulator":
-        _as_found(cuda_backends.emulator())
+def _with_options_as_found(name):
+    backend = backends.backend_of(name)
+    if name == "emulator":
+        _as_found(backends.emulator())
     yield backend
-    if request.param == "emulator":
-        _as_found(cuda_backends.emulator())
-    else:
-        backend.use_hopper(True)
-        backend.use_down_tiles(0)
+    if name == "emulator":
+        _as_found(backends.emulator())
+    backend.use_hopper(True)
+    backend.use_down_tiles(0)
+    ops.use_cpu_isa("auto")
+
+
+GPUS = ["emulator", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+@pytest.fixture(params=[*ops.cpu_isas(), *GPUS])
+def backend(request):
+    """Where the ops run: by each instruction set of this processor, and on GPUs."""
+    yield from _with_options_as_found(request.param)
+
+
+@pytest.fixture(params=GPUS)
+def gpu(request):
+    yield from _with_options_as_found(request.param)
+
+
+@pytest.fixture(params=ops.cpu_isas())
+def isa(request):
+    ops.use_cpu_isa(request.param)
+    yield request.param
+    ops.use_cpu_isa("auto")
 
 
 @pytest.fixture
 def native():
-    yield _as_found(cuda_backends.emulator())
-    _as_found(cuda_backends.emulator())
+    yield _as_found(backends.emulator())
+    _as_found(backends.emulator())
 
 
 @pytest.fixture

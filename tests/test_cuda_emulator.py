@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from cuda_backends import SCHEDULES
+from backends import SCHEDULES
 
 CUDA_SOURCES = Path(__file__).parent.parent / "csrc/cuda"
 UNINITIALISED, RACE = "read of uninitialised shared memory", "data race on shared memory"

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from cuda_backends import SCHEDULES, Backend, set_options
+from backends import SCHEDULES, Backend, set_options
 from problems import assert_as_good_as_torch, experts_problem, in_double, router_problem
 from sadmoe import reference
 
@@ -47,16 +47,16 @@ ALWAYS, NEVER = 0.0, 2.0  # the share from which tokens are a crowd
 
 
 @pytest.fixture
-def both(backend):
+def both(gpu):
     """f(run): run() by the kernels of sm_80, then by those of sm_90a, which must have run where that can be seen."""
 
     def run_both(run, any_pair=True):
-        backend.use_hopper(False)
-        plain, before = run(), backend.products()
-        backend.use_hopper(True)
+        gpu.use_hopper(False)
+        plain, before = run(), gpu.products()
+        gpu.use_hopper(True)
         result = run()
         if before is not None:
-            assert (backend.products() > before) == any_pair, "products of warpgroups"
+            assert (gpu.products() > before) == any_pair, "products of warpgroups"
         return plain, result
 
     return run_both
@@ -64,33 +64,33 @@ def both(backend):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_hopper_has_the_bits_of_the_others(backend, both, name, dtype):
+def test_hopper_has_the_bits_of_the_others(gpu, both, name, dtype):
     for gated, act in ((False, "gelu"), (True, "silu")):
         args = experts_problem(**PROBLEMS[name], gated=gated, dtype=dtype)
-        plain, result = both(partial(backend.sparse_experts, *args, act=act), bool(args[1].any()))
+        plain, result = both(partial(gpu.sparse_experts, *args, act=act), bool(args[1].any()))
         assert torch.equal(result, plain), gated
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_hopper_is_as_good_as_torch(backend, name, dtype):
+def test_hopper_is_as_good_as_torch(gpu, name, dtype):
     """On a device, by whatever kernels it has."""
-    backend.use_hopper(True)
+    gpu.use_hopper(True)
     for gated, bias, act in ((False, True, "relu"), (True, False, "gelu_tanh"), (True, True, "gelu")):
         args = experts_problem(**PROBLEMS[name], gated=gated, bias=bias, dtype=dtype)
         assert_as_good_as_torch(
-            backend.sparse_experts(*args, act=act),
+            gpu.sparse_experts(*args, act=act),
             reference.sparse_experts(*args, act=act),
             reference.sparse_experts(*in_double(args), act=act),
         )
 
 
-def with_crowds(backend, run, share):
+def with_crowds(gpu, run, share):
     """run() where so many of all pairs make a crowd; and how many products of warpgroups it took, if that is known."""
-    backend.use_hopper(True, crowd=share)
-    before = backend.products()
+    gpu.use_hopper(True, crowd=share)
+    before = gpu.products()
     result = run()
-    return result, None if before is None else backend.products() - before
+    return result, None if before is None else gpu.products() - before
 
 
 def bits(t):
@@ -99,12 +99,12 @@ def bits(t):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", CROWDS)
-def test_a_crowd_has_the_bits_of_others(backend, name, dtype):
+def test_a_crowd_has_the_bits_of_others(gpu, name, dtype):
     for bias in (False, True):
         args = experts_problem(**CROWDS[name], bias=bias, dtype=dtype)
-        run = partial(backend.sparse_experts, *args, act="gelu")
-        alone, fewer = with_crowds(backend, run, NEVER)
-        crowd, more = with_crowds(backend, run, ALWAYS)
+        run = partial(gpu.sparse_experts, *args, act="gelu")
+        alone, fewer = with_crowds(gpu, run, NEVER)
+        crowd, more = with_crowds(gpu, run, ALWAYS)
         assert torch.equal(bits(crowd), bits(alone)), bias
         if more is not None:
             assert (more > fewer) == args[1].any(), "products of warpgroups"
@@ -115,16 +115,13 @@ def test_a_crowd_has_the_bits_of_others(backend, name, dtype):
     )
 
 
-def test_tokens_are_a_crowd_by_what_they_chose(backend):
+def test_tokens_are_a_crowd_by_what_they_chose(gpu):
     """Of three times 256 tokens the second are, and those after the last are not enough."""
     args = experts_problem(800, 16, 8, 16, bias=True, dtype=torch.bfloat16)
     args[1] = torch.rand(800, 8, generator=torch.Generator().manual_seed(1)) < 0.2
     args[1][256:512] = torch.rand(256, 8, generator=torch.Generator().manual_seed(2)) < 0.6
     results, products = zip(
-        *(
-            with_crowds(backend, partial(backend.sparse_experts, *args), share)
-            for share in (NEVER, 0.4, ALWAYS)
-        ),
+        *(with_crowds(gpu, partial(gpu.sparse_experts, *args), share) for share in (NEVER, 0.4, ALWAYS)),
         strict=True,
     )
     assert all(torch.equal(bits(y), bits(results[0])) for y in results)
@@ -135,7 +132,7 @@ def test_tokens_are_a_crowd_by_what_they_chose(backend):
         assert some - alone < of_512, "one block of three, and what is left"
 
 
-def test_what_a_token_did_not_choose_adds_nothing_to_it_in_a_crowd(backend):
+def test_what_a_token_did_not_choose_adds_nothing_to_it_in_a_crowd(gpu):
     """Neither NaN, nor a zero to a negative zero."""
     args = experts_problem(260, 16, 4, 24, bias=True, dtype=torch.bfloat16)
     x, mask, _, w_down, _, _, _, b_out = args
@@ -144,9 +141,9 @@ def test_what_a_token_did_not_choose_adds_nothing_to_it_in_a_crowd(backend):
     w_down[1, :, 3] = float("nan")
     mask[[20, 255]] = False
     b_out.fill_(-0.0)
-    run = partial(backend.sparse_experts, *args)
-    alone, _ = with_crowds(backend, run, NEVER)
-    crowd, _ = with_crowds(backend, run, ALWAYS)
+    run = partial(gpu.sparse_experts, *args)
+    alone, _ = with_crowds(gpu, run, NEVER)
+    crowd, _ = with_crowds(gpu, run, ALWAYS)
     assert torch.equal(bits(crowd.nan_to_num(9)), bits(alone.nan_to_num(9)))
     mask[7] = False
     assert torch.equal(crowd[:, 3].isnan().logical_and(torch.arange(260) != 7), mask[:, 1])
@@ -156,59 +153,59 @@ def test_what_a_token_did_not_choose_adds_nothing_to_it_in_a_crowd(backend):
 
 def test_crowds_of_tokens_in_chunks(native):
     """320, 320 and 60 tokens: no crowd ends where a chunk does, and the last chunk has none."""
-    backend = Backend("sadmoe_emulated", "cpu")
+    gpu = Backend("emulator")
     args = experts_problem(700, 8, 3, 16, dtype=torch.bfloat16)
-    whole, _ = with_crowds(backend, partial(backend.sparse_experts, *args), NEVER)
+    whole, _ = with_crowds(gpu, partial(gpu.sparse_experts, *args), NEVER)
     set_options(native, hidden_bytes=5 * 64 * 3 * 16 * 2, hopper=True, crowd=ALWAYS)
     before = native.sadmoe_products()
-    assert torch.equal(bits(backend.sparse_experts(*args)), bits(whole))
+    assert torch.equal(bits(gpu.sparse_experts(*args)), bits(whole))
     in_chunks = native.sadmoe_products() - before
     set_options(native, hidden_bytes=5 * 64 * 3 * 16 * 2, hopper=True, crowd=NEVER)
-    backend.sparse_experts(*args)
+    gpu.sparse_experts(*args)
     assert native.sadmoe_products() - before - in_chunks < in_chunks
 
 
 def test_the_schedule_changes_nothing_in_a_crowd(native):
     set_options(native, hopper=True, crowd=ALWAYS)
-    backend = Backend("sadmoe_emulated", "cpu")
+    gpu = Backend("emulator")
     for s in (16, 72):
         args = experts_problem(256, 8, 7, s, 16, dtype=torch.bfloat16)
         results = []
         for schedule in SCHEDULES:
             native.sadmoe_schedule(*schedule)
-            results.append(backend.sparse_experts(*args))
+            results.append(gpu.sparse_experts(*args))
         assert all(torch.equal(bits(y), bits(results[0])) for y in results)
 
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_schedule_changes_nothing_on_hopper(native, gated):
     set_options(native, hopper=True)
-    backend = Backend("sadmoe_emulated", "cpu")
+    gpu = Backend("emulator")
     x, _, *weights = experts_problem(200, 200, 5, 24, gated=gated, dtype=torch.bfloat16)
     v1, v2 = router_problem(200, 5, dtype=torch.bfloat16)
     results = []
     for schedule in SCHEDULES:
         native.sadmoe_schedule(*schedule)
-        results.append(backend.dynamic_k_moe(x, v1, v2, *weights, tau=0.3, act="gelu"))
+        results.append(gpu.dynamic_k_moe(x, v1, v2, *weights, tau=0.3, act="gelu"))
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_few_tokens_have_the_bits_of_many_on_hopper(backend, both):
+def test_few_tokens_have_the_bits_of_many_on_hopper(gpu, both):
     x, _, *weights = experts_problem(150, 40, 12, 16, 35, dtype=torch.bfloat16)
     v1, v2 = router_problem(40, 12, dtype=torch.bfloat16)
-    plain, whole = both(lambda: backend.dynamic_k_moe(x, v1, v2, *weights, tau=0.3, act="gelu"))
+    plain, whole = both(lambda: gpu.dynamic_k_moe(x, v1, v2, *weights, tau=0.3, act="gelu"))
     assert torch.equal(plain, whole)
     for part in (slice(0, 1), slice(40, 73)):
-        assert torch.equal(backend.dynamic_k_moe(x[part], v1, v2, *weights, tau=0.3, act="gelu"), whole[part])
+        assert torch.equal(gpu.dynamic_k_moe(x[part], v1, v2, *weights, tau=0.3, act="gelu"), whole[part])
 
 
 def test_nan_stays_with_its_token_and_expert_on_hopper(native):
     set_options(native, hopper=True)
-    backend = Backend("sadmoe_emulated", "cpu")
+    gpu = Backend("emulator")
     args = experts_problem(70, 16, 3, 8, dtype=torch.bfloat16)
-    wanted = backend.sparse_experts(*args)
+    wanted = gpu.sparse_experts(*args)
     args[0][5], args[2][1] = float("nan"), float("nan")
-    y = backend.sparse_experts(*args)
+    y = gpu.sparse_experts(*args)
     touched = args[1][:, 1].clone()
     touched[5] = args[1][5].any()
     assert y[touched].isnan().all()
@@ -218,10 +215,10 @@ def test_nan_stays_with_its_token_and_expert_on_hopper(native):
 @pytest.mark.parametrize("d", [33, 64])
 def test_what_does_not_fit_hopper_goes_the_other_way(native, d):
     """Rows off 16 bytes, and float32."""
-    backend = Backend("sadmoe_emulated", "cpu")
+    gpu = Backend("emulator")
     dtype = torch.bfloat16 if d == 33 else torch.float32
     args, before = experts_problem(70, d, 3, 8, dtype=dtype), native.sadmoe_products()
-    wanted = backend.sparse_experts(*args)
+    wanted = gpu.sparse_experts(*args)
     set_options(native, hopper=True)
-    assert torch.equal(backend.sparse_experts(*args), wanted)
+    assert torch.equal(gpu.sparse_experts(*args), wanted)
     assert native.sadmoe_products() == before

@@ -8,8 +8,8 @@ from functools import partial
 
 import pytest
 import torch
+from backends import emulator
 from converted import random_rows
-from cuda_backends import emulator
 from given_costs import ALWAYS_DENSE, HALF, by_hand, give, layer_of
 from problems import assert_as_good_as_torch, in_double
 from sadmoe import crossover, paths, reference
@@ -18,11 +18,11 @@ from sadmoe.layer import DynamicKMoE
 from sadmoe.measured import Costs
 
 
-def test_the_dense_path_is_what_the_cuda_kernels_compute(backend):
+def test_the_dense_path_is_what_the_cuda_kernels_compute(gpu):
     layer = layer_of(torch.bfloat16)
     x = random_rows(70).bfloat16()
     with torch.no_grad():
-        theirs = backend.dynamic_k_moe(
+        theirs = gpu.dynamic_k_moe(
             x, layer.router.v1, layer.router.v2, *layer.expert_weights(), tau=0.3, act=layer.act
         )
         args = [x, layer.mask(x), *layer.expert_weights()]

@@ -58,13 +58,6 @@ def terms(args: list, act: str) -> Tensor:
     return sums if b_out is None else sums + b_out.abs()
 
 
-@pytest.fixture(params=ops.cpu_isas())
-def isa(request):
-    ops.use_cpu_isa(request.param)
-    yield request.param
-    ops.use_cpu_isa("auto")
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_op_is_as_good_as_torch(isa, name, dtype):

@@ -1,14 +1,15 @@
-"""The CUDA kernels against plain torch: on the emulator, and on a CUDA device where there is one."""
+"""The ops against plain torch: on the CPU, on the emulator of CUDA, and on a CUDA device where there is one."""
 
 import itertools
 
 import pytest
 import torch
-from cuda_backends import DTYPES, SCHEDULES, Backend, set_options
+from backends import DTYPES, SCHEDULES, Backend, set_options
 from problems import assert_as_good_as_torch, experts_problem, in_double, router_problem
 from sadmoe import reference
 
 ACTS = list(reference.ACTIVATIONS)
+KINDS = list(itertools.product([False, True], [False, True], ACTS))  # gated, bias, activation
 
 
 def check_experts(backend, args, act):
@@ -19,16 +20,22 @@ def check_experts(backend, args, act):
     )
 
 
-PROBLEMS = {  # empty, one, beside and past a tile of tokens, neurons and columns; aligned rows and others
+PROBLEMS = {  # empty, one, beside and past a tile or a block of tokens, neurons and columns; aligned rows and others
     "no tokens": {"T": 0, "d": 64, "s": 8},
     "one token": {"T": 1, "d": 64, "s": 8},
+    "one token of odd sizes": {"T": 1, "d": 40, "s": 17},
     "odd": {"T": 31, "d": 33, "s": 33, "d_out": 35},
     "one expert of one neuron": {"T": 33, "d": 8, "E": 1, "s": 1, "share": 1.0},
+    "one neuron": {"s": 1, "E": 9},
+    "wide": {"T": 5, "d": 130, "E": 3, "s": 33, "d_out": 97},
     "every width off a tile": {"T": 33, "d": 100, "E": 7, "s": 24, "d_out": 72},
+    "whole tiles": {"T": 64, "d": 32, "E": 2, "s": 32, "d_out": 32},
     "many tokens": {"T": 200, "d": 40, "E": 7, "s": 8},
+    "several blocks": {"T": 1100, "d": 40, "E": 3, "s": 40, "d_out": 50},
     "more experts than threads scan": {"T": 9, "d": 8, "E": 530, "s": 8, "share": 0.03},
     "more tokens than blocks take at once": {"T": 4200, "d": 8, "E": 2, "s": 8, "share": 1.0},
     "past a tile of neurons": {"T": 5, "d": 64, "E": 2, "s": 72},
+    "empty experts": {"T": 20, "E": 40, "s": 3, "share": 0.02},
     "every expert": {"T": 70, "d": 24, "E": 5, "s": 8, "share": 1.0},
     "no expert": {"T": 9, "share": 0.0},
     "no output": {"T": 9, "d_out": 0},
@@ -38,13 +45,15 @@ PROBLEMS = {  # empty, one, beside and past a tile of tokens, neurons and column
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_experts_are_as_good_as_torch(backend, name, dtype):
-    for gated, act in ((False, "gelu"), (True, "silu")):
-        check_experts(backend, experts_problem(**PROBLEMS[name], gated=gated, dtype=dtype), act)
+    few = [(False, True, "gelu"), (True, True, "silu")]  # where time counts; the next test has all
+    for gated, bias, act in KINDS if backend.is_cpu else few:
+        args = experts_problem(**PROBLEMS[name], gated=gated, bias=bias, dtype=dtype)
+        check_experts(backend, args, act)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_activation_gate_and_bias_is_as_good_as_torch(backend, dtype):
-    for gated, bias, act in itertools.product([False, True], [False, True], ACTS):
+    for gated, bias, act in KINDS:
         check_experts(backend, experts_problem(5, 16, 3, 8, gated=gated, bias=bias, dtype=dtype), act)
 
 
@@ -70,20 +79,55 @@ def test_rows_that_do_not_begin_on_16_bytes_are_read_right(backend):
     assert torch.equal(backend.sparse_experts(*map(shifted, moved)), wanted)
 
 
-def test_activations_are_accurate_over_the_whole_range(backend):
-    x = torch.cat([torch.linspace(-100, 100, 801), torch.tensor([0.0, -0.0, 1e-30, -1e-30])])
-    one = torch.ones(1, 1, 1)
-    wide = x.double()
+def test_non_contiguous_arguments_are_read_right(backend):
+    args = [a if a is None else a.to(backend.device) for a in experts_problem(9, 20, 4, 5, gated=True)]
+
+    def strided(t):
+        if t is None:
+            return None
+        wide = torch.stack([t, t.logical_not() if t.dtype == torch.bool else t + 1], dim=-1)
+        return wide[..., 0]
+
+    views = [strided(a) for a in args]
+    assert not views[0].is_contiguous()
+    assert torch.equal(backend.sparse_experts(*views), backend.sparse_experts(*args))
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_activations_are_accurate_over_the_whole_range(backend, act):
+    points = 4001 if backend.is_cpu else 801
+    x = torch.cat([torch.linspace(-100, 100, points), torch.tensor([0.0, -0.0, 1e-30, -1e-30])])
+    one, wide = torch.ones(1, 1, 1), x.double()
+    ours = backend.sparse_experts(x[:, None], torch.ones(len(x), 1, dtype=torch.bool), one, one, act=act)[
+        :, 0
+    ]
     exact = {
         "gelu": 0.5 * wide * torch.erfc(-wide * 0.5**0.5)
     }  # 1 + erf and 1 + tanh lose the tail even in float64
-    for act in ACTS:
-        ours = backend.sparse_experts(x[:, None], torch.ones(len(x), 1, dtype=torch.bool), one, one, act=act)[
-            :, 0
-        ]
-        truth = exact.get(act, reference.ACTIVATIONS[act](wide))
-        floor = 1e-14 if act == "gelu_tanh" else 1e-35
-        assert ((ours.double() - truth).abs() <= 2e-5 * truth.abs() + floor).all(), act
+    truth = exact.get(act, reference.ACTIVATIONS[act](wide))
+    assert_as_good_as_torch(ours, reference.ACTIVATIONS[act](x), truth)
+    floor = 1e-14 if act == "gelu_tanh" else 1e-35
+    assert ((ours.double() - truth).abs() <= 2e-5 * truth.abs() + floor).all(), "the tail keeps its digits"
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_what_is_far_from_zero_stays_there_or_becomes_nothing(backend, act):
+    inf, one = float("inf"), torch.ones(1, 1, 1)
+    x = torch.tensor([float("nan"), inf, 1.0, -1e3, -1e20, -3e38, -inf])
+    y = backend.sparse_experts(x[:, None], torch.ones(7, 1, dtype=torch.bool), one, one, act=act)[:, 0]
+    assert y[0].isnan()
+    assert y[1] == inf
+    assert y[2].isfinite()
+    assert (y[3:].abs() < 1e-30).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_infinite_weight_of_an_odd_last_neuron_gives_infinity(backend, dtype):
+    x, w_up, w_down = (torch.ones(*shape, dtype=dtype) for shape in ((2, 1), (1, 3, 1), (1, 3, 40)))
+    w_down[0, 2, 7] = float("inf")
+    y = backend.sparse_experts(x, torch.ones(2, 1, dtype=torch.bool), w_up, w_down)
+    assert (y[:, 7] == float("inf")).all()
+    assert y.isfinite().sum() == y.numel() - 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -103,17 +147,29 @@ def test_nan_and_infinity_stay_with_their_token_and_expert(backend, dtype):
     assert torch.equal(y[6], args[7]), "a token of no expert is the bias"
 
 
-@pytest.mark.parametrize("router_dtype", [None, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("router_dtype", [None, *DTYPES], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("T", "d", "E"), [(0, 8, 3), (1, 40, 1), (7, 33, 70), (130, 64, 17)])
+@pytest.mark.parametrize(("T", "d", "E"), [(0, 8, 3), (1, 40, 1), (7, 33, 70), (200, 64, 17)])
 def test_scores_are_as_good_as_torch(backend, T, d, E, dtype, router_dtype):
     x = experts_problem(T, d, 1, 1, dtype=dtype)[0]
     v1, v2 = router_problem(d, E, dtype=router_dtype or dtype)
     hidden = torch.relu(x.double() @ v1.double().T)
     truth, terms = (hidden @ v2.double().T).abs(), hidden @ v2.double().T.abs()
-    assert_as_good_as_torch(
-        backend.router_scores(x, v1, v2), reference.router_scores(x, v1, v2), truth, terms
-    )
+    ours = backend.router_scores(x, v1, v2)
+    assert ours.dtype == torch.float32
+    assert_as_good_as_torch(ours, reference.router_scores(x, v1, v2), truth, terms)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T", [1, 9, 1100])
+def test_a_router_or_an_output_may_be_empty(backend, T, dtype):
+    x, _, *weights = experts_problem(T, 48, 6, 20, dtype=dtype)
+    v1, v2 = torch.zeros(0, 48, dtype=dtype), torch.zeros(6, 0, dtype=dtype)
+    assert torch.equal(backend.router_scores(x, v1, v2), torch.zeros(T, 6))
+    every = backend.sparse_experts(x, torch.ones(T, 6, dtype=torch.bool), *weights)
+    assert torch.equal(backend.dynamic_k_moe(x, v1, v2, *weights, tau=0.5), every), "a row of zeros runs all"
+    x, mask, *weights = experts_problem(T, 48, 6, 20, d_out=0, dtype=dtype)
+    assert backend.sparse_experts(x, mask, *weights).shape == (T, 0)
 
 
 @pytest.mark.parametrize("tau", [0.0, 1e-3, 0.3, 1.0])
@@ -141,10 +197,25 @@ def test_selection_is_the_rule_bit_for_bit(backend, tau):
         assert torch.equal(backend.dynamic_k_select(scores, tau), reference.dynamic_k_select(scores, tau))
 
 
+def test_selection_keeps_its_promises(backend):
+    scores = torch.rand(200, 13, generator=torch.Generator().manual_seed(0))
+    scores[::7] = 0
+    masks = [backend.dynamic_k_select(scores, tau) for tau in (0.0, 0.01, 0.2, 0.5, 1.0)]
+    assert masks[0].all(), "tau = 0 runs every expert"
+    assert all((lower | ~higher).all() for lower, higher in itertools.pairwise(masks)), (
+        "a larger tau, a subset"
+    )
+    assert (masks[-1].sum(1)[scores.amax(1) > 0] == 1).all(), "tau = 1 runs the top expert"
+    assert (masks[-1] & (scores == scores.amax(1, keepdim=True))).any(1).all()
+    assert masks[-1][0].all(), "a row of zeros runs every expert"
+    assert torch.equal(masks[2], backend.dynamic_k_select(scores * 8, 0.2)), "their scale does not matter"
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("T", [0, 1, 80])
-def test_the_fused_op_is_its_three_stages_bit_for_bit(backend, T, dtype):
-    x, _, *weights = experts_problem(T, 48, 11, 10, gated=True, dtype=dtype)
+@pytest.mark.parametrize("s", [10, 20])
+@pytest.mark.parametrize("T", [0, 1, 6, 150])
+def test_the_fused_op_is_its_three_stages_bit_for_bit(backend, T, s, dtype):
+    x, _, *weights = experts_problem(T, 48, 11, s, gated=True, dtype=dtype)
     v1, v2 = router_problem(48, 11, dtype=dtype)
     for tau in (0.0, 0.4, 1.0):
         mask = backend.dynamic_k_select(backend.router_scores(x, v1, v2), tau)
@@ -152,9 +223,11 @@ def test_the_fused_op_is_its_three_stages_bit_for_bit(backend, T, dtype):
         assert torch.equal(fused, backend.sparse_experts(x, mask, *weights, act="silu"))
 
 
+@pytest.mark.parametrize("s", [9, 41])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_token_does_not_depend_on_its_neighbours_or_their_order(backend, dtype):
-    x, _, *weights = experts_problem(150, 40, 12, 9, 35, dtype=dtype)
+def test_a_token_does_not_depend_on_its_neighbours_or_their_order(backend, dtype, s):
+    T = 600 if backend.is_cpu else 150
+    x, _, *weights = experts_problem(T, 40, 12, s, 35, dtype=dtype)
     v1, v2 = router_problem(40, 12, dtype=dtype)
 
     def run(rows):
@@ -162,15 +235,18 @@ def test_a_token_does_not_depend_on_its_neighbours_or_their_order(backend, dtype
 
     whole = run(x)
     assert torch.equal(run(x), whole), "two runs"
-    order = torch.randperm(150, generator=torch.Generator().manual_seed(3))
+    order = torch.randperm(T, generator=torch.Generator().manual_seed(3))
     assert torch.equal(run(x[order]), whole[order]), "order"
-    for part in (slice(0, 1), slice(7, 12), slice(40, 73), slice(100, 150)):
+    for part in (slice(0, 1), slice(7, 12), slice(40, 73), slice(T // 2, T)):
         assert torch.equal(run(x[part]), whole[part]), part
+    poisoned = x.clone()
+    poisoned[1::2] = float("nan")
+    assert torch.equal(run(poisoned)[::2], whole[::2]), "NaN beside"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_schedule_of_threads_blocks_and_copies_changes_nothing(native, dtype):
-    backend = Backend("sadmoe_emulated", "cpu")
+    backend = Backend("emulator")
     x, _, *weights = experts_problem(100, 72, 9, 24, gated=True, dtype=dtype)
     v1, v2 = router_problem(72, 9, dtype=dtype)
     results = []
@@ -181,7 +257,7 @@ def test_the_schedule_of_threads_blocks_and_copies_changes_nothing(native, dtype
 
 
 def test_tokens_that_do_not_fit_the_workspace_go_in_chunks(native):
-    backend = Backend("sadmoe_emulated", "cpu")
+    backend = Backend("emulator")
     args = experts_problem(200, 16, 5, 8, 20)
     whole = backend.sparse_experts(*args)
     for limit in (0, 64 * 5 * 8 * 4, 2 * 64 * 5 * 8 * 4):
@@ -193,7 +269,7 @@ def test_tokens_that_do_not_fit_the_workspace_go_in_chunks(native):
 @pytest.mark.parametrize(("T", "d", "s"), [(1, 72, 24), (16, 40, 8), (17, 64, 33), (64, 33, 10)])
 def test_few_tokens_have_the_bits_of_many(native, T, d, s, dtype):
     """The kernels of few tokens sum in the order of those of many: the shape of a call changes no result."""
-    backend = Backend("sadmoe_emulated", "cpu")
+    backend = Backend("emulator")
     for tf32, gated in ((False, False), (False, True), (True, True)):
         x, _, *weights = experts_problem(T, d, 9, s, 35, gated=gated, dtype=dtype)
         routers = [router_problem(d, 9, dtype=v) for v in (dtype, torch.float16)]
@@ -234,7 +310,7 @@ def tf32(t):
 def test_tf32_is_as_good_as_torch_on_rounded_operands(native, T):
     args = experts_problem(T, 96, 5, 24, gated=True)
     set_options(native, tf32=True)
-    y = Backend("sadmoe_emulated", "cpu").sparse_experts(*args, act="silu")
+    y = Backend("emulator").sparse_experts(*args, act="silu")
     x, mask, w_up, w_down, b_up, w_gate, b_gate, b_out = args
     flat = [tf32(w).flatten(0, 1) for w in (w_up, w_gate, w_down)]
     gate = torch.nn.functional.silu(tf32(x) @ flat[1].T + b_gate.flatten())
@@ -246,10 +322,11 @@ def test_tf32_is_as_good_as_torch_on_rounded_operands(native, T):
     assert not torch.allclose(y, exact, rtol=1e-5, atol=1e-5), "tf32 was not used"
 
 
-@pytest.mark.parametrize("T", [9, 80])
-def test_any_byte_but_0_of_a_mask_is_true(backend, T):
-    x, _, *weights = experts_problem(T, 16, 7, 8)
-    mask = torch.randint(256, (T, 7), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+@pytest.mark.parametrize(("T", "E"), [(9, 7), (40, 1), (40, 70), (80, 7)])
+def test_any_byte_but_0_of_a_mask_is_true(backend, T, E):
+    x, _, *weights = experts_problem(T, 16, E, 8)
+    mask = torch.randint(256, (T, E), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    mask[::2] = torch.where(mask[::2] < 128, 0, 128)
     y = backend.sparse_experts(x, mask.view(torch.bool), *weights)
     assert torch.equal(y, backend.sparse_experts(x, mask != 0, *weights))
 
@@ -266,19 +343,63 @@ def test_a_token_that_no_expert_or_every_expert_reaches(backend, T):
     assert torch.equal(y[4], backend.sparse_experts(x, everyone, *weights)[4])
 
 
+def _replaced(i, value):
+    args = experts_problem(6, 12, 3, 4, gated=True)
+    args[i] = value
+    return args
+
+
 @pytest.mark.parametrize(
-    ("args", "message"),
+    ("args", "act", "message"),
     [
+        (_replaced(0, torch.randn(12)), "relu", r"x must be \[T, d\] with d >= 1, got \[12\]"),
+        (_replaced(0, torch.randn(6, 11)), "relu", r"w_up must be \[E, s, d = 11\], got \[3, 4, 12\]"),
         (
-            (torch.randn(6, 12), torch.ones(6, 2, dtype=torch.bool)),
+            _replaced(1, torch.ones(6, 2, dtype=torch.bool)),
+            "relu",
             r"mask must be \[T, E\] = \[6, 3\], got \[6, 2\]",
         ),
+        (_replaced(1, torch.ones(6, 3)), "relu", "mask must be bool, got Float"),
         (
-            (torch.randn(12), torch.ones(6, 3, dtype=torch.bool)),
-            r"x must be \[T, d\] with d >= 1, got \[12\]",
+            _replaced(3, torch.randn(3, 5, 12)),
+            "relu",
+            r"w_down must be \[E = 3, s = 4, d_out\], got \[3, 5, 12\]",
         ),
+        (_replaced(3, torch.randn(3, 4, 12).half()), "relu", "w_down must have x's dtype, Float, got Half"),
+        (_replaced(4, torch.randn(3)), "relu", r"b_up must be \[E, s\] = \[3, 4\], got \[3\]"),
+        (_replaced(5, None), "relu", "b_gate needs w_gate"),
+        (_replaced(7, torch.randn(5)), "relu", r"b_out must be \[d_out\] = \[12\], got \[5\]"),
+        (experts_problem(), "tanh", "act must be one of relu, gelu, gelu_tanh, silu, got 'tanh'"),
+        (experts_problem(dtype=torch.float64), "relu", "x must be float32, bfloat16 or float16, got Double"),
     ],
 )
-def test_a_wrong_argument_is_named(backend, args, message):
+def test_a_wrong_argument_is_named(backend, args, act, message):
     with pytest.raises(RuntimeError, match=f"sadmoe::sparse_experts: {message}"):
-        backend.sparse_experts(*args, *experts_problem(6, 12, 3, 4)[2:])
+        backend.sparse_experts(*args, act=act)
+
+
+def test_wrong_router_arguments_are_named(backend):
+    x, _, *weights = experts_problem(6, 12, 3, 4)
+    v1, v2 = router_problem(12, 3)
+    with pytest.raises(RuntimeError, match=r"v1 must be \[r, d = 12\], got \[9, 11\]"):
+        backend.router_scores(x, v1[:, 1:], v2)
+    with pytest.raises(RuntimeError, match=r"v2 must be \[E, r = 9\], got \[3, 8\]"):
+        backend.router_scores(x, v1, v2[:, 1:])
+    with pytest.raises(
+        RuntimeError, match=r"v2 must have a row for each of the E = 3 experts of w_up, got \[2, 9\]"
+    ):
+        backend.dynamic_k_moe(x, v1, v2[1:], *weights)
+    for tau in (-0.1, 1.5, float("nan")):
+        with pytest.raises(RuntimeError, match=r"tau must be in \[0, 1\]"):
+            backend.dynamic_k_select(torch.rand(2, 2), tau)
+    with pytest.raises(RuntimeError, match="scores must be float32, got Double"):
+        backend.dynamic_k_select(torch.rand(2, 2).double(), 0.1)
+
+
+def test_an_input_without_columns_is_named(backend):
+    x, mask, w_up, w_down, *rest = experts_problem(6, 12, 3, 4)
+    v1, v2 = router_problem(12, 3)
+    with pytest.raises(RuntimeError, match=r"x must be \[T, d\] with d >= 1, got \[6, 0\]"):
+        backend.sparse_experts(x[:, :0], mask, w_up[..., :0], w_down, *rest)
+    with pytest.raises(RuntimeError, match=r"x must be \[T, d\] with d >= 1, got \[6, 0\]"):
+        backend.router_scores(x[:, :0], v1[:, :0], v2)

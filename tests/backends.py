@@ -1,4 +1,4 @@
-"""Where the CUDA kernels run in tests: on the emulator, and on a CUDA device where there is one.
+"""Where the ops run in tests: on the CPU by each instruction set, on the emulator of CUDA, and on a CUDA device.
 
 The emulator needs no GPU: `cmake -DSADMOE_EMULATOR=ON` builds it; SADMOE_EMULATOR_LIB is its library's path.
 """
@@ -43,8 +43,10 @@ def emulator():
 class Backend:
     """An implementation of the ops: arguments from the CPU, results back on it."""
 
-    def __init__(self, namespace, device):
-        self.namespace, self.device = namespace, device
+    def __init__(self, name):
+        self.name, self.device = name, "cuda" if name == "cuda" else "cpu"
+        self.namespace = "sadmoe_emulated" if name == "emulator" else "sadmoe"
+        self.is_cpu = name in ops.cpu_isas()
 
     def __getattr__(self, name):
         op = getattr(getattr(torch.ops, self.namespace), name)
@@ -57,8 +59,8 @@ class Backend:
         return run
 
     def reschedule(self, schedule):
-        """Another order of threads, blocks and copies; a device has its own, different every time."""
-        if self.device == "cpu":
+        """Another order of threads, blocks and copies on the emulator; a device has its own, different every time."""
+        if self.name == "emulator":
             emulator().sadmoe_schedule(*schedule)
 
     def use_hopper(self, use, crowd=BY_SHAPE):
@@ -66,22 +68,22 @@ class Backend:
 
         crowd: share of its pairs from which a block of tokens goes through all experts.
         """
-        if self.device == "cpu":
+        if self.name == "emulator":
             set_options(emulator(), hopper=use, crowd=crowd)
-        else:
+        elif self.name == "cuda":
             torch.ops.sadmoe._use_hopper(use)
             torch.ops.sadmoe._use_crowd(crowd)
 
     def use_down_tiles(self, tiles):
         """Blocks of the down projection take 1, 2 or 4 times 64 tokens; 0: as many as fit the shape."""
-        if self.device == "cpu":
+        if self.name == "emulator":
             set_options(emulator(), down_tiles=tiles)
-        else:
+        elif self.name == "cuda":
             torch.ops.sadmoe._use_down_tiles(tiles)
 
     def products(self):
         """How many products of warpgroups there were; None on a device, which does not say."""
-        return emulator().sadmoe_products() if self.device == "cpu" else None
+        return emulator().sadmoe_products() if self.name == "emulator" else None
 
 
 def set_options(
@@ -92,12 +94,13 @@ def set_options(
 
 
 def backend_of(name):
-    """ "emulator" or "cuda"; skips where there is none."""
+    """An instruction set of the CPU, "emulator" or "cuda"; skips where there is none."""
     if name == "emulator":
         emulator()
-        return Backend("sadmoe_emulated", "cpu")
-    if not torch.cuda.is_available():
+    elif name != "cuda":
+        ops.use_cpu_isa(name)
+    elif not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    if "cuda: yes" not in ops.build_info():
+    elif "cuda: yes" not in ops.build_info():
         pytest.skip(f"built without CUDA kernels ({ops.build_info()})")
-    return Backend("sadmoe", "cuda")
+    return Backend(name)
