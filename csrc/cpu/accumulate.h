@@ -11,25 +11,40 @@ namespace sadmoe::cpu {
 
 constexpr int64_t kStrip = 72;  // columns of y, of 512 tokens 144 KiB, that stay near while many rows are added; more are wide
 
+// Of the neurons of a sum: whether they are the first, and the last. Between turns it waits in Accumulate::partial.
+struct Turn {
+  bool first = true, last = true;
+};
+
 // One tile: Rows tokens x Vecs vectors of columns, held in registers while j runs over the neurons. Part: of one vector, part
 // columns. Flat, as tiles of project.
 template <class Vec, class W, int Rows, int Vecs, bool Part>
-[[gnu::flatten]] void accumulate_tile(const Accumulate& p, AheadInRows<Vec>& ahead, int64_t i0, int64_t c0, int64_t part) {
+[[gnu::flatten]] void accumulate_tile(const Accumulate& p, Turn turn, AheadInRows<Vec>& ahead, int64_t i0, int64_t c0,
+                                      int64_t part) {
   const auto load = [&](auto* from) {
     if constexpr (Part)
       return Vec::load_part(from, part);
     else
       return Vec::load(from);
   };
+  const auto store = [&](Vec sum, float* to) {
+    if constexpr (Part)
+      sum.store_part(to, part);
+    else
+      sum.store(to);
+  };
   float* y[Rows];
   for (int i = 0; i < Rows; ++i) y[i] = p.y + (p.rows ? p.rows[i0 + i] : i0 + i) * p.ld_y + c0;
+  float* partial = p.partial + i0 * p.columns + c0;
   const auto each = [](auto body) { unroll<Rows>([&](auto i) { unroll<Vecs>([&](auto v) { body(i, v); }); }); };
   for (int64_t i = i0 + Rows; i < p.n && i < i0 + 2 * Rows; ++i) {  // rows come in no order that hardware foresees
     const float* next = p.y + (p.rows ? p.rows[i] : i) * p.ld_y + c0;
     for (int v = 0; v < Vecs; ++v) __builtin_prefetch(next + v * Vec::width, 1);
   }
   Vec sums[Rows][Vecs];
-  each([&](auto i, auto v) { sums[i.value][v.value] = load(y[i.value] + v.value * Vec::width); });
+  each([&](auto i, auto v) { sums[i.value][v.value] = Vec::zero(); });
+  if (!turn.first)
+    each([&](auto i, auto v) { sums[i.value][v.value] = load(partial + i.value * p.columns + v.value * Vec::width); });
   const float* h = static_cast<const float*>(p.h) + i0 * p.ld_h;
   const W* w = static_cast<const W*>(p.w) + c0;
   constexpr int64_t kBytes = Vecs * Vec::width * sizeof(W);
@@ -48,68 +63,77 @@ template <class Vec, class W, int Rows, int Vecs, bool Part>
     ahead = walk;
   });
   each([&](auto i, auto v) {
-    if constexpr (Part)
-      sums[i.value][v.value].store_part(y[i.value] + v.value * Vec::width, part);
-    else
-      sums[i.value][v.value].store(y[i.value] + v.value * Vec::width);
+    const Vec sum = sums[i.value][v.value];
+    float* to = y[i.value] + v.value * Vec::width;
+    turn.last ? store(load(to) + sum, to) : store(sum, partial + i.value * p.columns + v.value * Vec::width);
   });
 }
 
 // Rows i0 .. n of one strip of columns: tiles of Rows, then one tile of what is left.
 template <class Vec, class W, int Rows, int Vecs, bool Part = false>
-void accumulate_rows(const Accumulate& p, AheadInRows<Vec>& ahead, int64_t i0, int64_t c0, int64_t part = 0) {
-  for (; i0 + Rows <= p.n; i0 += Rows) accumulate_tile<Vec, W, Rows, Vecs, Part>(p, ahead, i0, c0, part);
+void accumulate_rows(const Accumulate& p, Turn turn, AheadInRows<Vec>& ahead, int64_t i0, int64_t c0, int64_t part = 0) {
+  for (; i0 + Rows <= p.n; i0 += Rows) accumulate_tile<Vec, W, Rows, Vecs, Part>(p, turn, ahead, i0, c0, part);
   if constexpr (Rows > 1)
-    if (i0 < p.n) accumulate_rows<Vec, W, Rows - 1, Vecs, Part>(p, ahead, i0, c0, part);
+    if (i0 < p.n) accumulate_rows<Vec, W, Rows - 1, Vecs, Part>(p, turn, ahead, i0, c0, part);
 }
 
 template <class Vec, class W>
-void accumulate_all(const Accumulate& p, AheadInRows<Vec> ahead) {
+void accumulate_all(const Accumulate& p, Turn turn, AheadInRows<Vec> ahead) {
   constexpr int kRows = Vec::accumulate_rows, kVecs = Vec::accumulate_vecs;
+  constexpr int kLong = 64 / Vec::width, kMost = kRows * kVecs * 2 / 3, kAlone = kLong < kMost ? kLong : kMost;
   int64_t c = 0;
-  for (; c + kVecs * Vec::width <= p.columns; c += kVecs * Vec::width) accumulate_rows<Vec, W, kRows, kVecs>(p, ahead, 0, c);
-  for (; c + Vec::width <= p.columns; c += Vec::width) accumulate_rows<Vec, W, kRows, 1>(p, ahead, 0, c);
-  if (c < p.columns) accumulate_rows<Vec, W, kRows, 1, true>(p, ahead, 0, c, p.columns - c);
+  if constexpr (kAlone > kVecs)  // for a row alone, as memory gives long pieces of a neuron faster
+    for (; p.n == 1 && c + kAlone * Vec::width <= p.columns; c += kAlone * Vec::width)
+      accumulate_tile<Vec, W, 1, kAlone, false>(p, turn, ahead, 0, c, 0);
+  for (; c + kVecs * Vec::width <= p.columns; c += kVecs * Vec::width)
+    accumulate_rows<Vec, W, kRows, kVecs>(p, turn, ahead, 0, c);
+  for (; c + Vec::width <= p.columns; c += Vec::width) accumulate_rows<Vec, W, kRows, 1>(p, turn, ahead, 0, c);
+  if (c < p.columns) accumulate_rows<Vec, W, kRows, 1, true>(p, turn, ahead, 0, c, p.columns - c);
 }
 
-// The columns of so many neurons that come next, while p is computed.
+// So many columns of so many neurons that come next, while p is computed.
 template <class Vec, class W>
-AheadInRows<Vec> ahead_of(const Accumulate& p, const void* next, int64_t neurons) {
-  return {next, neurons, p.columns * int64_t(sizeof(W)), p.ld_w * int64_t(sizeof(W)), p.n * p.m * p.columns};
+AheadInRows<Vec> ahead_of(const Accumulate& p, const void* next, int64_t neurons, int64_t columns) {
+  return {next, neurons, columns * int64_t(sizeof(W)), p.ld_w * int64_t(sizeof(W)), p.n * p.m * p.columns};
 }
 
-// body(part, ahead): a few neurons at a time, over all columns, while those that come next are fetched. Sums are the same, for
-// they pass through y.
-template <class Vec, class W, class Body>
-void in_turns(const Accumulate& p, int64_t neurons, const Body& body) {
+// A few neurons at a time, over all columns, while those that come next are fetched.
+template <class Vec, class W>
+void accumulate_in_turns(const Accumulate& p, int64_t neurons) {
   some_at_once(p.m, neurons, [&](int64_t j, int64_t count, bool more, int64_t then) {
     Accumulate part = p;
     const W* w = static_cast<const W*>(p.w) + j * p.ld_w;
     part.m = count, part.w = w, part.h = static_cast<const float*>(p.h) + j;
-    body(part, ahead_of<Vec, W>(part, more ? w + count * p.ld_w : p.next, then));
+    const void* next = more ? w + count * p.ld_w : p.next;
+    accumulate_all<Vec, W>(part, {j == 0, !more}, ahead_of<Vec, W>(part, next, then, p.columns));
   });
 }
 
 // Many rows read the weights again and again: from a copy, widened once, without the distance from neuron to neuron, which a
-// power of two would leave with a few sets of the near cache. Else from where they are: in a narrow strip all neurons at once, in
-// a wide one as many as stay near until the next tile of rows reads them, and fewer where no tile does.
+// power of two would leave with a few sets of the near cache; so many columns at once that all neurons fit. Else from where they
+// are: in a narrow strip all neurons at once, in a wide one as many as stay near until the next tile of rows reads them, and
+// fewer where no tile does.
 template <class Vec, class W>
 void accumulate(const Accumulate& p) {
-  constexpr int64_t kManyRows = 8, kManyColumns = 1024;
-  if constexpr (Vec::copied > 0)
-    if (p.n >= kManyRows && p.columns <= kManyColumns) {
-      static_assert(Vec::copied >= kManyColumns, "some neurons fit a copy");
+  if constexpr (Vec::copied > 0) {
+    constexpr int64_t kManyRows = 8, kManyColumns = 1024, kTile = Vec::accumulate_vecs * Vec::width;
+    const int64_t most = p.m > 0 ? Vec::copied / p.m / kTile * kTile : 0;
+    if (p.n >= kManyRows && p.columns <= kManyColumns && most > 0) {
       alignas(64) float copy[Vec::copied];
-      return in_turns<Vec, W>(p, Vec::copied / p.columns, [&](Accumulate part, const AheadInRows<Vec>& ahead) {
-        for (int64_t j = 0; j < part.m; ++j)
-          widen<Vec, W>(static_cast<const W*>(part.w) + j * p.ld_w, copy + j * p.columns, p.columns);
-        part.w = copy, part.ld_w = p.columns;
-        accumulate_all<Vec, float>(part, ahead);
+      return some_at_once(p.columns, most, [&](int64_t c, int64_t count, bool more, int64_t then) {
+        Accumulate part = p;
+        const W* w = static_cast<const W*>(p.w) + c;
+        part.columns = count, part.y = p.y + c;
+        const AheadInRows<Vec> ahead = ahead_of<Vec, W>(part, more ? w + count : p.next, p.m, then);
+        for (int64_t j = 0; j < p.m; ++j) widen<Vec, W>(w + j * p.ld_w, copy + j * count, count);
+        part.w = copy, part.ld_w = count;
+        accumulate_all<Vec, float>(part, {}, ahead);
       });
     }
-  const int64_t neurons = p.columns <= kStrip ? p.m : p.n <= 2 ? 4 : 16;
-  in_turns<Vec, W>(p, neurons,
-                   [](const Accumulate& part, const AheadInRows<Vec>& ahead) { accumulate_all<Vec, W>(part, ahead); });
+  }
+  constexpr int64_t kNear = 16 * 1024;  // bytes, which leave place for as many that come next
+  const bool short_rows = 4 * p.columns * int64_t(sizeof(W)) <= kNear;
+  accumulate_in_turns<Vec, W>(p, p.columns <= kStrip ? p.m : p.n > 2 ? 16 : short_rows ? 4 : 2);
 }
 
 // What follows multiplies entries of 16 bits, and sums the products of two neighbours: Pair is Ints or Pairs (see table.h).
@@ -209,7 +233,7 @@ void accumulate_pair_columns(const Accumulate& p, const WeightsOf& weights_of) {
   constexpr int kRows = Pair::accumulate_rows, kGroups = Pair::accumulate_groups;
   constexpr int64_t kFar = 512 * 1024;  // bytes that would leave the caches before their turn
   const bool fits = p.m * p.columns * int64_t(sizeof(typename Pair::Weight)) <= kFar;
-  AheadInRows<Vec> ahead = ahead_of<Vec, typename Pair::Weight>(p, fits ? p.next : nullptr, p.m);
+  AheadInRows<Vec> ahead = ahead_of<Vec, typename Pair::Weight>(p, fits ? p.next : nullptr, p.m, p.columns);
   const auto whole = weights_of(std::false_type{}, 0);
   int64_t c = 0;
   constexpr int kWide = kRows * kGroups * 2 / 3;  // for a row alone, as memory gives long pieces of a neuron faster

@@ -93,8 +93,8 @@ void with_lines(int64_t pace, const Body& body) {
   body(Index<Most>{});
 }
 
-// Takes m neurons, `most` at once: body(j, count, more, then) for those from j on, where then are taken after them: from j +
-// count on where there are more, else from those that come next.
+// Takes m neurons, or columns, `most` at once: body(j, count, more, then) for those from j on, where then are taken after them:
+// from j + count on where there are more, else from those that come next.
 template <class Body>
 void some_at_once(int64_t m, int64_t most, const Body& body) {
   for (int64_t j = 0; j < m; j += most) {

@@ -41,9 +41,10 @@ struct Activate {
   const float *scale = nullptr, *gate_scale = nullptr, *out_scale = nullptr;  // [m], all of them that apply, or none
 };
 
-// y[rows[i], c] += sum over j ascending of h[i, j] w[j, c]   for i < n, c < columns, columns >= 1. Rows are distinct.
+// y[rows[i], c] += sum over j of h[i, j] w[j, c]   for i < n, c < columns, columns >= 1. The sum has one fixed order, whatever n
+// and columns are, and is added as one: it errs less than a sum of all experts' products. Rows are distinct.
 //   h [n, m] float32, leading dimension ld_h; with int8 weights quantized, of the kernel of halves bf16: then ld_h is even, with
-//   a zero where m is odd, and the sum over j is added as one
+//   a zero where m is odd
 //   w [m, .] of the kernel's weight dtype, leading dimension ld_w   y float32, leading dimension ld_y
 struct Accumulate {
   int64_t n, m, columns, ld_h, ld_w, ld_y;
@@ -51,6 +52,7 @@ struct Accumulate {
   const int32_t* rows;
   const void* w;
   float* y;
+  float* partial = nullptr;      // scratch [n, columns], of float32 h and more than Kernels::strip columns
   const void* next = nullptr;    // the w of the next call, of the same shape, which is fetched meanwhile; null: unknown
   const float* steps = nullptr;  // of the rows of quantized h
 };

@@ -101,7 +101,7 @@ class Block {
   // in y, rows a power of two apart would have a few sets of the near caches to share.
   void down(int64_t begin, int64_t end, const AsFloat& b_out) {
     const int64_t strip = std::min(end - begin, columns_together());
-    const Floats sums(T_ * strip);
+    const Floats sums(T_ * strip), partial(form_ == Form::floats && strip > k_.strip ? T_ * strip : 0);
     for (int64_t c = begin; c < end; c += strip) {
       const int64_t columns = std::min(strip, end - c);
       for (int64_t t = 0; t < T_; ++t) {
@@ -113,7 +113,7 @@ class Block {
         const int64_t e = plan_.active[a], first = plan_.offsets[e];
         const void* next = a + 1 < plan_.active.size() ? weights(plan_.active[a + 1]) : nullptr;
         accumulate_({plan_.count(e), s_.s, columns, ld_h_, s_.d_out, strip, hidden(first), plan_.rows_of(e), weights(e),
-                     sums.get(), next, form_ == Form::ints ? int_h_.steps() + first : nullptr});
+                     sums.get(), partial.get(), next, form_ == Form::ints ? int_h_.steps() + first : nullptr});
       }
       for (int64_t t = 0; t < T_; ++t)
         k_.narrow[int(p_.x.dtype)](sums.get() + t * strip, y_ + (t * s_.d_out + c) * size_of(p_.x.dtype), columns);
@@ -207,7 +207,8 @@ void route_scores(const float* hidden, const Router& router, const RouterShape& 
     for (int64_t i = 0; i < s.r; ++i)
       for (int64_t e = e0; e < std::min(e0 + kLine, end); ++e) turned[i * s.E + e] = v2.get()[(e - begin) * s.r + i];
   for (int64_t t = 0; t < s.T; ++t) std::fill(scores + t * s.E + begin, scores + t * s.E + end, 0.0f);
-  k.accumulate[int(DType::f32)]({s.T, s.r, end - begin, s.r, s.E, s.E, hidden, nullptr, turned + begin, scores + begin});
+  for (int64_t e = begin; e < end; e += k.strip)
+    k.accumulate[int(DType::f32)]({s.T, s.r, std::min(k.strip, end - e), s.r, s.E, s.E, hidden, nullptr, turned + e, scores + e});
   k.activate({s.T, end - begin, s.E, scores + begin, nullptr, nullptr, nullptr, Activation::abs});
 }
 

@@ -127,13 +127,21 @@ void in_blocks(const Project& p, int64_t rows, int64_t neurons, const Body& body
   });
 }
 
+// A row alone with so many neurons at once.
+template <class Vec, class W, int Columns>
+void project_row(const Project& p) {
+  in_blocks<Vec, W>(p, 1, Columns, [&](const Project& part, Ahead<Vec> ahead) {
+    project_tile<Vec, W, 1, Columns>(part, 0, 0, 0, p.d, nullptr, ahead);
+  });
+}
+
 template <class Vec, class W>
 void project(const Project& p) {
   constexpr int kColumns = Vec::project_columns;
-  if (p.n == 1)  // more neurons at once: memory gives several streams faster
-    return in_blocks<Vec, W>(p, 1, 2 * kColumns, [&](const Project& part, Ahead<Vec> ahead) {
-      project_tile<Vec, W, 1, 2 * kColumns>(part, 0, 0, 0, p.d, nullptr, ahead);
-    });
+  // Memory gives several streams faster, but they and as many that come next must stay near.
+  constexpr int64_t kNear = 24 * 1024, kMany = 2 * kColumns;
+  if (p.n == 1 && kMany * p.d * int64_t(sizeof(W)) <= kNear) return project_row<Vec, W, kMany>(p);
+  if (p.n == 1) return project_row<Vec, W, 2>(p);
   typename Vec::Sum kept[kKeptTiles * sums_of<Vec>(Vec::project_rows * kColumns)];
   if constexpr (sizeof(W) == 2 && !std::is_same_v<W, typename Vec::Entry> && Vec::copied > 0) {
     constexpr int64_t kManyRows = 8, kCopied = 3 * 1024;
