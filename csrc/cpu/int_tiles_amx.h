@@ -1,81 +1,94 @@
 // Products with weights in int8 by tiles of bytes. Included by the files of such instruction sets alone.
 //
-// Rows are integers of 16 bits: 256 times an upper byte, with the sign, and a lower one. The sums of both are exact, and so is
-// theirs: the same bits as by AVX512-VNNI, where experts with few rows go. Of a product of 16 rows, over parts of k:
-//   left    high[k / 64][i][k % 64], and low after each kilobyte of it
-//   right   tiles of 64 k, in fours, x 16 columns:   right[j / 16][k / 64][k % 64 / 4][j % 16][k % 4]
+// Rows are integers of 16 bits: 256 times an upper byte, with the sign, and a lower one. The sum of both products is exact, for
+// it fits 32 bits, though either may not: the same bits as by AVX512-VNNI, where small products go.
+//   left    [i / 16][k / 64][upper, lower][i % 16][k % 64]
+//   right   [j / 16][k / 64][k % 64 / 4][j % 16][k % 4]
 #pragma once
 #include "cpu/tiles_amx.h"
 
 namespace sadmoe::cpu {
 namespace {
 
-constexpr int64_t kIntDepth = kDepthOf<int8_t>;
-constexpr int64_t kFewest = kRows;  // rows of an expert: fewer leave a tile empty, and weights are laid out for few
-constexpr int64_t kPart = 512, kSome = 64, kColumns = 2 * kRows;  // of k, rows and columns at once: 90 KiB of stack
+constexpr int64_t kByteDepth = kDepthOf<int8_t>;
+constexpr int64_t kRowsAtOnce = 64, kColumnsAtOnce = 128, kDepthAtOnce = 512;  // 116 KiB of stack
+constexpr int64_t kPair = 2 * kRows;                                           // columns of a product
 
-// Of rows(i) at its k0, i < n and k entries.
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Whether tiles pay, by arithmetic: they were never timed. Few rows leave a tile empty, and the weights are laid out for them
+// alone; few columns likewise; and sums over few neurons take longer to leave the unit than it to make them.
+bool pays(int64_t n, int64_t m, int64_t k) { return n >= kRows && m >= kRows && k >= 2 * kByteDepth; }
+
+// The entries k0 .. k0 + k of rows(i), i < n.
 template <class Rows>
-void int_left(const Rows& rows, int64_t n, int64_t k, int8_t* left) {
-  constexpr int64_t kHalf = kIntDepth / 2;
+void bytes_of_rows(const Rows& rows, int64_t n, int64_t k0, int64_t k, int8_t* left) {
+  const __m512i in_order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), lower = _mm512_set1_epi16(255);
   for (int64_t i0 = 0; i0 < n; i0 += kRows)
-    for (int64_t k0 = 0; k0 < k; k0 += kIntDepth, left += 2 * kTileBytes)
-      for (int64_t i = 0; i < kRows && i0 + i < n; ++i)
-        for (int64_t half = 0; half < kIntDepth; half += kHalf) {
-          const int64_t more = k - k0 - half;
-          const __m512i q = _mm512_maskz_loadu_epi16(more > 0 ? first(more) : 0, rows(i0 + i) + k0 + half);
-          int8_t* to = left + i * kIntDepth + half;
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi16_epi8(_mm512_srai_epi16(q, 8)));
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + kTileBytes), _mm512_cvtepi16_epi8(q));
-        }
+    for (int64_t at = 0; at < k; at += kByteDepth, left += 2 * kTileBytes) {
+      const auto within = [&](int64_t from) { return k > from ? first(k - from) : 0; };
+      const __mmask32 masks[2] = {within(at), within(at + kByteDepth / 2)};
+      for (int64_t i = 0; i < kRows && i0 + i < n; ++i) {
+        const int16_t* from = rows(i0 + i) + k0 + at;
+        const __m512i a = _mm512_maskz_loadu_epi16(masks[0], from), b = _mm512_maskz_loadu_epi16(masks[1], from + kByteDepth / 2);
+        const __m512i high = _mm512_packs_epi16(_mm512_srai_epi16(a, 8), _mm512_srai_epi16(b, 8));
+        const __m512i low = _mm512_packus_epi16(_mm512_and_si512(a, lower), _mm512_and_si512(b, lower));
+        int8_t* to = left + i * kByteDepth;
+        _mm512_storeu_si512(to, _mm512_permutexvar_epi64(in_order, high));
+        _mm512_storeu_si512(to + kTileBytes, _mm512_permutexvar_epi64(in_order, low));
+      }
+    }
 }
 
-// use(i, j, columns, sums): sums [columns] of row i and the columns from j on, of the n x m in all; right(j, columns, k0, k, to)
+// sums [16, .] += what 16 rows of left and 1 or 2 tiles of columns make; they begin with it.
+template <int Columns>
+void add_products(const int8_t* left, const int8_t* right, int64_t depth, bool begins, int32_t* sums) {
+  alignas(64) int32_t high[kRows * kPair], low[kRows * kPair];
+  byte_products<Columns>(left, right, depth, high, low, kPair);
+  for (int64_t i = 0; i < kRows; ++i)
+    unroll<Columns>([&, at = i * kPair, to = sums + i * kColumnsAtOnce](auto c) {
+      const __m512i upper = _mm512_slli_epi32(_mm512_load_si512(high + at + 16 * c.value), 8);
+      const __m512i sum = _mm512_add_epi32(upper, _mm512_load_si512(low + at + 16 * c.value));
+      const __m512i before = begins ? _mm512_setzero_si512() : _mm512_load_si512(to + 16 * c.value);
+      _mm512_store_si512(to + 16 * c.value, _mm512_add_epi32(before, sum));
+    });
+}
+
+// use(i, j, columns, sums): sums [columns] of row i and the columns from j on, of n x m in all. right(j, columns, k0, k, to)
 // lays out weights.
 template <class Rows, class Right, class Use>
 void int_products(int64_t n, int64_t m, int64_t k, const Rows& rows, const Right& right, const Use& use) {
   const TileRegisters registers;
-  alignas(64) int8_t left_tiles[kSome * kPart * 2], right_tiles[kColumns * kPart];
-  alignas(64) int32_t sums[kSome * kColumns], high[kRows * kColumns], low[kRows * kColumns];
-  const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
-  const auto product = [&](int64_t i, int64_t depth, auto columns, bool starts) {
-    tile_product<columns.value>(left_tiles + i * depth * 2 * kIntDepth, right_tiles, depth, high, low, kColumns);
-    for (int64_t at = 0; at < kRows * kColumns; at += 16) {
-      const __m512i upper = _mm512_slli_epi32(_mm512_load_si512(high + at), 8), lower = _mm512_load_si512(low + at);
-      const __m512i before = starts ? _mm512_setzero_si512() : _mm512_load_si512(sums + i * kColumns + at);
-      _mm512_store_si512(sums + i * kColumns + at, _mm512_add_epi32(before, _mm512_add_epi32(upper, lower)));
-    }
-  };
-  for (int64_t i0 = 0; i0 < n; i0 += kSome) {
-    const int64_t some = least(n - i0, kSome);
-    for (int64_t j0 = 0; j0 < m; j0 += kColumns) {
-      const int64_t columns = least(m - j0, kColumns);
-      for (int64_t k0 = 0; k0 < k; k0 += kPart) {
-        const int64_t part = least(k - k0, kPart), depth = tiles_of(part, kIntDepth);
-        if (j0 == 0 || k > kPart) int_left([&](int64_t i) { return rows(i0 + i) + k0; }, some, part, left_tiles);
-        right(j0, columns, k0, part, right_tiles);
-        for (int64_t i = 0; i < some; i += kRows)
-          columns > kRows ? product(i, depth, Index<2>{}, k0 == 0) : product(i, depth, Index<1>{}, k0 == 0);
+  alignas(64) int8_t left_tiles[kRowsAtOnce * kDepthAtOnce * 2], right_tiles[kPair * kDepthAtOnce];
+  alignas(64) int32_t sums[kRowsAtOnce * kColumnsAtOnce];
+  for (int64_t i0 = 0; i0 < n; i0 += kRowsAtOnce)
+    for (int64_t j0 = 0; j0 < m; j0 += kColumnsAtOnce) {
+      const int64_t count = least(n - i0, kRowsAtOnce), columns = least(m - j0, kColumnsAtOnce);
+      for (int64_t k0 = 0; k0 < k; k0 += kDepthAtOnce) {
+        const int64_t part = least(k - k0, kDepthAtOnce), depth = tiles_of(part, kByteDepth);
+        if (j0 == 0 || k > kDepthAtOnce) bytes_of_rows([&](int64_t i) { return rows(i0 + i); }, count, k0, part, left_tiles);
+        for (int64_t j = 0; j < columns; j += kPair) {
+          right(j0 + j, least(columns - j, kPair), k0, part, right_tiles);
+          for (int64_t i = 0; i < count; i += kRows) {
+            const int8_t* left = left_tiles + i * depth * 2 * kByteDepth;
+            int32_t* to = sums + i * kColumnsAtOnce + j;
+            columns - j > kRows ? add_products<2>(left, right_tiles, depth, k0 == 0, to)
+                                : add_products<1>(left, right_tiles, depth, k0 == 0, to);
+          }
+        }
       }
-      for (int64_t i = 0; i < some; ++i) use(i0 + i, j0, columns, sums + i * kColumns);
+      for (int64_t i = 0; i < count; ++i) use(i0 + i, j0, columns, sums + i * kColumnsAtOnce);
     }
-  }
 }
 
-// to[0 .. columns) = of(sums as floats, what is there).
-template <class Of>
-void for_vectors(const int32_t* sums, float* to, int64_t columns, const Of& of) {
-  for (int64_t c = 0; c < columns; c += 16) {
-    const Vec sum{_mm512_cvtepi32_ps(_mm512_loadu_si512(sums + c))};
-    if (const int64_t left = columns - c; left < 16)
-      of(sum, Vec::load_part(to + c, left)).store_part(to + c, left);
-    else
-      of(sum, Vec::load(to + c)).store(to + c);
-  }
+// body(c, left, the sums from c on): 16 columns at a time, or what is left.
+template <class Body>
+void for_vectors(const int32_t* sums, int64_t columns, const Body& body) {
+  for (int64_t c = 0; c < columns; c += 16) body(c, columns - c, Vec{_mm512_cvtepi32_ps(_mm512_loadu_si512(sums + c))});
 }
 
 void int_project(const Project& p) {
-  if (p.n < kFewest) return kernels_avx512vnni().project[int(DType::i8)](p);
+  if (!pays(p.n, p.m, p.d)) return kernels_avx512vnni().project[int(DType::i8)](p);
   const auto row = [&](int64_t i) { return p.rows ? p.rows[i] : i; };
   int_products(
       p.n, p.m, p.d, [&](int64_t i) { return static_cast<const int16_t*>(p.x) + row(i) * p.d; },
@@ -84,21 +97,27 @@ void int_project(const Project& p) {
       },
       [&](int64_t i, int64_t j, int64_t columns, const int32_t* sums) {
         const Vec step = Vec::set(p.steps[row(i)]);
-        for_vectors(sums, p.out + i * p.ld + j, columns, [&](Vec sum, Vec) { return sum * step; });
+        for_vectors(sums, columns, [&, out = p.out + i * p.ld + j](int64_t c, int64_t left, Vec sum) {
+          left < 16 ? (sum * step).store_part(out + c, left) : (sum * step).store(out + c);
+        });
       });
 }
 
 void int_accumulate(const Accumulate& p) {
-  if (p.n < kFewest) return kernels_avx512vnni().accumulate[int(DType::i8)](p);
+  if (!pays(p.n, p.columns, p.m)) return kernels_avx512vnni().accumulate[int(DType::i8)](p);
   int_products(
       p.n, p.columns, p.m, [&](int64_t i) { return static_cast<const int16_t*>(p.h) + i * p.ld_h; },
       [&](int64_t c, int64_t columns, int64_t j, int64_t m, int8_t* right) {
         right_of_columns(static_cast<const int8_t*>(p.w) + j * p.ld_w + c, p.ld_w, m, columns, right);
       },
-      [&](int64_t i, int64_t c, int64_t columns, const int32_t* sums) {
+      [&](int64_t i, int64_t c0, int64_t columns, const int32_t* sums) {
         const Vec step = Vec::set(p.steps[i]);
-        float* y = p.y + (p.rows ? p.rows[i] : i) * p.ld_y + c;
-        for_vectors(sums, y, columns, [&](Vec sum, Vec before) { return fma(sum, step, before); });
+        for_vectors(sums, columns, [&, y = p.y + (p.rows ? p.rows[i] : i) * p.ld_y + c0](int64_t c, int64_t left, Vec sum) {
+          if (left < 16)
+            fma(sum, step, Vec::load_part(y + c, left)).store_part(y + c, left);
+          else
+            fma(sum, step, Vec::load(y + c)).store(y + c);
+        });
       });
 }
 

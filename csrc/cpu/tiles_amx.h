@@ -8,10 +8,10 @@
 namespace sadmoe::cpu {
 namespace {
 
-constexpr int64_t kRows = 16, kDepth = 32;  // of a tile: 16 rows of 64 bytes
-
+constexpr int64_t kRows = 16;  // of a tile, of 64 bytes
 template <class W>
-constexpr int64_t kDepthOf = 64 / sizeof(W);  // k of a tile, in rows of neighbours that fill 32 bits
+constexpr int64_t kDepthOf = 64 / sizeof(W);  // k of a tile of weights, neighbours that fill 32 bits beside each other
+constexpr int64_t kDepth = kDepthOf<bf16>;
 
 constexpr int64_t tiles_of(int64_t n, int64_t each) { return (n + each - 1) / each; }
 
@@ -70,9 +70,9 @@ void transpose(__m512i (&a)[16]) {
 // Of w [m, k], its rows ld apart, or below of w [k, m]; m columns of tiles, W bf16 or int8_t.
 template <class W>
 void right_of_rows(const W* w, int64_t ld, int64_t m, int64_t k, W* right) {
-  constexpr int64_t kLine = kDepthOf<W>;
+  constexpr int64_t kEntries = kDepthOf<W>;
   for (int64_t j0 = 0; j0 < m; j0 += kRows)
-    for (int64_t k0 = 0; k0 < k; k0 += kLine, right += kRows * kLine) {
+    for (int64_t k0 = 0; k0 < k; k0 += kEntries, right += kRows * kEntries) {
       const int64_t bytes = (k - k0) * int64_t(sizeof(W));
       const __mmask64 within = bytes >= 64 ? ~__mmask64{0} : (__mmask64{1} << bytes) - 1;
       __m512i lines[16];
@@ -81,7 +81,7 @@ void right_of_rows(const W* w, int64_t ld, int64_t m, int64_t k, W* right) {
         lines[j.value] = _mm512_maskz_loadu_epi8(within, w + row * ld + k0);
       });
       transpose(lines);
-      unroll<16>([&](auto i) { _mm512_storeu_si512(right + i.value * kLine, lines[i.value]); });
+      unroll<16>([&](auto i) { _mm512_storeu_si512(right + i.value * kEntries, lines[i.value]); });
     }
 }
 
@@ -90,11 +90,11 @@ __m512i words(const int8_t* from, __mmask16 columns) { return _mm512_cvtepu8_epi
 
 template <class W>
 void right_of_columns(const W* w, int64_t ld, int64_t k, int64_t m, W* right) {
-  constexpr int64_t kLine = kDepthOf<W>, kTogether = 4 / sizeof(W);
-  const int64_t depth = tiles_of(k, kLine);
-  for (int64_t k0 = 0; k0 < k; k0 += kLine)
+  constexpr int64_t kEntries = kDepthOf<W>, kTogether = 4 / sizeof(W);
+  const int64_t depth = tiles_of(k, kEntries);
+  for (int64_t k0 = 0; k0 < k; k0 += kEntries)
     for (int64_t j0 = 0; j0 < m; j0 += kRows) {
-      W* tile = right + (j0 / kRows * depth + k0 / kLine) * kRows * kLine;
+      W* tile = right + (j0 / kRows * depth + k0 / kEntries) * kRows * kEntries;
       const __mmask16 columns = m - j0 >= 16 ? 0xffff : Vec::first(m - j0);
       for (int64_t i = 0; i < kRows; ++i) {
         __m512i line = _mm512_setzero_si512();
@@ -103,7 +103,7 @@ void right_of_columns(const W* w, int64_t ld, int64_t k, int64_t m, W* right) {
             line =
                 _mm512_or_si512(line, _mm512_slli_epi32(words(w + (at + e.value) * ld + j0, columns), 8 * sizeof(W) * e.value));
         });
-        _mm512_storeu_si512(tile + i * kLine, line);
+        _mm512_storeu_si512(tile + i * kEntries, line);
       }
     }
 }
@@ -111,7 +111,7 @@ void right_of_columns(const W* w, int64_t ld, int64_t k, int64_t m, W* right) {
 template <int Columns>
 void product_of(const bf16* left, const bf16* right, int64_t n, int64_t k, float* out, int64_t ld) {
   const int64_t depth = tiles_of(k, kDepth);
-  n > kRows ? tile_product<2, Columns>(left, right, depth, out, ld) : tile_product<1, Columns>(left, right, depth, out, ld);
+  n > kRows ? bf16_products<2, Columns>(left, right, depth, out, ld) : bf16_products<1, Columns>(left, right, depth, out, ld);
 }
 
 // body(i, j, n, Index<Columns>): up to 32 rows from i and one or two tiles of columns from j, of n x m in all.
