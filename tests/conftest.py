@@ -48,6 +48,13 @@ def isa(request):
 
 
 @pytest.fixture
+def any_isa():
+    """All of them, for a test that asks for one after the other."""
+    yield ops.cpu_isas()
+    ops.use_cpu_isa("auto")
+
+
+@pytest.fixture
 def native():
     yield _as_found(backends.emulator())
     _as_found(backends.emulator())

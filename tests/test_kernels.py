@@ -6,7 +6,7 @@ import pytest
 import torch
 from backends import DTYPES, SCHEDULES, Backend, set_options
 from problems import assert_as_good_as_torch, experts_problem, in_double, router_problem
-from sadmoe import reference
+from sadmoe import ops, reference
 
 ACTS = list(reference.ACTIVATIONS)
 KINDS = list(itertools.product([False, True], [False, True], ACTS))  # gated, bias, activation
@@ -49,6 +49,20 @@ def test_experts_are_as_good_as_torch(backend, name, dtype):
     for gated, bias, act in KINDS if backend.is_cpu else few:
         args = experts_problem(**PROBLEMS[name], gated=gated, bias=bias, dtype=dtype)
         check_experts(backend, args, act)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("d", "E", "s", "share"), [(384, 48, 32, 1.0), (768, 24, 128, 0.5), (2048, 256, 32, 0.25)]
+)
+def test_a_layer_of_a_real_size_is_as_good_as_torch(any_isa, d, E, s, share, dtype):
+    """Thousands of products in a sum."""
+    args = experts_problem(17, d, E, s, share=share, dtype=dtype)
+    torchs = reference.sparse_experts(*args, act="gelu")
+    truth = reference.sparse_experts(*in_double(args), act="gelu")
+    for isa in any_isa:
+        ops.use_cpu_isa(isa)
+        assert_as_good_as_torch(ops.sparse_experts(*args, act="gelu"), torchs, truth)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
