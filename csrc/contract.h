@@ -6,7 +6,7 @@
 //   mask[t, e]   = scores[t, e] >= tau * max_e scores[t, e]                     tau = 0: all, tau = 1: the top expert
 //   h[t, e, j]   = act(x[t] . w_up[e, j] + b_up[e, j])                          plain
 //   h[t, e, j]   = act(x[t] . w_gate[e, j] + b_gate[e, j]) * (x[t] . w_up[e, j] + b_up[e, j])       GLU
-//   y[t]         = b_out + sum over e with mask[t, e], ascending, and j ascending, of h[t, e, j] w_down[e, j]
+//   y[t]         = b_out + sum over e with mask[t, e], ascending, of (sum over j of h[t, e, j] w_down[e, j])
 //
 // Every matrix is row-major with one neuron a row, so up and down projection both stream whole neurons. Sums are float32. An
 // int8 row stands for itself times its neuron's scale, which multiplies sums and h instead; on the CPU a row of x, and of h of

@@ -94,18 +94,22 @@ Sums Layer::output(const bool* mask) const {
   for (int64_t t = 0; t < T; ++t) {
     std::vector<Real> sums(d_out);
     std::vector<double> terms(d_out);
-    for (int64_t n = 0; n < E * s; ++n) {
-      if (!mask[t * E + n / s]) continue;
-      Real h = linear(w_up_, scale_up_, b_up_, t, n);
-      if (kind.gated)
-        h = stored(stored(activate(linear(w_gate_, scale_gate_, b_gate_, t, n), kind.act), kind.dtype) * h, kind.dtype);
-      else
-        h = stored(activate(h, kind.act), kind.dtype);
-      for (int64_t c = 0; c < d_out; ++c) {
-        const Real term = scaled(h, scale_down_, n) * Real(w_down_.values()[n * d_out + c]);
-        sums[c] += term;
-        terms[c] += std::fabs(term);
+    for (int64_t e = 0; e < E; ++e) {
+      if (!mask[t * E + e]) continue;
+      std::vector<Real> own(d_out);
+      for (int64_t n = e * s; n < (e + 1) * s; ++n) {
+        Real h = linear(w_up_, scale_up_, b_up_, t, n);
+        if (kind.gated)
+          h = stored(stored(activate(linear(w_gate_, scale_gate_, b_gate_, t, n), kind.act), kind.dtype) * h, kind.dtype);
+        else
+          h = stored(activate(h, kind.act), kind.dtype);
+        for (int64_t c = 0; c < d_out; ++c) {
+          const Real term = scaled(h, scale_down_, n) * Real(w_down_.values()[n * d_out + c]);
+          own[c] += term;
+          terms[c] += std::fabs(term);
+        }
       }
+      for (int64_t c = 0; c < d_out; ++c) sums[c] += own[c];
     }
     for (int64_t c = 0; c < d_out; ++c) {
       const double bias = b_out_.size() ? b_out_.values()[c] : 0;
