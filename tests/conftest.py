@@ -21,9 +21,10 @@ def _with_options_as_found(name):
     yield backend
     if name == "emulator":
         _as_found(backends.emulator())
-    backend.use_hopper(True)
-    backend.use_down_tiles(0)
-    ops.use_cpu_isa("auto")
+    else:
+        backend.use_hopper(True)
+        backend.use_down_tiles(0)
+        ops.use_cpu_isa("auto")
 
 
 GPUS = ["emulator", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -48,7 +49,7 @@ def isa(request):
 
 
 @pytest.fixture
-def any_isa():
+def isas():
     """All of them, for a test that asks for one after the other."""
     yield ops.cpu_isas()
     ops.use_cpu_isa("auto")

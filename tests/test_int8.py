@@ -6,6 +6,7 @@ import itertools
 import pytest
 import sadmoe
 import torch
+from backends import DTYPES
 from converted import converted, random_layer, random_rows
 from problems import assert_as_good_as_torch, experts_problem, router_problem
 from sadmoe import ops, reference
@@ -15,7 +16,6 @@ from tiny_models import TINY
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = 2.0**-14  # of activations, to 16 bits, twice
 CLOSE = {"rtol": 1e-3, "atol": 3e-4}
 PROBLEMS = {

@@ -1,4 +1,4 @@
-"""The CUDA kernels on awkward shapes: within the tolerance rule, and the same bits in every run and schedule."""
+"""The kernels on awkward shapes: within the tolerance rule, and the same bits in every run and schedule."""
 
 import itertools
 from typing import NamedTuple
@@ -129,6 +129,6 @@ def test_awkward_shapes(backend, shape):
     )
     backend.reschedule((2, 3, 0))
     assert torch.equal(backend.sparse_experts(*args, act=act), y)
-    if shape.dtype != torch.float32:
+    if shape.dtype != torch.float32 and not backend.is_cpu:
         backend.use_hopper(True)
         assert torch.equal(backend.sparse_experts(*args, act=act), y)

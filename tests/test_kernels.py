@@ -36,6 +36,7 @@ PROBLEMS = {  # empty, one, beside and past a tile or a block of tokens, neurons
     "more tokens than blocks take at once": {"T": 4200, "d": 8, "E": 2, "s": 8, "share": 1.0},
     "past a tile of neurons": {"T": 5, "d": 64, "E": 2, "s": 72},
     "empty experts": {"T": 20, "E": 40, "s": 3, "share": 0.02},
+    "every expert of odd sizes": {"T": 37, "share": 1.0},
     "every expert": {"T": 70, "d": 24, "E": 5, "s": 8, "share": 1.0},
     "no expert": {"T": 9, "share": 0.0},
     "no output": {"T": 9, "d_out": 0},
@@ -55,13 +56,14 @@ def test_experts_are_as_good_as_torch(backend, name, dtype):
 @pytest.mark.parametrize(
     ("d", "E", "s", "share"), [(384, 48, 32, 1.0), (768, 24, 128, 0.5), (2048, 256, 32, 0.25)]
 )
-def test_a_layer_of_a_real_size_is_as_good_as_torch(any_isa, d, E, s, share, dtype):
+def test_a_layer_of_a_real_size_is_as_good_as_torch(isas, d, E, s, share, dtype):
     """Thousands of products in a sum."""
     args = experts_problem(17, d, E, s, share=share, dtype=dtype)
     torchs = reference.sparse_experts(*args, act="gelu")
     truth = reference.sparse_experts(*in_double(args), act="gelu")
-    for isa in any_isa:
+    for isa in isas:
         ops.use_cpu_isa(isa)
+        print(isa)  # which one, where it fails
         assert_as_good_as_torch(ops.sparse_experts(*args, act="gelu"), torchs, truth)
 
 
@@ -163,7 +165,7 @@ def test_nan_and_infinity_stay_with_their_token_and_expert(backend, dtype):
 
 @pytest.mark.parametrize("router_dtype", [None, *DTYPES], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("T", "d", "E"), [(0, 8, 3), (1, 40, 1), (7, 33, 70), (200, 64, 17)])
+@pytest.mark.parametrize(("T", "d", "E"), [(0, 8, 3), (1, 40, 1), (7, 33, 150), (200, 64, 17)])
 def test_scores_are_as_good_as_torch(backend, T, d, E, dtype, router_dtype):
     x = experts_problem(T, d, 1, 1, dtype=dtype)[0]
     v1, v2 = router_problem(d, E, dtype=router_dtype or dtype)
@@ -237,11 +239,11 @@ def test_the_fused_op_is_its_three_stages_bit_for_bit(backend, T, s, dtype):
         assert torch.equal(fused, backend.sparse_experts(x, mask, *weights, act="silu"))
 
 
-@pytest.mark.parametrize("s", [9, 41])
+@pytest.mark.parametrize(("s", "d_out"), [(9, 35), (41, 150)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_token_does_not_depend_on_its_neighbours_or_their_order(backend, dtype, s):
+def test_a_token_does_not_depend_on_its_neighbours_or_their_order(backend, dtype, s, d_out):
     T = 600 if backend.is_cpu else 150
-    x, _, *weights = experts_problem(T, 40, 12, s, 35, dtype=dtype)
+    x, _, *weights = experts_problem(T, 40, 12, s, d_out, dtype=dtype)
     v1, v2 = router_problem(40, 12, dtype=dtype)
 
     def run(rows):
@@ -298,15 +300,15 @@ def test_few_tokens_have_the_bits_of_many(native, T, d, s, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("T", "d_out", "s"), [(65, 24, 8), (200, 72, 24), (300, 33, 40)])
-def test_tokens_of_a_block_change_no_result(backend, T, d_out, s, dtype):
+def test_tokens_of_a_block_change_no_result(gpu, T, d_out, s, dtype):
     """Blocks of 64 to 256 tokens, the last not full, of experts with more pairs than rows of a product, and none."""
     x, mask, *weights = experts_problem(T, 32, 37, s, d_out, dtype=dtype)
     mask = torch.rand(T, 37, generator=torch.Generator().manual_seed(4)) < torch.linspace(-0.1, 1.1, 37)
     mask[64:128] = False
     results = []
     for tiles in (1, 2, 4, 0):
-        backend.use_down_tiles(tiles)
-        results.append(backend.sparse_experts(x, mask, *weights, act="silu"))
+        gpu.use_down_tiles(tiles)
+        results.append(gpu.sparse_experts(x, mask, *weights, act="silu"))
     assert_as_good_as_torch(
         results[0],
         reference.sparse_experts(x, mask, *weights, act="silu"),

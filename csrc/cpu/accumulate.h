@@ -35,7 +35,7 @@ template <class Vec, class W, int Rows, int Vecs, bool Part>
   };
   float* y[Rows];
   for (int i = 0; i < Rows; ++i) y[i] = p.y + (p.rows ? p.rows[i0 + i] : i0 + i) * p.ld_y + c0;
-  float* partial = p.partial + i0 * p.columns + c0;
+  float* partial = p.partial ? p.partial + i0 * p.columns + c0 : nullptr;
   const auto each = [](auto body) { unroll<Rows>([&](auto i) { unroll<Vecs>([&](auto v) { body(i, v); }); }); };
   for (int64_t i = i0 + Rows; i < p.n && i < i0 + 2 * Rows; ++i) {  // rows come in no order that hardware foresees
     const float* next = p.y + (p.rows ? p.rows[i] : i) * p.ld_y + c0;

@@ -94,7 +94,8 @@ struct Halves {
 
 struct Kernels {
   const char* isa;
-  int64_t strip, pair_strip;  // columns of y that accumulate is best given at once; that of int8 weights, and of halves
+  // Columns of y that accumulate is best given at once, more of them with Accumulate::partial; of int8 weights, and of halves.
+  int64_t strip, pair_strip;
   void (*quantize)(const Quantize&);
   void (*project[4])(const Project&);        // by DType of w
   void (*accumulate[4])(const Accumulate&);  // by DType of w

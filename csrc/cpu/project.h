@@ -61,6 +61,7 @@ template <class Vec, class W, int Rows, int Columns>
   if (k < k1) step([&](auto* from) { return Vec::load_part(from, k1 - k); }, k);
   if (k1 < p.d) return unroll<kSums>([&](auto n) { kept[n.value] = sums[n.value]; });
 
+  // What the last vector of sums lacks are repeats of others, so that the compiler drops half of their reduction.
   constexpr int kWhole = Rows * Columns / Vec::sums * Vec::sums, kLast = Rows * Columns - kWhole;
   unroll<kSums - Rows * Columns>([&](auto n) { sums[kWhole + kLast + n.value] = sums[kWhole + n.value % kLast]; });
   float total[kSums];

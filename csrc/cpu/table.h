@@ -53,6 +53,7 @@ constexpr int64_t kPairStrip = kStrip / (Pair::accumulate_groups * Pair::width) 
 
 template <class Vec, class Ints>
 constexpr Kernels table(const char* isa) {
+  static_assert(kStripOf<Vec> > 0 && kPairStrip<Ints> > 0);
   return {isa,
           kStripOf<Vec>,
           kPairStrip<Ints>,

@@ -17,19 +17,20 @@ struct Up {
   Activation act;
 };
 
-// As csrc/cpu/activate.h. NaN stays NaN, and minus infinity, which they would multiply with 0, becomes 0.
+// As csrc/cpu/activate.h. NaN stays NaN. Minus infinity, which gelu would multiply with 0 and the others divide by infinity,
+// becomes 0.
 SADMOE_DEVICE float activate(Activation act, float v) {
   constexpr float kLeast = -3.402823466e38f;
-  const float finite = v < kLeast ? kLeast : v;
+  const float bounded = v < kLeast ? kLeast : v;
   switch (act) {
     case Activation::relu:
       return v < 0 ? 0 : v;
     case Activation::gelu:
-      return 0.5f * finite * erfc(-0.70710678118654752f * v);
+      return 0.5f * bounded * erfc(-0.70710678118654752f * v);
     case Activation::gelu_tanh:
-      return finite / (1 + exp(-1.5957691216057308f * v * fma(v * v, 0.044715f, 1.0f)));
+      return bounded / (1 + exp(-1.5957691216057308f * v * fma(v * v, 0.044715f, 1.0f)));
     case Activation::silu:
-      return finite / (1 + exp(-v));
+      return bounded / (1 + exp(-v));
     case Activation::abs:
       return v < 0 ? -v : v;
     default:
