@@ -132,8 +132,9 @@ void accumulate(const Accumulate& p) {
     }
   }
   constexpr int64_t kNear = 16 * 1024;  // bytes, which leave place for as many that come next
+  constexpr int kFew = Vec::accumulate_vecs * Vec::width >= 64 ? Vec::accumulate_rows : 2;  // narrow tiles have much to begin
   const bool short_rows = 4 * p.columns * int64_t(sizeof(W)) <= kNear;
-  accumulate_in_turns<Vec, W>(p, p.columns <= kStrip ? p.m : p.n > 2 ? 16 : short_rows ? 4 : 2);
+  accumulate_in_turns<Vec, W>(p, p.columns <= kStrip ? p.m : p.n > kFew ? 16 : short_rows ? 4 : 2);
 }
 
 // What follows multiplies entries of 16 bits, and sums the products of two neighbours: Pair is Ints or Pairs (see table.h).
