@@ -182,7 +182,7 @@ def cells(args: argparse.Namespace, say: Printed) -> Iterator[dict]:
             for masked_by, p in masks(layer, T, kind, args):
                 calls = variants(p, args)
                 checked(p, calls)
-                times = measure(calls, seconds=args.seconds)
+                times = measure(calls, args.seconds, args.least)
                 for row in results(p, times, floor(layer, p.mask, kind, limit), args.isas):
                     row = (
                         {"layer": name, "s": s, "dtype": dtype, "T": T, "masks": masked_by}
@@ -212,6 +212,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=0.6, help="for each variant of a cell")
+    parser.add_argument("--least", type=int, default=7, help="calls of each variant of a cell, however long")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.isas == ["all"]:
