@@ -19,6 +19,8 @@ constexpr int64_t kFewRows = 32;      // of an expert, on average: below it time
 constexpr int64_t kSums = 1 << 16;    // sums of y that near caches hold, beside weights that are used once
 // Up to this many tokens a thread, threads share every token and split the weights: more where each has kBroad columns of y.
 constexpr int64_t kShared = 32, kSharedIfBroad = 128, kBroad = 128;
+// Experts of a token that are summed in one chain: in one of hundreds, rounding errs more than in torch's product.
+constexpr int64_t kChain = 16;
 
 int64_t block_tokens(const Experts& p) { return std::clamp(kHidden / (p.shape.E * p.shape.s), kSmallestBlock, kBlock); }
 
@@ -50,6 +52,31 @@ Form form_of(const Experts& p, const Kernels& k) {
   return halves ? Form::halves : Form::floats;
 }
 
+// The tokens of which each active expert ends a chain.
+class ChainEnds {
+ public:
+  ChainEnds() = default;
+  ChainEnds(const Plan& plan, int64_t T) {
+    std::vector<int32_t> length(T);
+    for (const int32_t e : plan.active) {
+      for (const int32_t* t = plan.rows_of(e); t != plan.rows_of(e + 1); ++t)
+        if (++length[*t] == kChain) length[*t] = 0, tokens_.push_back(*t);
+      ends_.push_back(tokens_.size());
+    }
+  }
+
+  bool any() const { return !tokens_.empty(); }
+  template <class Body>
+  void for_each(size_t a, const Body& body) const {  // of the active expert a
+    if (!any()) return;
+    for (size_t i = a > 0 ? ends_[a - 1] : 0; i < ends_[a]; ++i) body(tokens_[i]);
+  }
+
+ private:
+  std::vector<int32_t> tokens_;
+  std::vector<size_t> ends_;
+};
+
 // The tokens of one block with everything they need on the way from x to y. A part of the work (hidden units, scores,
 // experts, columns of y) is a range, so that one thread may do it all, or several threads share it.
 class Block {
@@ -67,6 +94,7 @@ class Block {
         y_(static_cast<char*>(experts.y) + begin * s_.d_out * size_of(experts.x.dtype)),
         ld_h_(form_ == Form::floats ? s_.s : (s_.s + 1) / 2 * 2) {
     plan_.build(mask, T_, s_.E);
+    if (form_ == Form::floats && p_.x.dtype == DType::f32) chain_ends_ = ChainEnds(plan_, T_);  // others round more coarsely
     switch (form_) {
       case Form::floats:
         h_ = Floats(plan_.pairs() * s_.s);
@@ -98,25 +126,36 @@ class Block {
   }
 
   // The columns [begin, end) of y: every expert in ascending order, a strip of columns at a time. Its sums stand side by side:
-  // in y, rows a power of two apart would have a few sets of the near caches to share.
+  // in y, rows a power of two apart would have a few sets of the near caches to share. A token's chain that ends is added to
+  // those before.
   void down(int64_t begin, int64_t end, const AsFloat& b_out) {
     const int64_t strip = std::min(end - begin, columns_together());
-    const Floats sums(T_ * strip), partial(form_ == Form::floats && strip > k_.strip ? T_ * strip : 0);
+    const bool several = chain_ends_.any();
+    const Floats sums(T_ * strip), before(several ? T_ * strip : 0),
+        partial(form_ == Form::floats && strip > k_.strip ? T_ * strip : 0);
     for (int64_t c = begin; c < end; c += strip) {
       const int64_t columns = std::min(strip, end - c);
       for (int64_t t = 0; t < T_; ++t) {
         float* row = sums.get() + t * strip;
         b_out.get() ? std::copy_n(b_out.from(c), columns, row) : std::fill_n(row, columns, 0.0f);
       }
+      if (several) std::fill_n(before.get(), T_ * strip, 0.0f);
       const auto weights = [&](int64_t e) { return at(p_.w_down, e * s_.s * s_.d_out + c).data; };
       for (size_t a = 0; a < plan_.active.size(); ++a) {
         const int64_t e = plan_.active[a], first = plan_.offsets[e];
         const void* next = a + 1 < plan_.active.size() ? weights(plan_.active[a + 1]) : nullptr;
         accumulate_({plan_.count(e), s_.s, columns, ld_h_, s_.d_out, strip, hidden(first), plan_.rows_of(e), weights(e),
                      sums.get(), partial.get(), next, form_ == Form::ints ? int_h_.steps() + first : nullptr});
+        chain_ends_.for_each(a, [&](int64_t t) {
+          float* __restrict sum = sums.get() + t * strip, * __restrict total = before.get() + t * strip;
+          for (int64_t i = 0; i < columns; ++i) total[i] += sum[i], sum[i] = 0;
+        });
       }
-      for (int64_t t = 0; t < T_; ++t)
-        k_.narrow[int(p_.x.dtype)](sums.get() + t * strip, y_ + (t * s_.d_out + c) * size_of(p_.x.dtype), columns);
+      for (int64_t t = 0; t < T_; ++t) {
+        float* sum = sums.get() + t * strip;
+        for (int64_t i = 0; several && i < columns; ++i) sum[i] += before.get()[t * strip + i];
+        k_.narrow[int(p_.x.dtype)](sum, y_ + (t * s_.d_out + c) * size_of(p_.x.dtype), columns);
+      }
     }
   }
 
@@ -174,6 +213,7 @@ class Block {
   char* y_;
   int64_t ld_h_;
   Plan plan_;
+  ChainEnds chain_ends_;
   Floats h_{0};  // of the one that form_ says
   IntRows int_x_, int_h_;
   Buffer<bf16> half_h_{0};
