@@ -70,8 +70,9 @@ def finetune_for_budget_(
     8 to 32 neurons that fire together (`ConvertConfig(cluster="activity")`) do best. Freeze what need not move.
 
     budget: executed FLOPs of the converted layers over their dense FLOPs, in (0, 1].   seconds: of training; routers
-    and calibration come on top.   dense: the model that is to be matched.   sparse: the model as it was converted,
-    needed where `sparsify_` or `replace_projections_` had made it another than dense.   output_loss: see `finetune_`.
+    and calibration come on top.   dense: the model that is to be matched.   sparse: a copy of the model
+    from just before `convert_`, needed where `sparsify_` or `replace_projections_` had made it another than dense.
+    output_loss: see `finetune_`.
     router: the training of the routers, which stay as wide as they are.   max_tokens: inputs of each layer to train on.
     seed: of the order of batches and tokens.   checkpoint: where to resume from after a kill, a folder for each step,
     see `Checkpoint`. Runs in one process.
