@@ -54,7 +54,8 @@ def test_experts_are_as_good_as_torch(backend, name, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("d", "E", "s", "share"), [(384, 48, 32, 1.0), (768, 24, 128, 0.5), (2048, 256, 32, 0.25), (2048, 256, 32, 0.75)]
+    ("d", "E", "s", "share"),
+    [(384, 48, 32, 1.0), (768, 24, 128, 0.5), (2048, 256, 32, 0.25), (2048, 256, 32, 0.75)],
 )
 def test_a_layer_of_a_real_size_is_as_good_as_torch(isas, d, E, s, share, dtype):
     """Thousands of products in a sum."""

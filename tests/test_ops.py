@@ -27,20 +27,34 @@ def test_a_token_does_not_depend_on_the_number_of_threads(isa, dtype, s, d_out):
 
 
 def test_a_zero_has_the_same_sign_for_any_number_of_threads(isa):
-    x, w_up, w_down = torch.full((2, 16), 1e-30), torch.full((9, 4, 16), -1e-30), torch.ones(9, 4, 16)
-    mask = torch.zeros(2, 9, dtype=torch.bool)
-    mask[0, 4] = mask[1] = True  # 36 neurons: two threads share those of expert 4
+    x, w_up, w_down = torch.full((100, 16), 1e-30), torch.full((20, 4, 16), -1e-30), torch.ones(20, 4, 16)
+    mask = torch.zeros(100, 20, dtype=torch.bool)
+    mask[0, 4] = mask[1::3] = True  # 80 neurons: two threads share those of expert 4
+    # A token of 20 experts has two sums; token 2 has none.
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(
-                ops.sparse_experts(x, mask, w_up, w_down, b_out=torch.full((16,), -0.0)).view(torch.int32)
-            )
+            for rows in (slice(None), slice(0, 1), slice(2, 3)):
+                y = ops.sparse_experts(x[rows], mask[rows], w_up, w_down, b_out=torch.full((16,), -0.0))
+                found.append((y.view(torch.int32), rows))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+    whole = found[0][0]
+    assert all(torch.equal(y, whole[rows]) for y, rows in found)
+
+
+def test_many_experts_of_a_token_are_summed_alike_for_any_number_of_threads(isa):
+    x, mask, *weights = experts_problem(300, 24, 40, 5, share=0.6)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for rows in (slice(None), slice(0, 5)):
+                found.append(ops.sparse_experts(x[rows], mask[rows], *weights))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(y, found[0][: len(y)]) for y in found)
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -111,8 +111,8 @@ void accumulate_in_turns(const Accumulate& p, int64_t neurons) {
 
 // Many rows read the weights again and again: from a copy, widened once, without the distance from neuron to neuron, which a
 // power of two would leave with a few sets of the near cache; so many columns at once that all neurons fit. Else from where they
-// are: in a narrow strip all neurons at once, in a wide one as many as stay near until the next tile of rows reads them; one or
-// two rows take fewer, as they have few sums to keep between the turns.
+// are: in a narrow strip all neurons at once, in a wide one as many as stay near until the next tile of rows reads them. The
+// fewer rows, the cheaper it is to put their sums away, and the fewer neurons a turn.
 template <class Vec, class W>
 void accumulate(const Accumulate& p) {
   if constexpr (Vec::copied > 0) {
@@ -131,10 +131,10 @@ void accumulate(const Accumulate& p) {
       });
     }
   }
-  constexpr int64_t kNear = 16 * 1024;  // bytes, which leave place for as many that come next
+  constexpr int64_t kNear = 16 * 1024;  // bytes of the neurons of a row alone
   const bool short_rows = 4 * p.columns * int64_t(sizeof(W)) <= kNear;
-  const int64_t few = p.n > 1 ? 8 : short_rows ? 4 : 2;
-  accumulate_in_turns<Vec, W>(p, p.columns <= kStrip ? p.m : p.n > 2 ? 16 : few);
+  const int64_t turn = p.n > 2 ? 16 : p.n > 1 ? 8 : short_rows ? 4 : 2;
+  accumulate_in_turns<Vec, W>(p, p.columns <= kStrip ? p.m : turn);
 }
 
 // What follows multiplies entries of 16 bits, and sums the products of two neighbours: Pair is Ints or Pairs (see table.h).

@@ -9,16 +9,16 @@ namespace sadmoe::cpu {
 constexpr int64_t kLine = 64;  // bytes
 
 // Prefetches a range of memory at an even pace, so that it ends with the last product: bursts would have to wait, and memory
-// gives lines fastest in their order. Into the second-level cache: a core may wait for more lines there than in the first-level
-// one, which on a Zen 4 took 1.2 to 1.9 times as long for weights from memory. A template of Vec: a function of one instruction
-// set must not be linked into another.
+// gives lines fastest in their order. Into the second-level cache, where a core may wait for more lines than in the first-level
+// one: fetching into that took a Zen 4 1.2 to 1.9 times as long where weights came from memory. A template of Vec: a function of
+// one instruction set must not be linked into another.
 template <class Vec>
 class Ahead {
  public:
   // So many bytes while so many products are summed. from may be null: nothing.
   Ahead(const void* from, int64_t bytes, int64_t products) : Ahead(from, bytes, products, 1) {}
 
-  // Takes the bytes a step for so many steps, each of so many products, and of at most so many bytes.
+  // The bytes that each of the next steps, of so many products, is to fetch, at most so many. They count as fetched.
   int64_t take(int64_t steps, int64_t products, int64_t most) {
     if (left_ <= 0) return 0;
     const int64_t even = (rate_ * products + (int64_t{1} << kShift) - 1) >> kShift;

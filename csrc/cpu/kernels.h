@@ -28,7 +28,7 @@ struct Project {
   const void* w;
   float* out;
   const float* steps = nullptr;  // of the rows of quantized x
-  const void* next = nullptr;    // the w of the next call, of the same shape, to be fetched meanwhile; null: unknown
+  const void* next = nullptr;    // the w of the next call, of about the same shape, to be fetched meanwhile; or null
 };
 
 // In place on h [n, m], leading dimension ld:
@@ -53,7 +53,7 @@ struct Accumulate {
   const void* w;
   float* y;
   float* partial = nullptr;      // scratch [n, columns], of float32 h and more than Kernels::strip columns
-  const void* next = nullptr;    // the w of the next call, of the same shape, to be fetched meanwhile; null: unknown
+  const void* next = nullptr;    // the w of the next call, of about the same shape, to be fetched meanwhile; or null
   const float* steps = nullptr;  // of the rows of quantized h
 };
 

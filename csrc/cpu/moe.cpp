@@ -14,7 +14,7 @@ namespace {
 // Tokens a thread works on at once: the more, the fewer times the weights are read. Their rows need not stay in a near cache
 // together, only those that chose one expert. No result depends on it. 256 were slower where d is 2048, and as fast elsewhere.
 constexpr int64_t kBlock = 512, kSmallestBlock = 64;
-constexpr int64_t kHidden = 1 << 22;  // floats of activations that a block may need where every expert runs
+constexpr int64_t kHidden = 1 << 22;  // floats of activations that a thread's block may need where every expert runs
 constexpr int64_t kFewRows = 32;      // of an expert, on average: below it time is the weights' way from memory
 constexpr int64_t kSums = 1 << 16;    // sums of y that near caches hold, beside weights that are used once
 // Up to this many tokens a thread, threads share every token and split the weights: more where each has kBroad columns of y.
@@ -126,8 +126,7 @@ class Block {
   }
 
   // The columns [begin, end) of y: every expert in ascending order, a strip of columns at a time. Its sums stand side by side:
-  // in y, rows a power of two apart would have a few sets of the near caches to share. A token's chain that ends is added to
-  // those before.
+  // in y, rows a power of two apart would have a few sets of the near caches to share.
   void down(int64_t begin, int64_t end, const AsFloat& b_out) {
     const int64_t strip = std::min(end - begin, columns_together());
     const bool several = chain_ends_.any();
@@ -139,29 +138,31 @@ class Block {
         float* row = sums.get() + t * strip;
         b_out.get() ? std::copy_n(b_out.from(c), columns, row) : std::fill_n(row, columns, 0.0f);
       }
-      if (several) std::fill_n(before.get(), T_ * strip, 0.0f);
+      if (several) std::fill_n(before.get(), T_ * strip, -0.0f);  // which adds nothing, also to a sum of -0
+      const auto end_chain = [&](int64_t t) {
+        float* __restrict sum = sums.get() + t * strip;
+        float* __restrict total = before.get() + t * strip;
+        for (int64_t i = 0; i < columns; ++i) total[i] += sum[i], sum[i] = 0;
+      };
       const auto weights = [&](int64_t e) { return at(p_.w_down, e * s_.s * s_.d_out + c).data; };
       for (size_t a = 0; a < plan_.active.size(); ++a) {
         const int64_t e = plan_.active[a], first = plan_.offsets[e];
         const void* next = a + 1 < plan_.active.size() ? weights(plan_.active[a + 1]) : nullptr;
         accumulate_({plan_.count(e), s_.s, columns, ld_h_, s_.d_out, strip, hidden(first), plan_.rows_of(e), weights(e),
                      sums.get(), partial.get(), next, form_ == Form::ints ? int_h_.steps() + first : nullptr});
-        chain_ends_.for_each(a, [&](int64_t t) {
-          float* __restrict sum = sums.get() + t * strip, * __restrict total = before.get() + t * strip;
-          for (int64_t i = 0; i < columns; ++i) total[i] += sum[i], sum[i] = 0;
-        });
+        chain_ends_.for_each(a, end_chain);
       }
       for (int64_t t = 0; t < T_; ++t) {
-        float* sum = sums.get() + t * strip;
-        for (int64_t i = 0; several && i < columns; ++i) sum[i] += before.get()[t * strip + i];
-        k_.narrow[int(p_.x.dtype)](sum, y_ + (t * s_.d_out + c) * size_of(p_.x.dtype), columns);
+        if (several) end_chain(t);
+        const float* result = (several ? before : sums).get() + t * strip;
+        k_.narrow[int(p_.x.dtype)](result, y_ + (t * s_.d_out + c) * size_of(p_.x.dtype), columns);
       }
     }
   }
 
  private:
-  // Of y. With many rows an expert, so few that their sums stay in the first-level cache; else whole rows of the weights, as
-  // memory gives them fastest.
+  // Of y. With many rows an expert, so few that their sums stay near; else whole rows of the weights, as memory gives them
+  // fastest.
   int64_t columns_together() const {
     const int64_t strip = form_ == Form::floats ? k_.strip : k_.pair_strip;
     const bool few_rows = plan_.pairs() < kFewRows * static_cast<int64_t>(plan_.active.size());

@@ -139,7 +139,7 @@ void project_row(const Project& p) {
 template <class Vec, class W>
 void project(const Project& p) {
   constexpr int kColumns = Vec::project_columns;
-  // Memory gives several streams faster, but they and as many that come next must stay near.
+  // Memory gives several streams faster, as long as they stay near.
   constexpr int64_t kNear = 24 * 1024, kMany = 2 * kColumns;
   if (p.n == 1 && kMany * p.d * int64_t(sizeof(W)) <= kNear) return project_row<Vec, W, kMany>(p);
   if (p.n == 1) return project_row<Vec, W, 2>(p);

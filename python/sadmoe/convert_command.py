@@ -77,7 +77,9 @@ def add_convert(commands: Any) -> None:
         help="where the long steps save themselves: the same command goes on from there after a kill",
     )
     command.add_argument(
-        "--int8", action="store_true", help="round the experts' weights to int8: faster on CPUs with AVX2 or AVX-512"
+        "--int8",
+        action="store_true",
+        help="round the experts' weights to int8: faster on CPUs with AVX2 or AVX-512",
     )
     command.add_argument("--seed", type=int, default=0)
     add_common(command)

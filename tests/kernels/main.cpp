@@ -16,15 +16,16 @@ namespace sadmoe::test {
 namespace {
 
 // Sizes on both sides of vectors of 4, 8, 16 and 32, of register tiles, and of blocks of tokens, rows, columns, and entries of a
-// row; the last six: rows in parts, several blocks of rows, wide pieces of neurons for a row alone, and for tiles of int8 sums in
-// parts, and more rows and columns than are done at once.
+// row; the last seven: rows in parts, several blocks of rows, wide pieces of neurons for a row alone, for tiles of int8 sums in
+// parts, and more rows and columns than are done at once, and chains of experts in narrow strips of columns.
 constexpr Shape kShapes[] = {
-    {1, 1, 1, 1, 1, 1},      {1, 33, 5, 6, 33, 9},     {2, 31, 3, 7, 17, 4},    {3, 64, 4, 16, 48, 16},
-    {4, 15, 17, 3, 95, 31},  {5, 100, 6, 24, 77, 7},   {6, 47, 9, 13, 130, 3},  {7, 65, 3, 32, 129, 5},
-    {8, 32, 8, 8, 64, 8},    {13, 9, 65, 2, 5, 12},    {19, 40, 5, 17, 71, 10}, {70, 24, 33, 4, 39, 11},
-    {3, 2, 2, 128, 3, 2},    {1100, 5, 3, 4, 6, 2},    {33, 130, 2, 64, 31, 6}, {70, 70, 3, 40, 50, 8},
-    {1100, 9, 3, 17, 35, 4}, {120, 8, 17, 9, 400, 4},  {8, 2501, 2, 17, 5, 3},  {360, 140, 2, 5, 5, 3},
-    {1, 9, 5, 6, 601, 3},    {200, 530, 2, 35, 21, 3}, {90, 7, 2, 519, 139, 3}, {170, 129, 2, 130, 140, 3},
+    {1, 1, 1, 1, 1, 1},       {1, 33, 5, 6, 33, 9},     {2, 31, 3, 7, 17, 4},    {3, 64, 4, 16, 48, 16},
+    {4, 15, 17, 3, 95, 31},   {5, 100, 6, 24, 77, 7},   {6, 47, 9, 13, 130, 3},  {7, 65, 3, 32, 129, 5},
+    {8, 32, 8, 8, 64, 8},     {13, 9, 65, 2, 5, 12},    {19, 40, 5, 17, 71, 10}, {70, 24, 33, 4, 39, 11},
+    {3, 2, 2, 128, 3, 2},     {1100, 5, 3, 4, 6, 2},    {33, 130, 2, 64, 31, 6}, {70, 70, 3, 40, 50, 8},
+    {1100, 9, 3, 17, 35, 4},  {120, 8, 17, 9, 400, 4},  {20, 2501, 2, 17, 5, 3}, {360, 140, 2, 5, 5, 3},
+    {1, 9, 5, 6, 601, 3},     {200, 530, 2, 35, 21, 3}, {90, 7, 2, 519, 139, 3}, {170, 129, 2, 130, 140, 3},
+    {100, 3, 65, 2, 150, 40},
 };
 constexpr DType kDtypes[] = {DType::f32, DType::bf16, DType::f16};
 constexpr const char* kDtypeNames[] = {"float32", "bfloat16", "float16"};
@@ -105,13 +106,20 @@ class Test {
       Numbers unused(shape.T * layer.shape.d_out, layer.kind.dtype);
       cpu::router_scores(layer.experts(unused).x, layer.router(tau), shape, scores.data(), threads(1));
       judge(isa, "router_scores", layer, error_of_allowed({scores.begin(), scores.end()}, plain, truth, DType::f32));
+      std::vector<float> shared(scores.size());
+      cpu::router_scores(layer.experts(unused).x, layer.router(tau), shape, shared.data(), threads(3));
+      judge(isa, "router_scores of 3 threads", layer, shared == scores ? 0 : INFINITY);
 
       std::unique_ptr<bool[]> mask(new bool[shape.T * shape.E]);
       for (int64_t t = 0; t < shape.T; ++t) {
         const float* row = scores.data() + t * shape.E;
         for (int64_t e = 0; e < shape.E; ++e) mask[t * shape.E + e] = row[e] >= tau * *std::max_element(row, row + shape.E);
       }
-      const auto y = output(layer, [&](const Experts& p) { cpu::dynamic_k_moe(p, layer.router(tau), threads(1)); });
+      const auto with = [&](int count) {
+        return output(layer, [&](const Experts& p) { cpu::dynamic_k_moe(p, layer.router(tau), threads(count)); });
+      };
+      const auto y = with(1);
+      judge(isa, "dynamic_k_moe of 3 threads", layer, with(3) == y ? 0 : INFINITY);
       judge(isa, "dynamic_k_moe", layer,
             error_of_allowed(y, layer.output<float>(mask.get()), layer.output<double>(mask.get()), layer.kind.dtype,
                              rounding(layer)));
