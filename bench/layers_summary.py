@@ -59,9 +59,8 @@ def main() -> None:
     for machine in sorted({one["machine"] for one in read}):
         print(f"# {machine}")
     rows = [row for one in read for row in one["rows"] if row["masks"] == "independent"]
-    print(
-        f"{'':36}cells slower        x dense      {'x loop':>10} {'grouped_mm':>10}   int8       of_ideal        of_floor"
-    )
+    heads = "cells slower        x dense          x loop grouped_mm   int8       of_ideal        of_floor"
+    print(f"{'':36}{heads}")
     for name, found in groups(rows):
         print(f"{name}   {line(found)}")
 
