@@ -77,7 +77,8 @@ def _add_demo(commands: Any) -> None:
         help="the whole method on a real model and real text, in about five minutes on two cores",
         description="Converts MiniLM-L6 (22.7 M parameters), trains it on paragraphs of Python's own "
         "documentation, prints fidelity, cost and time at several tau on held-out paragraphs, saves it, "
-        "reloads it, and checks that both give the same bits. Needs: pip install 'sadmoe[demo]'. Uses no network.",
+        "reloads it, and checks that both give the same bits. Needs: pip install '.[demo]' in sadmoe's folder. Uses no "
+        "network.",
     )
     command.add_argument(
         "--out",

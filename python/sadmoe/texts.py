@@ -29,7 +29,7 @@ def load_bare_model(folder: Path) -> nn.Module:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError("models of a folder need transformers: pip install 'sadmoe[hf]'") from error
+        raise ImportError("models of a folder need transformers: pip install 'transformers>=5.0'") from error
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder} holds no model: config.json is missing")
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)

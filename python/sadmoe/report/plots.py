@@ -56,7 +56,7 @@ def matplotlib_pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'sadmoe[plot]'") from error
+        raise ImportError("plots need matplotlib: pip install matplotlib") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
