@@ -8,7 +8,8 @@ Without options: the whole grid, which takes hours. sadmoe's time holds the rout
 mask for free. Masks: independent, those of a random router at the tau of the share; skewed, a few experts run for most
 tokens; clustered, neighbouring tokens run the same experts; recorded, of a converted model (`--recorded FILE` that
 record_masks.py wrote), where shape and s match, at their own share. All but independent are no router's: sadmoe then
-runs its three ops one after another. With several --isas each call switches first, a few microseconds of its time.
+runs its three ops one after another. All kinds of a share take turns with one dense. With several --isas each call
+switches first, a few microseconds of its time.
 
 speedup: dense over sadmoe. of_ideal: the same times the share. of_floor: floor over sadmoe, where
   floor = max(executed FLOPs / peak, bytes of the weights that some token needs / bandwidth) + the router's own floor
@@ -95,17 +96,20 @@ def floor(layer: LayerShape, mask: Tensor, dtype: torch.dtype, limit: dict[str, 
 
 def masks(
     layer: LayerShape, T: int, dtype: torch.dtype, args: argparse.Namespace
-) -> Iterator[tuple[str, SimpleNamespace]]:
-    """Problems by kind of mask. A share of 1 has one kind; recorded masks have their own shares."""
+) -> Iterator[dict[str, SimpleNamespace]]:
+    """Problems by kind of mask, those of a share together. A share of 1 has one kind, recorded masks their own."""
     for share in args.shares:
         p = problem(layer, T, share, dtype)
-        if "independent" in args.masks or share == 1:
-            yield "independent", p
+        found = {"independent": p} if "independent" in args.masks or share == 1 else {}
         for name, make in (("skewed", skewed), ("clustered", clustered)):
             if name in args.masks and share < 1:
-                yield name, with_mask(p, make(T, layer.experts, share))
-    for name, mask in recorded(args.recorded, layer, T) if args.recorded and "recorded" in args.masks else ():
-        yield f"recorded {name}", with_mask(problem(layer, T, mask.float().mean().item(), dtype), mask)
+                found[name] = with_mask(p, make(T, layer.experts, share))
+        if found:
+            yield found
+    if args.recorded:
+        for name, mask in recorded(args.recorded, layer, T):
+            p = problem(layer, T, mask.float().mean().item(), dtype)
+            yield {f"recorded {name}": with_mask(p, mask)}
 
 
 def with_isa(isa: str, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -116,14 +120,28 @@ def with_isa(isa: str, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return switched
 
 
-def variants(p: SimpleNamespace, args: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
+def sparse(p: SimpleNamespace, args: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
     """Each with weights of its own: what the variant before has left in the caches is of no use to it."""
-    found = {"dense": dense(copied(p))} | {name: PEERS[name](copied(p)) for name in args.peers}
+    found = {name: PEERS[name](copied(p)) for name in args.peers}
     if "int8" in found:  # on one of them
         found["int8"] = with_isa(args.isas[0], found["int8"])
     if len(args.isas) == 1:  # chosen once, by main
         return found | {args.isas[0]: sadmoe(copied(p))}
     return found | {isa: with_isa(isa, sadmoe(copied(p))) for isa in args.isas}
+
+
+def timed(
+    problems: dict[str, SimpleNamespace], args: argparse.Namespace
+) -> Iterator[tuple[str, dict[str, Timing]]]:
+    """By kind of mask, times of dense, which takes turns with all of them, and of what runs sparsely."""
+    calls = {("dense", "dense"): dense(copied(next(iter(problems.values()))))}
+    for kind, p in problems.items():
+        ways = sparse(p, args)
+        checked(p, ways)
+        calls |= {(kind, name): call for name, call in ways.items()}
+    times = measure(calls, args.seconds, args.least)
+    for kind in problems:
+        yield kind, {name: time for (of, name), time in times.items() if of in (kind, "dense")}
 
 
 def results(p: SimpleNamespace, times: dict[str, Timing], least: float, isas: list[str]) -> Iterator[dict]:
@@ -179,18 +197,14 @@ def cells(args: argparse.Namespace, say: Printed) -> Iterator[dict]:
         heads = "".join(f"{n:>17}" for n in ("dense", *args.peers, "sadmoe"))
         say(f"    T  share  union{heads}  speedup of_ideal of_floor")
         for T in args.tokens:
-            for masked_by, p in masks(layer, T, kind, args):
-                calls = variants(p, args)
-                checked(p, calls)
-                times = measure(calls, args.seconds, args.least)
-                for row in results(p, times, floor(layer, p.mask, kind, limit), args.isas):
-                    row = (
-                        {"layer": name, "s": s, "dtype": dtype, "T": T, "masks": masked_by}
-                        | row
-                        | {"limits": limit}
-                    )
-                    say(line(row, args.peers))
-                    yield row
+            cell = {"layer": name, "s": s, "dtype": dtype, "T": T}
+            for problems in masks(layer, T, kind, args):
+                for masked_by, times in timed(problems, args):
+                    p = problems[masked_by]
+                    for row in results(p, times, floor(layer, p.mask, kind, limit), args.isas):
+                        row = cell | {"masks": masked_by} | row | {"limits": limit}
+                        say(line(row, args.peers))
+                        yield row
 
 
 def arguments() -> argparse.Namespace:

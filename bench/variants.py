@@ -10,6 +10,7 @@ from sadmoe import DynamicKMoE, ops, reference
 from torch import Tensor
 
 ROUTER_WIDTH = 128
+COMPARED = 256  # tokens, at the most
 
 
 @dataclass(frozen=True)
@@ -171,11 +172,12 @@ def grouped_mm(p: SimpleNamespace) -> Callable[[], Tensor]:
 
 
 def checked(p: SimpleNamespace, variants: dict[str, Callable[[], Tensor]]) -> None:
-    """Every sparse variant must compute the same thing, else its time means nothing."""
+    """What runs sparsely must compute the same thing, else a time means nothing. Of many tokens some are compared."""
+    rows = torch.arange(0, len(p.x), -(-len(p.x) // COMPARED))
     args = [None if t is None else t.double() for t in experts(p)]
-    truth = reference.sparse_experts(p.x.double(), p.mask, *args, act=p.act)
+    truth = reference.sparse_experts(p.x[rows].double(), p.mask[rows], *args, act=p.act)
     for name, run in variants.items():
-        error = ((run().double() - truth).norm() / truth.norm()).item()
+        error = ((run()[rows].double() - truth).norm() / truth.norm()).item()
         allowed = 0.02 if name == "int8" else 20 * torch.finfo(p.x.dtype).eps
         if name != "dense" and not error <= allowed:
             raise SystemExit(f"{name} is wrong: relative error {error:.2g}")

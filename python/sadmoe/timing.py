@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from sadmoe import ops
 
+Name = TypeVar("Name")
 LONG = 1.0  # seconds of a call, beside which what the first one waits for is little
 
 
@@ -28,13 +30,13 @@ class Timing:
 
 
 def measure(
-    variants: dict[str, Callable[[], object]], seconds: float = 0.6, least: int = 7
-) -> dict[str, Timing]:
+    variants: dict[Name, Callable[[], object]], seconds: float = 0.6, least: int = 7
+) -> dict[Name, Timing]:
     """Calls the variants in turn for about `seconds` each, at least `least` times.
 
     Before that twice to warm up, or once where a call is long.
     """
-    samples: dict[str, list[float]] = {name: [] for name in variants}
+    samples: dict[Name, list[float]] = {name: [] for name in variants}
     for call in variants.values():
         start = time.perf_counter()
         call()
