@@ -48,7 +48,7 @@ def router_scores(x: Tensor, v1: Tensor, v2: Tensor) -> Tensor:
     x [T, d], v1 [r, d], v2 [E, r], each float32, bfloat16 or float16 -> float32 [T, E], >= 0.
     Raises RuntimeError that names the argument whose shape or dtype does not fit. Source: arXiv 2310.04361, section 3.
     """
-    return torch.ops.sadmoe.router_scores(x, v1, v2)
+    return torch.ops.sadmoe.router_scores.default(x, v1, v2)
 
 
 def dynamic_k_select(scores: Tensor, tau: float) -> Tensor:
@@ -58,7 +58,7 @@ def dynamic_k_select(scores: Tensor, tau: float) -> Tensor:
     An all-zero row selects every expert; a negative score counts as 0; NaN is never selected.
     Source: arXiv 2310.04361, section 3 (its code calls this dynk_max and uses 1 - tau).
     """
-    return torch.ops.sadmoe.dynamic_k_select(scores, tau)
+    return torch.ops.sadmoe.dynamic_k_select.default(scores, tau)
 
 
 def sparse_experts(
@@ -79,7 +79,7 @@ def sparse_experts(
     on the CPU in float32 every 16 by themselves first: a token's result does not depend on its neighbours, the
     number of threads or the run, bit for bit.
     """
-    return torch.ops.sadmoe.sparse_experts(x, mask, w_up, w_down, b_up, w_gate, b_gate, b_out, act)
+    return torch.ops.sadmoe.sparse_experts.default(x, mask, w_up, w_down, b_up, w_gate, b_gate, b_out, act)
 
 
 def dynamic_k_moe(
@@ -99,7 +99,9 @@ def dynamic_k_moe(
 
     Gradients reach x and the experts with the mask held constant; v1 and v2 get none (train them on `router_scores`).
     """
-    return torch.ops.sadmoe.dynamic_k_moe(x, v1, v2, w_up, w_down, b_up, w_gate, b_gate, b_out, tau, act)
+    return torch.ops.sadmoe.dynamic_k_moe.default(
+        x, v1, v2, w_up, w_down, b_up, w_gate, b_gate, b_out, tau, act
+    )
 
 
 def sparse_experts_int8(
@@ -124,7 +126,7 @@ def sparse_experts_int8(
     has kernels for it; on other devices `sparse_experts` runs on weights that are widened at every call, without that
     rounding and with one warning. Gradients reach x and biases.
     """
-    return torch.ops.sadmoe.sparse_experts_int8(
+    return torch.ops.sadmoe.sparse_experts_int8.default(
         x, mask, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, act
     )
 
@@ -146,7 +148,7 @@ def dynamic_k_moe_int8(
     act: str = "relu",
 ) -> Tensor:
     """`dynamic_k_moe` of weights in int8, as `sparse_experts_int8` takes them."""
-    return torch.ops.sadmoe.dynamic_k_moe_int8(
+    return torch.ops.sadmoe.dynamic_k_moe_int8.default(
         x, v1, v2, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, tau, act
     )
 
