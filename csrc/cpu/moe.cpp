@@ -237,16 +237,27 @@ void route_hidden(View x, const Router& router, const RouterShape& s, int64_t be
   k.activate({s.T, end - begin, s.r, hidden + begin, nullptr, nullptr, nullptr, Activation::relu});
 }
 
+// to [columns, rows], leading dimension ld, = from [rows, columns] transposed.
+void transpose(const float* __restrict from, int64_t rows, int64_t columns, float* __restrict to, int64_t ld) {
+  constexpr int64_t kLine = 16;  // rows, whose entries are written while their line of `to` is at hand
+  for (int64_t r0 = 0; r0 < rows; r0 += kLine)
+    for (int64_t c = 0; c < columns; ++c) {
+      const float* entry = from + r0 * columns + c;
+      float* line = to + c * ld + r0;
+      if (rows - r0 >= kLine)  // a constant number: unrolled, and three times as fast
+        for (int64_t r = 0; r < kLine; ++r) line[r] = entry[r * columns];
+      else
+        for (int64_t r = 0; r < rows - r0; ++r) line[r] = entry[r * columns];
+    }
+}
+
 // scores [T, E] = |hidden v2ᵀ|, experts [begin, end). r is small: dot products would spend as long on ending their sums as on
 // the products, so v2 is turned, into scratch `turned` [r, E], and its rows are accumulated.
 void route_scores(const float* hidden, const Router& router, const RouterShape& s, int64_t begin, int64_t end, float* turned,
                   float* scores) {
   const Kernels& k = kernels();
   const AsFloat v2(at(router.v2, begin * s.r), (end - begin) * s.r);
-  constexpr int64_t kLine = 16;  // experts, whose entries are written while their lines are at hand
-  for (int64_t e0 = begin; e0 < end; e0 += kLine)
-    for (int64_t i = 0; i < s.r; ++i)
-      for (int64_t e = e0; e < std::min(e0 + kLine, end); ++e) turned[i * s.E + e] = v2.get()[(e - begin) * s.r + i];
+  transpose(v2.get(), end - begin, s.r, turned + begin, s.E);
   for (int64_t t = 0; t < s.T; ++t) std::fill(scores + t * s.E + begin, scores + t * s.E + end, 0.0f);
   for (int64_t e = begin; e < end; e += k.strip)
     k.accumulate[int(DType::f32)]({s.T, s.r, std::min(k.strip, end - e), s.r, s.E, s.E, hidden, nullptr, turned + e, scores + e});
