@@ -13,10 +13,11 @@ switches first, a few microseconds of its time.
 
 speedup: dense over sadmoe. of_ideal: the same times the share. of_floor: floor over sadmoe, where
   floor = max(executed FLOPs / peak, bytes of the weights that some token needs / bandwidth) + the router's own floor
-with the rate of a large product, torch's or that of sadmoe with every expert on, whichever is faster, and the rate of
-reading a buffer as large as the layer's weights, of this run and its threads. The peer int8 is sadmoe with its experts'
-weights in int8, on the first of --isas. Writes layers.json, what is printed as layers.md, and a picture of each shape
-and dtype.
+with the rate of a large product, torch's or that of sadmoe with every expert on, whichever is faster, once for each
+size of experts, and the rate of reading a buffer as large as the layer's weights (GB/s), which takes turns with the
+variants of a cell: what they leave in the caches, and what others leave of the memory's rate, is the same for all. The
+peer int8 is sadmoe with its experts' weights in int8, on the first of --isas. Writes layers.json, what is printed as
+layers.md, and a picture of each shape and dtype.
 """
 
 import argparse
@@ -65,24 +66,29 @@ def shape_of(text: str, s: int) -> LayerShape:
     return LayerShape(int(found[1]), int(found[2]), s, gated=bool(found[3]))
 
 
-def limits(layer: LayerShape, dtype: torch.dtype) -> dict[str, float]:
-    """A second: flops of a large product, torch's or the op's, and bytes read of a buffer as large as the weights."""
+def product_rate(layer: LayerShape, dtype: torch.dtype) -> float:
+    """FLOPs a second of a large product, torch's or the op's."""
     x, w = torch.randn(1024, layer.d).to(dtype), torch.randn(layer.f, layer.d).to(dtype)
     neurons = w.unflatten(0, (-1, WIDE if layer.f % WIDE == 0 else layer.s))
     all_of_them = torch.ones(len(x), len(neurons), dtype=torch.bool)
-    size = layer.matrices * layer.d * layer.f * dtype.itemsize
-    buffer = torch.ones(size // 4)  # as floats, whatever the dtype
     calls = {
         "product": lambda: torch.nn.functional.linear(x, w),
         "op": lambda: ops.sparse_experts(x, all_of_them, neurons, neurons, act="relu"),  # two products
-        "sum": buffer.sum,
-        "dot": lambda: buffer.dot(buffer),
     }
     times = {name: t.median for name, t in measure(calls).items()}
-    return {
-        "flops": 2 * len(x) * layer.d * layer.f / min(times["product"], times["op"] / 2),
-        "bytes": size / min(times["sum"], times["dot"]),
-    }
+    return 2 * len(x) * layer.d * layer.f / min(times["product"], times["op"] / 2)
+
+
+def weight_bytes(layer: LayerShape, dtype: torch.dtype) -> int:
+    return layer.matrices * layer.d * layer.f * dtype.itemsize
+
+
+def reading(layer: LayerShape, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """Reads a buffer as large as the weights, the faster of two ways."""
+    buffer = torch.ones(weight_bytes(layer, dtype) // 4)  # as floats, whatever the dtype
+    ways: dict[str, Callable[[], Tensor]] = {"sum": buffer.sum, "dot": lambda: buffer.dot(buffer)}
+    times = measure(ways, seconds=0.1)
+    return ways[min(times, key=lambda name: times[name].median)]
 
 
 def floor(layer: LayerShape, mask: Tensor, dtype: torch.dtype, limit: dict[str, float]) -> float:
@@ -131,28 +137,28 @@ def sparse(p: SimpleNamespace, args: argparse.Namespace) -> dict[str, Callable[[
 
 
 def timed(
-    problems: dict[str, SimpleNamespace], args: argparse.Namespace
+    problems: dict[str, SimpleNamespace], read: Callable[[], Tensor], args: argparse.Namespace
 ) -> Iterator[tuple[str, dict[str, Timing]]]:
-    """By kind of mask, times of dense, which takes turns with all of them, and of what runs sparsely."""
-    calls = {("dense", "dense"): dense(copied(next(iter(problems.values()))))}
+    """By kind of mask, times of dense and read, which take turns with all of them, and of what runs sparsely."""
+    calls = {("all", "dense"): dense(copied(next(iter(problems.values())))), ("all", "read"): read}
     for kind, p in problems.items():
         ways = sparse(p, args)
         checked(p, ways)
         calls |= {(kind, name): call for name, call in ways.items()}
     times = measure(calls, args.seconds, args.least)
     for kind in problems:
-        yield kind, {name: time for (of, name), time in times.items() if of in (kind, "dense")}
+        yield kind, {name: time for (of, name), time in times.items() if of in (kind, "all")}
 
 
 def results(p: SimpleNamespace, times: dict[str, Timing], least: float, isas: list[str]) -> Iterator[dict]:
     """One row an instruction set."""
-    share = p.mask.float().mean().item()
+    share, rest = p.mask.float().mean().item(), times.keys() - {"read", *isas}
     for isa in isas:
         ours, whole = times[isa].median, times["dense"].median
         yield {
             "isa": isa, "share": share, "union": p.mask.any(0).float().mean().item(),
-            "seconds": {n: t.median for n, t in times.items() if n not in isas} | {"sadmoe": ours},
-            "spread": {n: t.spread for n, t in times.items() if n not in isas} | {"sadmoe": times[isa].spread},
+            "seconds": {n: t.median for n, t in times.items() if n in rest} | {"sadmoe": ours},
+            "spread": {n: t.spread for n, t in times.items() if n in rest} | {"sadmoe": times[isa].spread},
             "floor": least, "speedup": whole / ours, "of_ideal": share * whole / ours, "of_floor": least / ours,
         }  # fmt: skip
 
@@ -176,9 +182,8 @@ def line(row: dict, peers: list[str]) -> str:
     seconds, spread = row["seconds"], row["spread"]
     cells = "".join(f"{seconds[n] * 1e3:11.3f} ±{spread[n]:4.0%}" for n in ("dense", *peers, "sadmoe"))
     figures = "".join(f"{row[n]:9.2f}" for n in ("speedup", "of_ideal", "of_floor"))
-    return (
-        f"{row['T']:5d} {row['share']:6.1%} {row['union']:6.1%}{cells}{figures}  {row['isa']}, {row['masks']}"
-    )
+    rate = f"{row['limits']['bytes'] / 1e9:6.1f}"
+    return f"{row['T']:5d} {row['share']:6.1%} {row['union']:6.1%}{cells}{figures}{rate}  {row['isa']}, {row['masks']}"
 
 
 def cells(args: argparse.Namespace, say: Printed) -> Iterator[dict]:
@@ -189,18 +194,16 @@ def cells(args: argparse.Namespace, say: Printed) -> Iterator[dict]:
             say(f"\n{name}: f = {layer.f} is not a multiple of s = {s}, left out")
             continue
         ops.use_cpu_isa(args.isas[0])
-        limit = limits(layer, kind)
-        say(
-            f"\n{name}, s {s}, E {layer.experts}, {layer.act}, {dtype}; "
-            f"peak {limit['flops'] / 1e9:.0f} GFLOP/s, read {limit['bytes'] / 1e9:.1f} GB/s"
-        )
+        peak, read = product_rate(layer, kind), reading(layer, kind)
+        say(f"\n{name}, s {s}, E {layer.experts}, {layer.act}, {dtype}; peak {peak / 1e9:.0f} GFLOP/s")
         heads = "".join(f"{n:>17}" for n in ("dense", *args.peers, "sadmoe"))
-        say(f"    T  share  union{heads}  speedup of_ideal of_floor")
+        say(f"    T  share  union{heads}  speedup of_ideal of_floor  GB/s")
         for T in args.tokens:
             cell = {"layer": name, "s": s, "dtype": dtype, "T": T}
             for problems in masks(layer, T, kind, args):
-                for masked_by, times in timed(problems, args):
+                for masked_by, times in timed(problems, read, args):
                     p = problems[masked_by]
+                    limit = {"flops": peak, "bytes": weight_bytes(layer, kind) / times["read"].median}
                     for row in results(p, times, floor(layer, p.mask, kind, limit), args.isas):
                         row = cell | {"masks": masked_by} | row | {"limits": limit}
                         say(line(row, args.peers))
