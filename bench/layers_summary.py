@@ -1,10 +1,10 @@
-"""What a grid of layers comes to: a line for each dtype, range of tokens and share of the experts.
+"""What a grid of layers comes to: a line for each kind of mask, dtype, range of tokens and share of the experts.
 
     python bench/layers_summary.py FILE.json [FILE.json ...]      # that layers.py wrote
 
 x dense: dense torch's time over sadmoe's, the least, the median and the most of the cells; slower: cells below 1.
 x loop, x grouped_mm: the least of the same against these peers. int8: the median of dense over sadmoe with its experts
-in int8. of_ideal, of_floor: see layers.py. Cells are those of independent masks.
+in int8. of_ideal, of_floor: the least and the median, see layers.py. Cells where no expert runs are left out.
 """
 
 import json
@@ -15,6 +15,14 @@ from pathlib import Path
 
 TOKENS = [(1, 8), (16, 64), (256, 1024), (4096, 4096)]
 SHARES = {"5 to 15 %": (0.0, 0.15), "a quarter": (0.15, 0.4), "half": (0.4, 0.7), "all": (0.7, 1.0)}
+
+
+def kinds(rows: list[dict]) -> Iterator[tuple[str, list[dict]]]:
+    """By kind of mask, independent ones first; recorded ones of all layers together."""
+    found: dict[str, list[dict]] = {}
+    for row in sorted(rows, key=lambda row: row["masks"] != "independent"):
+        found.setdefault(row["masks"].split()[0], []).append(row)
+    yield from found.items()
 
 
 def groups(rows: list[dict]) -> Iterator[tuple[str, list[dict]]]:
@@ -58,11 +66,12 @@ def main() -> None:
     read = [json.loads(Path(name).read_text()) for name in sys.argv[1:]]
     for machine in sorted({one["machine"] for one in read}):
         print(f"# {machine}")
-    rows = [row for one in read for row in one["rows"] if row["masks"] == "independent"]
+    rows = [row for one in read for row in one["rows"]]
     heads = "cells slower        x dense          x loop grouped_mm   int8       of_ideal        of_floor"
-    print(f"{'':36}{heads}")
-    for name, found in groups(rows):
-        print(f"{name}   {line(found)}")
+    for kind, same in kinds(rows):
+        print(f"{kind:36}{heads}")
+        for name, found in groups(same):
+            print(f"{name}   {line(found)}")
 
 
 if __name__ == "__main__":
