@@ -178,6 +178,12 @@ class Printed:
         path.write_text("\n".join([f"`{command}`", "", "```", *self.lines, "```", ""]))
 
 
+def as_json(title: str, rows: list[dict]) -> str:
+    """A row a line."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    return f'{{"machine": {json.dumps(title)}, "rows": [\n{lines}\n]}}\n'
+
+
 def line(row: dict, peers: list[str]) -> str:
     seconds, spread = row["seconds"], row["spread"]
     cells = "".join(f"{seconds[n] * 1e3:11.3f} ±{spread[n]:4.0%}" for n in ("dense", *peers, "sadmoe"))
@@ -250,7 +256,7 @@ def main() -> None:
             rows.append(row)
             if args.out:  # after every cell: a long run may be cut off
                 args.out.mkdir(parents=True, exist_ok=True)
-                (args.out / "layers.json").write_text(json.dumps({"machine": title, "rows": rows}, indent=1))
+                (args.out / "layers.json").write_text(as_json(title, rows))
                 say.write(args.out / "layers.md")
     if args.out:
         draw(rows, title, args.out)
