@@ -91,6 +91,11 @@ class Block {
         accumulate_(form_ == Form::halves ? k_.halves->accumulate : k_.accumulate[int(p_.w_down.dtype)]),
         half_x_(at(experts.x, begin * s_.d)),
         x_(form_ == Form::halves ? View{} : half_x_, T_ * s_.d),
+        bias_(of_neurons(p_.b_up)),
+        gate_bias_(of_neurons(p_.b_gate)),
+        scale_(of_neurons(p_.scale_up)),
+        gate_scale_(of_neurons(p_.scale_gate)),
+        out_scale_(of_neurons(p_.scale_down)),
         y_(static_cast<char*>(experts.y) + begin * s_.d_out * size_of(experts.x.dtype)),
         ld_h_(form_ == Form::floats ? s_.s : (s_.s + 1) / 2 * 2) {
     plan_.build(mask, T_, s_.E);
@@ -181,18 +186,20 @@ class Block {
     };
     project(p_.w_up, h, gate ? neuron(p_.w_gate, first) : neuron(p_.w_up, next));
     if (gate) project(p_.w_gate, gate, neuron(p_.w_up, next));
-    const auto of_neurons = [&](View v) { return AsFloat(at(v, first), m); };
-    const AsFloat bias = of_neurons(p_.b_up), gate_bias = of_neurons(p_.b_gate), scale = of_neurons(p_.scale_up),
-                  gate_scale = of_neurons(p_.scale_gate), out_scale = of_neurons(p_.scale_down);
-    k_.activate({n, m, s_.s, h, bias.get(), gate, gate_bias.get(), p_.act, scale.get(), gate_scale.get(), out_scale.get()});
+    k_.activate({n, m, s_.s, h, bias_.from(first), gate, gate_bias_.from(first), p_.act, scale_.from(first),
+                 gate_scale_.from(first), out_scale_.from(first)});
     if (form_ == Form::ints) int_h_.quantize(at_h, n, h);
     if (form_ != Form::halves) return;
+    bf16* rows = half_h_.get() + at_h * ld_h_;
+    if (m == ld_h_) return k_.narrow[int(DType::bf16)](h, rows, n * m);  // they stand without gaps
     for (int64_t i = 0; i < n; ++i) {
-      bf16* row = half_h_.get() + (at_h + i) * ld_h_;
+      bf16* row = rows + i * ld_h_;
       k_.narrow[int(DType::bf16)](h + i * s_.s, row + j0, m);
       if (j1 < ld_h_ && j1 == s_.s) row[j1] = {0};
     }
   }
+
+  AsFloat of_neurons(View v) const { return {v, s_.E * s_.s}; }
 
   const void* x_rows() const {
     return form_ == Form::floats ? x_.get() : form_ == Form::ints ? static_cast<const void*>(int_x_.row(0)) : half_x_.data;
@@ -211,6 +218,7 @@ class Block {
   void (*accumulate_)(const Accumulate&);
   View half_x_;  // x as it is
   AsFloat x_;
+  AsFloat bias_, gate_bias_, scale_, gate_scale_, out_scale_;  // of all neurons: an expert may have few
   char* y_;
   int64_t ld_h_;
   Plan plan_;
