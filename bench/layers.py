@@ -8,21 +8,25 @@ Without options: the whole grid, which takes hours. sadmoe's time holds the rout
 mask for free. Masks: independent, those of a random router at the tau of the share; skewed, a few experts run for most
 tokens; clustered, neighbouring tokens run the same experts; recorded, of a converted model (`--recorded FILE` that
 record_masks.py wrote), where shape and s match, at their own share. All but independent are no router's: sadmoe then
-runs its three ops one after another. All kinds of a share take turns with one dense. With several --isas each call
-switches first, a few microseconds of its time.
+runs its three ops one after another. All kinds of a share take turns with one dense. Cells in which no expert runs are
+left out. sadmoe is timed on the first of --isas, the others are columns of their own; with several, each call switches
+first, a few microseconds of its time.
+
+Peers: loop, a Python loop over experts; eager and grouped_mm, transformers' two; torch_grouped_mm, torch's own product
+and no more; int8, sadmoe with its experts' weights in int8. "-": one of the peer's tensors would be over --memory GiB.
 
 speedup: dense over sadmoe. of_ideal: the same times the share. of_floor: floor over sadmoe, where
   floor = max(executed FLOPs / peak, bytes of the weights that some token needs / bandwidth) + the router's own floor
 with the rate of a large product, torch's or that of sadmoe with every expert on, whichever is faster, once for each
 size of experts, and the rate of reading a buffer as large as the layer's weights (GB/s), which takes turns with the
-variants of a cell: what they leave in the caches, and what others leave of the memory's rate, is the same for all. The
-peer int8 is sadmoe with its experts' weights in int8, on the first of --isas. Writes layers.json, what is printed as
-layers.md, and a picture of each shape and dtype.
+variants of a cell: what they leave in the caches, and what others leave of the memory's rate, is the same for all.
+Writes layers.json, what is printed as layers.md, and a picture of each shape and dtype.
 """
 
 import argparse
 import itertools
 import json
+import math
 import re
 import shlex
 import sys
@@ -38,16 +42,22 @@ from sadmoe.timing import Timing, machine, measure
 from torch import Tensor
 from variants import (
     ROUTER_WIDTH,
+    Kept,
     LayerShape,
     checked,
     copied,
     dense,
+    eager,
     grouped_mm,
     int8,
+    largest,
     loop,
     problem,
     sadmoe,
+    torch_grouped_mm,
+    weights,
     with_mask,
+    with_weights,
 )
 
 LAYERS = ["384x1536", "768x3072", "2048x8192", "576x1536-glu", "2048x8192-glu"]
@@ -56,7 +66,9 @@ TOKENS = [1, 2, 4, 8, 16, 64, 256, 1024, 4096]
 SHARES = [0.05, 0.1, 0.25, 0.5, 1.0]
 MASKS = ["independent", "skewed", "clustered", "recorded"]
 WIDE = 128  # neurons of an expert that wastes nothing
-PEERS = {"loop": loop, "grouped_mm": grouped_mm, "int8": int8}
+PEERS = {
+    "loop": loop, "eager": eager, "grouped_mm": grouped_mm, "torch_grouped_mm": torch_grouped_mm, "int8": int8,
+}  # fmt: skip
 
 
 def shape_of(text: str, s: int) -> LayerShape:
@@ -101,21 +113,19 @@ def floor(layer: LayerShape, mask: Tensor, dtype: torch.dtype, limit: dict[str, 
 
 
 def masks(
-    layer: LayerShape, T: int, dtype: torch.dtype, args: argparse.Namespace
+    layer: LayerShape, w: SimpleNamespace, T: int, args: argparse.Namespace
 ) -> Iterator[dict[str, SimpleNamespace]]:
     """Problems by kind of mask, those of a share together. A share of 1 has one kind, recorded masks their own."""
     for share in args.shares:
-        p = problem(layer, T, share, dtype)
-        found = {"independent": p} if "independent" in args.masks or share == 1 else {}
+        p = problem(w, T, share)
+        found = {"independent": p} if "independent" in args.masks else {}
         for name, make in (("skewed", skewed), ("clustered", clustered)):
             if name in args.masks and share < 1:
                 found[name] = with_mask(p, make(T, layer.experts, share))
-        if found:
-            yield found
+        yield found
     if args.recorded:
         for name, mask in recorded(args.recorded, layer, T):
-            p = problem(layer, T, mask.float().mean().item(), dtype)
-            yield {f"recorded {name}": with_mask(p, mask)}
+            yield {f"recorded {name}": with_mask(problem(w, T, mask.float().mean().item()), mask)}
 
 
 def with_isa(isa: str, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -126,41 +136,66 @@ def with_isa(isa: str, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return switched
 
 
-def sparse(p: SimpleNamespace, args: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
-    """Each with weights of its own: what the variant before has left in the caches is of no use to it."""
-    found = {name: PEERS[name](copied(p)) for name in args.peers}
-    if "int8" in found:  # on one of them
-        found["int8"] = with_isa(args.isas[0], found["int8"])
-    if len(args.isas) == 1:  # chosen once, by main
-        return found | {args.isas[0]: sadmoe(copied(p))}
-    return found | {isa: with_isa(isa, sadmoe(copied(p))) for isa in args.isas}
+class Copies:
+    """A layer's weights once for each variant: what the one before has left in the caches is of no use to it."""
+
+    def __init__(self, w: SimpleNamespace) -> None:
+        self.w, self.made = w, {}
+
+    def of(self, p: SimpleNamespace, variant: object) -> SimpleNamespace:
+        if variant not in self.made:
+            self.made[variant] = copied(self.w)
+        return with_weights(p, self.made[variant])
+
+
+def sparse(p: SimpleNamespace, kind: str, copies: Copies, args: argparse.Namespace) -> dict[str, Kept]:
+    """Those of the peers that fit the memory, and sadmoe: by the first instruction set's name "sadmoe"."""
+    found = {
+        name: PEERS[name](copies.of(p, (kind, name)))
+        for name in args.peers
+        if largest(name, p) <= args.memory * 2**30
+    }
+    first, *others = args.isas
+    ours = {"sadmoe": first} | {isa: isa for isa in others}
+    found |= {name: sadmoe(copies.of(p, (kind, name))) for name in ours}
+    if others:  # else chosen once, by main
+        for name, isa in (ours | {"int8": first}).items():
+            if name in found:
+                found[name] = with_isa(isa, found[name])
+    return {name: Kept(call) for name, call in found.items()}
 
 
 def timed(
-    problems: dict[str, SimpleNamespace], read: Callable[[], Tensor], args: argparse.Namespace
+    problems: dict[str, SimpleNamespace], copies: Copies, read: Callable[[], Tensor], args: argparse.Namespace
 ) -> Iterator[tuple[str, dict[str, Timing]]]:
     """By kind of mask, times of dense and read, which take turns with all of them, and of what runs sparsely."""
-    calls = {("all", "dense"): dense(copied(next(iter(problems.values())))), ("all", "read"): read}
-    for kind, p in problems.items():
-        ways = sparse(p, args)
-        checked(p, ways)
-        calls |= {(kind, name): call for name, call in ways.items()}
-    times = measure(calls, args.seconds, args.least)
-    for kind in problems:
+    some = next(iter(problems.values()))
+    calls = {("all", "dense"): dense(copies.of(some, "dense")), ("all", "read"): read}
+    ways = {kind: sparse(p, kind, copies, args) for kind, p in problems.items()}
+    for kind, found in ways.items():
+        calls |= {(kind, name): call for name, call in found.items()}
+    times = measure(calls, args.seconds, args.least, args.patience)
+    for kind, found in ways.items():
+        checked(problems[kind], {name: call.result for name, call in found.items()})
         yield kind, {name: time for (of, name), time in times.items() if of in (kind, "all")}
 
 
-def results(p: SimpleNamespace, times: dict[str, Timing], least: float, isas: list[str]) -> Iterator[dict]:
-    """One row an instruction set."""
-    share, rest = p.mask.float().mean().item(), times.keys() - {"read", *isas}
-    for isa in isas:
-        ours, whole = times[isa].median, times["dense"].median
-        yield {
-            "isa": isa, "share": share, "union": p.mask.any(0).float().mean().item(),
-            "seconds": {n: t.median for n, t in times.items() if n in rest} | {"sadmoe": ours},
-            "spread": {n: t.spread for n, t in times.items() if n in rest} | {"sadmoe": times[isa].spread},
-            "floor": least, "speedup": whole / ours, "of_ideal": share * whole / ours, "of_floor": least / ours,
-        }  # fmt: skip
+def result(p: SimpleNamespace, times: dict[str, Timing], limit: dict[str, float], least: float) -> dict:
+    ours, whole = times["sadmoe"].median, times["dense"].median
+    share, shown = p.mask.float().mean().item(), {n: t for n, t in times.items() if n != "read"}
+    return {
+        "share": share, "union": p.mask.any(0).float().mean().item(),
+        "seconds": {n: t.median for n, t in shown.items()}, "spread": {n: t.spread for n, t in shown.items()},
+        "calls": {n: t.calls for n, t in shown.items()}, "floor": least,
+        "speedup": whole / ours, "of_ideal": share * whole / ours, "of_floor": least / ours, "limits": limit,
+    }  # fmt: skip
+
+
+def rounded(value: object) -> object:
+    """To four digits, all that a time has."""
+    if isinstance(value, dict):
+        return {name: rounded(v) for name, v in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 class Printed:
@@ -180,20 +215,26 @@ class Printed:
 
 def as_json(title: str, rows: list[dict]) -> str:
     """A row a line."""
-    lines = ",\n".join(json.dumps(row) for row in rows)
+    lines = ",\n".join(json.dumps(rounded(row)) for row in rows)
     return f'{{"machine": {json.dumps(title)}, "rows": [\n{lines}\n]}}\n'
 
 
-def line(row: dict, peers: list[str]) -> str:
-    seconds, spread = row["seconds"], row["spread"]
-    cells = "".join(f"{seconds[n] * 1e3:11.3f} ±{spread[n]:4.0%}" for n in ("dense", *peers, "sadmoe"))
+def line(row: dict, variants: list[str]) -> str:
+    def told(name: str) -> str:
+        if name not in row["seconds"]:
+            return f"{'-':>17}"
+        spread = f"±{row['spread'][name]:4.0%}" if row["calls"][name] > 1 else " once"
+        return f"{row['seconds'][name] * 1e3:11.3f} {spread}"
+
     figures = "".join(f"{row[n]:9.2f}" for n in ("speedup", "of_ideal", "of_floor"))
     rate = f"{row['limits']['bytes'] / 1e9:6.1f}"
-    return f"{row['T']:5d} {row['share']:6.1%} {row['union']:6.1%}{cells}{figures}{rate}  {row['isa']}, {row['masks']}"
+    times = "".join(map(told, variants))
+    return f"{row['T']:5d} {row['share']:6.1%} {row['union']:6.1%}{times}{figures}{rate}  {row['masks']}"
 
 
 def cells(args: argparse.Namespace, say: Printed) -> Iterator[dict]:
     """Measures and tells the grid."""
+    variants = ["dense", *args.peers, *args.isas[1:], "sadmoe"]
     for name, dtype, s in itertools.product(args.layers, args.dtypes, args.s):
         layer, kind = shape_of(name, s), getattr(torch, dtype)
         if layer.f % s:
@@ -202,18 +243,21 @@ def cells(args: argparse.Namespace, say: Printed) -> Iterator[dict]:
         ops.use_cpu_isa(args.isas[0])
         peak, read = product_rate(layer, kind), reading(layer, kind)
         say(f"\n{name}, s {s}, E {layer.experts}, {layer.act}, {dtype}; peak {peak / 1e9:.0f} GFLOP/s")
-        heads = "".join(f"{n:>17}" for n in ("dense", *args.peers, "sadmoe"))
+        heads = "".join(f"{n:>17}" for n in variants)
         say(f"    T  share  union{heads}  speedup of_ideal of_floor  GB/s")
+        w = weights(layer, kind)
+        copies = Copies(w)
         for T in args.tokens:
-            cell = {"layer": name, "s": s, "dtype": dtype, "T": T}
-            for problems in masks(layer, T, kind, args):
-                for masked_by, times in timed(problems, read, args):
+            cell = {"layer": name, "s": s, "dtype": dtype, "isa": args.isas[0], "T": T}
+            for some in masks(layer, w, T, args):
+                problems = {masked_by: p for masked_by, p in some.items() if p.mask.any()}
+                for masked_by, times in timed(problems, copies, read, args) if problems else ():
                     p = problems[masked_by]
                     limit = {"flops": peak, "bytes": weight_bytes(layer, kind) / times["read"].median}
-                    for row in results(p, times, floor(layer, p.mask, kind, limit), args.isas):
-                        row = cell | {"masks": masked_by} | row | {"limits": limit}
-                        say(line(row, args.peers))
-                        yield row
+                    found = result(p, times, limit, floor(layer, p.mask, kind, limit))
+                    row = cell | {"masks": masked_by} | found
+                    say(line(row, variants))
+                    yield row
 
 
 def arguments() -> argparse.Namespace:
@@ -236,6 +280,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=0.6, help="for each variant of a cell")
     parser.add_argument("--least", type=int, default=7, help="calls of each variant of a cell, however long")
+    parser.add_argument(
+        "--patience", type=float, default=math.inf, help="seconds after which a variant has had its calls"
+    )
+    parser.add_argument("--memory", type=float, default=2, help="GiB of the largest tensor of a peer")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.isas == ["all"]:

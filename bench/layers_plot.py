@@ -13,7 +13,7 @@ SHARES, SPEEDUPS = [5, 10, 25, 50, 100], [0.25, 0.5, 1, 2, 5, 10, 20]  # ticks; 
 
 
 def draw(rows: list[dict], title: str, folder: Path) -> None:
-    """One picture of each shape and dtype, a line of each s, instruction set and kind of mask that the rows have."""
+    """One picture of each shape and dtype, a line of each s and kind of mask that the rows have."""
 
     def of_picture(row: dict) -> str:
         return f"{row['layer']}-{row['dtype']}"
@@ -24,8 +24,8 @@ def draw(rows: list[dict], title: str, folder: Path) -> None:
 
 def _line(row: dict, rows: list[dict]) -> str:
     """What tells a row's line from the others."""
-    parts = (f"s {row['s']}", row["isa"], row["masks"].split()[0])
-    kinds = ({r["s"] for r in rows}, {r["isa"] for r in rows}, {r["masks"].split()[0] for r in rows})
+    parts = (f"s {row['s']}", row["masks"].split()[0])
+    kinds = ({r["s"] for r in rows}, {r["masks"].split()[0] for r in rows})
     return ", ".join(part for part, kind in zip(parts, kinds, strict=True) if len(kind) > 1) or "sadmoe"
 
 

@@ -14,7 +14,19 @@ from pathlib import Path
 
 import torch
 from sadmoe.timing import machine, measure
-from variants import LayerShape, checked, dense, grouped_mm, int8, loop, problem, sadmoe
+from variants import (
+    Kept,
+    LayerShape,
+    checked,
+    dense,
+    grouped_mm,
+    int8,
+    loop,
+    problem,
+    sadmoe,
+    torch_grouped_mm,
+    weights,
+)
 
 TOKENS = [1, 2, 4, 8, 16, 64, 256, 1024, 4096]
 OURS = ("sadmoe", "int8")
@@ -37,18 +49,18 @@ def main() -> None:
     title = f"{machine()}, d={args.d} f={args.f} s={args.s} E={args.f // args.s} relu, {args.dtype}"
     print(f"# {title}")
     ways = {"dense": dense, "sadmoe": sadmoe} | ({"int8": int8} if args.int8 else {})
-    ways |= {"loop": loop, "grouped_mm": grouped_mm}
+    ways |= {"loop": loop, "torch_grouped_mm": torch_grouped_mm, "grouped_mm": grouped_mm}
     print(
         f"{'T':>5} {'share':>6}  {'  '.join(f'{name:>13}' for name in ways)}   "
         f"{'sadmoe is faster than':44}" + "  int8 than dense" * args.int8
     )
-    rows = []
+    rows, held = [], weights(LayerShape(args.d, args.f, args.s), args.dtype, args.r)
     with torch.inference_mode():
         for T in args.tokens:
-            p = problem(LayerShape(args.d, args.f, args.s), T, args.share, args.dtype, args.r)
-            variants = {name: way(p) for name, way in ways.items()}
-            checked(p, variants)
+            p = problem(held, T, args.share)
+            variants = {name: Kept(way(p)) for name, way in ways.items()}
             times = measure(variants)
+            checked(p, {name: call.result for name, call in variants.items()})
             share = p.mask.float().mean().item()
             cells = "  ".join(f"{t.median * 1e3:7.3f} ±{t.spread:4.0%}" for t in times.values())
             seconds = {name: time.median for name, time in times.items()}

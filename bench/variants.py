@@ -1,4 +1,4 @@
-"""One layer as a problem, and ways to run it: sadmoe, dense torch, a loop over experts, transformers' grouped_mm."""
+"""One layer as a problem, and ways to run it: sadmoe, dense torch, a loop over experts, transformers', torch's own."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from sadmoe import DynamicKMoE, ops, reference
 from torch import Tensor
 
 ROUTER_WIDTH = 128
-COMPARED = 256  # tokens, at the most
+COMPARED = 64  # tokens, at the most
 
 
 @dataclass(frozen=True)
@@ -46,39 +46,69 @@ def tau_of_share(scores: Tensor, share: float) -> float:
     return high
 
 
-def problem(
-    layer: LayerShape, T: int, share: float, dtype: torch.dtype, router_width: int = ROUTER_WIDTH
-) -> SimpleNamespace:
-    """Weights, tokens, and the mask of a random router at the tau that gives the share."""
-    g = torch.Generator().manual_seed(T)
+def weights(layer: LayerShape, dtype: torch.dtype, router_width: int = ROUTER_WIDTH) -> SimpleNamespace:
+    """Of a layer and a random router. kept: what the ways to run it lay out anew, once."""
+    g = torch.Generator().manual_seed(0)
     E, s, d, r = layer.experts, layer.s, layer.d, router_width
 
     def normal(*shape: int, scale: float) -> Tensor:
         return (torch.randn(*shape, generator=g) * scale).to(dtype)
 
-    p = SimpleNamespace(E=E, act=layer.act, x=normal(T, d, scale=1), v1=normal(r, d, scale=d**-0.5))
-    p.v2 = normal(E, r, scale=r**-0.5)
-    p.w_up, p.w_down = normal(E, s, d, scale=d**-0.5), normal(E, s, d, scale=layer.f**-0.5)
-    p.b_up, p.b_out = normal(E, s, scale=0.1), normal(d, scale=0.1)
-    p.w_gate, p.b_gate = (
+    w = SimpleNamespace(E=E, act=layer.act, kept={}, v1=normal(r, d, scale=d**-0.5))
+    w.v2 = normal(E, r, scale=r**-0.5)
+    w.w_up, w.w_down = normal(E, s, d, scale=d**-0.5), normal(E, s, d, scale=layer.f**-0.5)
+    w.b_up, w.b_out = normal(E, s, scale=0.1), normal(d, scale=0.1)
+    w.w_gate, w.b_gate = (
         (normal(E, s, d, scale=d**-0.5), normal(E, s, scale=0.1)) if layer.gated else (None, None)
     )
-    if share == 1:
-        p.tau = 0.0
-    else:
-        p.tau = tau_of_share(ops.router_scores(normal(4096, d, scale=1), p.v1, p.v2), share)
-    p.mask, p.routed = ops.dynamic_k_select(ops.router_scores(p.x, p.v1, p.v2), p.tau), True
-    return p
+    return w
+
+
+def problem(w: SimpleNamespace, T: int, share: float) -> SimpleNamespace:
+    """Weights, tokens, and the router's mask at the tau that gives the share."""
+    g = torch.Generator().manual_seed(T)
+    d, dtype = w.v1.shape[1], w.v1.dtype
+
+    def scores(x: Tensor) -> Tensor:
+        return ops.router_scores(x, w.v1, w.v2)
+
+    x, others = (torch.randn(n, d, generator=g).to(dtype) for n in (T, 4096))
+    tau = 0.0 if share == 1 else tau_of_share(scores(others), share)
+    mask = ops.dynamic_k_select(scores(x), tau)
+    return SimpleNamespace(**vars(w), x=x, tau=tau, mask=mask, routed=True)
 
 
 def with_mask(p: SimpleNamespace, mask: Tensor) -> SimpleNamespace:
     """The same problem with a mask that is not its router's."""
-    return SimpleNamespace(**{**vars(p), "mask": mask, "routed": False})
+    return SimpleNamespace(**vars(p) | {"mask": mask, "routed": False})
 
 
-def copied(p: SimpleNamespace) -> SimpleNamespace:
-    """The same problem in memory of its own."""
-    return SimpleNamespace(**{name: v.clone() if isinstance(v, Tensor) else v for name, v in vars(p).items()})
+def copied(w: SimpleNamespace) -> SimpleNamespace:
+    """The same weights in memory of their own."""
+    own = {name: v.clone() if isinstance(v, Tensor) else v for name, v in vars(w).items()}
+    return SimpleNamespace(**own | {"kept": {}})
+
+
+def with_weights(p: SimpleNamespace, w: SimpleNamespace) -> SimpleNamespace:
+    """The same problem with a copy of its weights."""
+    return SimpleNamespace(**vars(p) | vars(w))
+
+
+def kept(p: SimpleNamespace, name: str, make: Callable[[], Tensor]) -> Tensor:
+    if name not in p.kept:
+        p.kept[name] = make()
+    return p.kept[name]
+
+
+def transposed(p: SimpleNamespace, name: str) -> Tensor:
+    """Of each expert, in memory of its own."""
+    return kept(p, f"{name} transposed", lambda: getattr(p, name).transpose(1, 2).contiguous())
+
+
+def gate_and_up(p: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    """The weights and biases that transformers holds in one, of a GLU."""
+    w = kept(p, "w_gate and w_up", lambda: torch.cat([p.w_gate, p.w_up], 1))
+    return w, kept(p, "b_gate and b_up", lambda: torch.cat([p.b_gate, p.b_up], 1))
 
 
 def experts(p: SimpleNamespace) -> tuple[Tensor | None, ...]:
@@ -92,6 +122,10 @@ def sadmoe(p: SimpleNamespace) -> Callable[[], Tensor]:
 
 def int8(p: SimpleNamespace) -> Callable[[], Tensor]:
     """The same with the experts' weights rounded to int8."""
+    return _by_ops(p, ops.dynamic_k_moe_int8, ops.sparse_experts_int8, kept(p, "int8", lambda: _rounded(p)))
+
+
+def _rounded(p: SimpleNamespace) -> tuple[Tensor | None, ...]:
     names = ("w_up", "w_down", "b_up", "w_gate", "b_gate", "b_out")
     layer = DynamicKMoE(
         p.x.shape[1], p.E, p.w_up.shape[1], p.act, gated=p.w_gate is not None, dtype=p.x.dtype,
@@ -101,7 +135,7 @@ def int8(p: SimpleNamespace) -> Callable[[], Tensor]:
         if getattr(p, name) is not None:
             getattr(layer, name).data.copy_(getattr(p, name))
     layer.to_int8_()
-    return _by_ops(p, ops.dynamic_k_moe_int8, ops.sparse_experts_int8, layer.int8_weights())
+    return layer.int8_weights()
 
 
 def _by_ops(p: SimpleNamespace, fused: Callable, given: Callable, weights: tuple) -> Callable[[], Tensor]:
@@ -118,7 +152,7 @@ def _by_ops(p: SimpleNamespace, fused: Callable, given: Callable, weights: tuple
 def dense(p: SimpleNamespace) -> Callable[[], Tensor]:
     act = reference.ACTIVATIONS[p.act]
     w_up, b_up = p.w_up.flatten(0, 1), p.b_up.flatten()
-    w_down = p.w_down.flatten(0, 1).T.contiguous()
+    w_down = kept(p, "w_down", lambda: p.w_down.flatten(0, 1).T.contiguous())
     if p.w_gate is None:
         return lambda: F.linear(act(F.linear(p.x, w_up, b_up)), w_down, p.b_out)
     w_gate, b_gate = p.w_gate.flatten(0, 1), p.b_gate.flatten()
@@ -128,8 +162,8 @@ def dense(p: SimpleNamespace) -> Callable[[], Tensor]:
 def loop(p: SimpleNamespace) -> Callable[[], Tensor]:
     """Only the experts that some token chose, rows gathered and added back by index."""
     act = reference.ACTIVATIONS[p.act]
-    w_up = p.w_up.transpose(1, 2).contiguous()
-    w_gate = None if p.w_gate is None else p.w_gate.transpose(1, 2).contiguous()
+    w_up = transposed(p, "w_up")
+    w_gate = None if p.w_gate is None else transposed(p, "w_gate")
 
     def run() -> Tensor:
         y = p.b_out.expand_as(p.x).clone()
@@ -144,14 +178,63 @@ def loop(p: SimpleNamespace) -> Callable[[], Tensor]:
     return run
 
 
-def grouped_mm(p: SimpleNamespace) -> Callable[[], Tensor]:
-    """transformers' experts on torch._grouped_mm: k of the busiest token, absent pairs as sentinels that it skips."""
-    from transformers.integrations.moe import grouped_mm_experts_forward
-
+def index_lists(p: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    """The mask as transformers takes it: indices and weights [T, k], k the busiest token's, E where one has fewer."""
     k = int(p.mask.sum(1).max())
     index = torch.where(p.mask, torch.arange(p.E), p.E).sort(dim=1).values[:, :k]
-    weights = (index < p.E).to(p.x.dtype)
+    return index, (index < p.E).to(p.x.dtype)
+
+
+def eager(p: SimpleNamespace) -> Callable[[], Tensor]:
+    """transformers' eager experts: what its classes do, written out, for none of them has this layer's biases."""
+    act, (index, chosen) = reference.ACTIVATIONS[p.act], index_lists(p)
+    w_up, b_up = (p.w_up, p.b_up) if p.w_gate is None else gate_and_up(p)
+    w_down = transposed(p, "w_down")
+
+    def run() -> Tensor:
+        y = torch.zeros_like(p.x)
+        hits = F.one_hot(index, p.E + 1).permute(2, 1, 0)
+        for e in torch.greater(hits.sum((-1, -2)), 0).nonzero().flatten().tolist():
+            if e == p.E:
+                continue
+            place, rows = torch.where(hits[e])
+            hidden = F.linear(p.x[rows], w_up[e], b_up[e])
+            if p.w_gate is None:
+                hidden = act(hidden)
+            else:
+                gate, up = hidden.chunk(2, -1)
+                hidden = act(gate) * up
+            y.index_add_(0, rows, F.linear(hidden, w_down[e]) * chosen[rows, place, None])
+        return y + p.b_out
+
+    return run
+
+
+def torch_grouped_mm(p: SimpleNamespace) -> Callable[[], Tensor]:
+    """torch._grouped_mm and no more: the pairs that run, expert by expert, gathered, and added back by index."""
     act = reference.ACTIVATIONS[p.act]
+    expert, rows = p.mask.T.nonzero(as_tuple=True)
+    ends = p.mask.sum(0).cumsum(0).to(torch.int32)
+    w_up = p.w_up.transpose(1, 2)
+    w_gate = None if p.w_gate is None else p.w_gate.transpose(1, 2)
+
+    def run() -> Tensor:
+        x = p.x[rows]
+        hidden = torch._grouped_mm(x, w_up, ends).add_(p.b_up[expert])
+        if w_gate is None:
+            hidden = act(hidden)
+        else:
+            hidden.mul_(act(torch._grouped_mm(x, w_gate, ends).add_(p.b_gate[expert])))
+        return p.b_out.expand_as(p.x).clone().index_add_(0, rows, torch._grouped_mm(hidden, p.w_down, ends))
+
+    return run
+
+
+def grouped_mm(p: SimpleNamespace) -> Callable[[], Tensor]:
+    """transformers' experts on torch._grouped_mm, which skips the sentinels of absent pairs."""
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    act, (index, chosen) = reference.ACTIVATIONS[p.act], index_lists(p)
 
     def gate(both: Tensor) -> Tensor:
         gate, up = both.chunk(2, -1)
@@ -161,23 +244,46 @@ def grouped_mm(p: SimpleNamespace) -> Callable[[], Tensor]:
         num_experts=p.E, has_gate=p.w_gate is not None, has_bias=True, is_transposed=False,
         has_post_expert_norm=False, _is_expert_parallel=True, act_fn=act, _apply_gate=gate,
         up_proj=p.w_up, up_proj_bias=p.b_up,
-        down_proj=p.w_down.transpose(1, 2).contiguous(), down_proj_bias=torch.zeros(p.E, p.x.shape[1], dtype=p.x.dtype),
+        down_proj=transposed(p, "w_down"), down_proj_bias=torch.zeros(p.E, p.x.shape[1], dtype=p.x.dtype),
     )  # fmt: skip
     if p.w_gate is not None:
-        layer.gate_up_proj, layer.gate_up_proj_bias = (
-            torch.cat([p.w_gate, p.w_up], 1),
-            torch.cat([p.b_gate, p.b_up], 1),
-        )
-    return lambda: grouped_mm_experts_forward(layer, p.x, index, weights) + p.b_out
+        layer.gate_up_proj, layer.gate_up_proj_bias = gate_and_up(p)
+    return lambda: grouped_mm_experts_forward(layer, p.x, index, chosen) + p.b_out
 
 
-def checked(p: SimpleNamespace, variants: dict[str, Callable[[], Tensor]]) -> None:
+def largest(name: str, p: SimpleNamespace) -> int:
+    """Bytes of the largest tensor that a peer makes on the way; it holds up to four such ones."""
+    T, d = p.x.shape
+    k, row = int(p.mask.sum(1).max()), d * p.x.dtype.itemsize
+    counts = {
+        "eager": T * k * (p.E + 1) * 8,
+        "grouped_mm": T * k * row,
+        "torch_grouped_mm": int(p.mask.sum()) * row,
+    }
+    return counts.get(name, 0)
+
+
+class Kept:
+    """A call, and what it returned last."""
+
+    def __init__(self, call: Callable[[], Tensor]) -> None:
+        self.call = call
+
+    def __call__(self) -> None:
+        self.result = self.call()
+
+
+def checked(p: SimpleNamespace, results: dict[str, Tensor]) -> None:
     """What runs sparsely must compute the same thing, else a time means nothing. Of many tokens some are compared."""
     rows = torch.arange(0, len(p.x), -(-len(p.x) // COMPARED))
-    args = [None if t is None else t.double() for t in experts(p)]
+    names = ("w_up", "w_down", "b_up", "w_gate", "b_gate", "b_out")
+    args = [
+        None if getattr(p, name) is None else kept(p, f"{name} double", getattr(p, name).double)
+        for name in names
+    ]
     truth = reference.sparse_experts(p.x[rows].double(), p.mask[rows], *args, act=p.act)
-    for name, run in variants.items():
-        error = ((run()[rows].double() - truth).norm() / truth.norm()).item()
+    for name, y in results.items():
+        error = ((y[rows].double() - truth).norm() / truth.norm()).item()
         allowed = 0.02 if name == "int8" else 20 * torch.finfo(p.x.dtype).eps
         if name != "dense" and not error <= allowed:
             raise SystemExit(f"{name} is wrong: relative error {error:.2g}")

@@ -11,7 +11,20 @@ sys.path.append(str(Path(__file__).parent.parent / "bench"))
 
 from layers import floor, shape_of
 from mask_kinds import clustered, recorded, skewed
-from variants import ROUTER_WIDTH, LayerShape, checked, dense, loop, problem, sadmoe, with_mask
+from variants import (
+    ROUTER_WIDTH,
+    LayerShape,
+    checked,
+    dense,
+    eager,
+    largest,
+    loop,
+    problem,
+    sadmoe,
+    torch_grouped_mm,
+    weights,
+    with_mask,
+)
 
 
 @pytest.mark.parametrize("kind", [skewed, clustered])
@@ -63,13 +76,21 @@ def test_a_shape_that_cannot_be_read_is_named():
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_variants_compute_the_same_thing(gated):
-    routed = problem(LayerShape(16, 24, 4, gated), T=5, share=0.5, dtype=torch.float32)
-    for p in (
-        routed,
-        with_mask(routed, clustered(5, 6, 0.5)),
-        problem(LayerShape(16, 24, 4, gated), 5, 1, torch.float32),
-    ):
-        checked(p, {"sadmoe": sadmoe(p), "loop": loop(p)})
+    w = weights(LayerShape(16, 24, 4, gated), torch.float32)
+    routed = problem(w, T=5, share=0.5)
+    for p in (routed, with_mask(routed, clustered(5, 6, 0.5)), problem(w, 5, 1)):
+        for way in (sadmoe, loop, eager, torch_grouped_mm):
+            checked(p, {way.__name__: way(p)()})
     assert (dense(p)() - sadmoe(p)()).abs().max() < 1e-5  # p runs every expert
     with pytest.raises(SystemExit, match="wrong is wrong"):
-        checked(p, {"wrong": lambda: sadmoe(p)() + 1e-3})
+        checked(p, {"wrong": sadmoe(p)() + 1e-3})
+
+
+def test_the_largest_tensor_of_a_peer():
+    mask = torch.tensor([[True, False, False], [True, True, False]])
+    p = with_mask(problem(weights(LayerShape(8, 12, 4), torch.bfloat16), 2, 1), mask)
+    k, E = 2, 3
+    assert largest("torch_grouped_mm", p) == 3 * 8 * 2  # pairs, d, bytes
+    assert largest("grouped_mm", p) == 2 * k * 8 * 2  # a busiest token's k of each token
+    assert largest("eager", p) == 2 * k * (E + 1) * 8  # one int64 for each expert, and for none
+    assert largest("loop", p) == 0

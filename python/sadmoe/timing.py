@@ -4,6 +4,7 @@ Variants take turns, so that the machine's drift falls on all of them alike, and
 one leaves in the caches makes the next one faster or slower.
 """
 
+import math
 import platform
 import random
 import statistics
@@ -23,35 +24,46 @@ LONG = 1.0  # seconds of a call, beside which what the first one waits for is li
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: median, and the distance between the quartiles as a share of it."""
+    """Seconds of one call: median, and the distance between the quartiles as a share of it, of so many calls."""
 
     median: float
     spread: float
+    calls: int = 0
 
 
 def measure(
-    variants: dict[Name, Callable[[], object]], seconds: float = 0.6, least: int = 7
+    variants: dict[Name, Callable[[], object]],
+    seconds: float = 0.6,
+    least: int = 7,
+    patience: float = math.inf,
 ) -> dict[Name, Timing]:
     """Calls the variants in turn for about `seconds` each, at least `least` times.
 
-    Before that twice to warm up, or once where a call is long.
+    Before that twice to warm up, or once where a call is long. What has taken `patience` seconds in all is not called
+    again: of one so long call that is all.
     """
     samples: dict[Name, list[float]] = {name: [] for name in variants}
-    for call in variants.values():
-        start = time.perf_counter()
-        call()
-        if time.perf_counter() - start < LONG:
+    for name, call in variants.items():
+        took = _seconds(call)
+        if took >= patience:
+            samples[name].append(took)
+        elif took < LONG:
             call()
     order, shuffle = list(variants.items()), random.Random(0).shuffle
     started, rounds = time.perf_counter(), 0
     while rounds < least or time.perf_counter() - started < seconds * len(variants):
         shuffle(order)
         for name, call in order:
-            start = time.perf_counter()
-            call()
-            samples[name].append(time.perf_counter() - start)
+            if sum(samples[name]) < patience:
+                samples[name].append(_seconds(call))
         rounds += 1
     return {name: _timing(values) for name, values in samples.items()}
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def waiting(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
@@ -67,8 +79,8 @@ def waiting(call: Callable[[], object], device: torch.device) -> Callable[[], ob
 
 
 def _timing(values: list[float]) -> Timing:
-    low, median, high = statistics.quantiles(values, n=4)
-    return Timing(median, (high - low) / median)
+    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else 3 * values
+    return Timing(median, (high - low) / median, len(values))
 
 
 def processor() -> str:
