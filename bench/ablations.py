@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import sadmoe
 import torch
+from layer_problem import tau_of_share
 from router_losses import Weight, fit_by, near_threshold, plain, under_prediction
 from sadmoe import (
     ConvertConfig,
@@ -47,7 +48,6 @@ from sadmoe.texts import load_model, tokenized
 from sadmoe.timing import machine
 from torch import Tensor, nn
 from tqdm import tqdm
-from variants import tau_of_share
 
 STEPS, WIDTH, TOKENS = 500, 96, 8192
 THRESHOLD = 0.2  # the tau near which errors of routers weigh more

@@ -19,10 +19,10 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from cuda_timing import captured, graph_seconds
+from layer_problem import tau_of_share
 from sadmoe import ops, reference
 from sadmoe.crossover import CONSTANTS, Card, Layer, card_for, cards, choose
 from torch import Tensor
-from variants import tau_of_share
 
 SHAPES = [  # d, E, s, gated
     (768, 128, 24, False),

@@ -13,7 +13,9 @@ left out. sadmoe is timed on the first of --isas, the others are columns of thei
 first, a few microseconds of its time.
 
 Peers: loop, a Python loop over experts; eager and grouped_mm, transformers' two; torch_grouped_mm, torch's own product
-and no more; int8, sadmoe with its experts' weights in int8. "-": one of the peer's tensors would be over --memory GiB.
+and no more; int8, sadmoe with its experts' weights in int8; layer, not by default and for independent masks alone, the
+module, which may run all experts by torch's products, by the costs of --calibrate or those that came with sadmoe. "-":
+one of the peer's tensors would be over --memory GiB.
 
 speedup: dense over sadmoe. of_ideal: the same times the share. of_floor: floor over sadmoe, where
   floor = max(executed FLOPs / peak, bytes of the weights that some token needs / bandwidth) + the router's own floor
@@ -35,29 +37,26 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from layer_problem import ROUTER_WIDTH, LayerShape, copied, problem, weights, with_mask, with_weights
 from layers_plot import draw
 from mask_kinds import clustered, recorded, skewed
-from sadmoe import ops
+from sadmoe import ops, paths
+from sadmoe.measure_costs import measure_costs
 from sadmoe.timing import Timing, machine, measure
 from torch import Tensor
 from variants import (
-    ROUTER_WIDTH,
     Kept,
-    LayerShape,
+    as_layer,
     checked,
-    copied,
     dense,
     eager,
     grouped_mm,
     int8,
     largest,
+    layer_of,
     loop,
-    problem,
     sadmoe,
     torch_grouped_mm,
-    weights,
-    with_mask,
-    with_weights,
 )
 
 LAYERS = ["384x1536", "768x3072", "2048x8192", "576x1536-glu", "2048x8192-glu"]
@@ -68,6 +67,7 @@ MASKS = ["independent", "skewed", "clustered", "recorded"]
 WIDE = 128  # neurons of an expert that wastes nothing
 PEERS = {
     "loop": loop, "eager": eager, "grouped_mm": grouped_mm, "torch_grouped_mm": torch_grouped_mm, "int8": int8,
+    "layer": as_layer,
 }  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def sparse(p: SimpleNamespace, kind: str, copies: Copies, args: argparse.Namespa
     found = {
         name: PEERS[name](copies.of(p, (kind, name)))
         for name in args.peers
-        if largest(name, p) <= args.memory * 2**30
+        if largest(name, p) <= args.memory * 2**30 and (p.routed or name != "layer")
     }
     first, *others = args.isas
     ours = {"sadmoe": first} | {isa: isa for isa in others}
@@ -247,6 +247,8 @@ def cells(args: argparse.Namespace, say: Printed) -> Iterator[dict]:
         say(f"    T  share  union{heads}  speedup of_ideal of_floor  GB/s")
         w = weights(layer, kind)
         copies = Copies(w)
+        if args.calibrate:
+            paths.use_costs([measure_costs(layer_of(w), args.tokens)])
         for T in args.tokens:
             cell = {"layer": name, "s": s, "dtype": dtype, "isa": args.isas[0], "T": T}
             for some in masks(layer, w, T, args):
@@ -276,7 +278,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--isas", nargs="+", default=["auto"], help="of sadmoe.ops.cpu_isas(); all; auto, the fastest"
     )
-    parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument(
+        "--peers", nargs="*", choices=list(PEERS), default=[name for name in PEERS if name != "layer"]
+    )
+    parser.add_argument(
+        "--calibrate", action="store_true", help="the layer's costs, as sadmoe bench --calibrate would"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=0.6, help="for each variant of a cell")
     parser.add_argument("--least", type=int, default=7, help="calls of each variant of a cell, however long")

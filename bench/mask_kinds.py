@@ -5,9 +5,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from layer_problem import LayerShape
 from safetensors import safe_open
 from torch import Tensor
-from variants import LayerShape
 
 RUN = 16  # neighbouring tokens of a cluster
 

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from layer_problem import ROUTER_WIDTH, tau_of_share
 from recipes import sources
 from sadmoe import ConvertConfig, convert_, quantize_experts_
 from sadmoe.demo import minilm, topics
@@ -29,7 +30,6 @@ from sadmoe.routers import RouterConfig
 from sadmoe.texts import tokenized
 from sadmoe.timing import machine, measure
 from torch import Tensor, nn
-from variants import ROUTER_WIDTH, tau_of_share
 
 ROUTER_STEPS = 20
 NEW_TOKENS = 32

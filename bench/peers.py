@@ -13,20 +13,9 @@ import json
 from pathlib import Path
 
 import torch
+from layer_problem import LayerShape, problem, weights
 from sadmoe.timing import machine, measure
-from variants import (
-    Kept,
-    LayerShape,
-    checked,
-    dense,
-    grouped_mm,
-    int8,
-    loop,
-    problem,
-    sadmoe,
-    torch_grouped_mm,
-    weights,
-)
+from variants import Kept, checked, dense, grouped_mm, int8, loop, sadmoe, torch_grouped_mm
 
 TOKENS = [1, 2, 4, 8, 16, 64, 256, 1024, 4096]
 OURS = ("sadmoe", "int8")

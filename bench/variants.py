@@ -1,103 +1,15 @@
-"""One layer as a problem, and ways to run it: sadmoe, dense torch, a loop over experts, transformers', torch's own."""
+"""Ways to run one layer: sadmoe, dense torch, a loop over experts, transformers' two, torch's own grouped product."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from sadmoe import DynamicKMoE, ops, reference
+from layer_problem import kept
+from sadmoe import DynamicK, DynamicKMoE, ops, reference
 from torch import Tensor
 
-ROUTER_WIDTH = 128
 COMPARED = 64  # tokens, at the most
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """A layer: plain with ReLU, or a GLU with SiLU."""
-
-    d: int
-    f: int
-    s: int
-    gated: bool = False
-
-    @property
-    def experts(self) -> int:
-        return self.f // self.s
-
-    @property
-    def matrices(self) -> int:
-        return 3 if self.gated else 2
-
-    @property
-    def act(self) -> str:
-        return "silu" if self.gated else "relu"
-
-
-def tau_of_share(scores: Tensor, share: float) -> float:
-    """The tau at which the executed share is the wanted one, to half a percent."""
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (
-            (middle, high) if ops.dynamic_k_select(scores, middle).float().mean() > share else (low, middle)
-        )
-    return high
-
-
-def weights(layer: LayerShape, dtype: torch.dtype, router_width: int = ROUTER_WIDTH) -> SimpleNamespace:
-    """Of a layer and a random router. kept: what the ways to run it lay out anew, once."""
-    g = torch.Generator().manual_seed(0)
-    E, s, d, r = layer.experts, layer.s, layer.d, router_width
-
-    def normal(*shape: int, scale: float) -> Tensor:
-        return (torch.randn(*shape, generator=g) * scale).to(dtype)
-
-    w = SimpleNamespace(E=E, act=layer.act, kept={}, v1=normal(r, d, scale=d**-0.5))
-    w.v2 = normal(E, r, scale=r**-0.5)
-    w.w_up, w.w_down = normal(E, s, d, scale=d**-0.5), normal(E, s, d, scale=layer.f**-0.5)
-    w.b_up, w.b_out = normal(E, s, scale=0.1), normal(d, scale=0.1)
-    w.w_gate, w.b_gate = (
-        (normal(E, s, d, scale=d**-0.5), normal(E, s, scale=0.1)) if layer.gated else (None, None)
-    )
-    return w
-
-
-def problem(w: SimpleNamespace, T: int, share: float) -> SimpleNamespace:
-    """Weights, tokens, and the router's mask at the tau that gives the share."""
-    g = torch.Generator().manual_seed(T)
-    d, dtype = w.v1.shape[1], w.v1.dtype
-
-    def scores(x: Tensor) -> Tensor:
-        return ops.router_scores(x, w.v1, w.v2)
-
-    x, others = (torch.randn(n, d, generator=g).to(dtype) for n in (T, 4096))
-    tau = 0.0 if share == 1 else tau_of_share(scores(others), share)
-    mask = ops.dynamic_k_select(scores(x), tau)
-    return SimpleNamespace(**vars(w), x=x, tau=tau, mask=mask, routed=True)
-
-
-def with_mask(p: SimpleNamespace, mask: Tensor) -> SimpleNamespace:
-    """The same problem with a mask that is not its router's."""
-    return SimpleNamespace(**vars(p) | {"mask": mask, "routed": False})
-
-
-def copied(w: SimpleNamespace) -> SimpleNamespace:
-    """The same weights in memory of their own."""
-    own = {name: v.clone() if isinstance(v, Tensor) else v for name, v in vars(w).items()}
-    return SimpleNamespace(**own | {"kept": {}})
-
-
-def with_weights(p: SimpleNamespace, w: SimpleNamespace) -> SimpleNamespace:
-    """The same problem with a copy of its weights."""
-    return SimpleNamespace(**vars(p) | vars(w))
-
-
-def kept(p: SimpleNamespace, name: str, make: Callable[[], Tensor]) -> Tensor:
-    if name not in p.kept:
-        p.kept[name] = make()
-    return p.kept[name]
 
 
 def transposed(p: SimpleNamespace, name: str) -> Tensor:
@@ -120,20 +32,41 @@ def sadmoe(p: SimpleNamespace) -> Callable[[], Tensor]:
     return _by_ops(p, ops.dynamic_k_moe, ops.sparse_experts, experts(p))
 
 
+def layer_of(w: SimpleNamespace) -> DynamicKMoE:
+    """The layer with a copy of these weights, free to run every expert by torch's products where that is faster."""
+    E, s, d = w.w_up.shape
+    biases = tuple(name for name in ("b_up", "b_gate", "b_out") if getattr(w, name) is not None)
+    layer = DynamicKMoE(
+        d, E, s, w.act, router_width=len(w.v1), gated=w.w_gate is not None, bias=biases,
+        batch_invariant=False, dtype=w.w_up.dtype,
+    )  # fmt: skip
+    for name in ("w_up", "w_down", "w_gate", *biases):
+        if getattr(w, name) is not None:
+            getattr(layer, name).data.copy_(getattr(w, name))
+    layer.router.v1.data.copy_(w.v1)
+    layer.router.v2.data.copy_(w.v2)
+    return layer
+
+
+def as_layer(p: SimpleNamespace) -> Callable[[], Tensor]:
+    """`layer_of`, called as a model calls it. Its mask is its router's."""
+    made, x = kept(p, "layer", lambda: layer_of(p)), p.x
+
+    def run() -> Tensor:
+        made.gate = gate
+        return made(x)
+
+    gate = DynamicK(p.tau)
+    return run
+
+
 def int8(p: SimpleNamespace) -> Callable[[], Tensor]:
-    """The same with the experts' weights rounded to int8."""
+    """The op with the experts' weights rounded to int8."""
     return _by_ops(p, ops.dynamic_k_moe_int8, ops.sparse_experts_int8, kept(p, "int8", lambda: _rounded(p)))
 
 
-def _rounded(p: SimpleNamespace) -> tuple[Tensor | None, ...]:
-    names = ("w_up", "w_down", "b_up", "w_gate", "b_gate", "b_out")
-    layer = DynamicKMoE(
-        p.x.shape[1], p.E, p.w_up.shape[1], p.act, gated=p.w_gate is not None, dtype=p.x.dtype,
-        bias=tuple(name for name in names if name.startswith("b") and getattr(p, name) is not None),
-    )  # fmt: skip
-    for name in names:
-        if getattr(p, name) is not None:
-            getattr(layer, name).data.copy_(getattr(p, name))
+def _rounded(w: SimpleNamespace) -> tuple[Tensor | None, ...]:
+    layer = layer_of(w)
     layer.to_int8_()
     return layer.int8_weights()
 

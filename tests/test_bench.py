@@ -9,22 +9,10 @@ from safetensors.torch import save_file
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 
+from layer_problem import ROUTER_WIDTH, LayerShape, problem, weights, with_mask
 from layers import floor, shape_of
 from mask_kinds import clustered, recorded, skewed
-from variants import (
-    ROUTER_WIDTH,
-    LayerShape,
-    checked,
-    dense,
-    eager,
-    largest,
-    loop,
-    problem,
-    sadmoe,
-    torch_grouped_mm,
-    weights,
-    with_mask,
-)
+from variants import as_layer, checked, dense, eager, largest, loop, sadmoe, torch_grouped_mm
 
 
 @pytest.mark.parametrize("kind", [skewed, clustered])
@@ -81,6 +69,9 @@ def test_variants_compute_the_same_thing(gated):
     for p in (routed, with_mask(routed, clustered(5, 6, 0.5)), problem(w, 5, 1)):
         for way in (sadmoe, loop, eager, torch_grouped_mm):
             checked(p, {way.__name__: way(p)()})
+    for p in (routed, problem(w, 5, 1)):
+        with torch.inference_mode():
+            checked(p, {"layer": as_layer(p)()})
     assert (dense(p)() - sadmoe(p)()).abs().max() < 1e-5  # p runs every expert
     with pytest.raises(SystemExit, match="wrong is wrong"):
         checked(p, {"wrong": sadmoe(p)() + 1e-3})
