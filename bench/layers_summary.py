@@ -3,17 +3,20 @@
     python bench/layers_summary.py FILE.json [FILE.json ...]      # that layers.py wrote
 
 x dense: dense torch's time over sadmoe's, the least, the median and the most of the cells; slower: cells below 1.
-x loop, x grouped_mm: the least of the same against these peers. int8: the median of dense over sadmoe with its experts
-in int8. of_ideal, of_floor: the least and the median, see layers.py. Cells where no expert runs are left out.
+loop, eager, grouped_mm, torch: the least of the same against these peers (torch_grouped_mm is the last); best peer: the
+least and the median against the fastest of them in each cell, and the cells where it beats sadmoe. int8: the median of
+dense over sadmoe with its experts in int8. avx512, avx2, portable: the median of dense over sadmoe by these
+instructions. of_ideal, of_floor: the least and the median, see layers.py. "-": not timed in any cell.
 """
 
 import json
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 TOKENS = [(1, 8), (16, 64), (256, 1024), (4096, 4096)]
+PEERS = {"loop": 6, "eager": 6, "grouped_mm": 11, "torch_grouped_mm": 6}  # and the widths of their columns
 SHARES = {"5 to 15 %": (0.0, 0.15), "a quarter": (0.15, 0.4), "half": (0.4, 0.7), "all": (0.7, 1.0)}
 
 
@@ -45,19 +48,30 @@ def over(rows: list[dict], name: str, of: str = "sadmoe") -> list[float]:
     return [row["seconds"][name] / row["seconds"][of] for row in rows if {name, of} <= row["seconds"].keys()]
 
 
+def best_peer(rows: list[dict]) -> list[float]:
+    """Times of the fastest peer over those of sadmoe, where a peer was timed."""
+    found = [[row["seconds"][p] for p in PEERS if p in row["seconds"]] for row in rows]
+    return [
+        min(seconds) / row["seconds"]["sadmoe"] for row, seconds in zip(rows, found, strict=True) if seconds
+    ]
+
+
 def line(rows: list[dict]) -> str:
-    dense = over(rows, "dense")
+    dense, best = over(rows, "dense"), best_peer(rows)
     cells = [f"{len(rows):5d} {sum(x < 1 for x in dense):6d}"]
-    cells.append(f"{min(dense):8.2f} {statistics.median(dense):6.2f} {max(dense):6.2f}")
-    for peer in ("loop", "grouped_mm"):
-        found = over(rows, peer)
-        cells.append(f"{min(found):10.2f}" if found else f"{'-':>10}")
-    int8 = over(rows, "dense", "int8")
-    cells.append(f"{statistics.median(int8):6.2f}" if int8 else f"{'-':>6}")
+    cells.append(f"{min(dense):7.2f} {statistics.median(dense):6.2f} {max(dense):6.2f}")
+    cells += [told(over(rows, peer), min, width) for peer, width in PEERS.items()]
+    cells.append(f"{told(best, min, 7)} {told(best, statistics.median, 5)} {sum(x < 1 for x in best):4d}")
+    for name, width in {"int8": 6, "avx512": 7, "avx2": 6, "portable": 9}.items():
+        cells.append(told(over(rows, "dense", name), statistics.median, width))
     for name in ("of_ideal", "of_floor"):
         found = [row[name] for row in rows]
-        cells.append(f"{min(found):9.2f} {statistics.median(found):5.2f}")
+        cells.append(f"{min(found):6.2f} {statistics.median(found):5.2f}")
     return " ".join(cells)
+
+
+def told(values: list[float], which: Callable[[list[float]], float], width: int) -> str:
+    return f"{which(values):{width}.2f}" if values else f"{'-':>{width}}"
 
 
 def main() -> None:
@@ -67,7 +81,8 @@ def main() -> None:
     for machine in sorted({one["machine"] for one in read}):
         print(f"# {machine}")
     rows = [row for one in read for row in one["rows"]]
-    heads = "cells slower        x dense          x loop grouped_mm   int8       of_ideal        of_floor"
+    heads = "cells slower              x dense   loop  eager  grouped_mm  torch    best peer wins"
+    heads += "   int8  avx512   avx2  portable     of_ideal     of_floor"
     for kind, same in kinds(rows):
         print(f"{kind:36}{heads}")
         for name, found in groups(same):

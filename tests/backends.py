@@ -33,9 +33,12 @@ def emulator():
         *(ctypes.c_int64, ctypes.c_int64, ctypes.c_bool, ctypes.c_bool, ctypes.c_double, ctypes.c_int64)
     ]
     native.sadmoe_down_tiles.argtypes = [ctypes.c_int64, ctypes.c_int64, *[ctypes.c_int] * 3]
-    native.sadmoe_crowd_share.argtypes = [*[ctypes.c_int64] * 3, ctypes.c_int]
+    native.sadmoe_crowd_share.argtypes = [
+        *[ctypes.c_int64] * 3, ctypes.c_int, ctypes.c_bool, ctypes.c_int
+    ]  # fmt: skip
     native.sadmoe_crowd_share.restype = ctypes.c_double
     native.sadmoe_products.restype = ctypes.c_int64
+    native.sadmoe_warp_products.restype = ctypes.c_int64
     native.definitions = library  # they live as long as this object
     return native
 
@@ -84,6 +87,10 @@ class Backend:
     def products(self):
         """How many products of warpgroups there were; None on a device, which does not say."""
         return emulator().sadmoe_products() if self.name == "emulator" else None
+
+    def warp_products(self):
+        """Likewise of warps: of tensor cores, but for those of warpgroups."""
+        return emulator().sadmoe_warp_products() if self.name == "emulator" else None
 
 
 def set_options(

@@ -82,6 +82,9 @@ STEPS: dict[str, tuple[int, ...]] = {
     "down<Tf32<1>, 1>": (155, 215),
     "down<Tf32<1>, 2>": (155, 215),
     "down<Tf32<1>, 4>": (155, 215),
+    "down_crowd<Fma>": (),  # nvcc unrolls its depth for some architectures
+    "down_crowd<Mma>": (170, 395),
+    "down_crowd<Tf32<1>>": (325, 550),
     "decode_up<Fma, false, 16>": (85,),
     "decode_up<Fma, false, 64>": (105,),
     "decode_up<Fma, true, 16>": (120,),
@@ -113,6 +116,7 @@ def _steps(name: str) -> tuple[Step, ...]:
     copies, times, shuffles = {
         "up": (4 + matrices if "Tall" in name else 2 + 2 * matrices, 4 * matrices, 0),
         "down": (4, 4, 3),
+        "down_crowd": (6, 32, 5),
         "decode_up": (2 + (2 if few else 1) * matrices, (4 if few else 8) * matrices, 0),
         "decode_down": (2 if few else 3, 2 if few else 8, 2),
     }[name.split("<")[0]]
@@ -144,6 +148,7 @@ def _budgets() -> dict[str, Budget]:
             for tiles in (1, 2, 4):  # 3 and 2 blocks of the last two fit a multiprocessor
                 registers = 128 if tiles == 1 else 168
                 budgets[f"down<{tile}, {tiles}>"] = Budget(registers, (COPY, "VOTE", *must, *turned))
+            budgets[f"down_crowd<{tile}>"] = Budget(255, (COPY, "VOTE", *must, *turned))  # 2 blocks fit
             for tokens in (16, 64):
                 budgets[f"decode_down<{tile}, {tokens}>"] = Budget(128, (COPY, *must, *turned))
     for name, budget in budgets.items():

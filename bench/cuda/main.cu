@@ -62,8 +62,10 @@ void time_blocks() {
         layer.options.down_tiles = 1 << i, layer.options.crowd = 2;
         time_layer(layer, names[i], T);
       }
-      layer.options.crowd = 0;
-      if (is_hopper()) time_layer(layer, "  256, through all experts", T);
+      layer.options.down_tiles = 0, layer.options.crowd = 0;
+      if (is_hopper()) time_layer(layer, "  256, through all experts, sm_90a", T);
+      layer.options.hopper = false;
+      time_layer(layer, "  128, through all experts", T);
     }
 }
 

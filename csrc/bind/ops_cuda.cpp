@@ -125,9 +125,10 @@ extern "C" __attribute__((visibility("default"))) int sadmoe_down_tiles(int64_t 
   const sadmoe::DType dtype = bytes_each == 2 ? sadmoe::DType::bf16 : sadmoe::DType::f32;
   return sadmoe::cuda::down_tiles(T, d_out, dtype, {}, {multiprocessors, shared});
 }
-extern "C" __attribute__((visibility("default"))) double sadmoe_crowd_share(int64_t T, int64_t d_out, int64_t s,
-                                                                            int multiprocessors) {
-  return sadmoe::cuda::crowd_share({T, 0, d_out, 0, s}, {}, {multiprocessors, 0});
+extern "C" __attribute__((visibility("default"))) double sadmoe_crowd_share(int64_t T, int64_t d_out, int64_t s, int bytes_each,
+                                                                            bool warpgroups, int multiprocessors) {
+  const sadmoe::DType dtype = bytes_each == 2 ? sadmoe::DType::bf16 : sadmoe::DType::f32;
+  return sadmoe::cuda::crowd_share({T, 0, d_out, 0, s}, dtype, warpgroups, {}, {multiprocessors, 0});
 }
 #else
 STABLE_TORCH_LIBRARY_IMPL(sadmoe, CompositeExplicitAutograd, m) {

@@ -16,7 +16,7 @@ struct Down {
   int64_t T, E, s, d_out;
   void* y;  // [T, d_out]
   DType dtype;
-  int32_t crowd;  // pairs that make a crowd of kCrowdTokens tokens, which hopper_down.cuh takes; 0: nothing is
+  int32_t crowd;  // pairs that make a crowd of kCrowdTokens tokens, which another kernel takes; 0: nothing is
 };
 
 constexpr int kCrowdTokens = 4 * kTileTokens;

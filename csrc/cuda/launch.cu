@@ -1,5 +1,6 @@
 #include <cmath>
 
+#include "cuda/crowd.cuh"
 #include "cuda/down.cuh"
 #include "cuda/launch.h"
 #include "cuda/parts.h"
@@ -67,6 +68,12 @@ int launch_down(const Down& p, const Options& options, const Device& device, voi
   }
 }
 
+template <class Tile>
+int launch_down_crowd(const Down& p, void* stream) {
+  const Grid grid{divide(p.T, kCrowdRows), divide(p.d_out, kColumns)};
+  return launch(down_crowd<Tile>, grid, kThreads, shared_bytes<CrowdMemory<Tile>>(), stream, p);
+}
+
 int make_plan(const Plan& p, void* stream) {
   int code = launch(plan_words, {2 * p.tiles}, kWordThreads, shared_bytes<WordMemory>(), stream, p);
   if (code == 0) code = launch(plan_scan, {divide(p.E, 32)}, kScanThreads, shared_bytes<ScanMemory>(), stream, p);
@@ -122,11 +129,16 @@ int run_chunk(const Experts& experts, const Plan& plan, const Options& options, 
   code = multiprocessors(device.multiprocessors);
   if (code == 0) code = shared_of_multiprocessor(device.shared);
   if (code) return code;
-  if (const double share = crowd_share({q.T, s.d, s.d_out, s.E, s.s}, options, device); hopper && fits_hopper(q) && share <= 1)
+  const bool warpgroups = hopper && fits_hopper(q);
+  if (const double share = crowd_share({q.T, s.d, s.d_out, s.E, s.s}, dtype, warpgroups, options, device);
+      q.T >= kCrowdTokens && share <= 1)
     q.crowd = std::max(1, static_cast<int32_t>(std::ceil(share * static_cast<double>(kCrowdTokens * s.E))));
-  code = with_experts_tile(dtype, options.tf32,
-                           [&](auto tile) { return launch_down<typename decltype(tile)::type>(q, options, device, stream); });
-  return code || !q.crowd ? code : crowds_on_hopper(q, stream);
+  return with_experts_tile(dtype, options.tf32, [&](auto tile) {
+    using Tile = typename decltype(tile)::type;
+    const int error = launch_down<Tile>(q, options, device, stream);
+    if (error || !q.crowd) return error;
+    return warpgroups ? crowds_on_hopper(q, stream) : launch_down_crowd<Tile>(q, stream);
+  });
 }
 
 // The tokens [begin, end) of a choice, and of the experts' arguments.
@@ -191,14 +203,23 @@ int down_tiles(int64_t T, int64_t d_out, DType dtype, const Options& options, co
                            [&](auto tile) { return down_tiles<typename decltype(tile)::type>(T, d_out, device); });
 }
 
-// By a model, not measured: a column of a pair takes hopper_down.cuh as long as so many steps of the depth, of a product at 0.65
-// of the dense rate, and 13 to add it; down.cuh 168 to add it in shared memory, and 2.45 for every neuron to bring operands. The
-// former has few blocks, each of which fills a multiprocessor.
-double crowd_share(const ExpertsShape& shape, const Options& options, const Device& device) {
+// By a model, not measured, of a column of a pair. On sm_90a: hopper_down.cuh takes as long as so many steps of the depth, of a
+// product at 0.65 of the dense rate, and 13 to add it; down.cuh 168 to add it in shared memory, and 2.45 for every neuron to
+// bring operands. Elsewhere, in clocks of a multiprocessor: both take `step` for each step of the depth, to multiply or to bring
+// operands; crowd.cuh 0.0117 to add, down.cuh 0.125. A crowd has few blocks, which must fill the multiprocessors.
+double crowd_share(const ExpertsShape& shape, DType dtype, bool warpgroups, const Options& options, const Device& device) {
   if (options.crowd >= 0) return options.crowd;
-  const int64_t blocks = divide(shape.T, kCrowdTokens) * divide(shape.d_out, kColumns);
+  const int64_t rows = warpgroups ? kCrowdTokens : kCrowdRows, blocks = divide(shape.T, rows) * divide(shape.d_out, kColumns);
   const double waves = static_cast<double>(divide(blocks, device.multiprocessors) * device.multiprocessors);
-  const double full = static_cast<double>(13 + crowd_depth(shape.s)) / (168 + 2.45 * static_cast<double>(shape.s));
+  double full = 0;
+  if (warpgroups) {
+    full = static_cast<double>(13 + crowd_depth(shape.s)) / (168 + 2.45 * static_cast<double>(shape.s));
+  } else {
+    const int64_t staged = dtype == DType::f32 ? 16 : 32;
+    const double step = dtype != DType::f32 ? 0.0017 : options.tf32 ? 0.0034 : 0.0167;
+    const double depth = step * static_cast<double>(divide(shape.s, staged) * staged);
+    full = (0.0117 + depth) / (0.125 + depth);
+  }
   return full * waves / static_cast<double>(blocks);
 }
 

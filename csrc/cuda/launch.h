@@ -57,9 +57,9 @@ struct Device {
 // Tiles of 64 tokens in a block of the down projection on such a device, 1, 2 or 4: with which a multiprocessor reads least.
 int down_tiles(int64_t T, int64_t d_out, DType dtype, const Options& options, const Device& device);
 
-// On sm_90a, 256 tokens that chose at least this share of all experts are a crowd and go through all together, for that takes
-// less time than to add up what each chose. Above 1: none do.
-double crowd_share(const ExpertsShape& shape, const Options& options, const Device& device);
+// 256 tokens that chose at least this share of all experts are a crowd and go through all together, for that takes less time than
+// to add up what each chose. Above 1: none do. warpgroups: by the products of sm_90a.
+double crowd_share(const ExpertsShape& shape, DType dtype, bool warpgroups, const Options& options, const Device& device);
 
 const char* error_string(int code);
 

@@ -23,7 +23,8 @@ _DOWN_BLOCK, _DOWN_TILE = (
     18_432,
 )  # bytes of shared memory that a block of down.cuh takes, and for each tile
 _HOPPER_ROWS = 256  # of a tile in hopper_up.cuh; 128 of a GLU
-_CROWD = 256  # tokens that hopper_down.cuh takes through all experts
+_CROWD = 256  # tokens that go through all experts together
+_CROWD_ROWS = 128  # of them in a block of crowd.cuh; hopper_down.cuh has all
 _CONFLICTS = 2  # tokens of a warp in the same banks of shared memory where sums are added, by simulation
 
 
@@ -273,21 +274,34 @@ def _down_tiles(layer: Layer, tokens: int, card: Card) -> int:
 
 
 def _crowd_share(layer: Layer, tokens: int, card: Card) -> float:
-    """The share from which hopper_down.cuh takes the place of down.cuh, as launch.cu has it; above 1: never."""
-    if not card.hopper_16 or layer.bytes_each != 2 or layer.d_out % 8 or tokens < _CROWD:
+    """The share from which all experts are run takes the place of down.cuh, as launch.cu has it; above 1: never."""
+    if tokens < _CROWD:
         return 2.0
-    blocks = _crowd_blocks(layer, tokens)
-    full = (13 + _crowd_depth(layer)) / (168 + 2.45 * layer.expert_size)
+    blocks, depth = _crowd_blocks(layer, tokens, card), _crowd_depth(layer, card)
+    if _has_warpgroups(layer, card):
+        full = (13 + depth) / (168 + 2.45 * layer.expert_size)
+    else:
+        clocks = depth * (0.0017 if layer.bytes_each == 2 else 0.0167)
+        full = (0.0117 + clocks) / (0.125 + clocks)
     return full * -(-blocks // card.processors) * card.processors / blocks
 
 
-def _crowd_blocks(layer: Layer, tokens: int) -> int:
-    return -(-tokens // _CROWD) * -(-layer.d_out // _TILE)
+def _has_warpgroups(layer: Layer, card: Card) -> bool:
+    """Whether hopper_down.cuh takes crowds, else crowd.cuh."""
+    return bool(card.hopper_16) and layer.bytes_each == 2 and layer.d_out % 8 == 0
 
 
-def _crowd_depth(layer: Layer) -> int:
+def _crowd_blocks(layer: Layer, tokens: int, card: Card) -> int:
+    rows = _CROWD if _has_warpgroups(layer, card) else _CROWD_ROWS
+    return -(-tokens // rows) * -(-layer.d_out // _TILE)
+
+
+def _crowd_depth(layer: Layer, card: Card) -> int:
     s = layer.expert_size
-    return 16 if s <= 16 else 32 if s <= 32 else -(-s // 64) * 64
+    if _has_warpgroups(layer, card):
+        return 16 if s <= 16 else 32 if s <= 32 else -(-s // 64) * 64
+    staged = 32 if layer.bytes_each == 2 else 16
+    return -(-s // staged) * staged
 
 
 def _down_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
@@ -304,15 +318,19 @@ def _down_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
 
 
 def _crowd_down_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
-    """hopper_down.cuh: _CROWD tokens by 64 columns through all experts, their sums in registers."""
-    blocks, depth = _crowd_blocks(layer, tokens), _crowd_depth(layer) * layer.experts
+    """hopper_down.cuh or crowd.cuh: a block's tokens by 64 columns through all experts, their sums in registers."""
+    blocks, depth = _crowd_blocks(layer, tokens, card), _crowd_depth(layer, card) * layer.experts
     waves = -(-blocks // card.processors) * card.processors / blocks
-    rows = blocks * _CROWD  # that go through all experts
+    of_block, by_warps = (_CROWD, 0) if _has_warpgroups(layer, card) else (_CROWD_ROWS, 4)
+    rows = blocks * of_block  # that go through all experts
     work = 2 * rows * _TILE * depth
     l2 = (share * rows + blocks * _TILE) * layer.neurons * layer.bytes_each
-    shared = (2 * rows + 3 * blocks * _TILE) * depth * layer.bytes_each  # zeros are written, too
+    # Zeros are written, too. A warp of crowd.cuh reads all rows and 16 columns, for each 64 rows.
+    operands = (2 + by_warps) * rows + (3 + by_warps / 2) * blocks * _TILE
+    shared = operands * depth * layer.bytes_each
     adding = 1.5 * rows * _TILE * layer.experts / (128 * card.processors * card.clock)
-    rate = card.dense_16 * card.hopper_16
+    warpgroups = _has_warpgroups(layer, card)
+    rate = card.dense_16 * card.hopper_16 if warpgroups else card.ours(layer.bytes_each)
     return waves * (_slowest(work, l2, shared, rate, card) + adding) + card.launch
 
 

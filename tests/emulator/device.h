@@ -173,6 +173,7 @@ SADMOE_WORD float half_of(unsigned pair, int i) {
 }
 template <class T>
 SADMOE_WORD void multiply_16x8x16(float* sums, const unsigned (&a)[4], unsigned b0, unsigned b1, T, SADMOE_CALLER) {
+  emulator::multiplied();
   const Fragments mine{{a[0], a[1], a[2], a[3]}, {b0, b1}};
   const Fragments* all = static_cast<const Fragments*>(emulator::meet(&mine, sizeof mine, file, line));
   const int g = thread_index() % 32 / 4, t = thread_index() % 4;
@@ -187,6 +188,7 @@ SADMOE_WORD void multiply_16x8x16(float* sums, const unsigned (&a)[4], unsigned 
   }
 }
 SADMOE_WORD void multiply_16x8x8(float* sums, const unsigned (&a)[4], unsigned b0, unsigned b1, SADMOE_CALLER) {
+  emulator::multiplied();
   const Fragments mine{{a[0], a[1], a[2], a[3]}, {b0, b1}};
   const Fragments* all = static_cast<const Fragments*>(emulator::meet(&mine, sizeof mine, file, line));
   const int g = thread_index() % 32 / 4, t = thread_index() % 4;

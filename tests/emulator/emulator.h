@@ -59,6 +59,9 @@ void begin_products();
 void commit_products();
 void wait_products(int left);
 int64_t products();  // that threads have issued so far
+// A product of a warp, as each of its threads says.
+void multiplied();
+int64_t warp_products();  // so far
 
 // --- For the compiler's hooks: an access by the instruction at pc, if a kernel runs.
 enum class Access { read, write };

@@ -62,3 +62,4 @@ extern "C" __attribute__((visibility("default"))) void sadmoe_schedule(int order
 }
 
 extern "C" __attribute__((visibility("default"))) int64_t sadmoe_products() { return sadmoe::emulator::products(); }
+extern "C" __attribute__((visibility("default"))) int64_t sadmoe_warp_products() { return sadmoe::emulator::warp_products(); }

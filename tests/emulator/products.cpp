@@ -168,6 +168,8 @@ void multiply(const Product& product, const char* file, int line) {
   device().multiply(product, file, line, __builtin_return_address(0));
 }
 int64_t products() { return device().products_issued; }
+void multiplied() { ++device().warp_threads_multiplied; }
+int64_t warp_products() { return device().warp_threads_multiplied / kWarp; }
 void begin_products() { device().begin_products(); }
 void commit_products() { device().commit_products(); }
 void wait_products(int left) { device().wait_products(left); }
