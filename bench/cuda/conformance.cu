@@ -2,6 +2,7 @@
 #include "conformance.h"
 #include "device_timer.h"
 #include "emulator/planted.cuh"
+#include "layer.h"
 
 namespace bench {
 namespace {
@@ -22,10 +23,28 @@ bool passes(const sadmoe::cuda::Case& c) {
   return std::all_of(said.begin(), said.begin() + c.blocks * c.threads, [](float v) { return v == 1; });
 }
 
+// Tokens that go through all experts together have the bits of others.
+bool same_bits_in_a_crowd(sadmoe::DType dtype, int64_t s) {
+  Layer layer({1000, 264, 520, 12, s}, dtype, false, 1);
+  layer.mask(0.6f);
+  layer.options.hopper = false;
+  layer.options.crowd = 2;
+  const std::vector<uint16_t> alone = layer.result();
+  layer.options.crowd = 0;
+  return layer.result() == alone;
+}
+
 }  // namespace
 
 int check_conformance() {
   int failed = check_hopper();
+  for (const int64_t s : {8, 24, 72, 172})
+    for (const sadmoe::DType dtype : {sadmoe::DType::bf16, sadmoe::DType::f16}) {
+      const bool right = same_bits_in_a_crowd(dtype, s);
+      std::printf("crowd, s %d, %-11s %s\n", static_cast<int>(s), dtype == sadmoe::DType::bf16 ? "bf16" : "f16",
+                  right ? "ok" : "OTHER BITS");
+      failed += !right;
+    }
   for (const char* name : kRight)
     for (const sadmoe::cuda::Case& c : sadmoe::cuda::kCases) {
       if (std::strcmp(c.name, name)) continue;
