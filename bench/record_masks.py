@@ -1,9 +1,12 @@
 """The masks that a converted model uses on text, for `layers.py --recorded`.
 
     python bench/record_masks.py sadmoe-demo/model masks.safetensors [--texts FILE] [--tau 0.2] [--tokens 4096]
+                                 [--expert-sizes 16 32 [--budget 0.4]]
 
 A folder that `save_pretrained` wrote; paragraphs of a text file, by default of Python's own documentation. Of each
 converted layer the file holds the mask [T, E] of its first tokens, padding left out, and shape in the metadata.
+--expert-sizes: the model is made dense again and converted anew into experts of each size, without training but the
+routers', at the tau of the budget.
 """
 
 import argparse
@@ -62,6 +65,8 @@ def main() -> None:
     parser.add_argument("--texts", type=Path)
     parser.add_argument("--tau", type=float, help="by default the model's own")
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--expert-sizes", type=int, nargs="+")
+    parser.add_argument("--budget", type=float, default=0.4)
     args = parser.parse_args()
     model, tokenizer = load_model(args.model)
     if not converted_layers(model):
@@ -69,8 +74,17 @@ def main() -> None:
     if args.tau is not None:
         sadmoe.set_tau(model, args.tau)
     texts = topics() if args.texts is None else paragraphs(args.texts)
-    masks = recorded_masks(model, tokenized(tokenizer, texts), args.tokens)
-    shapes = {name: shape_text(layer) for name, layer in converted_layers(model).items()}
+    batches = tokenized(tokenizer, texts)
+    masks: dict[str, Tensor] = {}
+    shapes: dict[str, str] = {}
+    for size in args.expert_sizes or [None]:
+        if size is not None:
+            sadmoe.restore_(model, projections=False)
+            sadmoe.convert_(model, batches, sadmoe.ConvertConfig(expert_size=size, budget=args.budget))
+        prefix = "" if size is None else f"s{size}."
+        found = recorded_masks(model, batches, args.tokens)
+        masks |= {prefix + name: mask for name, mask in found.items()}
+        shapes |= {prefix + name: shape_text(layer) for name, layer in converted_layers(model).items()}
     save_file(masks, args.file, metadata=shapes)
     for name, mask in masks.items():
         print(f"{name}: {len(mask)} tokens, share {mask.float().mean():.1%}, {shapes[name]}")
