@@ -82,12 +82,12 @@ TAIL=20 step machine 30 bash -c machine
 step build 400 bash -c compile
 for name in "${steps[@]}"; do
   case $name in
-    conformance) TAIL=48 step conformance 60 "$bench" conformance ;;
+    conformance) TAIL=58 step conformance 60 "$bench" conformance ;;
     raw)
       step raw 90 "$bench" constants "$results/raw.json"
       TAIL=14 step constants 60 "$python" bench/cuda_constants.py "$results/raw.json" "$results/constants.json" ;;
     layers) TAIL=60 step layers 180 "$bench" layers ;;
-    blocks) TAIL=92 step blocks 120 "$bench" blocks ;;
+    blocks) TAIL=107 step blocks 120 "$bench" blocks ;;
     peers) TAIL=200 step peers 420 bash -c peers ;;
     tests) TAIL=12 step tests 300 "$python" -m pytest tests/test_kernel*.py tests/test_cuda*.py -m cuda -p no:cacheprovider ;;
     memcheck | racecheck) step "$name" 240 bash -c "sanitize $name" ;;

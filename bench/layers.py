@@ -117,6 +117,7 @@ def masks(
 ) -> Iterator[dict[str, SimpleNamespace]]:
     """Problems by kind of mask, those of a share together. A share of 1 has one kind, recorded masks their own."""
     for share in args.shares:
+        ops.use_cpu_isa(args.isas[0])
         p = problem(w, T, share)
         found = {"independent": p} if "independent" in args.masks else {}
         for name, make in (("skewed", skewed), ("clustered", clustered)):
@@ -159,7 +160,7 @@ def sparse(p: SimpleNamespace, kind: str, copies: Copies, args: argparse.Namespa
     ours = {"sadmoe": first} | {isa: isa for isa in others}
     found |= {name: sadmoe(copies.of(p, (kind, name))) for name in ours}
     if others:  # else chosen once, by main
-        for name, isa in (ours | {"int8": first}).items():
+        for name, isa in (ours | {"int8": first, "layer": first}).items():
             if name in found:
                 found[name] = with_isa(isa, found[name])
     return {name: Kept(call) for name, call in found.items()}
@@ -170,7 +171,7 @@ def timed(
 ) -> Iterator[tuple[str, dict[str, Timing]]]:
     """By kind of mask, times of dense and read, which take turns with all of them, and of what runs sparsely."""
     some = next(iter(problems.values()))
-    calls = {("all", "dense"): dense(copies.of(some, "dense")), ("all", "read"): read}
+    calls = {("all", "dense"): Kept(dense(copies.of(some, "dense"))), ("all", "read"): read}
     ways = {kind: sparse(p, kind, copies, args) for kind, p in problems.items()}
     for kind, found in ways.items():
         calls |= {(kind, name): call for name, call in found.items()}

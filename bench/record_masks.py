@@ -5,8 +5,8 @@
 
 A folder that `save_pretrained` wrote; paragraphs of a text file, by default of Python's own documentation. Of each
 converted layer the file holds the mask [T, E] of its first tokens, padding left out, and shape in the metadata.
---expert-sizes: the model is made dense again and converted anew into experts of each size, without training but the
-routers', at the tau of the budget.
+--expert-sizes: the model is made dense again and converted anew into experts of each size; on the same texts routers
+are trained, nothing else is, and tau is solved for the budget.
 """
 
 import argparse
@@ -68,6 +68,8 @@ def main() -> None:
     parser.add_argument("--expert-sizes", type=int, nargs="+")
     parser.add_argument("--budget", type=float, default=0.4)
     args = parser.parse_args()
+    if args.expert_sizes and args.tau is not None:
+        parser.error("--tau is the model's as it is: experts of other sizes take the tau of --budget")
     model, tokenizer = load_model(args.model)
     if not converted_layers(model):
         raise SystemExit(f"{args.model} has no converted layer: sadmoe convert, or sadmoe demo, writes one")

@@ -39,6 +39,7 @@ def emulator():
     native.sadmoe_crowd_share.restype = ctypes.c_double
     native.sadmoe_products.restype = ctypes.c_int64
     native.sadmoe_warp_products.restype = ctypes.c_int64
+    native.sadmoe_launches.restype = ctypes.c_int64
     native.definitions = library  # they live as long as this object
     return native
 

@@ -66,15 +66,16 @@ def test_blocks_of_the_down_projection_grow_with_the_tokens_as_far_as_shared_mem
 
 
 @pytest.mark.parametrize("layer", [*BERT.values(), GEMMA], ids=lambda layer: f"{layer.expert_size}")
-def test_a_wrong_hint_costs_less_where_crowds_go_through_all_experts(layer):
+@pytest.mark.parametrize("name", ["A100", "H100"])
+def test_a_wrong_hint_costs_less_where_crowds_go_through_all_experts(name, layer):
     """All experts of every token, taken for few."""
-    h100 = cards()["H100"]
-    alone = crossover._compact_down_seconds(layer, 8192, 1.0, h100)
-    assert crossover._down_seconds(layer, 8192, 1.0, h100) < 0.55 * alone
+    card = cards()[name]
+    alone = crossover._compact_down_seconds(layer, 8192, 1.0, card)
+    assert crossover._down_seconds(layer, 8192, 1.0, card) < (0.55 if card.hopper_16 else 0.85) * alone
     for tokens in (256, 512, 1024, 2048, 8192, 65536):
-        turn = crossover._crowd_share(layer, tokens, h100)
-        alone = crossover._compact_down_seconds(layer, tokens, min(turn, 1.0), h100)
-        crowd = crossover._crowd_down_seconds(layer, tokens, min(turn, 1.0), h100)
+        turn = crossover._crowd_share(layer, tokens, card)
+        alone = crossover._compact_down_seconds(layer, tokens, min(turn, 1.0), card)
+        crowd = crossover._crowd_down_seconds(layer, tokens, min(turn, 1.0), card)
         assert turn > 1 or crowd < 1.25 * alone, tokens
     assert crowd == pytest.approx(alone, rel=0.1)
 

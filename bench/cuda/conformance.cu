@@ -24,8 +24,8 @@ bool passes(const sadmoe::cuda::Case& c) {
 }
 
 // Tokens that go through all experts together have the bits of others.
-bool same_bits_in_a_crowd(sadmoe::DType dtype, int64_t s) {
-  Layer layer({1000, 264, 520, 12, s}, dtype, false, 1);
+bool same_bits_in_a_crowd(sadmoe::DType dtype, int64_t s, int64_t d_out) {
+  Layer layer({1000, 264, d_out, 12, s}, dtype, false, 1);
   layer.mask(0.6f);
   layer.options.hopper = false;
   layer.options.crowd = 2;
@@ -38,13 +38,15 @@ bool same_bits_in_a_crowd(sadmoe::DType dtype, int64_t s) {
 
 int check_conformance() {
   int failed = check_hopper();
-  for (const int64_t s : {8, 24, 72, 172})
-    for (const sadmoe::DType dtype : {sadmoe::DType::bf16, sadmoe::DType::f16}) {
-      const bool right = same_bits_in_a_crowd(dtype, s);
-      std::printf("crowd, s %d, %-11s %s\n", static_cast<int>(s), dtype == sadmoe::DType::bf16 ? "bf16" : "f16",
-                  right ? "ok" : "OTHER BITS");
-      failed += !right;
-    }
+  for (const int64_t s : {8, 24, 172})
+    for (const int64_t d_out : {515, 520})
+      for (const sadmoe::DType dtype : {sadmoe::DType::bf16, sadmoe::DType::f16, sadmoe::DType::f32}) {
+        const bool right = same_bits_in_a_crowd(dtype, s, d_out);
+        const char* type = dtype == sadmoe::DType::bf16 ? "bf16" : dtype == sadmoe::DType::f16 ? "f16" : "f32";
+        std::printf("crowd, s %d, d_out %d, %s: %s\n", static_cast<int>(s), static_cast<int>(d_out), type,
+                    right ? "ok" : "OTHER BITS");
+        failed += !right;
+      }
   for (const char* name : kRight)
     for (const sadmoe::cuda::Case& c : sadmoe::cuda::kCases) {
       if (std::strcmp(c.name, name)) continue;

@@ -65,7 +65,9 @@ void time_blocks() {
       layer.options.down_tiles = 0, layer.options.crowd = 0;
       if (is_hopper()) time_layer(layer, "  256, through all experts, sm_90a", T);
       layer.options.hopper = false;
-      time_layer(layer, "  128, through all experts", T);
+      time_layer(layer, "  128, through all experts, sm_80", T);
+      layer.options.crowd = 2;
+      if (is_hopper()) time_layer(layer, "  by what tokens chose, sm_80", T);
     }
 }
 

@@ -51,27 +51,56 @@ struct DownMemory {
   DownStages<Tile> stages[kTiles == 1 ? kStages : kStages + 1];
 };
 
-// The experts of a block of tokens, ascending, 32 at a glance, a lane each. Each warp walks alone and sees the same, but for
-// the words: a warp has those of the tokens that it lists, thread by thread.
+// Experts in ascending order, 32 at a glance, a lane each. Every warp walks alone and sees the same. Lanes keep what they see:
+// see(e), of a derived class, says whether expert e, which may be past the last, is one of them.
+template <class Seer>
+struct Glances {
+  int E, e0 = -32;
+  unsigned active = 0;  // of the 32 experts, those still to come
+
+  SADMOE_DEVICE explicit Glances(const Down& p) : E(static_cast<int>(p.E)) {}
+
+  SADMOE_DEVICE void look(int from) {
+    e0 = from;
+    active = ballot(static_cast<Seer*>(this)->see(from + thread_index() % 32));
+  }
+  SADMOE_DEVICE int count() {
+    int n = 0;
+    for (int from = 0; from < E; from += 32) look(from), n += count_bits(active);
+    e0 = -32, active = 0;
+    return n;
+  }
+  // The lane of the next. There must be one.
+  SADMOE_DEVICE int next_lane() {
+    while (!active) look(e0 + 32);
+    const int i = lowest_bit(active);
+    active &= active - 1;
+    return i;
+  }
+};
+
+// The experts of a block of tokens. What lanes see is the same for all warps, but for the words: a warp has those of the tokens
+// that it lists, thread by thread.
 template <int kTiles>
-struct Walk {
+struct Walk : Glances<Walk<kTiles>> {
+  using Glances = cuda::Glances<Walk<kTiles>>;
+  using Glances::E, Glances::e0, Glances::active;
   static constexpr int kGroups = kTiles * kTileTokens / kGroupTokens, kWarps = kThreads / 32;
   static constexpr int kOwn = (kGroups + kWarps - 1) / kWarps;  // words of a warp
   const uint32_t* words;
   const int32_t* starts;
-  int E, groups, e0 = -32;
-  unsigned active = 0;  // of the 32 experts, those still to come
-  unsigned own[kOwn];   // of this lane's expert
+  int groups;
+  unsigned own[kOwn];  // of this lane's expert
   int32_t before[kOwn], start, pairs;
 
   SADMOE_DEVICE Walk(const Down& p, int64_t block)
-      : words(p.words + block * kGroups * p.E),
+      : Glances(p),
+        words(p.words + block * kGroups * p.E),
         starts(p.starts + block * kTiles * p.E),
-        E(static_cast<int>(p.E)),
         groups(static_cast<int>((p.T + kGroupTokens - 1) / kGroupTokens - block * kGroups)) {}
 
-  SADMOE_DEVICE void look(int from) {
-    const int e = (e0 = from) + thread_index() % 32, warp = thread_index() / 32;
+  SADMOE_DEVICE bool see(int e) {
+    const int warp = thread_index() / 32;
     pairs = 0;
     SADMOE_UNROLL
     for (int i = 0; i < kOwn; ++i) own[i] = 0, before[i] = 0;
@@ -82,21 +111,18 @@ struct Walk {
       pairs += count_bits(word);
     }
     start = e < E ? starts[e] : 0;
-    active = ballot(pairs != 0);
+    return pairs != 0;
   }
   // Products that the pairs of all experts take, of kRows rows at most.
   SADMOE_DEVICE int count() {
+    if constexpr (kTiles == 1) return Glances::count();
     int n = 0;
     for (int from = 0; from < E; from += 32) {
-      look(from);
-      if constexpr (kTiles == 1) {
-        n += count_bits(active);
-      } else {
-        int own_products = (pairs + kRows - 1) / kRows;
-        SADMOE_UNROLL
-        for (int lanes = 16; lanes > 0; lanes /= 2) own_products += shuffle_xor(own_products, lanes);
-        n += own_products;
-      }
+      this->look(from);
+      int products = (pairs + kRows - 1) / kRows;
+      SADMOE_UNROLL
+      for (int lanes = 16; lanes > 0; lanes /= 2) products += shuffle_xor(products, lanes);
+      n += products;
     }
     e0 = -32, active = 0;
     return n;
@@ -118,9 +144,7 @@ struct Walk {
         for (int i = 0; i < kOwn; ++i) expert.before[i] -= kRows;
         return;
       }
-    while (!active) look(e0 + 32);
-    const int i = lowest_bit(active);
-    active &= active - 1;
+    const int i = this->next_lane();
     expert.e = e0 + i, expert.first = shuffle(start, i), expert.left = shuffle(pairs, i);
     SADMOE_UNROLL
     for (int j = 0; j < kOwn; ++j) expert.own[j] = shuffle(own[j], i), expert.before[j] = shuffle(before[j], i);

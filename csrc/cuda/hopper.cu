@@ -73,9 +73,7 @@ int up_on_hopper(const Up& p, void* stream) {
   return p.x.dtype == DType::bf16 ? launch_tiles<bf16>(p, stream) : launch_tiles<f16>(p, stream);
 }
 
-bool fits_hopper(const Down& p) {
-  return p.dtype != DType::f32 && p.w_down.dtype == p.dtype && p.h.wide && p.w_down.wide && p.T >= kCrowdTokens;
-}
+bool fits_hopper(const Down& p) { return p.dtype != DType::f32 && p.w_down.dtype == p.dtype && p.h.wide && p.w_down.wide; }
 
 int crowds_on_hopper(const Down& p, void* stream) {
   return p.dtype == DType::bf16 ? launch_crowds<bf16>(p, stream) : launch_crowds<f16>(p, stream);

@@ -35,32 +35,21 @@ struct HopperDownBlock {
   static_assert(sizeof(Memory) <= kMostBytes);
 };
 
-// Experts that a token of the block chose, ascending, 32 at a glance, a lane each. Every warp walks alone and sees the same.
-struct CrowdWalk {
+// Experts that a token of the block chose.
+struct CrowdWalk : Glances<CrowdWalk> {
   const int32_t *starts, *ends;  // of the block's pairs, by expert
-  int E, e0 = -32;
-  int32_t start = 0;    // of this lane's expert
-  unsigned active = 0;  // of the 32, those still to come
+  int32_t start = 0;             // of this lane's expert
 
   SADMOE_DEVICE explicit CrowdWalk(const Down& p)
-      : starts(crowd_starts(p, block_x())), ends(crowd_starts(p, block_x() + 1)), E(static_cast<int>(p.E)) {}
+      : Glances(p), starts(crowd_starts(p, block_x())), ends(crowd_starts(p, block_x() + 1)) {}
 
-  SADMOE_DEVICE void look(int from) {
-    const int e = (e0 = from) + thread_index() % 32;
+  SADMOE_DEVICE bool see(int e) {
     start = e < E ? starts[e] : 0;
-    active = ballot(e < E && ends[e] > start);
-  }
-  SADMOE_DEVICE int count() {
-    int n = 0;
-    for (int from = 0; from < E; from += 32) look(from), n += count_bits(active);
-    e0 = -32, active = 0;
-    return n;
+    return e < E && ends[e] > start;
   }
   // The next expert, and its first pair. There must be one.
   SADMOE_DEVICE int next(int32_t& first) {
-    while (!active) look(e0 + 32);
-    const int i = lowest_bit(active);
-    active &= active - 1;
+    const int i = next_lane();
     first = shuffle(start, i);
     return e0 + i;
   }

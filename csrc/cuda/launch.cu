@@ -70,7 +70,7 @@ int launch_down(const Down& p, const Options& options, const Device& device, voi
 
 template <class Tile>
 int launch_down_crowd(const Down& p, void* stream) {
-  const Grid grid{divide(p.T, kCrowdRows), divide(p.d_out, kColumns)};
+  const Grid grid{divide(p.T, kBlockTokens), divide(p.d_out, kColumns)};
   return launch(down_crowd<Tile>, grid, kThreads, shared_bytes<CrowdMemory<Tile>>(), stream, p);
 }
 
@@ -205,20 +205,21 @@ int down_tiles(int64_t T, int64_t d_out, DType dtype, const Options& options, co
 
 // By a model, not measured, of a column of a pair. On sm_90a: hopper_down.cuh takes as long as so many steps of the depth, of a
 // product at 0.65 of the dense rate, and 13 to add it; down.cuh 168 to add it in shared memory, and 2.45 for every neuron to
-// bring operands. Elsewhere, in clocks of a multiprocessor: both take `step` for each step of the depth, to multiply or to bring
-// operands; crowd.cuh 0.0117 to add, down.cuh 0.125. A crowd has few blocks, which must fill the multiprocessors.
+// bring operands. Elsewhere, in clocks of a multiprocessor of an A100: both take `neuron` for each, to multiply it or to bring
+// its operands; crowd.cuh 0.0117 to add, down.cuh 0.147. A crowd has few blocks, which must fill the multiprocessors.
 double crowd_share(const ExpertsShape& shape, DType dtype, bool warpgroups, const Options& options, const Device& device) {
   if (options.crowd >= 0) return options.crowd;
-  const int64_t rows = warpgroups ? kCrowdTokens : kCrowdRows, blocks = divide(shape.T, rows) * divide(shape.d_out, kColumns);
+  const int64_t tokens = warpgroups ? kCrowdTokens : kBlockTokens,
+                blocks = divide(shape.T, tokens) * divide(shape.d_out, kColumns);
   const double waves = static_cast<double>(divide(blocks, device.multiprocessors) * device.multiprocessors);
   double full = 0;
   if (warpgroups) {
     full = static_cast<double>(13 + crowd_depth(shape.s)) / (168 + 2.45 * static_cast<double>(shape.s));
   } else {
-    const int64_t staged = dtype == DType::f32 ? 16 : 32;
-    const double step = dtype != DType::f32 ? 0.0017 : options.tf32 ? 0.0034 : 0.0167;
-    const double depth = step * static_cast<double>(divide(shape.s, staged) * staged);
-    full = (0.0117 + depth) / (0.125 + depth);
+    const int step = with_experts_tile(dtype, options.tf32, [](auto tile) { return decltype(tile)::type::kDepth; });
+    const double neuron = dtype != DType::f32 ? 0.0019 : options.tf32 ? 0.0039 : 0.042;
+    const double products = neuron * static_cast<double>(divide(shape.s, step) * step);
+    full = (0.0117 + products) / (0.147 + products);
   }
   return full * waves / static_cast<double>(blocks);
 }

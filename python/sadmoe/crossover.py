@@ -281,8 +281,8 @@ def _crowd_share(layer: Layer, tokens: int, card: Card) -> float:
     if _has_warpgroups(layer, card):
         full = (13 + depth) / (168 + 2.45 * layer.expert_size)
     else:
-        clocks = depth * (0.0017 if layer.bytes_each == 2 else 0.0167)
-        full = (0.0117 + clocks) / (0.125 + clocks)
+        products = depth * (0.0019 if layer.bytes_each == 2 else 0.042)
+        full = (0.0117 + products) / (0.147 + products)
     return full * -(-blocks // card.processors) * card.processors / blocks
 
 
@@ -321,15 +321,14 @@ def _crowd_down_seconds(layer: Layer, tokens: int, share: float, card: Card) -> 
     """hopper_down.cuh or crowd.cuh: a block's tokens by 64 columns through all experts, their sums in registers."""
     blocks, depth = _crowd_blocks(layer, tokens, card), _crowd_depth(layer, card) * layer.experts
     waves = -(-blocks // card.processors) * card.processors / blocks
-    of_block, by_warps = (_CROWD, 0) if _has_warpgroups(layer, card) else (_CROWD_ROWS, 4)
-    rows = blocks * of_block  # that go through all experts
+    warpgroups = _has_warpgroups(layer, card)
+    rows = blocks * (_CROWD if warpgroups else _CROWD_ROWS)  # that go through all experts
     work = 2 * rows * _TILE * depth
     l2 = (share * rows + blocks * _TILE) * layer.neurons * layer.bytes_each
-    # Zeros are written, too. A warp of crowd.cuh reads all rows and 16 columns, for each 64 rows.
-    operands = (2 + by_warps) * rows + (3 + by_warps / 2) * blocks * _TILE
+    # Zeros are written, too. Of each, once to write it; rows are read by one warpgroup or four warps, columns by two.
+    operands = (2 if warpgroups else 5) * rows + 3 * blocks * _TILE
     shared = operands * depth * layer.bytes_each
     adding = 1.5 * rows * _TILE * layer.experts / (128 * card.processors * card.clock)
-    warpgroups = _has_warpgroups(layer, card)
     rate = card.dense_16 * card.hopper_16 if warpgroups else card.ours(layer.bytes_each)
     return waves * (_slowest(work, l2, shared, rate, card) + adding) + card.launch
 

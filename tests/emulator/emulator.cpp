@@ -238,7 +238,11 @@ void check_read(const void* p, size_t n, size_t alignment) {
 void seen(const void* p, size_t n, size_t alignment, Access kind, void* pc) {
   if (device().running()) device().access(p, n, alignment, kind, pc);
 }
-int run(const Launch& launch) { return device().run(launch); }
+int run(const Launch& launch) {
+  ++device().launched;
+  return device().run(launch);
+}
+int64_t launches() { return device().launched; }
 const char* last_error() { return device().error.c_str(); }
 
 void schedule(Order order, unsigned seed, bool late_copies) {

@@ -78,6 +78,7 @@ struct Launch {
   bool early;  // before what the kernels before it write is there
 };
 int run(const Launch& launch);  // 0, or an error that last_error() tells
+int64_t launches();             // so far
 const char* last_error();
 
 // --- For tests.

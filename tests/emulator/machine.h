@@ -112,7 +112,7 @@ class Device {
   Order order = Order::forward;
   unsigned seed = 1;
   bool late_copies = true;
-  int64_t products_issued = 0, warp_threads_multiplied = 0;
+  int64_t launched = 0, products_issued = 0, warp_threads_multiplied = 0;
 
  private:
   static void enter();

@@ -62,4 +62,5 @@ extern "C" __attribute__((visibility("default"))) void sadmoe_schedule(int order
 }
 
 extern "C" __attribute__((visibility("default"))) int64_t sadmoe_products() { return sadmoe::emulator::products(); }
+extern "C" __attribute__((visibility("default"))) int64_t sadmoe_launches() { return sadmoe::emulator::launches(); }
 extern "C" __attribute__((visibility("default"))) int64_t sadmoe_warp_products() { return sadmoe::emulator::warp_products(); }
