@@ -186,7 +186,7 @@ def result(p: SimpleNamespace, times: dict[str, Timing], limit: dict[str, float]
     share, shown = p.mask.float().mean().item(), {n: t for n, t in times.items() if n != "read"}
     return {
         "share": share, "union": p.mask.any(0).float().mean().item(),
-        "seconds": {n: t.median for n, t in shown.items()}, "spread": {n: t.spread for n, t in shown.items()},
+        "seconds": {n: t.median for n, t in shown.items()}, "spread": {n: round(t.spread, 2) for n, t in shown.items()},
         "calls": {n: t.calls for n, t in shown.items()}, "floor": least,
         "speedup": whole / ours, "of_ideal": share * whole / ours, "of_floor": least / ours, "limits": limit,
     }  # fmt: skip

@@ -1,4 +1,6 @@
-"""One layer, the same mask, every way to run it: sadmoe, a loop over experts, transformers' grouped_mm, dense torch.
+"""One layer, the same mask, every way to run it: sadmoe, dense torch, a loop over experts, torch's grouped product.
+
+That one by itself, for just the pairs that run (torch_grouped_mm), and as transformers calls it (grouped_mm).
 
     python bench/peers.py [--d 384 --f 1536 --s 32] [--share 0.25] [--threads 1] [--dtype float32] [--int8]
                           [--json FILE]
@@ -21,6 +23,10 @@ TOKENS = [1, 2, 4, 8, 16, 64, 256, 1024, 4096]
 OURS = ("sadmoe", "int8")
 
 
+def width(name: str) -> int:
+    return max(13, len(name))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -40,8 +46,8 @@ def main() -> None:
     ways = {"dense": dense, "sadmoe": sadmoe} | ({"int8": int8} if args.int8 else {})
     ways |= {"loop": loop, "torch_grouped_mm": torch_grouped_mm, "grouped_mm": grouped_mm}
     print(
-        f"{'T':>5} {'share':>6}  {'  '.join(f'{name:>13}' for name in ways)}   "
-        f"{'sadmoe is faster than':44}" + "  int8 than dense" * args.int8
+        f"{'T':>5} {'share':>6}  {'  '.join(f'{name:>{width(name)}}' for name in ways)}   "
+        f"{'sadmoe is faster than':69}" + "  int8 than dense" * args.int8
     )
     rows, held = [], weights(LayerShape(args.d, args.f, args.s), args.dtype, args.r)
     with torch.inference_mode():
@@ -51,7 +57,9 @@ def main() -> None:
             times = measure(variants)
             checked(p, {name: call.result for name, call in variants.items()})
             share = p.mask.float().mean().item()
-            cells = "  ".join(f"{t.median * 1e3:7.3f} ±{t.spread:4.0%}" for t in times.values())
+            cells = "  ".join(
+                f"{f'{t.median * 1e3:.3f} ±{t.spread:4.0%}':>{width(name)}}" for name, t in times.items()
+            )
             seconds = {name: time.median for name, time in times.items()}
             gains = {name: t / seconds["sadmoe"] for name, t in seconds.items() if name not in OURS}
             told = "  ".join(f"{name} {gain:5.2f}x" for name, gain in gains.items())
