@@ -75,16 +75,14 @@ STEPS: dict[str, tuple[int, ...]] = {
     "up<Tf32<2>, false>": (200,),
     "down<Fma, 1>": (120, 170),
     "down<Fma, 2>": (140, 200),
-    "down<Fma, 4>": (140, 205),
     "down<Mma, 1>": (100, 165),
     "down<Mma, 2>": (120, 180),
     "down<Mma, 4>": (120, 190),
     "down<Tf32<1>, 1>": (155, 215),
-    "down<Tf32<1>, 2>": (155, 215),
-    "down<Tf32<1>, 4>": (155, 215),
+    "down<Tf32<1>, 2>": (170, 235),
     "down_crowd<Fma>": (),  # nvcc unrolls its depth for some architectures
     "down_crowd<Mma>": (170, 395),
-    "down_crowd<Tf32<1>>": (325, 550),
+    "down_crowd<Tf32<1>>": (205, 340),
     "decode_up<Fma, false, 16>": (85,),
     "decode_up<Fma, false, 64>": (105,),
     "decode_up<Fma, true, 16>": (120,),
@@ -116,7 +114,7 @@ def _steps(name: str) -> tuple[Step, ...]:
     copies, times, shuffles = {
         "up": (4 + matrices if "Tall" in name else 2 + 2 * matrices, 4 * matrices, 0),
         "down": (4, 4, 3),
-        "down_crowd": (6, 32, 5),
+        "down_crowd": (4, 16, 3) if "Tf32" in name else (6, 32, 5),
         "decode_up": (2 + (2 if few else 1) * matrices, (4 if few else 8) * matrices, 0),
         "decode_down": (2 if few else 3, 2 if few else 8, 2),
     }[name.split("<")[0]]
@@ -145,8 +143,9 @@ def _budgets() -> dict[str, Budget]:
             for tokens in (16, 64):
                 budgets[f"decode_up<{tile}, {gated}, {tokens}>"] = Budget(96 if tokens == 16 else 128, hidden)
         if experts:
-            for tiles in (1, 2, 4):  # 3 and 2 blocks of the last two fit a multiprocessor
-                registers = 128 if tiles == 1 else 168
+            # 4, 3 and 2 blocks of 1, 2 and 4 tiles fit a multiprocessor; of float32, which has twice the sums, 3 and 2.
+            halves = tile.startswith("Mma")
+            for tiles, registers in ((1, 128), (2, 168), (4, 168)) if halves else ((1, 168), (2, 255)):
                 budgets[f"down<{tile}, {tiles}>"] = Budget(registers, (COPY, "VOTE", *must, *turned))
             budgets[f"down_crowd<{tile}>"] = Budget(255, (COPY, "VOTE", *must, *turned))  # 2 blocks fit
             for tokens in (16, 64):

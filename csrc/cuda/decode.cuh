@@ -166,6 +166,7 @@ struct DecodeDownBlock {
     Stage<Element, kTokens, kDepth, kDense ? 0 : Tile::kRowPad> h;
     Stage<Element, kDepth, kDownColumns, kDense ? 0 : Tile::kDepthPad> w;
     int32_t words[2];  // of the expert: which tokens chose it
+    int32_t e;
   };
   static constexpr int kStages = stages_in<Stages>(kStageBytes, kMostStages);
   static_assert((kStages - 1) * kDepth * kDownColumns * sizeof(Element) / 16 / kDownThreads >= kInFlight || kTokens > 16,
@@ -221,11 +222,12 @@ decode_down(DecodeDown p) {
   const unsigned h_row = static_cast<unsigned>(p.h.ld / h.kWide), w_row = static_cast<unsigned>(p.w_down.ld / w.kWide);
   const int T = static_cast<int>(p.T), s = static_cast<int>(p.s), columns = kept(static_cast<int>(p.d_out - block_c0));
   const int c0 = thread_index() / 32 * 8, steps = (s + kDepth - 1) / kDepth;
-  Strip<Tile, kTokens> y, sums;
+  Strip<Tile, kTokens> sums;
+  Chain<Tile, sums.kSums> chain;
   SADMOE_UNROLL
-  for (int i = 0; i < y.kSums; ++i) {
-    const int64_t c = block_c0 + c0 + y.column(i);
-    y.sums[i] = p.b_out.data && c < p.d_out ? load(p.b_out, c) : 0;
+  for (int i = 0; i < sums.kSums; ++i) {
+    const int64_t c = block_c0 + c0 + sums.column(i);
+    chain.y[i] = p.b_out.data && c < p.d_out ? load(p.b_out, c) : 0;
   }
   ActiveWalk walk(p);
   ActiveWalk::Expert expert{};
@@ -244,7 +246,7 @@ decode_down(DecodeDown p) {
         else
           w.load(stage.w, (expert.e * p.s + s - left) * p.w_down.ld, left, columns);
         h.copy(stage.h, h_on, T, left);
-        if (thread_index() == 0) stage.words[0] = expert.low, stage.words[1] = expert.high;
+        if (thread_index() == 0) stage.words[0] = expert.low, stage.words[1] = expert.high, stage.e = expert.e;
         left -= kDepth, h_on += kDepth / h.kWide, w_on += kDepth * w_row;
       },
       [&](const Stages& stage) {
@@ -252,15 +254,17 @@ decode_down(DecodeDown p) {
         if (++used < steps) return;
         used = 0;
         const unsigned low = stage.words[0], high = stage.words[1];
+        chain.begin(stage.e);
         SADMOE_UNROLL
         for (int i = 0; i < sums.kSums; ++i) {
           const int t = sums.row(i);
-          if ((t < 32 ? low : high) >> (t % 32) & 1) y.sums[i] += sums.sums[i];
+          if ((t < 32 ? low : high) >> (t % 32) & 1) chain.add(i, sums.sums[i]);
           sums.sums[i] = 0;
         }
       });
+  chain.end();
   SADMOE_UNROLL
-  for (int i = 0; i < y.kSums; ++i) memory.y[y.row(i)][c0 + y.column(i)] = y.sums[i];
+  for (int i = 0; i < sums.kSums; ++i) memory.y[sums.row(i)][c0 + sums.column(i)] = chain.y[i];
   sync_block();
   SADMOE_ROLLED
   for (int i = thread_index(); i < p.T * kDownColumns; i += kDownThreads) {

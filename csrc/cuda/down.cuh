@@ -40,7 +40,8 @@ template <class Tile>
 struct DownStages {
   RowStage<Tile> h;
   DepthStage<Tile> w;
-  int32_t pairs;          // of the expert, the rows of h
+  int32_t pairs;  // of the expert, the rows of h
+  int32_t e;
   int16_t tokens[kRows];  // of the block: those of its pairs, at its last step
 };
 
@@ -163,10 +164,17 @@ SADMOE_DEVICE void list_tokens(const Expert& expert, int16_t (&tokens)[kRows]) {
   }
 }
 
+// Of float32 there are twice the sums: every kChain experts' in shared memory, y in registers.
+template <class Tile>
+constexpr int kMostDownTiles = kChained<Tile> ? 2 : 4;
 template <class Tile, int kTiles>
-SADMOE_KERNEL(kThreads, kTiles == 1   ? 4
-                        : kTiles == 2 ? 3
-                                      : 2)
+constexpr int kDownBlocks = (kTiles == 1   ? 4
+                             : kTiles == 2 ? 3
+                                           : 2) -
+                            (kChained<Tile> ? 1 : 0);
+
+template <class Tile, int kTiles>
+SADMOE_KERNEL(kThreads, kDownBlocks<Tile, kTiles>)
 down(Down p) {
   using Stages = DownStages<Tile>;
   using Element = typename Tile::Element;
@@ -175,10 +183,19 @@ down(Down p) {
   SADMOE_SHARED(Memory, memory);
   if (p.crowd && crowded(p, block_x() * kTokens / kCrowdTokens)) return;
   const int64_t t0 = block_x() * kTokens, c0 = block_y() * kColumns;
-  SADMOE_ROLLED
-  for (int i = thread_index(); i < kTokens * kColumns; i += kThreads) {
-    const int64_t c = c0 + i % kColumns;
-    memory.y[i / kColumns][i % kColumns] = p.b_out.data && c < p.d_out ? load(p.b_out, c) : 0;
+  // Of y a thread has every kThreads-th element; those of a column, as kThreads is a multiple of kColumns.
+  constexpr int kOwn = kTokens * kColumns / kThreads, kEvery = kThreads / kColumns;
+  static_assert(kThreads % kColumns == 0);
+  const int own_row = thread_index() / kColumns, own_column = thread_index() % kColumns;
+  const auto own = [&](int i) -> float& { return memory.y[own_row + i * kEvery][own_column]; };
+  const float bias = p.b_out.data && c0 + own_column < p.d_out ? load(p.b_out, c0 + own_column) : 0;
+  Chain<Tile, kChained<Tile> ? kOwn : 1> chain;
+  if constexpr (chain.kOn) {
+    SADMOE_UNROLL
+    for (int i = 0; i < kOwn; ++i) chain.y[i] = bias, own(i) = -0.0f;
+  } else {
+    SADMOE_ROLLED
+    for (int i = 0; i < kOwn; ++i) own(i) = bias;
   }
   const auto h = source<Element, kThreads, RowStage<Tile>>(p.h, [&](int r) { return r * p.h.ld; });
   const auto w = source<Element, kThreads, DepthStage<Tile>>(p.w_down, [&](int r) { return r * p.w_down.ld + c0; });
@@ -203,20 +220,33 @@ down(Down p) {
         else
           w.load(stage.w, (expert.e * p.s + s - left) * p.w_down.ld, left, columns);
         h.copy(stage.h, h_on, rows, left, rows);
-        if (thread_index() == 0) stage.pairs = rows;
+        if (thread_index() == 0) stage.pairs = rows, stage.e = expert.e;
         if (left <= kDepth) list_tokens(expert, stage.tokens);
         left -= kDepth, h_on += kDepth / h.kWide, w_on += kDepth * w_row;
       },
       [&](const Stages& stage) {
+        if constexpr (chain.kOn)
+          if (stage.e / kChain != chain.link) {
+            SADMOE_UNROLL
+            for (int i = 0; i < kOwn; ++i) chain.y[i] += own(i), own(i) = -0.0f;
+            chain.link = stage.e / kChain;
+            sync_block();
+          }
         sums.multiply(stage.h, stage.w, stage.pairs);
         if (++used < steps) return;
         used = 0;
         sums.add_to(memory.y, stage.tokens, stage.pairs);
       });
-  SADMOE_ROLLED
-  for (int i = thread_index(); i < kTokens * kColumns; i += kThreads) {
-    const int64_t t = t0 + i / kColumns, c = c0 + i % kColumns;
-    if (t < p.T && c < p.d_out) store(p.y, p.dtype, t * p.d_out + c, memory.y[i / kColumns][i % kColumns]);
+  const auto write = [&](int i, float y) {
+    const int64_t t = t0 + own_row + i * kEvery, c = c0 + own_column;
+    if (t < p.T && c < p.d_out) store(p.y, p.dtype, t * p.d_out + c, y);
+  };
+  if constexpr (chain.kOn) {
+    SADMOE_UNROLL
+    for (int i = 0; i < kOwn; ++i) write(i, chain.y[i] + own(i));
+  } else {
+    SADMOE_ROLLED
+    for (int i = 0; i < kOwn; ++i) write(i, own(i));
   }
 }
 

@@ -46,7 +46,7 @@ int down_tiles(int64_t T, int64_t d_out, const Device& device) {
   };
   consider(1, down_bytes<Tile, 1>());
   consider(2, down_bytes<Tile, 2>());
-  consider(4, down_bytes<Tile, 4>());
+  if constexpr (kMostDownTiles<Tile> == 4) consider(4, down_bytes<Tile, 4>());
   return tiles;
 }
 
@@ -64,14 +64,15 @@ int launch_down(const Down& p, const Options& options, const Device& device, voi
     case 2:
       return launch_down<Tile, 2>(p, stream);
     default:
-      return launch_down<Tile, 4>(p, stream);
+      return launch_down<Tile, kMostDownTiles<Tile>>(p, stream);
   }
 }
 
 template <class Tile>
 int launch_down_crowd(const Down& p, void* stream) {
-  const Grid grid{divide(p.T, kBlockTokens), divide(p.d_out, kColumns)};
-  return launch(down_crowd<Tile>, grid, kThreads, shared_bytes<CrowdMemory<Tile>>(), stream, p);
+  using Block = CrowdBlock<Tile>;
+  const Grid grid{divide(p.T, Block::kTokens), divide(p.d_out, kColumns)};
+  return launch(down_crowd<Tile>, grid, kThreads, shared_bytes<typename Block::Memory>(), stream, p);
 }
 
 int make_plan(const Plan& p, void* stream) {
@@ -209,14 +210,19 @@ int down_tiles(int64_t T, int64_t d_out, DType dtype, const Options& options, co
 // its operands; crowd.cuh 0.0117 to add, down.cuh 0.147. A crowd has few blocks, which must fill the multiprocessors.
 double crowd_share(const ExpertsShape& shape, DType dtype, bool warpgroups, const Options& options, const Device& device) {
   if (options.crowd >= 0) return options.crowd;
-  const int64_t tokens = warpgroups ? kCrowdTokens : kBlockTokens,
-                blocks = divide(shape.T, tokens) * divide(shape.d_out, kColumns);
+  int tokens = kCrowdTokens, step = 0;
+  if (!warpgroups)
+    with_experts_tile(dtype, options.tf32, [&](auto tile) {
+      using Tile = typename decltype(tile)::type;
+      tokens = CrowdBlock<Tile>::kTokens, step = Tile::kDepth;
+      return 0;
+    });
+  const int64_t blocks = divide(shape.T, tokens) * divide(shape.d_out, kColumns);
   const double waves = static_cast<double>(divide(blocks, device.multiprocessors) * device.multiprocessors);
   double full = 0;
   if (warpgroups) {
     full = static_cast<double>(13 + crowd_depth(shape.s)) / (168 + 2.45 * static_cast<double>(shape.s));
   } else {
-    const int step = with_experts_tile(dtype, options.tf32, [](auto tile) { return decltype(tile)::type::kDepth; });
     const double neuron = dtype != DType::f32 ? 0.0019 : options.tf32 ? 0.0039 : 0.042;
     const double products = neuron * static_cast<double>(divide(shape.s, step) * step);
     full = (0.0117 + products) / (0.147 + products);

@@ -16,7 +16,7 @@ struct Options {
   bool tf32 = false;           // float32 experts by tensor cores, operands rounded to 11 bits; never the router
   bool hopper = true;          // the kernels of sm_90a, on such a device, where they fit
   double crowd = -1;           // share of all pairs that makes tokens a crowd, see crowd_share; negative: by the shape
-  int64_t down_tiles = 0;      // blocks of the down projection take so many times 64 tokens: 1, 2 or 4; 0: by the shape
+  int64_t down_tiles = 0;  // blocks of the down projection take so many times 64 tokens: 1, 2 or, of 16 bits, 4; 0: by the shape
 };
 
 // scores [T, E]; hidden [T, r] is scratch. x, v1, v2 of any dtypes.
@@ -54,7 +54,8 @@ struct Device {
   int multiprocessors;
   int shared;  // bytes of memory of each
 };
-// Tiles of 64 tokens in a block of the down projection on such a device, 1, 2 or 4: with which a multiprocessor reads least.
+// Tiles of 64 tokens in a block of the down projection on such a device, 1, 2 or, of 16 bits, 4: with which a multiprocessor
+// reads least.
 int down_tiles(int64_t T, int64_t d_out, DType dtype, const Options& options, const Device& device);
 
 // 256 tokens that chose at least this share of all experts are a crowd and go through all together, for that takes less time than

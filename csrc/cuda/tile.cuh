@@ -223,11 +223,48 @@ struct Tf32 : Operands<float, 16, 4>, TensorSums<4> {
   }
 };
 
+// What experts add to y, in ascending order. In float32 every kChain of them, by their number, are summed by themselves: in one
+// chain the error would grow with how many there are, beyond that of torch. Minus zero adds nothing, not even to minus zero.
+constexpr int kChain = 16;
+template <class Tile>
+constexpr bool kChained = std::is_same_v<typename Tile::Element, float>;
+
+template <class Tile, int kSumsOf>
+struct Chain {
+  static constexpr bool kOn = kChained<Tile>;
+  float y[kSumsOf];
+  float part[kOn ? kSumsOf : 1];
+  int link = 0;  // e / kChain of the experts in part
+
+  SADMOE_DEVICE Chain() {
+    if constexpr (kOn) SADMOE_UNROLL
+    for (int i = 0; i < kSumsOf; ++i) part[i] = -0.0f;
+  }
+  SADMOE_DEVICE void begin(int e) {
+    if constexpr (kOn)
+      if (e / kChain != link) end(), link = e / kChain;
+  }
+  SADMOE_DEVICE void add(int i, float v) {
+    if constexpr (kOn)
+      part[i] += v;
+    else
+      y[i] += v;
+  }
+  SADMOE_DEVICE void end() {
+    if constexpr (kOn) SADMOE_UNROLL
+    for (int i = 0; i < kSumsOf; ++i) y[i] += part[i], part[i] = -0.0f;
+  }
+};
+
 // To shared memory, whence a warp writes whole lines and an epilogue is compiled once an element.
 template <class Tile, class To>
-SADMOE_DEVICE void store_sums(const Tile& tile, To& to) {
+SADMOE_DEVICE void store_sums(const float* sums, To& to) {
   SADMOE_UNROLL
-  for (int i = 0; i < kSums; ++i) to[Tile::row(i)][Tile::column(i)] = tile.sums[i];
+  for (int i = 0; i < kSums; ++i) to[Tile::row(i)][Tile::column(i)] = sums[i];
+}
+template <class Tile, class To>
+SADMOE_DEVICE void store_sums(const Tile& tile, To& to) {
+  store_sums<Tile>(tile.sums, to);
 }
 
 }  // namespace sadmoe::cuda

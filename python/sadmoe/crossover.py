@@ -24,7 +24,7 @@ _DOWN_BLOCK, _DOWN_TILE = (
 )  # bytes of shared memory that a block of down.cuh takes, and for each tile
 _HOPPER_ROWS = 256  # of a tile in hopper_up.cuh; 128 of a GLU
 _CROWD = 256  # tokens that go through all experts together
-_CROWD_ROWS = 128  # of them in a block of crowd.cuh; hopper_down.cuh has all
+_CROWD_ROWS = {2: 128, 4: 64}  # of them in a block of crowd.cuh, by bytes a weight; hopper_down.cuh has all
 _CONFLICTS = 2  # tokens of a warp in the same banks of shared memory where sums are added, by simulation
 
 
@@ -269,7 +269,12 @@ def _down_tiles(layer: Layer, tokens: int, card: Card) -> int:
         blocks = -(-tokens // (n * _TILE)) * -(-layer.d_out // _TILE)
         return -(-blocks // card.processors) * (_TILE + n * _TILE // 4)
 
-    fit = [n for n in _RESIDENT if n == 1 or 2 * (_DOWN_BLOCK + n * _DOWN_TILE) <= card.shared_bytes]
+    most = 4 if layer.bytes_each == 2 else 2
+    fit = [
+        n
+        for n in _RESIDENT
+        if n == 1 or (n <= most and 2 * (_DOWN_BLOCK + n * _DOWN_TILE) <= card.shared_bytes)
+    ]
     return min(fit, key=read)
 
 
@@ -292,7 +297,7 @@ def _has_warpgroups(layer: Layer, card: Card) -> bool:
 
 
 def _crowd_blocks(layer: Layer, tokens: int, card: Card) -> int:
-    rows = _CROWD if _has_warpgroups(layer, card) else _CROWD_ROWS
+    rows = _CROWD if _has_warpgroups(layer, card) else _CROWD_ROWS[layer.bytes_each]
     return -(-tokens // rows) * -(-layer.d_out // _TILE)
 
 
@@ -322,7 +327,7 @@ def _crowd_down_seconds(layer: Layer, tokens: int, share: float, card: Card) -> 
     blocks, depth = _crowd_blocks(layer, tokens, card), _crowd_depth(layer, card) * layer.experts
     waves = -(-blocks // card.processors) * card.processors / blocks
     warpgroups = _has_warpgroups(layer, card)
-    rows = blocks * (_CROWD if warpgroups else _CROWD_ROWS)  # that go through all experts
+    rows = blocks * (_CROWD if warpgroups else _CROWD_ROWS[layer.bytes_each])  # that go through all experts
     work = 2 * rows * _TILE * depth
     l2 = (share * rows + blocks * _TILE) * layer.neurons * layer.bytes_each
     # Zeros are written, too. Of each, once to write it; rows are read by one warpgroup or four warps, columns by two.
@@ -348,9 +353,9 @@ def _compact_down_seconds(layer: Layer, tokens: int, share: float, card: Card) -
     shared = l2 + sums + (rows * 4 + products * blocks * _TILE) * strips * depth * layer.bytes_each
     # A step waits for a part of what L2 takes, others being on their way.
     ahead = 3 if n == 1 else 4
-    resident = (
-        min(_RESIDENT[n], card.shared_bytes // (_DOWN_BLOCK + n * _DOWN_TILE)) if n > 1 else _RESIDENT[1]
-    )
+    resident = _RESIDENT[n] - (layer.bytes_each == 4)  # of float32 there are twice the sums
+    if n > 1:
+        resident = min(resident, card.shared_bytes // (_DOWN_BLOCK + n * _DOWN_TILE))
     waiting = _waves(blocks * strips, resident, card) * products * (depth / 32) * card.step / ahead
     slowest = _slowest(work, l2, shared, card.ours(layer.bytes_each), card)
     return max(slowest, waiting) + card.launch
