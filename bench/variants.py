@@ -220,6 +220,9 @@ def checked(p: SimpleNamespace, results: dict[str, Tensor]) -> None:
     truth = reference.sparse_experts(p.x[rows].double(), p.mask[rows], *args, act=p.act)
     for name, y in results.items():
         error = ((y[rows].double() - truth).norm() / truth.norm()).item()
-        allowed = 0.02 if name == "int8" or p.x.dtype != torch.float32 else 2e-6
+        if p.x.dtype == torch.float32:
+            allowed = 0.02 if name == "int8" else 2e-6
+        else:  # peers also add experts up in 16 bits
+            allowed = 0.1 if name in ("loop", "eager", "grouped_mm", "torch_grouped_mm") else 0.02
         if name != "dense" and not error <= allowed:
             raise SystemExit(f"{name} is wrong: relative error {error:.2g}")
