@@ -23,9 +23,9 @@ def emulator():
     path = os.environ.get("SADMOE_EMULATOR_LIB")
     if path is None:
         pytest.skip("SADMOE_EMULATOR_LIB is not set: the emulator was not built")
-    library = torch.library.Library("sadmoe_emulated", "FRAGMENT")
+    definitions = torch.library.Library("sadmoe_emulated", "FRAGMENT")
     for name in OPS:
-        library.define(str(getattr(torch.ops.sadmoe, name).default._schema).removeprefix("sadmoe::"))
+        definitions.define(str(getattr(torch.ops.sadmoe, name).default._schema).removeprefix("sadmoe::"))
     torch.ops.load_library(path)
     native = ctypes.CDLL(path)
     native.sadmoe_run_planted.restype = ctypes.c_char_p
@@ -40,7 +40,7 @@ def emulator():
     native.sadmoe_products.restype = ctypes.c_int64
     native.sadmoe_warp_products.restype = ctypes.c_int64
     native.sadmoe_launches.restype = ctypes.c_int64
-    native.definitions = library  # they live as long as this object
+    native.definitions = definitions  # they live as long as this object
     return native
 
 
