@@ -273,6 +273,19 @@ def test_a_token_does_not_depend_on_its_neighbours_or_their_order(backend, dtype
     assert torch.equal(run(poisoned)[::2], whole[::2]), "NaN beside"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_that_grow_with_few_rows_an_expert_change_nothing(dtype):
+    """Past a cache's worth of weights the CPU takes more tokens at once, by what they chose: here 256 or up to 700."""
+    x, _, *weights = experts_problem(700, 520, 16, 1024, 40, gated=True, dtype=dtype)
+    router = router_problem(520, 16, dtype=dtype)
+    for tau in (0.5, 1.0):
+        whole = ops.dynamic_k_moe(x, *router, *weights, tau=tau)
+        parts = [ops.dynamic_k_moe(part, *router, *weights, tau=tau) for part in x.split(250)]
+        assert torch.equal(whole, torch.cat(parts))
+        mask = ops.dynamic_k_select(ops.router_scores(x, *router), tau)
+        assert torch.equal(ops.sparse_experts(x, mask, *weights), whole)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_schedule_of_threads_blocks_and_copies_changes_nothing(native, dtype):
     backend = Backend("emulator")

@@ -13,9 +13,11 @@ namespace {
 
 // Tokens a thread works on at once: the more, the fewer times the weights are read. Their rows need not stay in a near cache
 // together, only those that chose one expert. No result depends on it. 256 were slower where d is 2048, and as fast elsewhere.
-constexpr int64_t kBlock = 512, kSmallestBlock = 64;
+constexpr int64_t kBlock = 512, kSmallestBlock = 64, kLargestBlock = 2048;
 constexpr int64_t kHidden = 1 << 22;  // floats of activations that a thread's block may need where every expert runs
 constexpr int64_t kFewRows = 32;      // of an expert, on average: below it time is the weights' way from memory
+constexpr int64_t kRows = 64;         // of an expert, on average, for which blocks grow where weights come from memory:
+constexpr int64_t kNear = 1 << 25;    // bytes of weights that a last-level cache may hold from one block to the next
 constexpr int64_t kSums = 1 << 16;    // sums of y that near caches hold, beside weights that are used once
 // Up to this many tokens a thread, threads share every token and split the weights: more where each has kBroad columns of y.
 constexpr int64_t kShared = 32, kSharedIfBroad = 128, kBroad = 128;
@@ -23,6 +25,20 @@ constexpr int64_t kShared = 32, kSharedIfBroad = 128, kBroad = 128;
 constexpr int64_t kChain = 16;
 
 int64_t block_tokens(const Experts& p) { return std::clamp(kHidden / (p.shape.E * p.shape.s), kSmallestBlock, kBlock); }
+
+// Whether blocks grow where experts have few rows in them, so that weights are read less often from memory.
+bool blocks_grow(const Experts& p, const Threads& threads) {
+  const ExpertsShape& s = p.shape;
+  const int64_t bytes = s.E * s.s * ((p.w_gate ? 2 : 1) * s.d + s.d_out) * size_of(p.w_up.dtype);
+  return bytes > kNear && s.T > block_tokens(p) * threads.count && !runs_by_tiles(p);
+}
+
+int64_t grown_block(const Experts& p, const bool* mask) {
+  const int64_t least = block_tokens(p), all = p.shape.T * p.shape.E;
+  const auto* bytes = reinterpret_cast<const uint8_t*>(mask);  // see Plan
+  const int64_t pairs = all - std::count(bytes, bytes + all, uint8_t{0});
+  return std::clamp(kRows * all / std::max<int64_t>(pairs, 1), least, std::max(least, kLargestBlock));
+}
 
 // Rows of activations in 16 bits, for weights in int8.
 class IntRows {
@@ -345,19 +361,29 @@ void router_scores(View x, const Router& router, const RouterShape& shape, float
 
 void sparse_experts(const Experts& p, const bool* mask, const Threads& threads) {
   Runner run(p, threads);
-  for_blocks(p.shape.T, p.shape.d_out, block_tokens(p), threads,
+  const int64_t block = blocks_grow(p, threads) ? grown_block(p, mask) : block_tokens(p);
+  for_blocks(p.shape.T, p.shape.d_out, block, threads,
              [&](int64_t begin, int64_t end, const Threads& inner) { run(mask + begin * p.shape.E, begin, end, inner); });
 }
 
 void dynamic_k_moe(const Experts& p, const Router& router, const Threads& threads) {
-  const int64_t E = p.shape.E;
-  Runner run(p, threads);
-  for_blocks(p.shape.T, p.shape.d_out, block_tokens(p), threads, [&](int64_t begin, int64_t end, const Threads& inner) {
-    const int64_t T = end - begin;
-    const Floats scores(T * E);
+  const int64_t T = p.shape.T, E = p.shape.E;
+  const auto choose = [&](int64_t begin, int64_t end, bool* mask, const Threads& inner) {
+    const RouterShape part{end - begin, p.shape.d, router.r, E};
+    const Floats scores(part.T * E);
+    route(at(p.x, begin * part.d), router, part, scores.get(), inner);
+    for (int64_t t = 0; t < part.T; ++t) kernels().select({E, scores.get() + t * E, router.tau, mask + t * E});
+  };
+  if (blocks_grow(p, threads)) {  // by what all tokens chose
     const Buffer<bool> mask(T * E);
-    route(at(p.x, begin * p.shape.d), router, {T, p.shape.d, router.r, E}, scores.get(), inner);
-    for (int64_t t = 0; t < T; ++t) kernels().select({E, scores.get() + t * E, router.tau, mask.get() + t * E});
+    for_blocks(T, E, kBlock, threads,
+               [&](int64_t begin, int64_t end, const Threads& inner) { choose(begin, end, mask.get() + begin * E, inner); });
+    return sparse_experts(p, mask.get(), threads);
+  }
+  Runner run(p, threads);
+  for_blocks(T, p.shape.d_out, block_tokens(p), threads, [&](int64_t begin, int64_t end, const Threads& inner) {
+    const Buffer<bool> mask((end - begin) * E);
+    choose(begin, end, mask.get(), inner);
     run(mask.get(), begin, end, inner);
   });
 }
