@@ -1,47 +1,54 @@
 """One layer on a CUDA device, the same mask, every way to run it: dense torch, with a mask, grouped_mm, Triton, sadmoe.
 
-    python bench/cuda_peers.py [--constants constants.json] [--tokens 1 8 ...] [--json FILE]
+    python bench/cuda_peers.py [--constants constants.json] [--layers 768x3072 4096x11008-glu] [--tokens 1 8 ...]
+                               [--shares 0.25] [--masks independent skewed] [--json FILE]
 
 bf16, graphs of several calls; where tokens are few, each with weights of its own, as many as L2 does not hold (at most
 64 sets, which small layers at small shares do not fill). sadmoe's time holds the router and the selection; the peers
-are given the mask, and grouped_mm and Triton their index lists, for free. Columns: share of pairs executed; union of
+are given the mask, and grouped_mm and Triton their index lists, for free. Masks: see layers.py; all but independent are
+no router's: sadmoe then runs its three ops one after another. Columns: share of pairs executed; union of
 the weights that some token needs; times in us; eta: what dense would take for the share (few tokens: the union) over
 sadmoe's time; floor: the least the card could take over sadmoe's time; auto: time of the way that sadmoe.crossover
 chooses over dense. A peer that fails is n/a, and why stands below.
 """
 
 import argparse
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from cuda_timing import captured, graph_seconds
-from layer_problem import tau_of_share
+from layer_problem import LayerShape, shape_of, tau_of_share
+from mask_kinds import clustered, skewed
 from sadmoe import ops, reference
 from sadmoe.crossover import CONSTANTS, Card, Layer, card_for, cards, choose
 from torch import Tensor
 
-SHAPES = [  # d, E, s, gated
-    (768, 128, 24, False),
-    (768, 48, 64, False),
-    (768, 24, 128, False),
-    (2048, 512, 32, True),
-    (2048, 128, 128, True),
-    (4096, 64, 172, True),
-]
-TOKENS = [1, 8, 64, 512, 8192]
-SHARES = [0.05, 0.1, 0.25, 0.5]
+SIZES = {  # of experts, by layer
+    "768x3072": [24, 64, 128],
+    "1024x4096": [64, 512],
+    "2048x16384-glu": [32, 128],
+    "4096x11008-glu": [86, 172],
+}
+TOKENS = [1, 2, 4, 8, 16, 64, 512, 2048, 8192]
+IMAGES, NARROW = 256 * 197, 768  # tokens of a batch of images, and the widest layer that they are timed in
+SHARES = [0.05, 0.1, 0.25, 0.5, 1.0]
+MASKS = {"independent": None, "skewed": skewed, "clustered": clustered}
+NAMES = ("dense", "masked", "grouped_mm", "triton", "sadmoe")
+HEADER = "     T  share  union" + "".join(f"{n:>12}" for n in NAMES) + "    eta  floor   auto way, masks"
 ROUTER_WIDTH = 128
 COLD = 200e6  # bytes that L2 does not hold
 MOST_SETS = 64  # of weights, one a call of a graph
+MOST_BYTES = 4 << 30  # of the rows that grouped_mm gathers, several times over
 
 
-def problem(shape: tuple[int, int, int, bool], T: int, share: float) -> SimpleNamespace:
-    """Weight sets to take turns, tokens, and the mask of a random router at the tau that gives the share."""
-    d, E, s, gated = shape
+def problem(shape: LayerShape, T: int, share: float, masks: str) -> SimpleNamespace:
+    """Weight sets to take turns, tokens, a random router at the tau that gives the share, and its mask or another."""
+    d, E, s, gated = shape.d, shape.experts, shape.s, shape.gated
     g = torch.Generator("cuda").manual_seed(T)
 
     def normal(*size: int, scale: float) -> Tensor:
@@ -52,12 +59,16 @@ def problem(shape: tuple[int, int, int, bool], T: int, share: float) -> SimpleNa
     sets = min(MOST_SETS, int(COLD / read) + 1) if T <= 64 else 1
     p = SimpleNamespace(layer=layer, T=T, x=normal(T, d, scale=1), v1=normal(ROUTER_WIDTH, d, scale=d**-0.5))
     p.v2 = normal(E, ROUTER_WIDTH, scale=ROUTER_WIDTH**-0.5)
-    p.act = "silu" if gated else "relu"
+    p.act = shape.act
     p.up = [normal(E, s, d, scale=d**-0.5) for _ in range(sets)]
     p.gate = [normal(E, s, d, scale=d**-0.5) for _ in range(sets)] if gated else [None] * sets
-    p.down = [normal(E, s, d, scale=(E * s) ** -0.5) for _ in range(sets)]
-    p.tau = tau_of_share(ops.router_scores(normal(4096, d, scale=1), p.v1, p.v2), share)
-    p.mask = ops.dynamic_k_select(ops.router_scores(p.x, p.v1, p.v2), p.tau)
+    p.down = [normal(E, s, d, scale=shape.f**-0.5) for _ in range(sets)]
+    others = ops.router_scores(normal(4096, d, scale=1), p.v1, p.v2)
+    p.tau = 0.0 if share == 1 else tau_of_share(others, share)
+    make = MASKS[masks]
+    p.routed = make is None
+    own = ops.dynamic_k_select(ops.router_scores(p.x, p.v1, p.v2), p.tau)
+    p.mask = own if make is None else make(T, E, share).to(own.device)
     expert, row = p.mask.T.nonzero(as_tuple=True)
     p.rows, counts = row.int(), torch.bincount(expert, minlength=E)
     p.ends, p.most = counts.cumsum(0).int(), int(counts.max())
@@ -72,7 +83,10 @@ def hidden(p: SimpleNamespace, i: int) -> Tensor:
 
 def sadmoe(p: SimpleNamespace, i: int) -> Tensor:
     w = (p.up[i], p.down[i], None, p.gate[i], None, None)
-    return ops.dynamic_k_moe(p.x, p.v1, p.v2, *w, tau=p.tau, act=p.act)
+    if p.routed:
+        return ops.dynamic_k_moe(p.x, p.v1, p.v2, *w, tau=p.tau, act=p.act)
+    ops.dynamic_k_select(ops.router_scores(p.x, p.v1, p.v2), p.tau)
+    return ops.sparse_experts(p.x, p.mask, *w, act=p.act)
 
 
 def dense(p: SimpleNamespace, i: int) -> Tensor:
@@ -107,7 +121,11 @@ def usable(
     w = [None if w is None else w.float() for w in (p.up[0], p.down[0], None, p.gate[0], None, None)]
     truth = reference.sparse_experts(p.x.float(), p.mask, *w, act=p.act)
     found: dict[str, Callable[[int], Tensor]] = {}
+    gathered = p.rows.numel() * p.x.shape[1] * p.x.itemsize
     for peer in peers:
+        if peer is grouped_mm and gathered > MOST_BYTES:
+            reasons.add(f"grouped_mm: more than {MOST_BYTES >> 30} GiB of gathered rows")
+            continue
         try:
             error = ((peer(p, 0).float() - truth).norm() / truth.norm()).item()
             if peer is not dense and not error < 0.02:
@@ -150,10 +168,26 @@ def measured(p: SimpleNamespace, card: Card, reasons: set[str]) -> dict:
 
 
 def line(row: dict) -> str:
-    names = ("dense", "masked", "grouped_mm", "triton", "sadmoe")
-    cells = [f"{row['seconds'][n] * 1e6:11.1f}" if n in row["seconds"] else f"{'n/a':>11}" for n in names]
+    cells = [f"{row['seconds'][n] * 1e6:11.1f}" if n in row["seconds"] else f"{'n/a':>11}" for n in NAMES]
     tail = f"{row['eta']:6.2f} {row['floor']:6.2f} {row['auto']:6.2f} {row['way']}" if "eta" in row else ""
-    return f"{row['T']:6d} {row['share']:6.1%} {row['union']:6.1%} {' '.join(cells)} {tail}"
+    return f"{row['T']:6d} {row['share']:6.1%} {row['union']:6.1%} {' '.join(cells)} {tail}, {row['masks']}"
+
+
+def cells(args: argparse.Namespace, card: Card, reasons: set[str]) -> Iterator[dict]:
+    """Measures and tells the grid."""
+    sizes = [(name, s) for name in args.layers for s in SIZES[name]]
+    for name, s in sizes:
+        shape = shape_of(name, s)
+        print(f"\n{name}, E {shape.experts}, s {s}\n{HEADER}")
+        tokens = args.tokens or TOKENS + [IMAGES] * (shape.d <= NARROW)
+        for T, masks, share in itertools.product(tokens, args.masks, args.shares):
+            if share == 1 and masks != "independent":  # all the same
+                continue
+            p = problem(shape, T, share, masks)
+            if p.mask.any():
+                row = {"layer": name, "s": s, "masks": masks} | measured(p, card, reasons)
+                print(line(row), flush=True)
+                yield row
 
 
 def card_of(path: Path | None) -> Card:
@@ -165,7 +199,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--constants", type=Path, help=f"measured on this card; otherwise {CONSTANTS.name}")
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--layers", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--tokens", type=int, nargs="+", help=f"{TOKENS}, and {IMAGES} in narrow layers")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
+    parser.add_argument("--masks", nargs="+", choices=list(MASKS), default=["independent"])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     card = card_of(args.constants)
@@ -173,19 +210,10 @@ def main() -> None:
     print(f"# {machine}; not measured of the cost model: {', '.join(card.unmeasured) or 'nothing'}")
     rows, reasons = [], set()
     with torch.inference_mode():
-        for shape in SHAPES:
-            d, E, s, gated = shape
-            print(f"\nd {d}, E {E}, s {s}{', GLU' if gated else ''}")
-            print(
-                "     T  share  union       dense      masked  grouped_mm      triton      sadmoe    eta  floor   auto"
-            )
-            for T in args.tokens:
-                for share in SHARES:
-                    row = measured(problem(shape, T, share), card, reasons)
-                    rows.append({"d": d, "E": E, "s": s, "gated": gated} | row)
-                    print(line(row), flush=True)
-                    if args.json:
-                        args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+        for row in cells(args, card, reasons):
+            rows.append(row)
+            if args.json:
+                args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
     print("\nTimes in us, medians.", *sorted(reasons), sep="\n")
 
 

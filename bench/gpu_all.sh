@@ -4,7 +4,8 @@
 #
 #   bench/gpu_all.sh OUT [STEP...]
 #
-# STEPs: tests conformance memcheck racecheck raw layers blocks peers; by default all, in that order.
+# STEPs: tests conformance memcheck racecheck raw layers blocks 768x3072 1024x4096 2048x16384-glu 4096x11008-glu masks; by default
+# all, in that order. Those of sizes are the layer beside its peers.
 #
 # A call ends within BUDGET seconds, by default 1500: a step that its time or what is left does not hold is cut off, and said, for
 # a next call to name. What was built and found stays in build/gpu, where the next call goes on. OUT gets few files: the tables,
@@ -14,7 +15,7 @@
 # status: how many steps failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-steps=(tests conformance memcheck racecheck raw layers blocks peers)
+steps=(tests conformance memcheck racecheck raw layers blocks 768x3072 1024x4096 2048x16384-glu 4096x11008-glu masks)
 out=${1:?"usage: bench/gpu_all.sh OUT [STEP...], STEPs: ${steps[*]}"}
 if [ $# -gt 1 ]; then steps=("${@:2}"); fi
 root=$PWD python=${PYTHON:-python3} begin=$SECONDS budget=${BUDGET:-1500}
@@ -61,10 +62,11 @@ compile() {
     cmake --install "$build" --prefix "$build/site/sadmoe" &&
     "$python" -c 'import sadmoe; print(sadmoe.__file__, sadmoe.build_info())'
 }
+# peers NAME OPTION...: to NAME.json.
 peers() {
-  local constants=()
+  local name=$1 constants=()
   if [ -s "$results/constants.json" ]; then constants=(--constants "$results/constants.json"); fi
-  "$python" bench/cuda_peers.py "${constants[@]}" --json "$results/peers.json"
+  "$python" bench/cuda_peers.py "${constants[@]}" "${@:2}" --json "$results/$name.json"
 }
 # Small problems of every kind of kernel.
 sanitize() {
@@ -86,9 +88,10 @@ for name in "${steps[@]}"; do
     raw)
       step raw 90 "$bench" constants "$results/raw.json"
       TAIL=14 step constants 60 "$python" bench/cuda_constants.py "$results/raw.json" "$results/constants.json" ;;
-    layers) TAIL=60 step layers 180 "$bench" layers ;;
-    blocks) TAIL=107 step blocks 120 "$bench" blocks ;;
-    peers) TAIL=200 step peers 420 bash -c peers ;;
+    layers) TAIL=120 step layers 180 "$bench" layers ;;
+    blocks) TAIL=200 step blocks 200 "$bench" blocks ;;
+    [0-9]*x*) TAIL=150 step "$name" 200 bash -c "peers $name --layers $name" ;;
+    masks) TAIL=120 step masks 200 bash -c "peers masks --masks skewed clustered --shares 0.1 0.25 --tokens 8 64 512 8192" ;;
     tests) TAIL=12 step tests 300 "$python" -m pytest tests/test_kernel*.py tests/test_cuda*.py -m cuda -p no:cacheprovider ;;
     memcheck | racecheck) step "$name" 240 bash -c "sanitize $name" ;;
     *) failed+=("$name"); echo "-- $name: no such step" ;;

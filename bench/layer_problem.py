@@ -1,5 +1,6 @@
 """One layer as a problem: its shape, weights, tokens, and the mask that they run."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import torch
 from sadmoe import ops
 from torch import Tensor
 
+LAYERS = ["384x1536", "768x3072", "2048x8192", "576x1536-glu", "2048x8192-glu"]
 ROUTER_WIDTH = 128
 
 
@@ -32,6 +34,13 @@ class LayerShape:
     @property
     def act(self) -> str:
         return "silu" if self.gated else "relu"
+
+
+def shape_of(text: str, s: int) -> LayerShape:
+    found = re.fullmatch(r"(\d+)x(\d+)(-glu)?", text)
+    if not found:
+        raise SystemExit(f"--layers takes DxF or DxF-glu, as 768x3072 or 576x1536-glu, got {text!r}")
+    return LayerShape(int(found[1]), int(found[2]), s, gated=bool(found[3]))
 
 
 def tau_of_share(scores: Tensor, share: float) -> float:

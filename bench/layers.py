@@ -29,7 +29,6 @@ import argparse
 import itertools
 import json
 import math
-import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -37,7 +36,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from layer_problem import ROUTER_WIDTH, LayerShape, copied, problem, weights, with_mask, with_weights
+from layer_problem import (
+    LAYERS,
+    ROUTER_WIDTH,
+    LayerShape,
+    copied,
+    problem,
+    shape_of,
+    weights,
+    with_mask,
+    with_weights,
+)
 from layers_plot import draw
 from mask_kinds import clustered, recorded, skewed
 from sadmoe import ops, paths
@@ -59,7 +68,6 @@ from variants import (
     torch_grouped_mm,
 )
 
-LAYERS = ["384x1536", "768x3072", "2048x8192", "576x1536-glu", "2048x8192-glu"]
 SIZES = [16, 24, 32, 64, 128]
 TOKENS = [1, 2, 4, 8, 16, 64, 256, 1024, 4096]
 SHARES = [0.05, 0.1, 0.25, 0.5, 1.0]
@@ -69,13 +77,6 @@ PEERS = {
     "loop": loop, "eager": eager, "grouped_mm": grouped_mm, "torch_grouped_mm": torch_grouped_mm, "int8": int8,
     "layer": as_layer,
 }  # fmt: skip
-
-
-def shape_of(text: str, s: int) -> LayerShape:
-    found = re.fullmatch(r"(\d+)x(\d+)(-glu)?", text)
-    if not found:
-        raise SystemExit(f"--layers takes DxF or DxF-glu, as 768x3072 or 576x1536-glu, got {text!r}")
-    return LayerShape(int(found[1]), int(found[2]), s, gated=bool(found[3]))
 
 
 def product_rate(layer: LayerShape, dtype: torch.dtype) -> float:

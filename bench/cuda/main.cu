@@ -16,9 +16,13 @@ struct Shape {
 const Shape kShapes[] = {{"768 x 3072, s 24", 768, 128, 24, false},
                          {"768 x 3072, s 64", 768, 48, 64, false},
                          {"768 x 3072, s 128", 768, 24, 128, false},
+                         {"1024 x 4096, s 64", 1024, 64, 64, false},
+                         {"1024 x 4096, s 512", 1024, 8, 512, false},
                          {"2048 x 16384 GLU, s 32", 2048, 512, 32, true},
-                         {"2048 x 16384 GLU, s 128", 2048, 128, 128, true}};
-const int64_t kTokens[] = {1, 8, 64, 512, 2048, 8192};
+                         {"2048 x 16384 GLU, s 128", 2048, 128, 128, true},
+                         {"4096 x 11008 GLU, s 86", 4096, 128, 86, true},
+                         {"4096 x 11008 GLU, s 172", 4096, 64, 172, true}};
+const int64_t kTokens[] = {1, 2, 4, 8, 16, 64, 512, 2048, 8192};
 const float kShares[] = {0.05f, 0.1f, 0.25f, 0.5f, 1.0f};
 
 // Weights sets of more than L2 holds, within reason.
