@@ -11,10 +11,10 @@ ALWAYS_DENSE, NEVER_DENSE = {1: ((0.01, 50.0),)}, {1: ((1.0, 0.01),)}
 HALF = {1: ((0.25, 0.6), (0.75, 1.4))}  # as fast at an executed share of a half
 
 
-def give(layer, curves, device=CPU):
-    """Makes `curves` what was measured of the layer's shape."""
+def give(layer, curves, device=CPU, every_expert=None):
+    """Makes `curves` what was measured of the layer's shape, and of every expert at tau = 0."""
     dtype = paths.dtype_name(layer.w_up.dtype)
-    paths.use_costs([Costs(paths.device_name(device), dtype, layer.shape, 1, curves)])
+    paths.use_costs([Costs(paths.device_name(device), dtype, layer.shape, 1, curves, every_expert or {})])
 
 
 def layer_of(dtype=torch.float32, tau=0.3, **kw):

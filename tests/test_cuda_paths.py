@@ -176,7 +176,9 @@ def test_under_graph_capture_nothing_is_counted_and_what_arrived_is_seen(on_cuda
 def test_on_cuda_the_default_needs_an_expected_share(card):
     layer = layer_of(torch.bfloat16)
     give(layer, ALWAYS_DENSE, CUDA)
-    until = partial(layer._sparse_until, 9, CUDA, torch.bfloat16)
+    x = OnCuda()
+    x.dtype = torch.bfloat16
+    until = partial(layer._sparse_until, x)
     assert until() == 1.0
     layer.expected_share = 0.3
     assert until() == 0.0

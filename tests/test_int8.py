@@ -347,12 +347,18 @@ def test_there_is_nothing_to_calibrate(model, tmp_path):
         calibrate_costs(model, tmp_path / "costs.json")
 
 
-def test_at_tau_0_the_cost_is_that_of_the_op(model):
+def test_at_tau_0_no_router_is_asked_nor_counted(model, monkeypatch):
     sadmoe.set_tau(model, 0.0)
-    dense = sadmoe.cost(model, shares=1.0)
-    assert dense.executed == dense.dense
     sadmoe.quantize_experts_(model)
-    assert sadmoe.cost(model, shares=1.0).executed == dense.all_experts
+    report = sadmoe.cost(model, shares=1.0)
+    assert report.executed == report.dense
+    batch, widened = TINY["bert"].batch(), copy.deepcopy(model)
+    sadmoe.dequantize_experts_(widened)
+    with torch.no_grad():
+        wanted = widened(**batch)[0]
+        monkeypatch.delattr(ops, "router_scores")
+        monkeypatch.delattr(ops, "dynamic_k_moe_int8")
+        torch.testing.assert_close(model(**batch)[0], wanted, **CLOSE)
 
 
 def test_what_cannot_be_says_so(model, tmp_path):

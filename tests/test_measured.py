@@ -19,7 +19,7 @@ from tiny_models import TINY
 
 LAYER = Layer(24, 24, 8, 5, 16, False, 4)
 CURVES = {1: ((0.25, 0.6), (0.5, 1.2)), 16: ((0.1, 0.5),)}
-ROW = Costs("a processor", "float32", LAYER, 2, CURVES)
+ROW = Costs("a processor", "float32", LAYER, 2, CURVES, {1: 0.9, 64: 1.1})
 
 
 @pytest.fixture(autouse=True)
@@ -60,10 +60,26 @@ def test_a_file_gives_back_what_was_written_and_nothing_is_there_before(tmp_path
     assert [file.name for file in path.parent.iterdir()] == ["costs.json"]
 
 
-def test_what_came_with_sadmoe_can_be_read():
-    (row,) = measured.read(measured.BUILT_IN).values()
-    assert row.dtype == "float32"
-    assert 0.3 < row.sparse_until(1) < row.sparse_until(4096) < 1
+def test_the_cost_of_every_expert_is_that_of_the_nearest_number_of_tokens():
+    assert [ROW.cost_of_every_expert(T) for T in (1, 7, 9, 4096)] == [0.9, 0.9, 1.1, 1.1]
+    assert dataclasses.replace(ROW, every_expert={}).cost_of_every_expert(1) is None
+
+
+def test_a_file_from_before_tau_zero_was_measured_is_read(tmp_path):
+    path = tmp_path / "costs.json"
+    measured.write(path, [ROW])
+    whole = json.loads(path.read_text())
+    del whole["rows"][0]["every_expert"]
+    path.write_text(json.dumps(whole | {"crc32": measured._crc32(whole["rows"])}))
+    assert measured.read(path) == {ROW.key: dataclasses.replace(ROW, every_expert={})}
+
+
+def test_what_came_with_sadmoe_tells_of_every_share_and_of_tau_zero():
+    rows = measured.read(measured.BUILT_IN)
+    for row in rows.values():
+        assert all(curve[-1][0] == 1.0 for curve in row.curves.values())
+        assert row.curves.keys() == row.every_expert.keys()
+    assert {key[1] for key in rows} == {"float32", "bfloat16"}
 
 
 def damage(how, path):
@@ -82,6 +98,8 @@ def damage(how, path):
     rows = whole["rows"]
     if how == "a negative cost":
         rows[0]["curves"]["1"][0][1] = -1.0
+    if how == "a negative cost of every expert":
+        rows[0]["every_expert"]["1"] = -1.0
     if how == "no costs":
         rows[0]["curves"] = {}
     if how == "shares in no order":
@@ -98,6 +116,7 @@ DAMAGES = {
     "newer": "has format 2, this sadmoe reads 1",
     "not a table": "",
     "a negative cost": "the costs at T = 1 are no costs",
+    "a negative cost of every expert": "the costs of every expert are no costs",
     "no costs": "a layer has no costs",
     "shares in no order": "the costs at T = 1 are no costs",
     "a key is missing": "'device'",
@@ -111,6 +130,9 @@ def test_a_damaged_file_is_never_used(how, user):
     with pytest.raises(ValueError, match=rf"costs.json.* is damaged \(.*{DAMAGES[how]}.*--calibrate --force"):
         measured.read(user)
     layer = random_layer(gate=DynamicK(0.2), batch_invariant=False)
+    with torch.no_grad(), pytest.raises(ValueError, match="is damaged"):
+        layer(torch.randn(3, 24))
+    layer.gate, layer.batch_invariant = DynamicK(0.0), None
     with torch.no_grad(), pytest.raises(ValueError, match="is damaged"):
         layer(torch.randn(3, 24))
     layer.batch_invariant = True
@@ -146,13 +168,13 @@ def test_a_home_that_cannot_be_looked_into_is_a_warning(monkeypatch):
 
 def test_costs_are_measured_at_the_shares_of_the_masks_and_both_paths_run(monkeypatch):
     layer = random_layer(gate=TopK(2)).eval()
-    ran = []
+    ran, seconds_of = [], {"masked": 2.0, "dense at tau 0": 4.0}
 
     def half_of_dense(variants, seconds):
         for name, call in variants.items():
             call()
             ran.append(name)
-        return {name: Timing(2.0 if name == "dense" else 1.0, 0.0) for name in variants}
+        return {name: Timing(seconds_of.get(name, 1.0), 0.0) for name in variants}
 
     monkeypatch.setattr(measure_costs, "measure", half_of_dense)
     costs = measure_costs.measure_costs(layer, tokens=(1, 64), shares=(0.25, 1.0))
@@ -161,7 +183,8 @@ def test_costs_are_measured_at_the_shares_of_the_masks_and_both_paths_run(monkey
     (low, cost), (high, _) = costs.curves[64]
     assert low == pytest.approx(0.32, abs=0.06)  # a quarter, and an expert for every token
     assert (high, cost) == (1.0, 0.5)
-    assert len(ran) == 2 * 3
+    assert costs.every_expert == {1: 0.25, 64: 0.25}
+    assert len(ran) == 2 * 5
     assert "0.50 at 100%" in measure_costs.costs_table(costs)
 
 

@@ -5,10 +5,11 @@ import dataclasses
 
 import pytest
 import torch
-from converted import converted, random_layer, random_rows
+from converted import converted, random_rows
 from given_costs import ALWAYS_DENSE, CPU, HALF, NEVER_DENSE, by_hand, give, layer_of
 from problems import assert_as_good_as_torch, in_double
 from sadmoe import measured, ops, paths, reference
+from sadmoe.crossover import Layer
 from sadmoe.dial import converted_layers, set_batch_invariant, set_tau
 from sadmoe.gates import DynamicK, TopK
 from sadmoe.layer import DynamicKMoE
@@ -154,19 +155,90 @@ def test_by_default_in_float32_and_always_when_asked_a_token_does_not_depend_on_
                 assert torch.equal(layer(x[rows]), whole[rows])
 
 
-def test_batch_invariant_holds_at_tau_zero_too(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_at_tau_zero_every_expert_runs_by_whatever_is_faster_and_no_router(monkeypatch, dtype):
+    layer = layer_of(dtype, tau=0.0)
+    x, names = random_rows(40).to(dtype), called(monkeypatch)
+    args = in_double([x, torch.ones(40, layer.experts, dtype=torch.bool), *layer.expert_weights()])
+    truth = reference.sparse_experts(*args, act=layer.act)
+    for asked, cost, ops_called in (
+        (None, 1.2, []),
+        (False, 1.2, []),
+        (True, 1.2, ["sparse_experts"]),
+        (None, 0.97, []),  # not surely faster
+        (None, 0.9, ["sparse_experts"]),
+        (False, 0.9, ["sparse_experts"]),
+    ):
+        layer.batch_invariant = asked
+        give(layer, ALWAYS_DENSE, every_expert={1: cost})
+        names.clear()
+        with torch.no_grad():
+            y = layer(x)
+            assert names == ops_called, (asked, cost)
+            assert layer.takes_dense_path(x) != bool(ops_called)
+            assert_as_good_as_torch(y, by_hand(layer, x), truth)
+
+
+def test_at_tau_zero_gradients_compiled_graphs_and_training_go_through_torch(monkeypatch):
     layer = layer_of(tau=0.0)
+    give(layer, ALWAYS_DENSE, every_expert={1: 0.5})
     x, names = random_rows(9), called(monkeypatch)
     with torch.no_grad():
         dense = layer(x)
-        assert names == []
-        assert layer.takes_dense_path(x)
-        layer.batch_invariant = True
-        y = layer(x)
-        assert names == ["dynamic_k_moe"]
-        assert not layer.takes_dense_path(x)
-        torch.testing.assert_close(y, dense)
-        assert torch.equal(layer(x[2:3]), y[2:3])
+        assert names == ["sparse_experts"]
+        names.clear()
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), dense)
+    torch.testing.assert_close(layer(x), dense)
+    layer.batch_invariant, layer.keeps_hidden = True, True
+    torch.testing.assert_close(layer(x), dense)
+    assert names == []
+
+
+def test_where_nothing_was_measured_tau_zero_is_torchs(monkeypatch):
+    layer = layer_of(tau=0.0)  # whose costs tell nothing of it
+    x, names = random_rows(9), called(monkeypatch)
+    with torch.no_grad():
+        for batch_invariant in (None, False):
+            layer.batch_invariant = batch_invariant
+            layer(x)
+            assert names == []
+            assert layer.takes_dense_path(x)
+
+
+@pytest.mark.parametrize("every", [{}, {1: 0.5}], ids=["torch", "the op"])
+def test_at_tau_zero_no_tokens_autocast_and_other_dtypes_are_as_before(every):
+    layer = layer_of(tau=0.0)
+    give(layer, ALWAYS_DENSE, every_expert=every)
+    x = random_rows(9)
+    with torch.no_grad():
+        assert layer(x[:0]).shape == (0, 24)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(layer(x).float(), layer.dense(x).float(), rtol=0.02, atol=0.02)
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer(x.half())
+
+
+def test_batch_invariant_holds_at_tau_zero_too():
+    layer = layer_of(tau=0.0)
+    layer.batch_invariant = True
+    x = random_rows(9)
+    with torch.no_grad():
+        assert torch.equal(layer(x[2:3]), layer(x)[2:3])
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_at_tau_zero_graphs_of_the_op_take_any_number_of_tokens(int8):
+    layer = layer_of(tau=0.0)
+    layer.batch_invariant = True
+    if int8:
+        layer.to_int8_()
+    x = random_rows(6)
+    with torch.no_grad():
+        shapes = {"x": {0: torch.export.Dim("T")}}
+        exported = torch.export.export(layer, (x,), dynamic_shapes=shapes).module()
+        for T in (6, 3, 17):
+            x = random_rows(T, seed=T)
+            assert torch.equal(exported(x), layer(x))
 
 
 def test_top_k_is_counted_like_any_mask(monkeypatch):
@@ -209,18 +281,62 @@ def test_measurements_of_another_shape_dtype_or_device_do_not_count():
         assert layer.takes_dense_path(random_rows(9))
 
 
-def test_without_measurements_those_that_came_with_sadmoe_decide_in_float32_and_nothing_in_16_bits():
+def built_in(dtype, kernels="portable"):
+    return Costs(f"some processor, kernels {kernels}, torch 2", dtype, SHAPE, 1, HALF, {1: 0.5})
+
+
+SHAPE = Layer(384, 384, 48, 32, 128)
+
+
+HERE = ops.cpu_isas()[0]
+
+
+@pytest.fixture
+def come_with_sadmoe(monkeypatch, tmp_path):
+    """Costs that come with sadmoe, by hand."""
+
+    def come(*rows):
+        path = tmp_path / "costs.json"
+        measured.write(path, rows)
+        monkeypatch.setattr(measured, "BUILT_IN", path)
+        paths.use_costs([])
+        paths._nearest_built_in.cache_clear()
+
+    yield come
+    paths._nearest_built_in.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("row", "dtype", "until", "op_at_tau_zero"),
+    [
+        (built_in("float32", HERE), torch.float32, 0.5, True),
+        (built_in("float32", "of another kind"), torch.float32, 0.5, False),
+        (built_in("bfloat16", HERE), torch.float32, 1.0, False),
+        (built_in("bfloat16", HERE), torch.bfloat16, 0.5, True),
+        (built_in("bfloat16", "of another kind"), torch.bfloat16, 1.0, False),
+    ],
+)
+def test_without_measurements_those_that_came_with_sadmoe_decide(
+    come_with_sadmoe, row, dtype, until, op_at_tau_zero
+):
+    come_with_sadmoe(row)
+    assert paths.sparse_until(SHAPE, 40, CPU, dtype, 1.0) == pytest.approx(until)
+    assert paths.op_runs_all(SHAPE, 40, CPU, dtype) == op_at_tau_zero
+
+
+def test_what_came_with_sadmoe_tells_nothing_of_tau_zero_in_other_shapes(come_with_sadmoe):
+    come_with_sadmoe(built_in("float32", HERE))
+    for d, told in ((768, True), (24, False), (384 * 9, False)):
+        assert paths.op_runs_all(dataclasses.replace(SHAPE, d=d), 40, CPU, torch.float32) == told
+
+
+def test_of_those_that_came_with_sadmoe_the_likest_shape_decides():
     paths.use_costs([])
-    layer = random_layer(gate=DynamicK(1e-6))  # nearly every expert
-    layer.batch_invariant = False
-    x = random_rows(40)
-    (built_in,) = measured.read(measured.BUILT_IN).values()
-    until = paths.sparse_until(layer.shape, 40, CPU, torch.float32, 1.0)
-    assert until == built_in.sparse_until(40)
-    assert 0 < until < 1
-    with torch.no_grad():
-        assert layer.takes_dense_path(x)
-        assert not layer.bfloat16().takes_dense_path(x.bfloat16())
+    rows = [row for row in measured.read(measured.BUILT_IN).values() if row.dtype == "float32"]
+    assert len({row.layer.d for row in rows}) > 1
+    for row in rows:
+        like = dataclasses.replace(row.layer, d=row.layer.d + 1, router_width=7)
+        assert paths.sparse_until(like, 40, CPU, torch.float32, 1.0) == row.sparse_until(40)
 
 
 # ---------------------------------------------------------------- what keeps the op

@@ -21,7 +21,7 @@ void router_scores(View x, const Router& router, const RouterShape& shape, float
 // y of the experts for a given mask [T, E].
 void sparse_experts(const Experts& experts, const bool* mask, const Threads& threads);
 
-// The same with the router's own mask, made block by block in the same pass over x.
+// The same with the router's own mask.
 void dynamic_k_moe(const Experts& experts, const Router& router, const Threads& threads);
 
 }  // namespace sadmoe::cpu

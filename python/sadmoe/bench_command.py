@@ -28,7 +28,7 @@ def add_bench(commands: Any) -> None:
         "turns, medians and the distance of the quartiles. With --calibrate instead measures, for each shape of layer, "
         "what the sparse op costs beside dense products at several numbers of tokens and executed shares, and keeps it "
         "in a file that later loads on this machine decide by. In float32 only layers with batch_invariant=False "
-        "decide; in bfloat16 and float16 also those that are left as they are.",
+        "decide, and at tau = 0 those that are left as they are; in bfloat16 and float16 these always do.",
     )
     add_model(command)
     command.add_argument(

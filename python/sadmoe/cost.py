@@ -34,7 +34,7 @@ class LayerCost:
     router: float  # router, gate and output bias, whatever the gate then runs
     pair: float  # one expert, with adding up its output
     combine: float  # of `executed`: adding up the outputs of the experts
-    executed: float  # what is computed: `router` and the experts run; `dense` where it takes that path, as at tau = 0
+    executed: float  # what is computed: `router` and the experts run; at tau = 0 `dense`, without router
 
     @property
     def all_experts(self) -> float:
@@ -177,7 +177,7 @@ def layer_cost(layer: DynamicKMoE, share: float, *, name: str = "", calls: float
     pair = s * (neuron + input_biases) + d_out
     executed, combine = router + share * experts * pair, share * experts * d_out
     dense = experts * s * neuron
-    if layer.is_dense:
+    if layer.runs_all_experts:
         executed, combine = dense, 0.0
     return LayerCost(name, experts, s, share, calls, dense, router, pair, combine, executed)
 

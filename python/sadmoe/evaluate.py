@@ -23,7 +23,7 @@ PASSES = 3  # of the model over the batches, of which the median counts
 class Point:
     """One tau. share: executed pairs. ffn_flops, flops: of the converted layers and of the whole model, over dense.
     error: |y - y0| / |y0| of the last hidden states or logits at real tokens, y0 at tau = 0. seconds: of a pass over
-    the batches. gain: how many times faster than at tau = 0."""
+    the batches. gain: how many times faster than at tau = 0, where no router is asked."""
 
     tau: float
     share: float

@@ -60,7 +60,7 @@ class DynamicKMoE(nn.Module):
     """A dense FFN cut into E experts of s neurons, of which each token runs those its router picks.
 
     Equivalent in torch: `reference.sparse_experts(x, gate.mask(router(x)), ...)`. With `gate = DynamicK(0.0)` it is
-    the dense FFN, computed densely.
+    the dense FFN: every expert runs, and the router is not asked.
 
     w_up, w_gate [E, s, d]; w_down [E, s, d_out]; b_up, b_gate [E, s]; b_out [d_out]; permutation [E * s]: the neuron
     of the dense FFN that each slot holds. `dropout` acts on the output, in training only.
@@ -69,13 +69,15 @@ class DynamicKMoE(nn.Module):
     of them by torch's products and masking their neurons can be faster than the sparse op, and `paths` says where; but
     how torch's products round differs with the number of tokens.
       True   nothing else: always the op, also at tau = 0.
-      None   the default. float32: as True, but tau = 0 is the dense model, by torch. 16 bits: dense where that is over
-             10 % faster. What decides is the same from run to run: on the CPU the mask of the call itself, on CUDA
-             `expected_share` (without it: the op), as the share of this call would have to be waited for.
+      None   the default. float32: as True at tau > 0. 16 bits: dense where that is over 10 % faster. What decides is
+             the same from run to run: on the CPU the mask of the call itself, on CUDA `expected_share` (without it: the
+             op), as the share of this call would have to be waited for.
       False  dense wherever it is faster. On CUDA by the share of earlier calls, from whenever it has arrived.
-    With gradients, and in graphs of torch.compile and torch.export, always the op, but for `keeps_hidden`; gates on
-    true norms compute all experts. `expected_share`: the executed share in [0, 1] that decides on CUDA instead of that
-    of earlier calls, so also under graph capture. Neither is saved with the model.
+    At tau = 0, but for True and int8, torch's products, or the op where that was measured to be faster, as with few
+    tokens on the CPU. With gradients, and in graphs of torch.compile and torch.export, always the op at tau > 0, but
+    for `keeps_hidden`, and always torch at tau = 0, but for True and int8; gates on true norms compute all experts.
+    `expected_share`: the executed share in [0, 1] that decides on CUDA instead of that of earlier calls, so also under
+    graph capture. Neither is saved with the model.
 
     keeps_hidden: True while it is trained by `finetune_`. Every expert is computed, as the backward pass has to, and
     what it computed is kept until then; the op's backward pass computes it again.
@@ -144,6 +146,7 @@ class DynamicKMoE(nn.Module):
         self.batch_invariant = batch_invariant
         self.expected_share: float | None = None
         self._share_hint = paths.ShareHint()
+        self._shapes: dict[torch.dtype, Layer] = {}
         self.keeps_hidden = False
         self.check_nan = False
         self.norms_hooks: list[Callable[[Tensor], None]] = []  # see the norms [T, E] of a gate on true norms
@@ -164,10 +167,9 @@ class DynamicKMoE(nn.Module):
         return Layer(d, self.w_down.shape[2], E, s, r, gated, bytes_each)
 
     @property
-    def is_dense(self) -> bool:
-        """Whether it is the dense FFN, without router and mask."""
-        all_run = isinstance(self.gate, DynamicK) and self.gate.tau == 0.0
-        return all_run and not self.batch_invariant and not self.is_int8
+    def runs_all_experts(self) -> bool:
+        """Whether it is the dense FFN: every expert runs for every token, and no router is asked."""
+        return isinstance(self.gate, DynamicK) and self.gate.tau == 0.0
 
     @property
     def is_int8(self) -> bool:
@@ -242,8 +244,8 @@ class DynamicKMoE(nn.Module):
             )
         if gate.true_norms:
             y = self._by_true_norms(rows)
-        elif self.is_dense:
-            y = self._down(self._hidden(rows))
+        elif self.runs_all_experts:
+            y = self.op_on_all(rows) if self._op_runs_all(rows) else self.dense(rows)
         else:
             y = self._selected(rows)
         if self.training:
@@ -258,7 +260,18 @@ class DynamicKMoE(nn.Module):
 
     def takes_dense_path(self, x: Tensor) -> bool:
         """Whether `forward` would compute every expert of x [..., d] by torch's products, instead of the sparse op."""
-        return self.gate.true_norms or self.is_dense or self._choose(x.reshape(-1, x.shape[-1]))[0]
+        rows = x.reshape(-1, x.shape[-1])
+        if self.gate.true_norms:
+            return True
+        return not self._op_runs_all(rows) if self.runs_all_experts else self._choose(rows)[0]
+
+    def dense(self, x: Tensor) -> Tensor:
+        """The dense FFN by torch's own products: x [T, d] -> [T, d_out]."""
+        return self._down(self._hidden(x))
+
+    def op_on_all(self, x: Tensor) -> Tensor:
+        """The same by the op that runs sparsely, every expert for every token."""
+        return self._sparse(x, x.new_ones(x.shape[0], self.experts, dtype=torch.bool))
 
     def masked_dense(self, x: Tensor, mask: Tensor) -> Tensor:
         """`ops.sparse_experts` by torch's own products, every expert computed: x [T, d], mask [T, E] -> [T, d_out]."""
@@ -281,15 +294,26 @@ class DynamicKMoE(nn.Module):
                 return ops.dynamic_k_moe_int8(x, v1, v2, *self.int8_weights(), tau=tau, act=self.act)
             return ops.dynamic_k_moe(x, v1, v2, *self.expert_weights(), tau=tau, act=self.act)
         mask = self.mask(x) if mask is None else mask
-        if dense:
-            return self.masked_dense(x, mask)
+        return self.masked_dense(x, mask) if dense else self._sparse(x, mask)
+
+    def _sparse(self, x: Tensor, mask: Tensor) -> Tensor:
         if self.is_int8:
             return ops.sparse_experts_int8(x, mask, *self.int8_weights(), act=self.act)
         return ops.sparse_experts(x, mask, *self.expert_weights(), act=self.act)
 
+    def _op_runs_all(self, x: Tensor) -> bool:
+        """Whether x [T, d] goes through every expert by the op, instead of torch's products."""
+        if self.keeps_hidden:
+            return False
+        if self.batch_invariant or self.is_int8:
+            return True
+        if not self._may_choose(x) or (dtype := self._dtype_of_products(x)) is None:
+            return False
+        return paths.op_runs_all(self._shape_in(dtype), len(x), x.device, dtype)
+
     def _choose(self, x: Tensor) -> tuple[bool, Tensor | None]:
         """Whether x [T, d] takes the dense path, and its mask where that had to be known. Waits for no CUDA device."""
-        until = self._sparse_until(len(x), x.device, x.dtype) if self._may_choose(x) else 1.0
+        until = self._sparse_until(x) if self._may_choose(x) else 1.0
         if until >= 1.0:
             return False, None
         if x.device.type == "cpu":  # counted before it is run: the choice is a function of this call
@@ -309,17 +333,26 @@ class DynamicKMoE(nn.Module):
         data = type(x) is Tensor and not torch.jit.is_tracing()  # to count, and not only a shape
         return data and x.device.type in ("cpu", "cuda") and len(x) > 0
 
-    def _sparse_until(self, tokens: int, device: torch.device, dtype: torch.dtype) -> float:
+    def _sparse_until(self, x: Tensor) -> float:
         """The executed share up to which the op runs for so many tokens of that device and dtype; 1: always."""
-        unasked = self.batch_invariant is None
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        elif dtype != self.w_up.dtype:  # which torch's products refuse
+        unasked, dtype = self.batch_invariant is None, self._dtype_of_products(x)
+        if dtype is None:
             return 1.0
-        if unasked and (dtype.itemsize > 2 or (device.type == "cuda" and self.expected_share is None)):
+        if unasked and (dtype.itemsize > 2 or (x.device.type == "cuda" and self.expected_share is None)):
             return 1.0
-        shape = replace(self.shape, bytes_each=dtype.itemsize)
-        return paths.sparse_until(shape, tokens, device, dtype, paths.WORTH if unasked else 1.0)
+        slack = paths.WORTH if unasked else 1.0
+        return paths.sparse_until(self._shape_in(dtype), len(x), x.device, dtype, slack)
+
+    def _dtype_of_products(self, x: Tensor) -> torch.dtype | None:
+        """What torch multiplies x in; None where it refuses, as x is not of the weights' dtype."""
+        if torch.is_autocast_enabled(x.device.type):
+            return torch.get_autocast_dtype(x.device.type)
+        return x.dtype if x.dtype == self.w_up.dtype else None
+
+    def _shape_in(self, dtype: torch.dtype) -> Layer:
+        if dtype not in self._shapes:  # every call asks: it takes 7 µs
+            self._shapes[dtype] = replace(self.shape, bytes_each=dtype.itemsize)
+        return self._shapes[dtype]
 
     def _by_true_norms(self, x: Tensor) -> Tensor:
         """Every expert is computed to know its norm, so this path is plain torch; gradients hold the mask constant."""

@@ -64,22 +64,28 @@ def measure_costs(
     if min(tokens) < 1:
         raise ValueError(f"tokens must be at least 1 in every measured call, got {min(tokens)}")
     with torch.inference_mode():
-        curves = {T: _curve(layer, T, shares, seconds) for T in tokens}
-    return Costs(*_key(layer), torch.get_num_threads(), curves)
+        found = {T: _costs(layer, T, shares, seconds) for T in tokens}
+    curves = {T: curve for T, (curve, _) in found.items()}
+    every_expert = {T: cost for T, (_, cost) in found.items()}
+    return Costs(*_key(layer), torch.get_num_threads(), curves, every_expert)
 
 
 def costs_table(costs: Costs) -> str:
-    """The costs of a layer as people read them: op over dense, and up to which executed share the op is taken."""
+    """The costs of a layer as people read them, and up to which executed share the op is taken."""
     lines = [
-        (str(T), *(f"{cost:.2f} at {share:.0%}" for share, cost in curve), f"{costs.sparse_until(T):.0%}")
+        [str(T), *(f"{cost:.2f} at {share:.0%}" for share, cost in curve)]
         for T, curve in costs.curves.items()
     ]
     width = max(map(len, lines))
-    padded = [(*line[:-1], *[""] * (width - len(line)), line[-1]) for line in lines]
-    return format_table(("tokens", *["cost"] * (width - 2), "sparse until"), padded)
+    for T, line in zip(costs.curves, lines, strict=True):
+        every = costs.every_expert.get(T)
+        line += [""] * (width - len(line))
+        line += [f"{costs.sparse_until(T):.0%}", "" if every is None else f"{every:.2f}"]
+    return format_table(("tokens", *["cost"] * (width - 1), "sparse until", "at tau 0"), lines)
 
 
-def _curve(layer: DynamicKMoE, T: int, shares: Sequence[float], seconds: float) -> Curve:
+def _costs(layer: DynamicKMoE, T: int, shares: Sequence[float], seconds: float) -> tuple[Curve, float]:
+    """The curve at T tokens, and the cost at tau = 0."""
     g = torch.Generator().manual_seed(T)
     device, dtype = layer.w_up.device, layer.w_up.dtype
     x = torch.randn(T, layer.shape.d, generator=g, device="cpu").to(device, dtype)
@@ -98,10 +104,15 @@ def _curve(layer: DynamicKMoE, T: int, shares: Sequence[float], seconds: float) 
     def sparse(x: Tensor, mask: Tensor) -> Tensor:
         return ops.sparse_experts(x, mask, *layer.expert_weights(), act=layer.act)
 
-    variants = {str(share): partial(routed, sparse, mask) for share, mask in masks.items()}
-    variants["dense"] = partial(routed, layer.masked_dense, masks[min(masks)])
-    times = measure({name: waiting(call, device) for name, call in variants.items()}, seconds)
-    return tuple((share, times[str(share)].median / times["dense"].median) for share in sorted(masks))
+    variants: dict[str, Callable[[], object]] = {
+        str(share): partial(routed, sparse, mask) for share, mask in masks.items()
+    }
+    variants["masked"] = partial(routed, layer.masked_dense, masks[min(masks)])
+    variants["op at tau 0"], variants["dense at tau 0"] = partial(layer.op_on_all, x), partial(layer.dense, x)
+    timings = measure({name: waiting(call, device) for name, call in variants.items()}, seconds)
+    times = {name: timing.median for name, timing in timings.items()}
+    curve = tuple((share, times[str(share)] / times["masked"]) for share in sorted(masks))
+    return curve, times["op at tau 0"] / times["dense at tau 0"]
 
 
 def _key(layer: DynamicKMoE) -> measured.Key:

@@ -1,7 +1,7 @@
 """Measured costs of the sparse op, in a file: what `sadmoe bench --calibrate` writes and a layer's choice reads.
 
 A cost is seconds of the sparse op over seconds of the dense path for the same tokens and mask, router and selection
-in both: below 1 the op is faster. T tokens, as everywhere.
+in both: below 1 the op is faster. With every expert, at tau = 0, neither asks a router. T tokens, as everywhere.
 """
 
 import json
@@ -9,10 +9,10 @@ import math
 import os
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sadmoe.crossover import Layer
 
@@ -21,6 +21,7 @@ BUILT_IN = Path(__file__).with_name("cpu_costs.json")
 
 Curve = tuple[tuple[float, float], ...]  # (executed share, cost), shares ascending in (0, 1]
 Key = tuple[str, str, Layer]
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class Costs:
     layer: Layer
     threads: int
     curves: Mapping[int, Curve]  # by T
+    every_expert: Mapping[int, float] = field(
+        default_factory=dict
+    )  # by T, the cost at tau = 0 where it was measured
 
     @property
     def key(self) -> Key:
@@ -40,8 +44,15 @@ class Costs:
 
     def sparse_until(self, tokens: int, slack: float = 1.0) -> float:
         """The largest executed share at which the op costs at most `slack`, at the measured T nearest to tokens."""
-        nearest = min(self.curves, key=lambda T: abs(math.log(T / tokens)))
-        return sparse_until(self.curves[nearest], slack)
+        return sparse_until(_nearest(self.curves, tokens), slack)
+
+    def cost_of_every_expert(self, tokens: int) -> float | None:
+        """The cost at tau = 0 at the measured T nearest to tokens, None where there is none."""
+        return _nearest(self.every_expert, tokens) if self.every_expert else None
+
+
+def _nearest(by_tokens: Mapping[int, V], tokens: int) -> V:
+    return by_tokens[min(by_tokens, key=lambda T: abs(math.log(T / tokens)))]
 
 
 def sparse_until(curve: Curve, slack: float) -> float:
@@ -100,7 +111,8 @@ def read(path: Path) -> dict[Key, Costs]:
 
 def _plain(row: Costs) -> dict[str, Any]:
     curves = {str(T): [list(point) for point in curve] for T, curve in row.curves.items()}
-    return {**asdict(row), "curves": curves}
+    every_expert = {str(T): cost for T, cost in row.every_expert.items()}
+    return {**asdict(row), "curves": curves, "every_expert": every_expert}
 
 
 def _costs(row: Mapping[str, Any]) -> Costs:
@@ -113,7 +125,12 @@ def _costs(row: Mapping[str, Any]) -> Costs:
             raise ValueError(f"the costs at T = {T} are no costs: {curve}")
     if not curves:
         raise ValueError("a layer has no costs")
-    return Costs(row["device"], row["dtype"], Layer(**row["layer"]), int(row["threads"]), curves)
+    every_expert = {int(T): float(cost) for T, cost in row.get("every_expert", {}).items()}
+    if any(T < 1 or not 0 < cost < math.inf for T, cost in every_expert.items()):
+        raise ValueError(f"the costs of every expert are no costs: {every_expert}")
+    return Costs(
+        row["device"], row["dtype"], Layer(**row["layer"]), int(row["threads"]), curves, every_expert
+    )
 
 
 def _crc32(rows: Any) -> int:

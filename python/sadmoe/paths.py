@@ -21,6 +21,8 @@ from sadmoe.timing import processor
 
 NOT_YET = -1  # instead of a count
 WORTH = 1.1  # how many times faster dense must be where nobody asked for it
+SURE = 0.95  # of dense's time, what the op may take where it replaces it unasked
+ALIKE = 2.0  # of two layers, at most: the logarithms of the ratios of their sizes, added up
 
 _costs: dict[Key, Costs] | None = None  # None: the user's file has not been read
 
@@ -32,6 +34,8 @@ def use_costs(rows: Iterable[Costs] | None) -> None:
     """
     global _costs
     _costs = None if rows is None else {row.key: row for row in rows}
+    for answer in (sparse_until, op_runs_all):
+        answer.cache_clear()
 
 
 @lru_cache
@@ -47,20 +51,34 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+@lru_cache(maxsize=4096)
 def sparse_until(layer: Layer, tokens: int, device: torch.device, dtype: torch.dtype, slack: float) -> float:
     """The executed share up to which the sparse op takes at most `slack` times what the dense path takes.
 
-    tokens >= 1. Reads the user's file of measurements at the first call of a process, and raises ValueError where it is
-    damaged. Waits for no device.
+    tokens >= 1. 1.0 on the CPU where nothing tells. Reads the user's file of measurements at the first call of a
+    process, and raises ValueError where it is damaged. Waits for no device.
     """
-    found = _table().get((device_name(device), dtype_name(dtype), layer))
-    if found is not None:
-        return found.sparse_until(tokens, slack)
-    if device.type == "cuda":
+    found = _measured(layer, device, dtype)
+    if found is None and device.type == "cuda":
         card = crossover.card_for(torch.cuda.get_device_capability(device))
         return crossover.crossover(layer, tokens, card, masked=True, slack=slack)
-    nearest = _nearest_built_in(layer, dtype)
-    return 1.0 if nearest is None else nearest.sparse_until(tokens, slack)
+    if found is None:
+        found = _nearest_built_in(layer, dtype)
+    return 1.0 if found is None else found.sparse_until(tokens, slack)
+
+
+@lru_cache(maxsize=4096)
+def op_runs_all(layer: Layer, tokens: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the op surely runs every expert faster than torch's products, no router asked: at tau = 0.
+
+    By what was measured on this device; on the CPU else by what came with sadmoe, if of these kernels and of a layer
+    much alike. tokens >= 1. Raises ValueError as `sparse_until` does.
+    """
+    found = _measured(layer, device, dtype)
+    if found is None and device.type == "cpu":
+        found = _nearest_built_in(layer, dtype, alike=True)
+    cost = None if found is None else found.cost_of_every_expert(tokens)
+    return cost is not None and cost <= SURE
 
 
 class ShareHint:
@@ -136,13 +154,26 @@ def _table() -> dict[Key, Costs]:
     return _costs
 
 
+def _measured(layer: Layer, device: torch.device, dtype: torch.dtype) -> Costs | None:
+    return _table().get((device_name(device), dtype_name(dtype), layer))
+
+
 @lru_cache(maxsize=256)
-def _nearest_built_in(layer: Layer, dtype: torch.dtype) -> Costs | None:
-    """Of the measurements that came with sadmoe those of the likest shape, None where there are none of that dtype."""
-    rows = [row for row in measured.read(measured.BUILT_IN).values() if row.dtype == dtype_name(dtype)]
+def _nearest_built_in(layer: Layer, dtype: torch.dtype, alike: bool = False) -> Costs | None:
+    """Of the measurements that came with sadmoe those of the likest shape; None where there are none of that dtype.
+
+    In 16 bits, and where they must be alike, they count for the kernels they were measured with alone: the units of
+    other processors are other ones.
+    """
+    kernels = f", kernels {ops.cpu_isas()[0]},"
 
     def unlike(row: Costs) -> float:
         sizes = [(each.d, each.neurons, each.expert_size, each.inputs) for each in (layer, row.layer)]
         return sum(abs(math.log(a / b)) for a, b in zip(*sizes, strict=True))
 
+    rows = [row for row in measured.read(measured.BUILT_IN).values() if row.dtype == dtype_name(dtype)]
+    if alike or dtype.itemsize == 2:
+        rows = [row for row in rows if kernels in row.device]
+    if alike:
+        rows = [row for row in rows if unlike(row) <= ALIKE]
     return min(rows, key=unlike, default=None)

@@ -1,0 +1,40 @@
+"""Measures the costs that come with sadmoe, python/sadmoe/cpu_costs.json, for machines without their own.
+
+    python bench/cpu_costs.py [--layers 384x1536 576x1536-glu] [--s 16 64] [--out FILE]
+
+What `sadmoe bench --calibrate` measures, on one thread, of layers with random weights. A layer elsewhere goes by the
+likest of them; in 16 bits only where its kernels are for the same instruction set.
+"""
+
+import argparse
+import itertools
+from pathlib import Path
+
+import torch
+from layer_problem import LAYERS, shape_of, weights
+from sadmoe import measured
+from sadmoe.measure_costs import TOKENS, costs_table, measure_costs
+from variants import layer_of
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", nargs="+", default=LAYERS)
+    parser.add_argument("--s", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--out", type=Path, default=Path("python/sadmoe/cpu_costs.json"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for name, s, dtype in itertools.product(args.layers, args.s, DTYPES):
+        rows.append(measure_costs(layer_of(weights(shape_of(name, s), dtype)), args.tokens))
+        print(f"{name}, s {s}, {dtype}\n{costs_table(rows[-1])}\n", flush=True)
+    measured.write(args.out, rows)
+
+
+if __name__ == "__main__":
+    main()
