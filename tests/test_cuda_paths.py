@@ -173,8 +173,9 @@ def test_under_graph_capture_nothing_is_counted_and_what_arrived_is_seen(on_cuda
     assert choices(layer, 1) == [(False, False)]
 
 
-def test_on_cuda_the_default_needs_an_expected_share(card):
+def test_on_cuda_the_default_needs_an_expected_share(card, monkeypatch):
     layer = layer_of(torch.bfloat16)
+    monkeypatch.setattr(DynamicKMoE, "_may_choose", lambda self, x: True)
     give(layer, ALWAYS_DENSE, CUDA)
     x = OnCuda()
     x.dtype = torch.bfloat16

@@ -37,6 +37,24 @@ def test_any_leading_shape(shape, gated):
         assert layer.mask(x).shape == (*shape[:-1], 6)
 
 
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.5])
+def test_weights_may_be_made_of_others_at_every_access(tau):
+    layer, plain = (make_layer(gate=DynamicK(tau)) for _ in range(2))
+    for module, name in ((layer, "w_up"), (layer.router, "v1")):
+        torch.nn.utils.parametrize.register_parametrization(module, name, Doubled())
+    plain.w_up.data *= 2
+    plain.router.v1.data *= 2
+    x = tokens(30, 20)
+    assert torch.equal(layer(x), plain(x))
+    torch.nn.utils.parametrize.remove_parametrizations(layer, "w_up")
+    assert torch.equal(layer(x), plain(x))
+
+
 def test_forward_runs_the_experts_of_its_mask():
     layer = make_layer(bias=("b_up", "b_out"))
     x = tokens(30, 20)

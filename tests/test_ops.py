@@ -108,32 +108,51 @@ def test_meta_tensors_give_shapes():
     assert ops.router_scores(x, *(v.to("meta") for v in router_problem(12, 3))).shape == (6, 3)
 
 
-def test_flops_are_those_executed():
+MODES = pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+
+
+@MODES
+def test_flops_are_those_executed(mode):
     x, _, *weights = experts_problem(6, 12, 3, 4, 5, gated=True)
     v1, v2 = router_problem(12, 3, r=9)
     mask = ops.dynamic_k_select(ops.router_scores(x, v1, v2), 0.5)
     pairs = int(mask.sum())
     assert 6 <= pairs < 18
     experts, router = 2 * pairs * 4 * (2 * 12 + 5), 2 * 6 * 9 * (12 + 3)
-    with FlopCounterMode(display=False) as count:
+    with mode(), FlopCounterMode(display=False) as count:
         ops.sparse_experts(x, mask, *weights)
     assert count.get_total_flops() == experts
-    with FlopCounterMode(display=False) as count:
+    with mode(), FlopCounterMode(display=False) as count:
         ops.dynamic_k_moe(x, v1, v2, *weights, tau=0.5)
     assert count.get_total_flops() == experts + router
 
 
-def test_autocast_casts_the_experts_and_not_the_router():
+@MODES
+def test_autocast_casts_the_experts_and_not_the_router(mode):
     x, mask, *weights = experts_problem(6, 16, 3, 4)
     v1, v2 = router_problem(16, 3)
     low = [None if w is None else w.bfloat16() for w in weights]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(
             ops.sparse_experts(x, mask, *weights), ops.sparse_experts(x.bfloat16(), mask, *low)
         )
         assert torch.equal(ops.router_scores(x, v1, v2), ops.router_scores(x.bfloat16(), v1, v2))
         y = ops.dynamic_k_moe(x, v1, v2, *weights, tau=0.3)
     assert torch.equal(y, ops.dynamic_k_moe(x.bfloat16(), v1, v2, *low, tau=0.3))
+
+
+def test_without_gradients_the_result_is_the_same_and_an_error_leaves_no_trace():
+    x, mask, *weights = experts_problem(6, 12, 3, 4)
+    weights[0].requires_grad_()
+    with torch.no_grad():
+        quiet = ops.sparse_experts(x, mask, *weights)
+        with pytest.raises(RuntimeError, match="mask must be"):
+            ops.sparse_experts(x, mask[:, :2], *weights)
+    assert not quiet.requires_grad
+    y = ops.sparse_experts(x, mask, *weights)
+    assert torch.equal(y, quiet)
+    y.sum().backward()
+    assert weights[0].grad.abs().sum() > 0
 
 
 def test_gradients_flow_under_autocast():

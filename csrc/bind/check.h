@@ -1,9 +1,11 @@
 // Tensors to plain pointers: every check of an argument and every message, once, for all devices.
 #pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -73,6 +75,22 @@ inline Activation activation_of(const char* op, const std::string& act) {
   return Activation::none;
 }
 
+// torch::stable::contiguous, but for its way through torch's dispatcher where there is nothing to do.
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// torch::stable::new_empty of a plain tensor, but for that way.
+inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, std::optional<ScalarType> dtype = std::nullopt) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  int32_t type, index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype.value_or(like.scalar_type())));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), code, type, index, &made));
+  return Tensor(made);
+}
+
 struct Argument {
   const char* name;
   Tensor tensor;
@@ -84,7 +102,7 @@ class Arguments {
   explicit Arguments(const char* op) : op_(op) {}
 
   View add(const char* name, const Tensor& t) {
-    kept_.push_back({name, torch::stable::contiguous(t)});
+    kept_.push_back({name, as_contiguous(t)});
     return {kept_.back().tensor.const_data_ptr(), dtype_of(op_, name, t)};
   }
   View add(const char* name, const MaybeTensor& t) { return t ? add(name, *t) : View{}; }
@@ -100,7 +118,7 @@ class Arguments {
   // Weights of experts in int8, and their scales [E, s] of any floating dtype.
   View add_int8(const char* name, const Tensor& t) {
     check(t.scalar_type() == ScalarType::Char, op_, name, " must be int8, got ", torch::headeronly::toString(t.scalar_type()));
-    kept_.push_back({name, torch::stable::contiguous(t)});
+    kept_.push_back({name, as_contiguous(t)});
     return {kept_.back().tensor.const_data_ptr(), DType::i8};
   }
   View add_scale(const char* name, const Tensor& t, const ExpertsShape& shape) {
@@ -110,7 +128,7 @@ class Arguments {
 
   const bool* add_mask(const char* name, const Tensor& t) {
     check(t.scalar_type() == ScalarType::Bool, op_, name, " must be bool, got ", torch::headeronly::toString(t.scalar_type()));
-    kept_.push_back({name, torch::stable::contiguous(t)});
+    kept_.push_back({name, as_contiguous(t)});
     return static_cast<const bool*>(kept_.back().tensor.const_data_ptr());
   }
 

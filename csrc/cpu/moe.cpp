@@ -303,13 +303,6 @@ void route(View x, const Router& router, const RouterShape& s, float* scores, co
                        [&](int64_t e0, int64_t e1) { route_scores(hidden.get(), router, s, e0, e1, turned.get(), scores); });
 }
 
-const Threads& one_thread() {
-  static const Threads one{1, [](int64_t n, int64_t, const std::function<void(int64_t, int64_t)>& body) {
-                             if (n > 0) body(0, n);
-                           }};
-  return one;
-}
-
 // Calls run(begin, end, threads) for blocks of tokens, whose results have so many columns: few tokens in one block on all
 // threads, many in a block a thread.
 void for_blocks(int64_t T, int64_t columns, int64_t block, const Threads& threads,
@@ -352,6 +345,13 @@ class Runner {
 };
 
 }  // namespace
+
+const Threads& one_thread() {
+  static const Threads one{1, [](int64_t n, int64_t, const std::function<void(int64_t, int64_t)>& body) {
+                             if (n > 0) body(0, n);
+                           }};
+  return one;
+}
 
 void router_scores(View x, const Router& router, const RouterShape& shape, float* scores, const Threads& threads) {
   for_blocks(shape.T, shape.E, kBlock, threads, [&](int64_t begin, int64_t end, const Threads& inner) {

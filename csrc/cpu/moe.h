@@ -15,6 +15,9 @@ struct Threads {
   ParallelFor parallel_for;
 };
 
+// The caller's thread alone.
+const Threads& one_thread();
+
 // scores [T, E]: x [T, d] of any dtype.
 void router_scores(View x, const Router& router, const RouterShape& shape, float* scores, const Threads& threads);
 

@@ -47,9 +47,17 @@ class Router(nn.Module):
         for v in (self.v1, self.v2):
             nn.init.kaiming_uniform_(v, a=5**0.5)
 
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """v1, v2: the order of the ops."""
+        held: Any = self._parameters  # see DynamicKMoE.expert_weights
+        try:
+            return held["v1"], held["v2"]
+        except KeyError:
+            return self.v1, self.v2
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d] -> scores [..., E], float32, >= 0."""
-        scores = ops.router_scores(x.reshape(-1, x.shape[-1]), self.v1, self.v2)
+        scores = ops.router_scores(x.reshape(-1, x.shape[-1]), *self.weights())
         return scores.reshape(*x.shape[:-1], scores.shape[-1])
 
     def extra_repr(self) -> str:
@@ -180,7 +188,11 @@ class DynamicKMoE(nn.Module):
         self,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """w_up, w_down, b_up, w_gate, b_gate, b_out: the order of the ops."""
-        return self.w_up, self.w_down, self.b_up, self.w_gate, self.b_gate, self.b_out
+        held: Any = self._parameters  # every call asks: as attributes they take ten times as long
+        try:
+            return held["w_up"], held["w_down"], held["b_up"], held["w_gate"], held["b_gate"], held["b_out"]
+        except KeyError:  # made of other parameters at every access, as by torch's parametrize and prune
+            return self.w_up, self.w_down, self.b_up, self.w_gate, self.b_gate, self.b_out
 
     def int8_weights(self) -> Int8Weights:
         """The same with scales, in the order of the ops of int8; only where they are int8."""
@@ -235,8 +247,10 @@ class DynamicKMoE(nn.Module):
 
     def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
         """x [..., d] -> [..., d_out]; x by whatever name the FFN was called with."""
-        x = only_input(() if x is None else (x,), named)
-        rows = x.reshape(-1, x.shape[-1])
+        if x is None or named:
+            x = only_input(() if x is None else (x,), named)
+        flat = x.dim() == 2
+        rows = x if flat else x.reshape(-1, x.shape[-1])
         gate = self.gate
         if self.check_nan and rows.isnan().any():
             raise ValueError(
@@ -250,7 +264,7 @@ class DynamicKMoE(nn.Module):
             y = self._selected(rows)
         if self.training:
             y = F.dropout(y, self.dropout)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return y if flat else y.reshape(*x.shape[:-1], y.shape[-1])
 
     def mask(self, x: Tensor) -> Tensor:
         """The experts that `forward` runs: x [..., d] -> bool [..., E]."""
@@ -288,11 +302,12 @@ class DynamicKMoE(nn.Module):
             return self._down(self._kept(self._hidden(x), self.mask(x)))
         dense, mask = self._choose(x)
         if isinstance(self.gate, DynamicK) and mask is None and not dense:
-            router, tau = self.router, self.gate.tau
-            v1, v2 = router.v1, router.v2
+            router: Any = self._modules["router"]  # as an attribute it is slow, too
+            v1, v2 = router.weights()
+            tau, act = self.gate.tau, self.act
             if self.is_int8:
-                return ops.dynamic_k_moe_int8(x, v1, v2, *self.int8_weights(), tau=tau, act=self.act)
-            return ops.dynamic_k_moe(x, v1, v2, *self.expert_weights(), tau=tau, act=self.act)
+                return ops.dynamic_k_moe_int8(x, v1, v2, *self.int8_weights(), tau=tau, act=act)
+            return ops.dynamic_k_moe(x, v1, v2, *self.expert_weights(), tau=tau, act=act)
         mask = self.mask(x) if mask is None else mask
         return self.masked_dense(x, mask) if dense else self._sparse(x, mask)
 
@@ -313,7 +328,7 @@ class DynamicKMoE(nn.Module):
 
     def _choose(self, x: Tensor) -> tuple[bool, Tensor | None]:
         """Whether x [T, d] takes the dense path, and its mask where that had to be known. Waits for no CUDA device."""
-        until = self._sparse_until(x) if self._may_choose(x) else 1.0
+        until = self._sparse_until(x)
         if until >= 1.0:
             return False, None
         if x.device.type == "cpu":  # counted before it is run: the choice is a function of this call
@@ -328,26 +343,31 @@ class DynamicKMoE(nn.Module):
         return share is None or share > until, counted  # unknown: dense, at worst as slow as dense
 
     def _may_choose(self, x: Tensor) -> bool:
-        if self.batch_invariant or torch.compiler.is_compiling() or torch.is_grad_enabled() or self.is_int8:
+        """Whether x [T, d] is tokens to count, and not only a shape, and asks for no gradients."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.jit.is_tracing():
             return False
-        data = type(x) is Tensor and not torch.jit.is_tracing()  # to count, and not only a shape
-        return data and x.device.type in ("cpu", "cuda") and len(x) > 0
+        return type(x) is Tensor and x.device.type in ("cpu", "cuda") and len(x) > 0
 
     def _sparse_until(self, x: Tensor) -> float:
         """The executed share up to which the op runs for so many tokens of that device and dtype; 1: always."""
-        unasked, dtype = self.batch_invariant is None, self._dtype_of_products(x)
-        if dtype is None:
+        if self.batch_invariant or self.is_int8 or torch.compiler.is_compiling():
             return 1.0
+        if (dtype := self._dtype_of_products(x)) is None:
+            return 1.0
+        unasked = self.batch_invariant is None
         if unasked and (dtype.itemsize > 2 or (x.device.type == "cuda" and self.expected_share is None)):
+            return 1.0
+        if not self._may_choose(x):
             return 1.0
         slack = paths.WORTH if unasked else 1.0
         return paths.sparse_until(self._shape_in(dtype), len(x), x.device, dtype, slack)
 
     def _dtype_of_products(self, x: Tensor) -> torch.dtype | None:
         """What torch multiplies x in; None where it refuses, as x is not of the weights' dtype."""
-        if torch.is_autocast_enabled(x.device.type):
+        any_device = torch._C._is_any_autocast_enabled()  # to ask for one is slow
+        if any_device and torch.is_autocast_enabled(x.device.type):
             return torch.get_autocast_dtype(x.device.type)
-        return x.dtype if x.dtype == self.w_up.dtype else None
+        return x.dtype if x.dtype == self.expert_weights()[0].dtype else None
 
     def _shape_in(self, dtype: torch.dtype) -> Layer:
         if dtype not in self._shapes:  # every call asks: it takes 7 µs
@@ -385,17 +405,19 @@ class DynamicKMoE(nn.Module):
     def _hidden(self, x: Tensor) -> Tensor:
         """Activations of every neuron, in slot order: [T, d] -> [T, E * s]."""
         act = reference.ACTIVATIONS[self.act]
-        up = F.linear(
-            x, self.float_weights("w_up").flatten(0, 1), None if self.b_up is None else self.b_up.flatten()
-        )
-        if self.w_gate is None:
+        w_up, _, b_up, w_gate, b_gate, _ = self.expert_weights()
+        if self.is_int8:
+            w_up = self.float_weights("w_up")
+            w_gate = None if w_gate is None else self.float_weights("w_gate")
+        up = F.linear(x, w_up.flatten(0, 1), None if b_up is None else b_up.flatten())
+        if w_gate is None:
             return act(up)
-        w_gate = self.float_weights("w_gate").flatten(0, 1)
-        return act(F.linear(x, w_gate, None if self.b_gate is None else self.b_gate.flatten())) * up
+        return act(F.linear(x, w_gate.flatten(0, 1), None if b_gate is None else b_gate.flatten())) * up
 
     def _down(self, hidden: Tensor) -> Tensor:
-        w_down = self.float_weights("w_down").flatten(0, 1)
-        return hidden @ w_down if self.b_out is None else torch.addmm(self.b_out, hidden, w_down)
+        _, w_down, *_, b_out = self.expert_weights()
+        w_down = (self.float_weights("w_down") if self.is_int8 else w_down).flatten(0, 1)
+        return hidden @ w_down if b_out is None else torch.addmm(b_out, hidden, w_down)
 
     def extra_repr(self) -> str:
         d_out = self.w_down.shape[2]

@@ -41,6 +41,25 @@ def _load() -> None:
 
 _load()
 
+_ROUTER_SCORES = torch.ops.sadmoe.router_scores.default
+_DYNAMIC_K_SELECT = torch.ops.sadmoe.dynamic_k_select.default
+_SPARSE_EXPERTS = torch.ops.sadmoe.sparse_experts.default
+_DYNAMIC_K_MOE = torch.ops.sadmoe.dynamic_k_moe.default
+_SPARSE_EXPERTS_INT8 = torch.ops.sadmoe.sparse_experts_int8.default
+_DYNAMIC_K_MOE_INT8 = torch.ops.sadmoe.dynamic_k_moe_int8.default
+
+
+def _run(op: torch._ops.OpOverload, *args: Any) -> Tensor:
+    """The op; where nobody asks for gradients, past their rule.
+
+    That is Python, which torch would call only to be told so: between other layers of a model, when nothing of it is in
+    the caches, it takes longer than a kernel with one token.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
 
 def router_scores(x: Tensor, v1: Tensor, v2: Tensor) -> Tensor:
     """Predicted output norm of every expert, `relu(x @ v1.T) @ v2.T` without its sign, in float32.
@@ -48,7 +67,7 @@ def router_scores(x: Tensor, v1: Tensor, v2: Tensor) -> Tensor:
     x [T, d], v1 [r, d], v2 [E, r], each float32, bfloat16 or float16 -> float32 [T, E], >= 0.
     Raises RuntimeError that names the argument whose shape or dtype does not fit. Source: arXiv 2310.04361, section 3.
     """
-    return torch.ops.sadmoe.router_scores.default(x, v1, v2)
+    return _run(_ROUTER_SCORES, x, v1, v2)
 
 
 def dynamic_k_select(scores: Tensor, tau: float) -> Tensor:
@@ -58,7 +77,7 @@ def dynamic_k_select(scores: Tensor, tau: float) -> Tensor:
     An all-zero row selects every expert; a negative score counts as 0; NaN is never selected.
     Source: arXiv 2310.04361, section 3 (its code calls this dynk_max and uses 1 - tau).
     """
-    return torch.ops.sadmoe.dynamic_k_select.default(scores, tau)
+    return _run(_DYNAMIC_K_SELECT, scores, tau)
 
 
 def sparse_experts(
@@ -79,7 +98,7 @@ def sparse_experts(
     on the CPU in float32 every 16 by themselves first: a token's result does not depend on its neighbours, the
     number of threads or the run, bit for bit.
     """
-    return torch.ops.sadmoe.sparse_experts.default(x, mask, w_up, w_down, b_up, w_gate, b_gate, b_out, act)
+    return _run(_SPARSE_EXPERTS, x, mask, w_up, w_down, b_up, w_gate, b_gate, b_out, act)
 
 
 def dynamic_k_moe(
@@ -99,9 +118,7 @@ def dynamic_k_moe(
 
     Gradients reach x and the experts with the mask held constant; v1 and v2 get none (train them on `router_scores`).
     """
-    return torch.ops.sadmoe.dynamic_k_moe.default(
-        x, v1, v2, w_up, w_down, b_up, w_gate, b_gate, b_out, tau, act
-    )
+    return _run(_DYNAMIC_K_MOE, x, v1, v2, w_up, w_down, b_up, w_gate, b_gate, b_out, tau, act)
 
 
 def sparse_experts_int8(
@@ -126,8 +143,20 @@ def sparse_experts_int8(
     has kernels for it; on other devices `sparse_experts` runs on weights that are widened at every call, without that
     rounding and with one warning. Gradients reach x and biases.
     """
-    return torch.ops.sadmoe.sparse_experts_int8.default(
-        x, mask, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, act
+    return _run(
+        _SPARSE_EXPERTS_INT8,
+        x,
+        mask,
+        w_up,
+        w_down,
+        scale_up,
+        scale_down,
+        b_up,
+        w_gate,
+        scale_gate,
+        b_gate,
+        b_out,
+        act,
     )
 
 
@@ -148,8 +177,22 @@ def dynamic_k_moe_int8(
     act: str = "relu",
 ) -> Tensor:
     """`dynamic_k_moe` of weights in int8, as `sparse_experts_int8` takes them."""
-    return torch.ops.sadmoe.dynamic_k_moe_int8.default(
-        x, v1, v2, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, tau, act
+    return _run(
+        _DYNAMIC_K_MOE_INT8,
+        x,
+        v1,
+        v2,
+        w_up,
+        w_down,
+        scale_up,
+        scale_down,
+        b_up,
+        w_gate,
+        scale_gate,
+        b_gate,
+        b_out,
+        tau,
+        act,
     )
 
 
