@@ -2,7 +2,7 @@
 
     python bench/layers.py [--layers 384x1536 576x1536-glu] [--s 32] [--tokens 1 256] [--shares 0.25]
                            [--masks independent skewed] [--dtypes float32 bfloat16] [--isas all]
-                           [--peers loop grouped_mm int8] [--threads 1] [--out FOLDER]
+                           [--peers loop grouped_mm int8] [--warm] [--threads 1] [--out FOLDER]
 
 Without options: the whole grid, which takes hours. sadmoe's time holds the router and the selection; the peers get the
 mask for free. Masks: independent, those of a random router at the tau of the share; skewed, a few experts run for most
@@ -16,6 +16,9 @@ Peers: loop, a Python loop over experts; eager and grouped_mm, transformers' two
 and no more; int8, sadmoe with its experts' weights in int8; layer, not by default and for independent masks alone, the
 module, which may run all experts by torch's products, by the costs of --calibrate or those that came with sadmoe. "-":
 one of the peer's tensors would be over --memory GiB.
+
+Variants take turns, so that one finds neither weights nor code in the caches: others ran since. --warm: each timed call
+comes after one of the same variant on other weights, and finds the code, as the layers of a model do that share it.
 
 speedup: dense over sadmoe. of_ideal: the same times the share. of_floor: floor over sadmoe, where
   floor = max(executed FLOPs / peak, bytes of the weights that some token needs / bandwidth) + the router's own floor
@@ -141,10 +144,11 @@ def with_isa(isa: str, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
 class Copies:
     """A layer's weights once for each variant: what the one before has left in the caches is of no use to it."""
 
-    def __init__(self, w: SimpleNamespace) -> None:
-        self.w, self.made = w, {}
+    def __init__(self, w: SimpleNamespace, one_for_all: bool = False) -> None:
+        self.w, self.one_for_all, self.made = w, one_for_all, {}
 
     def of(self, p: SimpleNamespace, variant: object) -> SimpleNamespace:
+        variant = None if self.one_for_all else variant
         if variant not in self.made:
             self.made[variant] = copied(self.w)
         return with_weights(p, self.made[variant])
@@ -167,18 +171,33 @@ def sparse(p: SimpleNamespace, kind: str, copies: Copies, args: argparse.Namespa
     return {name: Kept(call) for name, call in found.items()}
 
 
+def ways(
+    problems: dict[str, SimpleNamespace], copies: Copies, args: argparse.Namespace
+) -> dict[tuple[str, str], Kept]:
+    """Dense, and for each kind of mask what runs sparsely: by kind and name."""
+    some = next(iter(problems.values()))
+    found = {("all", "dense"): Kept(dense(copies.of(some, "dense")))}
+    for kind, p in problems.items():
+        found |= {(kind, name): call for name, call in sparse(p, kind, copies, args).items()}
+    return found
+
+
 def timed(
-    problems: dict[str, SimpleNamespace], copies: Copies, read: Callable[[], Tensor], args: argparse.Namespace
+    problems: dict[str, SimpleNamespace],
+    copies: Copies,
+    others: Copies,
+    read: Callable[[], Tensor],
+    args: argparse.Namespace,
 ) -> Iterator[tuple[str, dict[str, Timing]]]:
     """By kind of mask, times of dense and read, which take turns with all of them, and of what runs sparsely."""
-    some = next(iter(problems.values()))
-    calls = {("all", "dense"): Kept(dense(copies.of(some, "dense"))), ("all", "read"): read}
-    ways = {kind: sparse(p, kind, copies, args) for kind, p in problems.items()}
-    for kind, found in ways.items():
-        calls |= {(kind, name): call for name, call in found.items()}
-    times = measure(calls, args.seconds, args.least, args.patience)
-    for kind, found in ways.items():
-        checked(problems[kind], {name: call.result for name, call in found.items()})
+    calls: dict[tuple[str, str], Callable[[], Tensor]] = {
+        **ways(problems, copies, args),
+        ("all", "read"): read,
+    }
+    before = ways(problems, others, args) if args.warm else {}
+    times = measure(calls, args.seconds, args.least, args.patience, before)
+    for kind, p in problems.items():
+        checked(p, {name: call.result for (of, name), call in calls.items() if of == kind})
         yield kind, {name: time for (of, name), time in times.items() if of in (kind, "all")}
 
 
@@ -248,14 +267,14 @@ def cells(args: argparse.Namespace, say: Printed) -> Iterator[dict]:
         heads = "".join(f"{n:>17}" for n in variants)
         say(f"    T  share  union{heads}  speedup of_ideal of_floor  GB/s")
         w = weights(layer, kind)
-        copies = Copies(w)
+        copies, others = Copies(w), Copies(w, one_for_all=True)
         if args.calibrate:
             paths.use_costs([measure_costs(layer_of(w), args.tokens)])
         for T in args.tokens:
             cell = {"layer": name, "s": s, "dtype": dtype, "isa": args.isas[0], "T": T}
             for some in masks(layer, w, T, args):
                 problems = {masked_by: p for masked_by, p in some.items() if p.mask.any()}
-                for masked_by, times in timed(problems, copies, read, args) if problems else ():
+                for masked_by, times in timed(problems, copies, others, read, args) if problems else ():
                     p = problems[masked_by]
                     limit = {"flops": peak, "bytes": weight_bytes(layer, kind) / times["read"].median}
                     found = result(p, times, limit, floor(layer, p.mask, kind, limit))
@@ -285,6 +304,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--calibrate", action="store_true", help="the layer's costs, as sadmoe bench --calibrate would"
+    )
+    parser.add_argument(
+        "--warm", action="store_true", help="untimed calls on other weights before the timed ones"
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=0.6, help="for each variant of a cell")

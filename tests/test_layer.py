@@ -74,6 +74,31 @@ def test_tau_zero_is_the_dense_path_and_equals_every_expert_run():
         torch.testing.assert_close(layer(x), every)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("experts", "expert_size"), [(24, 8), (10, 24), (7, 8), (3, 100), (2, 130), (17, 20)]
+)
+def test_every_neuron_by_the_op_is_the_dense_ffn(experts, expert_size, gated):
+    layer = make_layer(experts=experts, expert_size=expert_size, gated=gated, bias=("b_up", "b_out"), d_out=9)
+    x = tokens(12, 20)
+    torch.testing.assert_close(layer.op_on_all(x), layer.dense(x), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("experts", "expert_size", "joined"),
+    [(96, 16, (12, 128)), (64, 24, (16, 96)), (7, 16, (1, 112)), (11, 16, (11, 16)), (4, 200, (4, 200))],
+)
+def test_every_neuron_by_the_op_is_few_experts(monkeypatch, experts, expert_size, joined):
+    layer, seen = make_layer(experts=experts, expert_size=expert_size, bias=("b_up",)), []
+    run = ops.sparse_experts
+    monkeypatch.setattr(ops, "sparse_experts", lambda *a, **k: seen.append(a) or run(*a, **k))
+    layer.op_on_all(tokens(3, 20))
+    ((_, mask, w_up, w_down, b_up, *_),) = seen
+    assert (mask.shape, w_up.shape) == ((3, joined[0]), (*joined, 20))
+    for view, weight in ((w_up, layer.w_up), (w_down, layer.w_down), (b_up, layer.b_up)):
+        assert view.data_ptr() == weight.data_ptr(), "the same memory"
+
+
 def test_expert_norms_are_the_norms_of_the_outputs_without_the_output_bias():
     layer = make_layer(gated=True, bias=("b_up", "b_gate", "b_out"))
     x = tokens(11, 20)

@@ -165,7 +165,8 @@ def test_at_tau_zero_every_expert_runs_by_whatever_is_faster_and_no_router(monke
         (None, 1.2, []),
         (False, 1.2, []),
         (True, 1.2, ["sparse_experts"]),
-        (None, 0.97, []),  # not surely faster
+        (None, 1.02, []),
+        (None, 0.98, ["sparse_experts"]),
         (None, 0.9, ["sparse_experts"]),
         (False, 0.9, ["sparse_experts"]),
     ):
@@ -322,6 +323,14 @@ def test_without_measurements_those_that_came_with_sadmoe_decide(
     come_with_sadmoe(row)
     assert paths.sparse_until(SHAPE, 40, CPU, dtype, 1.0) == pytest.approx(until)
     assert paths.op_runs_all(SHAPE, 40, CPU, dtype) == op_at_tau_zero
+
+
+def test_at_tau_zero_a_small_gain_counts_where_it_was_measured_here(come_with_sadmoe):
+    row = dataclasses.replace(built_in("float32", HERE), every_expert={1: 0.97})
+    come_with_sadmoe(row)
+    assert not paths.op_runs_all(SHAPE, 40, CPU, torch.float32)
+    paths.use_costs([dataclasses.replace(row, device=paths.device_name(CPU))])
+    assert paths.op_runs_all(SHAPE, 40, CPU, torch.float32)
 
 
 def test_what_came_with_sadmoe_tells_nothing_of_tau_zero_in_other_shapes(come_with_sadmoe):

@@ -19,6 +19,7 @@ SCALES = {"w_up": "scale_up", "w_gate": "scale_gate", "w_down": "scale_down"}  #
 Int8Weights = tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
 ]
+LARGE = 128  # neurons of an expert, from which on the op takes no less time for each
 NORM_FLOOR = 1e-12  # norms below it are 0: what rounding leaves of a silent expert
 
 
@@ -284,8 +285,14 @@ class DynamicKMoE(nn.Module):
         return self._down(self._hidden(x))
 
     def op_on_all(self, x: Tensor) -> Tensor:
-        """The same by the op that runs sparsely, every expert for every token."""
-        return self._sparse(x, x.new_ones(x.shape[0], self.experts, dtype=torch.bool))
+        """The same by the op that runs sparsely, every expert for every token: as fewer large ones, which take less."""
+        small = self.experts, self.expert_size
+        large = _joined(*small)
+        weights = (
+            w if w is None or w.shape[:2] != small else w.reshape(*large, *w.shape[2:])
+            for w in self._op_weights()
+        )
+        return self._sparse(x, x.new_ones(x.shape[0], large[0], dtype=torch.bool), *weights)
 
     def masked_dense(self, x: Tensor, mask: Tensor) -> Tensor:
         """`ops.sparse_experts` by torch's own products, every expert computed: x [T, d], mask [T, E] -> [T, d_out]."""
@@ -311,10 +318,13 @@ class DynamicKMoE(nn.Module):
         mask = self.mask(x) if mask is None else mask
         return self.masked_dense(x, mask) if dense else self._sparse(x, mask)
 
-    def _sparse(self, x: Tensor, mask: Tensor) -> Tensor:
-        if self.is_int8:
-            return ops.sparse_experts_int8(x, mask, *self.int8_weights(), act=self.act)
-        return ops.sparse_experts(x, mask, *self.expert_weights(), act=self.act)
+    def _op_weights(self) -> tuple[Tensor | None, ...]:
+        return self.int8_weights() if self.is_int8 else self.expert_weights()
+
+    def _sparse(self, x: Tensor, mask: Tensor, *weights: Tensor | None) -> Tensor:
+        """The op on these weights, or on the layer's own."""
+        op: Any = ops.sparse_experts_int8 if self.is_int8 else ops.sparse_experts
+        return op(x, mask, *(weights or self._op_weights()), act=self.act)
 
     def _op_runs_all(self, x: Tensor) -> bool:
         """Whether x [T, d] goes through every expert by the op, instead of torch's products."""
@@ -344,9 +354,9 @@ class DynamicKMoE(nn.Module):
 
     def _may_choose(self, x: Tensor) -> bool:
         """Whether x [T, d] is tokens to count, and not only a shape, and asks for no gradients."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.jit.is_tracing():
+        if torch.is_grad_enabled() or type(x) is not Tensor or not (x.is_cpu or x.is_cuda):
             return False
-        return type(x) is Tensor and x.device.type in ("cpu", "cuda") and len(x) > 0
+        return not torch.compiler.is_compiling() and not torch.jit.is_tracing() and len(x) > 0
 
     def _sparse_until(self, x: Tensor) -> float:
         """The executed share up to which the op runs for so many tokens of that device and dtype; 1: always."""
@@ -428,6 +438,12 @@ class DynamicKMoE(nn.Module):
             + (f", d_out={d_out}" if d_out != self.w_up.shape[2] else "")
             + f", gate={self.gate}"
         )
+
+
+def _joined(experts: int, expert_size: int) -> tuple[int, int]:
+    """Number and size of experts, neighbours joined into one of up to LARGE neurons."""
+    together = max(n for n in range(1, max(LARGE // expert_size, 1) + 1) if experts % n == 0)
+    return experts // together, together * expert_size
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:

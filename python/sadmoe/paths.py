@@ -21,7 +21,7 @@ from sadmoe.timing import processor
 
 NOT_YET = -1  # instead of a count
 WORTH = 1.1  # how many times faster dense must be where nobody asked for it
-SURE = 0.95  # of dense's time, what the op may take where it replaces it unasked
+SURE = 0.95  # of dense's time, what the op may take by costs of another machine where it replaces it unasked
 ALIKE = 2.0  # of two layers, at most: the logarithms of the ratios of their sizes, added up
 
 _costs: dict[Key, Costs] | None = None  # None: the user's file has not been read
@@ -69,16 +69,16 @@ def sparse_until(layer: Layer, tokens: int, device: torch.device, dtype: torch.d
 
 @lru_cache(maxsize=4096)
 def op_runs_all(layer: Layer, tokens: int, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the op surely runs every expert faster than torch's products, no router asked: at tau = 0.
+    """Whether the op runs every expert faster than torch's products, no router asked: at tau = 0.
 
     By what was measured on this device; on the CPU else by what came with sadmoe, if of these kernels and of a layer
     much alike. tokens >= 1. Raises ValueError as `sparse_until` does.
     """
-    found = _measured(layer, device, dtype)
+    found, most = _measured(layer, device, dtype), 1.0
     if found is None and device.type == "cpu":
-        found = _nearest_built_in(layer, dtype, alike=True)
+        found, most = _nearest_built_in(layer, dtype, alike=True), SURE
     cost = None if found is None else found.cost_of_every_expert(tokens)
-    return cost is not None and cost <= SURE
+    return cost is not None and cost <= most
 
 
 class ShareHint:
