@@ -286,12 +286,10 @@ class DynamicKMoE(nn.Module):
 
     def op_on_all(self, x: Tensor) -> Tensor:
         """The same by the op that runs sparsely, every expert for every token: as fewer large ones, which take less."""
-        small = self.experts, self.expert_size
-        large = _joined(*small)
-        weights = (
-            w if w is None or w.shape[:2] != small else w.reshape(*large, *w.shape[2:])
-            for w in self._op_weights()
-        )
+        large = _joined(self.experts, self.expert_size)
+        weights = [
+            w if w is None or w.dim() == 1 else w.reshape(*large, *w.shape[2:]) for w in self._op_weights()
+        ]
         return self._sparse(x, x.new_ones(x.shape[0], large[0], dtype=torch.bool), *weights)
 
     def masked_dense(self, x: Tensor, mask: Tensor) -> Tensor:
