@@ -6,6 +6,7 @@
 #include "cpu/isa.h"
 #include "cpu/scratch.h"
 #include "cpu/tiled.h"
+#include "cpu/transpose.h"
 #include "plan.h"
 
 namespace sadmoe::cpu {
@@ -262,30 +263,30 @@ void route_hidden(View x, const Router& router, const RouterShape& s, int64_t be
   k.activate({s.T, end - begin, s.r, hidden + begin, nullptr, nullptr, nullptr, Activation::relu});
 }
 
-// to [columns, rows], leading dimension ld, = from [rows, columns] transposed.
-void transpose(const float* __restrict from, int64_t rows, int64_t columns, float* __restrict to, int64_t ld) {
-  constexpr int64_t kLine = 16;  // rows, whose entries are written while their line of `to` is at hand
-  for (int64_t r0 = 0; r0 < rows; r0 += kLine)
-    for (int64_t c = 0; c < columns; ++c) {
-      const float* entry = from + r0 * columns + c;
-      float* line = to + c * ld + r0;
-      if (rows - r0 >= kLine)  // a constant number: unrolled, and three times as fast
-        for (int64_t r = 0; r < kLine; ++r) line[r] = entry[r * columns];
-      else
-        for (int64_t r = 0; r < rows - r0; ++r) line[r] = entry[r * columns];
-    }
+// to [columns, rows], leading dimension ld, = from [rows, columns] transposed: of 16 bits, a few rows at a time are widened.
+void transpose_as_float(View from, int64_t rows, int64_t columns, float* to, int64_t ld) {
+  if (from.dtype == DType::f32) return transpose(static_cast<const float*>(from.data), rows, columns, to, ld);
+  const Floats wide(kLineRows * columns);
+  for (int64_t r = 0; r < rows; r += kLineRows) {
+    const int64_t n = std::min(kLineRows, rows - r);
+    kernels().widen[int(from.dtype)](at(from, r * columns).data, wide.get(), n * columns);
+    transpose(wide.get(), n, columns, to + r, ld);
+  }
 }
 
+// Floats from row to row, for that many in each: rows a power of two apart would have a few sets of the near caches to share.
+int64_t apart(int64_t columns) { return columns + kLineRows; }
+
 // scores [T, E] = |hidden v2ᵀ|, experts [begin, end). r is small: dot products would spend as long on ending their sums as on
-// the products, so v2 is turned, into scratch `turned` [r, E], and its rows are accumulated.
+// the products, so v2 is turned, into scratch `turned` [r, apart(E)], and its rows are accumulated.
 void route_scores(const float* hidden, const Router& router, const RouterShape& s, int64_t begin, int64_t end, float* turned,
                   float* scores) {
   const Kernels& k = kernels();
-  const AsFloat v2(at(router.v2, begin * s.r), (end - begin) * s.r);
-  transpose(v2.get(), end - begin, s.r, turned + begin, s.E);
+  const int64_t ld = apart(s.E);
+  transpose_as_float(at(router.v2, begin * s.r), end - begin, s.r, turned + begin, ld);
   for (int64_t t = 0; t < s.T; ++t) std::fill(scores + t * s.E + begin, scores + t * s.E + end, 0.0f);
   for (int64_t e = begin; e < end; e += k.strip)
-    k.accumulate[int(DType::f32)]({s.T, s.r, std::min(k.strip, end - e), s.r, s.E, s.E, hidden, nullptr, turned + e, scores + e});
+    k.accumulate[int(DType::f32)]({s.T, s.r, std::min(k.strip, end - e), s.r, ld, s.E, hidden, nullptr, turned + e, scores + e});
   k.activate({s.T, end - begin, s.E, scores + begin, nullptr, nullptr, nullptr, Activation::abs});
 }
 
@@ -298,7 +299,7 @@ void route(View x, const Router& router, const RouterShape& s, float* scores, co
   threads.parallel_for((s.r + 15) / 16, 2, [&](int64_t i0, int64_t i1) {
     route_hidden(rows, router, s, 16 * i0, std::min(16 * i1, s.r), hidden.get());
   });
-  const Floats turned(s.r * s.E);
+  const Floats turned(s.r * apart(s.E));
   threads.parallel_for(s.E, 32,
                        [&](int64_t e0, int64_t e1) { route_scores(hidden.get(), router, s, e0, e1, turned.get(), scores); });
 }

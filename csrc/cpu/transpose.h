@@ -1,0 +1,47 @@
+// Matrices turned over, in any code for x86-64, which has SSE2, and in plain C++ elsewhere.
+#pragma once
+#include <cstdint>
+
+#include "cpu/ahead.h"
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace sadmoe::cpu {
+
+constexpr int64_t kLineRows = kLine / int64_t(sizeof(float));  // whose entries are written while their line of `to` is at hand
+
+// to[c, r] = from[r, c]   for 4 rows and 4 columns
+inline void transpose_four(const float* from, int64_t ld_from, float* to, int64_t ld_to) {
+#if defined(__SSE2__)
+  __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + ld_from), c = _mm_loadu_ps(from + 2 * ld_from),
+         d = _mm_loadu_ps(from + 3 * ld_from);
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  _mm_storeu_ps(to, a), _mm_storeu_ps(to + ld_to, b), _mm_storeu_ps(to + 2 * ld_to, c), _mm_storeu_ps(to + 3 * ld_to, d);
+#else
+  for (int c = 0; c < 4; ++c)
+    for (int r = 0; r < 4; ++r) to[c * ld_to + r] = from[r * ld_from + c];
+#endif
+}
+
+// to [columns, rows], leading dimension ld, = from [rows, columns] transposed.
+inline void transpose(const float* from, int64_t rows, int64_t columns, float* to, int64_t ld) {
+  const auto plainly = [&](int64_t r0, int64_t r1, int64_t c0) {
+    for (int64_t c = c0; c < columns; ++c)
+      for (int64_t r = r0; r < r1; ++r) to[c * ld + r] = from[r * columns + c];
+  };
+  int64_t r0 = 0;
+  for (; r0 + kLineRows <= rows; r0 += kLineRows) {
+    int64_t c = 0;
+    for (; c + 4 <= columns; c += 4) {
+      const float* entry = from + r0 * columns + c;
+      // Of the rows that come next, which memory gives fastest in their order, as many lines as this takes up.
+      for (int line = 0; line < 4; ++line) __builtin_prefetch(from + (r0 + kLineRows) * columns + kLineRows * (c + line));
+      for (int64_t r = 0; r < kLineRows; r += 4) transpose_four(entry + r * columns, columns, to + c * ld + r0 + r, ld);
+    }
+    plainly(r0, r0 + kLineRows, c);
+  }
+  plainly(r0, rows, 0);
+}
+
+}  // namespace sadmoe::cpu
