@@ -2,7 +2,7 @@
 
     python bench/layers.py [--layers 384x1536 576x1536-glu] [--s 32] [--tokens 1 256] [--shares 0.25]
                            [--masks independent skewed] [--dtypes float32 bfloat16] [--isas all]
-                           [--peers loop grouped_mm int8] [--warm] [--threads 1] [--out FOLDER]
+                           [--peers loop grouped_mm int8] [--stack 128] [--threads 1] [--out FOLDER]
 
 Without options: the whole grid, which takes hours. sadmoe's time holds the router and the selection; the peers get the
 mask for free. Masks: independent, those of a random router at the tau of the share; skewed, a few experts run for most
@@ -17,8 +17,9 @@ and no more; int8, sadmoe with its experts' weights in int8; layer, not by defau
 module, which may run all experts by torch's products, by the costs of --calibrate or those that came with sadmoe. "-":
 one of the peer's tensors would be over --memory GiB.
 
-Variants take turns, so that one finds neither weights nor code in the caches: others ran since. --warm: each timed call
-comes after one of the same variant on other weights, and finds the code, as the layers of a model do that share it.
+Variants take turns, call by call: one finds neither weights nor code in the caches, as others ran since. --stack MIB:
+they take turns after as many copies of the layer as have MIB MiB of weights, one after another, as in a model: a layer
+finds the code that the one before used, and its weights come from memory. Times are of one layer.
 
 speedup: dense over sadmoe. of_ideal: the same times the share. of_floor: floor over sadmoe, where
   floor = max(executed FLOPs / peak, bytes of the weights that some token needs / bandwidth) + the router's own floor
@@ -99,9 +100,14 @@ def weight_bytes(layer: LayerShape, dtype: torch.dtype) -> int:
     return layer.matrices * layer.d * layer.f * dtype.itemsize
 
 
-def reading(layer: LayerShape, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """Reads a buffer as large as the weights, the faster of two ways."""
-    buffer = torch.ones(weight_bytes(layer, dtype) // 4)  # as floats, whatever the dtype
+def stacked(layer: LayerShape, dtype: torch.dtype, args: argparse.Namespace) -> int:
+    """Layers of a stack."""
+    return 1 if args.stack is None else max(2, math.ceil(args.stack * 2**20 / weight_bytes(layer, dtype)))
+
+
+def reading(layer: LayerShape, dtype: torch.dtype, layers: int) -> Callable[[], Tensor]:
+    """Reads a buffer as large as the weights of so many layers, the faster of two ways."""
+    buffer = torch.ones(layers * weight_bytes(layer, dtype) // 4)  # as floats, whatever the dtype
     ways: dict[str, Callable[[], Tensor]] = {"sum": buffer.sum, "dot": lambda: buffer.dot(buffer)}
     times = measure(ways, seconds=0.1)
     return ways[min(times, key=lambda name: times[name].median)]
@@ -144,14 +150,35 @@ def with_isa(isa: str, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
 class Copies:
     """A layer's weights once for each variant: what the one before has left in the caches is of no use to it."""
 
-    def __init__(self, w: SimpleNamespace, one_for_all: bool = False) -> None:
-        self.w, self.one_for_all, self.made = w, one_for_all, {}
+    def __init__(self, w: SimpleNamespace) -> None:
+        self.w, self.made = w, {}
 
     def of(self, p: SimpleNamespace, variant: object) -> SimpleNamespace:
-        variant = None if self.one_for_all else variant
         if variant not in self.made:
             self.made[variant] = copied(self.w)
         return with_weights(p, self.made[variant])
+
+
+class OneCopy(Copies):
+    """The same copy for all variants: a layer of a stack."""
+
+    def of(self, p: SimpleNamespace, variant: object) -> SimpleNamespace:
+        return super().of(p, None)
+
+
+class Stack:
+    """Calls one after another, and what the last one returned."""
+
+    def __init__(self, calls: list[Kept]) -> None:
+        self.calls = calls
+
+    def __call__(self) -> None:
+        for call in self.calls:
+            call()
+
+    @property
+    def result(self) -> Tensor:
+        return self.calls[-1].result
 
 
 def sparse(p: SimpleNamespace, kind: str, copies: Copies, args: argparse.Namespace) -> dict[str, Kept]:
@@ -184,21 +211,18 @@ def ways(
 
 def timed(
     problems: dict[str, SimpleNamespace],
-    copies: Copies,
-    others: Copies,
+    stack: list[Copies],
     read: Callable[[], Tensor],
     args: argparse.Namespace,
 ) -> Iterator[tuple[str, dict[str, Timing]]]:
     """By kind of mask, times of dense and read, which take turns with all of them, and of what runs sparsely."""
-    calls: dict[tuple[str, str], Callable[[], Tensor]] = {
-        **ways(problems, copies, args),
-        ("all", "read"): read,
-    }
-    before = ways(problems, others, args) if args.warm else {}
-    times = measure(calls, args.seconds, args.least, args.patience, before)
+    layers = [ways(problems, copies, args) for copies in stack]
+    calls = {key: Stack([layer[key] for layer in layers]) for key in layers[0]}
+    times = measure({**calls, ("all", "read"): read}, args.seconds, args.least, args.patience)
+    each = {key: Timing(t.median / len(stack), t.spread, t.calls) for key, t in times.items()}
     for kind, p in problems.items():
         checked(p, {name: call.result for (of, name), call in calls.items() if of == kind})
-        yield kind, {name: time for (of, name), time in times.items() if of in (kind, "all")}
+        yield kind, {name: time for (of, name), time in each.items() if of in (kind, "all")}
 
 
 def result(p: SimpleNamespace, times: dict[str, Timing], limit: dict[str, float], least: float) -> dict:
@@ -262,19 +286,20 @@ def cells(args: argparse.Namespace, say: Printed) -> Iterator[dict]:
             say(f"\n{name}: f = {layer.f} is not a multiple of s = {s}, left out")
             continue
         ops.use_cpu_isa(args.isas[0])
-        peak, read = product_rate(layer, kind), reading(layer, kind)
+        layers = stacked(layer, kind, args)
+        peak, read = product_rate(layer, kind), reading(layer, kind, layers)
         say(f"\n{name}, s {s}, E {layer.experts}, {layer.act}, {dtype}; peak {peak / 1e9:.0f} GFLOP/s")
         heads = "".join(f"{n:>17}" for n in variants)
         say(f"    T  share  union{heads}  speedup of_ideal of_floor  GB/s")
         w = weights(layer, kind)
-        copies, others = Copies(w), Copies(w, one_for_all=True)
+        stack = [Copies(w)] if args.stack is None else [OneCopy(w) for _ in range(layers)]
         if args.calibrate:
             paths.use_costs([measure_costs(layer_of(w), args.tokens)])
         for T in args.tokens:
             cell = {"layer": name, "s": s, "dtype": dtype, "isa": args.isas[0], "T": T}
             for some in masks(layer, w, T, args):
                 problems = {masked_by: p for masked_by, p in some.items() if p.mask.any()}
-                for masked_by, times in timed(problems, copies, others, read, args) if problems else ():
+                for masked_by, times in timed(problems, stack, read, args) if problems else ():
                     p = problems[masked_by]
                     limit = {"flops": peak, "bytes": weight_bytes(layer, kind) / times["read"].median}
                     found = result(p, times, limit, floor(layer, p.mask, kind, limit))
@@ -305,9 +330,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--calibrate", action="store_true", help="the layer's costs, as sadmoe bench --calibrate would"
     )
-    parser.add_argument(
-        "--warm", action="store_true", help="untimed calls on other weights before the timed ones"
-    )
+    parser.add_argument("--stack", type=float, metavar="MIB", help="of weights, in layers one after another")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=0.6, help="for each variant of a cell")
     parser.add_argument("--least", type=int, default=7, help="calls of each variant of a cell, however long")

@@ -9,7 +9,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -36,14 +36,12 @@ def measure(
     seconds: float = 0.6,
     least: int = 7,
     patience: float = math.inf,
-    before: Mapping[Name, Callable[[], object]] | None = None,
 ) -> dict[Name, Timing]:
     """Calls the variants in turn for about `seconds` each, at least `least` times.
 
     Before that twice to warm up, or once where a call is long. What has taken `patience` seconds in all is not called
-    again: of one so long call that is all. before: what is called ahead of each call of a variant, and not timed.
+    again: of one so long call that is all.
     """
-    before = before or {}
     samples: dict[Name, list[float]] = {name: [] for name in variants}
     for name, call in variants.items():
         took = _seconds(call)
@@ -57,14 +55,9 @@ def measure(
         shuffle(order)
         for name, call in order:
             if sum(samples[name]) < patience:
-                before.get(name, _nothing)()
                 samples[name].append(_seconds(call))
         rounds += 1
     return {name: _timing(values) for name, values in samples.items()}
-
-
-def _nothing() -> None:
-    pass
 
 
 def _seconds(call: Callable[[], object]) -> float:
