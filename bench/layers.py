@@ -19,7 +19,8 @@ one of the peer's tensors would be over --memory GiB.
 
 Variants take turns, call by call: one finds neither weights nor code in the caches, as others ran since. --stack MIB:
 they take turns after as many copies of the layer as have MIB MiB of weights, one after another, as in a model: a layer
-finds the code that the one before used, and its weights come from memory. Times are of one layer.
+finds the code that the one before used, and its weights come from memory, as a buffer of 256 MiB is read beforehand.
+Times are of one layer; calls, --seconds, --least and --patience of the whole stack.
 
 speedup: dense over sadmoe. of_ideal: the same times the share. of_floor: floor over sadmoe, where
   floor = max(executed FLOPs / peak, bytes of the weights that some token needs / bandwidth) + the router's own floor
@@ -76,6 +77,7 @@ SIZES = [16, 24, 32, 64, 128]
 TOKENS = [1, 2, 4, 8, 16, 64, 256, 1024, 4096]
 SHARES = [0.05, 0.1, 0.25, 0.5, 1.0]
 MASKS = ["independent", "skewed", "clustered", "recorded"]
+CACHED = torch.ones(2**26)  # floats, more than any cache holds
 WIDE = 128  # neurons of an expert that wastes nothing
 PEERS = {
     "loop": loop, "eager": eager, "grouped_mm": grouped_mm, "torch_grouped_mm": torch_grouped_mm, "int8": int8,
@@ -160,7 +162,7 @@ class Copies:
 
 
 class OneCopy(Copies):
-    """The same copy for all variants: a layer of a stack."""
+    """The same for all variants: a layer of a stack, which finds no weights in the caches in any case."""
 
     def of(self, p: SimpleNamespace, variant: object) -> SimpleNamespace:
         return super().of(p, None)
@@ -216,9 +218,10 @@ def timed(
     args: argparse.Namespace,
 ) -> Iterator[tuple[str, dict[str, Timing]]]:
     """By kind of mask, times of dense and read, which take turns with all of them, and of what runs sparsely."""
+    evict = None if args.stack is None else CACHED.sum
     layers = [ways(problems, copies, args) for copies in stack]
     calls = {key: Stack([layer[key] for layer in layers]) for key in layers[0]}
-    times = measure({**calls, ("all", "read"): read}, args.seconds, args.least, args.patience)
+    times = measure({**calls, ("all", "read"): read}, args.seconds, args.least, args.patience, evict)
     each = {key: Timing(t.median / len(stack), t.spread, t.calls) for key, t in times.items()}
     for kind, p in problems.items():
         checked(p, {name: call.result for (of, name), call in calls.items() if of == kind})

@@ -75,17 +75,31 @@ inline Activation activation_of(const char* op, const std::string& act) {
   return Activation::none;
 }
 
-// torch::stable::contiguous, but for its way through torch's dispatcher where there is nothing to do.
+// torch::stable::contiguous without its way through torch's dispatcher where there is nothing to do.
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-// torch::stable::new_empty of a plain tensor, but for that way.
-inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, std::optional<ScalarType> dtype = std::nullopt) {
+// torch's number of a dtype of results.
+inline int32_t code_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return aoti_torch_dtype_float32();
+    case ScalarType::Int:
+      return aoti_torch_dtype_int32();
+    default:
+      return aoti_torch_dtype_bool();
+  }
+}
+
+// Uninitialised, on x's device, of x's dtype or float32, int32 or bool: torch::stable::new_empty of a plain tensor, which goes
+// through the dispatcher.
+inline Tensor empty_beside(const Tensor& x, const std::vector<int64_t>& sizes, std::optional<ScalarType> dtype = std::nullopt) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
-  int32_t type, index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
-  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype.value_or(like.scalar_type())));
+  int32_t type, index, code;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &code));
+  if (dtype) code = code_of(*dtype);
   AtenTensorHandle made;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), code, type, index, &made));
   return Tensor(made);

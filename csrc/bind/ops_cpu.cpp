@@ -24,7 +24,7 @@ Tensor router_scores(const Tensor& x, const Tensor& v1, const Tensor& v2) {
   const char* op = "router_scores";
   const RouterShape shape = check_router(op, x, v1, v2);
   Arguments keep(op);
-  Tensor scores = sadmoe::new_empty(x, {shape.T, shape.E}, ScalarType::Float);
+  Tensor scores = empty_beside(x, {shape.T, shape.E}, ScalarType::Float);
   cpu::router_scores(keep.add("x", x), router_of(keep, v1, v2, 0), shape, static_cast<float*>(scores.mutable_data_ptr()),
                      torch_threads());
   return scores;
@@ -37,7 +37,7 @@ Tensor dynamic_k_select(const Tensor& scores, double tau) {
   const int64_t T = scores.size(0), E = scores.size(1);
   Arguments keep(op);
   const float* rows = static_cast<const float*>(keep.add("scores", scores).data);
-  Tensor mask = sadmoe::new_empty(scores, {T, E}, ScalarType::Bool);
+  Tensor mask = empty_beside(scores, {T, E}, ScalarType::Bool);
   bool* out = static_cast<bool*>(mask.mutable_data_ptr());
   torch_threads().parallel_for(T, 4096 / E + 1, [&](int64_t t0, int64_t t1) {
     for (int64_t t = t0; t < t1; ++t) cpu::kernels().select({E, rows + t * E, threshold, out + t * E});
@@ -48,7 +48,7 @@ Tensor dynamic_k_select(const Tensor& scores, double tau) {
 // y for a mask from outside.
 Tensor run(Arguments& keep, Experts p, const Tensor& x, const Tensor& mask) {
   check_shape(keep.op(), "mask", mask, {p.shape.T, p.shape.E}, "[T, E]");
-  Tensor y = sadmoe::new_empty(x, {p.shape.T, p.shape.d_out});
+  Tensor y = empty_beside(x, {p.shape.T, p.shape.d_out});
   p.y = y.mutable_data_ptr();
   cpu::sparse_experts(p, keep.add_mask("mask", mask), torch_threads());
   return y;
@@ -59,7 +59,7 @@ Tensor run(Arguments& keep, Experts p, const Tensor& x, const Tensor& v1, const 
   check_router(keep.op(), x, v1, v2);
   check_router_experts(keep.op(), v2, p.shape.E);
   const Router router = router_of(keep, v1, v2, check_tau(keep.op(), tau));
-  Tensor y = sadmoe::new_empty(x, {p.shape.T, p.shape.d_out});
+  Tensor y = empty_beside(x, {p.shape.T, p.shape.d_out});
   p.y = y.mutable_data_ptr();
   cpu::dynamic_k_moe(p, router, torch_threads());
   return y;

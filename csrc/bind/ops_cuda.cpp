@@ -32,8 +32,8 @@ Router router_of(Arguments& keep, const Tensor& v1, const Tensor& v2, float tau)
 }
 
 Tensor run_router(OnDevice& device, const char* op, const Tensor& x, View rows, const Router& router, const RouterShape& shape) {
-  const Tensor hidden = sadmoe::new_empty(x, {shape.T, shape.r}, ScalarType::Float);
-  const Tensor scores = sadmoe::new_empty(x, {shape.T, shape.E}, ScalarType::Float);
+  const Tensor hidden = empty_beside(x, {shape.T, shape.r}, ScalarType::Float);
+  const Tensor scores = empty_beside(x, {shape.T, shape.E}, ScalarType::Float);
   check_launch(cuda::router_scores(rows, router, shape, options, written<float>(device, "hidden", hidden),
                                    written<float>(device, "scores", scores), device.stream()),
                op);
@@ -42,11 +42,11 @@ Tensor run_router(OnDevice& device, const char* op, const Tensor& x, View rows, 
 
 Tensor run_experts(OnDevice& device, const char* op, const Tensor& x, Experts& p, const cuda::Choice& choice) {
   const cuda::Workspace size = cuda::workspace(p.shape, p.x.dtype, options);
-  const Tensor words = sadmoe::new_empty(x, {size.words}, ScalarType::Int);
-  const Tensor starts = sadmoe::new_empty(x, {size.starts}, ScalarType::Int);
-  const Tensor rows = sadmoe::new_empty(x, {size.rows}, ScalarType::Int);
-  const Tensor h = sadmoe::new_empty(x, {size.h});
-  const Tensor y = sadmoe::new_empty(x, {p.shape.T, p.shape.d_out});
+  const Tensor words = empty_beside(x, {size.words}, ScalarType::Int);
+  const Tensor starts = empty_beside(x, {size.starts}, ScalarType::Int);
+  const Tensor rows = empty_beside(x, {size.rows}, ScalarType::Int);
+  const Tensor h = empty_beside(x, {size.h});
+  const Tensor y = empty_beside(x, {p.shape.T, p.shape.d_out});
   p.y = written<void>(device, "y", y);
   const cuda::Scratch scratch{written<int32_t>(device, "words", words), written<int32_t>(device, "starts", starts),
                               written<int32_t>(device, "rows", rows), written<void>(device, "h", h)};
@@ -72,7 +72,7 @@ Tensor dynamic_k_select(const Tensor& scores, double tau) {
   const float* rows = static_cast<const float*>(keep.add("scores", scores).data);
   OnDevice device(keep, scores);
   const int64_t T = scores.size(0), E = scores.size(1);
-  const Tensor mask = sadmoe::new_empty(scores, {T, E}, ScalarType::Bool);
+  const Tensor mask = empty_beside(scores, {T, E}, ScalarType::Bool);
   check_launch(cuda::select(rows, T, E, threshold, written<bool>(device, "mask", mask), device.stream()), op);
   return mask;
 }

@@ -263,19 +263,21 @@ void route_hidden(View x, const Router& router, const RouterShape& s, int64_t be
   k.activate({s.T, end - begin, s.r, hidden + begin, nullptr, nullptr, nullptr, Activation::relu});
 }
 
-// to [columns, rows], leading dimension ld, = from [rows, columns] transposed: of 16 bits, a few rows at a time are widened.
-void transpose_as_float(View from, int64_t rows, int64_t columns, float* to, int64_t ld) {
-  if (from.dtype == DType::f32) return transpose(static_cast<const float*>(from.data), rows, columns, to, ld);
-  const Floats wide(kLineRows * columns);
+// to [columns, rows], leading dimension ld, = from [rows, columns] transposed, as float32.
+void transpose(View from, int64_t rows, int64_t columns, float* to, int64_t ld) {
+  const Floats wide(from.dtype == DType::f32 ? 0 : kLineRows * columns);
   for (int64_t r = 0; r < rows; r += kLineRows) {
-    const int64_t n = std::min(kLineRows, rows - r);
-    kernels().widen[int(from.dtype)](at(from, r * columns).data, wide.get(), n * columns);
-    transpose(wide.get(), n, columns, to + r, ld);
+    const int64_t n = std::min(kLineRows, rows - r), then = std::min(kLineRows, rows - r - n);
+    const View some = at(from, r * columns), next = at(some, n * columns);
+    if (from.dtype != DType::f32) kernels().widen[int(from.dtype)](some.data, wide.get(), n * columns);
+    transpose_rows(from.dtype == DType::f32 ? static_cast<const float*>(some.data) : wide.get(), n, columns, to + r, ld,
+                   next.data, then * columns * size_of(from.dtype));
   }
 }
 
-// Floats from row to row, for that many in each: rows a power of two apart would have a few sets of the near caches to share.
-int64_t apart(int64_t columns) { return columns + kLineRows; }
+// Floats from row to row, for that many in each: an odd number of lines, for rows a power of two apart would have a few sets of
+// the near caches to share.
+int64_t apart(int64_t columns) { return ((columns + kLineRows - 1) / kLineRows | 1) * kLineRows; }
 
 // scores [T, E] = |hidden v2ᵀ|, experts [begin, end). r is small: dot products would spend as long on ending their sums as on
 // the products, so v2 is turned, into scratch `turned` [r, apart(E)], and its rows are accumulated.
@@ -283,7 +285,7 @@ void route_scores(const float* hidden, const Router& router, const RouterShape& 
                   float* scores) {
   const Kernels& k = kernels();
   const int64_t ld = apart(s.E);
-  transpose_as_float(at(router.v2, begin * s.r), end - begin, s.r, turned + begin, ld);
+  transpose(at(router.v2, begin * s.r), end - begin, s.r, turned + begin, ld);
   for (int64_t t = 0; t < s.T; ++t) std::fill(scores + t * s.E + begin, scores + t * s.E + end, 0.0f);
   for (int64_t e = begin; e < end; e += k.strip)
     k.accumulate[int(DType::f32)]({s.T, s.r, std::min(k.strip, end - e), s.r, ld, s.E, hidden, nullptr, turned + e, scores + e});

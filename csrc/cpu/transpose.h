@@ -24,24 +24,22 @@ inline void transpose_four(const float* from, int64_t ld_from, float* to, int64_
 #endif
 }
 
-// to [columns, rows], leading dimension ld, = from [rows, columns] transposed.
-inline void transpose(const float* from, int64_t rows, int64_t columns, float* to, int64_t ld) {
-  const auto plainly = [&](int64_t r0, int64_t r1, int64_t c0) {
+// to [columns, rows], leading dimension ld, = from [rows, columns] transposed, rows at most kLineRows. What comes next, so many
+// bytes, is fetched meanwhile, in its order, as memory gives it fastest.
+inline void transpose_rows(const float* from, int64_t rows, int64_t columns, float* to, int64_t ld, const void* next,
+                           int64_t bytes) {
+  const auto plainly = [&](int64_t r0, int64_t c0) {
     for (int64_t c = c0; c < columns; ++c)
-      for (int64_t r = r0; r < r1; ++r) to[c * ld + r] = from[r * columns + c];
+      for (int64_t r = r0; r < rows; ++r) to[c * ld + r] = from[r * columns + c];
   };
-  int64_t r0 = 0;
-  for (; r0 + kLineRows <= rows; r0 += kLineRows) {
-    int64_t c = 0;
-    for (; c + 4 <= columns; c += 4) {
-      const float* entry = from + r0 * columns + c;
-      // Of the rows that come next, which memory gives fastest in their order, as many lines as this takes up.
-      for (int line = 0; line < 4; ++line) __builtin_prefetch(from + (r0 + kLineRows) * columns + kLineRows * (c + line));
-      for (int64_t r = 0; r < kLineRows; r += 4) transpose_four(entry + r * columns, columns, to + c * ld + r0 + r, ld);
-    }
-    plainly(r0, r0 + kLineRows, c);
+  const char* ahead = static_cast<const char*>(next);
+  const char* const end = ahead + bytes;
+  int64_t c = 0;
+  for (; rows == kLineRows && c + 4 <= columns; c += 4) {
+    for (int line = 0; line < 4 && ahead < end; ++line, ahead += kLine) __builtin_prefetch(ahead);
+    for (int64_t r = 0; r < rows; r += 4) transpose_four(from + r * columns + c, columns, to + c * ld + r, ld);
   }
-  plainly(r0, rows, 0);
+  plainly(0, c);
 }
 
 }  // namespace sadmoe::cpu

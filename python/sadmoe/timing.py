@@ -36,11 +36,12 @@ def measure(
     seconds: float = 0.6,
     least: int = 7,
     patience: float = math.inf,
+    before: Callable[[], object] | None = None,
 ) -> dict[Name, Timing]:
     """Calls the variants in turn for about `seconds` each, at least `least` times.
 
     Before that twice to warm up, or once where a call is long. What has taken `patience` seconds in all is not called
-    again: of one so long call that is all.
+    again: of one so long call that is all. before: called ahead of each of the timed calls, and not timed.
     """
     samples: dict[Name, list[float]] = {name: [] for name in variants}
     for name, call in variants.items():
@@ -55,6 +56,8 @@ def measure(
         shuffle(order)
         for name, call in order:
             if sum(samples[name]) < patience:
+                if before is not None:
+                    before()
                 samples[name].append(_seconds(call))
         rounds += 1
     return {name: _timing(values) for name, values in samples.items()}
