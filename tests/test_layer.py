@@ -8,6 +8,7 @@ from problems import experts_problem
 from sadmoe import ops, reference
 from sadmoe.gates import DynamicK, TopK
 from sadmoe.layer import DynamicKMoE, Router
+from torch.nn.utils import prune
 
 
 def make_layer(d=20, experts=6, expert_size=5, act="gelu", seed=0, **kwargs):
@@ -38,7 +39,10 @@ def test_any_leading_shape(shape, gated):
 
 
 class Doubled(torch.nn.Module):
+    made = 0
+
     def forward(self, weight):
+        self.made += 1
         return 2 * weight
 
 
@@ -51,8 +55,28 @@ def test_weights_may_be_made_of_others_at_every_access(tau):
     plain.router.v1.data *= 2
     x = tokens(30, 20)
     assert torch.equal(layer(x), plain(x))
+    doubled = layer.parametrizations["w_up"][0]
+    doubled.made = 0
+    assert torch.equal(layer(x), plain(x))
+    assert doubled.made == 1
     torch.nn.utils.parametrize.remove_parametrizations(layer, "w_up")
     assert torch.equal(layer(x), plain(x))
+
+
+def test_weights_may_be_pruned():
+    layer, plain = (make_layer(gate=DynamicK(0.5)) for _ in range(2))
+    prune.l1_unstructured(layer, "w_down", amount=0.5)
+    plain.w_down.data *= layer.w_down_mask
+    x = tokens(30, 20)
+    assert torch.equal(layer(x), plain(x))
+
+
+def test_meta_tensors_give_shapes_also_under_autocast():
+    layer = make_layer(d_out=9).to("meta")
+    with torch.autocast("cpu", torch.bfloat16):
+        for layer.gate in (DynamicK(0.3), DynamicK(0.0)):
+            with torch.no_grad():
+                assert layer(torch.empty(5, 20, device="meta")).shape == (5, 9)
 
 
 def test_forward_runs_the_experts_of_its_mask():
@@ -82,6 +106,17 @@ def test_every_neuron_by_the_op_is_the_dense_ffn(experts, expert_size, gated):
     layer = make_layer(experts=experts, expert_size=expert_size, gated=gated, bias=("b_up", "b_out"), d_out=9)
     x = tokens(12, 20)
     torch.testing.assert_close(layer.op_on_all(x), layer.dense(x), rtol=1e-5, atol=1e-4)
+
+
+def test_gradients_flow_through_joined_experts():
+    grads = []
+    for batch_invariant in (True, None):
+        layer = make_layer(experts=24, expert_size=8, gated=True, batch_invariant=batch_invariant)
+        x = tokens(12, 20).requires_grad_()
+        layer(x).square().sum().backward()
+        grads.append([x.grad, *(p.grad for name, p in layer.named_parameters() if "router" not in name)])
+    for ours, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The ops on the CPU: gradients, threads, and all that torch asks of a well-made op. Their values: test_kernels.py."""
 
+import sys
 import warnings
 
 import pytest
@@ -153,6 +154,29 @@ def test_without_gradients_the_result_is_the_same_and_an_error_leaves_no_trace()
     assert torch.equal(y, quiet)
     y.sum().backward()
     assert weights[0].grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_their_rule_is_not_called(mode):
+    x, mask, *weights = experts_problem(6, 12, 3, 4)
+    weights[0].requires_grad_()
+    seen = set()
+
+    def note(frame, event, arg):
+        seen.add((frame.f_code.co_filename.rsplit("/", 1)[-1], frame.f_code.co_name))
+
+    def calls():
+        seen.clear()
+        sys.setprofile(note)
+        try:
+            ops.sparse_experts(x, mask, *weights)
+        finally:
+            sys.setprofile(None)
+        return {file for file, _ in seen}
+
+    assert "autograd.py" in calls()
+    with mode():
+        assert "autograd.py" not in calls()
 
 
 def test_gradients_flow_under_autocast():
