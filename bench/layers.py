@@ -17,16 +17,16 @@ and no more; int8, sadmoe with its experts' weights in int8; layer, not by defau
 module, which may run all experts by torch's products, by the costs of --calibrate or those that came with sadmoe. "-":
 one of the peer's tensors would be over --memory GiB.
 
-Variants take turns, call by call: one finds neither weights nor code in the caches, as others ran since. --stack MIB:
-they take turns after as many copies of the layer as have MIB MiB of weights, one after another, as in a model: a layer
-finds the code that the one before used, and its weights come from memory, as a buffer of 256 MiB is read beforehand.
-Times are of one layer; calls, --seconds, --least and --patience of the whole stack.
+Variants take turns, call by call: the more of them, the less does one find of its weights and its code in the caches.
+--stack MIB: they take turns after as many copies of the layer, at least two, as have MIB MiB of weights, one after
+another, as in a model: a layer finds the code that the one before used, and its weights come from memory, as a buffer
+of 256 MiB is read beforehand. Times are of one layer; calls, --seconds, --least and --patience of the whole stack.
 
 speedup: dense over sadmoe. of_ideal: the same times the share. of_floor: floor over sadmoe, where
   floor = max(executed FLOPs / peak, bytes of the weights that some token needs / bandwidth) + the router's own floor
 with the rate of a large product, torch's or that of sadmoe with every expert on, whichever is faster, once for each
-size of experts, and the rate of reading a buffer as large as the layer's weights (GB/s), which takes turns with the
-variants of a cell: what they leave in the caches, and what others leave of the memory's rate, is the same for all.
+size of experts, and the rate of reading a buffer as large as the weights of the layer, or stack, (GB/s), which takes
+turns with the variants of a cell: what they leave in the caches, and others of the memory's rate, is the same for all.
 Writes layers.json, what is printed as layers.md, and a picture of each shape and dtype.
 """
 

@@ -78,8 +78,8 @@ class DynamicKMoE(nn.Module):
              the same from run to run: on the CPU the mask of the call itself, on CUDA `expected_share` (without it: the
              op), as the share of this call would have to be waited for.
       False  dense wherever it is faster. On CUDA by the share of earlier calls, from whenever it has arrived.
-    At tau = 0, but for True and int8, torch's products, or the op where that was measured to be faster, as with few
-    tokens on the CPU. With gradients, and in graphs of torch.compile and torch.export, always the op at tau > 0, but
+    At tau = 0, but for True and int8, torch's products, or the op where that was measured to be faster, as it mostly is
+    on the CPU. With gradients, and in graphs of torch.compile and torch.export, always the op at tau > 0, but
     for `keeps_hidden`, and always torch at tau = 0, but for True and int8; gates on true norms compute all experts.
     `expected_share`: the executed share in [0, 1] that decides on CUDA instead of that of earlier calls, so also under
     graph capture. Neither is saved with the model.

@@ -143,21 +143,8 @@ def sparse_experts_int8(
     has kernels for it; on other devices `sparse_experts` runs on weights that are widened at every call, without that
     rounding and with one warning. Gradients reach x and biases.
     """
-    return _run(
-        _SPARSE_EXPERTS_INT8,
-        x,
-        mask,
-        w_up,
-        w_down,
-        scale_up,
-        scale_down,
-        b_up,
-        w_gate,
-        scale_gate,
-        b_gate,
-        b_out,
-        act,
-    )
+    experts = w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out
+    return _run(_SPARSE_EXPERTS_INT8, x, mask, *experts, act)
 
 
 def dynamic_k_moe_int8(
@@ -177,23 +164,8 @@ def dynamic_k_moe_int8(
     act: str = "relu",
 ) -> Tensor:
     """`dynamic_k_moe` of weights in int8, as `sparse_experts_int8` takes them."""
-    return _run(
-        _DYNAMIC_K_MOE_INT8,
-        x,
-        v1,
-        v2,
-        w_up,
-        w_down,
-        scale_up,
-        scale_down,
-        b_up,
-        w_gate,
-        scale_gate,
-        b_gate,
-        b_out,
-        tau,
-        act,
-    )
+    experts = w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out
+    return _run(_DYNAMIC_K_MOE_INT8, x, v1, v2, *experts, tau, act)
 
 
 # --- Shapes, for meta tensors, torch.compile and torch.export.
