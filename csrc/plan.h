@@ -1,54 +1,54 @@
-// A block of the mask as work: for every expert, the tokens that chose it, in ascending order. No torch.
+// Who runs what (contract.h), as every device finds it: the rule of dynamic-k, and a mask as words of bits, which counting turns
+// into lists of tokens. One source for the CPU, CUDA and tests. No torch, no instruction set.
 //
-//   rows[offsets[e] .. offsets[e + 1])  = { t : mask[t, e] },  ascending;   offsets[E] = executed pairs
-//   active = { e : some token chose it },  ascending
+//   group g = the tokens [32 g, 32 g + 32);   bit i of words[g, e] = token 32 g + i chose expert e
+//   rows of expert e = the tokens that chose it, ascending: of group after group, bit after bit
 #pragma once
 #include <cstdint>
-#include <cstring>
-#include <vector>
+
+// Always inlined: a file of one instruction set must leave no code that others are linked with.
+#if defined(__CUDACC__)
+#define SADMOE_EVERYWHERE __host__ __device__ __forceinline__
+#else
+#define SADMOE_EVERYWHERE [[gnu::always_inline]] inline
+#endif
 
 namespace sadmoe {
 
-struct Plan {
-  std::vector<int32_t> offsets, rows, active;
+constexpr int kGroupTokens = 32;
 
-  int64_t pairs() const { return offsets.back(); }
-  int64_t count(int64_t e) const { return offsets[e + 1] - offsets[e]; }
-  const int32_t* rows_of(int64_t e) const { return rows.data() + offsets[e]; }
+// --- The rule: an expert runs where its score is at least tau times the largest of the token. Scores below 0 count as 0; a NaN
+// is never the largest, and reaches nothing.
+SADMOE_EVERYWHERE float larger(float score, float best) { return score > best ? score : best; }
+SADMOE_EVERYWHERE float threshold_of(float best, float tau) { return tau == 0 ? 0 : tau * best; }  // 0 * inf would be NaN
+SADMOE_EVERYWHERE bool reaches(float score, float threshold) { return (score < 0 ? 0 : score) >= threshold; }
 
-  // mask [T, E], row-major. Any byte but 0 is true: tensors of bool that are views of others hold such.
-  void build(const bool* chosen, int64_t T, int64_t E) {
-    const auto* mask = reinterpret_cast<const uint8_t*>(chosen);
-    offsets.assign(E + 1, 0);
-    for (int64_t t = 0; t < T; ++t)
-      for (int64_t e = 0; e < E; ++e) offsets[e + 1] += mask[t * E + e] != 0;
-    active.clear();
-    for (int64_t e = 0; e < E; ++e) {
-      if (offsets[e + 1]) active.push_back(static_cast<int32_t>(e));
-      offsets[e + 1] += offsets[e];
-    }
-    rows.resize(pairs());
-    next_.assign(offsets.begin(), offsets.end() - 1);
-    for (int64_t t = 0; t < T; ++t)
-      for (int64_t e0 = 0; e0 < E; e0 += 64)
-        for (uint64_t word = bits(mask + t * E + e0, E - e0); word; word &= word - 1)
-          rows[next_[e0 + __builtin_ctzll(word)]++] = static_cast<int32_t>(t);
-  }
+// --- Words.
+SADMOE_EVERYWHERE int count_bits(uint32_t word) {
+#if defined(__CUDA_ARCH__)
+  return __popc(word);
+#else
+  word -= word >> 1 & 0x55555555u;  // no call, and in vectors, where a processor's own instruction may not be used
+  word = (word & 0x33333333u) + (word >> 2 & 0x33333333u);
+  word = (word + (word >> 4)) & 0x0f0f0f0fu;
+  word += word >> 8;
+  return static_cast<int>((word + (word >> 16)) & 63);
+#endif
+}
+SADMOE_EVERYWHERE int lowest_bit(uint32_t word) {  // of a word that has one
+#if defined(__CUDA_ARCH__)
+  return __ffs(static_cast<int>(word)) - 1;
+#else
+  return __builtin_ctz(word);
+#endif
+}
+// How many tokens of a word are before its i-th: the rank of a pair among those of its expert in the group.
+SADMOE_EVERYWHERE int rank_in(uint32_t word, int i) { return count_bits(word & ((1u << i) - 1)); }
 
- private:
-  // The first n, at most 64, of a row of the mask, one bit each: a branch for each would be guessed wrong all the time.
-  static uint64_t bits(const uint8_t* mask, int64_t n) {
-    uint64_t word = 0;
-    for (int64_t i = 0; i < 64 && i < n; i += 8) {
-      uint64_t bytes = 0;
-      std::memcpy(&bytes, mask + i, n - i < 8 ? n - i : 8);
-      for (const int half : {4, 2, 1}) bytes |= bytes >> half;                   // into the last bit of each; others are let go
-      word |= ((bytes & 0x0101010101010101u) * 0x0102040810204080u >> 56) << i;  // byte j, 0 or 1, to bit j
-    }
-    return word;
-  }
-
-  std::vector<int32_t> next_;
-};
+// The tokens of a word, the first of whose group is `first`, as rows; returns where the next ones go.
+SADMOE_EVERYWHERE int32_t* put_rows(uint32_t word, int32_t first, int32_t* rows) {
+  for (; word; word &= word - 1) *rows++ = first + lowest_bit(word);
+  return rows;
+}
 
 }  // namespace sadmoe

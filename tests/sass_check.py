@@ -68,8 +68,12 @@ STEPS: dict[str, tuple[int, ...]] = {
     "up<Fma, true>": (140,),
     "up<Mma, false>": (85,),
     "up<Mma, true>": (130,),
+    "up<TallFma, false>": (110,),
+    "up<TallFma, true>": (155,),
     "up<TallMma, false>": (110,),
     "up<TallMma, true>": (155,),
+    "up<TallTf32, false>": (150,),
+    "up<TallTf32, true>": (205,),
     "up<Tf32<1>, false>": (120,),
     "up<Tf32<1>, true>": (205,),
     "up<Tf32<2>, false>": (200,),
@@ -138,8 +142,9 @@ def _budgets() -> dict[str, Budget]:
         hidden = (COPY, BY_4_BYTES, *must)
         for gated in ("false", "true") if experts else ("false",):
             budgets[f"up<{tile}, {gated}>"] = Budget(168 if gated == "true" else 128, hidden)
-            if turned:
-                budgets[f"up<Tall{tile}, {gated}>"] = budgets[f"up<{tile}, {gated}>"]
+            if experts:
+                tall = "TallTf32" if tile == "Tf32<1>" else f"Tall{tile}"
+                budgets[f"up<{tall}, {gated}>"] = budgets[f"up<{tile}, {gated}>"]
             for tokens in (16, 64):
                 budgets[f"decode_up<{tile}, {gated}, {tokens}>"] = Budget(96 if tokens == 16 else 128, hidden)
         if experts:

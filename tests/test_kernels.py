@@ -314,7 +314,9 @@ def test_tokens_that_do_not_fit_the_workspace_go_in_chunks(native):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("T", "d", "s"), [(1, 72, 24), (16, 40, 8), (17, 64, 33), (64, 33, 10)])
+@pytest.mark.parametrize(
+    ("T", "d", "s"), [(1, 72, 24), (16, 40, 8), (17, 64, 33), (64, 33, 10), (20, 40, 86)]
+)
 def test_few_tokens_have_the_bits_of_many(native, T, d, s, dtype):
     """The kernels of few tokens sum in the order of those of many: the shape of a call changes no result."""
     backend = Backend("emulator")
@@ -354,7 +356,7 @@ def tf32(t):
     return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
-@pytest.mark.parametrize("T", [33, 100])
+@pytest.mark.parametrize("T", [33, 200])
 def test_tf32_is_as_good_as_torch_on_rounded_operands(native, T):
     args = experts_problem(T, 96, 5, 24, gated=True)
     set_options(native, tf32=True)

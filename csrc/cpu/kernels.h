@@ -57,8 +57,7 @@ struct Accumulate {
   const float* steps = nullptr;  // of the rows of quantized h
 };
 
-// The rule of dynamic-k on one row: mask[e] = scores[e] >= tau * max(scores). Negative scores count as 0; NaN is never
-// selected and never the maximum; comparisons in float32. An all-zero row selects every expert.
+// The rule of plan.h on one row. One of all zeros selects every expert.
 struct Select {
   int64_t n;
   const float* scores;

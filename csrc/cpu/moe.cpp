@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <memory>
 
+#include "cpu/block_plan.h"
 #include "cpu/isa.h"
 #include "cpu/scratch.h"
 #include "cpu/tiled.h"
 #include "cpu/transpose.h"
-#include "plan.h"
 
 namespace sadmoe::cpu {
 namespace {
@@ -37,7 +37,7 @@ bool blocks_grow(const Experts& p, const Threads& threads) {
 
 int64_t grown_block(const Experts& p, const bool* mask) {
   const int64_t least = block_tokens(p), all = p.shape.T * p.shape.E;
-  const auto* bytes = reinterpret_cast<const uint8_t*>(mask);  // see Plan
+  const auto* bytes = reinterpret_cast<const uint8_t*>(mask);  // see BlockPlan
   const int64_t pairs = all - std::count(bytes, bytes + all, uint8_t{0});
   return std::clamp(kRows * all / std::max<int64_t>(pairs, 1), least, kLargestBlock);
 }
@@ -74,7 +74,7 @@ Form form_of(const Experts& p, const Kernels& k) {
 class ChainEnds {
  public:
   ChainEnds() = default;
-  ChainEnds(const Plan& plan, int64_t T) {
+  ChainEnds(const BlockPlan& plan, int64_t T) {
     std::vector<int32_t> length(T);
     for (const int32_t e : plan.active) {
       for (const int32_t* t = plan.rows_of(e); t != plan.rows_of(e + 1); ++t)
@@ -239,7 +239,7 @@ class Block {
   AsFloat bias_, gate_bias_, scale_, gate_scale_, out_scale_;  // of all neurons: an expert may have few
   char* y_;
   int64_t ld_h_;
-  Plan plan_;
+  BlockPlan plan_;
   ChainEnds chain_ends_;
   Floats h_{0};  // of the one that form_ says
   IntRows int_x_, int_h_;

@@ -29,6 +29,7 @@
 #include "cpu/project.h"
 #include "cpu/quantize.h"
 #include "cpu/widen.h"
+#include "plan.h"
 
 namespace sadmoe::cpu {
 
@@ -40,9 +41,9 @@ void select(const Select& p) {
   if (i < p.n) most = max(Vec::load_part(p.scores + i, p.n - i), most);
   float lanes[Vec::width], best = 0;
   most.store(lanes);
-  for (const float lane : lanes) best = lane > best ? lane : best;
-  const float threshold = p.tau == 0 ? 0 : p.tau * best;  // 0 * inf would be NaN
-  for (int64_t e = 0; e < p.n; ++e) p.mask[e] = (p.scores[e] < 0 ? 0 : p.scores[e]) >= threshold;
+  for (const float lane : lanes) best = larger(lane, best);
+  const float threshold = threshold_of(best, p.tau);
+  for (int64_t e = 0; e < p.n; ++e) p.mask[e] = reaches(p.scores[e], threshold);
 }
 
 // Whole tiles of columns of y.

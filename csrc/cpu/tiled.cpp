@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "cpu/block_plan.h"
+
 namespace sadmoe::cpu {
 namespace {
 
@@ -83,7 +85,7 @@ class TiledBlock {
   const Kernels& k_;
   const TiledWeights& w_;
   int64_t begin_, T_;
-  Plan plan_;
+  BlockPlan plan_;
   std::vector<int64_t> starts_;  // of each active expert in h
   Buffer<bf16> h_;
 };

@@ -3,7 +3,6 @@
 #include "contract.h"
 #include "cpu/moe.h"
 #include "cpu/scratch.h"
-#include "plan.h"
 
 namespace sadmoe::cpu {
 

@@ -87,8 +87,8 @@ struct CrowdRows {
     on = column();
     SADMOE_UNROLL
     for (int g = 0; g < Block::kGroups; ++g) {
-      const unsigned word = expert.words[g], below = (1u << row()) - 1;
-      from[g] = word >> row() & 1 ? (pair + count_bits(word & below)) * ld : kNowhere;
+      const unsigned word = expert.words[g];
+      from[g] = word >> row() & 1 ? (pair + rank_in(word, row())) * ld : kNowhere;
       pair += count_bits(word);
     }
   }

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "plan.h"
+
 #if defined(SADMOE_EMULATOR)
 #include "emulator/device.h"
 #else
@@ -46,8 +48,6 @@ SADMOE_DEVICE void from_float(float v, f16& to) { to = __float2half_rn(v); }
 SADMOE_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 SADMOE_DEVICE float exp(float v) { return expf(v); }
 SADMOE_DEVICE float erfc(float v) { return erfcf(v); }
-SADMOE_DEVICE int lowest_bit(unsigned v) { return __ffs(static_cast<int>(v)) - 1; }
-SADMOE_DEVICE int count_bits(unsigned v) { return __popc(v); }
 SADMOE_DEVICE float as_float(unsigned bits) { return __uint_as_float(bits); }
 SADMOE_DEVICE unsigned as_bits(float v) { return __float_as_uint(v); }
 // To the nearest of 11 significant bits, ties away from zero.

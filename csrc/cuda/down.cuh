@@ -158,8 +158,7 @@ SADMOE_DEVICE void list_tokens(const Expert& expert, int16_t (&tokens)[kRows]) {
   const int lane = thread_index() % 32;
   SADMOE_UNROLL
   for (int i = 0; i < static_cast<int>(sizeof expert.own / sizeof *expert.own); ++i) {
-    const unsigned below = (1u << lane) - 1;
-    const int r = expert.before[i] + count_bits(expert.own[i] & below);
+    const int r = expert.before[i] + rank_in(expert.own[i], lane);
     if ((expert.own[i] >> lane & 1) && r >= 0 && r < kRows) tokens[r] = static_cast<int16_t>(i * kThreads + thread_index());
   }
 }

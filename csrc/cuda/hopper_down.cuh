@@ -114,9 +114,8 @@ SADMOE_DEVICE void bring_crowd(const Down& p, typename Block::Memory& memory) {
         SADMOE_UNROLL
         for (int i = 0; i < kGroupTokens / kEvery; ++i) {
           const int r = r0 + i * kEvery;
-          const unsigned below = (1u << r) - 1;
           const bool there = (word >> r & 1) && column < p.h.ld;
-          const T* row = from + count_bits(word & below) * p.h.ld;
+          const T* row = from + rank_in(word, r) * p.h.ld;
           copy16_async(&step.h[g * kGroupTokens + r][swizzled(r, c)], there ? row : h, there);
         }
         from += count_bits(word) * p.h.ld;

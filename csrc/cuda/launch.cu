@@ -20,10 +20,26 @@ int on_hopper(const Options& options, bool& is) {
   return code;
 }
 
+// The neurons [first, last) of every expert.
 template <class Tile, bool kGated>
-int launch_up(const Up& p, void* stream) {
-  const Grid grid{p.E * divide(p.s, Tile::columns), std::min(divide(p.T, Tile::rows), kRowBlocks)};
+int launch_up(Up p, int64_t first, int64_t last, void* stream) {
+  p.first = first, p.strips = divide(last - first, Tile::columns);
+  const Grid grid{p.E * p.strips, std::min(divide(p.T, Tile::rows), kRowBlocks)};
   return launch(up<Tile, kGated>, grid, kThreads, shared_bytes<UpMemory<Tile, kGated>>(), stream, p);
+}
+
+// Neurons in strips of 64; the last of an expert, where they fill no more than half of one, in tall tiles.
+int up_experts(const Up& p, const Options& options, void* stream) {
+  const int64_t left = p.s % kColumns, whole = 2 * left <= kColumns ? p.s - left : p.s;
+  const auto part = [&](int64_t first, int64_t last) {
+    return [&p, first, last, stream](auto tile) {
+      using Tile = typename decltype(tile)::type;
+      return p.w_gate.data ? launch_up<Tile, true>(p, first, last, stream) : launch_up<Tile, false>(p, first, last, stream);
+    };
+  };
+  const int code = whole ? with_experts_tile(p.h_dtype, options.tf32, part(0, whole)) : 0;
+  if (code || whole == p.s) return code;
+  return with_tall_tile(p.h_dtype, options.tf32, part(whole, p.s));
 }
 
 template <class Tile, int kTiles>
@@ -94,7 +110,7 @@ int project(const Projection& q, const Options& options, void* stream) {
   if (const int code = on_hopper(options, hopper)) return code;
   if (hopper && fits_hopper(p)) return up_on_hopper(p, stream);
   return with_router_tile(q.x.dtype, q.w.dtype,
-                          [&](auto tile) { return launch_up<typename decltype(tile)::type, false>(p, stream); });
+                          [&](auto tile) { return launch_up<typename decltype(tile)::type, false>(p, 0, p.s, stream); });
 }
 
 // Any number of tokens that fits the workspace.
@@ -112,13 +128,7 @@ int run_chunk(const Experts& experts, const Plan& plan, const Options& options, 
   p.T = plan.T, p.d = s.d, p.E = s.E, p.s = s.s, p.tiles = plan.tiles;
   p.h = h, p.ld_h = padded(s.s), p.h_dtype = dtype;
   p.act = experts.act;
-  if (hopper && fits_hopper(p))
-    code = up_on_hopper(p, stream);
-  else
-    code = with_up_tile(dtype, s.s, options.tf32, [&](auto tile) {
-      using Tile = typename decltype(tile)::type;
-      return p.w_gate.data ? launch_up<Tile, true>(p, stream) : launch_up<Tile, false>(p, stream);
-    });
+  code = hopper && fits_hopper(p) ? up_on_hopper(p, stream) : up_experts(p, options, stream);
   if (code || s.d_out == 0) return code;
   Down q{};
   q.h = matrix({h, dtype}, padded(s.s)), q.w_down = matrix(experts.w_down, s.d_out);

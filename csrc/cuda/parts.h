@@ -44,11 +44,12 @@ int with_experts_tile(DType dtype, bool tf32, Body body) {
   return tf32 ? body(Type<Tf32<1>>{}) : body(Type<Fma>{});
 }
 
-// The same for the way into experts of s neurons: a tile has no more columns than they fill.
+// The same of few columns.
 template <class Body>
-int with_up_tile(DType dtype, int64_t s, bool tf32, Body body) {
-  if (s > 32 || dtype == DType::f32) return with_experts_tile(dtype, tf32, body);
-  return dtype == DType::bf16 ? body(Type<TallMma<bf16>>{}) : body(Type<TallMma<f16>>{});
+int with_tall_tile(DType dtype, bool tf32, Body body) {
+  if (dtype == DType::bf16) return body(Type<TallMma<bf16>>{});
+  if (dtype == DType::f16) return body(Type<TallMma<f16>>{});
+  return tf32 ? body(Type<TallTf32>{}) : body(Type<TallFma>{});
 }
 
 // The same for a layer of the router, with the accuracy of float32 whatever the dtypes: 16 bits fit tf32.

@@ -1,7 +1,6 @@
-// A mask as work, made on the device: words of bits, their counts, a scan, lists by rank. No sort, no atomics, no word to
+// A mask as work, made on the device: the words of plan.h, their counts, a scan, lists by rank. No sort, no atomics, no word to
 // the host, so a captured graph replays with any mask.
 //
-//   group g = tokens [32 g, 32 g + 32);   bit t % 32 of words[g, e] = token t chose expert e
 //   tile i = groups 2 i and 2 i + 1
 //   rows[starts[i, e] .. starts[i + 1, e])      = the tokens of tile i that chose expert e, ascending
 //   rows[starts[0, e] .. starts[tiles, e])      = all tokens that chose e, ascending; starts[0, e + 1] follows
@@ -12,7 +11,7 @@
 
 namespace sadmoe::cuda {
 
-constexpr int kGroupTokens = 32, kTileTokens = 2 * kGroupTokens;
+constexpr int kTileTokens = 2 * kGroupTokens;
 constexpr int kWordThreads = 256;
 
 struct Plan {

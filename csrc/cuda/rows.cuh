@@ -49,12 +49,11 @@ SADMOE_KERNEL(kFillThreads) plan_fill(Plan p) {
   const int32_t total = e < p.E ? p.totals()[e] : 0;
   before += scan_block<kFillThreads>(total, all, memory.warp_sums) - total;
   if (e >= p.E) return;
-  int32_t at = p.starts[i * p.E + e] + before;
+  const int32_t at = p.starts[i * p.E + e] + before;
   p.starts[i * p.E + e] = at;
   if (i == p.tiles - 1) p.starts[p.tiles * p.E + e] = before + total;
-  for (int64_t g = 2 * i; g < 2 * i + 2; ++g)
-    for (uint32_t bits = p.words[g * p.E + e]; bits; bits &= bits - 1)
-      p.rows[at++] = static_cast<int32_t>(g * kGroupTokens + lowest_bit(bits));
+  int32_t* to = p.rows + at;
+  for (int64_t g = 2 * i; g < 2 * i + 2; ++g) to = put_rows(p.words[g * p.E + e], static_cast<int32_t>(g * kGroupTokens), to);
 }
 
 }  // namespace sadmoe::cuda

@@ -1,6 +1,7 @@
 // A tile of a matrix product, rows x columns, by one block: sums live in registers, operands pass through shared memory
 // in steps of kDepth. What differs is how a step is multiplied: Fma (float32), Mma<T> (tensor cores, 16 bits) or
-// Tf32<kParts> (tensor cores, float32 operands of fewer bits), of 64 x 64 all; and TallMma<T>, which is Mma<T> of 128 x 32.
+// Tf32<kParts> (tensor cores, float32 operands of fewer bits), of 64 x 64 all; and the same of 128 x 32, for experts of few
+// neurons: TallFma, TallMma<T>, TallTf32.
 //
 // The sum of an element runs over the depth in one fixed order, whatever the other rows are and however many: results are
 // batch-invariant. strip.cuh keeps the same order.
@@ -31,26 +32,32 @@ using ColumnStage = typename Tile::Columns;
 template <class Tile>
 using DepthStage = typename Tile::Depths;
 
-// Operands of any dtype, multiplied and added in float32. A thread holds rows ty + 8 i and columns tx + 16 j.
-struct Fma : Operands<float, 16, 4> {
+// Operands of any dtype, multiplied and added in float32. A thread holds 8 rows, kEvery apart, of 4 columns, kBeside apart.
+template <int kAcross>
+struct FmaTile : Operands<float, 16, 4, 256 / kAcross> {
+  using Shape = Operands<float, 16, 4, 256 / kAcross>;
+  using Shape::kDepth;
+  static constexpr int kBeside = Shape::columns / 4, kEvery = kThreads / kBeside;
   float sums[kSums] = {};
 
-  SADMOE_DEVICE static int row(int i) { return thread_index() / 16 + i / 4 * 8; }
-  SADMOE_DEVICE static int column(int i) { return thread_index() % 16 + i % 4 * 16; }
+  SADMOE_DEVICE static int row(int i) { return thread_index() / kBeside + i / 4 * kEvery; }
+  SADMOE_DEVICE static int column(int i) { return thread_index() % kBeside + i % 4 * kBeside; }
 
-  SADMOE_DEVICE static float at(const RowStage<Fma>& b, int k, int column) { return b.at[column][k]; }
-  SADMOE_DEVICE static float at(const DepthStage<Fma>& b, int k, int column) { return b.at[k][column]; }
+  template <class StageB>
+  SADMOE_DEVICE static float at(const StageB& b, int k, int column) {
+    return std::is_same_v<StageB, typename Shape::Columns> ? b.at[column][k] : b.at[k][column];
+  }
 
   // The first n rows of the tile.
   template <class StageB>
-  SADMOE_DEVICE void multiply(const RowStage<Fma>& a, const StageB& b, int n) {
+  SADMOE_DEVICE void multiply(const typename Shape::Rows& a, const StageB& b, int n, int = Shape::columns) {
     for (int k = 0; k < kDepth; ++k) {
       float bs[4];
       SADMOE_UNROLL
       for (int j = 0; j < 4; ++j) bs[j] = at(b, k, column(j));
       SADMOE_UNROLL
       for (int i = 0; i < kSums; i += 4) {
-        if (i && i / 4 * 8 >= n) break;
+        if (i && i / 4 * kEvery >= n) break;
         const float x = a.at[row(i)][k];
         SADMOE_UNROLL
         for (int j = 0; j < 4; ++j) sums[i + j] = fma(x, bs[j], sums[i + j]);
@@ -63,7 +70,7 @@ struct Fma : Operands<float, 16, 4> {
   SADMOE_DEVICE void add_to(Y& y, const int16_t* tokens, int n) {
     SADMOE_UNROLL
     for (int i = 0; i < kSums; i += 4) {
-      if (i && i / 4 * 8 >= n) break;
+      if (i && i / 4 * kEvery >= n) break;
       if (row(i) < n) {
         float* to = y[tokens[row(i)]];
         SADMOE_UNROLL
@@ -74,6 +81,8 @@ struct Fma : Operands<float, 16, 4> {
     }
   }
 };
+struct Fma : FmaTile<4> {};
+struct TallFma : FmaTile<2> {};
 
 // Where the sums of a product by tensor cores are: [4 tiles of 16 rows][2 tiles of 8 columns][4]. A warp holds 64 rows of 16
 // columns, and kAcross warps are side by side: with all four an expert of few rows wastes no warp.
@@ -160,7 +169,6 @@ struct MmaTile : Operands<T, 32, 8, 256 / kAcross>, TensorSums<kAcross> {
 };
 template <class T>
 struct Mma : MmaTile<T, 4> {};
-// For experts of few neurons.
 template <class T>
 struct TallMma : MmaTile<T, 2> {};
 
@@ -192,36 +200,46 @@ SADMOE_DEVICE void multiply_parts(float* sums, const Split<kParts>& a, unsigned 
 }
 
 // Operands of any dtype by m16n8k8: a as the sum of kParts numbers of 11 bits, b rounded to 11.
-template <int kParts>
-struct Tf32 : Operands<float, 16, 4>, TensorSums<4> {
-  using TensorSums<4>::lane, TensorSums<4>::first_column, TensorSums<4>::beyond, TensorSums<4>::sums;
-
-  SADMOE_DEVICE static void fragment(unsigned (&to)[4], const RowStage<Tf32>& b, int k) {
-    load_matrices(to, b.from(b.offset(first_column() + lane() / 16 * 8 + lane() % 8, lane() / 8 % 2 * 4) + b.offset(0, k)));
-  }
-  SADMOE_DEVICE static void fragment(unsigned (&to)[4], const DepthStage<Tf32>& b, int k) {
-    SADMOE_UNROLL
-    for (int i = 0; i < 4; ++i) to[i] = as_bits(b.at[k + i % 2 * 4 + lane() % 4][first_column() + i / 2 * 8 + lane() / 4]);
-  }
+template <int kParts, int kAcross>
+struct Tf32Tile : Operands<float, 16, 4, 256 / kAcross>, TensorSums<kAcross> {
+  using Shape = Operands<float, 16, 4, 256 / kAcross>;
+  using Sums = TensorSums<kAcross>;
+  using Sums::lane, Sums::first_row, Sums::first_column, Sums::beyond, Sums::sums;
+  static constexpr bool kTall = kAcross < kThreads / 32;
 
   template <class StageB>
-  SADMOE_DEVICE void multiply(const RowStage<Tf32>& a, const StageB& b, int n) {
+  SADMOE_DEVICE static void fragment(unsigned (&to)[4], const StageB& b, int k) {
+    if constexpr (std::is_same_v<StageB, typename Shape::Columns>)
+      load_matrices(to, b.from(b.offset(first_column() + lane() / 16 * 8 + lane() % 8, lane() / 8 % 2 * 4) + b.offset(0, k)));
+    else {
+      SADMOE_UNROLL
+      for (int i = 0; i < 4; ++i) to[i] = as_bits(b.at[k + i % 2 * 4 + lane() % 4][first_column() + i / 2 * 8 + lane() / 4]);
+    }
+  }
+
+  // As of MmaTile.
+  template <class StageB>
+  SADMOE_DEVICE void multiply(const typename Shape::Rows& a, const StageB& b, int n, int m = Shape::columns) {
+    if (kTall && first_column() >= m) return;
     SADMOE_UNROLL
-    for (int k = 0; k < kDepth; k += 8) {
+    for (int k = 0; k < Shape::kDepth; k += 8) {
       unsigned raw[4];
       fragment(raw, b, k);
       const Split<1> bs(raw);
       SADMOE_UNROLL
       for (int i = 0; i < kSums; i += 8) {
         if (beyond(i, n)) break;
-        load_matrices(raw, a.from(a.offset(lane() % 16, lane() / 16 * 4) + a.offset(i / 8 * 16, k)));
+        load_matrices(raw, a.from(a.offset(first_row() + lane() % 16, lane() / 16 * 4) + a.offset(i / 8 * 16, k)));
         const Split<kParts> as(raw);
         multiply_parts(sums + i, as, bs.parts[0][0], bs.parts[0][1]);
-        multiply_parts(sums + i + 4, as, bs.parts[0][2], bs.parts[0][3]);
+        if (!kTall || first_column() + 8 < m) multiply_parts(sums + i + 4, as, bs.parts[0][2], bs.parts[0][3]);
       }
     }
   }
 };
+template <int kParts>
+struct Tf32 : Tf32Tile<kParts, 4> {};
+struct TallTf32 : Tf32Tile<1, 2> {};
 
 // What experts add to y, in ascending order. In float32 every kChain of them, by their number, are summed by themselves: in one
 // chain the error would grow with how many there are, beyond that of torch. Minus zero adds nothing, not even to minus zero.

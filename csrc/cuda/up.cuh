@@ -15,6 +15,7 @@ struct Up {
   int64_t ld_h;
   DType h_dtype;
   Activation act;
+  int64_t first, strips;  // of a launch: neurons of every expert from the first on, in so many strips
 };
 
 // As csrc/cpu/activate.h. NaN stays NaN. Minus infinity, which gelu would multiply with 0 and the others divide by infinity,
@@ -119,8 +120,7 @@ up(Up p) {
   using Memory = UpMemory<Tile, kGated>;
   constexpr int kDepth = Tile::kDepth;
   SADMOE_SHARED(Memory, memory);
-  const int64_t strips = (p.s + Tile::columns - 1) / Tile::columns, e = block_x() / strips,
-                j0 = block_x() % strips * Tile::columns;
+  const int64_t e = block_x() / p.strips, j0 = p.first + block_x() % p.strips * Tile::columns;
   const int64_t begin = p.starts ? p.starts[e] : 0, end = p.starts ? p.starts[p.tiles * p.E + e] : p.T;
   const auto neuron = [&](int r) { return (e * p.s + j0 + r) * p.w_up.ld; };
   const auto w = source<Element, kThreads, ColumnStage<Tile>>(p.w_up, neuron);

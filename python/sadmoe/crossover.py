@@ -218,16 +218,30 @@ def _up_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
 
 
 def _tiled_up_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
-    """up.cuh: a tile of an expert's pairs by some of its neurons, computed whole; where s is small a tall one, by 8."""
-    each = tokens * share
-    tall = layer.expert_size <= 32 and layer.bytes_each == 2
-    height, width = (128, -(-layer.expert_size // 8) * 8) if tall else (_TILE, _TILE)
-    strips = -(-layer.expert_size // width)
+    """up.cuh: strips of 64 neurons, and the last of an expert, of at most half as many, in tall tiles: launch.cu."""
+    left = layer.expert_size % _TILE
+    tall = left if 2 * left <= _TILE else 0
+    whole = layer.expert_size - tall
+    seconds = 0.0
+    if whole:
+        seconds += _up_part_seconds(layer, tokens, share, card, whole, (_TILE, _TILE))
+    if tall:
+        columns = -(-tall // 8) * 8 if layer.bytes_each == 2 else _TILE // 2
+        seconds += _up_part_seconds(layer, tokens, share, card, tall, (2 * _TILE, columns))
+    return seconds
+
+
+def _up_part_seconds(
+    layer: Layer, tokens: int, share: float, card: Card, neurons: int, tile: tuple[int, int]
+) -> float:
+    """So many neurons of every expert, by tiles of so many rows and columns that are computed whole."""
+    each, (height, width) = tokens * share, tile
+    strips = -(-neurons // width)
     rows = _tiles(each, 16) * layer.experts * strips
     work = 2 * rows * width * layer.d * layer.inputs
     blocks = max(each / height, min(each, 1.0)) * layer.experts * strips
     gathered = each * layer.experts * layer.d * strips * layer.bytes_each
-    weights = blocks * layer.expert_size / strips * layer.d * layer.inputs * layer.bytes_each
+    weights = blocks * neurons / strips * layer.d * layer.inputs * layer.bytes_each
     # A warp reads all columns of its rows, and 16 of their columns.
     by_warps = (
         (rows * width / 16 + blocks * height / _TILE * width) * layer.d * layer.inputs * layer.bytes_each

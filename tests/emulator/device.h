@@ -59,8 +59,6 @@ SADMOE_DEVICE void from_float(float v, f16& to) { to = f16{f16_bits(v)}; }
 SADMOE_WORD float fma(float a, float b, float c) { return std::fma(a, b, c); }
 SADMOE_WORD float exp(float v) { return std::exp(v); }
 SADMOE_WORD float erfc(float v) { return std::erfc(v); }
-SADMOE_WORD int lowest_bit(unsigned v) { return __builtin_ctz(v); }
-SADMOE_WORD int count_bits(unsigned v) { return __builtin_popcount(v); }
 SADMOE_WORD float as_float(unsigned bits) {
   float v;
   std::memcpy(&v, &bits, 4);
