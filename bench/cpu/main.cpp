@@ -1,6 +1,9 @@
-// bench_cpu: the stages of the CPU kernels in floats, and the layer made of them, for each instruction set of this processor. One
-// thread, no torch. Options of Google Benchmark, as --benchmark_filter=project/avx512.
+// bench_cpu: the stages of the CPU kernels in floats, and the layer made of them, for each instruction set of this processor; and
+// how fast memory gives pieces, as few tokens need them. One thread, no torch. Options of Google Benchmark, as
+// --benchmark_filter=project/avx512.
 #include <benchmark/benchmark.h>
+
+#include <cstring>
 
 #include "cpu/isa.h"
 #include "cpu/moe.h"
@@ -119,6 +122,33 @@ void layer(benchmark::State& state, const std::string& isa, DType dtype, int64_t
   count(state, 4.0 * pairs * kNeurons * kWidth, 2 * needed * kNeurons * kWidth * test::format(dtype).bytes);
 }
 
+// Every line of a share of the pieces of a buffer, ascending, as the weights of those experts are read that a token chose; lines
+// are asked for so many bytes of the pieces beforehand. No kernel with few tokens can be faster.
+void read_pieces(benchmark::State& state, int64_t piece, double share, int64_t ahead) {
+  constexpr int64_t kBytes = int64_t{256} << 20, kLine = 64;
+  const std::vector<char> memory(kBytes, 1);
+  std::mt19937 random(1);
+  std::vector<const char*> pieces;
+  for (int64_t at = 0; at + piece <= kBytes; at += piece)
+    if (random() < share * 4294967296.0) pieces.push_back(memory.data() + at);
+  for (auto _ : state) {
+    uint64_t sum = 0;
+    size_t next = ahead / piece;
+    int64_t to = ahead % piece;
+    for (const char* from : pieces)
+      for (int64_t i = 0; i < piece; i += kLine) {
+        uint64_t word;
+        std::memcpy(&word, from + i, sizeof word);
+        sum += word;
+        if (ahead == 0 || next >= pieces.size()) continue;
+        __builtin_prefetch(pieces[next] + to, 0, 2);
+        if ((to += kLine) >= piece) to = 0, ++next;
+      }
+    benchmark::DoNotOptimize(sum);
+  }
+  count(state, 0, static_cast<double>(piece) * static_cast<double>(pieces.size()));
+}
+
 void add(const std::string& name, std::function<void(benchmark::State&)> run) {
   benchmark::RegisterBenchmark(name.c_str(), std::move(run));
 }
@@ -145,6 +175,15 @@ void add_isa(const std::string& isa) {
   add("select/" + isa, [&kernels](benchmark::State& s) { select(s, kernels); });
 }
 
+void add_memory() {
+  for (const double share : {0.25, 1.0})
+    for (const int64_t kib : {12, 24, 48, 96, 192, 768})
+      for (const int64_t ahead : {0, 2048, 8192, 32768})
+        add("read/share:" + std::to_string(static_cast<int>(100 * share)) + "%/KiB:" + std::to_string(kib) +
+                "/ahead:" + std::to_string(ahead),
+            [=](benchmark::State& s) { read_pieces(s, kib << 10, share, ahead); });
+}
+
 }  // namespace
 }  // namespace sadmoe::bench
 
@@ -152,6 +191,7 @@ int main(int count, char** words) {
   benchmark::Initialize(&count, words);
   if (benchmark::ReportUnrecognizedArguments(count, words)) return 2;
   for (const std::string& isa : sadmoe::cpu::supported_isas()) sadmoe::bench::add_isa(isa);
+  sadmoe::bench::add_memory();
   benchmark::RunSpecifiedBenchmarks();
   benchmark::Shutdown();
 }
