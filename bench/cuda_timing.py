@@ -1,6 +1,7 @@
 """The one timer of the benches on a CUDA device: graphs of several calls, whose replays take turns."""
 
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
@@ -22,14 +23,23 @@ def captured(call: Callable[[int], object], calls: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def graph_seconds(
-    variants: dict[str, Callable[[int], object]], calls: int = 8, replays: int = 25
-) -> dict[str, Timing]:
-    """Seconds of one call of each variant; variants take turns, so that the card's clock falls on all of them alike."""
+WARM, REPLAYS, LEAST = 20, 100, 10  # replays not timed, timed, and timed at least
+PATIENCE = 0.2  # seconds a variant, after which there are no more than at least
+
+
+def graph_seconds(variants: dict[str, Callable[[int], object]], calls: int = 8) -> dict[str, Timing]:
+    """Seconds of one call of each variant: median, and the distance of the first and last tenth as a share of it.
+
+    Variants take turns, so that the card's clock falls on all of them alike. Where replays are long there are fewer.
+    """
     graphs = {name: captured(call, calls) for name, call in variants.items()}
     samples: dict[str, list[float]] = {name: [] for name in variants}
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    for i in range(-3, replays):
+    started, patience = time.perf_counter(), PATIENCE * len(graphs)
+    for i in range(-WARM, REPLAYS):
+        late = time.perf_counter() - started > patience
+        if late and (i >= LEAST or i < -1):  # the last of warming up is always done
+            continue
         for name, graph in graphs.items():
             begin.record()
             graph.replay()
@@ -39,6 +49,6 @@ def graph_seconds(
                 samples[name].append(begin.elapsed_time(end) * 1e-3 / calls)
     timings = {}
     for name, values in samples.items():
-        low, median, high = statistics.quantiles(values, n=4)
-        timings[name] = Timing(median, (high - low) / median)
+        tenths, median = statistics.quantiles(values, n=10), statistics.median(values)
+        timings[name] = Timing(median, (tenths[-1] - tenths[0]) / median, len(values))
     return timings

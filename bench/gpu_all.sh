@@ -7,9 +7,10 @@
 # STEPs: tests conformance memcheck racecheck raw layers blocks 768x3072 1024x4096 2048x16384-glu 4096x11008-glu masks; by default
 # all, in that order. Those of sizes are the layer beside its peers.
 #
-# A call ends within BUDGET seconds, by default 1500: a step that its time or what is left does not hold is cut off, and said, for
-# a next call to name. What was built and found stays in build/gpu, where the next call goes on. OUT gets few files: the tables,
-# and results.tar.gz of everything that was found so far.
+# A call ends within BUDGET seconds, by default 1500, of which every step has a share, and what those before it left of theirs: a
+# step that takes longer is cut off, and said, for a next call to name. Tables are written row by row. What was built and found
+# stays in build/gpu, where the next call goes on. OUT gets few files: the tables, and results.tar.gz of everything that was found
+# so far.
 #
 # Needs nvcc >= 12.4 (PATH, CUDACXX or CUDA_HOME), a torch with CUDA, cmake, ninja, pybind11, pytest. Installs nothing. Exit
 # status: how many steps failed.
@@ -26,15 +27,24 @@ mkdir -p "$out" "$results"
 export PYTHONPATH=$build/site TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 SADMOE_BENCH_CUDA=$bench
 export CUDACXX=${CUDACXX:-$(command -v nvcc || echo "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc")}
 failed=()
+declare -A shares=([machine]=20 [build]=320 [tests]=220 [conformance]=40 [memcheck]=130 [racecheck]=130 [raw]=60 [constants]=40
+  [layers]=80 [blocks]=80 [masks]=80)
+share_of() { echo "${shares[$1]:-80}"; }  # of the time, in parts
+due=0 parts=$(($(share_of machine) + $(share_of build)))
+for name in "${steps[@]}"; do
+  parts=$((parts + $(share_of "$name")))
+  if [ "$name" = raw ]; then parts=$((parts + $(share_of constants))); fi
+done
 
-# step NAME SECONDS COMMAND...: its output to NAME.txt, its end to the screen.
+# step NAME COMMAND...: its output to NAME.txt, its end to the screen.
 step() {
-  local name=$1 limit=$2 left=$((budget - (SECONDS - begin))) start=$SECONDS status=0
-  shift 2
+  local name=$1 start=$SECONDS status=0 left
+  shift
+  due=$((due + $(share_of "$name"))) left=$((budget * due / parts - (SECONDS - begin)))
   if [ "$left" -lt 5 ]; then
     failed+=("$name"); echo "-- $name: no time left"; return
   fi
-  timeout -k 5 $((limit < left ? limit : left)) "$@" >"$results/$name.txt" 2>&1 || status=$?
+  timeout -k 5 "$left" "$@" >"$results/$name.txt" 2>&1 || status=$?
   local said="FAILED ($status)"
   case $status in
     0) said=ok ;;
@@ -80,20 +90,20 @@ sanitize() {
 export -f machine compile peers sanitize
 export root python arch build results bench
 
-TAIL=20 step machine 30 bash -c machine
-step build 400 bash -c compile
+TAIL=20 step machine bash -c machine
+step build bash -c compile
 for name in "${steps[@]}"; do
   case $name in
-    conformance) TAIL=58 step conformance 60 "$bench" conformance ;;
+    conformance) TAIL=58 step conformance "$bench" conformance ;;
     raw)
-      step raw 90 "$bench" constants "$results/raw.json"
-      TAIL=14 step constants 60 "$python" bench/cuda_constants.py "$results/raw.json" "$results/constants.json" ;;
-    layers) TAIL=120 step layers 180 "$bench" layers ;;
-    blocks) TAIL=200 step blocks 200 "$bench" blocks ;;
-    [0-9]*x*) TAIL=150 step "$name" 200 bash -c "peers $name --layers $name" ;;
-    masks) TAIL=120 step masks 200 bash -c "peers masks --masks skewed clustered --shares 0.1 0.25 --tokens 8 64 512 8192" ;;
-    tests) TAIL=12 step tests 300 "$python" -m pytest tests/test_kernel*.py tests/test_cuda*.py -m cuda -p no:cacheprovider ;;
-    memcheck | racecheck) step "$name" 240 bash -c "sanitize $name" ;;
+      step raw "$bench" constants "$results/raw.json"
+      TAIL=14 step constants "$python" bench/cuda_constants.py "$results/raw.json" "$results/constants.json" ;;
+    layers) TAIL=120 step layers "$bench" layers ;;
+    blocks) TAIL=200 step blocks "$bench" blocks ;;
+    [0-9]*x*) TAIL=150 step "$name" bash -c "peers $name --layers $name" ;;
+    masks) TAIL=120 step masks bash -c "peers masks --masks skewed clustered --shares 0.1 0.25 --tokens 8 64 512 8192" ;;
+    tests) TAIL=12 step tests "$python" -m pytest tests/test_kernel*.py tests/test_cuda*.py -m cuda -p no:cacheprovider ;;
+    memcheck | racecheck) step "$name" bash -c "sanitize $name" ;;
     *) failed+=("$name"); echo "-- $name: no such step" ;;
   esac
 done

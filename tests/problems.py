@@ -1,6 +1,7 @@
 """Random problems for the ops, and the tolerance rule that every kernel is held to."""
 
 import torch
+from sadmoe import reference
 from torch import Tensor
 
 
@@ -68,3 +69,10 @@ def assert_as_good_as_torch(
     error, torch_error = (ours.double() - truth).abs().max(), (torchs.double() - truth).abs().max()
     allowed = max(2 * torch_error, granted)
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}, torch's own {torch_error:.3g}"
+
+
+def assert_scores_as_good_as_torch(scores: Tensor, x: Tensor, v1: Tensor, v2: Tensor) -> None:
+    hidden = torch.relu(x.double() @ v1.double().T)
+    truth, terms = (hidden @ v2.double().T).abs(), hidden @ v2.double().T.abs()
+    assert scores.dtype == torch.float32
+    assert_as_good_as_torch(scores, reference.router_scores(x, v1, v2), truth, terms)

@@ -220,4 +220,13 @@ def test_an_unknown_device_answers_through_the_reference_with_one_warning():
 def test_an_unknown_instruction_set_lists_what_runs():
     with pytest.raises(RuntimeError, match=r"does not run the 'sse9' kernels; it runs auto, .*portable"):
         ops.use_cpu_isa("sse9")
-    assert "portable" in ops.build_info()
+
+
+def test_build_info_says_which_instruction_set_runs():
+    fastest = ops.cpu_isas()[0]
+    assert f"cpu kernels: {fastest} of {fastest}" in ops.build_info()
+    ops.use_cpu_isa("portable")
+    try:
+        assert f"cpu kernels: portable of {fastest}" in ops.build_info()
+    finally:
+        ops.use_cpu_isa("auto")

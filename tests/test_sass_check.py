@@ -3,7 +3,19 @@
 import re
 
 import pytest
-from sass_check import BUDGETS, HOPPER_BUDGETS, Budget, Kernel, Step, check, parse, short_name, step_length
+from sass_check import (
+    ARCHS,
+    BUDGETS,
+    HOPPER_BUDGETS,
+    Budget,
+    Kernel,
+    Step,
+    check,
+    in_flight,
+    parse,
+    short_name,
+    step_length,
+)
 
 RESOURCES = """
 arch = sm_80
@@ -19,9 +31,9 @@ code for sm_80
 BUDGET = {"down<Mma<__half>>": Budget(64, (r"HMMA\.16816\.F32 ",))}
 
 
-def found(registers=64, stack=0, more="EXIT", budgets=BUDGET, hopper=None):
+def found(registers=64, stack=0, more="EXIT", budgets=BUDGET, hopper=None, archs=()):
     kernels = parse(RESOURCES.format(registers=registers, stack=stack), SASS.format(more=more))
-    return check(kernels, budgets, hopper or {})
+    return check(kernels, budgets, hopper or {}, archs)
 
 
 def test_a_kernel_within_its_budget_passes():
@@ -38,7 +50,12 @@ def test_a_kernel_within_its_budget_passes():
         ({"budgets": {}}, "has no budget"),
         ({"budgets": {"down<Mma<__half>>": Budget(64, ("LDSM",))}}, "lacks LDSM"),
         ({"budgets": BUDGET | {"up": Budget(1)}}, "sm_80 up: was not compiled"),
-        ({"hopper": {"hopper_up": Budget(1)}}, "sm_90a hopper_up: was not compiled"),
+        ({"hopper": {"hopper_up": Budget(1)}, "archs": ARCHS}, "sm_90a hopper_up: was not compiled"),
+        ({"archs": ARCHS}, "sm_120 down<Mma<__half>>: was not compiled"),
+        (
+            {"budgets": {"down<Mma<__half>>": Budget(64, in_flight=8)}},
+            "0 copies in flight, at least 8 are meant",
+        ),
     ],
 )
 def test_a_kernel_beyond_its_budget_fails(change, fault):
@@ -48,7 +65,7 @@ def test_a_kernel_beyond_its_budget_fails(change, fault):
 @pytest.mark.parametrize(("arch", "wrong"), [("sm_80", []), ("sm_90", ["ACQBULK", "PREEXIT"])])
 def test_decoding_begins_early_where_devices_can(arch, wrong):
     kernel = Kernel(registers=1, stack=0)
-    assert check({(arch, "plan_decode"): kernel}, {"plan_decode": Budget(1)}, {}) == [
+    assert check({(arch, "plan_decode"): kernel}, {"plan_decode": Budget(1)}, {}, ()) == [
         f"{arch} plan_decode: lacks {word}" for word in wrong
     ]
 
@@ -88,10 +105,17 @@ LOOP = """
 def test_a_step_is_the_shortest_way_round_that_does_the_work(work, length):
     assert step_length(LOOP, work) == length
     kernel, steps = Kernel(registers=1, stack=0, code=LOOP), (Step(9, work),)
-    faults = check({("sm_80", "up"): kernel}, {"up": Budget(1, steps=steps)}, {})
+    faults = check({("sm_80", "up"): kernel}, {"up": Budget(1, steps=steps)}, {}, ())
     assert faults == (
         [] if length == 7 else [f"sm_80 up: {length or 'too many'} instructions a step, budget 9"]
     )
+
+
+def test_copies_in_flight_are_those_of_the_steps_that_a_wait_leaves_and_of_one_more():
+    copy = "LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ;\n"
+    assert in_flight(copy * 3 + "LDGDEPBAR ;\nDEPBAR.LE SB0, 0x1 ;\n") == 6
+    assert in_flight(copy * 3 + "DEPBAR.LE SB0, 0xd ;\nDEPBAR.LE SB0, 0x0 ;\n") == 42
+    assert in_flight(copy * 3) == 0
 
 
 def test_a_library_without_kernels_fails():

@@ -24,6 +24,7 @@ STABLE_TORCH_LIBRARY(sadmoe, m) {
       "float tau=0., str act='relu') -> Tensor");
   m.def("_build_info() -> str");
   m.def("_cpu_isas() -> str");
+  m.def("_cpu_isa() -> str");
   m.def("_use_cpu_isa(str isa) -> ()");
   m.def("_allow_tf32(bool allow) -> ()");
   m.def("_use_hopper(bool use) -> ()");       // for tests

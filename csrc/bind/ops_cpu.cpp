@@ -110,6 +110,8 @@ std::string join(const std::vector<std::string>& words) {
 
 std::string cpu_isas() { return join(cpu::supported_isas()); }
 
+std::string cpu_isa() { return cpu::kernels().isa; }
+
 void use_cpu_isa(std::string isa) {
   check(cpu::use_isa(isa), "_use_cpu_isa", "this processor does not run the '", isa, "' kernels; it runs auto, ", cpu_isas());
 }
@@ -128,5 +130,6 @@ STABLE_TORCH_LIBRARY_IMPL(sadmoe, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(sadmoe, CompositeExplicitAutograd, m) {
   m.impl("_cpu_isas", TORCH_BOX(&sadmoe::cpu_isas));
+  m.impl("_cpu_isa", TORCH_BOX(&sadmoe::cpu_isa));
   m.impl("_use_cpu_isa", TORCH_BOX(&sadmoe::use_cpu_isa));
 }

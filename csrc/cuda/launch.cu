@@ -45,7 +45,9 @@ int up_experts(const Up& p, const Options& options, void* stream) {
 template <class Tile, int kTiles>
 constexpr size_t down_bytes() {
   if constexpr (kTiles == 1) return shared_bytes<DownMemory<Tile, 1>>();
-  return sizeof(DownMemory<Tile, kTiles>);
+  constexpr size_t kBytes = sizeof(DownMemory<Tile, kTiles>), kMultiprocessor = kTiles == 2 ? 164 << 10 : 228 << 10;
+  static_assert(2 * (kBytes + kBlockBytes) <= kMultiprocessor, "two blocks, of an A100; of 4 tiles, of an H100");
+  return kBytes;
 }
 
 // See launch.h: what a multiprocessor reads is, for every neuron, a row of the weights once a block and the activations of a

@@ -21,20 +21,28 @@ struct Strip<Fma, kTokens> {
 
   template <class A, class B>
   SADMOE_DEVICE void rows(const A& a, const B& b, int c0) {
-    SADMOE_ROLLED
-    for (int k = 0; k < A::columns; ++k) add(a, k, b.at[c0 + column(0)][k]);
+    add(a, [&](int k) { return b.at[c0 + column(0)][k]; });
   }
   template <class A, class B>
   SADMOE_DEVICE void depths(const A& a, const B& b, int c0) {
-    SADMOE_ROLLED
-    for (int k = 0; k < A::columns; ++k) add(a, k, b.at[k][c0 + column(0)]);
+    add(a, [&](int k) { return b.at[k][c0 + column(0)]; });
   }
 
  private:
-  template <class A>
-  SADMOE_DEVICE void add(const A& a, int k, float w) {
-    SADMOE_UNROLL
-    for (int i = 0; i < kSums; ++i) sums[i] = fma(a.at[row(i)][k], w, sums[i]);
+  template <class A, class Weight>
+  SADMOE_DEVICE void add(const A& a, Weight weight) {
+    SADMOE_ROLLED
+    for (int k0 = 0; k0 < A::columns; k0 += Fma::kDepth) {
+      float parts[kSums] = {};
+      SADMOE_ROLLED
+      for (int k = k0; k < k0 + Fma::kDepth; ++k) {
+        const float w = weight(k);
+        SADMOE_UNROLL
+        for (int i = 0; i < kSums; ++i) parts[i] = fma(a.at[row(i)][k], w, parts[i]);
+      }
+      SADMOE_UNROLL
+      for (int i = 0; i < kSums; ++i) sums[i] += parts[i];
+    }
   }
 };
 
@@ -115,13 +123,17 @@ struct Strip<Tf32<kParts>, kTokens> : TensorStrip<kTokens> {
   template <class A>
   SADMOE_DEVICE void add(const A& a, int k, const unsigned (&raw)[4]) {
     const Split<1> bs(raw);
+    float step[kParts > 1 ? kTokens / 4 : 1] = {};
+    float* to = kParts > 1 ? step : sums;
     SADMOE_UNROLL
     for (int half = 0; half < 2; ++half) SADMOE_UNROLL
     for (int m = 0; m < kTokens / 16; ++m) {
       unsigned as[4];
       load_matrices(as, a.from(a.offset(lane() % 16, lane() / 16 * 4) + a.offset(m * 16, k + half * 8)));
-      multiply_parts(sums + m * 4, Split<kParts>(as), bs.parts[0][half * 2], bs.parts[0][half * 2 + 1]);
+      multiply_parts(to + m * 4, Split<kParts>(as), bs.parts[0][half * 2], bs.parts[0][half * 2 + 1]);
     }
+    if constexpr (kParts > 1) SADMOE_UNROLL
+    for (int i = 0; i < kTokens / 4; ++i) sums[i] += step[i];
   }
 };
 

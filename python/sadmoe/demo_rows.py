@@ -20,6 +20,7 @@ from sadmoe.masks import record_masks
 from sadmoe.report import Series, plot_curves
 from sadmoe.tables import format_table
 
+CONVERTED = "converted"
 TIMED = 4  # batches of the held-out texts whose time is taken
 
 
@@ -98,7 +99,14 @@ def added_to(sums: dict[str, Tensor]) -> Callable[[Tensor, FFNSite], Tensor]:
     return keep
 
 
-def sweep(dense: nn.Module, model: nn.Module, taus: Sequence[float], tests: Any, wanted: Tensor) -> list[Row]:
+def sweep(
+    dense: nn.Module,
+    model: nn.Module,
+    taus: Sequence[float],
+    tests: Any,
+    wanted: Tensor,
+    name: str = CONVERTED,
+) -> list[Row]:
     """The converted model at every tau: what it costs, keeps, and how fast it is."""
     texts = sum(len(batch["input_ids"]) for batch in tests)
     rest = cost(model, tests).rest
@@ -112,7 +120,7 @@ def sweep(dense: nn.Module, model: nn.Module, taus: Sequence[float], tests: Any,
         executed = report.dense if value == 0 else report.executed
         flops = (executed + outside) / (report.dense + outside)
         kept = fidelity(embedded, wanted)
-        rows.append(Row("converted", value, report.share, flops, kept, *gains[value]))
+        rows.append(Row(name, value, report.share, flops, kept, *gains[value]))
     return rows
 
 
@@ -198,7 +206,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def picture(rows: Sequence[Row], path: Path) -> None:
     """Fidelity of the converted model against its cost, and against its speed."""
-    ours = [row for row in rows if row.tau is not None]
+    ours = [row for row in rows if row.name == CONVERTED]
     axis = "cosine to the dense model's embeddings"
     panels = []
     for heading, label, key in (

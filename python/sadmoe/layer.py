@@ -367,7 +367,7 @@ class DynamicKMoE(nn.Module):
             return 1.0
         if unasked and (dtype.itemsize > 2 or (x.device.type == "cuda" and self.expected_share is None)):
             return 1.0
-        slack = paths.WORTH if unasked else 1.0
+        slack = paths.WORTH[x.device.type] if unasked else 1.0
         return paths.sparse_until(self._shape_in(dtype), len(x), x.device, dtype, slack)
 
     def _dtype_of_products(self, x: Tensor) -> torch.dtype | None:

@@ -446,8 +446,9 @@ for _name, _widened in (
 
 
 def build_info() -> str:
-    """How the compiled ops were built, and the instruction sets that this processor runs, fastest first."""
-    return f"{torch.ops.sadmoe._build_info()}; cpu kernels: {torch.ops.sadmoe._cpu_isas()}"
+    """How the compiled ops were built, which CPU kernels run, and those that this processor can, fastest first."""
+    sadmoe = torch.ops.sadmoe
+    return f"{sadmoe._build_info()}; cpu kernels: {sadmoe._cpu_isa()} of {sadmoe._cpu_isas()}"
 
 
 def cpu_isas() -> list[str]:

@@ -20,7 +20,7 @@ from sadmoe.measured import Costs, Key
 from sadmoe.timing import processor
 
 NOT_YET = -1  # instead of a count
-WORTH = 1.1  # how many times faster dense must be where nobody asked for it
+WORTH = {"cpu": 1.1, "cuda": 1.05}  # how many times faster dense must be where nobody asked for it
 SURE = 0.95  # of dense's time, what the op may take by costs of another machine where it replaces it unasked
 ALIKE = 2.0  # of two layers, at most: the logarithms of the ratios of their sizes, added up
 

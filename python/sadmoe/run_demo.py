@@ -25,6 +25,7 @@ from sadmoe.demo import (
 )
 from sadmoe.demo_rows import controls, picture, sweep, table
 from sadmoe.finetune import finetune_
+from sadmoe.int8 import quantize_experts_
 from sadmoe.layerwise import finetune_layers_
 from sadmoe.mixed import fast_training
 from sadmoe.outputs import replaced
@@ -66,6 +67,9 @@ def run_demo(out: Path, *, seconds: float = SECONDS, progress: bool = True) -> s
     clock.lap("controls")
     model, solved, told = converted(dense, tokenizer, train, seconds, clock, progress)
     rows += sweep(dense, model, sorted({0.0, *TAUS, solved}), tests, wanted)
+    rounded = copy.deepcopy(model)
+    quantize_experts_(rounded)
+    rows += sweep(dense, rounded, [solved], tests, wanted, "converted, experts in int8")
     clock.lap("table")
 
     text = "\n\n".join(

@@ -1,0 +1,55 @@
+"""What a converted model needs to be loaded and run, beside the dense one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sadmoe
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+LOAD = """
+import sys, torch, sadmoe
+from pathlib import Path
+from transformers import AutoModel
+
+def kilobytes(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+before = kilobytes("VmRSS")
+model = AutoModel.from_pretrained(sys.argv[1]).eval()
+with torch.inference_mode():
+    for tokens in (1, 200):
+        model(input_ids=torch.arange(tokens)[None])
+print(kilobytes("VmHWM") - before)
+"""
+
+
+def peak(folder: Path) -> int:
+    """Kilobytes that a process takes at most to load a model and to run one and 200 tokens."""
+    result = subprocess.run([sys.executable, "-c", LOAD, str(folder)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return int(result.stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
+@pytest.mark.slow
+def test_a_converted_model_is_loaded_and_run_in_the_memory_of_the_dense_one(tmp_path):
+    """Experts hold the weights once, as they are saved and as the kernels read them: none are packed beside them."""
+    sizes = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 4, "num_attention_heads": 8}
+    model = transformers.BertModel(
+        transformers.BertConfig(vocab_size=1000, hidden_act="relu", **sizes)
+    ).eval()
+    model.save_pretrained(tmp_path / "dense")
+    quick = sadmoe.RouterConfig(steps=1)
+    batches = [{"input_ids": torch.arange(200)[None]}]
+    config = sadmoe.ConvertConfig(expert_size=32, router=quick, tau=0.3)
+    sadmoe.convert_(model, batches, config, progress=False)
+    model.save_pretrained(tmp_path / "converted")
+    dense, converted = peak(tmp_path / "dense"), peak(tmp_path / "converted")
+    assert dense > 4 * 2 * 512 * 4096 * 4 / 1024, "the weights of the FFNs, at least"
+    assert converted <= 1.1 * dense, f"{converted / dense:.2f} times the memory"
