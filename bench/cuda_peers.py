@@ -8,9 +8,10 @@ bf16, graphs of several calls; where tokens are few, each with weights of its ow
 are given the mask, and grouped_mm and Triton their index lists, for free. Masks: see layers.py; all but independent are
 no router's: sadmoe then runs its three ops one after another. Columns: share of pairs executed; union of
 the weights that some token needs; times in us; eta: what dense would take for the share (few tokens: the union) over
-sadmoe's time; floor: the least the card could take over sadmoe's time; auto: time of the way that a layer chooses by
-sadmoe.crossover, the op or products with a mask, over plain dense. A peer that fails is n/a, and why stands below. The
-file has the spread as well: from the first tenth to the last, over the median.
+sadmoe's time; floor: the least the card could take over sadmoe's time; auto: time of the way that a layer takes by
+sadmoe.crossover if it may choose (set_batch_invariant(False)), the op or products with a mask, over plain dense. A
+peer that fails is n/a, and why stands below. The file has the spread as well: from the first tenth to the last, over
+the median.
 """
 
 import argparse

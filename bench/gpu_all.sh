@@ -7,7 +7,7 @@
 # STEPs: tests conformance memcheck racecheck raw layers blocks 768x3072 1024x4096 2048x16384-glu 4096x11008-glu masks; by default
 # all, in that order. Those of sizes are the layer beside its peers.
 #
-# A call ends within BUDGET seconds, by default 1500, of which every step has a share, and what those before it left of theirs: a
+# A call ends within about BUDGET seconds, by default 1500, of which every step has a share, and what those before it left of theirs: a
 # step that takes longer is cut off, and said, for a next call to name. Tables are written row by row. What was built and found
 # stays in build/gpu, where the next call goes on. OUT gets few files: the tables, and results.tar.gz of everything that was found
 # so far.

@@ -65,7 +65,8 @@ def main() -> None:
             told = "  ".join(f"{name} {gain:5.2f}x" for name, gain in gains.items())
             of_int8 = f"  {seconds['dense'] / seconds['int8']:14.2f}x" if args.int8 else ""
             print(f"{T:5d} {share:6.1%}  {cells}   {told}{of_int8}")
-            rows.append({"T": T, "share": share, "seconds": seconds, "gains": gains})
+            spread = {name: round(time.spread, 2) for name, time in times.items()}
+            rows.append({"T": T, "share": share, "seconds": seconds, "spread": spread, "gains": gains})
     print("Times in ms: median and distance of the quartiles.")
     if args.json:
         args.json.write_text(json.dumps({"machine": title, "rows": rows}, indent=1))

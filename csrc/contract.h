@@ -10,11 +10,11 @@
 //
 // Every matrix is row-major with one neuron a row, so up and down projection both stream whole neurons. Sums are float32; with
 // x and weights in float32 every 16 experts are summed by themselves, on the CPU of those of a token, on CUDA by their number,
-// and then those sums; so are, on CUDA, every 16 products of a depth. An int8 row stands for itself times its neuron's scale,
-// which multiplies sums and h instead; on the CPU a row of x, and of h of one expert, is rounded to 16 bits with a step of its
-// own, and multiplied with int8 in whole numbers, without further rounding. With x in bf16, units that multiply bf16 (tensor
-// cores, AMX, AVX512-BF16) round h to it; elsewhere h stays float32. The result of a token is the same bit for bit whatever its
-// neighbours, their order, and the thread count.
+// and then those sums; so are, on CUDA without TF32, every 16 products of a depth. An int8 row stands for itself times its
+// neuron's scale, which multiplies sums and h instead; on the CPU a row of x, and of h of one expert, is rounded to 16 bits with
+// a step of its own, and multiplied with int8 in whole numbers, without further rounding. With x in bf16, units that multiply
+// bf16 (tensor cores, AMX, AVX512-BF16) round h to it; elsewhere h stays float32. The result of a token is the same bit for bit
+// whatever its neighbours, their order, and the thread count.
 #pragma once
 #include <cstdint>
 

@@ -160,9 +160,7 @@ def _budgets() -> dict[str, Budget]:
                 budgets[f"decode_down<{tile}, {tokens}>"] = Budget(128, (COPY, *must, *turned))
     for name, budget in budgets.items():
         if "<" in name:
-            in_flight = (
-                8 if name.startswith("decode") else 0
-            )  # few blocks read all the weights: memory is far
+            in_flight = 8 if name.startswith("decode") else 0  # kInFlight of decode.cuh
             budgets[name] = replace(budget, steps=_steps(name), in_flight=in_flight)
     return budgets
 
@@ -283,10 +281,10 @@ def step_length(code: str, work: tuple[tuple[str, int], ...], limit: int = 1000)
     return best
 
 
-def in_flight(code: str) -> int:
-    """Copies of a thread on their way before the first is used: of a step, by the steps that a wait leaves and one."""
-    left = [int(found, 16) for found in re.findall(r"DEPBAR\.LE SB\d+, 0x([0-9a-f]+)", code)]
-    return len(re.findall(COPY, code)) * (max(left, default=-1) + 1)
+def in_flight(code: str, copies: int) -> int:
+    """Copies of a thread on their way before the first is used, so many a step: a wait leaves some steps, and one."""
+    left = [int(found, 16) for found in re.findall(r"DEPBAR\.LE SB0, 0x([0-9a-f]+)", code)]
+    return copies * (max(left, default=-1) + 1)
 
 
 def faults(name: str, kernel: Kernel, budgets: dict[str, Budget]) -> list[str]:
@@ -300,7 +298,8 @@ def faults(name: str, kernel: Kernel, budgets: dict[str, Budget]) -> list[str]:
         wrong.append(f"{kernel.registers} registers, budget {budget.registers}")
     if kernel.stack:
         wrong.append(f"{kernel.stack} bytes of stack")
-    if (found := in_flight(kernel.code)) < budget.in_flight:
+    copies = dict(budget.steps[0].work).get(COPY, 0) if budget.steps else 0
+    if (found := in_flight(kernel.code, copies)) < budget.in_flight:
         wrong.append(f"{found} copies in flight, at least {budget.in_flight} are meant")
     for step in budget.steps:
         length = step_length(kernel.code, step.work)
@@ -330,7 +329,10 @@ def check(
         found += [f"{arch} {name}: {fault}" for fault in wrong]
     if not kernels:
         return ["no kernels at all"]
-    for arch in sorted({*archs, *(arch for arch, _ in kernels)}):
+    made = {arch for arch, _ in kernels}
+    if missing := [arch for arch in archs if arch not in made]:
+        return [*found, f"nothing was compiled for {', '.join(missing)}: nvcc 12.8 or later does"]
+    for arch in sorted(made):
         found += [f"{arch} {n}: was not compiled" for n in budgets_of(arch) if (arch, n) not in kernels]
     return found
 

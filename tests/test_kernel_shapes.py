@@ -150,7 +150,7 @@ def test_awkward_shapes(backend, shape):
     )
     staged = backend.sparse_experts(x, chosen, *weights, act=act)
     backend.reschedule((2, 3, 0))
-    for op, again, first in zip(OPS, stages(), found, strict=False):
+    for op, again, first in zip(OPS[:3], stages(), found, strict=True):
         assert torch.equal(again, first), op
     assert torch.equal(backend.dynamic_k_moe(x, *router, *weights, tau=tau, act=act), staged)
     if shape.dtype != torch.float32 and not backend.is_cpu:

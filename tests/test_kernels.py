@@ -328,7 +328,8 @@ def test_tokens_that_do_not_fit_the_workspace_go_in_chunks(native):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("T", "d", "s"), [(1, 72, 24), (16, 40, 8), (17, 64, 33), (64, 33, 10), (20, 40, 86)]
+    ("T", "d", "s"),
+    [(1, 72, 24), (16, 40, 8), (17, 64, 33), (64, 33, 10), (20, 40, 86), (20, 40, 96), (20, 40, 97)],
 )
 def test_few_tokens_have_the_bits_of_many(native, T, d, s, dtype):
     """The kernels of few tokens sum in the order of those of many: the shape of a call changes no result."""

@@ -123,7 +123,7 @@ void layer(benchmark::State& state, const std::string& isa, DType dtype, int64_t
 }
 
 // Every line of a share of the pieces of a buffer, ascending, as the weights of those experts are read that a token chose; lines
-// are asked for so many bytes of the pieces beforehand. No kernel with few tokens can be faster.
+// are asked for so many bytes of the pieces beforehand. What kernels can hope for with few tokens, and weights from memory.
 void read_pieces(benchmark::State& state, int64_t piece, double share, int64_t ahead) {
   constexpr int64_t kBytes = int64_t{256} << 20, kLine = 64;
   const std::vector<char> memory(kBytes, 1);

@@ -31,6 +31,7 @@ struct Strip<Fma, kTokens> {
  private:
   template <class A, class Weight>
   SADMOE_DEVICE void add(const A& a, Weight weight) {
+    static_assert(A::columns % Fma::kDepth == 0, "whole steps of a tile");
     SADMOE_ROLLED
     for (int k0 = 0; k0 < A::columns; k0 += Fma::kDepth) {
       float parts[kSums] = {};

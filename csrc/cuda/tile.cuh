@@ -46,7 +46,10 @@ struct FmaTile : Operands<float, 16, 4, 256 / kAcross> {
 
   template <class StageB>
   SADMOE_DEVICE static float at(const StageB& b, int k, int column) {
-    return std::is_same_v<StageB, typename Shape::Columns> ? b.at[column][k] : b.at[k][column];
+    if constexpr (std::is_same_v<StageB, typename Shape::Columns>)
+      return b.at[column][k];
+    else
+      return b.at[k][column];
   }
 
   // The first n rows of the tile.

@@ -226,7 +226,7 @@ def _tiled_up_seconds(layer: Layer, tokens: int, share: float, card: Card) -> fl
     if whole:
         seconds += _up_part_seconds(layer, tokens, share, card, whole, (_TILE, _TILE))
     if tall:
-        columns = -(-tall // 8) * 8 if layer.bytes_each == 2 else _TILE // 2
+        columns = -(-tall // 8) * 8 if layer.bytes_each == 2 else _TILE // 2  # TallFma skips none
         seconds += _up_part_seconds(layer, tokens, share, card, tall, (2 * _TILE, columns))
     return seconds
 

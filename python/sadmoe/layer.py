@@ -74,9 +74,9 @@ class DynamicKMoE(nn.Module):
     of them by torch's products and masking their neurons can be faster than the sparse op, and `paths` says where; but
     how torch's products round differs with the number of tokens.
       True   nothing else: always the op, also at tau = 0.
-      None   the default. float32: as True at tau > 0. 16 bits: dense where that is over 10 % faster. What decides is
-             the same from run to run: on the CPU the mask of the call itself, on CUDA `expected_share` (without it: the
-             op), as the share of this call would have to be waited for.
+      None   the default. float32: as True at tau > 0. 16 bits: dense where that is over 10 % faster (CUDA: 5 %). What
+             decides is the same from run to run: on the CPU the mask of the call itself, on CUDA `expected_share`
+             (without it: the op), as the share of this call would have to be waited for.
       False  dense wherever it is faster. On CUDA by the share of earlier calls, from whenever it has arrived.
     At tau = 0, but for True and int8, torch's products, or the op where that was measured to be faster, as it mostly is
     on the CPU. With gradients, and in graphs of torch.compile and torch.export, always the op at tau > 0, but

@@ -24,7 +24,8 @@ LONG = 1.0  # seconds of a call, beside which what the first one waits for is li
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: median, and the distance between the quartiles as a share of it, of so many calls."""
+    """Seconds of one call: median, and the distance between the quartiles, or what else the timer says, as a share of
+    it, of so many calls."""
 
     median: float
     spread: float

@@ -22,7 +22,6 @@ from sadmoe.ffn import bare_mlps, moe_layers, own_configs, projection_mlps
 
 logger = logging.getLogger(__name__)
 CACHE_LINE = 64  # bytes, to which torch aligns what it allocates
-MADV_PAGEOUT = 21  # of Linux 5.4, not in the module mmap
 
 METHOD = "sadmoe"
 
@@ -204,21 +203,31 @@ def _leave_attention_alone(model: nn.Module) -> None:
 def _align(model: nn.Module) -> None:
     """Copies the weights of converted layers that do not start at a cache line, as those mapped from a file: vectors
     that straddle two lines cost the kernels a fifth of their speed. One tensor at a time."""
+    files = _mapped_files()
     for tensor in _layer_tensors(model).values():
         if tensor.device.type == "cpu" and tensor.data_ptr() % CACHE_LINE:
             mapped, tensor.data = tensor.data, tensor.data.clone()
-            _page_out(mapped)
+            _let_go(mapped, files)
 
 
-def _page_out(tensor: torch.Tensor) -> None:
-    """Asks Linux to let the whole pages of a tensor go until they are read: else those of a file stay beside their copy
-    as long as the file is mapped. Nothing is lost, whatever memory it is; where that cannot be, nothing is done."""
-    if not sys.platform.startswith("linux"):
-        return
+def _mapped_files() -> list[range]:
+    """The addresses of this process that are mapped from files; none where the system does not tell."""
+    try:
+        lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    except OSError:
+        return []
+    spans = [span.split("-") for span, _, _, _, inode, *_ in lines if inode != "0"]
+    return [range(int(begin, 16), int(end, 16)) for begin, end in spans]
+
+
+def _let_go(tensor: torch.Tensor, files: list[range]) -> None:
+    """Takes a tensor's whole pages out of this process, if they are of a file: else they stay beside their copy as long
+    as the file is mapped. Who reads them again gets them from the file, which the system still holds."""
     page, begin = mmap.PAGESIZE, tensor.data_ptr()
     first, last = -(-begin // page) * page, (begin + tensor.nbytes) // page * page
-    if first < last:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_PAGEOUT)
+    if first < last and any(first in file and last - 1 in file for file in files):
+        size = ctypes.c_size_t(last - first)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), size, mmap.MADV_DONTNEED)
 
 
 def _check_loaded(model: nn.Module, shapes: dict[str, torch.Size]) -> None:
