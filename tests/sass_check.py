@@ -282,7 +282,7 @@ def step_length(code: str, work: tuple[tuple[str, int], ...], limit: int = 1000)
 
 
 def in_flight(code: str, copies: int) -> int:
-    """Copies of a thread on their way before the first is used, so many a step: a wait leaves some steps, and one."""
+    """Copies of a thread on their way before the first is used; so many a step, of what a wait leaves and one more."""
     left = [int(found, 16) for found in re.findall(r"DEPBAR\.LE SB0, 0x([0-9a-f]+)", code)]
     return copies * (max(left, default=-1) + 1)
 

@@ -121,7 +121,7 @@ def test_bench_cuda_writes_what_the_model_asks():
     written = set(re.findall(r'\\"(\w+)\\":', source))
     by_torch = {"dense_16", "dense_32", "ours_16", "ours_32", "hopper_16"}
     wanted = {field.name for field in dataclasses.fields(crossover.Card)} - by_torch - {"unmeasured"}
-    assert wanted - written == {"shared"}, "what stays a datasheet's"
+    assert wanted <= written
     assert {"products_16", "products_32"} <= written
 
 

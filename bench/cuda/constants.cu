@@ -17,6 +17,21 @@ __global__ void read_all(const uint4* data, size_t n, int times, unsigned* out) 
         if (i + j * step < n) sum ^= __ldcg(data + i + j * step).x;
   if (sum == 0x12345678) *out = sum;
 }
+// Reads shared memory so many times over, 16 bytes a thread, neighbours from neighbours: no bank is asked twice at once.
+__global__ void read_shared(int times, unsigned* out) {
+  constexpr int kLines = 1024;
+  __shared__ uint4 lines[kLines];
+  for (unsigned i = threadIdx.x; i < kLines; i += blockDim.x) lines[i] = {i, i, i, i};
+  __syncthreads();
+  unsigned sum = 0;
+  for (int time = 0; time < times; ++time)
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const uint4 line = lines[(threadIdx.x + 128 * j + time) % kLines];
+      sum ^= line.x ^ line.y ^ line.z ^ line.w;
+    }
+  if (sum == 0x12345678) *out = sum;
+}
 __global__ void nothing() {}
 
 int processors() {
@@ -35,6 +50,20 @@ double read_rate(size_t bytes, int times, int calls) {
       },
       calls);
   return static_cast<double>(bytes) * times / time;
+}
+
+// Of all multiprocessors together.
+double shared_rate() {
+  constexpr int kThreads = 512, kTimes = 2000;
+  const Buffer out(4);
+  const int blocks = 4 * processors();
+  const double time = seconds(
+      [&](int, cudaStream_t stream) {
+        read_shared<<<blocks, kThreads, 0, stream>>>(kTimes, out.as<unsigned>());
+        must(cudaGetLastError(), "read_shared");
+      },
+      4);
+  return 8.0 * sizeof(uint4) * kTimes * kThreads * blocks / time;
 }
 
 double launch_gap() {
@@ -91,7 +120,8 @@ void measure_constants(const char* path) {
   const double memory = read_rate(size_t{1} << 30, 1, 4);
   std::fprintf(file, "{\"name\": \"%s\", \"capability\": [%d, %d], \"processors\": %d, \"clock\": %.6g,\n", card.name, card.major,
                card.minor, card.multiProcessorCount, clock * 1e3);
-  std::fprintf(file, " \"shared_bytes\": %zu,\n", card.sharedMemPerMultiprocessor);
+  std::fprintf(file, " \"shared_bytes\": %zu, \"shared\": %.6g,\n", card.sharedMemPerMultiprocessor,
+               shared_rate() / (clock * 1e3 * card.multiProcessorCount));
   std::fprintf(file, " \"memory\": %.6g, \"streamed\": %.6g, \"l2\": %.6g, \"launch\": %.6g, \"step\": %.6g,\n", memory,
                decode_rate() / memory, read_rate(size_t{16} << 20, 64, 4), launch_gap(), step_seconds());
   std::fprintf(file, " \"products_16\": %.6g, \"products_32\": %.6g, \"products_16_hopper\": %.6g}\n",
