@@ -1,12 +1,12 @@
 """The masks that a converted model uses on text, for `layers.py --recorded`.
 
     python bench/record_masks.py sadmoe-demo/model masks.safetensors [--texts FILE] [--tau 0.2] [--tokens 4096]
-                                 [--expert-sizes 16 32 [--budget 0.4]]
+                                 [--expert-sizes 16 32 [--budget 0.4] [--only .3. .10.]]
 
 A folder that `save_pretrained` wrote; paragraphs of a text file, by default of Python's own documentation. Of each
 converted layer the file holds the mask [T, E] of its first tokens, padding left out, and shape in the metadata.
 --expert-sizes: the model is made dense again and converted anew into experts of each size; on the same texts routers
-are trained, nothing else is, and tau is solved for the budget.
+are trained, nothing else is, and tau is solved for the budget. --only: FFNs whose name has one of these.
 """
 
 import argparse
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--expert-sizes", type=int, nargs="+")
     parser.add_argument("--budget", type=float, default=0.4)
+    parser.add_argument("--only", nargs="+", default=[""])
     args = parser.parse_args()
     if args.expert_sizes and args.tau is not None:
         parser.error("--tau is the model's as it is: experts of other sizes take the tau of --budget")
@@ -82,7 +83,12 @@ def main() -> None:
     for size in args.expert_sizes or [None]:
         if size is not None:
             sadmoe.restore_(model, projections=False)
-            sadmoe.convert_(model, batches, sadmoe.ConvertConfig(expert_size=size, budget=args.budget))
+            config = sadmoe.ConvertConfig(
+                expert_size=size,
+                budget=args.budget,
+                filter=lambda name: any(part in name for part in args.only),
+            )
+            sadmoe.convert_(model, batches, config)
         prefix = "" if size is None else f"s{size}."
         found = recorded_masks(model, batches, args.tokens)
         masks |= {prefix + name: mask for name, mask in found.items()}
