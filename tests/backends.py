@@ -13,7 +13,8 @@ from sadmoe import ops
 
 OPS = ("router_scores", "dynamic_k_select", "sparse_experts", "dynamic_k_moe")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BY_SHAPE = -1.0  # of use_hopper's crowd
+BY_SHAPE = -1.0  # of use_hopper's up_all and crowd
+ALWAYS, NEVER = 0.0, 2.0  # likewise, of shares
 SCHEDULES = [(order, seed, late) for order, seed in ((0, 1), (1, 1), (2, 1), (2, 2)) for late in (0, 1)]
 
 
@@ -30,9 +31,13 @@ def emulator():
     native = ctypes.CDLL(path)
     native.sadmoe_run_planted.restype = ctypes.c_char_p
     native.sadmoe_set_options.argtypes = [
-        *(ctypes.c_int64, ctypes.c_int64, ctypes.c_bool, ctypes.c_bool, ctypes.c_double, ctypes.c_int64)
-    ]
+        *[ctypes.c_int64] * 2, *[ctypes.c_bool] * 2, *[ctypes.c_double] * 2, ctypes.c_int64
+    ]  # fmt: skip
     native.sadmoe_down_tiles.argtypes = [ctypes.c_int64, ctypes.c_int64, *[ctypes.c_int] * 3]
+    native.sadmoe_up_all_share.argtypes = [
+        *[ctypes.c_int64] * 3, ctypes.c_int, *[ctypes.c_bool] * 2, ctypes.c_int
+    ]  # fmt: skip
+    native.sadmoe_up_all_share.restype = ctypes.c_double
     native.sadmoe_crowd_share.argtypes = [
         *[ctypes.c_int64] * 3, ctypes.c_int, ctypes.c_bool, ctypes.c_int
     ]  # fmt: skip
@@ -67,15 +72,17 @@ class Backend:
         if self.name == "emulator":
             emulator().sadmoe_schedule(*schedule)
 
-    def use_hopper(self, use, crowd=BY_SHAPE):
+    def use_hopper(self, use, up_all=BY_SHAPE, crowd=BY_SHAPE):
         """The kernels of sm_90a where a device has them and they fit, or those of sm_80 everywhere.
 
-        crowd: share of its pairs from which a block of tokens goes through all experts.
+        up_all: share of all pairs from which every neuron is computed on the way in.
+        crowd: share of its pairs from which a block of tokens goes through all experts on the way out.
         """
         if self.name == "emulator":
-            set_options(emulator(), hopper=use, crowd=crowd)
+            set_options(emulator(), hopper=use, up_all=up_all, crowd=crowd)
         elif self.name == "cuda":
             torch.ops.sadmoe._use_hopper(use)
+            torch.ops.sadmoe._use_up_all(up_all)
             torch.ops.sadmoe._use_crowd(crowd)
 
     def use_down_tiles(self, tiles):
@@ -95,10 +102,17 @@ class Backend:
 
 
 def set_options(
-    native, hidden_bytes=256 << 20, decode_tokens=64, tf32=False, hopper=False, crowd=BY_SHAPE, down_tiles=0
+    native,
+    hidden_bytes=256 << 20,
+    decode_tokens=64,
+    tf32=False,
+    hopper=False,
+    up_all=BY_SHAPE,
+    crowd=BY_SHAPE,
+    down_tiles=0,
 ):
     """csrc/cuda/launch.h has them. Tests ask for hopper: else the kernels of sm_80 would run in none with 16 bits."""
-    native.sadmoe_set_options(hidden_bytes, decode_tokens, tf32, hopper, crowd, down_tiles)
+    native.sadmoe_set_options(hidden_bytes, decode_tokens, tf32, hopper, up_all, crowd, down_tiles)
 
 
 def backend_of(name):

@@ -147,7 +147,8 @@ def _budgets() -> dict[str, Budget]:
             budgets[f"up<{tile}, {gated}>"] = Budget(168 if gated == "true" else 128, hidden)
             if experts:
                 tall = "TallTf32" if tile == "Tf32<1>" else f"Tall{tile}"
-                budgets[f"up<{tall}, {gated}>"] = budgets[f"up<{tile}, {gated}>"]
+                for same in (f"up<{tall}, {gated}>", f"up_all<{tile}, {gated}>"):
+                    budgets[same] = budgets[f"up<{tile}, {gated}>"]
             for tokens in (16, 64):
                 budgets[f"decode_up<{tile}, {gated}, {tokens}>"] = Budget(96 if tokens == 16 else 128, hidden)
         if experts:
@@ -161,7 +162,7 @@ def _budgets() -> dict[str, Budget]:
     for name, budget in budgets.items():
         if "<" in name:
             in_flight = 8 if name.startswith("decode") else 0  # kInFlight of decode.cuh
-            budgets[name] = replace(budget, steps=_steps(name), in_flight=in_flight)
+            budgets[name] = replace(budget, steps=_steps(name.replace("up_all<", "up<")), in_flight=in_flight)
     return budgets
 
 
@@ -184,23 +185,23 @@ def _together(times: int) -> str:
     return rf"(?:HGMMA(?:(?!DEPBAR)[\s\S])*){{{times}}}"
 
 
+def _hopper_up(neurons: int, suffix: str) -> Budget:
+    products = (rf"HGMMA\.64x{neurons}x16\.F32{suffix}", _together(8))
+    return Budget(168, (*products, r"UTMALDG\.3D", *_WARPGROUPS))
+
+
 HOPPER_BUDGETS = {
-    f"hopper_up<{dtype}, {gated}, {neurons}>": Budget(
-        168,
-        (
-            rf"HGMMA\.64x{neurons}x16\.F32{suffix}",
-            _together(8),
-            r"UTMALDG\.3D",
-            *_WARPGROUPS,
-        ),
-    )
+    f"hopper_up{which}>": _hopper_up(neurons, suffix)
     for dtype, suffix in _HALVES
     for gated in ("false", "true")
-    for neurons in (32, 64, 96, 128)
+    for which, neurons in (
+        *((f"<{dtype}, {gated}, {n}", n) for n in (32, 64, 96, 128)),
+        (f"_all<{dtype}, {gated}", 128),
+    )
 } | {
     f"hopper_down<{dtype}, {slices}>": Budget(
         168,
-        (rf"HGMMA\.64x128x16\.F32{suffix}", _together(slices), TRANSPOSED, r"SHFL\.BFLY", *_WARPGROUPS),
+        (rf"HGMMA\.64x128x16\.F32{suffix}", _together(slices), TRANSPOSED, r"MOVM\.16\.MT88", *_WARPGROUPS),
     )
     for dtype, suffix in _HALVES
     for slices in (1, 2, 4)

@@ -80,6 +80,27 @@ def test_a_wrong_hint_costs_less_where_crowds_go_through_all_experts(name, layer
     assert crowd == pytest.approx(alone, rel=0.1)
 
 
+@pytest.mark.parametrize("bytes_each", [2, 4])
+@pytest.mark.parametrize("gated", [False, True])
+@BY_CARD
+def test_experts_of_few_neurons_turn_where_computing_every_neuron_takes_no_longer(card, gated, bytes_each):
+    for s, d in itertools.product((8, 16, 24, 32, 40, 48, 80, 104), (768, 2048)):
+        layer = Layer(d, d, 4 * d // s, s, 128, gated, bytes_each)
+        one = dataclasses.replace(layer, experts=1, expert_size=layer.neurons)
+        for tokens in (1024, 2048, 8192, 65536):
+            turn = crossover._up_all_share(layer, tokens, card)
+            every = crossover._pairs_up_seconds(one, tokens, 1.0, card)
+            if turn > 1:
+                assert every > 0.8 * crossover._pairs_up_seconds(layer, tokens, 1.0, card), (s, d, tokens)
+                continue
+            of_pairs = crossover._pairs_up_seconds(layer, tokens, turn, card)
+            assert 0.8 < every / of_pairs < 1.25, (s, d, tokens)
+            assert crossover._up_seconds(layer, tokens, 1.0, card) < 1.25 * every + card.launch
+    bert = dataclasses.replace(BERT[24], bytes_each=bytes_each)
+    alone = crossover._pairs_up_seconds(bert, 8192, 1.0, card)
+    assert crossover._up_seconds(bert, 8192, 1.0, card) < 0.8 * alone, "a wrong hint costs less"
+
+
 def test_fp32_has_its_own_rates():
     h100 = cards()["H100"]
     wide = dataclasses.replace(GEMMA, bytes_each=4)

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from backends import SCHEDULES, Backend, set_options
+from backends import ALWAYS, NEVER, SCHEDULES, Backend, set_options
 from problems import assert_as_good_as_torch, experts_problem, in_double
 from sadmoe import reference
 
@@ -32,7 +32,6 @@ CROWDS = {
     "no expert": {"T": 256, "d": 8, "E": 3, "s": 8, "share": 0.0},
     "every expert": {"T": 256, "d": 8, "E": 3, "s": 8, "share": 1.0},
 }
-ALWAYS, NEVER = 0.0, 2.0  # the share from which tokens are a crowd
 
 
 def with_crowds(gpu, run, share, warpgroups):

@@ -45,6 +45,8 @@ PLANTED = {
     "product": "",
     "product_transposed": "",
     "product_of_wrong_columns": "wrong numbers",
+    "turned": "",
+    "not_turned": "wrong numbers",
     "product_tf32": "",
     "product_tf32_of_wrong_depths": "wrong numbers",
     "bits": "",

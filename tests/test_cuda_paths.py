@@ -42,6 +42,20 @@ def test_the_model_knows_the_blocks_that_the_kernels_pick(name, bytes_each):
         assert crossover._down_tiles(layer, tokens, card) == picked, (d_out, tokens)
 
 
+@pytest.mark.parametrize("s", [1, 8, 16, 24, 32, 40, 60, 64, 80, 88, 104, 128, 172, 176, 512])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("bytes_each", [2, 4])
+@pytest.mark.parametrize("name", crossover.cards())
+def test_the_model_knows_where_the_kernels_compute_every_neuron(name, bytes_each, gated, s):
+    card, native = crossover.cards()[name], emulator()
+    warpgroups = bool(card.hopper_16) and bytes_each == 2
+    for experts, tokens in itertools.product((1, 24, 96, 512), (65, 256, 1000, 8192, 65536)):
+        layer = crossover.Layer(512, 512, experts, s, 64, gated, bytes_each)
+        args = tokens, experts, s, bytes_each, gated, warpgroups, card.processors
+        share = native.sadmoe_up_all_share(*args)
+        assert crossover._up_all_share(layer, tokens, card) == pytest.approx(share), (experts, tokens)
+
+
 @pytest.mark.parametrize("s", [1, 8, 16, 17, 24, 32, 33, 64, 65, 88, 128, 172, 300])
 @pytest.mark.parametrize("bytes_each", [2, 4])
 @pytest.mark.parametrize("name", crossover.cards())

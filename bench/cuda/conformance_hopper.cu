@@ -52,13 +52,14 @@ bool same_bits(sadmoe::DType dtype, bool gated, int64_t s) {
   Layer layer({1000, 776, 520, 12, s}, dtype, gated, 1);
   for (const float share : {0.3f, 0.95f}) {
     layer.mask(share);
-    layer.options.hopper = false;
+    layer.options.hopper = false, layer.options.up_all = layer.options.crowd = 2;
     const std::vector<uint16_t> plain = layer.result();
     layer.options.hopper = true;
-    for (const double crowd : {0.0, 2.0}) {
-      layer.options.crowd = crowd;
-      if (layer.result() != plain) return false;
-    }
+    for (const double all : {0.0, 2.0})
+      for (const double crowd : {0.0, 2.0}) {
+        layer.options.up_all = all, layer.options.crowd = crowd;
+        if (layer.result() != plain) return false;
+      }
   }
   return true;
 }

@@ -50,7 +50,8 @@ bool is_hopper() {
   return major == 9;
 }
 
-// By how many tokens a block of `down` takes: what launch.cu chooses, and each; and where all go through all experts.
+// By how many tokens a block of `down` takes: what launch.cu chooses, and each; where all go through all experts; and where every
+// neuron is computed on the way in.
 void time_blocks() {
   const char* names[] = {"  blocks of 64 tokens", "  128", "  256"};
   print_header();
@@ -59,12 +60,16 @@ void time_blocks() {
       Layer layer({T, shape.d, shape.d, shape.E, shape.s}, sadmoe::DType::bf16, shape.gated, 1);
       time_layer(layer, shape.name, T);
       for (int i = 0; i < 3; ++i) {
-        layer.options.down_tiles = 1 << i, layer.options.crowd = 2;
+        layer.options.down_tiles = 1 << i, layer.options.up_all = layer.options.crowd = 2;
         time_layer(layer, names[i], T);
       }
       layer.options.down_tiles = 0, layer.options.crowd = 0;
       if (is_hopper()) time_layer(layer, "  256, through all experts, sm_90a", T);
+      layer.options.crowd = 2, layer.options.up_all = 0;
+      if (is_hopper()) time_layer(layer, "  every neuron on the way in, sm_90a", T);
       layer.options.hopper = false;
+      time_layer(layer, "  every neuron on the way in, sm_80", T);
+      layer.options.up_all = 2, layer.options.crowd = 0;
       time_layer(layer, "  128, through all experts, sm_80", T);
       layer.options.crowd = 2;
       if (is_hopper()) time_layer(layer, "  by what tokens chose, sm_80", T);

@@ -28,7 +28,8 @@ STABLE_TORCH_LIBRARY(sadmoe, m) {
   m.def("_use_cpu_isa(str isa) -> ()");
   m.def("_allow_tf32(bool allow) -> ()");
   m.def("_use_hopper(bool use) -> ()");       // for tests
-  m.def("_use_crowd(float share) -> ()");     // for tests and benches
+  m.def("_use_up_all(float share) -> ()");    // for tests and benches
+  m.def("_use_crowd(float share) -> ()");     // likewise
   m.def("_use_down_tiles(int tiles) -> ()");  // for tests and benches
 }
 

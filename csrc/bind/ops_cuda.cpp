@@ -12,6 +12,7 @@ cuda::Options options;
 
 [[maybe_unused]] void allow_tf32(bool allow) { options.tf32 = allow; }
 [[maybe_unused]] void use_hopper(bool use) { options.hopper = use; }
+[[maybe_unused]] void use_up_all(double share) { options.up_all = share; }
 [[maybe_unused]] void use_crowd(double share) { options.crowd = share; }
 [[maybe_unused]] void use_down_tiles(int64_t tiles) {
   check(tiles == 0 || tiles == 1 || tiles == 2 || tiles == 4, "_use_down_tiles",
@@ -113,17 +114,23 @@ STABLE_TORCH_LIBRARY_IMPL(SADMOE_NAMESPACE, SADMOE_KEY, m) {
 }
 
 #if defined(SADMOE_EMULATOR)
-// For tests: chunks without large shapes, the kernels of many tokens on few, those of sm_80 on what is a Hopper, crowds of any
-// share, and blocks of any size.
+// For tests: chunks without large shapes, the kernels of many tokens on few, those of sm_80 on what is a Hopper, all neurons
+// and crowds from any share on, and blocks of any size.
 extern "C" __attribute__((visibility("default"))) void sadmoe_set_options(int64_t hidden_bytes, int64_t decode_tokens, bool tf32,
-                                                                          bool hopper, double crowd, int64_t down_tiles) {
-  sadmoe::options = {hidden_bytes, decode_tokens, tf32, hopper, crowd, down_tiles};
+                                                                          bool hopper, double up_all, double crowd,
+                                                                          int64_t down_tiles) {
+  sadmoe::options = {hidden_bytes, decode_tokens, tf32, hopper, up_all, crowd, down_tiles};
 }
 // What the kernels would pick on a device that is not here, for experts of so many bytes a weight.
 extern "C" __attribute__((visibility("default"))) int sadmoe_down_tiles(int64_t T, int64_t d_out, int bytes_each,
                                                                         int multiprocessors, int shared) {
   const sadmoe::DType dtype = bytes_each == 2 ? sadmoe::DType::bf16 : sadmoe::DType::f32;
   return sadmoe::cuda::down_tiles(T, d_out, dtype, {}, {multiprocessors, shared});
+}
+extern "C" __attribute__((visibility("default"))) double sadmoe_up_all_share(int64_t T, int64_t E, int64_t s, int bytes_each,
+                                                                             bool gated, bool warpgroups, int multiprocessors) {
+  const sadmoe::DType dtype = bytes_each == 2 ? sadmoe::DType::bf16 : sadmoe::DType::f32;
+  return sadmoe::cuda::up_all_share({T, 0, 0, E, s}, dtype, gated, warpgroups, {}, {multiprocessors, 0});
 }
 extern "C" __attribute__((visibility("default"))) double sadmoe_crowd_share(int64_t T, int64_t d_out, int64_t s, int bytes_each,
                                                                             bool warpgroups, int multiprocessors) {
@@ -134,6 +141,7 @@ extern "C" __attribute__((visibility("default"))) double sadmoe_crowd_share(int6
 STABLE_TORCH_LIBRARY_IMPL(sadmoe, CompositeExplicitAutograd, m) {
   m.impl("_allow_tf32", TORCH_BOX(&sadmoe::allow_tf32));
   m.impl("_use_hopper", TORCH_BOX(&sadmoe::use_hopper));
+  m.impl("_use_up_all", TORCH_BOX(&sadmoe::use_up_all));
   m.impl("_use_crowd", TORCH_BOX(&sadmoe::use_crowd));
   m.impl("_use_down_tiles", TORCH_BOX(&sadmoe::use_down_tiles));
 }

@@ -139,7 +139,8 @@ decode_up(DecodeUp p) {
       const int64_t row = int64_t{i} * T, j = strip % strips * 8 + c % 8;
       if (strip < all && j < p.ld_h)
         write_hidden<decltype(to), kGated>(p, memory.neurons[c], s - j, thread_index() / kOfRow, T, kThreads / kOfRow,
-                                           row * p.ld_h + j, [&](int m, int r) { return &memory.sums[m][r][c]; });
+                                           InOrder{row * p.ld_h + j, p.ld_h},
+                                           [&](int m, int r) { return &memory.sums[m][r][c]; });
     });
     sync_block();
   }

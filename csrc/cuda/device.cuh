@@ -57,7 +57,7 @@ SADMOE_DEVICE unsigned to_tf32(float v) {
   return bits;
 }
 
-// --- Neighbours in memory at once: two floats, on 8 bytes; and 4 bytes of any type, on as many.
+// --- Neighbours in memory at once: two floats, on 8 bytes; and a word, 4 bytes of any type, on as many.
 struct Pair {
   float first, second;
 };
@@ -66,11 +66,23 @@ SADMOE_DEVICE Pair load_pair(const float* from) {
   return {pair.x, pair.y};
 }
 SADMOE_DEVICE void store_pair(Pair pair, float* to) { *reinterpret_cast<float2*>(to) = {pair.first, pair.second}; }
-SADMOE_DEVICE void store_word(const float (&v)[1], float* to) { *to = v[0]; }
-SADMOE_DEVICE void store_word(const float (&v)[2], bf16* to) {
-  *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(v[0], v[1]);
+SADMOE_DEVICE unsigned word_of(float first, float second, bf16) {
+  const __nv_bfloat162 word = __floats2bfloat162_rn(first, second);
+  return reinterpret_cast<const unsigned&>(word);
 }
-SADMOE_DEVICE void store_word(const float (&v)[2], f16* to) { *reinterpret_cast<__half2*>(to) = __floats2half2_rn(v[0], v[1]); }
+SADMOE_DEVICE unsigned word_of(float first, float second, f16) {
+  const __half2 word = __floats2half2_rn(first, second);
+  return reinterpret_cast<const unsigned&>(word);
+}
+template <class T>
+SADMOE_DEVICE void store_word(unsigned word, T* to) {
+  *reinterpret_cast<unsigned*>(to) = word;
+}
+SADMOE_DEVICE void store_word(const float (&v)[1], float* to) { *to = v[0]; }
+template <class T>
+SADMOE_DEVICE void store_word(const float (&v)[2], T* to) {
+  store_word(word_of(v[0], v[1], T{}), to);
+}
 
 // --- Threads together. A shuffle orders no memory.
 SADMOE_DEVICE void sync_block() { __syncthreads(); }
@@ -139,6 +151,12 @@ SADMOE_DEVICE void load_matrices_transposed(unsigned (&to)[4], const void* row) 
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(shared_address(row))
                : "memory");
+}
+// Of a matrix that lanes hold as above, the transposed one.
+SADMOE_DEVICE unsigned transposed(unsigned word) {
+  unsigned to;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(to) : "r"(word));
+  return to;
 }
 // sums [16, 8] += a [16, 16] b [16, 8]. With g = lane / 4 and t = lane % 4, a lane holds of a: (g, 2t) (g + 8, 2t)
 // (g, 2t + 8) (g + 8, 2t + 8), each with its right neighbour; of b: (2t, g) (2t + 8, g), each with the one below; of

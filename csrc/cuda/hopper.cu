@@ -5,18 +5,36 @@
 namespace sadmoe::cuda {
 namespace {
 
-template <class T, bool kGated, int kNeurons>
-int launch_tiles(HopperUp& p, void* stream) {
-  using Block = HopperUpBlock<T, kGated, kNeurons>;
+// Of so many experts with so many neurons.
+template <class Block>
+int launch_tiles(void (*kernel)(HopperUp), HopperUp& p, int64_t E, int64_t s, void* stream) {
   const Up& up = p.up;
   int processors = 0;
   int code = multiprocessors(processors);
-  if (code == 0) code = make_tile_map(p.w_up, {up.w_up.data, up.w_up.dtype}, up.E, up.s, up.d, kNeurons);
-  if (code == 0 && kGated) code = make_tile_map(p.w_gate, {up.w_gate.data, up.w_gate.dtype}, up.E, up.s, up.d, kNeurons);
+  if (code == 0) code = make_tile_map(p.w_up, {up.w_up.data, up.w_up.dtype}, E, s, up.d, Block::kNeurons);
+  if (code == 0 && Block::kGated) code = make_tile_map(p.w_gate, {up.w_gate.data, up.w_gate.dtype}, E, s, up.d, Block::kNeurons);
   if (code) return code;
-  const int64_t most = up.E * p.strips * divide(up.T, Block::kBlockRows);
-  return launch(hopper_up<T, kGated, kNeurons>, {std::min<int64_t>(most, processors)}, Block::kThreads,
-                sizeof(typename Block::Memory), stream, p);
+  const int64_t most = E * p.strips * divide(up.T, Block::kBlockRows);
+  return launch(kernel, {std::min<int64_t>(most, processors)}, Block::kThreads, sizeof(typename Block::Memory), stream, p);
+}
+
+template <class T, bool kGated, int kNeurons>
+int launch_tiles(HopperUp& p, void* stream) {
+  return launch_tiles<HopperUpBlock<T, kGated, kNeurons>>(hopper_up<T, kGated, kNeurons>, p, p.up.E, p.up.s, stream);
+}
+
+template <class T, bool kGated>
+int launch_all(const Up& up, void* stream) {
+  using Block = HopperUpBlock<T, kGated, 128, true>;
+  const int64_t neurons = up.E * up.s;
+  HopperUp p{};
+  p.up = up, p.strips = static_cast<int>(divide(neurons, Block::kNeurons));
+  return launch_tiles<Block>(hopper_up_all<T, kGated>, p, 1, neurons, stream);
+}
+
+template <class T>
+int launch_all(const Up& up, void* stream) {
+  return up.w_gate.data ? launch_all<T, true>(up, stream) : launch_all<T, false>(up, stream);
 }
 
 // Strips as even as steps of 32 neurons allow.
@@ -71,6 +89,10 @@ bool fits_hopper(const Up& p) {
 
 int up_on_hopper(const Up& p, void* stream) {
   return p.x.dtype == DType::bf16 ? launch_tiles<bf16>(p, stream) : launch_tiles<f16>(p, stream);
+}
+
+int up_all_on_hopper(const Up& p, void* stream) {
+  return p.x.dtype == DType::bf16 ? launch_all<bf16>(p, stream) : launch_all<f16>(p, stream);
 }
 
 bool fits_hopper(const Down& p) { return p.dtype != DType::f32 && p.w_down.dtype == p.dtype && p.h.wide && p.w_down.wide; }

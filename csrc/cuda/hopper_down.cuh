@@ -185,15 +185,13 @@ SADMOE_DEVICE void sum_crowd(const Down& p, typename Block::Memory& memory) {
     }
     memory.ring.release(turn.stage);
   }
-  // Lanes of neighbouring columns exchange, so that each has both of one token.
-  const bool odd = lane / 4 % 2;
+  // Two tokens of a column become two columns of a token.
   SADMOE_UNROLL
   for (int i = 0; i < kSums; i += 2) {
-    const float other = shuffle_xor(odd ? y[i] : y[i + 1], 4);
-    const float pair[2] = {odd ? other : y[i], odd ? y[i + 1] : other};
-    const int64_t token = block_x() * kCrowdTokens + half * Block::kOwnTokens + i / 4 * 8 + t * 2 + odd;
-    const int64_t column = c - odd + i % 4 / 2 * 8;
-    if (token < p.T && column < p.d_out) store_word(pair, static_cast<T*>(p.y) + token * p.d_out + column);
+    const unsigned word = transposed(word_of(y[i], y[i + 1], T{}));
+    const int64_t token = block_x() * kCrowdTokens + half * Block::kOwnTokens + i / 4 * 8 + lane / 4;
+    const int64_t column = block_y() * Block::kColumns + warp_column + i % 4 / 2 * 8 + t * 2;
+    if (token < p.T && column < p.d_out) store_word(word, static_cast<T*>(p.y) + token * p.d_out + column);
   }
 }
 

@@ -28,6 +28,20 @@ int launch_up(Up p, int64_t first, int64_t last, void* stream) {
   return launch(up<Tile, kGated>, grid, kThreads, shared_bytes<UpMemory<Tile, kGated>>(), stream, p);
 }
 
+template <class Tile, bool kGated>
+int launch_up_all(Up p, void* stream) {
+  p.first = 0, p.strips = divide(p.E * p.s, Tile::columns);
+  const Grid grid{p.strips, std::min(divide(p.T, Tile::rows), kRowBlocks)};
+  return launch(up_all<Tile, kGated>, grid, kThreads, shared_bytes<UpMemory<Tile, kGated>>(), stream, p);
+}
+
+int up_all_experts(const Up& p, const Options& options, void* stream) {
+  return with_experts_tile(p.h_dtype, options.tf32, [&](auto tile) {
+    using Tile = typename decltype(tile)::type;
+    return p.w_gate.data ? launch_up_all<Tile, true>(p, stream) : launch_up_all<Tile, false>(p, stream);
+  });
+}
+
 // Neurons in strips of 64; the last of an expert, where they fill no more than half of one, in tall tiles.
 int up_experts(const Up& p, const Options& options, void* stream) {
   const int64_t left = p.s % kColumns, whole = 2 * left <= kColumns ? p.s - left : p.s;
@@ -115,22 +129,35 @@ int project(const Projection& q, const Options& options, void* stream) {
                           [&](auto tile) { return launch_up<typename decltype(tile)::type, false>(p, 0, p.s, stream); });
 }
 
+// Of the pairs that T tokens may have, so many that it is this share of all.
+int32_t pairs_of(double share, int64_t T, int64_t E) {
+  return std::max(1, static_cast<int32_t>(std::ceil(share * static_cast<double>(T * E))));
+}
+
 // Any number of tokens that fits the workspace.
 int run_chunk(const Experts& experts, const Plan& plan, const Options& options, void* h, void* stream) {
   const ExpertsShape& s = experts.shape;
   const DType dtype = experts.x.dtype;
   bool hopper = false;
+  Device device{};
   int code = on_hopper(options, hopper);
+  if (code == 0) code = multiprocessors(device.multiprocessors);
+  if (code == 0) code = shared_of_multiprocessor(device.shared);
   if (code == 0) code = make_plan(plan, stream);
   if (code) return code;
   Up p{};
   p.x = matrix(experts.x, s.d), p.w_up = matrix(experts.w_up, s.d), p.w_gate = matrix(experts.w_gate, s.d);
   p.b_up = experts.b_up, p.b_gate = experts.b_gate;
-  p.starts = plan.starts, p.rows = plan.rows;
+  p.starts = plan.starts, p.rows = plan.rows, p.words = plan.words;
   p.T = plan.T, p.d = s.d, p.E = s.E, p.s = s.s, p.tiles = plan.tiles;
   p.h = h, p.ld_h = padded(s.s), p.h_dtype = dtype;
   p.act = experts.act;
-  code = hopper && fits_hopper(p) ? up_on_hopper(p, stream) : up_experts(p, options, stream);
+  const ExpertsShape shape{plan.T, s.d, s.d_out, s.E, s.s};
+  const bool tile_maps = hopper && fits_hopper(p);
+  if (const double share = up_all_share(shape, dtype, p.w_gate.data, tile_maps, options, device); share <= 1)
+    p.all_from = pairs_of(share, p.T, p.E);
+  code = tile_maps ? up_on_hopper(p, stream) : up_experts(p, options, stream);
+  if (code == 0 && p.all_from) code = tile_maps ? up_all_on_hopper(p, stream) : up_all_experts(p, options, stream);
   if (code || s.d_out == 0) return code;
   Down q{};
   q.h = matrix({h, dtype}, padded(s.s)), q.w_down = matrix(experts.w_down, s.d_out);
@@ -138,14 +165,9 @@ int run_chunk(const Experts& experts, const Plan& plan, const Options& options, 
   q.starts = plan.starts, q.words = plan.words;
   q.T = plan.T, q.E = s.E, q.s = s.s, q.d_out = s.d_out;
   q.y = experts.y, q.dtype = dtype;
-  Device device{};
-  code = multiprocessors(device.multiprocessors);
-  if (code == 0) code = shared_of_multiprocessor(device.shared);
-  if (code) return code;
   const bool warpgroups = hopper && fits_hopper(q);
-  if (const double share = crowd_share({q.T, s.d, s.d_out, s.E, s.s}, dtype, warpgroups, options, device);
-      q.T >= kCrowdTokens && share <= 1)
-    q.crowd = std::max(1, static_cast<int32_t>(std::ceil(share * static_cast<double>(kCrowdTokens * s.E))));
+  if (const double share = crowd_share(shape, dtype, warpgroups, options, device); q.T >= kCrowdTokens && share <= 1)
+    q.crowd = pairs_of(share, kCrowdTokens, s.E);
   return with_experts_tile(dtype, options.tf32, [&](auto tile) {
     using Tile = typename decltype(tile)::type;
     const int error = launch_down<Tile>(q, options, device, stream);
@@ -214,6 +236,32 @@ int sparse_experts(const Experts& experts, const Choice& choice, const Options& 
 int down_tiles(int64_t T, int64_t d_out, DType dtype, const Options& options, const Device& device) {
   return with_experts_tile(dtype, options.tf32,
                            [&](auto tile) { return down_tiles<typename decltype(tile)::type>(T, d_out, device); });
+}
+
+// By a model, not measured. A strip of an expert's neurons takes as long as so many columns of a full tile, which `up_all` has
+// none but: those that it computes, or, for few, what bringing the rows of the tokens does. The fewest blocks give every
+// multiprocessor two tiles.
+double up_all_share(const ExpertsShape& shape, DType dtype, bool gated, bool warpgroups, const Options& options,
+                    const Device& device) {
+  constexpr double kNever = 2, kWorth = 0.9;  // above: not worth a launch
+  if (shape.s == 0 || padded(shape.s) != shape.s) return kNever;
+  if (options.up_all >= 0) return options.up_all;
+  const int64_t blocks = divide(shape.T, kTileTokens) * divide(shape.E * shape.s, warpgroups ? 128 : kColumns);
+  if (blocks < 2 * device.multiprocessors) return kNever;
+  double columns = 0;
+  if (warpgroups) {
+    const int64_t strips = divide(shape.s, 128);
+    const double computed = static_cast<double>(divide(divide(shape.s, strips), 32) * 32);
+    columns = static_cast<double>(strips) * std::max(computed, gated ? 33 + 0.55 * computed : 68 + 0.25 * computed);
+  } else {
+    const int64_t left = shape.s % kColumns, tall = 2 * left <= kColumns ? left : 0;
+    columns = static_cast<double>(divide(shape.s - tall, kColumns) * kColumns);
+    if (tall && dtype == DType::f32) columns += kColumns / 2;
+    if (tall && dtype != DType::f32) columns += std::max<double>(tall, (gated ? 17 : 31) + 0.25 * static_cast<double>(tall));
+  }
+  const double waves = static_cast<double>(divide(blocks, device.multiprocessors) * device.multiprocessors);
+  const double share = static_cast<double>(shape.s) / columns * waves / static_cast<double>(blocks);
+  return share <= kWorth ? share : kNever;
 }
 
 // By a model, not measured, of a column of a pair. On sm_90a: hopper_down.cuh takes as long as so many steps of the depth, of a

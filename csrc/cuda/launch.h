@@ -15,6 +15,7 @@ struct Options {
   int64_t decode_tokens = 64;  // at most these, and 64, go to the decode kernels, whose results are the same bit for bit
   bool tf32 = false;           // float32 experts by tensor cores, operands rounded to 11 bits; never the router
   bool hopper = true;          // the kernels of sm_90a, on such a device, where they fit
+  double up_all = -1;          // share of all pairs from which every neuron is computed, see up_all_share; likewise
   double crowd = -1;           // share of all pairs that makes tokens a crowd, see crowd_share; negative: by the shape
   int64_t down_tiles = 0;  // blocks of the down projection take so many times 64 tokens: 1, 2 or, of 16 bits, 4; 0: by the shape
 };
@@ -57,6 +58,11 @@ struct Device {
 // Tiles of 64 tokens in a block of the down projection on such a device, 1, 2 or, of 16 bits, 4: with which a multiprocessor
 // reads least.
 int down_tiles(int64_t T, int64_t d_out, DType dtype, const Options& options, const Device& device);
+
+// Where the tokens of a chunk chose at least this share of all experts, the hidden activations are computed as one dense product,
+// of which those of pairs are kept: experts of few neurons use products worse. Above 1: never. warpgroups: by those of sm_90a.
+double up_all_share(const ExpertsShape& shape, DType dtype, bool gated, bool warpgroups, const Options& options,
+                    const Device& device);
 
 // 256 tokens that chose at least this share of all experts are a crowd and go through all together, for that takes less time than
 // to add up what each chose. Above 1: none do. warpgroups: by the products of sm_90a.

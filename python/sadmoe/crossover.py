@@ -23,6 +23,7 @@ _DOWN_BLOCK, _DOWN_TILE = (
     18_432,
 )  # bytes of shared memory that a block of down.cuh takes, and for each tile
 _HOPPER_ROWS = 256  # of a tile in hopper_up.cuh; 128 of a GLU
+_UP_ALL_WORTH = 0.9  # share of all pairs above which computing every neuron gains too little for a launch
 _CROWD = 256  # tokens that go through all experts together
 _CROWD_ROWS = {2: 128, 4: 64}  # of them in a block of crowd.cuh, by bytes a weight; hopper_down.cuh has all
 _CONFLICTS = 2  # tokens of a warp in the same banks of shared memory where sums are added, by simulation
@@ -210,11 +211,46 @@ def _slowest(work: float, l2: float, shared: float, rate: float, card: Card) -> 
     return max(work / rate, l2 / card.l2, by_shared)
 
 
+def _has_tile_maps(layer: Layer, card: Card) -> bool:
+    """Whether hopper_up.cuh takes the way in, else up.cuh."""
+    return bool(card.hopper_16) and layer.bytes_each == 2
+
+
+def _up_all_share(layer: Layer, tokens: int, card: Card) -> float:
+    """The share from which every neuron is computed, as launch.cu has it; above 1: never."""
+    s, hopper = layer.expert_size, _has_tile_maps(layer, card)
+    blocks = -(-tokens // _TILE) * -(-layer.neurons // (128 if hopper else _TILE))
+    if s % 8 or blocks < 2 * card.processors:
+        return 2.0
+    if hopper:
+        strips = -(-s // 128)
+        computed = -(-s // (strips * 32)) * 32
+        columns = strips * max(computed, 33 + 0.55 * computed if layer.gated else 68 + 0.25 * computed)
+    else:
+        tall = s % _TILE if 2 * (s % _TILE) <= _TILE else 0
+        columns = float(-(-(s - tall) // _TILE) * _TILE)
+        if tall:
+            few = max(tall, (17 if layer.gated else 31) + 0.25 * tall)
+            columns += few if layer.bytes_each == 2 else _TILE / 2
+    share = s / columns * -(-blocks // card.processors) * card.processors / blocks
+    return share if share <= _UP_ALL_WORTH else 2.0
+
+
 def _up_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
-    """The products on the way in, and their activation."""
-    if card.hopper_16 and layer.bytes_each == 2:
-        return _hopper_up_seconds(layer, tokens, share, card)
-    return _tiled_up_seconds(layer, tokens, share, card)
+    """The products on the way in, and their activation. Of two kernels one finds nothing to do, as on the way out."""
+    turn = _up_all_share(layer, tokens, card)
+    if turn > 1:
+        return _pairs_up_seconds(layer, tokens, share, card)
+    fewest = _pairs_up_seconds(layer, tokens, min(share, turn), card)
+    one = replace(layer, experts=1, expert_size=layer.neurons)
+    every = _pairs_up_seconds(one, tokens, 1.0, card) if share >= turn else 0.0
+    return max(fewest, every) + card.launch
+
+
+def _pairs_up_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
+    """Of pairs alone, expert by expert."""
+    seconds = _hopper_up_seconds if _has_tile_maps(layer, card) else _tiled_up_seconds
+    return seconds(layer, tokens, share, card)
 
 
 def _tiled_up_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:

@@ -85,12 +85,20 @@ SADMOE_DEVICE Pair load_pair(const float* from) {
 SADMOE_DEVICE void store_pair(Pair pair, float* to) {
   *reinterpret_cast<Word8*>(to) = as_bits(pair.first) | static_cast<uint64_t>(as_bits(pair.second)) << 32;
 }
-SADMOE_DEVICE void store_word(const float (&v)[1], float* to) { *to = v[0]; }
-SADMOE_DEVICE void store_word(const float (&v)[2], bf16* to) {
-  *reinterpret_cast<Word4*>(to) = bf16_bits(v[0]) | static_cast<uint32_t>(bf16_bits(v[1])) << 16;
+SADMOE_WORD unsigned word_of(float first, float second, bf16) {
+  return bf16_bits(first) | static_cast<unsigned>(bf16_bits(second)) << 16;
 }
-SADMOE_DEVICE void store_word(const float (&v)[2], f16* to) {
-  *reinterpret_cast<Word4*>(to) = f16_bits(v[0]) | static_cast<uint32_t>(f16_bits(v[1])) << 16;
+SADMOE_WORD unsigned word_of(float first, float second, f16) {
+  return f16_bits(first) | static_cast<unsigned>(f16_bits(second)) << 16;
+}
+template <class T>
+SADMOE_DEVICE void store_word(unsigned word, T* to) {
+  *reinterpret_cast<Word4*>(to) = word;
+}
+SADMOE_DEVICE void store_word(const float (&v)[1], float* to) { *to = v[0]; }
+template <class T>
+SADMOE_DEVICE void store_word(const float (&v)[2], T* to) {
+  store_word(word_of(v[0], v[1], T{}), to);
 }
 
 SADMOE_WORD void sync_block(SADMOE_CALLER) { emulator::barrier(file, line); }
@@ -160,6 +168,13 @@ SADMOE_WORD void load_matrices_transposed(unsigned (&to)[4], const void* row, SA
   const int r = thread_index() % 32 / 4, c = thread_index() % 4 * 2;
   for (int i = 0; i < 4; ++i)
     to[i] = matrix_element(rows, i, c, r) | static_cast<unsigned>(matrix_element(rows, i, c + 1, r)) << 16;
+}
+
+SADMOE_WORD unsigned transposed(unsigned word, SADMOE_CALLER) {
+  const void* all = emulator::meet(&word, sizeof word, file, line);
+  const int r = thread_index() % 32 / 4, c = thread_index() % 4 * 2;
+  const auto element = [&](int row) { return of_lane<unsigned>(all, row * 4 + r / 2) >> r % 2 * 16 & 0xffff; };
+  return element(c) | element(c + 1) << 16;
 }
 
 struct Fragments {

@@ -205,6 +205,16 @@ product(Buffers p) {
   p.out[lane] = right ? 1.0f : 0.0f;
 }
 
+template <int kWrong>
+SADMOE_KERNEL(32)
+turned(Buffers p) {
+  const int r = thread_index() / 4, c = thread_index() % 4 * 2;
+  const auto word = [](float first, float second) { return word_of(first, second, bf16{}); };
+  const unsigned found = transposed(word(number(r, c), number(r, c + 1)));
+  const bool right = found == (kWrong ? word(number(r, c), number(r, c + 1)) : word(number(c, r), number(c + 1, r)));
+  p.out[thread_index()] = right ? 1.0f : 0.0f;
+}
+
 // The same of tf32: a [16, 8] and b [8, 8]. The thousandths of a are rounded away.
 struct FloatProduct {
   alignas(16) float a[16][8], b[8][8];
@@ -285,6 +295,8 @@ const Case kCases[] = {
     {"product", product<false, 0>, 1, 32},
     {"product_transposed", product<true, 0>, 1, 32},
     {"product_of_wrong_columns", product<false, 1>, 1, 32},
+    {"turned", turned<0>, 1, 32},
+    {"not_turned", turned<1>, 1, 32},
     {"product_tf32", product_tf32<0>, 1, 32},
     {"product_tf32_of_wrong_depths", product_tf32<1>, 1, 32},
     {"bits", bits, 1, 32},
