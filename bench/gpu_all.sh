@@ -94,12 +94,12 @@ TAIL=20 step machine bash -c machine
 step build bash -c compile
 for name in "${steps[@]}"; do
   case $name in
-    conformance) TAIL=58 step conformance "$bench" conformance ;;
+    conformance) TAIL=78 step conformance "$bench" conformance ;;
     raw)
       step raw "$bench" constants "$results/raw.json"
       TAIL=14 step constants "$python" bench/cuda_constants.py "$results/raw.json" "$results/constants.json" ;;
     layers) TAIL=120 step layers "$bench" layers ;;
-    blocks) TAIL=200 step blocks "$bench" blocks ;;
+    blocks) TAIL=260 step blocks "$bench" blocks ;;
     [0-9]*x*) TAIL=150 step "$name" bash -c "peers $name --layers $name" ;;
     masks) TAIL=120 step masks bash -c "peers masks --masks skewed clustered --shares 0.1 0.25 --tokens 8 64 512 8192" ;;
     tests) TAIL=12 step tests "$python" -m pytest tests/test_kernel*.py tests/test_cuda*.py -m cuda -p no:cacheprovider ;;

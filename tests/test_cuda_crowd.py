@@ -36,7 +36,7 @@ CROWDS = {
 
 def with_crowds(gpu, run, share, warpgroups):
     """run() where so many of all pairs make a crowd; and how many products of that kind it took, if that is known."""
-    gpu.use_hopper(warpgroups, crowd=share)
+    gpu.use_hopper(warpgroups, up_all=NEVER, crowd=share)
     products = gpu.products if warpgroups else gpu.warp_products
     before = products()
     result = run()
@@ -126,7 +126,7 @@ def test_blocks_of_any_size_leave_crowds_to_the_other_kernel(native, down_tiles,
     args[1] = chosen < torch.tensor([0.7, 0.1]).repeat_interleave(256).repeat(2)[:1000, None]
     results = []
     for share in (NEVER, 0.4):
-        set_options(native, hopper=warpgroups, crowd=share, down_tiles=down_tiles)
+        set_options(native, hopper=warpgroups, up_all=NEVER, crowd=share, down_tiles=down_tiles)
         results.append(gpu.sparse_experts(*args))
     assert torch.equal(*map(bits, results))
 
@@ -136,7 +136,7 @@ def test_float32_by_tensor_cores_in_a_crowd(native):
     args = experts_problem(300, 16, 8, 24, bias=True, share=0.6)
     results, products = [], [native.sadmoe_warp_products()]
     for share in (NEVER, ALWAYS):
-        set_options(native, tf32=True, crowd=share)
+        set_options(native, tf32=True, up_all=NEVER, crowd=share)
         results.append(gpu.sparse_experts(*args))
         products.append(native.sadmoe_warp_products())
     assert torch.equal(*map(bits, results))
@@ -152,7 +152,7 @@ def test_crowds_of_tokens_in_chunks(native, warpgroups):
     whole, _ = with_crowds(gpu, run, NEVER, warpgroups)
 
     def in_chunks(share):
-        set_options(native, hidden_bytes=5 * 64 * 3 * 16 * 2, hopper=warpgroups, crowd=share)
+        set_options(native, hidden_bytes=5 * 64 * 3 * 16 * 2, hopper=warpgroups, up_all=NEVER, crowd=share)
         products = native.sadmoe_products if warpgroups else native.sadmoe_warp_products
         before = products()
         assert torch.equal(bits(run()), bits(whole))
@@ -163,7 +163,7 @@ def test_crowds_of_tokens_in_chunks(native, warpgroups):
 
 @pytest.mark.parametrize(("warpgroups", "dtype"), WAYS)
 def test_the_schedule_changes_nothing_in_a_crowd(native, warpgroups, dtype):
-    set_options(native, hopper=warpgroups, crowd=ALWAYS)
+    set_options(native, hopper=warpgroups, up_all=NEVER, crowd=ALWAYS)
     gpu = Backend("emulator")
     for s in (16, 72):
         args = experts_problem(256, 8, 7, s, 16, dtype=dtype)

@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 import torch
+from backends import BY_SHAPE, NEVER
 from converted import random_rows
 from given_costs import layer_of
 from problems import experts_problem, router_problem
@@ -23,10 +24,12 @@ def test_a_tensor_on_another_device_is_named(cuda):
 
 @pytest.fixture
 def crowds(cuda):
-    """Tokens that chose a quarter of the experts are a crowd, however few they are."""
+    """Tokens that chose a quarter of the experts are a crowd, however few they are, on the way in as on the way out."""
+    torch.ops.sadmoe._use_up_all(0.25)
     torch.ops.sadmoe._use_crowd(0.25)
     yield
-    torch.ops.sadmoe._use_crowd(-1.0)
+    torch.ops.sadmoe._use_up_all(BY_SHAPE)
+    torch.ops.sadmoe._use_crowd(BY_SHAPE)
 
 
 @pytest.mark.cuda
@@ -41,6 +44,9 @@ def test_a_captured_graph_replays_with_another_mask(crowds, T):
         args[1].copy_(torch.rand(T, 8, device="cuda") < share)
         graph.replay()
         assert torch.equal(y, ops.sparse_experts(*args)), share
+        torch.ops.sadmoe._use_up_all(NEVER)
+        assert torch.equal(y, ops.sparse_experts(*args)), share
+        torch.ops.sadmoe._use_up_all(0.25)
 
 
 @pytest.mark.cuda

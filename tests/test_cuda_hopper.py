@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from backends import SCHEDULES, Backend, set_options
+from backends import NEVER, SCHEDULES, Backend, set_options
 from problems import assert_as_good_as_torch, experts_problem, in_double, router_problem
 from sadmoe import reference
 
@@ -34,9 +34,9 @@ def both(gpu):
     """f(run): run() by the kernels of sm_80, then by those of sm_90a, which must have run where that can be seen."""
 
     def run_both(run, any_pair=True):
-        gpu.use_hopper(False)
+        gpu.use_hopper(False, up_all=NEVER)
         plain, before = run(), gpu.products()
-        gpu.use_hopper(True)
+        gpu.use_hopper(True, up_all=NEVER)
         result = run()
         if before is not None:
             assert (gpu.products() > before) == any_pair, "products of warpgroups"
@@ -58,7 +58,7 @@ def test_hopper_has_the_bits_of_the_others(gpu, both, name, dtype):
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_hopper_is_as_good_as_torch(gpu, name, dtype):
     """On a device, by whatever kernels it has."""
-    gpu.use_hopper(True)
+    gpu.use_hopper(True, up_all=NEVER)
     for gated, bias, act in ((False, True, "relu"), (True, False, "gelu_tanh"), (True, True, "gelu")):
         args = experts_problem(**PROBLEMS[name], gated=gated, bias=bias, dtype=dtype)
         assert_as_good_as_torch(

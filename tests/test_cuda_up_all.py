@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from backends import ALWAYS, NEVER, SCHEDULES, Backend, set_options
+from backends import ALWAYS, BY_SHAPE, NEVER, SCHEDULES, Backend, set_options
 from problems import assert_as_good_as_torch, experts_problem, in_double
 from sadmoe import reference
 from test_cuda_crowd import WAYS, bits
@@ -49,38 +49,54 @@ def test_pairs_have_the_bits_of_others(gpu, name, warpgroups, dtype):
     )
 
 
-@pytest.mark.parametrize(("warpgroups", "dtype"), WAYS)
-@pytest.mark.parametrize("act", ["relu", "gelu_tanh", "silu"])
-def test_float32_by_tensor_cores_and_every_activation(native, act, warpgroups, dtype):
-    args = experts_problem(100, 40, 5, 24, bias=True, dtype=dtype, share=0.6, gated=act == "silu")
-    results = []
-    for share in (NEVER, ALWAYS):
-        set_options(native, tf32=True, hopper=warpgroups, up_all=share)
-        results.append(Backend("emulator").sparse_experts(*args, act=act))
-    assert torch.equal(*map(bits, results))
+def costs(native, pairs, share, s=16, gated=False, T=80, *, warpgroups, dtype):
+    """Launches, and products of tensor cores, of the way in alone: there is no way out. In float32 by TF32."""
+    args = experts_problem(T, 16, 10, s, 0, dtype=dtype, gated=gated)
+    flat = torch.randperm(10 * T, generator=torch.Generator().manual_seed(0))
+    args[1] = (flat < pairs).view(T, 10)
+    set_options(native, tf32=True, hopper=warpgroups, up_all=share)
+    before = native.sadmoe_launches(), native.sadmoe_products() + native.sadmoe_warp_products()
+    Backend("emulator").sparse_experts(*args)
+    after = native.sadmoe_launches(), native.sadmoe_products() + native.sadmoe_warp_products()
+    return [b - a for a, b in zip(before, after, strict=True)]
 
 
 @pytest.mark.parametrize(("warpgroups", "dtype"), WAYS)
 def test_the_pairs_decide_which_of_two_kernels_works(native, warpgroups, dtype):
-    """320 of 800 pairs are 0.4 of all. Without a way out, products are those of the way in: for all, always as many."""
-
-    def costs(pairs, share, s=16):
-        args = experts_problem(80, 16, 10, s, 0, dtype=dtype)
-        flat = torch.randperm(800, generator=torch.Generator().manual_seed(0))
-        args[1] = (flat < pairs).view(80, 10)
-        before = native.sadmoe_launches(), native.sadmoe_products() + native.sadmoe_warp_products()
-        with_all(Backend("emulator"), partial(Backend("emulator").sparse_experts, *args), share, warpgroups)
-        after = native.sadmoe_launches(), native.sadmoe_products() + native.sadmoe_warp_products()
-        return [b - a for a, b in zip(before, after, strict=True)]
-
-    launches, products = costs(319, NEVER)
-    both, of_all = costs(319, ALWAYS)
+    """320 of 800 pairs are 0.4 of all. For all neurons there are always as many products."""
+    of = partial(costs, native, warpgroups=warpgroups, dtype=dtype)
+    launches, products = of(319, NEVER)
+    both, of_all = of(319, ALWAYS)
     assert both == launches + 1
-    assert costs(319, 0.4) == [both, products]
-    assert costs(320, 0.4) == costs(20, ALWAYS) == [both, of_all]
-    if dtype != torch.float32:
-        assert len({0, of_all, products, costs(20, NEVER)[1]}) == 4
-    assert costs(800, ALWAYS, s=12) == costs(800, NEVER, s=12), "rows of 12 neurons are filled up"
+    assert of(319, 0.4) == [both, products]
+    assert of(320, 0.4) == of(20, ALWAYS) == [both, of_all]
+    assert len({0, of_all, products, of(20, NEVER)[1]}) == 4
+    assert of(800, ALWAYS, s=12) == of(800, NEVER, s=12), "rows of 12 neurons are filled up"
+
+
+@pytest.mark.parametrize(("warpgroups", "dtype"), WAYS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_by_the_shape_they_turn_where_the_model_says(native, gated, warpgroups, dtype):
+    """By that of the kernels that run, on the three multiprocessors of the emulator; TF32 is as 16 bits there."""
+    tile_maps = warpgroups and dtype != torch.float32
+    of = partial(costs, native, gated=gated, T=600, warpgroups=warpgroups, dtype=dtype)
+    turn = 6000 * native.sadmoe_up_all_share(600, 10, 16, 2, gated, tile_maps, 3)
+    assert 0 < turn < 5400
+    for pairs in (int(turn) - 1, int(turn) + 2):
+        assert of(pairs, BY_SHAPE) == of(pairs, ALWAYS if pairs > turn else 1.0)
+
+
+@pytest.mark.parametrize(("warpgroups", "dtype"), WAYS)
+@pytest.mark.parametrize("act", ["relu", "gelu_tanh", "silu"])
+def test_every_activation_and_float32_by_tensor_cores(native, act, warpgroups, dtype):
+    args = experts_problem(100, 40, 5, 24, bias=True, dtype=dtype, share=0.6, gated=act == "silu")
+    results, products = [], [native.sadmoe_products() + native.sadmoe_warp_products()]
+    for share in (NEVER, ALWAYS):
+        set_options(native, tf32=True, hopper=warpgroups, up_all=share, crowd=NEVER)
+        results.append(Backend("emulator").sparse_experts(*args, act=act))
+        products.append(native.sadmoe_products() + native.sadmoe_warp_products())
+    assert torch.equal(*map(bits, results))
+    assert products[2] - products[1] != products[1] - products[0]
 
 
 @pytest.mark.parametrize(("warpgroups", "dtype"), WAYS)
@@ -120,8 +136,9 @@ def test_tokens_in_chunks_decide_each_for_itself(native, warpgroups):
 
 @pytest.mark.parametrize(("warpgroups", "dtype"), WAYS)
 def test_the_schedule_changes_nothing(native, warpgroups, dtype):
-    set_options(native, hopper=warpgroups, up_all=ALWAYS)
-    gpu, args = Backend("emulator"), experts_problem(160, 72, 7, 24, 16, dtype=dtype)
+    """Nor do crowds on the way out."""
+    set_options(native, hopper=warpgroups, up_all=ALWAYS, crowd=ALWAYS)
+    gpu, args = Backend("emulator"), experts_problem(300, 72, 7, 24, 16, dtype=dtype)
     results = []
     for schedule in SCHEDULES:
         native.sadmoe_schedule(*schedule)

@@ -1,4 +1,6 @@
 // The words of device.cuh mean on the device what the emulator takes them for.
+#include <utility>
+
 #include "conformance.h"
 #include "device_timer.h"
 #include "emulator/planted.cuh"
@@ -33,32 +35,38 @@ bool passes(const sadmoe::cuda::Case& c) {
   return std::all_of(said.begin(), said.begin() + c.blocks * c.threads, [](float v) { return v == 1; });
 }
 
-// Tokens that go through all experts together have the bits of others, and so have pairs where every neuron is computed.
-bool same_bits_in_a_crowd(sadmoe::DType dtype, int64_t s, int64_t d_out) {
-  Layer layer({1000, 264, d_out, 12, s}, dtype, false, 1);
+using Options = sadmoe::cuda::Options;
+
+// Where every neuron is computed, or all tokens go through all experts together, pairs have the bits of others.
+bool same_bits(sadmoe::DType dtype, int64_t s, int64_t d_out, bool gated, double Options::* share) {
+  Layer layer({1000, 264, d_out, 12, s}, dtype, gated, 1);
   layer.mask(0.6f);
   layer.options.hopper = false;
   layer.options.up_all = layer.options.crowd = 2;
   const std::vector<uint16_t> alone = layer.result();
-  layer.options.crowd = 0;
-  const bool on_the_way_out = layer.result() == alone;
-  layer.options.up_all = 0;
-  return on_the_way_out && layer.result() == alone;
+  layer.options.*share = 0;
+  return layer.result() == alone;
+}
+
+int check_guards() {
+  int failed = 0;
+  for (const int64_t s : {8, 24, 172})
+    for (const int64_t d_out : {515, 520})
+      for (const sadmoe::DType dtype : {sadmoe::DType::bf16, sadmoe::DType::f16, sadmoe::DType::f32})
+        for (const auto& [name, share] : {std::pair{"all neurons", &Options::up_all}, std::pair{"crowd", &Options::crowd}}) {
+          const bool right = same_bits(dtype, s, d_out, s == 24, share);
+          const char* type = dtype == sadmoe::DType::bf16 ? "bf16" : dtype == sadmoe::DType::f16 ? "f16" : "f32";
+          std::printf("%s, s %d%s, d_out %d, %s: %s\n", name, static_cast<int>(s), s == 24 ? ", GLU" : "",
+                      static_cast<int>(d_out), type, right ? "ok" : "OTHER BITS");
+          failed += !right;
+        }
+  return failed;
 }
 
 }  // namespace
 
 int check_conformance() {
-  int failed = check_hopper();
-  for (const int64_t s : {8, 24, 172})
-    for (const int64_t d_out : {515, 520})
-      for (const sadmoe::DType dtype : {sadmoe::DType::bf16, sadmoe::DType::f16, sadmoe::DType::f32}) {
-        const bool right = same_bits_in_a_crowd(dtype, s, d_out);
-        const char* type = dtype == sadmoe::DType::bf16 ? "bf16" : dtype == sadmoe::DType::f16 ? "f16" : "f32";
-        std::printf("crowd, s %d, d_out %d, %s: %s\n", static_cast<int>(s), static_cast<int>(d_out), type,
-                    right ? "ok" : "OTHER BITS");
-        failed += !right;
-      }
+  int failed = check_hopper() + check_guards();
   for (const char* name : kRight)
     for (const sadmoe::cuda::Case& c : sadmoe::cuda::kCases) {
       if (std::strcmp(c.name, name)) continue;

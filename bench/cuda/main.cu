@@ -66,9 +66,10 @@ void time_blocks() {
       layer.options.down_tiles = 0, layer.options.crowd = 0;
       if (is_hopper()) time_layer(layer, "  256, through all experts, sm_90a", T);
       layer.options.crowd = 2, layer.options.up_all = 0;
-      if (is_hopper()) time_layer(layer, "  every neuron on the way in, sm_90a", T);
+      const bool every = shape.s % 8 == 0;  // else never
+      if (every && is_hopper()) time_layer(layer, "  every neuron on the way in, sm_90a", T);
       layer.options.hopper = false;
-      time_layer(layer, "  every neuron on the way in, sm_80", T);
+      if (every) time_layer(layer, "  every neuron on the way in, sm_80", T);
       layer.options.up_all = 2, layer.options.crowd = 0;
       time_layer(layer, "  128, through all experts, sm_80", T);
       layer.options.crowd = 2;

@@ -5,59 +5,57 @@
 namespace sadmoe::cuda {
 namespace {
 
-// Of so many experts with so many neurons.
 template <class Block>
-int launch_tiles(void (*kernel)(HopperUp), HopperUp& p, int64_t E, int64_t s, void* stream) {
+int launch_tiles(void (*kernel)(HopperUp), HopperUp& p, void* stream) {
   const Up& up = p.up;
   int processors = 0;
   int code = multiprocessors(processors);
-  if (code == 0) code = make_tile_map(p.w_up, {up.w_up.data, up.w_up.dtype}, E, s, up.d, Block::kNeurons);
-  if (code == 0 && Block::kGated) code = make_tile_map(p.w_gate, {up.w_gate.data, up.w_gate.dtype}, E, s, up.d, Block::kNeurons);
+  if (code == 0) code = make_tile_map(p.w_up, {up.w_up.data, up.w_up.dtype}, up.E, up.s, up.d, Block::kNeurons);
+  if (code == 0 && Block::kGated)
+    code = make_tile_map(p.w_gate, {up.w_gate.data, up.w_gate.dtype}, up.E, up.s, up.d, Block::kNeurons);
   if (code) return code;
-  const int64_t most = E * p.strips * divide(up.T, Block::kBlockRows);
+  const int64_t most = up.E * p.strips * divide(up.T, Block::kBlockRows);
   return launch(kernel, {std::min<int64_t>(most, processors)}, Block::kThreads, sizeof(typename Block::Memory), stream, p);
 }
 
 template <class T, bool kGated, int kNeurons>
-int launch_tiles(HopperUp& p, void* stream) {
-  return launch_tiles<HopperUpBlock<T, kGated, kNeurons>>(hopper_up<T, kGated, kNeurons>, p, p.up.E, p.up.s, stream);
-}
-
-template <class T, bool kGated>
-int launch_all(const Up& up, void* stream) {
-  using Block = HopperUpBlock<T, kGated, 128, true>;
-  const int64_t neurons = up.E * up.s;
-  HopperUp p{};
-  p.up = up, p.strips = static_cast<int>(divide(neurons, Block::kNeurons));
-  return launch_tiles<Block>(hopper_up_all<T, kGated>, p, 1, neurons, stream);
-}
-
-template <class T>
-int launch_all(const Up& up, void* stream) {
-  return up.w_gate.data ? launch_all<T, true>(up, stream) : launch_all<T, false>(up, stream);
+int launch_up(HopperUp& p, void* stream) {
+  return launch_tiles<HopperUpBlock<T, kGated, kNeurons>>(hopper_up<T, kGated, kNeurons>, p, stream);
 }
 
 // Strips as even as steps of 32 neurons allow.
 template <class T, bool kGated>
-int launch_tiles(HopperUp& p, void* stream) {
+int launch_up(HopperUp& p, void* stream) {
   p.strips = static_cast<int>(divide(p.up.s, 128));
   switch (divide(divide(p.up.s, p.strips), 32)) {
     case 1:
-      return launch_tiles<T, kGated, 32>(p, stream);
+      return launch_up<T, kGated, 32>(p, stream);
     case 2:
-      return launch_tiles<T, kGated, 64>(p, stream);
+      return launch_up<T, kGated, 64>(p, stream);
     case 3:
-      return launch_tiles<T, kGated, 96>(p, stream);
+      return launch_up<T, kGated, 96>(p, stream);
     default:
-      return launch_tiles<T, kGated, 128>(p, stream);
+      return launch_up<T, kGated, 128>(p, stream);
   }
 }
 
+template <class T, bool kGated>
+int launch_up_all(HopperUp& p, void* stream) {
+  using Block = HopperUpBlock<T, kGated, 128, true>;
+  p.strips = static_cast<int>(divide(p.up.s, Block::kNeurons));
+  return launch_tiles<Block>(hopper_up_all<T, kGated>, p, stream);
+}
+
+template <class T, bool kGated>
+int launch_up(HopperUp& p, bool all, void* stream) {
+  return all ? launch_up_all<T, kGated>(p, stream) : launch_up<T, kGated>(p, stream);
+}
+
 template <class T>
-int launch_tiles(const Up& up, void* stream) {
+int launch_up(const Up& up, bool all, void* stream) {
   HopperUp p{};
   p.up = up;
-  return up.w_gate.data ? launch_tiles<T, true>(p, stream) : launch_tiles<T, false>(p, stream);
+  return up.w_gate.data ? launch_up<T, true>(p, all, stream) : launch_up<T, false>(p, all, stream);
 }
 
 template <class T, int kSlices>
@@ -87,12 +85,8 @@ bool fits_hopper(const Up& p) {
   return halves && p.d > 0 && p.x.wide && p.w_up.wide && (p.w_gate.wide || !p.w_gate.data);
 }
 
-int up_on_hopper(const Up& p, void* stream) {
-  return p.x.dtype == DType::bf16 ? launch_tiles<bf16>(p, stream) : launch_tiles<f16>(p, stream);
-}
-
-int up_all_on_hopper(const Up& p, void* stream) {
-  return p.x.dtype == DType::bf16 ? launch_all<bf16>(p, stream) : launch_all<f16>(p, stream);
+int up_on_hopper(const Up& p, bool all, void* stream) {
+  return p.x.dtype == DType::bf16 ? launch_up<bf16>(p, all, stream) : launch_up<f16>(p, all, stream);
 }
 
 bool fits_hopper(const Down& p) { return p.dtype != DType::f32 && p.w_down.dtype == p.dtype && p.h.wide && p.w_down.wide; }

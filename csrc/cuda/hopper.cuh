@@ -58,24 +58,34 @@ SADMOE_DEVICE void wait_barrier(Barrier& b, int parity) {
 
 // --- Tiles: box_rows rows of 64 elements of one of many row-major matrices of 16 bits. Zeros where a matrix ends.
 using TileMap = CUtensorMap;
-// By the driver, found at run time: this library loads without one. 0 or a cudaError_t.
-inline int make_tile_map(TileMap& map, View data, int64_t matrices, int64_t rows, int64_t columns, int box_rows) {
-  void* entry = nullptr;
-  cudaDriverEntryPointQueryResult found;
+// The driver's, found at run time, once: this library loads without one.
+struct TileMapMaker {
+  PFN_cuTensorMapEncodeTiled_v12000 make = nullptr;
+  int code = 0;  // a cudaError_t
+
+  TileMapMaker() {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
 #if CUDART_VERSION >= 12050
-  const cudaError_t code = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+    code = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
 #else
-  const cudaError_t code = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found);
+    code = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found);
 #endif
-  if (code) return static_cast<int>(code);
-  if (found != cudaDriverEntryPointSuccess) return static_cast<int>(cudaErrorNotSupported);
+    if (code == 0 && found != cudaDriverEntryPointSuccess) code = cudaErrorNotSupported;
+    make = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(entry);
+  }
+};
+// 0 or a cudaError_t.
+inline int make_tile_map(TileMap& map, View data, int64_t matrices, int64_t rows, int64_t columns, int box_rows) {
+  static const TileMapMaker maker;
+  if (maker.code) return maker.code;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(matrices)};
   const cuuint64_t bytes[] = {sizes[0] * 2, sizes[0] * sizes[1] * 2};
   const cuuint32_t box[] = {kSwizzledElements, static_cast<cuuint32_t>(box_rows), 1}, every[] = {1, 1, 1};
   const auto type = data.dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  return static_cast<int>(reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(entry)(
-      &map, type, 3, const_cast<void*>(data.data), sizes, bytes, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+  return static_cast<int>(maker.make(&map, type, 3, const_cast<void*>(data.data), sizes, bytes, box, every,
+                                     CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
 }
 // By one thread, in the background; box_rows * 128 bytes arrive at the barrier, beyond the matrix too.
 SADMOE_DEVICE void load_tile(void* shared, const TileMap& map, int64_t matrix, int64_t row, int64_t column, Barrier& b) {

@@ -1,4 +1,4 @@
-// up.cuh on devices of capability 9.0, 16 bits: the same function by the products of warpgroups. Of a block that stays for
+// up.cuh on devices of capability 9.0, 16 bits: the same functions by the products of warpgroups. Of a block that stays for
 // many tiles, one warpgroup brings operands into a ring of stages, rows of tokens by its own copies and weights by the copy
 // engine; two multiply them. The sum of an element runs over the depth as in tile.cuh, 16 steps by 16; that products of a
 // warpgroup round as those of a warp do, so that all kernels have the same bits, bench_cuda conformance asks the device.
@@ -16,7 +16,7 @@ struct HopperUp {
 
 // Two sums of [64, kNeurons] a warpgroup: of two blocks of rows; or, gated, of both matrices. 128 columns fill its registers,
 // and bring least: 256 x 128 are 85 FLOP for every byte, where by a model, not measured, an H100's L2 is hidden from 95 on.
-// kAll: of one expert, as in up.cuh.
+// kAll: for `up_all`.
 template <class T, bool kGatedOf, int kNeuronsOf, bool kAllOf = false>
 struct HopperUpBlock {
   using Element = T;
@@ -54,26 +54,24 @@ struct HopperUpBlock {
 template <class Block>
 struct UpWalk {
   const HopperUp& p;
-  const int64_t E = Block::kAll ? 1 : p.up.E;
-  const int32_t* starts = Block::kAll ? nullptr : p.up.starts;
   int rows = Block::kRows;
   int64_t at = block_x(), e0 = -32;       // the next tile, counted from the first of expert e0
   int32_t begin = 0, end = 0;             // pairs of this lane's expert
   int32_t before = 0, last = 0, all = 0;  // tiles: before it, up to its last, of all 32
 
   SADMOE_DEVICE explicit UpWalk(const HopperUp& p) : p(p) {
-    const int32_t pairs = pairs_until(E - 1);
+    const int32_t pairs = pairs_until(p.up.E - 1);
     while (rows > Block::kBlockRows && pairs / rows * p.strips < blocks_x()) rows /= 2;
   }
 
   // Of all experts up to e.
   SADMOE_DEVICE int32_t pairs_until(int64_t e) const {
-    return starts ? starts[p.up.tiles * E + e] : static_cast<int32_t>(p.up.T);
+    return p.up.starts ? p.up.starts[p.up.tiles * p.up.E + e] : static_cast<int32_t>(p.up.T);
   }
 
   SADMOE_DEVICE void look() {
     const int64_t e = e0 + thread_index() % 32;
-    begin = e < E && starts ? starts[e] : 0, end = e < E ? pairs_until(e) : 0;
+    begin = e < p.up.E && p.up.starts ? p.up.starts[e] : 0, end = e < p.up.E ? pairs_until(e) : 0;
     const int32_t own = (end - begin + rows - 1) / rows * p.strips;
     last = own;
     SADMOE_UNROLL
@@ -90,7 +88,7 @@ struct UpWalk {
   SADMOE_DEVICE bool next() {
     while (at >= all) {
       at -= all, e0 += 32;
-      if (e0 >= E) return false;
+      if (e0 >= p.up.E) return false;
       look();
     }
     const int i = lowest_bit(ballot(last > at));
@@ -117,7 +115,7 @@ SADMOE_DEVICE void bring(const HopperUp& p, typename Block::Memory& memory) {
     SADMOE_UNROLL
     for (int i = 0; i < kCopies / 8; ++i) {
       const int r = thread_index() / 32 * 4 + lane % 4 + (i * 8 + lane / 4) * kEvery;
-      tokens[i] = r >= tile.n ? -1 : tile.starts ? p.up.rows[tile.p0 + r] : static_cast<int32_t>(tile.p0 + r);
+      tokens[i] = r >= tile.n ? -1 : p.up.rows ? p.up.rows[tile.p0 + r] : static_cast<int32_t>(tile.p0 + r);
     }
     SADMOE_ROLLED
     for (int64_t k = 0; k < p.up.d; k += Block::kDepth, bringing.end()) {
@@ -215,27 +213,20 @@ template <class Block, class Walk>
 SADMOE_DEVICE void finish(const Up& p, const Walk& tile, int row, typename Block::Sums& buffer, float (&sums)[2][Block::kSums]) {
   constexpr int kNext = Block::kConsumers * Block::kBlockRows, kColumns = Block::kColumns;
   const int lane = thread_index() % 32;
-  const int64_t all = Block::kAll ? p.E * p.s : p.s, end = Block::kAll ? all : p.ld_h;
   SADMOE_ROLLED
   for (; row < tile.n; row += kNext) {
     SADMOE_ROLLED
-    for (int c0 = 0; c0 < Block::kNeurons && tile.j0 + c0 < end; c0 += kColumns) {
+    for (int c0 = 0; c0 < Block::kNeurons && tile.j0 + c0 < p.ld_h; c0 += kColumns) {
       put<Block>(c0 / kColumns, buffer.at[0], sums[0]);
       if constexpr (Block::kGated) put<Block>(c0 / kColumns, buffer.at[1], sums[1]);
       sync_warp();
-      with_hidden_type<typename Block::Element, Block::kGated>(p.h_dtype, [&](auto to) {
+      with_hidden_type<typename Block::Element, Block::kGated || Block::kAll>(p.h_dtype, [&](auto to) {
         constexpr int kTogether = 4 / sizeof(to), kOfRow = kColumns / kTogether;  // neurons of a lane; lanes
         const int c = lane % kOfRow * kTogether, n = tile.n - row < 16 ? tile.n - row : 16;
-        const auto write = [&](int64_t j, const auto& place) {
-          write_hidden<decltype(to), Block::kGated>(p, tile.e * p.s + j, all - j, lane / kOfRow, n, 32 / kOfRow, place,
+        if (const int64_t j = tile.j0 + c0 + c; j < p.ld_h)
+          write_hidden<decltype(to), Block::kGated>(p, tile.e * p.s + j, p.s - j, lane / kOfRow, n, 32 / kOfRow,
+                                                    place<Block::kAll>(p, tile.p0 + row, j),
                                                     [&](int m, int r) { return &buffer.at[m][r][buffer.column(r, c)]; });
-        };
-        const int64_t j = tile.j0 + c0 + c, p0 = tile.p0 + row;
-        if (j >= end) return;
-        if constexpr (Block::kAll)
-          write(j, by_rank(p, j, p0, 0));
-        else
-          write(j, InOrder{p0 * p.ld_h + j, p.ld_h});
       });
       sync_warp();
     }
@@ -281,7 +272,7 @@ SADMOE_KERNEL(HopperUpBlock<T, kGated, kNeurons>::kThreads, 1)
 hopper_up(SADMOE_PARAMETER HopperUp p) {
   using Block = HopperUpBlock<T, kGated, kNeurons>;
   SADMOE_SHARED(typename Block::Memory, memory);
-  if (!all_at_once(p.up)) compute_hidden<Block>(p, memory);
+  if (!p.up.guard.reached()) compute_hidden<Block>(p, memory);
 }
 
 template <class T, bool kGated>
@@ -289,7 +280,7 @@ SADMOE_KERNEL(HopperUpBlock<T, kGated, 128, true>::kThreads, 1)
 hopper_up_all(SADMOE_PARAMETER HopperUp p) {
   using Block = HopperUpBlock<T, kGated, 128, true>;
   SADMOE_SHARED(typename Block::Memory, memory);
-  if (all_at_once(p.up)) compute_hidden<Block>(p, memory);
+  if (p.up.guard.reached()) compute_hidden<Block>(p, memory);
 }
 
 }  // namespace sadmoe::cuda

@@ -28,20 +28,6 @@ int launch_up(Up p, int64_t first, int64_t last, void* stream) {
   return launch(up<Tile, kGated>, grid, kThreads, shared_bytes<UpMemory<Tile, kGated>>(), stream, p);
 }
 
-template <class Tile, bool kGated>
-int launch_up_all(Up p, void* stream) {
-  p.first = 0, p.strips = divide(p.E * p.s, Tile::columns);
-  const Grid grid{p.strips, std::min(divide(p.T, Tile::rows), kRowBlocks)};
-  return launch(up_all<Tile, kGated>, grid, kThreads, shared_bytes<UpMemory<Tile, kGated>>(), stream, p);
-}
-
-int up_all_experts(const Up& p, const Options& options, void* stream) {
-  return with_experts_tile(p.h_dtype, options.tf32, [&](auto tile) {
-    using Tile = typename decltype(tile)::type;
-    return p.w_gate.data ? launch_up_all<Tile, true>(p, stream) : launch_up_all<Tile, false>(p, stream);
-  });
-}
-
 // Neurons in strips of 64; the last of an expert, where they fill no more than half of one, in tall tiles.
 int up_experts(const Up& p, const Options& options, void* stream) {
   const int64_t left = p.s % kColumns, whole = 2 * left <= kColumns ? p.s - left : p.s;
@@ -124,7 +110,7 @@ int project(const Projection& q, const Options& options, void* stream) {
   p.act = q.act;
   bool hopper = false;
   if (const int code = on_hopper(options, hopper)) return code;
-  if (hopper && fits_hopper(p)) return up_on_hopper(p, stream);
+  if (hopper && fits_hopper(p)) return up_on_hopper(p, false, stream);
   return with_router_tile(q.x.dtype, q.w.dtype,
                           [&](auto tile) { return launch_up<typename decltype(tile)::type, false>(p, 0, p.s, stream); });
 }
@@ -132,6 +118,29 @@ int project(const Projection& q, const Options& options, void* stream) {
 // Of the pairs that T tokens may have, so many that it is this share of all.
 int32_t pairs_of(double share, int64_t T, int64_t E) {
   return std::max(1, static_cast<int32_t>(std::ceil(share * static_cast<double>(T * E))));
+}
+
+template <class Tile, bool kGated>
+int launch_up_all(Up p, void* stream) {
+  p.first = 0, p.strips = divide(p.s, Tile::columns);
+  const Grid grid{p.strips, std::min(divide(p.T, Tile::rows), kRowBlocks)};
+  return launch(up_all<Tile, kGated>, grid, kThreads, shared_bytes<UpMemory<Tile, kGated>>(), stream, p);
+}
+
+int up_all_experts(const Up& p, const Options& options, void* stream) {
+  return with_experts_tile(p.h_dtype, options.tf32, [&](auto tile) {
+    using Tile = typename decltype(tile)::type;
+    return p.w_gate.data ? launch_up_all<Tile, true>(p, stream) : launch_up_all<Tile, false>(p, stream);
+  });
+}
+
+// By `up`, or, where there are more pairs than the guard has, `up_all`.
+int hidden_activations(Up p, bool on_hopper, const Options& options, void* stream) {
+  const int code = on_hopper ? up_on_hopper(p, false, stream) : up_experts(p, options, stream);
+  if (code || !p.guard.least) return code;
+  p.starts = p.rows = nullptr;
+  p.s *= p.E, p.E = 1, p.ld_h = p.s;
+  return on_hopper ? up_on_hopper(p, true, stream) : up_all_experts(p, options, stream);
 }
 
 // Any number of tokens that fits the workspace.
@@ -148,16 +157,15 @@ int run_chunk(const Experts& experts, const Plan& plan, const Options& options, 
   Up p{};
   p.x = matrix(experts.x, s.d), p.w_up = matrix(experts.w_up, s.d), p.w_gate = matrix(experts.w_gate, s.d);
   p.b_up = experts.b_up, p.b_gate = experts.b_gate;
-  p.starts = plan.starts, p.rows = plan.rows, p.words = plan.words;
+  p.starts = plan.starts, p.rows = plan.rows;
   p.T = plan.T, p.d = s.d, p.E = s.E, p.s = s.s, p.tiles = plan.tiles;
   p.h = h, p.ld_h = padded(s.s), p.h_dtype = dtype;
   p.act = experts.act;
   const ExpertsShape shape{plan.T, s.d, s.d_out, s.E, s.s};
-  const bool tile_maps = hopper && fits_hopper(p);
-  if (const double share = up_all_share(shape, dtype, p.w_gate.data, tile_maps, options, device); share <= 1)
-    p.all_from = pairs_of(share, p.T, p.E);
-  code = tile_maps ? up_on_hopper(p, stream) : up_experts(p, options, stream);
-  if (code == 0 && p.all_from) code = tile_maps ? up_all_on_hopper(p, stream) : up_all_experts(p, options, stream);
+  const bool up_warpgroups = hopper && fits_hopper(p);
+  if (const double share = up_all_share(shape, dtype, p.w_gate.data, up_warpgroups, options, device); share <= 1)
+    p.guard = {plan.starts, plan.words, s.E, s.s, plan.tiles, pairs_of(share, plan.T, s.E)};
+  code = hidden_activations(p, up_warpgroups, options, stream);
   if (code || s.d_out == 0) return code;
   Down q{};
   q.h = matrix({h, dtype}, padded(s.s)), q.w_down = matrix(experts.w_down, s.d_out);
@@ -238,13 +246,12 @@ int down_tiles(int64_t T, int64_t d_out, DType dtype, const Options& options, co
                            [&](auto tile) { return down_tiles<typename decltype(tile)::type>(T, d_out, device); });
 }
 
-// By a model, not measured. A strip of an expert's neurons takes as long as so many columns of a full tile, which `up_all` has
-// none but: those that it computes, or, for few, what bringing the rows of the tokens does. The fewest blocks give every
-// multiprocessor two tiles.
+// By a model, not measured. What `up_all` does is all full tiles; of an expert's neurons a strip takes as long as so many columns
+// of those: as it computes, or, of few, as bringing the tokens' rows takes. Every multiprocessor must have two tiles.
 double up_all_share(const ExpertsShape& shape, DType dtype, bool gated, bool warpgroups, const Options& options,
                     const Device& device) {
   constexpr double kNever = 2, kWorth = 0.9;  // above: not worth a launch
-  if (shape.s == 0 || padded(shape.s) != shape.s) return kNever;
+  if (padded(shape.s) != shape.s) return kNever;
   if (options.up_all >= 0) return options.up_all;
   const int64_t blocks = divide(shape.T, kTileTokens) * divide(shape.E * shape.s, warpgroups ? 128 : kColumns);
   if (blocks < 2 * device.multiprocessors) return kNever;
@@ -256,8 +263,8 @@ double up_all_share(const ExpertsShape& shape, DType dtype, bool gated, bool war
   } else {
     const int64_t left = shape.s % kColumns, tall = 2 * left <= kColumns ? left : 0;
     columns = static_cast<double>(divide(shape.s - tall, kColumns) * kColumns);
-    if (tall && dtype == DType::f32) columns += kColumns / 2;
-    if (tall && dtype != DType::f32) columns += std::max<double>(tall, (gated ? 17 : 31) + 0.25 * static_cast<double>(tall));
+    const double brought = (gated ? 17 : 31) + 0.25 * static_cast<double>(tall);
+    if (tall) columns += dtype == DType::f32 && !options.tf32 ? TallFma::columns : std::max<double>(tall, brought);
   }
   const double waves = static_cast<double>(divide(blocks, device.multiprocessors) * device.multiprocessors);
   const double share = static_cast<double>(shape.s) / columns * waves / static_cast<double>(blocks);

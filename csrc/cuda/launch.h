@@ -15,8 +15,8 @@ struct Options {
   int64_t decode_tokens = 64;  // at most these, and 64, go to the decode kernels, whose results are the same bit for bit
   bool tf32 = false;           // float32 experts by tensor cores, operands rounded to 11 bits; never the router
   bool hopper = true;          // the kernels of sm_90a, on such a device, where they fit
-  double up_all = -1;          // share of all pairs from which every neuron is computed, see up_all_share; likewise
-  double crowd = -1;           // share of all pairs that makes tokens a crowd, see crowd_share; negative: by the shape
+  // Shares of all pairs, negative: by the shape. From the first on every neuron is computed; the second makes tokens a crowd.
+  double up_all = -1, crowd = -1;  // see up_all_share and crowd_share
   int64_t down_tiles = 0;  // blocks of the down projection take so many times 64 tokens: 1, 2 or, of 16 bits, 4; 0: by the shape
 };
 

@@ -72,8 +72,7 @@ struct Projection {
 // Of 16 bits, in rows that begin on 16 bytes: the same as launching `up` or `up_all`, on a device of capability 9.0. In
 // hopper.cu.
 bool fits_hopper(const Up& p);
-int up_on_hopper(const Up& p, void* stream);
-int up_all_on_hopper(const Up& p, void* stream);
+int up_on_hopper(const Up& p, bool all, void* stream);
 // Likewise what `down` leaves: the tokens of crowds.
 bool fits_hopper(const Down& p);
 int crowds_on_hopper(const Down& p, void* stream);

@@ -211,14 +211,14 @@ def _slowest(work: float, l2: float, shared: float, rate: float, card: Card) -> 
     return max(work / rate, l2 / card.l2, by_shared)
 
 
-def _has_tile_maps(layer: Layer, card: Card) -> bool:
+def _up_has_warpgroups(layer: Layer, card: Card) -> bool:
     """Whether hopper_up.cuh takes the way in, else up.cuh."""
-    return bool(card.hopper_16) and layer.bytes_each == 2
+    return bool(card.hopper_16) and layer.bytes_each == 2 and layer.d % 8 == 0
 
 
 def _up_all_share(layer: Layer, tokens: int, card: Card) -> float:
-    """The share from which every neuron is computed, as launch.cu has it; above 1: never."""
-    s, hopper = layer.expert_size, _has_tile_maps(layer, card)
+    """The share from which every neuron is computed, as launch.cu has it for a chunk of tokens; above 1: never."""
+    s, hopper = layer.expert_size, _up_has_warpgroups(layer, card)
     blocks = -(-tokens // _TILE) * -(-layer.neurons // (128 if hopper else _TILE))
     if s % 8 or blocks < 2 * card.processors:
         return 2.0
@@ -249,7 +249,7 @@ def _up_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
 
 def _pairs_up_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
     """Of pairs alone, expert by expert."""
-    seconds = _hopper_up_seconds if _has_tile_maps(layer, card) else _tiled_up_seconds
+    seconds = _hopper_up_seconds if _up_has_warpgroups(layer, card) else _tiled_up_seconds
     return seconds(layer, tokens, share, card)
 
 
@@ -333,7 +333,7 @@ def _crowd_share(layer: Layer, tokens: int, card: Card) -> float:
     if tokens < _CROWD:
         return 2.0
     blocks, depth = _crowd_blocks(layer, tokens, card), _crowd_depth(layer, card)
-    if _has_warpgroups(layer, card):
+    if _down_has_warpgroups(layer, card):
         full = (13 + depth) / (168 + 2.45 * layer.expert_size)
     else:
         products = depth * (0.0019 if layer.bytes_each == 2 else 0.042)
@@ -341,19 +341,19 @@ def _crowd_share(layer: Layer, tokens: int, card: Card) -> float:
     return full * -(-blocks // card.processors) * card.processors / blocks
 
 
-def _has_warpgroups(layer: Layer, card: Card) -> bool:
+def _down_has_warpgroups(layer: Layer, card: Card) -> bool:
     """Whether hopper_down.cuh takes crowds, else crowd.cuh."""
     return bool(card.hopper_16) and layer.bytes_each == 2 and layer.d_out % 8 == 0
 
 
 def _crowd_blocks(layer: Layer, tokens: int, card: Card) -> int:
-    rows = _CROWD if _has_warpgroups(layer, card) else _CROWD_ROWS[layer.bytes_each]
+    rows = _CROWD if _down_has_warpgroups(layer, card) else _CROWD_ROWS[layer.bytes_each]
     return -(-tokens // rows) * -(-layer.d_out // _TILE)
 
 
 def _crowd_depth(layer: Layer, card: Card) -> int:
     s = layer.expert_size
-    if _has_warpgroups(layer, card):
+    if _down_has_warpgroups(layer, card):
         return 16 if s <= 16 else 32 if s <= 32 else -(-s // 64) * 64
     staged = 32 if layer.bytes_each == 2 else 16
     return -(-s // staged) * staged
@@ -376,7 +376,7 @@ def _crowd_down_seconds(layer: Layer, tokens: int, share: float, card: Card) -> 
     """hopper_down.cuh or crowd.cuh: a block's tokens by 64 columns through all experts, their sums in registers."""
     blocks, depth = _crowd_blocks(layer, tokens, card), _crowd_depth(layer, card) * layer.experts
     waves = -(-blocks // card.processors) * card.processors / blocks
-    warpgroups = _has_warpgroups(layer, card)
+    warpgroups = _down_has_warpgroups(layer, card)
     rows = blocks * (_CROWD if warpgroups else _CROWD_ROWS[layer.bytes_each])  # that go through all experts
     work = 2 * rows * _TILE * depth
     l2 = (share * rows + blocks * _TILE) * layer.neurons * layer.bytes_each
