@@ -134,7 +134,7 @@ int up_all_experts(const Up& p, const Options& options, void* stream) {
   });
 }
 
-// By `up`, or, where there are more pairs than the guard has, `up_all`.
+// By `up`, or, from as many pairs on as the guard says, `up_all`.
 int hidden_activations(Up p, bool on_hopper, const Options& options, void* stream) {
   const int code = on_hopper ? up_on_hopper(p, false, stream) : up_experts(p, options, stream);
   if (code || !p.guard.least) return code;
