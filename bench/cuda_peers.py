@@ -4,14 +4,14 @@
                                [--shares 0.25] [--masks independent skewed] [--json FILE]
 
 bf16, graphs of several calls; where tokens are few, each with weights of its own, as many as L2 does not hold (at most
-64 sets, which small layers at small shares do not fill). sadmoe's time holds the router and the selection; the peers
-are given the mask, and grouped_mm and Triton their index lists, for free. Masks: see layers.py; all but independent are
-no router's: sadmoe then runs its three ops one after another. Columns: share of pairs executed; union of
-the weights that some token needs; times in us; eta: what dense would take for the share (few tokens: the union) over
-sadmoe's time; floor: the least the card could take over sadmoe's time; auto: time of the way that a layer takes by
-sadmoe.crossover if it may choose (set_batch_invariant(False)), the op or products with a mask, over plain dense. A
-peer that fails is n/a, and why stands below. The file has the spread as well: from the first tenth to the last, over
-the median.
+64 sets, which small layers at small shares do not fill). The times of sadmoe and masked, dense products with a mask as
+a layer runs them, hold the router and the selection; the other peers are given the mask, and grouped_mm and Triton
+their index lists, for free. Masks: see layers.py; all but independent are no router's: sadmoe then runs its three ops
+one after another. Columns: share of pairs executed; union of the weights that some token needs; times in us; eta: what
+dense would take for the share (few tokens: the union) over sadmoe's time; floor: the least the card could take over
+sadmoe's time; auto: time of the way that a layer takes by sadmoe.crossover if it may choose
+(set_batch_invariant(False)), the op or products with a mask, over plain dense. A peer that fails is n/a, and why stands
+below. The file has the spread as well: from the first tenth to the last, over the median.
 """
 
 import argparse
@@ -87,8 +87,13 @@ def sadmoe(p: SimpleNamespace, i: int) -> Tensor:
     w = (p.up[i], p.down[i], None, p.gate[i], None, None)
     if p.routed:
         return ops.dynamic_k_moe(p.x, p.v1, p.v2, *w, tau=p.tau, act=p.act)
-    ops.dynamic_k_select(ops.router_scores(p.x, p.v1, p.v2), p.tau)
-    return ops.sparse_experts(p.x, p.mask, *w, act=p.act)
+    return ops.sparse_experts(p.x, chosen(p), *w, act=p.act)
+
+
+def chosen(p: SimpleNamespace) -> Tensor:
+    """The router's mask, or, after the same work, the one that takes its place."""
+    own = ops.dynamic_k_select(ops.router_scores(p.x, p.v1, p.v2), p.tau)
+    return own if p.routed else p.mask
 
 
 def dense(p: SimpleNamespace, i: int) -> Tensor:
@@ -96,7 +101,7 @@ def dense(p: SimpleNamespace, i: int) -> Tensor:
 
 
 def masked(p: SimpleNamespace, i: int) -> Tensor:
-    kept = hidden(p, i).unflatten(1, (p.layer.experts, -1)) * p.mask[..., None]
+    kept = hidden(p, i).unflatten(1, (p.layer.experts, -1)) * chosen(p)[..., None]
     return kept.flatten(1) @ p.down[i].flatten(0, 1)
 
 

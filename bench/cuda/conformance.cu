@@ -17,9 +17,11 @@ const char* const kRight[] = {"barrier_between_warps",
                               "copies_of_nothing",
                               "product",
                               "product_transposed",
+                              "product_f16",
                               "turned",
                               "product_tf32",
                               "bits",
+                              "numbers",
                               "warp_in_step",
                               "early"};
 

@@ -105,8 +105,10 @@ struct CrowdRows {
   }
 };
 
+constexpr int kCrowdBlocks = 2;  // a multiprocessor
+
 template <class Tile>
-SADMOE_KERNEL(kThreads, 2)
+SADMOE_KERNEL(kThreads, kCrowdBlocks)
 down_crowd(Down p) {
   using Block = CrowdBlock<Tile>;
   using Stages = typename Block::Stages;

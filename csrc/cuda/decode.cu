@@ -14,8 +14,8 @@ int launch_up(const DecodeUp& p, int64_t experts, bool early, void* stream) {
   int processors = 0;
   if (const int code = multiprocessors(processors)) return code;
   const int64_t blocks = std::min(divide(experts * divide(p.s, 8), Block::kWarps), processors * kBlocksEach);
-  return launch(decode_up<Tile, kGated, kTokens>, {blocks, 1, early}, Block::kThreads, shared_bytes<typename Block::Memory>(),
-                stream, p);
+  return launch(decode_up<Tile, kGated, kTokens>, {blocks, 1, early}, Block::kThreads,
+                shared_bytes<typename Block::Memory, kBlocksEach>(), stream, p);
 }
 
 template <class Tile, bool kGated>
@@ -27,7 +27,7 @@ int launch_up(const DecodeUp& p, int64_t experts, bool early, void* stream) {
 template <class Tile, int kTokens>
 int launch_down(const DecodeDown& p, void* stream) {
   using Memory = typename DecodeDownBlock<Tile, kTokens>::Memory;
-  return launch(decode_down<Tile, kTokens>, {divide(p.d_out, kDownColumns), 1, true}, kDownThreads, shared_bytes<Memory>(),
+  return launch(decode_down<Tile, kTokens>, {divide(p.d_out, kDownColumns), 1, true}, kDownThreads, shared_bytes<Memory, 3>(),
                 stream, p);
 }
 

@@ -25,7 +25,7 @@ template <class Tile, bool kGated>
 int launch_up(Up p, int64_t first, int64_t last, void* stream) {
   p.first = first, p.strips = divide(last - first, Tile::columns);
   const Grid grid{p.E * p.strips, std::min(divide(p.T, Tile::rows), kRowBlocks)};
-  return launch(up<Tile, kGated>, grid, kThreads, shared_bytes<UpMemory<Tile, kGated>>(), stream, p);
+  return launch(up<Tile, kGated>, grid, kThreads, shared_bytes<UpMemory<Tile, kGated>, kUpBlocks<kGated>>(), stream, p);
 }
 
 // Neurons in strips of 64; the last of an expert, where they fill no more than half of one, in tall tiles.
@@ -44,7 +44,7 @@ int up_experts(const Up& p, const Options& options, void* stream) {
 
 template <class Tile, int kTiles>
 constexpr size_t down_bytes() {
-  if constexpr (kTiles == 1) return shared_bytes<DownMemory<Tile, 1>>();
+  if constexpr (kTiles == 1) return shared_bytes<DownMemory<Tile, 1>, 3>();
   constexpr size_t kBytes = sizeof(DownMemory<Tile, kTiles>), kMultiprocessor = kTiles == 2 ? 164 << 10 : 228 << 10;
   static_assert(2 * (kBytes + kBlockBytes) <= kMultiprocessor, "two blocks, of an A100; of 4 tiles, of an H100");
   return kBytes;
@@ -90,7 +90,7 @@ template <class Tile>
 int launch_down_crowd(const Down& p, void* stream) {
   using Block = CrowdBlock<Tile>;
   const Grid grid{divide(p.T, Block::kTokens), divide(p.d_out, kColumns)};
-  return launch(down_crowd<Tile>, grid, kThreads, shared_bytes<typename Block::Memory>(), stream, p);
+  return launch(down_crowd<Tile>, grid, kThreads, shared_bytes<typename Block::Memory, kCrowdBlocks>(), stream, p);
 }
 
 int make_plan(const Plan& p, void* stream) {
@@ -124,7 +124,7 @@ template <class Tile, bool kGated>
 int launch_up_all(Up p, void* stream) {
   p.first = 0, p.strips = divide(p.s, Tile::columns);
   const Grid grid{p.strips, std::min(divide(p.T, Tile::rows), kRowBlocks)};
-  return launch(up_all<Tile, kGated>, grid, kThreads, shared_bytes<UpMemory<Tile, kGated>>(), stream, p);
+  return launch(up_all<Tile, kGated>, grid, kThreads, shared_bytes<UpMemory<Tile, kGated>, kUpBlocks<kGated>>(), stream, p);
 }
 
 int up_all_experts(const Up& p, const Options& options, void* stream) {

@@ -24,10 +24,13 @@ inline Matrix matrix(View view, int64_t ld) {
   return {view.data, ld, view.dtype, wide};
 }
 
-// Shared memory that every device gives a block without being asked.
-template <class Memory>
+// Shared memory that every device gives a block without being asked, and so little that so many blocks fit a multiprocessor of an
+// A100: as many as their registers allow, or one less.
+template <class Memory, int kBlocks = 1>
 constexpr size_t shared_bytes() {
+  constexpr size_t kOfA100 = 164 << 10;
   static_assert(sizeof(Memory) <= kGivenBytes);
+  static_assert(kBlocks * (sizeof(Memory) + kBlockBytes) <= kOfA100);
   return sizeof(Memory);
 }
 

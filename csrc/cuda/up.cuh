@@ -216,8 +216,11 @@ SADMOE_DEVICE void compute_hidden(const Up& p, UpMemory<Tile, kGated>& memory) {
   }
 }
 
+template <bool kGated>
+constexpr int kUpBlocks = kGated ? 3 : 4;  // a multiprocessor
+
 template <class Tile, bool kGated>
-SADMOE_KERNEL(kThreads, kGated ? 3 : 4)
+SADMOE_KERNEL(kThreads, kUpBlocks<kGated>)
 up(Up p) {
   using Memory = UpMemory<Tile, kGated>;
   SADMOE_SHARED(Memory, memory);
@@ -226,7 +229,7 @@ up(Up p) {
 
 // Of experts of a multiple of 8 neurons: rows of h have no others, and neighbours are one expert's.
 template <class Tile, bool kGated>
-SADMOE_KERNEL(kThreads, kGated ? 3 : 4)
+SADMOE_KERNEL(kThreads, kUpBlocks<kGated>)
 up_all(Up p) {
   using Memory = UpMemory<Tile, kGated>;
   SADMOE_SHARED(Memory, memory);

@@ -18,10 +18,8 @@ CONSTANTS = Path(__file__).with_name("gpu_constants.json")
 DECODE_TOKENS = 64  # the op takes its decode kernels up to here
 _TILE = 64  # tokens and columns of a tile in csrc/cuda/tile.cuh
 _RESIDENT = {1: 4, 2: 3, 4: 2}  # blocks of so many tiles that registers allow at once on a multiprocessor
-_DOWN_BLOCK, _DOWN_TILE = (
-    40_512,
-    18_432,
-)  # bytes of shared memory that a block of down.cuh takes, and for each tile
+_DOWN_BLOCK, _DOWN_TILE = 40_512, 18_432  # bytes of shared memory of a block of down.cuh, and for each tile
+_DOWN_ONE = 44_144  # of one tile, with fewer stages
 _HOPPER_ROWS = 256  # of a tile in hopper_up.cuh; 128 of a GLU
 _UP_ALL_WORTH = 0.9  # share of all pairs above which computing every neuron gains too little for a launch
 _CROWD = 256  # tokens that go through all experts together
@@ -404,8 +402,8 @@ def _compact_down_seconds(layer: Layer, tokens: int, share: float, card: Card) -
     # A step waits for a part of what L2 takes, others being on their way.
     ahead = 3 if n == 1 else 4
     resident = _RESIDENT[n] - (layer.bytes_each == 4)  # of float32 there are twice the sums
-    if n > 1:
-        resident = min(resident, card.shared_bytes // (_DOWN_BLOCK + n * _DOWN_TILE))
+    taken = _DOWN_ONE if n == 1 else _DOWN_BLOCK + n * _DOWN_TILE
+    resident = min(resident, card.shared_bytes // taken)
     waiting = _waves(blocks * strips, resident, card) * products * (depth / 32) * card.step / ahead
     slowest = _slowest(work, l2, shared, card.ours(layer.bytes_each), card)
     return max(slowest, waiting) + card.launch

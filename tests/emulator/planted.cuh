@@ -172,15 +172,17 @@ SADMOE_KERNEL(32) copy_over_what_is_read(Buffers p) {
 }
 
 // A product of tensor cores against itself by hand: a [16, 16] and b [16, 8] of small whole numbers, b by depth or by column.
-struct Product {
-  alignas(16) bf16 a[16][16], b[16][16];
+template <class T>
+struct ProductOf {
+  alignas(16) T a[16][16], b[16][16];
 };
+using Product = ProductOf<bf16>;
 SADMOE_DEVICE float number(int i, int j) { return static_cast<float>((i * 5 + j * 3) % 7 - 3); }
 
-template <bool kTransposed, int kWrong>
+template <class T, bool kTransposed, int kWrong>
 SADMOE_KERNEL(32)
 product(Buffers p) {
-  SADMOE_SHARED(Product, m);
+  SADMOE_SHARED(ProductOf<T>, m);
   const int lane = thread_index();
   for (int i = lane; i < 256; i += 32) {
     from_float(number(i / 16, i % 16), m.a[i / 16][i % 16]);
@@ -194,7 +196,7 @@ product(Buffers p) {
   else
     load_matrices(b, &m.b[lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8]);
   float sums[4] = {};
-  multiply_16x8x16(sums, a, b[0], b[1], bf16{});
+  multiply_16x8x16(sums, a, b[0], b[1], T{});
   bool right = true;
   for (int i = 0; i < 4; ++i) {
     const int r = lane / 4 + i / 2 * 8, c = lane % 4 * 2 + i % 2;
@@ -251,6 +253,25 @@ SADMOE_KERNEL(32) bits(Buffers p) {
   p.out[thread_index()] = right ? 1.0f : 0.0f;
 }
 
+// Rounding is to nearest, ties to even, and a fma rounds once; functions err by a few units in the last place.
+template <class T>
+SADMOE_DEVICE bool rounds(float unit) {  // above 1
+  T even, up, beyond;
+  from_float(1 + unit / 2, even);
+  from_float(1 + unit * 1.5f, up);
+  from_float(1 + unit * 0.5625f, beyond);
+  return to_float(even) == 1 && to_float(up) == 1 + 2 * unit && to_float(beyond) == 1 + unit;
+}
+SADMOE_KERNEL(32) numbers(Buffers p) {
+  const auto close = [](float a, float b) { return a > b * 0.999999f && a < b * 1.000001f; };
+  const float tiny = 1.0f / 4096;
+  const bool right = rounds<bf16>(1.0f / 128) && rounds<f16>(1.0f / 1024) && close(exp(1.0f), 2.71828183f) &&
+                     close(exp(-20.0f), 2.06115362e-9f) && exp(-200.0f) == 0 && close(erfc(0.5f), 0.479500122f) &&
+                     close(erfc(-1.0f), 1.84270079f) && close(erfc(4.0f), 1.54172579e-8f) &&
+                     fma(1 + tiny, 1 + tiny, -1.0f) == 2 * tiny + tiny * tiny;
+  p.out[thread_index()] = right ? 1.0f : 0.0f;
+}
+
 // Right twins write 1 everywhere.
 struct Case {
   const char* name;
@@ -292,14 +313,16 @@ const Case kCases[] = {
     {"copies_misaligned", copies<true, true, 1>, 1, 64},
     {"copies_of_nothing", copies_of_nothing, 1, 64},
     {"copy_over_what_is_read", copy_over_what_is_read, 1, 32},
-    {"product", product<false, 0>, 1, 32},
-    {"product_transposed", product<true, 0>, 1, 32},
-    {"product_of_wrong_columns", product<false, 1>, 1, 32},
+    {"product", product<bf16, false, 0>, 1, 32},
+    {"product_transposed", product<bf16, true, 0>, 1, 32},
+    {"product_f16", product<f16, false, 0>, 1, 32},
+    {"product_of_wrong_columns", product<bf16, false, 1>, 1, 32},
     {"turned", turned<0>, 1, 32},
     {"not_turned", turned<1>, 1, 32},
     {"product_tf32", product_tf32<0>, 1, 32},
     {"product_tf32_of_wrong_depths", product_tf32<1>, 1, 32},
     {"bits", bits, 1, 32},
+    {"numbers", numbers, 1, 32},
     {"too_many_threads", blocks_apart, 1, 2048},
 };
 
