@@ -94,7 +94,7 @@ TAIL=20 step machine bash -c machine
 step build bash -c compile
 for name in "${steps[@]}"; do
   case $name in
-    conformance) TAIL=78 step conformance "$bench" conformance ;;
+    conformance) TAIL=90 step conformance "$bench" conformance ;;
     raw)
       step raw "$bench" constants "$results/raw.json"
       TAIL=14 step constants "$python" bench/cuda_constants.py "$results/raw.json" "$results/constants.json" ;;

@@ -49,15 +49,20 @@ def test_pairs_have_the_bits_of_others(gpu, name, warpgroups, dtype):
     )
 
 
+def all_products(native):
+    """Of tensor cores, by warpgroups and by warps."""
+    return native.sadmoe_products() + native.sadmoe_warp_products()
+
+
 def costs(native, pairs, share, s=16, gated=False, T=80, *, warpgroups, dtype):
     """Launches, and products of tensor cores, of the way in alone: there is no way out. In float32 by TF32."""
     args = experts_problem(T, 16, 10, s, 0, dtype=dtype, gated=gated)
     flat = torch.randperm(10 * T, generator=torch.Generator().manual_seed(0))
     args[1] = (flat < pairs).view(T, 10)
     set_options(native, tf32=True, hopper=warpgroups, up_all=share)
-    before = native.sadmoe_launches(), native.sadmoe_products() + native.sadmoe_warp_products()
+    before = native.sadmoe_launches(), all_products(native)
     Backend("emulator").sparse_experts(*args)
-    after = native.sadmoe_launches(), native.sadmoe_products() + native.sadmoe_warp_products()
+    after = native.sadmoe_launches(), all_products(native)
     return [b - a for a, b in zip(before, after, strict=True)]
 
 
@@ -90,11 +95,11 @@ def test_by_the_shape_they_turn_where_the_model_says(native, gated, warpgroups, 
 @pytest.mark.parametrize("act", ["relu", "gelu_tanh", "silu"])
 def test_every_activation_and_float32_by_tensor_cores(native, act, warpgroups, dtype):
     args = experts_problem(100, 40, 5, 24, bias=True, dtype=dtype, share=0.6, gated=act == "silu")
-    results, products = [], [native.sadmoe_products() + native.sadmoe_warp_products()]
+    results, products = [], [all_products(native)]
     for share in (NEVER, ALWAYS):
         set_options(native, tf32=True, hopper=warpgroups, up_all=share, crowd=NEVER)
         results.append(Backend("emulator").sparse_experts(*args, act=act))
-        products.append(native.sadmoe_products() + native.sadmoe_warp_products())
+        products.append(all_products(native))
     assert torch.equal(*map(bits, results))
     assert products[2] - products[1] != products[1] - products[0]
 
@@ -123,9 +128,9 @@ def test_tokens_in_chunks_decide_each_for_itself(native, warpgroups):
 
     def in_chunks(share):
         set_options(native, hidden_bytes=5 * 64 * 3 * 16 * 2, hopper=warpgroups, up_all=share, crowd=NEVER)
-        before = native.sadmoe_products() + native.sadmoe_warp_products()
+        before = all_products(native)
         y = gpu.sparse_experts(*args)
-        products.append(native.sadmoe_products() + native.sadmoe_warp_products() - before)
+        products.append(all_products(native) - before)
         return y
 
     assert torch.equal(bits(in_chunks(NEVER)), bits(in_chunks(0.5)))
