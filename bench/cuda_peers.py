@@ -78,9 +78,10 @@ def problem(shape: LayerShape, T: int, share: float, masks: str) -> SimpleNamesp
     return p
 
 
-def hidden(p: SimpleNamespace, i: int) -> Tensor:
-    up = F.linear(p.x, p.up[i].flatten(0, 1))
-    return F.relu(up) if p.gate[i] is None else F.silu(F.linear(p.x, p.gate[i].flatten(0, 1))) * up
+def products(p: SimpleNamespace, i: int) -> tuple[Tensor, Tensor | None]:
+    """Of all neurons: up, and gate of a GLU."""
+    gate = p.gate[i]
+    return F.linear(p.x, p.up[i].flatten(0, 1)), None if gate is None else F.linear(p.x, gate.flatten(0, 1))
 
 
 def sadmoe(p: SimpleNamespace, i: int) -> Tensor:
@@ -97,12 +98,14 @@ def chosen(p: SimpleNamespace) -> Tensor:
 
 
 def dense(p: SimpleNamespace, i: int) -> Tensor:
-    return hidden(p, i) @ p.down[i].flatten(0, 1)
+    up, gate = products(p, i)
+    return (F.relu(up) if gate is None else F.silu(gate) * up) @ p.down[i].flatten(0, 1)
 
 
 def masked(p: SimpleNamespace, i: int) -> Tensor:
-    kept = hidden(p, i).unflatten(1, (p.layer.experts, -1)) * chosen(p)[..., None]
-    return kept.flatten(1) @ p.down[i].flatten(0, 1)
+    up, gate = products(p, i)
+    ops.masked_activation_(up, gate, chosen(p), p.act)
+    return up @ p.down[i].flatten(0, 1)
 
 
 def grouped_mm(p: SimpleNamespace, i: int) -> Tensor:

@@ -53,4 +53,14 @@ struct Experts {
   View scale_up, scale_gate, scale_down;  // [E, s], where w_up, w_gate, w_down are int8
 };
 
+// Hidden activations of dense products, in place:  up = act(up),  or with a gate  act(gate) up,  and 0 where mask is false
+struct MaskedActivation {
+  int64_t T, E, s;
+  DType dtype;
+  void* up;          // [T, E s]
+  const void* gate;  // [T, E s], or null
+  const bool* mask;  // [T, E]
+  Activation act;
+};
+
 }  // namespace sadmoe

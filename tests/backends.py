@@ -11,7 +11,7 @@ import pytest
 import torch
 from sadmoe import ops
 
-OPS = ("router_scores", "dynamic_k_select", "sparse_experts", "dynamic_k_moe")
+OPS = ("router_scores", "dynamic_k_select", "sparse_experts", "dynamic_k_moe", "_masked_activation_")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BY_SHAPE = -1.0  # of use_hopper's up_all and crowd
 ALWAYS, NEVER = 0.0, 2.0  # likewise, of shares
@@ -66,6 +66,12 @@ class Backend:
             ).cpu()
 
         return run
+
+    def masked_activation(self, up, gate, mask, act):
+        """What the op leaves in up."""
+        moved = [None if a is None else a.to(self.device) for a in (up, gate, mask)]
+        getattr(torch.ops, self.namespace)._masked_activation_(*moved, act)
+        return moved[0].cpu()
 
     def reschedule(self, schedule):
         """Another order of threads, blocks and copies on the emulator; a device has its own, different every time."""

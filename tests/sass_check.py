@@ -53,6 +53,7 @@ NEVER = {
 }
 COPY, MATRICES = r"LDGSTS\.E\.BYPASS\.128", r"LDSM\.16\.M88\.4"
 TRANSPOSED = r"LDSM\.16\.MT88\.4"
+BY_16_BYTES = (r"LDG\.E\.128", r"STG\.E\.128")
 BY_4_BYTES = r"\A(?![\s\S]*STG\.E\.U16)"  # h is written, never by single halves
 
 
@@ -163,6 +164,10 @@ def _budgets() -> dict[str, Budget]:
         if "<" in name:
             in_flight = 8 if name.startswith("decode") else 0  # kInFlight of decode.cuh
             budgets[name] = replace(budget, steps=_steps(name.replace("up_all<", "up<")), in_flight=in_flight)
+    for dtype, together in (("float", 4), ("__nv_bfloat16", 8), ("__half", 8)):
+        for gated in ("false", "true"):  # 5 blocks fit
+            budgets[f"masked_activation<{dtype}, 1, {gated}>"] = Budget(48)
+            budgets[f"masked_activation<{dtype}, {together}, {gated}>"] = Budget(48, BY_16_BYTES)
     return budgets
 
 

@@ -121,10 +121,10 @@ class Arguments {
   }
   View add(const char* name, const MaybeTensor& t) { return t ? add(name, *t) : View{}; }
 
-  // The same, of x's dtype.
-  View add_like(const char* name, const Tensor& t, const Tensor& x) {
-    check(t.scalar_type() == x.scalar_type(), op_, name, " must have x's dtype, ", torch::headeronly::toString(x.scalar_type()),
-          ", got ", torch::headeronly::toString(t.scalar_type()));
+  // The same, of x's dtype, or that of another.
+  View add_like(const char* name, const Tensor& t, const Tensor& x, const char* name_of_x = "x") {
+    check(t.scalar_type() == x.scalar_type(), op_, name, " must have ", name_of_x, "'s dtype, ",
+          torch::headeronly::toString(x.scalar_type()), ", got ", torch::headeronly::toString(t.scalar_type()));
     return add(name, t);
   }
   View add_like(const char* name, const MaybeTensor& t, const Tensor& x) { return t ? add_like(name, *t, x) : View{}; }
@@ -192,6 +192,22 @@ inline ExpertsShape check_experts(const char* op, const Tensor& x, const Tensor&
   if (b_gate) check_shape(op, "b_gate", *b_gate, {E, s}, "[E, s]");
   if (b_out) check_shape(op, "b_out", *b_out, {w_down.size(2)}, "[d_out]");
   return {x.size(0), d, w_down.size(2), E, s};
+}
+
+// All but up, which the caller writes.
+inline MaskedActivation check_masked_activation(Arguments& keep, const Tensor& up, const MaybeTensor& gate, const Tensor& mask,
+                                                const std::string& act) {
+  const char* op = keep.op();
+  check(up.dim() == 2 && up.size(1) >= 1, op, "up must be [T, E s] with E s >= 1, got ", ShapeOf{up});
+  check(up.is_contiguous(), op, "up must be contiguous: it is written in place");
+  const int64_t T = up.size(0), neurons = up.size(1);
+  if (gate) check_shape(op, "gate", *gate, {T, neurons}, "[T, E s]");
+  const bool fits = mask.dim() == 2 && mask.size(0) == T && mask.size(1) >= 1 && neurons % mask.size(1) == 0;
+  check(fits, op, "mask must be [T = ", T, ", E] where E divides the ", neurons, " columns of up, got ", ShapeOf{mask});
+  const DType dtype = dtype_of(op, "up", up);
+  const View of_gate = gate ? keep.add_like("gate", *gate, up, "up") : View{};
+  const int64_t E = mask.size(1);
+  return {T, E, neurons / E, dtype, nullptr, of_gate.data, keep.add_mask("mask", mask), activation_of(op, act)};
 }
 
 // The experts without y, which the caller allocates: [T, d_out] of x's dtype.

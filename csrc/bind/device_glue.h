@@ -17,16 +17,16 @@ namespace sadmoe {
 class OnDevice {
  public:
   OnDevice(const Arguments& arguments, const Tensor&) {
-    for (const Argument& a : arguments.all()) allow(a.name, a.tensor, false);
+    for (const Argument& a : arguments.all()) allow(a.name, a.tensor, emulator::Use::read);
   }
   void* stream() const { return nullptr; }
-  void writes(const char* name, const Tensor& t) { allow(name, t, true); }
+  void writes(const char* name, const Tensor& t) { allow(name, t, emulator::Use::write); }
+  void updates(const char* name, const Tensor& t) { allow(name, t, emulator::Use::update); }
 
  private:
-  void allow(const char* name, const Tensor& t, bool writable) {
+  void allow(const char* name, const Tensor& t, emulator::Use use) {
     kept_.push_back(t);  // no other tensor takes its place
-    regions_.emplace_back(name, t.const_data_ptr(), static_cast<size_t>(t.numel()) * t.element_size(), t.element_size(),
-                          writable);
+    regions_.emplace_back(name, t.const_data_ptr(), static_cast<size_t>(t.numel()) * t.element_size(), t.element_size(), use);
   }
   std::vector<Tensor> kept_;
   std::deque<emulator::Region> regions_;
@@ -59,6 +59,7 @@ class OnDevice {
   }
   void* stream() const { return stream_; }
   void writes(const char*, const Tensor&) {}
+  void updates(const char*, const Tensor&) {}
 
  private:
   static std::string name_of(const Tensor& t) { return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "the CPU"; }

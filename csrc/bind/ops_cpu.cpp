@@ -45,6 +45,13 @@ Tensor dynamic_k_select(const Tensor& scores, double tau) {
   return mask;
 }
 
+void masked_activation(Tensor up, const MaybeTensor& gate, const Tensor& mask, const std::string& act) {
+  Arguments keep("_masked_activation_");
+  MaskedActivation p = check_masked_activation(keep, up, gate, mask, act);
+  p.up = up.mutable_data_ptr();
+  cpu::masked_activation(p, torch_threads());
+}
+
 // y for a mask from outside.
 Tensor run(Arguments& keep, Experts p, const Tensor& x, const Tensor& mask) {
   check_shape(keep.op(), "mask", mask, {p.shape.T, p.shape.E}, "[T, E]");
@@ -122,6 +129,7 @@ void use_cpu_isa(std::string isa) {
 STABLE_TORCH_LIBRARY_IMPL(sadmoe, CPU, m) {
   m.impl("router_scores", TORCH_BOX(&sadmoe::router_scores));
   m.impl("dynamic_k_select", TORCH_BOX(&sadmoe::dynamic_k_select));
+  m.impl("_masked_activation_", TORCH_BOX(&sadmoe::masked_activation));
   m.impl("sparse_experts", TORCH_BOX(&sadmoe::sparse_experts));
   m.impl("dynamic_k_moe", TORCH_BOX(&sadmoe::dynamic_k_moe));
   m.impl("sparse_experts_int8", TORCH_BOX(&sadmoe::sparse_experts_int8));

@@ -78,6 +78,16 @@ Tensor dynamic_k_select(const Tensor& scores, double tau) {
   return mask;
 }
 
+void masked_activation(Tensor up, const MaybeTensor& gate, const Tensor& mask, const std::string& act) {
+  const char* op = "_masked_activation_";
+  Arguments keep(op);
+  MaskedActivation p = check_masked_activation(keep, up, gate, mask, act);
+  OnDevice device(keep, up);
+  device.updates("up", up);
+  p.up = up.mutable_data_ptr();
+  check_launch(cuda::masked_activation(p, device.stream()), op);
+}
+
 Tensor sparse_experts(const Tensor& x, const Tensor& mask, const Tensor& w_up, const Tensor& w_down, const MaybeTensor& b_up,
                       const MaybeTensor& w_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out, const std::string& act) {
   const char* op = "sparse_experts";
@@ -109,6 +119,7 @@ Tensor dynamic_k_moe(const Tensor& x, const Tensor& v1, const Tensor& v2, const 
 STABLE_TORCH_LIBRARY_IMPL(SADMOE_NAMESPACE, SADMOE_KEY, m) {
   m.impl("router_scores", TORCH_BOX(&sadmoe::router_scores));
   m.impl("dynamic_k_select", TORCH_BOX(&sadmoe::dynamic_k_select));
+  m.impl("_masked_activation_", TORCH_BOX(&sadmoe::masked_activation));
   m.impl("sparse_experts", TORCH_BOX(&sadmoe::sparse_experts));
   m.impl("dynamic_k_moe", TORCH_BOX(&sadmoe::dynamic_k_moe));
 }

@@ -27,4 +27,7 @@ void sparse_experts(const Experts& experts, const bool* mask, const Threads& thr
 // The same with the router's own mask.
 void dynamic_k_moe(const Experts& experts, const Router& router, const Threads& threads);
 
+// What stands between dense products. In masked.cpp.
+void masked_activation(const MaskedActivation& p, const Threads& threads);
+
 }  // namespace sadmoe::cpu

@@ -57,7 +57,7 @@ SADMOE_DEVICE unsigned to_tf32(float v) {
   return bits;
 }
 
-// --- Neighbours in memory at once: two floats, on 8 bytes; and a word, 4 bytes of any type, on as many.
+// --- Neighbours in memory at once: two floats, on 8 bytes; a word, 4 bytes of any type, on as many; and 16 bytes.
 struct Pair {
   float first, second;
 };
@@ -82,6 +82,23 @@ SADMOE_DEVICE void store_word(const float (&v)[1], float* to) { *to = v[0]; }
 template <class T>
 SADMOE_DEVICE void store_word(const float (&v)[2], T* to) {
   store_word(word_of(v[0], v[1], T{}), to);
+}
+// 16 bytes, on as many, or a single element.
+template <class T, int kMany>
+SADMOE_DEVICE void load_together(const T* from, T (&to)[kMany]) {
+  static_assert(kMany == 1 || sizeof(to) == 16);
+  if constexpr (kMany == 1)
+    to[0] = *from;
+  else
+    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+}
+template <class T, int kMany>
+SADMOE_DEVICE void store_together(const T (&v)[kMany], T* to) {
+  static_assert(kMany == 1 || sizeof(v) == 16);
+  if constexpr (kMany == 1)
+    *to = v[0];
+  else
+    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(v);
 }
 
 // --- Threads together. A shuffle orders no memory.

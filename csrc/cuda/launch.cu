@@ -3,6 +3,7 @@
 #include "cuda/crowd.cuh"
 #include "cuda/down.cuh"
 #include "cuda/launch.h"
+#include "cuda/masked.cuh"
 #include "cuda/parts.h"
 #include "cuda/rows.cuh"
 #include "cuda/select.cuh"
@@ -10,7 +11,8 @@
 namespace sadmoe::cuda {
 namespace {
 
-constexpr int64_t kRowBlocks = 64;  // blocks an expert and strip, each striding over the tokens; the rest exits at once
+constexpr int64_t kMaskedRows = 1024;  // blocks of each column of masked_activation, likewise
+constexpr int64_t kRowBlocks = 64;     // blocks an expert and strip, each striding over the tokens; the rest exits at once
 
 // Whether the current device has the instructions of sm_90a, and may use them.
 int on_hopper(const Options& options, bool& is) {
@@ -184,6 +186,21 @@ int run_chunk(const Experts& experts, const Plan& plan, const Options& options, 
   });
 }
 
+template <class T, int kWidth>
+int launch_masked(const MaskedActivation& p, void* stream) {
+  const Grid grid{divide(p.E * p.s, kMaskedThreads * kWidth), std::min(p.T, kMaskedRows)};
+  const auto kernel = p.gate ? masked_activation<T, kWidth, true> : masked_activation<T, kWidth, false>;
+  return launch(kernel, grid, kMaskedThreads, 0, stream, p);
+}
+
+template <class T>
+int launch_masked(const MaskedActivation& p, void* stream) {
+  constexpr int kTogether = 16 / sizeof(T);
+  const auto on_16_bytes = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
+  const bool wide = p.s % kTogether == 0 && on_16_bytes(p.up) && on_16_bytes(p.gate);
+  return wide ? launch_masked<T, kTogether>(p, stream) : launch_masked<T, 1>(p, stream);
+}
+
 // The tokens [begin, end) of a choice, and of the experts' arguments.
 Plan plan_of(const Choice& choice, const Scratch& scratch, int64_t begin, int64_t end, int64_t E) {
   Plan plan{};
@@ -216,6 +233,12 @@ int router_scores(View x, const Router& router, const RouterShape& s, const Opti
 int select(const float* scores, int64_t T, int64_t E, float tau, bool* mask, void* stream) {
   if (T == 0) return 0;
   return launch(select, {divide(T, kSelectThreads / 32)}, kSelectThreads, 0, stream, Select{scores, mask, T, E, tau});
+}
+
+int masked_activation(const MaskedActivation& p, void* stream) {
+  if (p.T == 0) return 0;
+  if (p.dtype == DType::f32) return launch_masked<float>(p, stream);
+  return p.dtype == DType::bf16 ? launch_masked<bf16>(p, stream) : launch_masked<f16>(p, stream);
 }
 
 Workspace workspace(const ExpertsShape& s, DType dtype, const Options& options) {

@@ -26,6 +26,8 @@ int router_scores(View x, const Router& router, const RouterShape& shape, const 
 
 int select(const float* scores, int64_t T, int64_t E, float tau, bool* mask, void* stream);
 
+int masked_activation(const MaskedActivation& p, void* stream);
+
 // Who chose whom: a mask, or, where it is null, who reaches tau.
 struct Choice {
   const bool* mask = nullptr;     // [T, E]

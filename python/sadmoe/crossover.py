@@ -129,9 +129,13 @@ def dense_seconds(layer: Layer, tokens: int, card: Card) -> float:
 
 
 def masked_seconds(layer: Layer, tokens: int, card: Card) -> float:
-    """The same function as the sparse op, by dense products: the router, and a mask over all activations."""
-    mask = 2 * tokens * layer.neurons * layer.bytes_each / card.memory + 2 * card.launch
-    return dense_seconds(layer, tokens, card) + _router_seconds(layer, tokens, card) + mask
+    """The same function as the sparse op, by dense products: router, selection, and the mask with the activation.
+
+    That is one pass, of a GLU too: ops.masked_activation_.
+    """
+    selection = 6 * tokens * layer.experts / card.memory + card.launch
+    passes_less = (layer.inputs - 1) * card.launch
+    return dense_seconds(layer, tokens, card) + _router_seconds(layer, tokens, card) + selection - passes_less
 
 
 def sparse_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:

@@ -297,7 +297,7 @@ class DynamicKMoE(nn.Module):
 
     def masked_dense(self, x: Tensor, mask: Tensor) -> Tensor:
         """`ops.sparse_experts` by torch's own products, every expert computed: x [T, d], mask [T, E] -> [T, d_out]."""
-        return self._down(self._kept(self._hidden(x), mask))
+        return self._down(self._hidden(x, mask))
 
     @torch.no_grad()
     def expert_norms(self, x: Tensor) -> Tensor:
@@ -307,7 +307,7 @@ class DynamicKMoE(nn.Module):
     def _selected(self, x: Tensor) -> Tensor:
         """The experts that the gate picks, by the path that `_choose` says."""
         if self.keeps_hidden:
-            return self._down(self._kept(self._hidden(x), self.mask(x)))
+            return self._down(self._hidden(x, self.mask(x)))
         dense, mask = self._choose(x)
         if isinstance(self.gate, DynamicK) and mask is None and not dense:
             router: Any = self._modules["router"]  # as an attribute it is slow, too
@@ -351,10 +351,11 @@ class DynamicKMoE(nn.Module):
         return share is None or share > until, counted  # unknown: dense, at worst as slow as dense
 
     def _may_choose(self, x: Tensor) -> bool:
-        """Whether x [T, d] is tokens to count, not only a shape, on a known device, without gradients and no graph."""
+        """Whether x [T, d] is tokens to count, not only a shape, on a known device: no gradients, no graph, no vmap."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.jit.is_tracing():
             return False
-        return type(x) is Tensor and (x.is_cpu or x.is_cuda) and len(x) > 0
+        plain = type(x) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        return plain and (x.is_cpu or x.is_cuda) and len(x) > 0
 
     def _sparse_until(self, x: Tensor) -> float:
         """The executed share up to which the op runs for so many tokens of that device and dtype; 1: always."""
@@ -409,15 +410,22 @@ class DynamicKMoE(nn.Module):
             squared = (by_expert @ (w_down @ w_down.transpose(1, 2)) * by_expert).sum(-1)
         return squared.clamp(min=NORM_FLOOR**2).sqrt().masked_fill(squared <= NORM_FLOOR**2, 0).t()
 
-    def _hidden(self, x: Tensor) -> Tensor:
-        """Activations of every neuron, in slot order: [T, d] -> [T, E * s]."""
+    def _hidden(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Activations in slot order, of the neurons of experts in the mask [T, E] if given: [T, d] -> [T, E * s]."""
+        up, gate = self._products(x, "w_up", "b_up"), None
+        if _held(self, "w_gate") is not None:
+            gate = self._products(x, "w_gate", "b_gate")
+        if mask is not None and self._may_choose(x) and up.dtype in ops.DTYPES:
+            ops.masked_activation_(up, gate, mask, self.act)
+            return up
         act = reference.ACTIVATIONS[self.act]
-        b_up = _held(self, "b_up")
-        up = F.linear(x, self.float_weights("w_up").flatten(0, 1), None if b_up is None else b_up.flatten())
-        if _held(self, "w_gate") is None:
-            return act(up)
-        w_gate, b_gate = self.float_weights("w_gate").flatten(0, 1), _held(self, "b_gate")
-        return act(F.linear(x, w_gate, None if b_gate is None else b_gate.flatten())) * up
+        hidden = act(up) if gate is None else act(gate) * up
+        return hidden if mask is None else self._kept(hidden, mask)
+
+    def _products(self, x: Tensor, name: str, bias_name: str) -> Tensor:
+        """x [T, d] by all neurons of w_up or w_gate, with the bias: [T, E * s]."""
+        bias = _held(self, bias_name)
+        return F.linear(x, self.float_weights(name).flatten(0, 1), None if bias is None else bias.flatten())
 
     def _down(self, hidden: Tensor) -> Tensor:
         w_down, b_out = self.float_weights("w_down").flatten(0, 1), _held(self, "b_out")

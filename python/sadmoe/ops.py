@@ -41,12 +41,15 @@ def _load() -> None:
 
 _load()
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels take
+
 _ROUTER_SCORES = torch.ops.sadmoe.router_scores.default
 _DYNAMIC_K_SELECT = torch.ops.sadmoe.dynamic_k_select.default
 _SPARSE_EXPERTS = torch.ops.sadmoe.sparse_experts.default
 _DYNAMIC_K_MOE = torch.ops.sadmoe.dynamic_k_moe.default
 _SPARSE_EXPERTS_INT8 = torch.ops.sadmoe.sparse_experts_int8.default
 _DYNAMIC_K_MOE_INT8 = torch.ops.sadmoe.dynamic_k_moe_int8.default
+_MASKED_ACTIVATION_ = torch.ops.sadmoe._masked_activation_.default
 
 
 def _run(op: torch._ops.OpOverload, *args: Any) -> Tensor:
@@ -166,6 +169,16 @@ def dynamic_k_moe_int8(
     """`dynamic_k_moe` of weights in int8, as `sparse_experts_int8` takes them."""
     experts = w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out
     return _run(_DYNAMIC_K_MOE_INT8, x, v1, v2, *experts, tau, act)
+
+
+def masked_activation_(up: Tensor, gate: Tensor | None, mask: Tensor, act: str) -> None:
+    """Hidden activations of dense products in one pass, in place; for no gradients and no graphs.
+
+    up, gate [T, E * s], mask bool [T, E]: up becomes act(up), or of a GLU act(gate) * up, and 0 outside the mask, also
+    where it was NaN. up is contiguous, gate of its dtype; computed in float32, rounded once.
+    """
+    with torch._C._AutoDispatchBelowAutograd():
+        _MASKED_ACTIVATION_(up, gate, mask, act)
 
 
 # --- Shapes, for meta tensors, torch.compile and torch.export.
@@ -433,6 +446,7 @@ def _dynamic_k_moe_widened(
 
 
 _fallbacks = torch.library.Library("sadmoe", "IMPL")
+_fallbacks.impl("_masked_activation_", reference.masked_activation_, "CompositeExplicitAutograd")
 for _name in ("router_scores", "dynamic_k_select", "sparse_experts", "dynamic_k_moe"):
     _fallbacks.impl(_name, _with_one_warning(_name, getattr(reference, _name)), "CompositeExplicitAutograd")
 for _name, _widened in (

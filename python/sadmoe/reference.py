@@ -86,6 +86,12 @@ def dynamic_k_moe(
     return sparse_experts(x, mask, w_up, w_down, b_up, w_gate, b_gate, b_out, act)
 
 
+def masked_activation_(up: Tensor, gate: Tensor | None, mask: Tensor, act: str) -> None:
+    """up [T, E * s] becomes act(up), or act(gate) * up, and 0 where mask [T, E] is false."""
+    hidden = ACTIVATIONS[act](up) if gate is None else ACTIVATIONS[act](gate) * up
+    up.copy_(hidden.unflatten(-1, (mask.shape[1], -1)).where(mask.unsqueeze(-1), 0).flatten(-2))
+
+
 def dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Experts' weights [E, s, n] in int8 by the scale of every neuron, [E, s], as floats."""
     return (weight.float() * scale.float().unsqueeze(-1)).to(dtype)

@@ -78,6 +78,7 @@ struct Pair {
 // One access of so many bytes, that alignment is checked.
 using Word4 = uint32_t __attribute__((may_alias));
 using Word8 = uint64_t __attribute__((may_alias));
+using Word16 = unsigned __int128 __attribute__((may_alias));
 SADMOE_DEVICE Pair load_pair(const float* from) {
   const uint64_t bits = *reinterpret_cast<const Word8*>(from);
   return {as_float(static_cast<unsigned>(bits)), as_float(static_cast<unsigned>(bits >> 32))};
@@ -99,6 +100,27 @@ SADMOE_DEVICE void store_word(const float (&v)[1], float* to) { *to = v[0]; }
 template <class T>
 SADMOE_DEVICE void store_word(const float (&v)[2], T* to) {
   store_word(word_of(v[0], v[1], T{}), to);
+}
+template <class T, int kMany>
+SADMOE_DEVICE void load_together(const T* from, T (&to)[kMany]) {
+  static_assert(kMany == 1 || sizeof(to) == 16);
+  if constexpr (kMany == 1) {
+    to[0] = *from;
+  } else {
+    const Word16 bits = *reinterpret_cast<const Word16*>(from);
+    std::memcpy(to, &bits, 16);
+  }
+}
+template <class T, int kMany>
+SADMOE_DEVICE void store_together(const T (&v)[kMany], T* to) {
+  static_assert(kMany == 1 || sizeof(v) == 16);
+  if constexpr (kMany == 1) {
+    *to = v[0];
+  } else {
+    Word16 bits;
+    std::memcpy(&bits, v, 16);
+    *reinterpret_cast<Word16*>(to) = bits;
+  }
 }
 
 SADMOE_WORD void sync_block(SADMOE_CALLER) { emulator::barrier(file, line); }

@@ -250,13 +250,14 @@ void schedule(Order order, unsigned seed, bool late_copies) {
   device().order = order, device().seed = seed, device().late_copies = late_copies;
 }
 
-Region::Region(const char* name, const void* data, size_t bytes, size_t element, bool writable) {
+Region::Region(const char* name, const void* data, size_t bytes, size_t element, Use use) {
+  const bool writable = use != Use::read, initialised = use != Use::write;
   const std::lock_guard<std::mutex> guard(device().lock);
   const char* begin = static_cast<const char*>(data);
-  device().memory.spans.emplace_back(new Span{name, begin, begin + bytes, element, writable, false, {}});
+  device().memory.spans.emplace_back(new Span{name, begin, begin + bytes, element, writable, initialised, false, {}});
   if (!writable) return;
   device().memory.spans.back()->cells.resize(bytes / element + 1);
-  std::memset(const_cast<void*>(data), 0xff, bytes);
+  if (!initialised) std::memset(const_cast<void*>(data), 0xff, bytes);
 }
 
 Region::~Region() {

@@ -86,11 +86,12 @@ enum class Order { forward, reverse, random };
 // In which order threads and blocks run, and whether copies land as late as they may, or at once.
 void schedule(Order order, unsigned seed, bool late_copies);
 
-// Memory that kernels may touch while the object lives; anything else is out of bounds. What is writable begins
-// uninitialised. Two threads may use neighbours of `element` bytes.
+// Memory that kernels may touch while the object lives; anything else is out of bounds. What they write begins uninitialised,
+// what they update does not. Two threads may use neighbours of `element` bytes.
+enum class Use { read, write, update };
 class Region {
  public:
-  Region(const char* name, const void* data, size_t bytes, size_t element, bool writable);
+  Region(const char* name, const void* data, size_t bytes, size_t element, Use use);
   ~Region();
   Region(const Region&) = delete;
 };

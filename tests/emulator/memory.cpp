@@ -33,7 +33,7 @@ std::string Memory::race(const Span& span, const void* p, const char* now, const
 }
 
 std::string Memory::read(Span& span, Cell& cell, const void* p, int thread) {
-  if (cell.write.phase < (span.shared ? block_phase_ : 1)) return "read of uninitialised " + span.at(p);
+  if (!span.initialised && cell.write.phase < (span.shared ? block_phase_ : 1)) return "read of uninitialised " + span.at(p);
   if (!ordered(span, cell.write, thread)) return race(span, p, "read", "write", cell.write);
   if (cell.read.thread != thread || cell.read.phase < block_phase_) cell.other = cell.read;
   cell.read = {phase_, thread, clocks.now(thread)};

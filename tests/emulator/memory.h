@@ -24,7 +24,7 @@ struct Span {
   std::string name;
   const char *begin = nullptr, *end = nullptr;
   size_t element = 1;
-  bool writable = false, shared = false;
+  bool writable = false, initialised = false, shared = false;
   std::vector<Cell> cells;
 
   bool contains(const void* p) const { return begin <= p && p < end; }

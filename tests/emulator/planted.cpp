@@ -27,7 +27,8 @@ const char* said_of(void (*kernel)(Parameters), Grid grid, int threads, size_t b
 const char* run(const Case& c) {
   auto& [in, gap, out] = memory;
   for (float& v : in) v = 1;
-  const emulator::Region input("in", in, sizeof in, sizeof *in, false), output("out", out, sizeof out, sizeof *out, true);
+  const emulator::Region input("in", in, sizeof in, sizeof *in, emulator::Use::read),
+      output("out", out, sizeof out, sizeof *out, emulator::Use::write);
   return said_of(c.kernel, {c.blocks, 1, c.early}, c.threads, sizeof(Product), Buffers{in, out}, out);
 }
 
@@ -40,7 +41,8 @@ const char* run(const HopperCase& c) {
   }
   HopperBuffers p{{}, out};
   if (make_tile_map(p.map, {in, DType::bf16}, kMapMatrices, kMapRows, kMapColumns, kBoxRows)) return "no map of tiles";
-  const emulator::Region input("in", in, sizeof in, sizeof(bf16), false), output("out", out, sizeof out, sizeof *out, true);
+  const emulator::Region input("in", in, sizeof in, sizeof(bf16), emulator::Use::read),
+      output("out", out, sizeof out, sizeof *out, emulator::Use::write);
   return said_of(c.kernel, {1}, c.threads, sizeof(BitsMemory), p, out);
 }
 

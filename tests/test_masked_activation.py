@@ -1,0 +1,143 @@
+"""What stands between the dense products of a layer, against plain torch; and the layer that calls it."""
+
+import itertools
+
+import pytest
+import torch
+from backends import DTYPES
+from problems import assert_as_good_as_torch
+from sadmoe import ops, reference
+from sadmoe.layer import DynamicKMoE
+
+SHAPES = [  # T, E, s: whole vectors of an expert and not, one row and more than blocks stride over
+    (0, 3, 8), (1, 1, 1), (1, 4, 32), (7, 5, 3), (33, 6, 24), (9, 3, 20), (70, 12, 32), (1100, 2, 8)
+]  # fmt: skip
+
+
+def problem(T, E, s, dtype, gated):
+    g = torch.Generator().manual_seed(T)
+    up, gate = (torch.randn(2, T, E * s, generator=g) * 3).to(dtype).unbind()
+    return up, gate if gated else None, torch.rand(T, E, generator=g) < 0.5
+
+
+def by_torch(up, gate, mask, act):
+    hidden = up.clone()
+    reference.masked_activation_(hidden, gate, mask, act)
+    return hidden
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("act", reference.ACTIVATIONS)
+def test_it_is_as_good_as_torch(backend, act, dtype):
+    for shape, gated in itertools.product(SHAPES, (False, True)):
+        up, gate, mask = problem(*shape, dtype, gated)
+        truth = by_torch(up.double(), None if gate is None else gate.double(), mask, act)
+        assert_as_good_as_torch(
+            backend.masked_activation(up.clone(), gate, mask, act),
+            by_torch(up, gate, mask, act),
+            truth,
+            terms=up.double() ** 2,
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("s", [8, 3])
+def test_outside_the_mask_are_zeros_also_of_nan(backend, s, dtype):
+    up, gate, mask = problem(20, 4, s, dtype, True)
+    mask[0] = False
+    outside = ~mask.repeat_interleave(s, dim=-1)
+    up[outside], gate[outside] = torch.nan, torch.inf
+    assert (backend.masked_activation(up.clone(), gate, mask, "silu")[outside] == 0).all()
+    up[5, :s], mask[5, 0] = torch.nan, True
+    assert backend.masked_activation(up, None, mask, "gelu")[5, :s].isnan().all(), (
+        "of experts that run, NaN stays"
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("first", [0, 1])
+def test_rows_that_do_not_begin_on_16_bytes(backend, first, dtype):
+    """Of up where first is 1, else of gate."""
+    mask = torch.rand(4, 4) < 0.5
+    up, gate = (
+        torch.randn(4 * 32 + 1).to(backend.device, dtype)[i:][: 4 * 32].view(4, 32)
+        for i in (first, 1 - first)
+    )
+    expected = by_torch(up, gate, mask.to(backend.device), "relu").cpu()
+    assert torch.equal(backend.masked_activation(up, gate, mask, "relu"), expected)
+
+
+def test_any_byte_but_0_is_true(backend):
+    up, mask = torch.randn(6, 16), torch.rand(6, 2) < 0.5
+    odd = (mask.to(torch.uint8) * 6).view(torch.bool)
+    assert torch.equal(
+        backend.masked_activation(up.clone(), None, odd, "relu"), by_torch(up, None, mask, "relu")
+    )
+
+
+def test_threads_do_not_change_a_bit():
+    up, gate, mask = problem(300, 12, 32, torch.bfloat16, True)
+    one = up.clone()
+    ops.masked_activation_(one, gate, mask, "gelu")
+    torch.set_num_threads(3)
+    try:
+        ops.masked_activation_(up, gate, mask, "gelu")
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(one, up)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"up": torch.randn(4, 8, 2)}, r"up must be \[T, E s\] with E s >= 1, got \[4, 8, 2\]"),
+        ({"up": torch.randn(16, 4).t()}, "up must be contiguous: it is written in place"),
+        ({"up": torch.randn(4, 16).double()}, "up must be float32, bfloat16 or float16, got Double"),
+        ({"gate": torch.randn(4, 15)}, r"gate must be \[T, E s\] = \[4, 16\], got \[4, 15\]"),
+        ({"gate": torch.randn(4, 16).half()}, "gate must have up's dtype, Float, got Half"),
+        (
+            {"mask": torch.ones(4, 3, dtype=torch.bool)},
+            r"mask must be \[T = 4, E\] where E divides the 16 columns of up, got \[4, 3\]",
+        ),
+        ({"mask": torch.ones(4, 2)}, "mask must be bool, got Float"),
+        ({"act": "tanh"}, "act must be one of relu, gelu, gelu_tanh, silu, got 'tanh'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_wrong_argument_is_named(change, message):
+    args = {"up": torch.randn(4, 16), "gate": None, "mask": torch.ones(4, 2, dtype=torch.bool), "act": "relu"}
+    before = args["up"].clone()
+    with pytest.raises(RuntimeError, match=message):
+        ops.masked_activation_(**(args | change))
+    assert torch.equal(args["up"], before)
+
+
+def layer_of(dtype=torch.float32, gated=False):
+    layer = DynamicKMoE(24, 6, 8, "gelu", gated=gated, bias=("b_up", "b_out"), dtype=dtype)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) * 0.3)
+    return layer
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_a_layer_computes_the_same_with_and_without_gradients(dtype, gated):
+    layer = layer_of(dtype, gated)
+    x, mask = torch.randn(9, 24).to(dtype), torch.rand(9, 6) < 0.5
+    in_parts = layer.masked_dense(x, mask), layer.dense(x)
+    assert in_parts[0].requires_grad
+    with torch.no_grad():
+        in_one_pass = layer.masked_dense(x, mask), layer.dense(x)
+        exact = layer.double()
+        truth = exact.masked_dense(x.double(), mask), exact.dense(x.double())
+    for ours, torchs, true in zip(in_one_pass, in_parts, truth, strict=True):
+        assert_as_good_as_torch(ours, torchs.detach(), true)
+
+
+def test_a_layer_on_the_dense_path_runs_under_vmap():
+    layer = layer_of()  # tau is 0
+    x = torch.randn(3, 5, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(layer)(x), layer(x))
