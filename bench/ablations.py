@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import sadmoe
 import torch
+from command import command
 from layer_problem import tau_of_share
 from router_losses import Weight, fit_by, near_threshold, plain, under_prediction
 from sadmoe import (
@@ -284,7 +285,9 @@ def main() -> None:
         curves[name] = curve(model(), setting, tests, wanted)
         rows.append((name, *(f"{at(curves[name], share):.4f}" for share in args.shares)))
         if args.json:
-            args.json.write_text(json.dumps({"machine": machine(), "curves": curves}, indent=1))
+            args.json.write_text(
+                json.dumps({"machine": machine(), "command": command(), "curves": curves}, indent=1)
+            )
     print(format_table(("cosine at an executed share of", *(f"{share:.0%}" for share in args.shares)), rows))
     if args.png:
         least = 0.5  # of the cosine: what is below is of no use, and takes the scale

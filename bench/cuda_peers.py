@@ -23,6 +23,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from command import command
 from cuda_timing import captured, graph_seconds
 from layer_problem import LayerShape, shape_of, tau_of_share
 from mask_kinds import clustered, skewed
@@ -223,7 +224,9 @@ def main() -> None:
         for row in cells(args, card, reasons):
             rows.append(row)
             if args.json:
-                args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+                args.json.write_text(
+                    json.dumps({"machine": machine, "command": command(), "rows": rows}, indent=1)
+                )
     print("\nTimes in us, medians.", *sorted(reasons), sep="\n")
 
 

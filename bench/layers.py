@@ -34,13 +34,12 @@ import argparse
 import itertools
 import json
 import math
-import shlex
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from command import command
 from layer_problem import (
     LAYERS,
     ROUTER_WIDTH,
@@ -257,14 +256,13 @@ class Printed:
         self.lines.append(text)
 
     def write(self, path: Path) -> None:
-        command = shlex.join(["python", "bench/layers.py", *sys.argv[1:]])
-        path.write_text("\n".join([f"`{command}`", "", "```", *self.lines, "```", ""]))
+        path.write_text("\n".join([f"`{command()}`", "", "```", *self.lines, "```", ""]))
 
 
 def as_json(title: str, rows: list[dict]) -> str:
     """A row a line."""
     lines = ",\n".join(json.dumps(rounded(row)) for row in rows)
-    return f'{{"machine": {json.dumps(title)}, "rows": [\n{lines}\n]}}\n'
+    return f'{{"machine": {json.dumps(title)}, "command": {json.dumps(command())}, "rows": [\n{lines}\n]}}\n'
 
 
 def line(row: dict, variants: list[str]) -> str:

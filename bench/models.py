@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from command import command
 from layer_problem import ROUTER_WIDTH, tau_of_share
 from recipes import sources
 from sadmoe import ConvertConfig, convert_, quantize_experts_
@@ -195,7 +196,7 @@ def main() -> None:
     if not rows:
         raise SystemExit("no model could be loaded: bench/recipes/fetch.sh brings them")
     if args.json:
-        args.json.write_text(json.dumps({"machine": title, "rows": rows}, indent=1))
+        args.json.write_text(json.dumps({"machine": title, "command": command(), "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

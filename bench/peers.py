@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 
 import torch
+from command import command
 from layer_problem import LayerShape, problem, weights
 from sadmoe.timing import machine, measure
 from variants import Kept, checked, dense, grouped_mm, int8, loop, sadmoe, torch_grouped_mm
@@ -69,7 +70,7 @@ def main() -> None:
             rows.append({"T": T, "share": share, "seconds": seconds, "spread": spread, "gains": gains})
     print("Times in ms: median and distance of the quartiles.")
     if args.json:
-        args.json.write_text(json.dumps({"machine": title, "rows": rows}, indent=1))
+        args.json.write_text(json.dumps({"machine": title, "command": command(), "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
