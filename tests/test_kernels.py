@@ -81,6 +81,7 @@ def test_the_error_does_not_grow_with_the_width(backend, T):
             assert_scores_as_good_as_torch(backend.router_scores(x, *router), x, *router)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("d", "E", "s", "share"),
@@ -286,6 +287,7 @@ def test_a_token_does_not_depend_on_its_neighbours_or_their_order(backend, dtype
     assert torch.equal(run(poisoned)[::2], whole[::2]), "NaN beside"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_blocks_that_grow_with_few_rows_an_expert_change_nothing(dtype):
     """Past a cache's worth of weights the CPU takes over 256 tokens at once, by what they chose: here over 600."""

@@ -138,10 +138,26 @@ Sums Layer::scores() const {
   return out;
 }
 
+template <class Real>
+Sums masked_activation(const Layer& layer, const Numbers& up, const Numbers& gate, const bool* mask) {
+  const DType dtype = layer.kind.dtype;
+  Sums out{std::vector<double>(up.size())};
+  for (int64_t i = 0; i < up.size(); ++i) {
+    if (!mask[i / layer.shape.s]) continue;
+    const Real v = up.values()[i];
+    const Real of_gate = gate.size() ? stored(activate(Real(gate.values()[i]), layer.kind.act), dtype) : 0;
+    out.values[i] = stored(gate.size() ? of_gate * v : activate(v, layer.kind.act), dtype);
+    out.terms = std::max({out.terms, std::fabs(up.values()[i]), std::fabs(out.values[i])});
+  }
+  return out;
+}
+
 template Sums Layer::output<float>(const bool*) const;
 template Sums Layer::output<double>(const bool*) const;
 template Sums Layer::scores<float>() const;
 template Sums Layer::scores<double>() const;
+template Sums masked_activation<float>(const Layer&, const Numbers&, const Numbers&, const bool*);
+template Sums masked_activation<double>(const Layer&, const Numbers&, const Numbers&, const bool*);
 
 std::unique_ptr<bool[]> random_mask(const Shape& shape, double share, unsigned seed) {
   std::mt19937 random(seed);

@@ -48,6 +48,10 @@ class Layer {
   Numbers x_, v1_, v2_, w_up_, w_gate_, w_down_, b_up_, b_gate_, b_out_, scale_up_, scale_gate_, scale_down_;
 };
 
+// up [T, E s] becomes the hidden activations, of a GLU with gate of the same shape, else that is empty: truth and plain as above.
+template <class Real>
+Sums masked_activation(const Layer& layer, const Numbers& up, const Numbers& gate, const bool* mask);
+
 // A mask in which experts, and the first token, may have nothing.
 std::unique_ptr<bool[]> random_mask(const Shape& shape, double share, unsigned seed);
 std::unique_ptr<bool[]> mask_of_one_hot_expert(const Shape& shape, unsigned seed);  // every token's, others of a few tokens

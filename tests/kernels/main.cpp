@@ -66,6 +66,7 @@ class Test {
               const Layer layer(shape, {dtype, act, gated, bias, int8}, seed);
               given_mask(layer, random_mask(shape, 0.4, seed));
               if (shape.E > 2 && shape.T > 32) given_mask(layer, mask_of_one_hot_expert(shape, seed));
+              if (!int8) between_products(layer, random_mask(shape, 0.4, seed), seed);
               if (act == Activation::relu && !gated) routed(layer);
             }
   }
@@ -95,6 +96,27 @@ class Test {
     for (const char* isa : {"amx", kTrapped})
       if (layer.kind.int8 && found.count(isa))
         judge(isa, "sparse_experts without tiles", layer, found[isa] == found["avx512vnni"] ? 0 : INFINITY);
+  }
+
+  // Hidden activations of dense products, in place.
+  void between_products(const Layer& layer, const std::unique_ptr<bool[]>& mask, unsigned seed) {
+    const auto& [T, d, E, s, d_out, r] = layer.shape;
+    const Kind& kind = layer.kind;
+    std::mt19937 random(seed);
+    const Numbers up = Numbers::normal(T * E * s, 3, kind.dtype, random);
+    const Numbers gate = Numbers::normal(kind.gated ? T * E * s : 0, 3, kind.dtype, random);
+    const auto truth = masked_activation<double>(layer, up, gate, mask.get());
+    const auto plain = masked_activation<float>(layer, up, gate, mask.get());
+    for_isas([&](const std::string& isa) {
+      const auto hidden = [&, E = E, s = s, T = T](int count) {
+        Numbers h = up;
+        cpu::masked_activation({T, E, s, kind.dtype, h.data(), gate.view().data, mask.get(), kind.act}, threads(count));
+        return h.read();
+      };
+      const auto h = hidden(1);
+      judge(isa, "masked_activation", layer, error_of_allowed(h, plain, truth, kind.dtype));
+      judge(isa, "masked_activation of 3 threads", layer, hidden(3) == h ? 0 : INFINITY);
+    });
   }
 
   // Scores, and y for the mask that follows from them. The truth of y takes the mask of our own scores, which decide in float.
