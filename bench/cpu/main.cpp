@@ -65,6 +65,27 @@ void accumulate(benchmark::State& state, const cpu::Kernels& kernels, DType dtyp
   count(state, 2.0 * n * kNeurons * kWidth, 1.0 * kNeurons * kWidth * test::format(dtype).bytes);
 }
 
+// The same two, of one expert after another that n tokens chose, with weights from memory: of a layer of 384 x 1536 in floats.
+void from_memory(benchmark::State& state, const cpu::Kernels& kernels, bool up, int64_t n) {
+  constexpr int64_t kD = 384, kBytes = int64_t{128} << 20, kEach = kNeurons * kD;
+  const std::vector<float> weights(kBytes / sizeof(float), 1.0f);
+  const std::vector<float> from(64 * kD, 1.0f);
+  const int64_t experts = static_cast<int64_t>(weights.size()) / kEach;
+  std::vector<float> to(64 * kD), partial(n * kD);
+  std::vector<int32_t> rows(n);
+  for (int64_t i = 0; i < n; ++i) rows[i] = static_cast<int32_t>(64 / n * i);
+  for (auto _ : state)
+    for (int64_t e = 0; e < experts; ++e) {
+      const float *w = weights.data() + e * kEach, *next = e + 1 < experts ? w + kEach : nullptr;
+      if (up)
+        kernels.project[0]({n, kNeurons, kD, kNeurons, from.data(), rows.data(), w, to.data(), nullptr, next});
+      else
+        kernels.accumulate[0]({n, kNeurons, kD, kNeurons, kD, kD, from.data(), rows.data(), w, to.data(), partial.data(), next});
+      benchmark::ClobberMemory();
+    }
+  count(state, 2.0 * static_cast<double>(experts * n * kEach), static_cast<double>(kBytes));
+}
+
 void activate(benchmark::State& state, const cpu::Kernels& kernels, Activation act, int64_t n) {
   const Numbers from = numbers(n * kNeurons, DType::f32), bias = numbers(kNeurons, DType::f32);
   std::vector<float> h(n * kNeurons);
@@ -169,6 +190,10 @@ void add_isa(const std::string& isa) {
     add("widen" + tail, [&kernels, dtype](benchmark::State& s) { convert(s, kernels, dtype, false); });
     add("narrow" + tail, [&kernels, dtype](benchmark::State& s) { convert(s, kernels, dtype, true); });
   }
+  for (const int64_t n : {1, 2, 3, 4, 6, 8, 12})
+    for (const bool up : {true, false})
+      add("from_memory/" + isa + (up ? "/project" : "/accumulate") + "/rows:" + std::to_string(n),
+          [&kernels, up, n](benchmark::State& s) { from_memory(s, kernels, up, n); });
   for (const Activation act : kActivations)
     add("activate/" + isa + "/" + kActivationNames[int(act)],
         [&kernels, act](benchmark::State& s) { activate(s, kernels, act, 64); });
