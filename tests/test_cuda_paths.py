@@ -141,7 +141,7 @@ def on_cuda(card, monkeypatch):
     layer = layer_of()
     layer.batch_invariant = False
     give(layer, HALF, CUDA)
-    monkeypatch.setattr(DynamicKMoE, "_may_choose", lambda self, x: True)
+    monkeypatch.setattr(DynamicKMoE, "_runs_plainly", lambda self, x: True)
     mask = torch.arange(8).expand(50, 8) < 2
     monkeypatch.setattr(layer, "mask", lambda x: mask)
     return layer, card
@@ -189,7 +189,7 @@ def test_under_graph_capture_nothing_is_counted_and_what_arrived_is_seen(on_cuda
 
 def test_on_cuda_the_default_needs_an_expected_share(card, monkeypatch):
     layer = layer_of(torch.bfloat16)
-    monkeypatch.setattr(DynamicKMoE, "_may_choose", lambda self, x: True)
+    monkeypatch.setattr(DynamicKMoE, "_runs_plainly", lambda self, x: True)
     give(layer, ALWAYS_DENSE, CUDA)
     x = OnCuda()
     x.dtype = torch.bfloat16

@@ -1,16 +1,20 @@
 """What stands between the dense products of a layer, against plain torch; and the layer that calls it."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from backends import DTYPES
+from converted import random_rows
+from given_costs import layer_of
 from problems import assert_as_good_as_torch
 from sadmoe import ops, reference
-from sadmoe.layer import DynamicKMoE
+from torch.autograd import forward_ad
 
-SHAPES = [  # T, E, s: whole vectors of an expert and not, one row and more than blocks stride over
-    (0, 3, 8), (1, 1, 1), (1, 4, 32), (7, 5, 3), (33, 6, 24), (9, 3, 20), (70, 12, 32), (1100, 2, 8)
+SHAPES = [  # T, E, s: whole vectors of an expert and not, several blocks a row, more rows than blocks
+    (0, 3, 8), (1, 1, 1), (1, 4, 32), (7, 5, 3), (33, 6, 24), (9, 3, 20), (70, 12, 32),
+    (3, 40, 60), (2, 80, 32), (1100, 2, 8),
 ]  # fmt: skip
 
 
@@ -36,7 +40,7 @@ def test_it_is_as_good_as_torch(backend, act, dtype):
             backend.masked_activation(up.clone(), gate, mask, act),
             by_torch(up, gate, mask, act),
             truth,
-            terms=up.double() ** 2,
+            terms=up.double() if gate is None else up.double() * gate.double(),
         )
 
 
@@ -112,20 +116,11 @@ def test_a_wrong_argument_is_named(change, message):
     assert torch.equal(args["up"], before)
 
 
-def layer_of(dtype=torch.float32, gated=False):
-    layer = DynamicKMoE(24, 6, 8, "gelu", gated=gated, bias=("b_up", "b_out"), dtype=dtype)
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.copy_(torch.randn(p.shape, generator=g) * 0.3)
-    return layer
-
-
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_a_layer_computes_the_same_with_and_without_gradients(dtype, gated):
-    layer = layer_of(dtype, gated)
-    x, mask = torch.randn(9, 24).to(dtype), torch.rand(9, 6) < 0.5
+    layer = layer_of(dtype, gated=gated)
+    x, mask = random_rows(9).to(dtype), random_rows(9, layer.experts) < 0
     in_parts = layer.masked_dense(x, mask), layer.dense(x)
     assert in_parts[0].requires_grad
     with torch.no_grad():
@@ -136,8 +131,27 @@ def test_a_layer_computes_the_same_with_and_without_gradients(dtype, gated):
         assert_as_good_as_torch(ours, torchs.detach(), true)
 
 
-def test_a_layer_on_the_dense_path_runs_under_vmap():
-    layer = layer_of()  # tau is 0
-    x = torch.randn(3, 5, 24)
+@pytest.mark.parametrize("batched", ["tokens", "weights"])
+@pytest.mark.parametrize("keeps_hidden", [False, True])
+def test_a_layer_that_may_choose_runs_under_vmap(keeps_hidden, batched):
+    """Also where the weights are what is batched, and the tokens look plain."""
+    layer = layer_of(torch.bfloat16)
+    layer.batch_invariant, layer.keeps_hidden = False, keeps_hidden
+    x = random_rows(5).bfloat16()
     with torch.no_grad():
-        torch.testing.assert_close(torch.vmap(layer)(x), layer(x))
+        if batched == "tokens":
+            ys = torch.vmap(layer)(x[None])
+        else:
+            weights = {name: p[None] for name, p in layer.named_parameters()}
+            ys = torch.vmap(partial(torch.func.functional_call, layer), in_dims=(0, None))(weights, (x,))
+        torch.testing.assert_close(ys[0], layer(x), rtol=0.05, atol=0.1)
+
+
+def test_tangents_go_through_the_activation():
+    layer = layer_of()
+    x, mask = random_rows(4), torch.ones(4, layer.experts, dtype=torch.bool)
+    with torch.no_grad(), forward_ad.dual_level():
+        y = layer.masked_dense(forward_ad.make_dual(x, torch.ones_like(x)), mask)
+        tangent = forward_ad.unpack_dual(y).tangent
+    _, expected = torch.func.jvp(lambda rows: layer.masked_dense(rows, mask), (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(tangent, expected)

@@ -144,9 +144,10 @@ void layer(benchmark::State& state, const std::string& isa, DType dtype, int64_t
 }
 
 // Every line of a share of the pieces of a buffer, ascending, as the weights of those experts are read that a token chose; lines
-// are asked for so many bytes of the pieces beforehand. What kernels can hope for with few tokens, and weights from memory.
+// are asked for so many bytes of the pieces beforehand, and one of every page a page earlier (see csrc/cpu/ahead.h). What kernels
+// can hope for with few tokens, and weights from memory.
 void read_pieces(benchmark::State& state, int64_t piece, double share, int64_t ahead) {
-  constexpr int64_t kBytes = int64_t{256} << 20, kLine = 64;
+  constexpr int64_t kBytes = int64_t{256} << 20, kLine = 64, kPage = 4096;
   const std::vector<char> memory(kBytes, 1);
   std::mt19937 random(1);
   std::vector<const char*> pieces;
@@ -162,7 +163,10 @@ void read_pieces(benchmark::State& state, int64_t piece, double share, int64_t a
         std::memcpy(&word, from + i, sizeof word);
         sum += word;
         if (ahead == 0 || next >= pieces.size()) continue;
-        __builtin_prefetch(pieces[next] + to, 0, 2);
+        const char* line = pieces[next] + to;
+        if (to == 0) __builtin_prefetch(line, 0, 3);
+        if (reinterpret_cast<uintptr_t>(line) % kPage < kLine) __builtin_prefetch(line + kPage, 0, 3);
+        __builtin_prefetch(line, 0, 2);
         if ((to += kLine) >= piece) to = 0, ++next;
       }
     benchmark::DoNotOptimize(sum);

@@ -10,8 +10,8 @@ constexpr int64_t kLine = 64, kPage = 4096;  // bytes
 
 // Prefetches a range of memory at an even pace, so that it ends with the last product: bursts would have to wait, and memory
 // gives lines fastest in their order. Into the second-level cache, where a core may wait for more lines than in the first-level
-// one: fetching into that took a Zen 4 1.2 to 1.9 times as long where weights came from memory. But where a page has to be looked
-// up first, the former held up all work for 50 ns, the latter not at all: so of every page, one line is asked for into the
+// one: fetching into that took a Zen 4 1.2 to 1.9 times as long where weights came from memory. But where a page had to be looked
+// up first, the former held up all its work for 50 ns, the latter not at all: so of every page, one line is asked for into the
 // first-level cache beforehand. A template of Vec: a function of one instruction set must not be linked into another.
 template <class Vec>
 class Ahead {
@@ -67,8 +67,9 @@ class Ahead {
   int64_t left_, rate_, least_;
 };
 
-// The same through rows of so many bytes, ld bytes apart. With a gap between them, each step takes a line at least, and lines
-// are asked for again as many whole rows later as hold kAgain bytes.
+// The same through rows of so many bytes, ld bytes apart. With a gap between them, each step takes a line at least, lines are
+// asked for again as many whole rows later as hold kAgain bytes, and the next row's page is found as a row begins, beside those
+// of the gaps: either alone gained less.
 template <class Vec>
 class AheadInRows : public Ahead<Vec> {
  public:

@@ -11,7 +11,7 @@
 namespace sadmoe::cuda {
 namespace {
 
-constexpr int64_t kMaskedRows = 1024;  // blocks of each column of masked_activation, likewise
+constexpr int64_t kMaskedRows = 1024;  // blocks for each piece of a row of masked_activation, each striding over the tokens
 constexpr int64_t kRowBlocks = 64;     // blocks an expert and strip, each striding over the tokens; the rest exits at once
 
 // Whether the current device has the instructions of sm_90a, and may use them.

@@ -131,7 +131,7 @@ def dense_seconds(layer: Layer, tokens: int, card: Card) -> float:
 def masked_seconds(layer: Layer, tokens: int, card: Card) -> float:
     """The same function as the sparse op, by dense products: router, selection, and the mask with the activation.
 
-    That is one pass, of a GLU too: ops.masked_activation_.
+    That is one pass, of a GLU too: ops.masked_activation_. What it saves there in memory is left out.
     """
     selection = 6 * tokens * layer.experts / card.memory + card.launch
     passes_less = (layer.inputs - 1) * card.launch

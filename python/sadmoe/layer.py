@@ -8,13 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from sadmoe import ops, paths, reference
 from sadmoe.crossover import Layer
 from sadmoe.gates import DynamicK, Gate
 from sadmoe.gradients import is_recomputed
 
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an activation
 SCALES = {"w_up": "scale_up", "w_gate": "scale_gate", "w_down": "scale_down"}  # of weights in int8
 Int8Weights = tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
@@ -330,7 +330,7 @@ class DynamicKMoE(nn.Module):
             return False
         if self.batch_invariant or self.is_int8:
             return True
-        if not self._may_choose(x) or (dtype := self._dtype_of_products(x)) is None:
+        if not self._runs_plainly(x) or (dtype := self._dtype_of_products(x)) is None:
             return False
         return paths.op_runs_all(self._shape_in(dtype), len(x), x.device, dtype)
 
@@ -350,12 +350,16 @@ class DynamicKMoE(nn.Module):
             self._share_hint.send(counted)
         return share is None or share > until, counted  # unknown: dense, at worst as slow as dense
 
-    def _may_choose(self, x: Tensor) -> bool:
-        """Whether x [T, d] is tokens to count, not only a shape, on a known device: no gradients, no graph, no vmap."""
+    def _runs_plainly(self, x: Tensor) -> bool:
+        """Whether x [T, d] is tokens to count on a known device, and nothing records, traces or transforms the call.
+
+        So what is computed of it may be looked at and overwritten. No gradients of either kind, no graph, no vmap.
+        """
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.jit.is_tracing():
             return False
-        plain = type(x) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-        return plain and (x.is_cpu or x.is_cuda) and len(x) > 0
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return False
+        return type(x) is Tensor and (x.is_cpu or x.is_cuda) and len(x) > 0
 
     def _sparse_until(self, x: Tensor) -> float:
         """The executed share up to which the op runs for so many tokens of that device and dtype; 1: always."""
@@ -364,7 +368,7 @@ class DynamicKMoE(nn.Module):
         unasked = self.batch_invariant is None
         if unasked and x.dtype.itemsize > 2 and not torch._C._is_any_autocast_enabled():
             return 1.0  # whatever else holds: to ask takes time
-        if not self._may_choose(x) or (dtype := self._dtype_of_products(x)) is None:
+        if not self._runs_plainly(x) or (dtype := self._dtype_of_products(x)) is None:
             return 1.0
         if unasked and (dtype.itemsize > 2 or (x.device.type == "cuda" and self.expected_share is None)):
             return 1.0
@@ -393,11 +397,7 @@ class DynamicKMoE(nn.Module):
 
     def _kept(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """hidden [T, E * s] with the neurons of experts outside the mask [T, E] zero, also where they were NaN."""
-        cut, kept = (self.experts, self.expert_size), mask.unsqueeze(-1)
-        if torch.is_grad_enabled():
-            return hidden.unflatten(-1, cut).where(kept, 0).flatten(-2)
-        bits = BITS[hidden.element_size()]  # as integers, 0 times a NaN is 0; `where` is slower
-        return (hidden.view(bits).unflatten(-1, cut) * kept.to(bits)).flatten(-2).view(hidden.dtype)
+        return hidden.unflatten(-1, (self.experts, self.expert_size)).where(mask.unsqueeze(-1), 0).flatten(-2)
 
     def _norms(self, hidden: Tensor) -> Tensor:
         """Through the Gram matrices G_e = W_down,e W_down,eᵀ: the norm squared is aᵀ G_e a, so no [T, E, d] is made.
@@ -411,11 +411,11 @@ class DynamicKMoE(nn.Module):
         return squared.clamp(min=NORM_FLOOR**2).sqrt().masked_fill(squared <= NORM_FLOOR**2, 0).t()
 
     def _hidden(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Activations in slot order, of the neurons of experts in the mask [T, E] if given: [T, d] -> [T, E * s]."""
+        """Activations in slot order, [T, d] -> [T, E * s]; 0 where the mask [T, E], if given, leaves the expert out."""
         up, gate = self._products(x, "w_up", "b_up"), None
         if _held(self, "w_gate") is not None:
             gate = self._products(x, "w_gate", "b_gate")
-        if mask is not None and self._may_choose(x) and up.dtype in ops.DTYPES:
+        if mask is not None and self._runs_plainly(x) and up.dtype in ops.DTYPES:
             ops.masked_activation_(up, gate, mask, self.act)
             return up
         act = reference.ACTIVATIONS[self.act]

@@ -1,7 +1,8 @@
 """The ops of `torch.ops.sadmoe`: loads the compiled library, and says everything about an op that is not its kernel.
 
 Every op runs in C++ on the CPU and in CUDA, traces on meta and fake tensors, has gradients and a FLOP formula,
-and answers through `sadmoe.reference` on devices without a kernel, with one warning.
+and answers through `sadmoe.reference` on devices without a kernel, with one warning; but for `masked_activation_`, with
+which a layer's dense path works in place where nothing of that is asked for.
 """
 
 import warnings
