@@ -40,6 +40,26 @@ void bytes_of_rows(const Rows& rows, int64_t n, int64_t k0, int64_t k, int8_t* l
     }
 }
 
+// right of w [k, m], its rows ld apart: four of them make a line.
+void right_of_columns(const int8_t* w, int64_t ld, int64_t k, int64_t m, int8_t* right) {
+  constexpr int64_t kTogether = 4;
+  const int64_t depth = tiles_of(k, kByteDepth);
+  for (int64_t k0 = 0; k0 < k; k0 += kByteDepth)
+    for (int64_t j0 = 0; j0 < m; j0 += kRows) {
+      int8_t* tile = right + (j0 / kRows * depth + k0 / kByteDepth) * kTileBytes;
+      const __mmask16 columns = m - j0 >= 16 ? 0xffff : Vec::first(m - j0);
+      for (int64_t i = 0; i < kRows; ++i) {
+        __m512i line = _mm512_setzero_si512();
+        unroll<kTogether>([&, at = k0 + kTogether * i](auto e) {
+          if (at + e.value >= k) return;
+          const __m512i words = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(columns, w + (at + e.value) * ld + j0));
+          line = _mm512_or_si512(line, _mm512_slli_epi32(words, 8 * e.value));
+        });
+        _mm512_storeu_si512(tile + i * kByteDepth, line);
+      }
+    }
+}
+
 // sums [16, .] += what 16 rows of left and 1 or 2 tiles of columns make; they begin with it.
 template <int Columns>
 void add_products(const int8_t* left, const int8_t* right, int64_t depth, bool begins, int32_t* sums) {
@@ -93,7 +113,8 @@ void int_project(const Project& p) {
   int_products(
       p.n, p.m, p.d, [&](int64_t i) { return static_cast<const int16_t*>(p.x) + row(i) * p.d; },
       [&](int64_t j, int64_t columns, int64_t k0, int64_t k, int8_t* right) {
-        right_of_rows(static_cast<const int8_t*>(p.w) + j * p.d + k0, p.d, columns, k, right);
+        const auto* w = static_cast<const int8_t*>(p.w) + j * p.d + k0;
+        right_of([=](int64_t i) { return w + i * p.d; }, columns, k, right);
       },
       [&](int64_t i, int64_t j, int64_t columns, const int32_t* sums) {
         const Vec step = Vec::set(p.steps[row(i)]);

@@ -31,12 +31,21 @@ class TileRegisters {
 // What was written to them is in memory: GCC's intrinsics do not say that tiles are loaded from there.
 inline void will_be_loaded(const void* left, const void* right) { asm volatile("" ::"r"(left), "r"(right) : "memory"); }
 
+// Tiles of a left operand, in memory of their own or where a matrix lies: entries from one to the next in depth, and to the
+// next 16 rows; bytes from row to row.
+struct LeftTiles {
+  const bf16* first;
+  int64_t deeper, below, row_bytes;
+
+  LeftTiles from(int64_t row) const { return {first + row / 16 * below, deeper, below, row_bytes}; }  // a multiple of 16
+};
+
 // Products of Rows x Columns tiles of bf16, 1 or 2 each, summed over the depth, in tiles: out [16 Rows, 16 Columns], its rows ld
 // apart.
 template <int Rows, int Columns>
-void bf16_products(const bf16* left, const bf16* right, int64_t depth, float* out, int64_t ld) {
+void bf16_products(const LeftTiles& left, const bf16* right, int64_t depth, float* out, int64_t ld) {
   constexpr int64_t kEntries = kTileBytes / sizeof(bf16);
-  will_be_loaded(left, right);
+  will_be_loaded(left.first, right);
   _tile_zero(0);
   if (Columns > 1) _tile_zero(1);
   if (Rows > 1) _tile_zero(2);
@@ -44,11 +53,11 @@ void bf16_products(const bf16* left, const bf16* right, int64_t depth, float* ou
   for (int64_t i = 0; i < depth; ++i) {
     _tile_loadd(6, (right + i * kEntries), 64);
     if (Columns > 1) _tile_loadd(7, (right + (depth + i) * kEntries), 64);
-    _tile_loadd(4, (left + i * kEntries), 64);
+    _tile_loadd(4, (left.first + i * left.deeper), left.row_bytes);
     _tile_dpbf16ps(0, 4, 6);
     if (Columns > 1) _tile_dpbf16ps(1, 4, 7);
     if (Rows > 1) {
-      _tile_loadd(5, (left + (depth + i) * kEntries), 64);
+      _tile_loadd(5, (left.first + left.below + i * left.deeper), left.row_bytes);
       _tile_dpbf16ps(2, 5, 6);
       if (Columns > 1) _tile_dpbf16ps(3, 5, 7);
     }

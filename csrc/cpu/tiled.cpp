@@ -1,7 +1,6 @@
 #include "cpu/tiled.h"
 
 #include <algorithm>
-#include <numeric>
 
 #include "cpu/block_plan.h"
 
@@ -11,7 +10,12 @@ namespace {
 constexpr int64_t kStripEntries = 8192;  // floats of y in the first-level cache
 constexpr int64_t kSmallestExpert = 16;  // neurons: 8 leave most of a tile empty, and gained nothing
 
-int64_t whole_tiles(int64_t n) { return (n + 15) / 16 * 16; }
+constexpr int64_t kRows = 16;  // of a tile
+
+int64_t whole_tiles(int64_t n) { return (n + kRows - 1) / kRows * kRows; }
+
+// Whether weights of m rows stay as they lie, and the n rows that they are multiplied with are turned: what is fewer tiles.
+bool better_turned(int64_t n, int64_t m) { return whole_tiles(n) < whole_tiles(m); }
 
 // Memory for n entries that stays with this thread: fresh pages would cost as much as filling them.
 bf16* kept_memory(int64_t n) {
@@ -47,6 +51,7 @@ class TiledBlock {
     const Buffer<bf16> x(left_size(most, s_.d)), w(w_.input_size());
     const int64_t ld = whole_tiles(s_.s);
     const Floats h(whole_tiles(most) * ld), gate(p_.w_gate ? whole_tiles(most) * ld : 0);
+    if (few()) k_.tiles->right_of_rows(bits(p_.x, begin_ * s_.d), nullptr, T_, s_.d, x.get());
     for (; a < b; ++a) up_expert(a, x.get(), w.get(), h.get(), gate.get(), ld);
   }
 
@@ -70,14 +75,31 @@ class TiledBlock {
   }
 
  private:
+  // All tokens fit into a tile, and are turned once, for every expert.
+  bool few() const { return T_ <= kRows; }
+
   void up_expert(int64_t a, bf16* x, bf16* w, float* h, float* gate, int64_t ld) {
     const int64_t e = plan_.active[a], n = plan_.count(e);
-    k_.tiles->left_of_rows(bits(p_.x, begin_ * s_.d), plan_.rows_of(e), n, s_.d, x);
-    k_.tiles->multiply(x, w_.up(e, w), n, s_.s, s_.d, h, ld);
-    if (p_.w_gate) k_.tiles->multiply(x, w_.gate(e, w), n, s_.s, s_.d, gate, ld);
+    few() || (!w_.laid_out() && better_turned(n, s_.s)) ? turned_products(e, n, x, w, h, gate, ld)
+                                                        : products(e, n, x, w, h, gate, ld);
     const AsFloat bias(at(p_.b_up, e * s_.s), s_.s), gate_bias(at(p_.b_gate, e * s_.s), s_.s);
     k_.activate({n, s_.s, ld, h, bias.get(), p_.w_gate ? gate : nullptr, gate_bias.get(), p_.act});
     k_.tiles->left_of_floats(h, ld, n, s_.s, h_.get() + starts_[a]);
+  }
+
+  void products(int64_t e, int64_t n, bf16* x, bf16* w, float* h, float* gate, int64_t ld) {
+    k_.tiles->left_of_rows(bits(p_.x, begin_ * s_.d), plan_.rows_of(e), n, s_.d, x);
+    k_.tiles->multiply(x, w_.up(e, w), n, s_.s, s_.d, h, ld);
+    if (p_.w_gate) k_.tiles->multiply(x, w_.gate(e, w), n, s_.s, s_.d, gate, ld);
+  }
+
+  void turned_products(int64_t e, int64_t n, bf16* x, bf16* w, float* h, float* gate, int64_t ld) {
+    if (!few()) k_.tiles->right_of_rows(bits(p_.x, begin_ * s_.d), plan_.rows_of(e), n, s_.d, x);
+    const auto product = [&, columns = few() ? plan_.rows_of(e) : nullptr](View weights, float* out) {
+      k_.tiles->multiply_turned(bits(weights, e * s_.s * s_.d), x, columns, n, s_.s, s_.d, w, out, ld);
+    };
+    product(p_.w_up, h);
+    if (p_.w_gate) product(p_.w_gate, gate);
   }
 
   const Experts& p_;
@@ -119,7 +141,7 @@ void TiledWeights::lay_out_all(const Threads& threads) {
 
 const bf16* TiledWeights::input(View w, int64_t e, int64_t all_at, bf16* scratch) const {
   if (all_) return all_ + e * expert_size_ + all_at;
-  tiles_.right_of_rows(bits(w, e * p_.shape.s * p_.shape.d), p_.shape.d, p_.shape.s, p_.shape.d, scratch);
+  tiles_.right_of_rows(bits(w, e * p_.shape.s * p_.shape.d), nullptr, p_.shape.s, p_.shape.d, scratch);
   return scratch;
 }
 
@@ -145,15 +167,18 @@ void run_tiled(const Experts& experts, const TiledWeights& weights, const bool* 
 
 void tiled_hidden(const bf16* x, const bf16* v1, const RouterShape& s, int64_t begin, int64_t end, float* hidden) {
   const Tiles& tiles = *kernels().tiles;
-  std::vector<int32_t> rows(s.T);
-  std::iota(rows.begin(), rows.end(), 0);
-  const Buffer<bf16> left(left_size(s.T, s.d)), right(right_size(s.d, end - begin));
-  const int64_t ld = whole_tiles(end - begin);
+  const int64_t units = end - begin, ld = whole_tiles(units);
+  const Buffer<bf16> rows(left_size(s.T, s.d)), weights(right_size(s.d, units));
   const Floats out(whole_tiles(s.T) * ld);
-  tiles.left_of_rows(x, rows.data(), s.T, s.d, left.get());
-  tiles.right_of_rows(v1 + begin * s.d, s.d, end - begin, s.d, right.get());
-  tiles.multiply(left.get(), right.get(), s.T, end - begin, s.d, out.get(), ld);
-  for (int64_t t = 0; t < s.T; ++t) std::copy_n(out.get() + t * ld, end - begin, hidden + t * s.r + begin);
+  if (better_turned(s.T, units)) {
+    tiles.right_of_rows(x, nullptr, s.T, s.d, rows.get());
+    tiles.multiply_turned(v1 + begin * s.d, rows.get(), nullptr, s.T, units, s.d, weights.get(), out.get(), ld);
+  } else {
+    tiles.left_of_rows(x, nullptr, s.T, s.d, rows.get());
+    tiles.right_of_rows(v1 + begin * s.d, nullptr, units, s.d, weights.get());
+    tiles.multiply(rows.get(), weights.get(), s.T, units, s.d, out.get(), ld);
+  }
+  for (int64_t t = 0; t < s.T; ++t) std::copy_n(out.get() + t * ld, units, hidden + t * s.r + begin);
 }
 
 }  // namespace sadmoe::cpu

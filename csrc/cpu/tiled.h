@@ -15,6 +15,7 @@ class TiledWeights {
   explicit TiledWeights(const Experts& experts);
   void lay_out_all(const Threads& threads);  // in memory that stays with the calling thread
 
+  bool laid_out() const { return all_; }
   int64_t input_size() const { return input_size_; }
   // Where they are, or into scratch: an expert's w_up or w_gate, of input_size; columns [c, c + columns) of its w_down, c a
   // multiple of 16.

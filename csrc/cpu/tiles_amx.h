@@ -17,11 +17,13 @@ constexpr int64_t tiles_of(int64_t n, int64_t each) { return (n + each - 1) / ea
 
 __mmask32 first(int64_t n) { return n >= kDepth ? ~__mmask32{0} : (__mmask32{1} << n) - 1; }
 
+int64_t row_of(const int32_t* rows, int64_t i) { return rows ? rows[i] : i; }
+
 void left_of_rows(const bf16* x, const int32_t* rows, int64_t n, int64_t k, bf16* left) {
   for (int64_t i0 = 0; i0 < n; i0 += kRows)
     for (int64_t k0 = 0; k0 < k; k0 += kDepth, left += kTile)
       for (int64_t i = 0; i < kRows && i0 + i < n; ++i)
-        _mm512_storeu_si512(left + i * kDepth, _mm512_maskz_loadu_epi16(first(k - k0), x + rows[i0 + i] * k + k0));
+        _mm512_storeu_si512(left + i * kDepth, _mm512_maskz_loadu_epi16(first(k - k0), x + row_of(rows, i0 + i) * k + k0));
 }
 
 void left_of_floats(const float* h, int64_t ld, int64_t n, int64_t k, bf16* left) {
@@ -67,49 +69,61 @@ void transpose(__m512i (&a)[16]) {
   });
 }
 
-// Of w [m, k], its rows ld apart, or below of w [k, m]; m columns of tiles, W bf16 or int8_t.
-template <class W>
-void right_of_rows(const W* w, int64_t ld, int64_t m, int64_t k, W* right) {
+// row(j): the k entries of column j, of m; W bf16 or int8_t.
+template <class W, class Row>
+void right_of(const Row& row, int64_t m, int64_t k, W* right) {
   constexpr int64_t kEntries = kDepthOf<W>;
-  for (int64_t j0 = 0; j0 < m; j0 += kRows)
+  for (int64_t j0 = 0; j0 < m; j0 += kRows) {
+    const W* from[16];  // past the last: it again, the result is used for nothing
+    for (int64_t j = 0; j < kRows; ++j) from[j] = row(j0 + j < m ? j0 + j : m - 1);
     for (int64_t k0 = 0; k0 < k; k0 += kEntries, right += kRows * kEntries) {
       const int64_t bytes = (k - k0) * int64_t(sizeof(W));
       const __mmask64 within = bytes >= 64 ? ~__mmask64{0} : (__mmask64{1} << bytes) - 1;
       __m512i lines[16];
-      unroll<16>([&](auto j) {  // past the last row: repeat it, the result is used for nothing
-        const int64_t row = j0 + j.value < m ? j0 + j.value : m - 1;
-        lines[j.value] = _mm512_maskz_loadu_epi8(within, w + row * ld + k0);
-      });
+      unroll<16>([&](auto j) { lines[j.value] = _mm512_maskz_loadu_epi8(within, from[j.value] + k0); });
       transpose(lines);
       unroll<16>([&](auto i) { _mm512_storeu_si512(right + i.value * kEntries, lines[i.value]); });
     }
+  }
 }
 
-__m512i words(const bf16* from, __mmask16 columns) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(columns, from)); }
-__m512i words(const int8_t* from, __mmask16 columns) { return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(columns, from)); }
+void right_of_rows(const bf16* w, const int32_t* rows, int64_t m, int64_t k, bf16* right) {
+  right_of([=](int64_t j) { return w + row_of(rows, j) * k; }, m, k, right);
+}
 
-template <class W>
-void right_of_columns(const W* w, int64_t ld, int64_t k, int64_t m, W* right) {
-  constexpr int64_t kEntries = kDepthOf<W>, kTogether = 4 / sizeof(W);
-  const int64_t depth = tiles_of(k, kEntries);
-  for (int64_t k0 = 0; k0 < k; k0 += kEntries)
-    for (int64_t j0 = 0; j0 < m; j0 += kRows) {
-      W* tile = right + (j0 / kRows * depth + k0 / kEntries) * kRows * kEntries;
-      const __mmask16 columns = m - j0 >= 16 ? 0xffff : Vec::first(m - j0);
+struct Halfwords {
+  uint16_t at[32];
+};
+
+// The entries of two vectors by turns, 16 of each, from `from` on.
+constexpr Halfwords paired(int from) {
+  Halfwords order = {};
+  for (int i = 0; i < 32; ++i) order.at[i] = static_cast<uint16_t>(from + i / 2 + i % 2 * 32);
+  return order;
+}
+
+// Two rows of w make a line of two tiles of columns.
+void right_of_columns(const bf16* w, int64_t ld, int64_t k, int64_t m, bf16* right) {
+  alignas(64) static constexpr Halfwords kFirst = paired(0), kSecond = paired(16);
+  const __m512i in_first = _mm512_load_si512(kFirst.at), in_second = _mm512_load_si512(kSecond.at);
+  const int64_t depth = tiles_of(k, kDepth);
+  for (int64_t k0 = 0; k0 < k; k0 += kDepth)
+    for (int64_t j0 = 0; j0 < m; j0 += 2 * kRows) {
+      bf16* tile = right + (j0 / kRows * depth + k0 / kDepth) * kTile;
+      const auto row = [&, columns = first(m - j0)](int64_t at) {
+        return at < k ? _mm512_maskz_loadu_epi16(columns, w + at * ld + j0) : _mm512_setzero_si512();
+      };
       for (int64_t i = 0; i < kRows; ++i) {
-        __m512i line = _mm512_setzero_si512();
-        unroll<kTogether>([&, at = k0 + kTogether * i](auto e) {
-          if (at + e.value < k)
-            line =
-                _mm512_or_si512(line, _mm512_slli_epi32(words(w + (at + e.value) * ld + j0, columns), 8 * sizeof(W) * e.value));
-        });
-        _mm512_storeu_si512(tile + i * kEntries, line);
+        const __m512i even = row(k0 + 2 * i), odd = row(k0 + 2 * i + 1);
+        _mm512_storeu_si512(tile + i * kDepth, _mm512_permutex2var_epi16(even, in_first, odd));
+        if (m - j0 > kRows)
+          _mm512_storeu_si512(tile + depth * kTile + i * kDepth, _mm512_permutex2var_epi16(even, in_second, odd));
       }
     }
 }
 
 template <int Columns>
-void product_of(const bf16* left, const bf16* right, int64_t n, int64_t k, float* out, int64_t ld) {
+void product_of(const LeftTiles& left, const bf16* right, int64_t n, int64_t k, float* out, int64_t ld) {
   const int64_t depth = tiles_of(k, kDepth);
   n > kRows ? bf16_products<2, Columns>(left, right, depth, out, ld) : bf16_products<1, Columns>(left, right, depth, out, ld);
 }
@@ -124,11 +138,48 @@ void for_products(int64_t n, int64_t m, const Body& body) {
     }
 }
 
+LeftTiles laid_out(const bf16* left, int64_t k) { return {left, kTile, tiles_of(k, kDepth) * kTile, kDepth * sizeof(bf16)}; }
+
 void multiply(const bf16* left, const bf16* right, int64_t n, int64_t m, int64_t k, float* out, int64_t ld) {
   const TileRegisters registers;
   const int64_t depth = tiles_of(k, kDepth) * kDepth;
   for_products(n, m, [&](int64_t i, int64_t j, int64_t rows, auto columns) {
-    product_of<columns.value>(left + i * depth, right + j * depth, rows, k, out + i * ld + j, ld);
+    product_of<columns.value>(laid_out(left, k).from(i), right + j * depth, rows, k, out + i * ld + j, ld);
+  });
+}
+
+// Where tiles of w would reach past the ends of its rows, or past the last of them, they are copied.
+LeftTiles as_it_lies(const bf16* w, int64_t m, int64_t k, bf16* scratch) {
+  if (m % kRows == 0 && k % kDepth == 0) return {w, kDepth, kRows * k, k * int64_t(sizeof(bf16))};
+  left_of_rows(w, nullptr, m, k, scratch);
+  return laid_out(scratch, k);
+}
+
+// to [16, 16] = from [16, 16] transposed, rows 32 apart.
+void turn(const float* from, float* to) {
+  __m512i lines[16];
+  unroll<16>([&](auto i) { lines[i.value] = _mm512_loadu_si512(from + 32 * i.value); });
+  transpose(lines);
+  unroll<16>([&](auto i) { _mm512_storeu_si512(to + 32 * i.value, lines[i.value]); });
+}
+
+void multiply_turned(const bf16* w, const bf16* right, const int32_t* columns, int64_t n, int64_t m, int64_t k, bf16* scratch,
+                     float* out, int64_t ld) {
+  const TileRegisters registers;
+  const LeftTiles left = as_it_lies(w, m, k, scratch);
+  const int64_t depth = tiles_of(k, kDepth) * kDepth;
+  for_products(m, columns ? columns[n - 1] + 1 : n, [&](int64_t j, int64_t c, int64_t neurons, auto tiles) {
+    alignas(64) float product[32 * 32], turned[32 * 32];
+    product_of<tiles.value>(left.from(j), right + c * depth, neurons, k, product, 32);
+    const int64_t parts = tiles_of(neurons, kRows);
+    unroll<tiles.value>([&](auto b) {
+      for (int64_t a = 0; a < parts; ++a) turn(product + (32 * a + b.value) * kRows, turned + (32 * b.value + a) * kRows);
+    });
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t row = row_of(columns, i) - c;
+      if (row < 0 || row >= tiles.value * kRows) continue;
+      for (int64_t a = 0; a < parts; ++a) Vec::load(turned + 32 * row + a * kRows).store(out + i * ld + j + a * kRows);
+    }
   });
 }
 
@@ -138,7 +189,7 @@ void multiply_add(const bf16* left, const bf16* right, int64_t n, int64_t m, int
   const int64_t depth = tiles_of(k, kDepth) * kDepth;
   alignas(64) float sums[32 * 32];
   for_products(n, m, [&](int64_t i0, int64_t j, int64_t count, auto columns) {
-    product_of<columns.value>(left + i0 * depth, right + j * depth, count, k, sums, 32);
+    product_of<columns.value>(laid_out(left, k).from(i0), right + j * depth, count, k, sums, 32);
     for (int64_t i = 0; i < count; ++i)
       unroll<columns.value>([&, from = sums + 32 * i, to = y + rows[i0 + i] * ld + j](auto c) {
         (Vec::load(to + 16 * c.value) + Vec::load(from + 16 * c.value)).store(to + 16 * c.value);
@@ -146,7 +197,7 @@ void multiply_add(const bf16* left, const bf16* right, int64_t n, int64_t m, int
   });
 }
 
-constexpr Tiles kTiles = {left_of_rows, left_of_floats, right_of_rows<bf16>, right_of_columns<bf16>, multiply, multiply_add};
+constexpr Tiles kTiles = {left_of_rows, right_of_rows, left_of_floats, right_of_columns, multiply, multiply_turned, multiply_add};
 
 }  // namespace
 }  // namespace sadmoe::cpu

@@ -2,6 +2,7 @@
 //
 //   --expect "avx2, portable"   fail unless these are the ones that may run here, fastest first: for an emulated processor
 //   --force ISA                 run it though the processor lacks it, and die: shows that the emulator notices
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <map>
@@ -9,6 +10,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/moe.h"
+#include "cpu/scratch.h"
 #include "layer.h"
 #include "plans.h"
 #include "tile_traps.h"
@@ -17,8 +19,9 @@ namespace sadmoe::test {
 namespace {
 
 // Sizes on both sides of vectors of 4, 8, 16 and 32, of register tiles, and of blocks of tokens, rows, columns, and entries of a
-// row; the last seven: rows in parts, several blocks of rows, wide pieces of neurons for a row alone, for tiles of int8 sums in
-// parts, and more rows and columns than are done at once, and chains of experts in narrow strips of columns.
+// row; the last eight: rows in parts, several blocks of rows, wide pieces of neurons for a row alone, for tiles of int8 sums in
+// parts, and more rows and columns than are done at once, chains of experts in narrow strips of columns, and weights of whole
+// tiles, more of them than of rows.
 constexpr Shape kShapes[] = {
     {1, 1, 1, 1, 1, 1},       {1, 33, 5, 6, 33, 9},     {2, 31, 3, 7, 17, 4},    {3, 64, 4, 16, 48, 16},
     {4, 15, 17, 3, 95, 31},   {5, 100, 6, 24, 77, 7},   {6, 47, 9, 13, 130, 3},  {7, 65, 3, 32, 129, 5},
@@ -26,7 +29,7 @@ constexpr Shape kShapes[] = {
     {3, 2, 2, 128, 3, 2},     {1100, 5, 3, 4, 6, 2},    {33, 130, 2, 64, 31, 6}, {70, 70, 3, 40, 50, 8},
     {1100, 9, 3, 17, 35, 4},  {120, 8, 17, 9, 400, 4},  {20, 2501, 2, 17, 5, 3}, {360, 140, 2, 5, 5, 3},
     {1, 9, 5, 6, 601, 3},     {200, 530, 2, 35, 21, 3}, {90, 7, 2, 519, 139, 3}, {170, 129, 2, 130, 140, 3},
-    {100, 3, 65, 2, 150, 40},
+    {100, 3, 65, 2, 150, 40}, {20, 96, 3, 48, 40, 33},
 };
 constexpr DType kDtypes[] = {DType::f32, DType::bf16, DType::f16};
 constexpr const char* kDtypeNames[] = {"float32", "bfloat16", "float16"};
@@ -82,7 +85,8 @@ class Test {
   }
 
  private:
-  // y for a mask from outside: right, and the same bits in the parts of three threads, and with int8 by tiles as without.
+  // y for a mask from outside: right, and the same bits in the parts of three threads, of a token without its neighbours, and
+  // with int8 by tiles as without.
   void given_mask(const Layer& layer, const std::unique_ptr<bool[]>& mask) {
     const auto truth = layer.output<double>(mask.get()), plain = layer.output<float>(mask.get());
     std::map<std::string, std::vector<double>> found;
@@ -91,6 +95,13 @@ class Test {
       const auto shared = output(layer, [&](const Experts& p) { cpu::sparse_experts(p, mask.get(), threads(3)); });
       judge(isa, "sparse_experts", layer, error_of_allowed(y, plain, truth, layer.kind.dtype, rounding(layer)));
       judge(isa, "sparse_experts of 3 threads", layer, y == shared ? 0 : INFINITY);
+      const int64_t t = layer.shape.T / 2, d_out = layer.shape.d_out;
+      const auto alone = output(layer, [&](Experts p) {
+        p.x = cpu::at(p.x, t * p.shape.d), p.shape.T = 1;
+        cpu::sparse_experts(p, mask.get() + t * p.shape.E, threads(1));
+      });
+      judge(isa, "sparse_experts of a token alone", layer,
+            std::equal(alone.begin(), alone.begin() + d_out, y.begin() + t * d_out) ? 0 : INFINITY);
       found[isa] = y;
     });
     for (const char* isa : {"amx", kTrapped})
