@@ -1,17 +1,19 @@
 """One layer on a CUDA device, the same mask, every way to run it: dense torch, with a mask, grouped_mm, Triton, sadmoe.
 
     python bench/cuda_peers.py [--constants constants.json] [--layers 768x3072 4096x11008-glu] [--tokens 1 8 ...]
-                               [--shares 0.25] [--masks independent skewed] [--json FILE]
+                               [--shares 0.25] [--masks independent skewed] [--recorded FILE] [--json FILE]
 
-bf16, graphs of several calls; where tokens are few, each with weights of its own, as many as L2 does not hold (at most
-64 sets, which small layers at small shares do not fill). The times of sadmoe and masked, dense products with a mask as
-a layer runs them, hold the router and the selection; the other peers are given the mask, and grouped_mm and Triton
-their index lists, for free. Masks: see layers.py; all but independent are no router's: sadmoe then runs its three ops
-one after another. Columns: share of pairs executed; union of the weights that some token needs; times in us; eta: what
-dense would take for the share (few tokens: the union) over sadmoe's time; floor: the least the card could take over
-sadmoe's time; auto: time of the way that a layer takes by sadmoe.crossover if it may choose
-(set_batch_invariant(False)), the op or products with a mask, over plain dense. A peer that fails is n/a, and why stands
-below. The file has the spread as well: from the first tenth to the last, over the median.
+bf16, graphs of several calls; where tokens are few, each with weights of its own, as many as L2 does not hold (at
+most 64 sets, which small layers at small shares do not fill). The times of sadmoe and masked, dense products with a
+mask as a layer runs them, hold the router and the selection; the other peers are given the mask, and grouped_mm and
+Triton their index lists, for free. Masks: see layers.py; all but independent are no router's: sadmoe then runs its
+three ops one after another. Recorded ones, of a file by record_masks.py, are of its own layers, at their own shares,
+besides the others; with `--layers` and nothing after it, alone. Columns: share of pairs executed; union of the
+weights that some token needs; times in us; eta: what dense would take for the share (few tokens: the union) over
+sadmoe's time; floor: the least the card could take over sadmoe's time; auto: time of the way that a layer takes by
+sadmoe.crossover if it may choose (set_batch_invariant(False)), the op or products with a mask, over plain dense;
+peer: the faster of grouped_mm and Triton over that way. A peer that fails is n/a, and why stands below. The file has
+the spread as well: from the first tenth to the last, over the median.
 """
 
 import argparse
@@ -26,7 +28,7 @@ import torch.nn.functional as F
 from command import command
 from cuda_timing import captured, graph_seconds
 from layer_problem import LayerShape, shape_of, tau_of_share
-from mask_kinds import clustered, skewed
+from mask_kinds import clustered, recorded, recorded_shapes, skewed
 from sadmoe import ops, reference
 from sadmoe.crossover import CONSTANTS, Card, Layer, card_for, cards, choose
 from torch import Tensor
@@ -40,17 +42,19 @@ SIZES = {  # of experts, by layer
 TOKENS = [1, 2, 4, 8, 16, 64, 512, 2048, 8192]
 IMAGES, NARROW = 256 * 197, 768  # tokens of a batch of images, and the widest layer that they are timed in
 SHARES = [0.05, 0.1, 0.25, 0.5, 1.0]
-MASKS = {"independent": None, "skewed": skewed, "clustered": clustered}
+MASKS = {"skewed": skewed, "clustered": clustered}  # and independent, those of the layer's own router
 NAMES = ("dense", "masked", "grouped_mm", "triton", "sadmoe")
-HEADER = "     T  share  union" + "".join(f"{n:>12}" for n in NAMES) + "    eta  floor   auto way, masks"
+HEADER = (
+    "     T  share  union" + "".join(f"{n:>12}" for n in NAMES) + "    eta  floor   auto   peer way, masks"
+)
 ROUTER_WIDTH = 128
 COLD = 200e6  # bytes that L2 does not hold
 MOST_SETS = 64  # of weights, one a call of a graph
 MOST_BYTES = 4 << 30  # of the rows that grouped_mm gathers, several times over
 
 
-def problem(shape: LayerShape, T: int, share: float, masks: str) -> SimpleNamespace:
-    """Weight sets to take turns, tokens, a random router at the tau that gives the share, and its mask or another."""
+def problem(shape: LayerShape, T: int, share: float, mask: Tensor | None) -> SimpleNamespace:
+    """Weight sets to take turns, tokens, a random router at the tau that gives the share, and its mask or the given."""
     d, E, s, gated = shape.d, shape.experts, shape.s, shape.gated
     g = torch.Generator("cuda").manual_seed(T)
 
@@ -68,10 +72,9 @@ def problem(shape: LayerShape, T: int, share: float, masks: str) -> SimpleNamesp
     p.down = [normal(E, s, d, scale=shape.f**-0.5) for _ in range(sets)]
     others = ops.router_scores(normal(4096, d, scale=1), p.v1, p.v2)
     p.tau = 0.0 if share == 1 else tau_of_share(others, share)
-    make = MASKS[masks]
-    p.routed = make is None
+    p.routed = mask is None
     own = ops.dynamic_k_select(ops.router_scores(p.x, p.v1, p.v2), p.tau)
-    p.mask = own if make is None else make(T, E, share).to(own.device)
+    p.mask = own if mask is None else mask.to(own.device)
     expert, row = p.mask.T.nonzero(as_tuple=True)
     p.rows, counts = row.int(), torch.bincount(expert, minlength=E)
     p.ends, p.most = counts.cumsum(0).int(), int(counts.max())
@@ -174,31 +177,55 @@ def measured(p: SimpleNamespace, card: Card, reasons: set[str]) -> dict:
             "floor": floor(p, share, union, card) / ours,
             "way": way,
         }
-        row["auto"] = (times["masked"] if way == "dense" else ours) / times["dense"]
+        auto = times["masked"] if way == "dense" else ours
+        row["auto"] = auto / times["dense"]
+        if others := [times[peer] for peer in ("grouped_mm", "triton") if peer in times]:
+            row["peer"] = min(others) / auto
     return row
 
 
 def line(row: dict) -> str:
     cells = [f"{row['seconds'][n] * 1e6:11.1f}" if n in row["seconds"] else f"{'n/a':>11}" for n in NAMES]
-    tail = f"{row['eta']:6.2f} {row['floor']:6.2f} {row['auto']:6.2f} {row['way']}" if "eta" in row else ""
+    peer = f"{row['peer']:6.2f}" if "peer" in row else f"{'n/a':>6}"
+    tail = (
+        f"{row['eta']:6.2f} {row['floor']:6.2f} {row['auto']:6.2f} {peer} {row['way']}"
+        if "eta" in row
+        else ""
+    )
     return f"{row['T']:6d} {row['share']:6.1%} {row['union']:6.1%} {' '.join(cells)} {tail}, {row['masks']}"
+
+
+def kinds(shape: LayerShape, T: int, args: argparse.Namespace) -> Iterator[tuple[str, float, Tensor | None]]:
+    """Names of masks, their shares, and those that are not of the layer's own router."""
+    for masks, share in itertools.product(args.masks, args.shares):
+        if masks == "independent":
+            yield masks, share, None
+        elif share < 1:  # else all are the same
+            yield masks, share, MASKS[masks](T, shape.experts, share)
 
 
 def cells(args: argparse.Namespace, card: Card, reasons: set[str]) -> Iterator[dict]:
     """Measures and tells the grid."""
-    sizes = [(name, s) for name in args.layers for s in SIZES[name]]
-    for name, s in sizes:
-        shape = shape_of(name, s)
-        print(f"\n{name}, E {shape.experts}, s {s}\n{HEADER}")
-        tokens = args.tokens or TOKENS + [IMAGES] * (shape.d <= NARROW)
-        for T, masks, share in itertools.product(tokens, args.masks, args.shares):
-            if share == 1 and masks != "independent":  # all the same
-                continue
-            p = problem(shape, T, share, masks)
-            if p.mask.any():
-                row = {"layer": name, "s": s, "masks": masks} | measured(p, card, reasons)
-                print(line(row), flush=True)
-                yield row
+    shapes = [(shape_of(name, s), kinds) for name in args.layers for s in SIZES[name]]
+    shapes += [(shape, recorded_kinds) for shape in (recorded_shapes(args.recorded) if args.recorded else [])]
+    for shape, kinds_of in shapes:
+        name = f"{shape.d}x{shape.f}{'-glu' if shape.gated else ''}"
+        print(f"\n{name}, E {shape.experts}, s {shape.s}\n{HEADER}")
+        for T in args.tokens or TOKENS + [IMAGES] * (shape.d <= NARROW):
+            for masks, share, mask in kinds_of(shape, T, args):
+                p = problem(shape, T, share, mask)
+                if p.mask.any():
+                    row = {"layer": name, "s": shape.s, "masks": masks} | measured(p, card, reasons)
+                    print(line(row), flush=True)
+                    yield row
+
+
+def recorded_kinds(
+    shape: LayerShape, T: int, args: argparse.Namespace
+) -> Iterator[tuple[str, float, Tensor]]:
+    """The same of the layers in a file."""
+    for name, mask in recorded(args.recorded, shape, T):
+        yield f"recorded {name}", mask.float().mean().item(), mask
 
 
 def card_of(path: Path | None) -> Card:
@@ -210,10 +237,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--constants", type=Path, help=f"measured on this card; otherwise {CONSTANTS.name}")
-    parser.add_argument("--layers", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--layers", nargs="*", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--tokens", type=int, nargs="+", help=f"{TOKENS}, and {IMAGES} in narrow layers")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
-    parser.add_argument("--masks", nargs="+", choices=list(MASKS), default=["independent"])
+    parser.add_argument("--masks", nargs="+", choices=["independent", *MASKS], default=["independent"])
+    parser.add_argument("--recorded", type=Path, help="masks that record_masks.py wrote")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     card = card_of(args.constants)

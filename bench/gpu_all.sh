@@ -5,7 +5,8 @@
 #   bench/gpu_all.sh OUT [STEP...]
 #
 # STEPs: tests conformance memcheck racecheck raw layers blocks 768x3072 1024x4096 2048x16384-glu 4096x11008-glu masks; by default
-# all, in that order. Those of sizes are the layer beside its peers.
+# all, in that order. Those of sizes are the layer beside its peers. With RECORDED=FILE, masks that bench/record_masks.py wrote,
+# masks has those of a converted model first.
 #
 # A call ends within about BUDGET seconds, by default 1500, of which every step has a share, and what those before it left of theirs: a
 # step that takes longer is cut off, and said, for a next call to name. Tables are written row by row. What was built and found
@@ -34,6 +35,7 @@ due=0 parts=$(($(share_of machine) + $(share_of build)))
 for name in "${steps[@]}"; do
   parts=$((parts + $(share_of "$name")))
   if [ "$name" = raw ]; then parts=$((parts + $(share_of constants))); fi
+  if [ "$name" = masks ] && [ -n "${RECORDED:-}" ]; then parts=$((parts + $(share_of recorded))); fi
 done
 
 # step NAME COMMAND...: its output to NAME.txt, its end to the screen.
@@ -101,7 +103,9 @@ for name in "${steps[@]}"; do
     layers) TAIL=120 step layers "$bench" layers ;;
     blocks) TAIL=260 step blocks "$bench" blocks ;;
     [0-9]*x*) TAIL=150 step "$name" bash -c "peers $name --layers $name" ;;
-    masks) TAIL=120 step masks bash -c "peers masks --masks skewed clustered --shares 0.1 0.25 --tokens 8 64 512 8192" ;;
+    masks)
+      if [ -n "${RECORDED:-}" ]; then TAIL=60 step recorded bash -c "peers recorded --layers --recorded '$RECORDED' --tokens 1 64 512 8192"; fi
+      TAIL=120 step masks bash -c "peers masks --masks skewed clustered --shares 0.1 0.25 --tokens 8 64 512 8192" ;;
     tests) TAIL=12 step tests "$python" -m pytest tests/test_kernel*.py tests/test_cuda*.py -m cuda -p no:cacheprovider ;;
     memcheck | racecheck) step "$name" bash -c "sanitize $name" ;;
     *) failed+=("$name"); echo "-- $name: no such step" ;;

@@ -1,5 +1,6 @@
 """Masks [T, E] that no router made: popular experts, runs of like tokens, and those that a converted model used."""
 
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -40,6 +41,14 @@ def _names(path: Path, layer: LayerShape) -> list[str]:
     if wanted not in shapes.values():
         print(f"{path} has no masks of {wanted}, only of {', '.join(sorted(set(shapes.values())))}: left out")
     return sorted(name for name, shape in shapes.items() if shape == wanted)
+
+
+def recorded_shapes(path: Path) -> list[LayerShape]:
+    """Those of the layers in the file."""
+    with safe_open(path, "pt") as file:
+        texts = sorted(set(file.metadata().values()))
+    found = [re.fullmatch(r"d=(\d+) f=(\d+) s=(\d+) gated=(\w+)", text) for text in texts]
+    return [LayerShape(int(m[1]), int(m[2]), int(m[3]), gated=m[4] == "True") for m in found if m]
 
 
 def recorded(path: Path, layer: LayerShape, T: int) -> Iterator[tuple[str, Tensor]]:

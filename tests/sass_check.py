@@ -1,5 +1,8 @@
 """Holds compiled CUDA kernels to a budget, without a GPU: registers, no local memory, instructions meant, few a step.
 
+Shared memory is the launch's, whose sizes static_asserts hold beside it, for the blocks that a multiprocessor must fit;
+here, that there is none besides.
+
     pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
     python tests/sass_check.py build/_ops.so
 
@@ -43,10 +46,12 @@ class Kernel:
 
     registers: int = -1
     stack: int = -1
+    shared: int = 0
     code: str = ""
 
 
 ARCHS = ("sm_80", "sm_90", "sm_90a", "sm_100", "sm_120")  # nvcc 12.8 or later makes them all
+SYSTEM_SHARED = 1024  # bytes that a block has for the system, from sm_90 on
 NEVER = {
     r"\b(STL|LDL)\b": "local memory",
     r"(?<!\.)\b(ATOMG?|ATOMS|RED)\.": "atomics, whose order is not the same twice",
@@ -235,9 +240,9 @@ def parse(resources: str, sass: str) -> Kernels:
             arch = found[1]
         elif found := re.search(r"Function (.+):$", line):
             name = short_name(found[1])
-        elif found := re.search(r"REG:(\d+) STACK:(\d+)", line):
+        elif found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
             kernel = kernels[arch, name]
-            kernel.registers, kernel.stack = int(found[1]), int(found[2])
+            kernel.registers, kernel.stack, kernel.shared = (int(number) for number in found.groups())
     code: dict[tuple[str, str], list[str]] = defaultdict(list)
     for line in sass.splitlines():
         if found := re.search(r"code for (sm_\w+)", line):
@@ -304,6 +309,8 @@ def faults(name: str, kernel: Kernel, budgets: dict[str, Budget]) -> list[str]:
         wrong.append(f"{kernel.registers} registers, budget {budget.registers}")
     if kernel.stack:
         wrong.append(f"{kernel.stack} bytes of stack")
+    if kernel.shared > SYSTEM_SHARED:
+        wrong.append(f"{kernel.shared} bytes of shared memory that no launch gives")
     copies = dict(budget.steps[0].work).get(COPY, 0) if budget.steps else 0
     if (found := in_flight(kernel.code, copies)) < budget.in_flight:
         wrong.append(f"{found} copies in flight, at least {budget.in_flight} are meant")

@@ -12,7 +12,6 @@ void Device::land(const Copy& copy) {
 }
 
 void Device::copy_async(void* to, const void* from, int bytes, void* pc) {
-  if (bytes < 0 || bytes > 16) fail("copy of " + std::to_string(bytes) + " of 16 bytes", pc);
   if (!memory.is_shared(to, 16)) fail("copy to an address outside shared memory", pc);
   if (reinterpret_cast<uintptr_t>(from) % 16) fail("misaligned source of a copy of 16 bytes", pc);
   if (bytes) access(from, bytes, 16, Access::read, pc);

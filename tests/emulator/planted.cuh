@@ -153,6 +153,7 @@ copies(Buffers p) {
   if (kBarrier) sync_block();
   p.out[thread_index()] = cells[63 - thread_index()];
 }
+SADMOE_KERNEL(32) copies_past_shared_memory(Buffers p) { copy16_async(p.out, p.in, true); }
 // Of 16 threads the first 8 copy, the others only write zeros: their source is not read, nor anywhere.
 SADMOE_KERNEL(64) copies_of_nothing(Buffers p) {
   SADMOE_SHARED(Cells, cells);
@@ -311,6 +312,7 @@ const Case kCases[] = {
     {"copies_without_wait", copies<false, true, 0>, 1, 64},
     {"copies_without_barrier", copies<true, false, 0>, 1, 64},
     {"copies_misaligned", copies<true, true, 1>, 1, 64},
+    {"copies_past_shared_memory", copies_past_shared_memory, 1, 32},
     {"copies_of_nothing", copies_of_nothing, 1, 64},
     {"copy_over_what_is_read", copy_over_what_is_read, 1, 32},
     {"product", product<bf16, false, 0>, 1, 32},

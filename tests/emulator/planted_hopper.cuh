@@ -5,6 +5,7 @@
 namespace sadmoe::cuda {
 namespace {
 
+constexpr int kOutside = 1 << 16;  // bytes: more shared memory than any case has
 constexpr int kMapMatrices = 2, kMapRows = 40, kMapColumns = 72, kBoxRows = 64, kHopperThreads = 384;
 
 struct HopperBuffers {
@@ -15,7 +16,10 @@ struct HopperBuffers {
 enum class Bug {
   none,
   wrong_parity,
+  no_parity,
   too_few_arrivals,
+  too_many_arrivals,
+  no_arrivals,
   not_begun,
   begun_unordered,
   no_wait,
@@ -23,6 +27,7 @@ enum class Bug {
   expects_more,
   no_fence,
   not_swizzled,
+  plain,
   misplaced,
   loads_over,
   no_begin,
@@ -31,7 +36,10 @@ enum class Bug {
   old_sums,
   wrong_step,
   different_warps,
+  different_lanes,
+  outside,
   too_many,
+  too_few,
   by_one_warp
 };
 
@@ -54,7 +62,8 @@ hand_over(SADMOE_PARAMETER HopperBuffers p) {
   SADMOE_SHARED(HandOver, m);
   const int lane = thread_index() % 32;
   if (thread_index() == 0 && kBug != Bug::not_begun) {
-    init_barrier(m.there, kBug == Bug::too_few_arrivals ? 33 : 32);
+    Barrier& there = kBug == Bug::outside ? *reinterpret_cast<Barrier*>(p.out) : m.there;
+    init_barrier(there, kBug == Bug::too_few_arrivals ? 33 : kBug == Bug::no_arrivals ? 0 : 32);
     init_barrier(m.back, 32);
   }
   if (kBug != Bug::begun_unordered) sync_block();
@@ -65,7 +74,7 @@ hand_over(SADMOE_PARAMETER HopperBuffers p) {
       arrive(m.there);
       if (kBug != Bug::writes_over) wait_barrier(m.back, i);
     } else {
-      wait_barrier(m.there, kBug == Bug::wrong_parity ? 1 - i : i);
+      wait_barrier(m.there, kBug == Bug::wrong_parity ? 1 - i : kBug == Bug::no_parity ? 2 : i);
       right = right && m.cells[31 - lane] == static_cast<float>(31 - lane + i);
       arrive(m.back);
     }
@@ -88,7 +97,9 @@ tile(SADMOE_PARAMETER HopperBuffers p) {
     if (kBug != Bug::no_fence) fence_async();
     constexpr int kBytes = kBoxRows * kSwizzledBytes;
     if (kBug != Bug::no_expect) expect_bytes(m.barrier, kBug == Bug::expects_more ? kBytes + 16 : kBytes);
-    load_tile(&m.tile[kBug == Bug::misplaced ? 1 : 0][0], p.map, kMatrix, kRow, kColumn, m.barrier);
+    if (kBug == Bug::too_many_arrivals) arrive(m.barrier), arrive(m.barrier);  // the bytes are missing yet
+    void* to = kBug == Bug::outside ? static_cast<void*>(p.out) : m.tile[kBug == Bug::misplaced ? 1 : 0];
+    load_tile(to, p.map, kMatrix, kRow, kColumn, m.barrier);
     arrive(m.barrier);
   }
   sync_block();
@@ -122,12 +133,15 @@ product_64(SADMOE_PARAMETER HopperBuffers p) {
   sync_block();
   float sums[16];
   for (float& sum : sums) sum = 0;
-  const int other = kBug == Bug::different_warps && thread_index() >= 32 ? 32 : 0;
+  const int other =
+      (kBug == Bug::different_warps && thread_index() >= 32) || (kBug == Bug::different_lanes && thread_index() % 2) ? 32 : 0;
   if (kBug != Bug::no_begin) begin_products();
   if (kBug == Bug::touched_early) sums[3] += 1;
   for (int k = 0; k < 4; ++k) {
     const int depth = k * (kBug == Bug::wrong_step ? 16 : 32);
-    multiply_64(sums, operand(&m.a[0][depth]), operand(&m.b[0][depth ^ other]), bf16{});
+    const unsigned char* b = &m.b[0][depth ^ other];
+    if (kBug == Bug::outside) b += kOutside;
+    multiply_64(sums, operand(&m.a[0][depth]), operand(b) & ~(uint64_t{kBug == Bug::plain} << 62), bf16{});
   }
   commit_products();
   if (kBug == Bug::writes_over) m.a[thread_index() / 2][0] = 0;
@@ -241,7 +255,7 @@ registers(SADMOE_PARAMETER HopperBuffers p) {
   if (thread_index() < 128 - (kBug == Bug::by_one_warp ? 32 : 0))
     give_registers<40>();
   else if (thread_index() >= 128)
-    take_registers<kBug == Bug::too_many ? 240 : 232>();
+    take_registers<kBug == Bug::too_many ? 240 : kBug == Bug::too_few ? 40 : 232>();
   say(p, true);
 }
 
@@ -254,7 +268,10 @@ const HopperCase kHopperCases[] = {
     {"hand_over", hand_over<Bug::none>, 64},
     {"hand_over_of_wrong_parity", hand_over<Bug::wrong_parity>, 64},
     {"hand_over_and_over", hand_over<Bug::writes_over>, 64},
+    {"hand_over_of_no_parity", hand_over<Bug::no_parity>, 64},
     {"hand_over_of_too_few", hand_over<Bug::too_few_arrivals>, 64},
+    {"hand_over_of_none", hand_over<Bug::no_arrivals>, 64},
+    {"hand_over_outside", hand_over<Bug::outside>, 64},
     {"hand_over_not_begun", hand_over<Bug::not_begun>, 64},
     {"hand_over_begun_unordered", hand_over<Bug::begun_unordered>, 64},
     {"tile", tile<Bug::none>, 64},
@@ -264,6 +281,8 @@ const HopperCase kHopperCases[] = {
     {"tile_without_wait", tile<Bug::no_wait>, 64},
     {"tile_not_swizzled", tile<Bug::not_swizzled>, 64},
     {"tile_misplaced", tile<Bug::misplaced>, 64},
+    {"tile_outside", tile<Bug::outside>, 64},
+    {"tile_with_too_many", tile<Bug::too_many_arrivals>, 64},
     {"tile_over_what_is_read", tile<Bug::loads_over>, 64},
     {"product_64", product_64<Bug::none>, 128},
     {"product_64_without_fence", product_64<Bug::no_fence>, 128},
@@ -274,6 +293,9 @@ const HopperCase kHopperCases[] = {
     {"product_64_not_swizzled", product_64<Bug::not_swizzled>, 128},
     {"product_64_of_wrong_depths", product_64<Bug::wrong_step>, 128},
     {"product_64_of_different_warps", product_64<Bug::different_warps>, 128},
+    {"product_64_of_different_lanes", product_64<Bug::different_lanes>, 128},
+    {"product_64_outside", product_64<Bug::outside>, 128},
+    {"product_64_of_plain_rows", product_64<Bug::plain>, 128},
     {"product_bits_bf16_32", product_bits<bf16, 32>, 128},
     {"product_bits_bf16_64", product_bits<bf16, 64>, 128},
     {"product_bits_bf16_96", product_bits<bf16, 96>, 128},
@@ -287,6 +309,7 @@ const HopperCase kHopperCases[] = {
     {"product_of_registers_on_old_sums", product_of_registers<bf16, Bug::old_sums>, 128},
     {"registers", registers<Bug::none>, kHopperThreads},
     {"registers_that_nobody_gave", registers<Bug::too_many>, kHopperThreads},
+    {"registers_taken_down", registers<Bug::too_few>, kHopperThreads},
     {"registers_of_one_warp", registers<Bug::by_one_warp>, kHopperThreads},
 };
 
