@@ -29,7 +29,7 @@ def experts(p: SimpleNamespace) -> tuple[Tensor | None, ...]:
 
 def sadmoe(p: SimpleNamespace) -> Callable[[], Tensor]:
     """The fused op; with a mask that is not the router's, the three ops one after another: the same work, not fused."""
-    return _by_ops(p, ops.dynamic_k_moe, ops.sparse_experts, experts(p))
+    return _by_ops(p, ops.dynamic_k_moe, ops.sparse_experts, experts(p), (p.v1, p.v2))
 
 
 def layer_of(w: SimpleNamespace) -> DynamicKMoE:
@@ -61,22 +61,30 @@ def as_layer(p: SimpleNamespace) -> Callable[[], Tensor]:
 
 
 def int8(p: SimpleNamespace) -> Callable[[], Tensor]:
-    """The op with the experts' weights rounded to int8."""
-    return _by_ops(p, ops.dynamic_k_moe_int8, ops.sparse_experts_int8, kept(p, "int8", lambda: _rounded(p)))
+    """The op with the experts' weights rounded to int8, and the router's to 16 bits."""
+    layer = _rounded(p)
+    return _by_ops(
+        p, ops.dynamic_k_moe_int8, ops.sparse_experts_int8, layer.int8_weights(), layer.router.weights()
+    )
 
 
-def _rounded(w: SimpleNamespace) -> tuple[Tensor | None, ...]:
-    layer = layer_of(w)
-    layer.to_int8_()
-    return layer.int8_weights()
+def _rounded(p: SimpleNamespace) -> DynamicKMoE:
+    def made() -> DynamicKMoE:
+        layer = layer_of(p)
+        layer.to_int8_()
+        return layer
+
+    return kept(p, "int8", made)
 
 
-def _by_ops(p: SimpleNamespace, fused: Callable, given: Callable, weights: tuple) -> Callable[[], Tensor]:
+def _by_ops(
+    p: SimpleNamespace, fused: Callable, given: Callable, weights: tuple, router: tuple[Tensor, Tensor]
+) -> Callable[[], Tensor]:
     if p.routed:
-        return lambda: fused(p.x, p.v1, p.v2, *weights, tau=p.tau, act=p.act)
+        return lambda: fused(p.x, *router, *weights, tau=p.tau, act=p.act)
 
     def run() -> Tensor:
-        ops.dynamic_k_select(ops.router_scores(p.x, p.v1, p.v2), p.tau)
+        ops.dynamic_k_select(ops.router_scores(p.x, *router), p.tau)
         return given(p.x, p.mask, *weights, act=p.act)
 
     return run
@@ -209,6 +217,13 @@ class Kept:
         self.result = self.call()
 
 
+def own_mask(p: SimpleNamespace, rows: Tensor) -> Tensor:
+    """The mask that int8 runs: its rounded router decides otherwise where a score is all but tau times the largest."""
+    if not p.routed:
+        return p.mask[rows]
+    return ops.dynamic_k_select(ops.router_scores(p.x[rows], *_rounded(p).router.weights()), p.tau)
+
+
 def checked(p: SimpleNamespace, results: dict[str, Tensor]) -> None:
     """What runs sparsely must compute the same thing, else a time means nothing. Of many tokens some are compared."""
     rows = torch.arange(0, len(p.x), -(-len(p.x) // COMPARED))
@@ -217,8 +232,13 @@ def checked(p: SimpleNamespace, results: dict[str, Tensor]) -> None:
         None if getattr(p, name) is None else kept(p, f"{name} double", getattr(p, name).double)
         for name in names
     ]
-    truth = reference.sparse_experts(p.x[rows].double(), p.mask[rows], *args, act=p.act)
+
+    def truth_of(mask: Tensor) -> Tensor:
+        return reference.sparse_experts(p.x[rows].double(), mask, *args, act=p.act)
+
+    given = truth_of(p.mask[rows])
     for name, y in results.items():
+        truth = truth_of(own_mask(p, rows)) if name == "int8" else given
         error = ((y[rows].double() - truth).norm() / truth.norm()).item()
         if p.x.dtype == torch.float32:
             allowed = 0.02 if name == "int8" else 2e-6

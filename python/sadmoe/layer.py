@@ -88,7 +88,8 @@ class DynamicKMoE(nn.Module):
     what it computed is kept until then; the op's backward pass computes it again.
 
     After `to_int8_`, w_up, w_gate and w_down are int8 and stand for themselves times scale_up, scale_gate and
-    scale_down [E, s]; else those are None. The op of int8 then runs at every tau, whatever batch_invariant says.
+    scale_down [E, s]; else those are None. A router in float32 has become bfloat16. The op of int8 then runs at every
+    tau, whatever batch_invariant says.
     """
 
     w_up: nn.Parameter
@@ -212,7 +213,8 @@ class DynamicKMoE(nn.Module):
         """Rounds the experts' weights to int8, in place: 127 steps to each side of 0 up to a neuron's largest weight.
 
         Scales are rounded up to what bfloat16 holds, so casting to it loses nothing of them, nor to float16 down to
-        scales of 2 ** -17. Raises ValueError where they are int8 already.
+        scales of 2 ** -17. A router in float32, which would be half of the bytes that a token needs, is rounded to
+        bfloat16; scores are float32 all the same. Raises ValueError where the experts are int8 already.
         """
         if self.is_int8:
             raise ValueError("the experts are int8 already")
@@ -227,10 +229,15 @@ class DynamicKMoE(nn.Module):
             steps = (rows / divisor).round().clamp(-127, 127)
             setattr(self, name, nn.Parameter(steps.to(torch.int8), requires_grad=False))
             setattr(self, scale_name, scale)
+        if self.router.v1.dtype == torch.float32:
+            self.router.bfloat16()
 
     @torch.no_grad()
     def to_float_(self) -> None:
-        """Undoes `to_int8_`, in place, but for its rounding. Raises ValueError where the experts are not int8."""
+        """Undoes `to_int8_`, in place, but for its rounding. Raises ValueError where the experts are not int8.
+
+        The router takes the dtype of the experts.
+        """
         if not self.is_int8:
             raise ValueError("the experts are not int8")
         for name in SCALES:
@@ -238,6 +245,7 @@ class DynamicKMoE(nn.Module):
                 setattr(self, name, nn.Parameter(self.float_weights(name), name not in self._frozen))
         for scale_name in SCALES.values():
             setattr(self, scale_name, None)
+        self.router.to(self.w_up.dtype)
 
     def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
         """x [..., d] -> [..., d_out]; x by whatever name the FFN was called with."""
