@@ -12,7 +12,8 @@
 // x and weights in float32 every 16 experts are summed by themselves, on the CPU of those of a token, on CUDA by their number,
 // and then those sums; so are, on CUDA without TF32, every 16 products of a depth. An int8 row stands for itself times its
 // neuron's scale, which multiplies sums and h instead; on the CPU a row of x, and of h of one expert, is rounded to 16 bits with
-// a step of its own, and multiplied with int8 in whole numbers, without further rounding. With x in bf16, units that multiply
+// a step of its own, and multiplied with int8 in whole numbers, without further rounding; scale_out, if there is one, then
+// multiplies the columns of y, before b_out is added. With x in bf16, units that multiply
 // bf16 (tensor cores, AMX, AVX512-BF16) round h to it; elsewhere h stays float32. The result of a token is the same bit for bit
 // whatever its neighbours, their order, and the thread count.
 #pragma once
@@ -51,6 +52,7 @@ struct Experts {
   Activation act;
   void* y;                                // [T, d_out], x's dtype
   View scale_up, scale_gate, scale_down;  // [E, s], where w_up, w_gate, w_down are int8
+  View scale_out;                         // [d_out], or absent
 };
 
 // Hidden activations of dense products, in place:  up = act(up),  or with a gate  act(gate) up,  and 0 where mask is false

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 
 import pytest
 import sadmoe
@@ -28,7 +29,7 @@ PROBLEMS = {
 }
 
 
-def int8_problem(*, dtype: torch.dtype = torch.float32, **kw) -> list:
+def int8_problem(*, dtype: torch.dtype = torch.float32, without_columns: bool = False, **kw) -> list:
     """x, mask and the experts, as `sparse_experts_int8` takes them."""
     x, mask, w_up, w_down, b_up, w_gate, b_gate, b_out = experts_problem(dtype=dtype, **kw)
 
@@ -39,7 +40,8 @@ def int8_problem(*, dtype: torch.dtype = torch.float32, **kw) -> list:
         return (weight.float() / scale.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8), scale
 
     (w_up, scale_up), (w_down, scale_down), (w_gate, scale_gate) = map(rounded, (w_up, w_down, w_gate))
-    return [x, mask, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out]
+    scale_out = None if without_columns else torch.linspace(0.25, 1.5, w_down.shape[2]).to(dtype)
+    return [x, mask, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, scale_out]
 
 
 def in_double(args: list) -> list:
@@ -48,21 +50,28 @@ def in_double(args: list) -> list:
 
 def terms(args: list, act: str) -> Tensor:
     """Of every result, the sum of what it is the sum of, without signs: by which its rounding errors are judged."""
-    x, mask, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out = in_double(args)
+    x, mask, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, columns = in_double(
+        args
+    )
     E, s = w_up.shape[:2]
     neurons, one = torch.eye(E * s, dtype=torch.int8).view(E, s, E * s), torch.ones(E, s, dtype=torch.float64)
     hidden = reference.sparse_experts_int8(
         x, mask, w_up, neurons, scale_up, one, b_up, w_gate, scale_gate, b_gate, act=act
     )
-    sums = hidden.abs() @ reference.dequantized(w_down, scale_down, torch.float64).flatten(0, 1).abs()
+    sums = (
+        hidden.abs() @ reference.dequantized(w_down, scale_down, torch.float64, columns).flatten(0, 1).abs()
+    )
     return sums if b_out is None else sums + b_out.abs()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_op_is_as_good_as_torch(isa, name, dtype):
-    for gated, bias, act in itertools.product([False, True], [False, True], reference.ACTIVATIONS):
-        args = int8_problem(**PROBLEMS[name], gated=gated, bias=bias, dtype=dtype)
+    choices = itertools.product([False, True], [False, True], reference.ACTIVATIONS, [False, True])
+    for gated, bias, act, without_columns in choices:
+        args = int8_problem(
+            **PROBLEMS[name], gated=gated, bias=bias, dtype=dtype, without_columns=without_columns
+        )
         assert_as_good_as_torch(
             ops.sparse_experts_int8(*args, act=act),
             reference.sparse_experts_int8(*args, act=act),
@@ -161,6 +170,7 @@ def test_flops_are_those_of_the_floats():
         (4, torch.ones(3, 5), r"scale_up must be \[E, s\] = \[3, 4\], got \[3, 5\]"),
         (5, torch.ones(3, 4, dtype=torch.int8), "scale_down must be float32, bfloat16 or float16, got Char"),
         (8, None, "w_gate and scale_gate need each other"),
+        (11, torch.ones(5), r"scale_out must be \[d_out\] = \[12\], got \[5\]"),
         (6, torch.ones(3, 4).half(), "b_up must have x's dtype, Float, got Half"),
     ],
 )
@@ -186,7 +196,10 @@ def test_a_layer_is_what_its_rounded_weights_are(dtype, gated):
     layer.to_int8_()
     for name, weight in floats.items():
         step = getattr(layer, SCALES[name]).float().unsqueeze(-1)
-        assert (step * 127 <= weight.float().abs().amax(-1, keepdim=True) * 1.02).all(), "no step is wasted"
+        columns = layer.scale_out.float() if name == "w_down" else torch.ones(weight.shape[2])
+        most = (weight.float() / columns).abs().amax(-1, keepdim=True)
+        assert (step * 127 <= most * 1.02).all(), "no step is wasted"
+        step = step * columns
         of_a_step = 0.5001 if dtype == torch.float32 else 1.01  # what widens is rounded to the dtype too
         assert ((layer.float_weights(name).float() - weight.float()).abs() <= of_a_step * step).all()
     wide = copy.deepcopy(layer)
@@ -202,10 +215,33 @@ def test_a_layer_is_what_its_rounded_weights_are(dtype, gated):
 
 def test_a_cast_loses_nothing_of_the_scales():
     layer = random_layer()
+    with torch.no_grad():
+        layer.w_down[..., 3] *= 1e6
     layer.to_int8_()
-    before = layer.scale_up.clone()
-    assert torch.equal(layer.bfloat16().float().scale_up, before)
+    before = [layer.scale_up.clone(), layer.scale_down.clone(), layer.scale_out.clone()]
+    layer.bfloat16().float()
+    after = [layer.scale_up, layer.scale_down, layer.scale_out]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert torch.equal(layer.scale_out.half().float(), layer.scale_out)
     assert layer.w_up.dtype == torch.int8
+
+
+def test_large_features_leave_the_others_their_steps():
+    layer, x = random_layer(), random_rows(50)
+    with torch.no_grad():
+        layer.w_down[..., 3] *= 100
+    layer.gate = sadmoe.DynamicK(0.3)
+    plain, columns = copy.deepcopy(layer), copy.deepcopy(layer)
+    columns.to_int8_()
+    plain.to_int8_(columns=False)
+    for rounded in (plain, columns):
+        rounded.router.load_state_dict(layer.router.float().state_dict())
+    assert plain.scale_out is None
+    others = [c for c in range(layer.w_down.shape[2]) if c != 3]
+    with torch.no_grad():
+        wanted = layer(x)[:, others]
+        wrong = [(rounded(x)[:, others] - wanted).norm() / wanted.norm() for rounded in (plain, columns)]
+    assert wrong[1] < 0.02 < 0.1 < wrong[0]
 
 
 def test_neurons_without_weights_stay_zero():
@@ -213,9 +249,11 @@ def test_neurons_without_weights_stay_zero():
     with torch.no_grad():
         layer.w_up[0, 0] = 0
         layer.w_down[1] = 0
+        layer.w_down[..., 2] = 0
     layer.to_int8_()
     assert not layer.float_weights("w_up")[0, 0].any()
     assert layer(random_rows(4)).isfinite().all()
+    assert not (layer(random_rows(4)) - layer.b_out)[:, 2].any()
 
 
 @pytest.fixture
@@ -261,6 +299,23 @@ def test_it_is_saved_and_loaded_bit_for_bit(model, tmp_path):
         assert layer.w_up.dtype == torch.int8
         assert not layer.w_up.requires_grad
         assert layer.router.v1.dtype == torch.bfloat16
+        with torch.no_grad():
+            assert torch.equal(loaded(**batch)[0], wanted)
+
+
+def test_files_from_before_columns_had_scales_are_read(model, tmp_path):
+    batch = TINY["bert"].batch()
+    for layer in sadmoe.moe_layers(model).values():
+        layer.to_int8_(columns=False)
+    with torch.no_grad():
+        wanted = model(**batch)[0]
+    sadmoe.save(model, tmp_path / "one.safetensors")
+    one = TINY["bert"].model().eval()
+    sadmoe.load(one, tmp_path / "one.safetensors")
+    model.save_pretrained(tmp_path / "hub")
+    config = json.loads((tmp_path / "hub/config.json").read_text())
+    assert {layer["int8"] for layer in config["quantization_config"]["layers"].values()} == {True}
+    for loaded in (one, type(model).from_pretrained(tmp_path / "hub").eval()):
         with torch.no_grad():
             assert torch.equal(loaded(**batch)[0], wanted)
 

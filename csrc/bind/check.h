@@ -231,7 +231,7 @@ inline Experts check_arguments(Arguments& keep, const char* op, const Tensor& x,
 inline Experts check_int8_arguments(Arguments& keep, const char* op, const Tensor& x, const Tensor& w_up, const Tensor& w_down,
                                     const Tensor& scale_up, const Tensor& scale_down, const MaybeTensor& b_up,
                                     const MaybeTensor& w_gate, const MaybeTensor& scale_gate, const MaybeTensor& b_gate,
-                                    const MaybeTensor& b_out, const std::string& act) {
+                                    const MaybeTensor& b_out, const MaybeTensor& scale_out, const std::string& act) {
   Experts p;
   p.shape = check_experts(op, x, w_up, w_down, b_up, w_gate, b_gate, b_out);
   check(w_gate.has_value() == scale_gate.has_value(), op, "w_gate and scale_gate need each other");
@@ -249,6 +249,10 @@ inline Experts check_int8_arguments(Arguments& keep, const char* op, const Tenso
   p.b_up = keep.add_like("b_up", b_up, x);
   p.b_gate = keep.add_like("b_gate", b_gate, x);
   p.b_out = keep.add_like("b_out", b_out, x);
+  if (scale_out) {
+    check_shape(op, "scale_out", *scale_out, {p.shape.d_out}, "[d_out]");
+    p.scale_out = keep.add("scale_out", *scale_out);
+  }
   return p;
 }
 

@@ -90,22 +90,22 @@ Tensor dynamic_k_moe(const Tensor& x, const Tensor& v1, const Tensor& v2, const 
 Tensor sparse_experts_int8(const Tensor& x, const Tensor& mask, const Tensor& w_up, const Tensor& w_down, const Tensor& scale_up,
                            const Tensor& scale_down, const MaybeTensor& b_up, const MaybeTensor& w_gate,
                            const MaybeTensor& scale_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out,
-                           const std::string& act) {
+                           const MaybeTensor& scale_out, const std::string& act) {
   const char* op = "sparse_experts_int8";
   Arguments keep(op);
-  const Experts p =
-      check_int8_arguments(keep, op, x, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, act);
+  const Experts p = check_int8_arguments(keep, op, x, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out,
+                                         scale_out, act);
   return run(keep, p, x, mask);
 }
 
 Tensor dynamic_k_moe_int8(const Tensor& x, const Tensor& v1, const Tensor& v2, const Tensor& w_up, const Tensor& w_down,
                           const Tensor& scale_up, const Tensor& scale_down, const MaybeTensor& b_up, const MaybeTensor& w_gate,
-                          const MaybeTensor& scale_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out, double tau,
-                          const std::string& act) {
+                          const MaybeTensor& scale_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out,
+                          const MaybeTensor& scale_out, double tau, const std::string& act) {
   const char* op = "dynamic_k_moe_int8";
   Arguments keep(op);
-  const Experts p =
-      check_int8_arguments(keep, op, x, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, act);
+  const Experts p = check_int8_arguments(keep, op, x, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out,
+                                         scale_out, act);
   return run(keep, p, x, v1, v2, tau);
 }
 

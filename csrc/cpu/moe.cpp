@@ -150,7 +150,8 @@ class Block {
 
   // The columns [begin, end) of y: every expert in ascending order, a strip of columns at a time. Its sums stand side by side:
   // in y, rows a power of two apart would have a few sets of the near caches to share.
-  void down(int64_t begin, int64_t end, const AsFloat& b_out) {
+  void down(int64_t begin, int64_t end, const AsFloat& b_out, const AsFloat& scale_out) {
+    const float* first = scale_out.get() ? nullptr : b_out.get();  // what sums begin with
     const int64_t strip = std::min(end - begin, columns_together());
     const bool several = chain_ends_.any();
     const Floats sums(T_ * strip), before(several ? T_ * strip : 0),
@@ -159,7 +160,7 @@ class Block {
       const int64_t columns = std::min(strip, end - c);
       for (int64_t t = 0; t < T_; ++t) {
         float* row = sums.get() + t * strip;
-        b_out.get() ? std::copy_n(b_out.from(c), columns, row) : std::fill_n(row, columns, 0.0f);
+        first ? std::copy_n(first + c, columns, row) : std::fill_n(row, columns, 0.0f);
       }
       if (several) std::fill_n(before.get(), T_ * strip, -0.0f);  // which adds nothing, also to a sum of -0
       const auto end_chain = [&](int64_t t) {
@@ -177,13 +178,20 @@ class Block {
       }
       for (int64_t t = 0; t < T_; ++t) {
         if (several) end_chain(t);
-        const float* result = (several ? before : sums).get() + t * strip;
+        float* result = (several ? before : sums).get() + t * strip;
+        if (scale_out.get()) scale(columns, scale_out.from(c), b_out.from(c), result);
         k_.narrow[int(p_.x.dtype)](result, y_ + (t * s_.d_out + c) * size_of(p_.x.dtype), columns);
       }
     }
   }
 
  private:
+  // y = y scale + bias, if there is one
+  static void scale(int64_t columns, const float* __restrict by, const float* __restrict bias, float* __restrict y) {
+    for (int64_t c = 0; c < columns; ++c) y[c] *= by[c];
+    for (int64_t c = 0; bias && c < columns; ++c) y[c] += bias[c];
+  }
+
   // Of y. With many rows an expert, so few that their sums stay near; else whole rows of the weights, as memory gives them
   // fastest.
   int64_t columns_together() const {
@@ -324,7 +332,8 @@ void for_blocks(int64_t T, int64_t columns, int64_t block, const Threads& thread
 // The tokens [begin, end) of a call, under mask [end - begin, E].
 class Runner {
  public:
-  Runner(const Experts& p, const Threads& threads) : p_(p), b_out_(p.b_out, p.shape.d_out) {
+  Runner(const Experts& p, const Threads& threads)
+      : p_(p), b_out_(p.b_out, p.shape.d_out), scale_out_(p.scale_out, p.shape.d_out) {
     if (!runs_by_tiles(p)) return;
     weights_ = std::make_unique<TiledWeights>(p);
     if (p.shape.T > block_tokens(p) * threads.count) weights_->lay_out_all(threads);
@@ -338,12 +347,12 @@ class Runner {
                          [&](int64_t n0, int64_t n1) { block.up(n0 * unit, n1 * unit); });
     const int64_t d_out = p_.shape.d_out;
     threads.parallel_for((d_out + 15) / 16, 4,  // whole vectors for each thread
-                         [&](int64_t c0, int64_t c1) { block.down(16 * c0, std::min(16 * c1, d_out), b_out_); });
+                         [&](int64_t c0, int64_t c1) { block.down(16 * c0, std::min(16 * c1, d_out), b_out_, scale_out_); });
   }
 
  private:
   const Experts& p_;
-  AsFloat b_out_;
+  AsFloat b_out_, scale_out_;
   std::unique_ptr<TiledWeights> weights_;
 };
 

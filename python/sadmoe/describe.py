@@ -37,7 +37,7 @@ def describe(layer: DynamicKMoE) -> dict[str, Any]:
         raise NotImplementedError(
             f"a gate of type {type(layer.gate).__name__} cannot be saved; these can: {', '.join(RULES)}"
         )
-    int8 = {"int8": True} if layer.is_int8 else {}
+    int8 = {"int8": "columns" if layer.scale_out is not None else True} if layer.is_int8 else {}
     return int8 | {
         "experts": layer.experts,
         "expert_size": layer.expert_size,
@@ -89,7 +89,7 @@ def rebuild(
     layer = layer_from_dense(dense, order, experts, width, _gate(name, description["gate"]))
     swap_in(model, site, layer)
     if description.get("int8"):
-        layer.to_int8_()
+        layer.to_int8_(columns=description["int8"] == "columns")  # True: written before columns had scales
 
 
 def match_activations(model: nn.Module, descriptions: Mapping[str, Any]) -> None:

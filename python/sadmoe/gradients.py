@@ -88,14 +88,15 @@ def of_sparse_experts_int8(
     scale_gate: Tensor | None,
     b_gate: Tensor | None,
     b_out: Tensor | None,
+    scale_out: Tensor | None,
     act: str,
 ) -> tuple[Tensor | None, ...]:
     """Of x and the arguments from w_up to b_out: `reference.sparse_experts_int8`. Weights and scales have none."""
     experts = dequantized_experts(
-        x.dtype, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out
+        x.dtype, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, scale_out
     )
     of_x, _, _, of_b_up, _, of_b_gate, of_b_out = of_sparse_experts(grad, x, mask, *experts, act)
-    return of_x, None, None, None, None, of_b_up, None, None, of_b_gate, of_b_out
+    return of_x, None, None, None, None, of_b_up, None, None, of_b_gate, of_b_out, None
 
 
 def _of_linear(

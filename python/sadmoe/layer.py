@@ -16,9 +16,20 @@ from sadmoe.gates import DynamicK, Gate
 from sadmoe.gradients import is_recomputed
 
 SCALES = {"w_up": "scale_up", "w_gate": "scale_gate", "w_down": "scale_down"}  # of weights in int8
+MaybeTensor = Tensor | None
 Int8Weights = tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    MaybeTensor,
+    MaybeTensor,
+    MaybeTensor,
+    MaybeTensor,
+    MaybeTensor,
+    MaybeTensor,
 ]
+SMALLEST_COLUMN = 2.0**-14  # scale of a column of w_down beside the largest, 1: what float16 holds
 LARGE = 128  # neurons of an expert, from which on the op takes no less time for each
 NORM_FLOOR = 1e-12  # norms below it are 0: what rounding leaves of a silent expert
 
@@ -88,8 +99,8 @@ class DynamicKMoE(nn.Module):
     what it computed is kept until then; the op's backward pass computes it again.
 
     After `to_int8_`, w_up, w_gate and w_down are int8 and stand for themselves times scale_up, scale_gate and
-    scale_down [E, s]; else those are None. A router in float32 has become bfloat16. The op of int8 then runs at every
-    tau, whatever batch_invariant says.
+    scale_down [E, s], and w_down's columns times scale_out [d_out]; else those are None. A router in float32 has become
+    bfloat16. The op of int8 then runs at every tau, whatever batch_invariant says.
     """
 
     w_up: nn.Parameter
@@ -102,6 +113,7 @@ class DynamicKMoE(nn.Module):
     scale_up: Tensor | None
     scale_gate: Tensor | None
     scale_down: Tensor | None
+    scale_out: Tensor | None
 
     def __init__(
         self,
@@ -140,7 +152,7 @@ class DynamicKMoE(nn.Module):
         for name, shape in shapes.items():
             self.register_parameter(name, None if shape is None else nn.Parameter(torch.empty(shape, **kw)))
         self.register_buffer("permutation", torch.arange(experts * expert_size, device=device))
-        for name in SCALES.values():
+        for name in (*SCALES.values(), "scale_out"):
             self.register_buffer(name, None)
         self._frozen: frozenset[str] = (
             frozenset()
@@ -194,12 +206,13 @@ class DynamicKMoE(nn.Module):
         assert self.scale_up is not None
         assert self.scale_down is not None
         scales, gate = (self.scale_up, self.scale_down), (self.w_gate, self.scale_gate)
-        return self.w_up, self.w_down, *scales, self.b_up, *gate, self.b_gate, self.b_out
+        return self.w_up, self.w_down, *scales, self.b_up, *gate, self.b_gate, self.b_out, self.scale_out
 
     def float_weights(self, name: str) -> Tensor:
         """w_up, w_down or, of a GLU, w_gate as floats, by name: the parameter itself, or what int8 stands for."""
         weight, scale = _held(self, name), self._buffers[SCALES[name]]
-        return weight if scale is None else reference.dequantized(weight, scale, scale.dtype)
+        columns = self._buffers["scale_out"] if name == "w_down" else None
+        return weight if scale is None else reference.dequantized(weight, scale, scale.dtype, columns)
 
     def trains(self, name: str) -> bool:
         """Whether a parameter, by name, requires a gradient; of weights in int8, whether they would as floats."""
@@ -209,8 +222,11 @@ class DynamicKMoE(nn.Module):
         return parameter is not None and parameter.requires_grad
 
     @torch.no_grad()
-    def to_int8_(self) -> None:
+    def to_int8_(self, *, columns: bool = True) -> None:
         """Rounds the experts' weights to int8, in place: 127 steps to each side of 0 up to a neuron's largest weight.
+
+        columns: w_down is first divided by a scale for each column, a power of two, as some features of a transformer
+        are many times larger than others, which the steps of such neurons would leave little of.
 
         Scales are rounded up to what bfloat16 holds, so casting to it loses nothing of them, nor to float16 down to
         scales of 2 ** -17. A router in float32, which would be half of the bytes that a token needs, is rounded to
@@ -224,6 +240,9 @@ class DynamicKMoE(nn.Module):
             if weight is None:
                 continue
             rows = weight.float()
+            if name == "w_down" and columns:
+                self.scale_out = _column_scales(rows).to(weight.dtype)
+                rows = rows / self.scale_out.float()
             scale = _up_to_bfloat16(rows.abs().amax(-1) / 127).to(weight.dtype)
             divisor = scale.float().clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
             steps = (rows / divisor).round().clamp(-127, 127)
@@ -243,7 +262,7 @@ class DynamicKMoE(nn.Module):
         for name in SCALES:
             if getattr(self, name) is not None:
                 setattr(self, name, nn.Parameter(self.float_weights(name), name not in self._frozen))
-        for scale_name in SCALES.values():
+        for scale_name in (*SCALES.values(), "scale_out"):
             setattr(self, scale_name, None)
         self.router.to(self.w_up.dtype)
 
@@ -476,6 +495,13 @@ def only_input(args: Sequence[Any], named: Mapping[str, Any]) -> Any:
             f"a converted FFN takes one tensor [..., d], and was called with {len(given)} arguments"
         )
     return given[0]
+
+
+def _column_scales(weight: Tensor) -> Tensor:
+    """A power of two for every column of weight [E, s, n], float32, near its largest entry beside that of them all."""
+    largest = weight.abs().amax((0, 1)).contiguous()
+    powers = (largest.view(torch.int32) & 0x7F800000).view(torch.float32).clamp(2.0**-100, 2.0**100)
+    return (powers / powers.max()).clamp(min=SMALLEST_COLUMN)
 
 
 def _up_to_bfloat16(x: Tensor) -> Tensor:

@@ -137,17 +137,19 @@ def sparse_experts_int8(
     scale_gate: Tensor | None = None,
     b_gate: Tensor | None = None,
     b_out: Tensor | None = None,
+    scale_out: Tensor | None = None,
     act: str = "relu",
 ) -> Tensor:
     """`sparse_experts` of weights in int8: a neuron's are its row of integers times its scale.
 
-    w_up, w_gate, w_down int8, shapes as there; scale_up, scale_gate, scale_down floating [E, s]; x, biases and the
-    result as there. A token's row of x, and its activations in each expert, are rounded to at most 65535 steps over
-    twice the largest of them; products with the weights and their sums within an expert are then exact. Only the CPU
-    has kernels for it; on other devices `sparse_experts` runs on weights that are widened at every call, without that
-    rounding and with one warning. Gradients reach x and biases.
+    w_up, w_gate, w_down int8, shapes as there; scale_up, scale_gate, scale_down floating [E, s]; scale_out floating
+    [d_out], if given, multiplies the columns of w_down as well; x, biases and the result as there. A token's row of x,
+    and its activations in each expert, are rounded to at most 65535 steps over twice the largest of them; products with
+    the weights and their sums within an expert are then exact. Only the CPU has kernels for it; on other devices
+    `sparse_experts` runs on weights that are widened at every call, without that rounding and with one warning.
+    Gradients reach x and biases.
     """
-    experts = w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out
+    experts = w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, scale_out
     return _run(_SPARSE_EXPERTS_INT8, x, mask, *experts, act)
 
 
@@ -164,11 +166,12 @@ def dynamic_k_moe_int8(
     scale_gate: Tensor | None = None,
     b_gate: Tensor | None = None,
     b_out: Tensor | None = None,
+    scale_out: Tensor | None = None,
     tau: float = 0.0,
     act: str = "relu",
 ) -> Tensor:
     """`dynamic_k_moe` of weights in int8, as `sparse_experts_int8` takes them."""
-    experts = w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out
+    experts = w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, scale_out
     return _run(_DYNAMIC_K_MOE_INT8, x, v1, v2, *experts, tau, act)
 
 
@@ -336,6 +339,7 @@ def _int8_moe_flops(
     scale_gate: Any = None,
     b_gate: Any = None,
     b_out: Any = None,
+    scale_out: Any = None,
     tau: float = 0.0,
     *args: Any,
     **kwargs: Any,
@@ -415,10 +419,11 @@ def _sparse_experts_widened(
     scale_gate: Tensor | None = None,
     b_gate: Tensor | None = None,
     b_out: Tensor | None = None,
+    scale_out: Tensor | None = None,
     act: str = "relu",
 ) -> Tensor:
     experts = reference.dequantized_experts(
-        x.dtype, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out
+        x.dtype, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, scale_out
     )
     return sparse_experts(x, mask, *experts, act)
 
@@ -436,13 +441,14 @@ def _dynamic_k_moe_widened(
     scale_gate: Tensor | None = None,
     b_gate: Tensor | None = None,
     b_out: Tensor | None = None,
+    scale_out: Tensor | None = None,
     tau: float = 0.0,
     act: str = "relu",
 ) -> Tensor:
     """By the ops, so that the experts are those of `router_scores` and `dynamic_k_select` on the same device."""
     mask = dynamic_k_select(router_scores(x, v1, v2), tau)
     return _sparse_experts_widened(
-        x, mask, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, act
+        x, mask, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, scale_out, act
     )
 
 

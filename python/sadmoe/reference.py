@@ -92,9 +92,10 @@ def masked_activation_(up: Tensor, gate: Tensor | None, mask: Tensor, act: str) 
     up.copy_(hidden.unflatten(-1, (mask.shape[1], -1)).where(mask.unsqueeze(-1), 0).flatten(-2))
 
 
-def dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Experts' weights [E, s, n] in int8 by the scale of every neuron, [E, s], as floats."""
-    return (weight.float() * scale.float().unsqueeze(-1)).to(dtype)
+def dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype, scale_out: Tensor | None = None) -> Tensor:
+    """Experts' weights [E, s, n] in int8 by the scale of every neuron, [E, s], and of every column, [n], as floats."""
+    rows = weight.float() * scale.float().unsqueeze(-1)
+    return (rows if scale_out is None else rows * scale_out.float()).to(dtype)
 
 
 def dequantized_experts(
@@ -108,11 +109,12 @@ def dequantized_experts(
     scale_gate: Tensor | None,
     b_gate: Tensor | None,
     b_out: Tensor | None,
+    scale_out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """w_up, w_down, b_up, w_gate, b_gate, b_out as floats, from what `sparse_experts_int8` takes."""
     if (w_gate is None) != (scale_gate is None):
         raise ValueError("w_gate and scale_gate need each other")
-    up, down = dequantized(w_up, scale_up, dtype), dequantized(w_down, scale_down, dtype)
+    up, down = dequantized(w_up, scale_up, dtype), dequantized(w_down, scale_down, dtype, scale_out)
     gate = None if w_gate is None or scale_gate is None else dequantized(w_gate, scale_gate, dtype)
     return up, down, b_up, gate, b_gate, b_out
 
@@ -129,11 +131,13 @@ def sparse_experts_int8(
     scale_gate: Tensor | None = None,
     b_gate: Tensor | None = None,
     b_out: Tensor | None = None,
+    scale_out: Tensor | None = None,
     act: str = "relu",
 ) -> Tensor:
-    """`sparse_experts` of weights in int8, each neuron's times its scale: scale_up, scale_down, scale_gate [E, s]."""
+    """`sparse_experts` of weights in int8, each neuron's times its scale: scale_up, scale_down, scale_gate [E, s]; the
+    columns of w_down times scale_out [d_out] as well, if it is given."""
     experts = dequantized_experts(
-        x.dtype, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out
+        x.dtype, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, scale_out
     )
     return sparse_experts(x, mask, *experts, act)
 
@@ -151,13 +155,14 @@ def dynamic_k_moe_int8(
     scale_gate: Tensor | None = None,
     b_gate: Tensor | None = None,
     b_out: Tensor | None = None,
+    scale_out: Tensor | None = None,
     tau: float = 0.0,
     act: str = "relu",
 ) -> Tensor:
     """router_scores, dynamic_k_select and sparse_experts_int8 in one: [T, d] -> [T, d_out]."""
     mask = dynamic_k_select(router_scores(x, v1, v2), tau)
     return sparse_experts_int8(
-        x, mask, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, act
+        x, mask, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, scale_out, act
     )
 
 

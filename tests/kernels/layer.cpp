@@ -54,7 +54,8 @@ Layer::Layer(const Shape& p, const Kind& k, unsigned seed)
       b_out_(Numbers::normal(k.bias ? p.d_out : 0, 1, k.dtype, random_)),
       scale_up_(scales(p.E * p.s, 1 / std::sqrt(p.d))),
       scale_gate_(scales(k.gated ? p.E * p.s : 0, 1 / std::sqrt(p.d))),
-      scale_down_(scales(p.E * p.s, 1 / std::sqrt(p.E * p.s))) {}
+      scale_down_(scales(p.E * p.s, 1 / std::sqrt(p.E * p.s))),
+      scale_out_(scales(seed % 3 ? p.d_out : 0, 1)) {}
 
 Numbers Layer::weights(int64_t n, int64_t m, double scale) {
   return kind.int8 ? Numbers::int8(n * m, random_) : Numbers::normal(n * m, scale, kind.dtype, random_);
@@ -75,7 +76,8 @@ Experts Layer::experts(Numbers& y) const {
           y.data(),
           scale_up_.view(),
           scale_gate_.view(),
-          scale_down_.view()};
+          scale_down_.view(),
+          scale_out_.view()};
 }
 
 Router Layer::router(float tau) const { return {v1_.view(), v2_.view(), shape.r, tau}; }
@@ -83,8 +85,8 @@ Router Layer::router(float tau) const { return {v1_.view(), v2_.view(), shape.r,
 template <class Real>
 Sums Layer::output(const bool* mask) const {
   const auto& [T, d, E, s, d_out, r] = shape;
-  const auto scaled = [](Real x, const Numbers& scale, int64_t neuron) {
-    return scale.size() ? x * Real(scale.values()[neuron]) : x;
+  const auto scaled = [](auto x, const Numbers& scale, int64_t i) -> decltype(x) {
+    return scale.size() ? x * static_cast<decltype(x)>(scale.values()[i]) : x;
   };
   const auto linear = [&](const Numbers& w, const Numbers& scale, const Numbers& b, int64_t t, int64_t neuron) {
     const Real sum = scaled(dot<Real>(&x_.values()[t * d], &w.values()[neuron * d], d), scale, neuron);
@@ -113,8 +115,8 @@ Sums Layer::output(const bool* mask) const {
     }
     for (int64_t c = 0; c < d_out; ++c) {
       const double bias = b_out_.size() ? b_out_.values()[c] : 0;
-      y.values[t * d_out + c] = stored(sums[c] + Real(bias), kind.dtype);
-      y.terms = std::max(y.terms, terms[c] + std::fabs(bias));
+      y.values[t * d_out + c] = stored(scaled(sums[c], scale_out_, c) + Real(bias), kind.dtype);
+      y.terms = std::max(y.terms, scaled(terms[c], scale_out_, c) + std::fabs(bias));
     }
   }
   return y;

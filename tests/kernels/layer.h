@@ -45,7 +45,7 @@ class Layer {
   Numbers scales(int64_t n, double scale);
 
   std::mt19937 random_;
-  Numbers x_, v1_, v2_, w_up_, w_gate_, w_down_, b_up_, b_gate_, b_out_, scale_up_, scale_gate_, scale_down_;
+  Numbers x_, v1_, v2_, w_up_, w_gate_, w_down_, b_up_, b_gate_, b_out_, scale_up_, scale_gate_, scale_down_, scale_out_;
 };
 
 // up [T, E s] becomes the hidden activations, of a GLU with gate of the same shape, else that is empty: truth and plain as above.
