@@ -204,28 +204,28 @@ def kinds(shape: LayerShape, T: int, args: argparse.Namespace) -> Iterator[tuple
             yield masks, share, MASKS[masks](T, shape.experts, share)
 
 
+def recorded_kinds(
+    shape: LayerShape, T: int, args: argparse.Namespace
+) -> Iterator[tuple[str, float, Tensor]]:
+    """The same of a layer in the file of recorded masks."""
+    for name, mask in recorded(args.recorded, shape, T):
+        yield f"recorded {name}", mask.float().mean().item(), mask
+
+
 def cells(args: argparse.Namespace, card: Card, reasons: set[str]) -> Iterator[dict]:
     """Measures and tells the grid."""
     shapes = [(shape_of(name, s), kinds) for name in args.layers for s in SIZES[name]]
-    shapes += [(shape, recorded_kinds) for shape in (recorded_shapes(args.recorded) if args.recorded else [])]
+    if args.recorded:
+        shapes += [(shape, recorded_kinds) for shape in recorded_shapes(args.recorded)]
     for shape, kinds_of in shapes:
-        name = f"{shape.d}x{shape.f}{'-glu' if shape.gated else ''}"
-        print(f"\n{name}, E {shape.experts}, s {shape.s}\n{HEADER}")
+        print(f"\n{shape.name}, E {shape.experts}, s {shape.s}\n{HEADER}")
         for T in args.tokens or TOKENS + [IMAGES] * (shape.d <= NARROW):
             for masks, share, mask in kinds_of(shape, T, args):
                 p = problem(shape, T, share, mask)
                 if p.mask.any():
-                    row = {"layer": name, "s": shape.s, "masks": masks} | measured(p, card, reasons)
+                    row = {"layer": shape.name, "s": shape.s, "masks": masks} | measured(p, card, reasons)
                     print(line(row), flush=True)
                     yield row
-
-
-def recorded_kinds(
-    shape: LayerShape, T: int, args: argparse.Namespace
-) -> Iterator[tuple[str, float, Tensor]]:
-    """The same of the layers in a file."""
-    for name, mask in recorded(args.recorded, shape, T):
-        yield f"recorded {name}", mask.float().mean().item(), mask
 
 
 def card_of(path: Path | None) -> Card:
@@ -244,6 +244,8 @@ def main() -> None:
     parser.add_argument("--recorded", type=Path, help="masks that record_masks.py wrote")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if not args.layers and not args.recorded:
+        parser.error("--layers without a name leaves only the layers of --recorded FILE, which is not given")
     card = card_of(args.constants)
     machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, bf16"
     print(f"# {machine}; not measured of the cost model: {', '.join(card.unmeasured) or 'nothing'}")

@@ -16,6 +16,10 @@
 # Needs nvcc >= 12.4 (PATH, CUDACXX or CUDA_HOME), a torch with CUDA, cmake, ninja, pybind11, pytest. Installs nothing. Exit
 # status: how many steps failed.
 set -uo pipefail
+if [ -n "${RECORDED:-}" ]; then
+  RECORDED=$(realpath -e "$RECORDED") || exit 2
+  export RECORDED
+fi
 cd "$(dirname "$0")/.."
 steps=(tests conformance memcheck racecheck raw layers blocks 768x3072 1024x4096 2048x16384-glu 4096x11008-glu masks)
 out=${1:?"usage: bench/gpu_all.sh OUT [STEP...], STEPs: ${steps[*]}"}
@@ -29,7 +33,7 @@ export PYTHONPATH=$build/site TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 SADM
 export CUDACXX=${CUDACXX:-$(command -v nvcc || echo "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc")}
 failed=()
 declare -A shares=([machine]=20 [build]=320 [tests]=220 [conformance]=40 [memcheck]=130 [racecheck]=130 [raw]=60 [constants]=40
-  [layers]=80 [blocks]=80 [masks]=80)
+  [layers]=80 [blocks]=80 [recorded]=80 [masks]=80)
 share_of() { echo "${shares[$1]:-80}"; }  # of the time, in parts
 due=0 parts=$(($(share_of machine) + $(share_of build)))
 for name in "${steps[@]}"; do
@@ -104,7 +108,7 @@ for name in "${steps[@]}"; do
     blocks) TAIL=260 step blocks "$bench" blocks ;;
     [0-9]*x*) TAIL=150 step "$name" bash -c "peers $name --layers $name" ;;
     masks)
-      if [ -n "${RECORDED:-}" ]; then TAIL=60 step recorded bash -c "peers recorded --layers --recorded '$RECORDED' --tokens 1 64 512 8192"; fi
+      if [ -n "${RECORDED:-}" ]; then TAIL=60 step recorded bash -c 'peers recorded --layers --recorded "$RECORDED" --tokens 1 64 512 8192'; fi
       TAIL=120 step masks bash -c "peers masks --masks skewed clustered --shares 0.1 0.25 --tokens 8 64 512 8192" ;;
     tests) TAIL=12 step tests "$python" -m pytest tests/test_kernel*.py tests/test_cuda*.py -m cuda -p no:cacheprovider ;;
     memcheck | racecheck) step "$name" bash -c "sanitize $name" ;;

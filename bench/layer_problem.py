@@ -24,6 +24,23 @@ class LayerShape:
     gated: bool = False
 
     @property
+    def text(self) -> str:
+        """As a file of recorded masks says it, and `of_text` reads."""
+        return f"d={self.d} f={self.f} s={self.s} gated={self.gated}"
+
+    @classmethod
+    def of_text(cls, text: str) -> "LayerShape":
+        found = re.fullmatch(r"d=(\d+) f=(\d+) s=(\d+) gated=(True|False)", text)
+        if not found:
+            raise SystemExit(f"no shape of a layer that record_masks.py writes: {text!r}")
+        return cls(int(found[1]), int(found[2]), int(found[3]), gated=found[4] == "True")
+
+    @property
+    def name(self) -> str:
+        """As `shape_of` reads it."""
+        return f"{self.d}x{self.f}{'-glu' if self.gated else ''}"
+
+    @property
     def experts(self) -> int:
         return self.f // self.s
 

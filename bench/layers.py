@@ -13,9 +13,9 @@ left out. sadmoe is timed on the first of --isas, the others are columns of thei
 first, a few microseconds of its time.
 
 Peers: loop, a Python loop over experts; eager and grouped_mm, transformers' two; torch_grouped_mm, torch's own product
-and no more; int8, sadmoe with its experts' weights in int8; layer, not by default and for independent masks alone, the
-module, which may run all experts by torch's products, by the costs of --calibrate or those that came with sadmoe. "-":
-one of the peer's tensors would be over --memory GiB.
+and no more; int8, sadmoe with its experts' weights in int8, its router's in 16 bits; layer, not by default and for
+independent masks alone, the module, which may run all experts by torch's products, by the costs of --calibrate or those
+that came with sadmoe. "-": one of the peer's tensors would be over --memory GiB.
 
 Variants take turns, call by call: the more of them, the less does one find of its weights and its code in the caches.
 --stack MIB: they take turns after as many copies of the layer, at least two, as have MIB MiB of weights, one after

@@ -1,6 +1,5 @@
 """Masks [T, E] that no router made: popular experts, runs of like tokens, and those that a converted model used."""
 
-import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -35,7 +34,7 @@ def clustered(T: int, E: int, share: float) -> Tensor:
 @cache
 def _names(path: Path, layer: LayerShape) -> list[str]:
     """The layers of the file with this shape; says once where there are none."""
-    wanted = f"d={layer.d} f={layer.f} s={layer.s} gated={layer.gated}"
+    wanted = layer.text
     with safe_open(path, "pt") as file:
         shapes = file.metadata()
     if wanted not in shapes.values():
@@ -46,9 +45,7 @@ def _names(path: Path, layer: LayerShape) -> list[str]:
 def recorded_shapes(path: Path) -> list[LayerShape]:
     """Those of the layers in the file."""
     with safe_open(path, "pt") as file:
-        texts = sorted(set(file.metadata().values()))
-    found = [re.fullmatch(r"d=(\d+) f=(\d+) s=(\d+) gated=(\w+)", text) for text in texts]
-    return [LayerShape(int(m[1]), int(m[2]), int(m[3]), gated=m[4] == "True") for m in found if m]
+        return [LayerShape.of_text(text) for text in sorted(set(file.metadata().values()))]
 
 
 def recorded(path: Path, layer: LayerShape, T: int) -> Iterator[tuple[str, Tensor]]:

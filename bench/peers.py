@@ -7,7 +7,7 @@ That one by itself, for just the pairs that run (torch_grouped_mm), and as trans
 
 sadmoe's time holds the router and the selection; the peers are given the mask, and grouped_mm its index lists, for
 free. Masks are those of a random router at the tau that gives the share. --int8: beside it sadmoe with its experts'
-weights in int8.
+weights in int8, and its router's in 16 bits.
 """
 
 import argparse

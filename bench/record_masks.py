@@ -14,6 +14,7 @@ from pathlib import Path
 
 import sadmoe
 import torch
+from layer_problem import LayerShape
 from sadmoe.demo import topics
 from sadmoe.dial import converted_layers
 from sadmoe.layer import DynamicKMoE
@@ -51,9 +52,8 @@ def recorded_masks(model: nn.Module, batches: list[dict[str, Tensor]], tokens: i
 
 
 def shape_text(layer: DynamicKMoE) -> str:
-    """As `mask_kinds.recorded` looks for it."""
     E, s, d = layer.w_up.shape
-    return f"d={d} f={E * s} s={s} gated={layer.w_gate is not None}"
+    return LayerShape(d, E * s, s, gated=layer.w_gate is not None).text
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ sys.path.append(str(Path(__file__).parent.parent / "bench"))
 
 from layer_problem import ROUTER_WIDTH, LayerShape, problem, weights, with_mask
 from layers import floor, shape_of
-from mask_kinds import clustered, recorded, skewed
-from variants import as_layer, checked, dense, eager, largest, loop, sadmoe, torch_grouped_mm
+from mask_kinds import clustered, recorded, recorded_shapes, skewed
+from variants import as_layer, checked, dense, eager, int8, largest, loop, sadmoe, torch_grouped_mm
 
 
 @pytest.mark.parametrize("kind", [skewed, clustered])
@@ -39,6 +39,7 @@ def test_recorded_masks_are_those_of_the_shape_and_repeat(tmp_path, capsys):
         tmp_path / "m",
         {"a": "d=8 f=12 s=4 gated=False", "b": "d=9 f=12 s=4 gated=False"},
     )
+    assert recorded_shapes(tmp_path / "m") == [layer, LayerShape(9, 12, 4)]
     ((name, found),) = recorded(tmp_path / "m", layer, 3)
     assert name == "a"
     assert torch.equal(found, mask[[0, 1, 0]].bool())
@@ -60,6 +61,10 @@ def test_a_shape_that_cannot_be_read_is_named():
     assert shape_of("576x1536-glu", 32) == LayerShape(576, 1536, 32, gated=True)
     with pytest.raises(SystemExit, match=r"DxF or DxF-glu.*'576-glu'"):
         shape_of("576-glu", 32)
+    with pytest.raises(SystemExit, match=r"record_masks\.py writes: 'd=8'"):
+        LayerShape.of_text("d=8")
+    for layer in (LayerShape(8, 12, 4), LayerShape(576, 1536, 32, gated=True)):
+        assert LayerShape.of_text(layer.text) == shape_of(layer.name, layer.s) == layer
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -67,7 +72,7 @@ def test_variants_compute_the_same_thing(gated):
     w = weights(LayerShape(16, 24, 4, gated), torch.float32)
     routed = problem(w, T=5, share=0.5)
     for p in (routed, with_mask(routed, clustered(5, 6, 0.5)), problem(w, 5, 1)):
-        for way in (sadmoe, loop, eager, torch_grouped_mm):
+        for way in (sadmoe, loop, eager, torch_grouped_mm, int8):
             checked(p, {way.__name__: way(p)()})
     for p in (routed, problem(w, 5, 1)):
         with torch.inference_mode():

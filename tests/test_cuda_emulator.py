@@ -81,7 +81,7 @@ PLANTED = {
     "product_64_touched_early": "sums are touched between begin_products and their product",
     "product_64_not_swizzled": "wrong numbers",
     "product_64_of_wrong_depths": "wrong numbers",
-    "product_64_of_different_warps": "warps of a warpgroup issue different products",
+    "product_64_of_different_warps": "warps of a warpgroup issue different products at planted_hopper.cuh:",
     "product_64_of_different_lanes": "lanes of a warp multiply different operands",
     "product_64_outside": "an operand outside shared memory",
     "product_64_of_plain_rows": "an operand that is not swizzled by 128 bytes",
@@ -99,6 +99,7 @@ PLANTED = {
     "registers": "",
     "registers_that_nobody_gave": "a block of 66560 registers, launched with 64512",
     "registers_taken_down": "a thread of 168 registers cannot take 40 at planted_hopper.cuh:",
+    "registers_given_up": "a thread of 168 registers cannot give up all but 200 at planted_hopper.cuh:",
     "registers_of_one_warp": "warps of a warpgroup set different registers",
 }
 
@@ -117,6 +118,15 @@ def test_every_planted_case_is_expected():
         for name in ("planted.cuh", "planted_hopper.cuh")
     ]
     assert set(re.findall(r'^    \{"(\w+)"', "".join(sources), re.MULTILINE)) == PLANTED.keys()
+
+
+def test_every_diagnostic_has_a_planted_bug():
+    emulator = Path(__file__).parent / "emulator"
+    said = [
+        text for path in emulator.glob("*.cpp") for text in re.findall(r'\bfail\("([^"]+)"', path.read_text())
+    ]
+    assert len(said) > 15
+    assert [text for text in said if not any(text in expected for expected in PLANTED.values())] == []
 
 
 def test_kernels_are_written_in_the_words_of_device_and_hopper_cuh_alone():

@@ -232,16 +232,24 @@ def test_large_features_leave_the_others_their_steps():
         layer.w_down[..., 3] *= 100
     layer.gate = sadmoe.DynamicK(0.3)
     plain, columns = copy.deepcopy(layer), copy.deepcopy(layer)
-    columns.to_int8_()
-    plain.to_int8_(columns=False)
-    for rounded in (plain, columns):
-        rounded.router.load_state_dict(layer.router.float().state_dict())
+    columns.to_int8_(rounded_router=False)
+    plain.to_int8_(rounded_router=False, column_scales=False)
     assert plain.scale_out is None
     others = [c for c in range(layer.w_down.shape[2]) if c != 3]
     with torch.no_grad():
         wanted = layer(x)[:, others]
         wrong = [(rounded(x)[:, others] - wanted).norm() / wanted.norm() for rounded in (plain, columns)]
     assert wrong[1] < 0.02 < 0.1 < wrong[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_routers_get_back_the_dtype_that_they_had(dtype):
+    layer = random_layer().to(dtype)
+    layer.router.float()
+    layer.to_int8_()
+    assert layer.router.v1.dtype == torch.bfloat16
+    layer.to_float_()
+    assert layer.router.v1.dtype == torch.float32
 
 
 def test_neurons_without_weights_stay_zero():
@@ -306,7 +314,7 @@ def test_it_is_saved_and_loaded_bit_for_bit(model, tmp_path):
 def test_files_from_before_columns_had_scales_are_read(model, tmp_path):
     batch = TINY["bert"].batch()
     for layer in sadmoe.moe_layers(model).values():
-        layer.to_int8_(columns=False)
+        layer.to_int8_(column_scales=False, rounded_router=False)
     with torch.no_grad():
         wanted = model(**batch)[0]
     sadmoe.save(model, tmp_path / "one.safetensors")
@@ -314,8 +322,11 @@ def test_files_from_before_columns_had_scales_are_read(model, tmp_path):
     sadmoe.load(one, tmp_path / "one.safetensors")
     model.save_pretrained(tmp_path / "hub")
     config = json.loads((tmp_path / "hub/config.json").read_text())
-    assert {layer["int8"] for layer in config["quantization_config"]["layers"].values()} == {True}
+    for described in config["quantization_config"]["layers"].values():
+        assert described["int8"]
+        assert not {"column_scales", "rounded_router"} & described.keys(), "as they were written"
     for loaded in (one, type(model).from_pretrained(tmp_path / "hub").eval()):
+        assert {layer.router.v1.dtype for layer in sadmoe.moe_layers(loaded).values()} == {torch.float32}
         with torch.no_grad():
             assert torch.equal(loaded(**batch)[0], wanted)
 
@@ -433,5 +444,7 @@ def test_what_cannot_be_says_so(model, tmp_path):
     for train in (sadmoe.finetune_, sadmoe.finetune_layers_):
         with pytest.raises(ValueError, match="are int8 and cannot be trained: dequantize_experts_"):
             train(model, batches, config, teacher=TINY["bert"].model())
+    with pytest.raises(ValueError, match="are int8 and cannot be trained: dequantize_experts_"):
+        sadmoe.RouterLoss(model)
     with pytest.raises(ValueError, match="an adapter leaves the base's weights as they are"):
         sadmoe.save_adapter(model, tmp_path / "adapter.safetensors")

@@ -31,7 +31,7 @@ code for sm_80
 BUDGET = {"down<Mma<__half>>": Budget(64, (r"HMMA\.16816\.F32 ",))}
 
 
-def found(registers=64, stack=0, shared=1024, more="EXIT", budgets=BUDGET, hopper=None, archs=()):
+def found(registers=64, stack=0, shared=0, more="EXIT", budgets=BUDGET, hopper=None, archs=()):
     kernels = parse(RESOURCES.format(registers=registers, stack=stack, shared=shared), SASS.format(more=more))
     return check(kernels, budgets, hopper or {}, archs)
 
@@ -45,7 +45,7 @@ def test_a_kernel_within_its_budget_passes():
     [
         ({"registers": 65}, "65 registers, budget 64"),
         ({"stack": 8}, "8 bytes of stack"),
-        ({"shared": 1028}, "1028 bytes of shared memory that no launch gives"),
+        ({"shared": 4}, "4 bytes of shared memory that no launch gives"),
         ({"more": "STL [R1], R2"}, "has local memory"),
         ({"more": "RED.E.ADD.F32.FTZ.RN.STRONG.GPU [R2], R5"}, "has atomics"),
         ({"budgets": {}}, "has no budget"),

@@ -70,15 +70,16 @@ struct Select {
 //   right [k, m]  tiles of 32 k, in pairs, x 16 columns:      right[j / 16][k / 32][k % 32 / 2][j % 16][k % 2]
 // Tiles are filled up with zeros beyond k; what they hold beyond n and m is used for nothing.
 struct Tiles {
-  // Rows of a matrix [., k]: those that rows says, or without it the first ones.
+  // Rows of a matrix [., k]: those that rows says, or without it the first n, or m.
   void (*left_of_rows)(const bf16* x, const int32_t* rows, int64_t n, int64_t k, bf16* left);
   void (*right_of_rows)(const bf16* w, const int32_t* rows, int64_t m, int64_t k, bf16* right);  // transposed
   void (*left_of_floats)(const float* h, int64_t ld, int64_t n, int64_t k, bf16* left);          // of h [n, k], rounded
   void (*right_of_columns)(const bf16* w, int64_t ld, int64_t k, int64_t m, bf16* right);        // of w [k, m]
   // out = left right: [n, m], both rounded up to 16, leading dimension ld
   void (*multiply)(const bf16* left, const bf16* right, int64_t n, int64_t m, int64_t k, float* out, int64_t ld);
-  // The same for w [m, k] on the left, as it lies, and rows on the right: out[i, j] = (w right)[j, columns[i]], the same bits;
-  // without columns, of the first n. m rounded up to 16. scratch: of left_size(m, k), for a w whose tiles have gaps.
+  // The same for w [m, k] on the left, as it lies, and rows on the right: out[i, j] = (w right)[j, columns[i]], the same bits.
+  // columns ascend; without them, of the first n. n > 0, m rounded up to 16. scratch: of left_size(m, k), for a w that is not of
+  // whole tiles.
   void (*multiply_turned)(const bf16* w, const bf16* right, const int32_t* columns, int64_t n, int64_t m, int64_t k,
                           bf16* scratch, float* out, int64_t ld);
   // y[rows[i], j] += (left right)[i, j]   for i < n and j < m rounded up to 16. Rows are distinct.

@@ -151,7 +151,7 @@ class Block {
   // The columns [begin, end) of y: every expert in ascending order, a strip of columns at a time. Its sums stand side by side:
   // in y, rows a power of two apart would have a few sets of the near caches to share.
   void down(int64_t begin, int64_t end, const AsFloat& b_out, const AsFloat& scale_out) {
-    const float* first = scale_out.get() ? nullptr : b_out.get();  // what sums begin with
+    const float* begins_with = scale_out.get() ? nullptr : b_out.get();
     const int64_t strip = std::min(end - begin, columns_together());
     const bool several = chain_ends_.any();
     const Floats sums(T_ * strip), before(several ? T_ * strip : 0),
@@ -160,7 +160,7 @@ class Block {
       const int64_t columns = std::min(strip, end - c);
       for (int64_t t = 0; t < T_; ++t) {
         float* row = sums.get() + t * strip;
-        first ? std::copy_n(first + c, columns, row) : std::fill_n(row, columns, 0.0f);
+        begins_with ? std::copy_n(begins_with + c, columns, row) : std::fill_n(row, columns, 0.0f);
       }
       if (several) std::fill_n(before.get(), T_ * strip, -0.0f);  // which adds nothing, also to a sum of -0
       const auto end_chain = [&](int64_t t) {
@@ -189,7 +189,8 @@ class Block {
   // y = y scale + bias, if there is one
   static void scale(int64_t columns, const float* __restrict by, const float* __restrict bias, float* __restrict y) {
     for (int64_t c = 0; c < columns; ++c) y[c] *= by[c];
-    for (int64_t c = 0; bias && c < columns; ++c) y[c] += bias[c];
+    if (!bias) return;
+    for (int64_t c = 0; c < columns; ++c) y[c] += bias[c];
   }
 
   // Of y. With many rows an expert, so few that their sums stay near; else whole rows of the weights, as memory gives them

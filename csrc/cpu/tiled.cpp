@@ -14,8 +14,8 @@ constexpr int64_t kRows = 16;  // of a tile
 
 int64_t whole_tiles(int64_t n) { return (n + kRows - 1) / kRows * kRows; }
 
-// Whether weights of m rows stay as they lie, and the n rows that they are multiplied with are turned: what is fewer tiles.
-bool better_turned(int64_t n, int64_t m) { return whole_tiles(n) < whole_tiles(m); }
+// Whether so many matrices of m rows stay as they lie, and the n rows that they are multiplied with are turned: the fewer tiles.
+bool better_turned(int64_t n, int64_t m, int64_t matrices = 1) { return whole_tiles(n) < matrices * whole_tiles(m); }
 
 // Memory for n entries that stays with this thread: fresh pages would cost as much as filling them.
 bf16* kept_memory(int64_t n) {
@@ -75,13 +75,16 @@ class TiledBlock {
   }
 
  private:
-  // All tokens fit into a tile, and are turned once, for every expert.
+  // All tokens fit into a tile, and are turned at once, for every expert.
   bool few() const { return T_ <= kRows; }
 
   void up_expert(int64_t a, bf16* x, bf16* w, float* h, float* gate, int64_t ld) {
     const int64_t e = plan_.active[a], n = plan_.count(e);
-    few() || (!w_.laid_out() && better_turned(n, s_.s)) ? turned_products(e, n, x, w, h, gate, ld)
-                                                        : products(e, n, x, w, h, gate, ld);
+    const bool turned = few() || (!w_.laid_out() && better_turned(n, s_.s, p_.w_gate ? 2 : 1));
+    if (turned)
+      turned_products(e, n, x, w, h, gate, ld);
+    else
+      products(e, n, x, w, h, gate, ld);
     const AsFloat bias(at(p_.b_up, e * s_.s), s_.s), gate_bias(at(p_.b_gate, e * s_.s), s_.s);
     k_.activate({n, s_.s, ld, h, bias.get(), p_.w_gate ? gate : nullptr, gate_bias.get(), p_.act});
     k_.tiles->left_of_floats(h, ld, n, s_.s, h_.get() + starts_[a]);

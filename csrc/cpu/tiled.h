@@ -9,7 +9,8 @@ namespace sadmoe::cpu {
 // Whether a call goes this way: all in bf16, experts not too small, on a processor that has the unit.
 bool runs_by_tiles(const Experts& experts);
 
-// The experts' weights in tiles: laid out anew in every call, by each block for itself, or once for all where there are many.
+// The experts' weights in tiles: those that do not stay where they lie, laid out anew in every call, by each block for itself, or
+// once for all where there are many.
 class TiledWeights {
  public:
   explicit TiledWeights(const Experts& experts);

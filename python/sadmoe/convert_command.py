@@ -79,7 +79,7 @@ def add_convert(commands: Any) -> None:
     command.add_argument(
         "--int8",
         action="store_true",
-        help="round the experts' weights to int8: faster on CPUs with AVX2 or AVX-512",
+        help="round the experts' weights to int8, routers to 16 bits: faster on CPUs with AVX2 or AVX-512",
     )
     command.add_argument("--seed", type=int, default=0)
     add_common(command)

@@ -28,6 +28,11 @@ from sadmoe.gates import DynamicK, Gate, TopK
 from sadmoe.layer import DynamicKMoE
 
 RULES: dict[str, type] = {"dynamic_k": DynamicK, "top_k": TopK}
+INT8 = {
+    "int8",
+    "column_scales",
+    "rounded_router",
+}  # keys of a layer in int8; without the last two, of an older one
 
 
 def describe(layer: DynamicKMoE) -> dict[str, Any]:
@@ -37,14 +42,21 @@ def describe(layer: DynamicKMoE) -> dict[str, Any]:
         raise NotImplementedError(
             f"a gate of type {type(layer.gate).__name__} cannot be saved; these can: {', '.join(RULES)}"
         )
-    int8 = {"int8": "columns" if layer.scale_out is not None else True} if layer.is_int8 else {}
-    return int8 | {
+    return _describe_int8(layer) | {
         "experts": layer.experts,
         "expert_size": layer.expert_size,
         "router_width": layer.router.v1.shape[0],
         "gate": {"rule": rule, **asdict(layer.gate)},  # type: ignore[call-overload]
         "ffn": spec(site_of(layer)),
     }
+
+
+def _describe_int8(layer: DynamicKMoE) -> dict[str, Any]:
+    if layer.scale_up is None:
+        return {}
+    rounded = layer.router.v1.dtype == torch.bfloat16 != layer.scale_up.dtype
+    said = {"int8": True, "column_scales": layer.scale_out is not None, "rounded_router": rounded}
+    return {key: True for key, holds in said.items() if holds}
 
 
 def describe_mlp(mlp: ProjectionMLP) -> dict[str, Any]:
@@ -71,7 +83,7 @@ def rebuild(
     if isinstance(description, Mapping) and set(description) == {"projection"}:
         return _rebuild_mlp(model, name, description["projection"], keep)
     keys = {"experts", "expert_size", "router_width", "gate", "ffn"}
-    if not isinstance(description, Mapping) or set(description) - {"int8"} != keys:
+    if not isinstance(description, Mapping) or set(description) - INT8 != keys:
         raise ValueError(f"{name}: its description must have {', '.join(sorted(keys))}")
     experts, size, width = (description[key] for key in ("experts", "expert_size", "router_width"))
     if not all(isinstance(n, int) and n > 0 for n in (experts, size, width)):
@@ -89,7 +101,7 @@ def rebuild(
     layer = layer_from_dense(dense, order, experts, width, _gate(name, description["gate"]))
     swap_in(model, site, layer)
     if description.get("int8"):
-        layer.to_int8_(columns=description["int8"] == "columns")  # True: written before columns had scales
+        layer.to_int8_(**{key: bool(description.get(key)) for key in INT8 - {"int8"}})
 
 
 def match_activations(model: nn.Module, descriptions: Mapping[str, Any]) -> None:

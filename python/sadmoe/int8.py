@@ -1,4 +1,4 @@
-"""Experts' weights in int8 and routers in 16 bits: a quarter and half of float32's bytes, for which few tokens wait."""
+"""Experts' weights in int8 and routers in 16 bits: a quarter and half of float32's bytes, which few tokens wait for."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from sadmoe.dial import converted_layers
-from sadmoe.layer import SCALES, DynamicKMoE
+from sadmoe.layer import ALL_SCALES, SCALES, DynamicKMoE
 from sadmoe.tables import format_table
 
 
 @dataclass(frozen=True)
 class Int8Report:
-    """Bytes of the experts' weights before and after, and by layer the relative error of all its weights together:
-    |rounded - original| / |original|, Euclidean norms, the columns of the down projection each divided by its scale."""
+    """Bytes of the experts' weights, without routers, before and after, and by layer the relative error of all of them
+    together: |rounded - original| / |original|, Euclidean norms, the down projection's columns over their scales."""
 
     bytes_before: int
     bytes_after: int
@@ -48,8 +48,8 @@ def quantize_experts_(model: nn.Module) -> Int8Report:
 
 
 def dequantize_experts_(model: nn.Module) -> None:
-    """Widens the experts of `quantize_experts_` again, in place, to the dtype that they had, to be trained as before;
-    the rounding stays. Raises ValueError where nothing is converted, or no experts are int8."""
+    """Widens the experts of `quantize_experts_` again, in place, to the dtype that they had, to be trained as before,
+    and their routers; the rounding stays. Raises ValueError where nothing is converted, or no experts are int8."""
     for layer in _layers(model, int8=True, why="are not int8, see quantize_experts_").values():
         layer.to_float_()
 
@@ -74,6 +74,5 @@ def _error(layer: DynamicKMoE, old: Mapping[str, torch.Tensor]) -> float:
 
 
 def _bytes(layers: Mapping[str, DynamicKMoE]) -> int:
-    keys = (*SCALES.keys(), *SCALES.values(), "scale_out")
-    weights = (getattr(layer, key) for layer in layers.values() for key in keys)
+    weights = (getattr(layer, key) for layer in layers.values() for key in (*SCALES, *ALL_SCALES))
     return sum(weight.nbytes for weight in weights if weight is not None)

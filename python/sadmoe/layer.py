@@ -16,19 +16,9 @@ from sadmoe.gates import DynamicK, Gate
 from sadmoe.gradients import is_recomputed
 
 SCALES = {"w_up": "scale_up", "w_gate": "scale_gate", "w_down": "scale_down"}  # of weights in int8
-MaybeTensor = Tensor | None
-Int8Weights = tuple[
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    MaybeTensor,
-    MaybeTensor,
-    MaybeTensor,
-    MaybeTensor,
-    MaybeTensor,
-    MaybeTensor,
-]
+ALL_SCALES = (*SCALES.values(), "scale_out")
+Maybe = Tensor | None
+Int8Weights = tuple[Tensor, Tensor, Tensor, Tensor, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe]
 SMALLEST_COLUMN = 2.0**-14  # scale of a column of w_down beside the largest, 1: what float16 holds
 LARGE = 128  # neurons of an expert, from which on the op takes no less time for each
 NORM_FLOOR = 1e-12  # norms below it are 0: what rounding leaves of a silent expert
@@ -152,11 +142,12 @@ class DynamicKMoE(nn.Module):
         for name, shape in shapes.items():
             self.register_parameter(name, None if shape is None else nn.Parameter(torch.empty(shape, **kw)))
         self.register_buffer("permutation", torch.arange(experts * expert_size, device=device))
-        for name in (*SCALES.values(), "scale_out"):
+        for name in ALL_SCALES:
             self.register_buffer(name, None)
         self._frozen: frozenset[str] = (
             frozenset()
         )  # of the weights in int8, those that would not be trained as floats
+        self._router_dtype: torch.dtype | None = None  # before it was rounded beside them
         self.router = Router(d, experts, router_width, **kw)
         self.act = act
         self.dropout = dropout
@@ -222,15 +213,16 @@ class DynamicKMoE(nn.Module):
         return parameter is not None and parameter.requires_grad
 
     @torch.no_grad()
-    def to_int8_(self, *, columns: bool = True) -> None:
+    def to_int8_(self, *, column_scales: bool = True, rounded_router: bool = True) -> None:
         """Rounds the experts' weights to int8, in place: 127 steps to each side of 0 up to a neuron's largest weight.
 
-        columns: w_down is first divided by a scale for each column, a power of two, as some features of a transformer
-        are many times larger than others, which the steps of such neurons would leave little of.
+        column_scales: w_down is first divided by a scale for each column, a power of two, as some features of a
+        transformer are many times larger than the others, of which steps as large would leave little.
+        rounded_router: a router in float32, up to half of the bytes that a token then needs, becomes bfloat16; scores
+        are float32 all the same.
 
         Scales are rounded up to what bfloat16 holds, so casting to it loses nothing of them, nor to float16 down to
-        scales of 2 ** -17. A router in float32, which would be half of the bytes that a token needs, is rounded to
-        bfloat16; scores are float32 all the same. Raises ValueError where the experts are int8 already.
+        scales of 2 ** -17. Raises ValueError where the experts are int8 already.
         """
         if self.is_int8:
             raise ValueError("the experts are int8 already")
@@ -240,7 +232,7 @@ class DynamicKMoE(nn.Module):
             if weight is None:
                 continue
             rows = weight.float()
-            if name == "w_down" and columns:
+            if name == "w_down" and column_scales:
                 self.scale_out = _column_scales(rows).to(weight.dtype)
                 rows = rows / self.scale_out.float()
             scale = _up_to_bfloat16(rows.abs().amax(-1) / 127).to(weight.dtype)
@@ -248,23 +240,25 @@ class DynamicKMoE(nn.Module):
             steps = (rows / divisor).round().clamp(-127, 127)
             setattr(self, name, nn.Parameter(steps.to(torch.int8), requires_grad=False))
             setattr(self, scale_name, scale)
-        if self.router.v1.dtype == torch.float32:
+        if rounded_router and self.router.v1.dtype == torch.float32:
+            self._router_dtype = torch.float32
             self.router.bfloat16()
 
     @torch.no_grad()
     def to_float_(self) -> None:
         """Undoes `to_int8_`, in place, but for its rounding. Raises ValueError where the experts are not int8.
 
-        The router takes the dtype of the experts.
+        The router gets the dtype that it had, or where it was loaded so, that of the experts.
         """
         if not self.is_int8:
             raise ValueError("the experts are not int8")
         for name in SCALES:
             if getattr(self, name) is not None:
                 setattr(self, name, nn.Parameter(self.float_weights(name), name not in self._frozen))
-        for scale_name in (*SCALES.values(), "scale_out"):
+        for scale_name in ALL_SCALES:
             setattr(self, scale_name, None)
-        self.router.to(self.w_up.dtype)
+        self.router.to(self._router_dtype or self.w_up.dtype)
+        self._router_dtype = None
 
     def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
         """x [..., d] -> [..., d_out]; x by whatever name the FFN was called with."""
@@ -498,8 +492,9 @@ def only_input(args: Sequence[Any], named: Mapping[str, Any]) -> Any:
 
 
 def _column_scales(weight: Tensor) -> Tensor:
-    """A power of two for every column of weight [E, s, n], float32, near its largest entry beside that of them all."""
-    largest = weight.abs().amax((0, 1)).contiguous()
+    """Of every column of weight [E, s, n], float32: the largest power of two up to its entries, over the largest of all
+    columns, and no less than SMALLEST_COLUMN."""
+    largest = weight.abs().amax((0, 1))
     powers = (largest.view(torch.int32) & 0x7F800000).view(torch.float32).clamp(2.0**-100, 2.0**100)
     return (powers / powers.max()).clamp(min=SMALLEST_COLUMN)
 

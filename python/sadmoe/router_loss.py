@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sadmoe import reference
 from sadmoe.batches import real_rows, rows_of
-from sadmoe.dial import converted_layers
+from sadmoe.dial import trainable_layers
 from sadmoe.gradients import is_recomputed
 from sadmoe.layer import DynamicKMoE, only_input
 from sadmoe.routers import RouterConfig
@@ -40,13 +40,14 @@ class RouterLoss:
 
     weights: the routers' parameters; inside the `with` they ask for gradients, afterwards as they did before.
     Keeps what enters every layer until it is called.
-    Raises ValueError where nothing was converted, or target_power is not in (0, 2].
+    Raises ValueError where nothing was converted, experts are in int8, beside which routers are in 16 bits, or
+    target_power is not in (0, 2].
     """
 
     def __init__(self, model: nn.Module, *, target_power: float = 1.0):
         RouterConfig(target_power=target_power)  # checks it
         self.model = model
-        self.layers = converted_layers(model)
+        self.layers = trainable_layers(model)
         self.target_power = target_power
         self.weights = [v for layer in self.layers.values() for v in layer.router.parameters()]
         self._asked = [v.requires_grad for v in self.weights]

@@ -6,17 +6,14 @@
 
 namespace sadmoe::emulator {
 
-void Device::land(const Copy& copy) {
-  std::memcpy(copy.to, copy.from, copy.bytes);
-  std::memset(copy.to + copy.bytes, 0, 16 - copy.bytes);
-}
+void Device::land(const Copy& copy) { copy.there ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16); }
 
-void Device::copy_async(void* to, const void* from, int bytes, void* pc) {
+void Device::copy_async(void* to, const void* from, bool there, void* pc) {
   if (!memory.is_shared(to, 16)) fail("copy to an address outside shared memory", pc);
   if (reinterpret_cast<uintptr_t>(from) % 16) fail("misaligned source of a copy of 16 bytes", pc);
-  if (bytes) access(from, bytes, 16, Access::read, pc);
+  if (there) access(from, 16, 16, Access::read, pc);
   access(to, 16, 16, Access::write, pc);
-  const Copy copy{static_cast<char*>(to), static_cast<const char*>(from), bytes};
+  const Copy copy{static_cast<char*>(to), static_cast<const char*>(from), there};
   memory.set_in_flight(to, 16, 1);
   if (!late_copies) land(copy);
   current_->open.push_back(copy);
@@ -126,7 +123,7 @@ void Device::land_tile(size_t i) {
   end_phase(*load.flag);
 }
 
-void copy_async(void* to, const void* from, int bytes) { device().copy_async(to, from, bytes, __builtin_return_address(0)); }
+void copy_async(void* to, const void* from, bool there) { device().copy_async(to, from, there, __builtin_return_address(0)); }
 void commit_copies() { device().commit_copies(); }
 void wait_copies(int left) { device().wait_copies(left, __builtin_return_address(0)); }
 void init_barrier(void* barrier, int arrivals) { device().init_barrier(barrier, arrivals, __builtin_return_address(0)); }

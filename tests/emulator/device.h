@@ -160,9 +160,7 @@ SADMOE_DEVICE T kept(T v) {
 SADMOE_WORD void wait_kernel_before() { emulator::wait_kernel_before(); }
 SADMOE_WORD void start_kernel_after() {}
 
-SADMOE_WORD void copy16_async(void* shared, const void* global, bool there) {
-  emulator::copy_async(shared, global, there ? 16 : 0);
-}
+SADMOE_WORD void copy16_async(void* shared, const void* global, bool there) { emulator::copy_async(shared, global, there); }
 SADMOE_WORD void commit_copies() { emulator::commit_copies(); }
 template <int kLeft>
 SADMOE_WORD void wait_copies() {

@@ -22,7 +22,7 @@ void wait_kernel_before();
 const void* meet(const void* bytes, size_t n, const char* file, int line);
 // The same, and what each did before is ordered before what any does after.
 void sync_warp(const char* file, int line);
-void copy_async(void* shared, const void* global, int bytes);
+void copy_async(void* shared, const void* global, bool there);
 void commit_copies();
 void wait_copies(int left);
 // A read by an instruction that the compiler does not see.

@@ -19,7 +19,7 @@ constexpr size_t kMaxShared = 227 << 10;
 struct Copy {
   char* to;
   const char* from;
-  int bytes;
+  bool there;  // else zeros
 };
 
 // A barrier in shared memory.
@@ -88,7 +88,7 @@ class Device {
   bool running() const { return current_ != nullptr; }
   void wait_kernel_before() { current_->waited = true; }
 
-  void copy_async(void* shared, const void* global, int bytes, void* pc);
+  void copy_async(void* shared, const void* global, bool there, void* pc);
   void commit_copies();
   void wait_copies(int left, void* pc);
   void init_barrier(void* barrier, int arrivals, void* pc);

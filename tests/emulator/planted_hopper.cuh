@@ -40,6 +40,7 @@ enum class Bug {
   outside,
   too_many,
   too_few,
+  too_many_kept,
   by_one_warp
 };
 
@@ -253,7 +254,7 @@ template <Bug kBug>
 SADMOE_KERNEL(kHopperThreads, 1)
 registers(SADMOE_PARAMETER HopperBuffers p) {
   if (thread_index() < 128 - (kBug == Bug::by_one_warp ? 32 : 0))
-    give_registers<40>();
+    give_registers<kBug == Bug::too_many_kept ? 200 : 40>();
   else if (thread_index() >= 128)
     take_registers<kBug == Bug::too_many ? 240 : kBug == Bug::too_few ? 40 : 232>();
   say(p, true);
@@ -310,6 +311,7 @@ const HopperCase kHopperCases[] = {
     {"registers", registers<Bug::none>, kHopperThreads},
     {"registers_that_nobody_gave", registers<Bug::too_many>, kHopperThreads},
     {"registers_taken_down", registers<Bug::too_few>, kHopperThreads},
+    {"registers_given_up", registers<Bug::too_many_kept>, kHopperThreads},
     {"registers_of_one_warp", registers<Bug::by_one_warp>, kHopperThreads},
 };
 
