@@ -48,6 +48,13 @@ def test_every_page_is_found_from_the_readme():
     assert [page.name for page in PAGES if f"docs/{page.name}" not in readme] == []
 
 
+def test_the_table_of_the_readme_is_what_its_command_prints():
+    command = [sys.executable, str(ROOT / "bench/recipes/summary.py"), "--short"]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert table.startswith("run ")
+    assert f"```\n{table}\n```" in (ROOT / "README.md").read_text()
+
+
 def test_every_public_name_is_told():
     page = (ROOT / "docs/api.md").read_text()
     assert [name for name in sadmoe.__all__ if f"`{name}`" not in page] == []

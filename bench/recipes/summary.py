@@ -1,8 +1,10 @@
-"""The table of README: what every recipe saved, by method, from the JSON files that the recipes wrote.
+"""What every recipe saved, by method, from the JSON files that the recipes wrote: the tables of bench/results.
 
-FLOPs saved: of the whole model / of the converted layers.
+FLOPs saved: of the whole model / of the converted layers. --short: the table of README, a line a run, at the first
+share of the dense metric: FLOPs of the whole model saved, and times faster where that was timed, by the best size of
+experts.
 
-python bench/recipes/summary.py [bench/results/w1-cpu.json ...]
+python bench/recipes/summary.py [--short] [bench/results/w1-cpu.json ...]
 """
 
 import argparse
@@ -14,6 +16,13 @@ from results import listed
 from sadmoe.tables import format_table
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+GROUPS = {  # columns of the short table, by how the names of their methods begin
+    "dynamic k": "sadmoe, dynamic k",
+    "static top-k": "the same, static top-k",
+    "oracle": "the same, oracle gate",
+    "no fine-tuning": "no fine-tuning, FFNs only",
+    "MoEfication": "MoEfication",
+}
 
 
 def row(method: str, kept: dict[str, Any]) -> tuple[str, ...]:
@@ -45,12 +54,32 @@ def room(points: list[dict[str, Any]]) -> str:
     )
 
 
+def short_row(name: str, found: dict[str, Any]) -> tuple[str, ...]:
+    by_method = next(iter(found["kept"].values()))
+    cells = [name, found["title"].partition(",")[0].partition(": ")[2]]
+    for begin in GROUPS.values():
+        points = [point for method, point in by_method.items() if method.startswith(begin) and point]
+        if not points:
+            cells.append("none" if any(method.startswith(begin) for method in by_method) else "")
+            continue
+        best = min(points, key=lambda point: point["flops"])
+        gains = " and ".join(f"{gain:.2f}" for gain in best["gains"].values())
+        cells.append(f"{1 - best['flops']:.1%}" + (f", {gains}x" if gains else ""))
+    return tuple(cells)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--short", action="store_true")
     parser.add_argument("files", nargs="*", type=Path, default=sorted(RESULTS.glob("w*.json")))
-    for path in parser.parse_args().files:
+    args = parser.parse_args()
+    if args.short:
+        rows = [short_row(path.stem, json.loads(path.read_text())) for path in args.files]
+        print(format_table(("run", "model", *GROUPS), rows))
+        return
+    for path in args.files:
         found = json.loads(path.read_text())
         told = found["metric"]
         print(f"{path.stem}. {found['title']}. {told}: {listed(found['controls'], 4)}")
