@@ -432,6 +432,20 @@ def test_help_teaches(capsys):
     assert module.stdout == told
 
 
+def test_what_is_not_there_is_named(folder, text, tmp_path, capsys):
+    assert converted(folder, tmp_path / "none.txt", tmp_path / "out") == 2
+    assert "--data: there is no file or folder" in capsys.readouterr().err
+    bytes_only = tmp_path / "image.txt"
+    bytes_only.write_bytes(b"\xd6\x00\xff")
+    assert converted(folder, bytes_only, tmp_path / "out") == 2
+    assert "image.txt is no text in UTF-8" in capsys.readouterr().err
+    bare = tmp_path / "bare"
+    transformers.AutoModel.from_pretrained(folder).save_pretrained(bare)
+    assert converted(bare, text, tmp_path / "out") == 2
+    assert "bare has no tokenizer: put the model's there" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_tokenizer_is_given_back_as_it_was(folder):
     tokenizer = texts.load_tokenizer(folder)
     tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"

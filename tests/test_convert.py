@@ -182,6 +182,19 @@ def test_averages_of_the_report_are_weighted_by_weights():
     assert report.error == max(small.error, large.error)
 
 
+def test_a_compiled_model_is_refused():
+    model, batches = model_and_batches()
+    compiled = torch.compile(model, backend="eager")
+    before = fingerprint(model)
+    for refused in (lambda: convert(compiled, batches), lambda: convert(nn.Sequential(compiled), batches)):
+        with pytest.raises(ValueError, match=r"is compiled.*compile afterwards"):
+            refused()
+    assert fingerprint(model) == before
+    model.compile(backend="eager")
+    with pytest.raises(ValueError, match=r"model: is compiled"):
+        convert(model, batches)
+
+
 def test_a_filter_leaves_the_others_dense():
     model, batches = model_and_batches("t5")
     convert(model, batches, filter=lambda name: name.startswith("encoder."))

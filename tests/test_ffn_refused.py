@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 import torch.nn.functional as F
 from sadmoe.ffn import (
     FFNNotFoundError,
@@ -200,6 +201,22 @@ def test_zero_output_weights_hide_a_functional_activation_only():
 
     assert "its output weights are all zero, so its activation cannot be told" in reason(zeroed(F.gelu))
     assert [site.act for site in find_ffns(Reasons(zeroed(nn.GELU())))] == ["gelu"]
+
+
+def test_a_scripted_ffn_leaves_the_others_to_be_found():
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(D, F_), nn.ReLU(), nn.Linear(F_, D)))
+    plain = nn.Sequential(nn.Linear(D, F_), nn.ReLU(), nn.Linear(F_, D))
+    assert [site.name for site in find_ffns(nn.Sequential(scripted, plain))] == ["1"]
+    with pytest.raises(
+        NotImplementedError, match=r"it is scripted; convert the module that torch\.jit\.script"
+    ):
+        find_ffns(nn.Sequential(scripted))
+
+
+def test_convolutions_are_no_mixture_of_experts():
+    with pytest.raises(FFNNotFoundError) as found:
+        find_ffns(nn.Sequential(nn.Conv1d(D, F_, 1), nn.ReLU(), nn.Conv1d(F_, D, 1)))
+    assert "mixture" not in str(found.value)
 
 
 def test_a_model_that_is_itself_the_ffn_has_to_be_wrapped():

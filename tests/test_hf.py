@@ -163,6 +163,33 @@ def test_a_part_saves_itself(tmp_path):
     assert same(transformers.AutoModel.from_pretrained(tmp_path), model.bert, "bert")
 
 
+def test_a_model_whose_part_was_converted_saves_it(tmp_path):
+    torch.manual_seed(0)
+    config = TINY["bert"].model().config
+    model = transformers.BertForSequenceClassification(config).eval()
+    batch = TINY["bert"].batch()
+    sadmoe.convert_(
+        model.bert, [batch], sadmoe.ConvertConfig(expert_size=10, router=sadmoe.RouterConfig(steps=1))
+    )
+    set_tau(model, 0.3)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert moe_layers(again).keys() == moe_layers(model).keys() != set()
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+
+def test_a_dense_model_of_a_converted_ones_config_saves_itself(tmp_path):
+    described("bert").save_pretrained(tmp_path / "moe")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "moe")
+    dense = transformers.AutoModel.from_config(config).eval()
+    dense.save_pretrained(tmp_path / "dense")
+    again = transformers.AutoModel.from_pretrained(tmp_path / "dense").eval()
+    batch = TINY["bert"].batch()
+    with torch.no_grad():
+        assert torch.equal(again(**batch)[0], dense(**batch)[0])
+
+
 def test_the_tau_of_the_moment_is_saved(tmp_path):
     model = described("bert")
     moe_layers(model)["encoder.layer.1.intermediate"].gate = TopK(2)

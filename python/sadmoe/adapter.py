@@ -122,7 +122,7 @@ def _check_base(model: nn.Module, layers: Mapping[str, Any], base: Mapping[str, 
         elif ffns[name].act != description["ffn"]["act"]:
             wrong.append(f"{name} has {ffns[name].act}, not {description['ffn']['act']}")
         elif _of_dense(ffns[name].dense()) != base[name]:
-            wrong.append(f"{name} has other weights, or others dtypes")
+            wrong.append(f"{name} has other weights, or other dtypes")
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(

@@ -69,6 +69,16 @@ def samples_in(batch: Batch) -> int:
     return 1
 
 
+def refuse_compiled(model: nn.Module) -> None:
+    """Raises ValueError where the model, or a part, was compiled: what runs then passes by modules and their hooks."""
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise ValueError(
+                f"{name or 'model'}: is compiled, so its modules are not seen while it runs; pass the model as it was "
+                "before torch.compile, and compile afterwards"
+            )
+
+
 def check_batches(batches: Batches) -> None:
     """Raises TypeError or ValueError unless `batches` holds batches and can be gone through again."""
     if isinstance(batches, Mapping | Tensor | str | bytes):

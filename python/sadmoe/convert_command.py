@@ -125,6 +125,8 @@ def _check(arguments: argparse.Namespace) -> None:
             )
     if arguments.finetune is not None and arguments.tau is not None:
         raise ValueError("--finetune trains for a budget and solves tau for it: give --budget, not --tau")
+    if not arguments.data.exists():
+        raise FileNotFoundError(f"--data: there is no file or folder {arguments.data}")
 
 
 def _conversion(arguments: argparse.Namespace) -> ConvertConfig:

@@ -7,10 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+TOKENIZER_FILES = ("*token*", "*vocab*", "merges.txt", "*.model", "*.bpe*")
+
 
 def paragraphs(path: Path) -> list[str]:
     """The paragraphs of a text file: parts between blank lines, or its lines where it has no blank ones."""
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
     parts = text.split("\n\n") if "\n\n" in text.strip() else text.splitlines()
     found = [" ".join(part.split()) for part in parts]
     found = [part for part in found if part]
@@ -40,9 +45,14 @@ def load_bare_model(folder: Path) -> nn.Module:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a transformers model, from local files alone."""
+    """The tokenizer of a transformers model, from local files alone. Raises FileNotFoundError where there are none: of
+    such a folder transformers makes a tokenizer of a few words."""
     import transformers
 
+    if not any(path.match(pattern) for path in folder.iterdir() for pattern in TOKENIZER_FILES):
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer: put the model's there by tokenizer.save_pretrained({str(folder)!r})"
+        )
     return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from sadmoe.batches import Batches, check_batches, device_of, evaluating, run, to_device
+from sadmoe.batches import Batches, check_batches, device_of, evaluating, refuse_compiled, run, to_device
 from sadmoe.calibrate import calibrate_
 from sadmoe.convert.build import Built, Clock, build_all
 from sadmoe.convert.config import ConvertConfig
@@ -113,6 +113,7 @@ def _checked_sites(model: nn.Module, config: ConvertConfig) -> list[FFNSite]:
             f"{len(converted)} FFNs of this {type(model).__name__} are converted already: "
             "restore_(model) first"
         )
+    refuse_compiled(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"model has no weights yet, {name} is on the meta device: load them first")

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from sadmoe.ffn.adapters import ADAPTERS, Proposal
@@ -120,6 +121,8 @@ class Uses:
             raise Unsupported(
                 "the model itself is the FFN, so nothing can hold the layer; wrap it: nn.Sequential(ffn)"
             )
+        if isinstance(block, torch.jit.ScriptModule):
+            raise Unsupported("it is scripted; convert the module that torch.jit.script was given")
         if "experts" in name.split("."):
             raise Unsupported("it is an expert of a mixture of experts already")
         dtypes = set()
@@ -160,7 +163,7 @@ def _nothing_found(model: nn.Module, filter: Callable[[str], bool] | None) -> st
         f"{name} ({type(m).__name__}): {key} {list(p.shape)}, a mixture of experts already"
         for name, m in model.named_modules()
         for key, p in m.named_parameters(recurse=False)
-        if p.dim() == 3
+        if p.dim() == 3 and not isinstance(m, nn.Conv1d | nn.ConvTranspose1d)
     ]
     seen = stacked + linears
     if not seen:

@@ -4,6 +4,7 @@ import ctypes
 import logging
 import mmap
 import sys
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,22 @@ def describe_all(model: nn.Module) -> None:
         _describe_each(models)
 
 
+def _describe_before_saving() -> None:
+    """Has save_pretrained look first: a model may have been converted as a part of another, or be a dense one that was
+    built from the config of a converted model."""
+    save = PreTrainedModel.save_pretrained
+
+    @wraps(save)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        describe_all(self)
+        return save(self, *args, **kwargs)
+
+    PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+
+_describe_before_saving()
+
+
 def _describe_each(models: list[Any]) -> None:
     for module in reversed(models):  # the outermost last: parts often share its config
         _describe(module)
@@ -156,7 +173,8 @@ def _describe(model: Any) -> None:
 
 
 def _says_converted(model: Any) -> bool:
-    return isinstance(getattr(model.config, "quantization_config", None), SadmoeConfig)
+    said = getattr(model.config, "quantization_config", None)
+    return isinstance(said, SadmoeConfig) or (isinstance(said, dict) and said.get("quant_method") == METHOD)
 
 
 def _transformers_models(model: nn.Module) -> list[Any]:

@@ -9,7 +9,7 @@ from itertools import islice
 
 from torch import nn
 
-from sadmoe.batches import Batches, check_batches
+from sadmoe.batches import Batches, check_batches, refuse_compiled
 from sadmoe.ffn import FFNSite, find_ffns, swap_activations_
 from sadmoe.sparsify.config import SparsifyConfig, Step
 from sadmoe.sparsify.guards import all_or_nothing, mode, seeded
@@ -94,6 +94,7 @@ def sparsify_(
     Whatever is raised, the model is as it was before, bit for bit.
     """
     check_batches(batches)
+    refuse_compiled(model)
     if loss is not None and config.objective != "task":
         raise ValueError(f'loss is used by objective "task" alone, got objective={config.objective!r}')
     if teacher is not None and config.objective == "task":

@@ -89,6 +89,10 @@ class _Update:
         self.objective, self.penalty_of = objective, penalty_of
         self.device = device_of(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError(
+                f"model: no parameter of this {type(model).__name__} requires a gradient, so {name} has none to train"
+            )
         if short := {p.dtype for p in self.parameters if p.dtype.itemsize < 4}:
             warnings.warn(
                 f"{name} trains weights in {', '.join(sorted(map(str, short)))}, to which small updates are lost by "
