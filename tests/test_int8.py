@@ -292,17 +292,21 @@ def test_a_model_gets_smaller_and_stays_what_it_was(model):
         torch.testing.assert_close(model(**batch)[0], ours, **CLOSE)
 
 
+def saved_and_loaded(model, folder) -> tuple:
+    """By sadmoe.save, and by save_pretrained into folder / "hub"."""
+    sadmoe.save(model, folder / "one.safetensors")
+    one = TINY["bert"].model().eval()
+    sadmoe.load(one, folder / "one.safetensors")
+    model.save_pretrained(folder / "hub")
+    return one, type(model).from_pretrained(folder / "hub").eval()
+
+
 def test_it_is_saved_and_loaded_bit_for_bit(model, tmp_path):
     batch = TINY["bert"].batch()
     sadmoe.quantize_experts_(model)
     with torch.no_grad():
         wanted = model(**batch)[0]
-    sadmoe.save(model, tmp_path / "one.safetensors")
-    one = TINY["bert"].model().eval()
-    sadmoe.load(one, tmp_path / "one.safetensors")
-    model.save_pretrained(tmp_path / "hub")
-    two = type(model).from_pretrained(tmp_path / "hub").eval()
-    for loaded in (one, two, copy.deepcopy(model)):
+    for loaded in (*saved_and_loaded(model, tmp_path), copy.deepcopy(model)):
         layer = next(iter(sadmoe.moe_layers(loaded).values()))
         assert layer.w_up.dtype == torch.int8
         assert not layer.w_up.requires_grad
@@ -317,15 +321,12 @@ def test_files_from_before_columns_had_scales_are_read(model, tmp_path):
         layer.to_int8_(column_scales=False, rounded_router=False)
     with torch.no_grad():
         wanted = model(**batch)[0]
-    sadmoe.save(model, tmp_path / "one.safetensors")
-    one = TINY["bert"].model().eval()
-    sadmoe.load(one, tmp_path / "one.safetensors")
-    model.save_pretrained(tmp_path / "hub")
+    both = saved_and_loaded(model, tmp_path)
     config = json.loads((tmp_path / "hub/config.json").read_text())
     for described in config["quantization_config"]["layers"].values():
         assert described["int8"]
         assert not {"column_scales", "rounded_router"} & described.keys(), "as they were written"
-    for loaded in (one, type(model).from_pretrained(tmp_path / "hub").eval()):
+    for loaded in both:
         assert {layer.router.v1.dtype for layer in sadmoe.moe_layers(loaded).values()} == {torch.float32}
         with torch.no_grad():
             assert torch.equal(loaded(**batch)[0], wanted)

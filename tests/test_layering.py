@@ -12,7 +12,7 @@ ROOMS = [  # a room imports only rooms above it
     {"reference", "tables", "files", "outputs"},
     {"gradients"},
     {"ops", "_partition"},
-    {"gates", "crossover", "timing"},
+    {"gates", "crossover", "timing", "rounding"},
     {"measured"},
     {"paths"},
     {"layer"},

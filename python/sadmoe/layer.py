@@ -14,12 +14,13 @@ from sadmoe import ops, paths, reference
 from sadmoe.crossover import Layer
 from sadmoe.gates import DynamicK, Gate
 from sadmoe.gradients import is_recomputed
+from sadmoe.rounding import column_scales as scales_of_columns
+from sadmoe.rounding import to_int8
 
 SCALES = {"w_up": "scale_up", "w_gate": "scale_gate", "w_down": "scale_down"}  # of weights in int8
 ALL_SCALES = (*SCALES.values(), "scale_out")
 Maybe = Tensor | None
 Int8Weights = tuple[Tensor, Tensor, Tensor, Tensor, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe]
-SMALLEST_COLUMN = 2.0**-14  # scale of a column of w_down beside the largest, 1: what float16 holds
 LARGE = 128  # neurons of an expert, from which on the op takes no less time for each
 NORM_FLOOR = 1e-12  # norms below it are 0: what rounding leaves of a silent expert
 
@@ -233,12 +234,10 @@ class DynamicKMoE(nn.Module):
                 continue
             rows = weight.float()
             if name == "w_down" and column_scales:
-                self.scale_out = _column_scales(rows).to(weight.dtype)
+                self.scale_out = scales_of_columns(rows).to(weight.dtype)
                 rows = rows / self.scale_out.float()
-            scale = _up_to_bfloat16(rows.abs().amax(-1) / 127).to(weight.dtype)
-            divisor = scale.float().clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
-            steps = (rows / divisor).round().clamp(-127, 127)
-            setattr(self, name, nn.Parameter(steps.to(torch.int8), requires_grad=False))
+            steps, scale = to_int8(rows, weight.dtype)
+            setattr(self, name, nn.Parameter(steps, requires_grad=False))
             setattr(self, scale_name, scale)
         if rounded_router and self.router.v1.dtype == torch.float32:
             self._router_dtype = torch.float32
@@ -489,17 +488,3 @@ def only_input(args: Sequence[Any], named: Mapping[str, Any]) -> Any:
             f"a converted FFN takes one tensor [..., d], and was called with {len(given)} arguments"
         )
     return given[0]
-
-
-def _column_scales(weight: Tensor) -> Tensor:
-    """Of every column of weight [E, s, n], float32: the largest power of two up to its entries, over the largest of all
-    columns, and no less than SMALLEST_COLUMN."""
-    largest = weight.abs().amax((0, 1))
-    powers = (largest.view(torch.int32) & 0x7F800000).view(torch.float32).clamp(2.0**-100, 2.0**100)
-    return (powers / powers.max()).clamp(min=SMALLEST_COLUMN)
-
-
-def _up_to_bfloat16(x: Tensor) -> Tensor:
-    """The smallest bfloat16 values that are not below x >= 0, in float32."""
-    bits = (x.view(torch.int32) + 0xFFFF) & ~0xFFFF
-    return bits.view(torch.float32)
