@@ -122,7 +122,7 @@ def generators(n: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in range(n)]
 
 
-@pytest.mark.parametrize("act", ["relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("act", ["relu", "gelu", "gelu_tanh", "silu", "quick_gelu"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_start_of_full_rank_is_the_projection(act, bias):
     torch.manual_seed(0)
@@ -247,6 +247,8 @@ def test_what_cannot_be_replaced_says_why():
         ({"multiple": 0}, "multiple must be at least 1, got 0"),
         ({"max_tokens": 1}, "max_tokens must be at least 2"),
         ({"steps": 0}, "steps must be greater than 0"),
+        ({"act": "tanh"}, "act must be one of relu, gelu, gelu_tanh, silu, quick_gelu, relu2, got 'tanh'"),
+        ({"act": "relu2"}, "act='relu2' is not linear for either sign, as start='low_rank' needs it"),
     ],
 )
 def test_wrong_settings_are_named(wrong, message):
@@ -255,7 +257,9 @@ def test_wrong_settings_are_named(wrong, message):
 
 
 def test_an_activation_must_be_known():
-    with pytest.raises(ValueError, match="act must be one of relu, gelu, gelu_tanh, silu, got 'tanh'"):
+    with pytest.raises(
+        ValueError, match="act must be one of relu, gelu, gelu_tanh, silu, quick_gelu, relu2, got 'tanh'"
+    ):
         ProjectionMLP(4, 4, 4, "tanh")
 
 

@@ -7,6 +7,7 @@ from sadmoe.flops import count_flops
 from sadmoe.gates import DynamicK
 from sadmoe.layer import DynamicKMoE
 from sadmoe.masks import record_masks
+from sadmoe.reference import ACTIVATIONS
 from tiny_models import TINY, call
 
 
@@ -62,7 +63,7 @@ def test_what_the_method_can_reach_on_the_models_of_the_paper(model):
     assert 1 - ffn + ffn * layer.floor / layer.dense == pytest.approx(floor, abs=0.006)
 
 
-@pytest.mark.parametrize("act", ["relu", "gelu", "silu"])
+@pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_dense_form_is_what_is_counted(act, gated):
     layer = random_layer(act=act, gated=gated, d_out=10)

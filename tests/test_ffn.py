@@ -426,7 +426,9 @@ def test_layer_and_dense_are_inverse(act: str, gated: bool):
 
 def test_dense_checks_its_shapes():
     w = torch.zeros(6, 4)
-    with pytest.raises(ValueError, match=r"act must be one of relu, gelu, gelu_tanh, silu, got 'tanh'"):
+    with pytest.raises(
+        ValueError, match=r"act must be one of relu, gelu, gelu_tanh, silu, quick_gelu, relu2, got 'tanh'"
+    ):
         DenseFFN("tanh", w, w)
     with pytest.raises(
         ValueError, match=r"w_up must be \[f, d\] and w_down \[f, d_out\], got \[6\] and \[6, 4\]"
@@ -484,7 +486,7 @@ def test_swap_out_knows_only_what_swap_in_put_there():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"act": "tanh"}, "act must be one of relu, gelu, gelu_tanh, silu, got 'tanh'"),
+        ({"act": "tanh"}, "act must be one of relu, gelu, gelu_tanh, silu, quick_gelu, relu2, got 'tanh'"),
         ({"more": 1}, "spec must be a dict with act, activation, adapter, at, down"),
         ({"up": None}, "spec is damaged at up = None"),
         ({"removed": "expand"}, "spec is damaged at removed = 'expand'"),
@@ -554,7 +556,9 @@ def test_config_stays_where_something_else_uses_its_activation(caplog: pytest.Lo
 
 def test_swap_wants_an_activation_it_knows():
     model = nn.Sequential(UserFFN(nn.GELU()))
-    with pytest.raises(ValueError, match="act must be one of relu, gelu, gelu_tanh, silu, got 'mish'"):
+    with pytest.raises(
+        ValueError, match="act must be one of relu, gelu, gelu_tanh, silu, quick_gelu, relu2, got 'mish'"
+    ):
         swap_activations_(model, find_ffns(model), "mish")
 
 

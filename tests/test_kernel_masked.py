@@ -104,7 +104,7 @@ def test_threads_do_not_change_a_bit():
             r"mask must be \[T = 4, E\] where E divides the 16 columns of up, got \[4, 3\]",
         ),
         ({"mask": torch.ones(4, 2)}, "mask must be bool, got Float"),
-        ({"act": "tanh"}, "act must be one of relu, gelu, gelu_tanh, silu, got 'tanh'"),
+        ({"act": "tanh"}, "act must be one of relu, gelu, gelu_tanh, silu, quick_gelu, relu2, got 'tanh'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

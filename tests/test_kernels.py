@@ -435,7 +435,11 @@ def _replaced(i, value):
         (_replaced(4, torch.randn(3)), "relu", r"b_up must be \[E, s\] = \[3, 4\], got \[3\]"),
         (_replaced(5, None), "relu", "b_gate needs w_gate"),
         (_replaced(7, torch.randn(5)), "relu", r"b_out must be \[d_out\] = \[12\], got \[5\]"),
-        (experts_problem(), "tanh", "act must be one of relu, gelu, gelu_tanh, silu, got 'tanh'"),
+        (
+            experts_problem(),
+            "tanh",
+            "act must be one of relu, gelu, gelu_tanh, silu, quick_gelu, relu2, got 'tanh'",
+        ),
         (experts_problem(dtype=torch.float64), "relu", "x must be float32, bfloat16 or float16, got Double"),
     ],
 )

@@ -222,7 +222,9 @@ def test_nan_is_refused_when_asked_to_look():
 
 
 def test_wrong_settings_are_named():
-    with pytest.raises(ValueError, match="act must be one of relu, gelu, gelu_tanh, silu, got 'tanh'"):
+    with pytest.raises(
+        ValueError, match="act must be one of relu, gelu, gelu_tanh, silu, quick_gelu, relu2, got 'tanh'"
+    ):
         DynamicKMoE(4, 2, 2, "tanh")
     with pytest.raises(ValueError, match="bias may name b_up, b_gate and b_out, got b_down"):
         DynamicKMoE(4, 2, 2, "relu", bias=("b_down",))

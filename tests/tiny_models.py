@@ -83,6 +83,7 @@ def _hf(model: str, config: str, **kw: Any) -> Callable[[], nn.Module]:
 SIZES = {"hidden_size": D, "intermediate_size": F_, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = SIZES | {"vocab_size": 50, "pad_token_id": 0}
 LLM = TEXT | {"num_key_value_heads": 2, "head_dim": 6}
+CLIP = SIZES | {"vocab_size": 50, "eos_token_id": 49}
 IMAGE = {"image_size": 16, "patch_size": 8}
 DINO = IMAGE | {"hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 4}
 T5 = {
@@ -291,6 +292,22 @@ TINY: dict[str, Tiny] = {
         _layers("vit.layers.{}.mlp"),
         "whole_plain",
         "gelu",
+        needs=HF,
+    ),
+    "clip": Tiny(
+        _hf("CLIPModel", "CLIPConfig", text_config=CLIP, vision_config=CLIP | IMAGE, projection_dim=8),
+        lambda: tokens() | pixels(),
+        (*_layers("text_model.encoder.layers.{}.mlp"), *_layers("vision_model.encoder.layers.{}.mlp")),
+        "whole_plain",
+        "quick_gelu",
+        needs=HF,
+    ),
+    "nemotron": Tiny(
+        _hf("NemotronForCausalLM", "NemotronConfig", **LLM),
+        tokens,
+        _layers("model.layers.{}.mlp"),
+        "whole_plain",
+        "relu2",
         needs=HF,
     ),
     "dinov2": Tiny(

@@ -71,7 +71,9 @@ inline Activation activation_of(const char* op, const std::string& act) {
   if (act == "gelu") return Activation::gelu;
   if (act == "gelu_tanh") return Activation::gelu_tanh;
   if (act == "silu") return Activation::silu;
-  check(false, op, "act must be one of relu, gelu, gelu_tanh, silu, got '", act, "'");
+  if (act == "quick_gelu") return Activation::quick_gelu;
+  if (act == "relu2") return Activation::relu2;
+  check(false, op, "act must be one of relu, gelu, gelu_tanh, silu, quick_gelu, relu2, got '", act, "'");
   return Activation::none;
 }
 

@@ -24,11 +24,23 @@ Vec relu(Vec x) {
   return max(Vec::zero(), x);
 }
 
+template <class Vec>
+Vec relu2(Vec x) {
+  return relu(x) * relu(x);
+}
+
 // Below -88, where exp ends, it stays above -1e-36.
 template <class Vec>
 Vec silu(Vec x) {
   x = max(Vec::set(-88.0f), x);
   return x / (Vec::set(1.0f) + exp(Vec::zero() - x));
+}
+
+// x sigmoid(1.702 x), an early approximation of gelu; below -51 it stays above -1e-36.
+template <class Vec>
+Vec quick_gelu(Vec x) {
+  x = max(Vec::set(-51.0f), x);
+  return x / (Vec::set(1.0f) + exp(x * Vec::set(-1.702f)));
 }
 
 // x Phi(x), with the tail Phi(-|x|) = erfc(|x| / sqrt 2) / 2 to a few ulp times a²: erfc(a) = e^(-a²) t P(t), t = 1 / (1 + p a),
@@ -108,6 +120,10 @@ void activate(const Activate& p) {
       return activate_with<Vec>(p, [](Vec x) { return gelu_tanh(x); });
     case Activation::silu:
       return activate_with<Vec>(p, [](Vec x) { return silu(x); });
+    case Activation::quick_gelu:
+      return activate_with<Vec>(p, [](Vec x) { return quick_gelu(x); });
+    case Activation::relu2:
+      return activate_with<Vec>(p, [](Vec x) { return relu2(x); });
   }
 }
 

@@ -44,6 +44,10 @@ SADMOE_DEVICE float activate(Activation act, float v) {
       return bounded / (1 + exp(-1.5957691216057308f * v * fma(v * v, 0.044715f, 1.0f)));
     case Activation::silu:
       return bounded / (1 + exp(-v));
+    case Activation::quick_gelu:
+      return bounded / (1 + exp(-1.702f * v));
+    case Activation::relu2:
+      return v < 0 ? 0 : v * v;
     case Activation::abs:
       return v < 0 ? -v : v;
     default:
@@ -63,6 +67,10 @@ SADMOE_DEVICE void with_activation(Activation act, Body body) {
       return body([](float v) { return activate(Activation::gelu_tanh, v); });
     case Activation::silu:
       return body([](float v) { return activate(Activation::silu, v); });
+    case Activation::quick_gelu:
+      return body([](float v) { return activate(Activation::quick_gelu, v); });
+    case Activation::relu2:
+      return body([](float v) { return activate(Activation::relu2, v); });
     case Activation::abs:
       return body([](float v) { return activate(Activation::abs, v); });
     default:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sadmoe.batches import Batches, check_batches
+from sadmoe.checks import check_config, check_fields
 from sadmoe.convert import surgery
 from sadmoe.ffn import FFNSite, ProjectionMLP, empty_mlp, find_ffns, projection_mlps, scan_ffns, stand_in
 from sadmoe.ffn.adapters import Proposal
@@ -23,6 +24,7 @@ from sadmoe.ffn.probe import Unsupported
 from sadmoe.ffn.scan import Uses
 from sadmoe.ffn.sites import Parts
 from sadmoe.inputs import held_out_and_batches, stream_inputs
+from sadmoe.reference import ACTIVATIONS
 from sadmoe.sparsify import Checkpoint, SparsifyConfig, SparsityLoss
 from sadmoe.sparsify.guards import seeded
 from sadmoe.sparsify.train import train
@@ -39,7 +41,7 @@ class ProjectionConfig:
 
     ratio: float = 1.0  # multiply-adds of the MLP over those of the projection
     multiple: int = 8  # the width is rounded to a multiple of it, so that it splits into experts
-    act: str = "relu"  # or, for what is swapped later, gelu, gelu_tanh or silu
+    act: str = "relu"  # or, for what is swapped later, another of the ops'
     # "low_rank": from the best linear map of half the width, on the tokens at hand, each direction once for its
     # positive and once for its negative part. "random": torch's own, as the paper. Eight projections of MiniLM, 1000
     # steps, alpha 0.2: the first ended with a mean error of 0.032 and 33 % zeros, the second with 0.042 and 16 %.
@@ -55,9 +57,19 @@ class ProjectionConfig:
     seed: int = 0  # of the sample of inputs, the random start and the order of the tokens
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.start not in get_args(Start):
             raise ValueError(
                 f"ProjectionConfig: start must be one of {', '.join(get_args(Start))}, got {self.start!r}"
+            )
+        if self.act not in ACTIVATIONS:
+            raise ValueError(
+                f"ProjectionConfig: act must be one of {', '.join(ACTIVATIONS)}, got {self.act!r}"
+            )
+        if self.act == "relu2" and self.start == "low_rank":
+            raise ValueError(
+                "ProjectionConfig: act='relu2' is not linear for either sign, as start='low_rank' needs it: "
+                "take start='random', or another act"
             )
         if not self.ratio > 0:
             raise ValueError(f"ProjectionConfig: ratio must be positive, got {self.ratio}")
@@ -186,7 +198,7 @@ def replace_projections_(
     Raises ValueError and TypeError for wrong input, NotImplementedError where no projection can be replaced,
     FloatingPointError where a loss is not finite.
     """
-    config = ProjectionConfig() if config is None else config
+    config = ProjectionConfig() if config is None else check_config(config, ProjectionConfig)
     check_batches(batches)
     started = time.perf_counter()
     sites = find_projections(model, config.filter)
@@ -268,8 +280,8 @@ def _site_of(mlp: ProjectionMLP) -> list[FFNSite]:
 def start_low_rank_(mlp: ProjectionMLP, linear: nn.Module, targets: Tensor) -> None:
     """Starts an MLP as y = U Uᵀ (W x + b), U the main directions of the targets [n, d_out], half as many as neurons.
 
-    An activation passes one sign, so a direction takes two neurons: z = act(z) - act(-z), which holds for ReLU, GELU
-    and SiLU alike. Neurons left over start without output.
+    An activation passes one sign, so a direction takes two neurons: z = act(z) - act(-z), which holds for all but the
+    square of ReLU. Neurons left over start without output.
     """
     half = mlp.up.out_features // 2
     _, vectors = torch.linalg.eigh(targets.double().t() @ targets.double())

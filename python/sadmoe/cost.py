@@ -2,7 +2,7 @@
 
 One multiply-add is one FLOP, by the rule of the paper's evaluation code, of which `flops.py` has the rest:
 
-    dense FFN        (1 + gated) d f + f d_out,  + f for a GELU or SiLU,  + f for the product of a GLU
+    dense FFN        (1 + gated) d f + f d_out,  + f for a GELU or SiLU (QuickGELU: 3 f),  + f for the product of a GLU
     router and gate  d r + r E + 4 E + 1,  + d_out for the output bias
     one expert       the dense FFN's with s for f,  + s for each input bias,  + d_out to add up outputs
 """
@@ -14,11 +14,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from sadmoe.batches import Batches, check_batches, device_of, evaluating, length, run, samples_in, to_device
-from sadmoe.dial import converted_layers
+from sadmoe.dial import Filter, converted_layers
 from sadmoe.flops import FlopCount
 from sadmoe.layer import DynamicKMoE
 from sadmoe.masks import LayerMasks, record_masks
 from sadmoe.tables import format_table, si
+
+ACTIVATION_FLOPS = {"relu": 0, "gelu": 1, "gelu_tanh": 1, "silu": 1, "quick_gelu": 3, "relu2": 0}
 
 
 @dataclass(frozen=True)
@@ -129,11 +131,11 @@ def cost(
     shares: the executed share of every layer, in (0, 1], one for all or by name; nothing is run.
     A gate on true norms is charged as if a router had told it, so that oracles compare at equal selection.
     """
-    layers = converted_layers(model)
+    converted_layers(model)
     if (batches is None) == (shares is None):
         raise ValueError("cost takes either batches to run or shares to compute with, and one of them")
     if shares is not None:
-        return _from_shares(model, layers, shares)
+        return cost_of_shares(model, shares)
     assert batches is not None
     check_batches(batches)
     device, samples = device_of(model), 0
@@ -151,10 +153,16 @@ def cost(
 
 
 def cost_of_masks(
-    model: nn.Module, masks: Mapping[str, LayerMasks], samples: int, rest: float | None = None
+    model: nn.Module,
+    masks: Mapping[str, LayerMasks],
+    samples: int,
+    rest: float | None = None,
+    *,
+    filter: Filter | None = None,
 ) -> CostReport:
-    """The report of what `record_masks` counted over that many samples. rest: see `CostReport`."""
-    layers = converted_layers(model)
+    """The report of what `record_masks` counted over that many samples. rest: see `CostReport`. filter: of a layer's
+    name; False leaves it out."""
+    layers = converted_layers(model, filter)
     if unused := [name for name in layers if masks[name].tokens == 0]:
         raise ValueError(
             f"the batches never reach {', '.join(unused)}: pass batches that run every converted layer"
@@ -171,7 +179,7 @@ def layer_cost(layer: DynamicKMoE, share: float, *, name: str = "", calls: float
     experts, s, d = layer.w_up.shape
     d_out, r = layer.w_down.shape[2], layer.router.v1.shape[0]
     gated, b_out = layer.w_gate is not None, layer.b_out is not None
-    neuron = (1 + gated) * d + d_out + gated + (layer.act != "relu")
+    neuron = (1 + gated) * d + d_out + gated + ACTIVATION_FLOPS[layer.act]
     input_biases = (layer.b_up is not None) + (layer.b_gate is not None)
     router = d * r + r * experts + 4 * experts + 1 + d_out * b_out
     pair = s * (neuron + input_biases) + d_out
@@ -182,9 +190,11 @@ def layer_cost(layer: DynamicKMoE, share: float, *, name: str = "", calls: float
     return LayerCost(name, experts, s, share, calls, dense, router, pair, combine, executed)
 
 
-def _from_shares(
-    model: nn.Module, layers: Mapping[str, DynamicKMoE], shares: float | Mapping[str, float]
+def cost_of_shares(
+    model: nn.Module, shares: float | Mapping[str, float], *, filter: Filter | None = None
 ) -> CostReport:
+    """The report of given shares, as `cost` takes them. filter: of a layer's name; False leaves it out."""
+    layers = converted_layers(model, filter)
     by_name = shares if isinstance(shares, Mapping) else dict.fromkeys(layers, shares)
     if by_name.keys() != layers.keys():
         raise ValueError(

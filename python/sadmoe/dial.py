@@ -1,6 +1,6 @@
 """The converted layers of a model, and what they share: the one number, and what a token may depend on."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
@@ -10,16 +10,20 @@ from sadmoe.gates import DynamicK
 from sadmoe.layer import DynamicKMoE
 
 Taus = float | Mapping[str, float]  # one for all converted layers, or each one's by its name
+Filter = Callable[[str], bool]  # of a layer's name: False leaves it alone
 
 
-def converted_layers(model: nn.Module) -> dict[str, DynamicKMoE]:
+def converted_layers(model: nn.Module, filter: Filter | None = None) -> dict[str, DynamicKMoE]:
     """The converted layers by name, in the model's order. Raises ValueError where there is none."""
     layers = moe_layers(model)
     if not layers:
         raise ValueError(
             f"model: {type(model).__name__} has no converted layer: convert it first, see convert_"
         )
-    return layers
+    chosen = {name: layer for name, layer in layers.items() if filter is None or filter(name)}
+    if not chosen:
+        raise ValueError(f"filter refused all {len(layers)} converted layers: {', '.join(layers)}")
+    return chosen
 
 
 def trainable_layers(model: nn.Module) -> dict[str, DynamicKMoE]:
@@ -33,15 +37,16 @@ def trainable_layers(model: nn.Module) -> dict[str, DynamicKMoE]:
     return layers
 
 
-def set_tau(model: nn.Module, tau: Taus) -> None:
+def set_tau(model: nn.Module, tau: Taus, *, filter: Filter | None = None) -> None:
     """Every converted layer runs expert e for token t iff scores[t, e] >= tau * max(scores[t]).
 
     tau in [0, 1]: 0 is the dense model, 1 the top expert of every token. A mapping gives every converted layer its own,
-    by name. Takes effect at the next call, without a reload. A gate on true norms (the oracle) stays one; a static
-    top-k gate becomes dynamic-k. Raises ValueError where tau is out of range, layers are missing or unknown, or nothing
-    was converted; then nothing was set.
+    by name. filter: of a layer's name, False leaves its gate as it is. Takes effect at the next call, without a
+    reload. A gate on true norms (the oracle) stays one; a static top-k gate becomes dynamic-k.
+    Raises ValueError where tau is out of range, layers are missing or unknown, or nothing was converted; then nothing
+    was set.
     """
-    layers = converted_layers(model)
+    layers = converted_layers(model, filter)
     by_name = tau if isinstance(tau, Mapping) else dict.fromkeys(layers, tau)
     if by_name.keys() != layers.keys():
         wrong = ", ".join(sorted(by_name.keys() ^ layers.keys()))
@@ -67,10 +72,10 @@ def set_batch_invariant(model: nn.Module, value: bool | None, *, expected_share:
 
 
 @contextmanager
-def tau(model: nn.Module, value: Taus) -> Iterator[None]:
+def tau(model: nn.Module, value: Taus, *, filter: Filter | None = None) -> Iterator[None]:
     """`set_tau` for a with block; every layer's former gate comes back, whatever happens inside."""
     gates = [(layer, layer.gate) for layer in converted_layers(model).values()]
-    set_tau(model, value)
+    set_tau(model, value, filter=filter)
     try:
         yield
     finally:

@@ -15,6 +15,8 @@ BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # (gradient of act(
     "gelu": lambda grad, z: aten.gelu_backward(grad, z),
     "gelu_tanh": lambda grad, z: aten.gelu_backward(grad, z, approximate="tanh"),
     "silu": lambda grad, z: aten.silu_backward(grad, z),
+    "quick_gelu": lambda grad, z: aten.silu_backward(grad, 1.702 * z),
+    "relu2": lambda grad, z: grad * (2 * F.relu(z)),
 }
 
 

@@ -98,7 +98,7 @@ def sparse_experts(
     """Sum of the experts that the mask picks, unweighted, plus b_out once: `reference.sparse_experts`.
 
     x [T, d], mask bool [T, E], w_up, w_gate [E, s, d], w_down [E, s, d_out], b_up, b_gate [E, s], b_out [d_out];
-    act is relu, gelu, gelu_tanh or silu -> [T, d_out] of x's dtype. Sums in float32, experts in ascending order,
+    act a key of `reference.ACTIVATIONS` -> [T, d_out] of x's dtype. Sums in float32, experts in ascending order,
     on the CPU in float32 every 16 by themselves first: a token's result does not depend on its neighbours, the
     number of threads or the run, bit for bit.
     """

@@ -20,6 +20,10 @@ Real activate(Real x, Activation act) {
       return Real(0.5) * x * (1 + std::tanh(Real(kSqrtTwoOverPi) * (x + Real(0.044715) * x * x * x)));
     case Activation::silu:
       return x / (1 + std::exp(-x));
+    case Activation::quick_gelu:
+      return x / (1 + std::exp(Real(-1.702) * x));
+    case Activation::relu2:
+      return x > 0 ? x * x : Real(0);
   }
   return x;
 }

@@ -33,8 +33,9 @@ constexpr Shape kShapes[] = {
 };
 constexpr DType kDtypes[] = {DType::f32, DType::bf16, DType::f16};
 constexpr const char* kDtypeNames[] = {"float32", "bfloat16", "float16"};
-constexpr Activation kActivations[] = {Activation::relu, Activation::gelu, Activation::gelu_tanh, Activation::silu};
-constexpr const char* kActivationNames[] = {"none", "relu", "gelu", "gelu_tanh", "silu", "abs"};
+constexpr Activation kActivations[] = {Activation::relu, Activation::gelu,       Activation::gelu_tanh,
+                                       Activation::silu, Activation::quick_gelu, Activation::relu2};
+constexpr const char* kActivationNames[] = {"none", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu", "relu2", "abs"};
 
 // The parts that `count` threads would get, in turn on this one.
 cpu::Threads threads(int count) {

@@ -10,11 +10,28 @@ from torch import Tensor, nn
 from sadmoe import reference
 from sadmoe.ffn.quiet import quiet
 
+
+class Activation(nn.Module):
+    """A function of `reference.ACTIVATIONS` for which torch has no module."""
+
+    def __init__(self, act: str):
+        super().__init__()
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.ACTIVATIONS[self.act](x)
+
+    def extra_repr(self) -> str:
+        return self.act
+
+
 ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {  # of each key of `reference.ACTIVATIONS`
     "relu": nn.ReLU,
     "gelu": nn.GELU,
     "gelu_tanh": partial(nn.GELU, approximate="tanh"),
     "silu": nn.SiLU,
+    "quick_gelu": partial(Activation, "quick_gelu"),
+    "relu2": partial(Activation, "relu2"),
 }
 _FUNCTIONS = {F.relu, F.gelu, F.silu, torch.relu}
 

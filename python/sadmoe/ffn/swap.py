@@ -28,6 +28,8 @@ CONFIG_VALUES = {  # transformers' names of each activation; the first is writte
     "gelu": ("gelu", "gelu_python"),
     "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"),
     "silu": ("silu", "swish"),
+    "quick_gelu": ("quick_gelu",),
+    "relu2": ("relu2",),
 }
 Undo = Callable[[], None]
 
