@@ -39,6 +39,28 @@ def test_a_batch_says_how_the_model_is_called(batch, sum_):
     assert run(Add(), batch).tolist() == [sum_, sum_]
 
 
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        ((torch.ones(2), torch.zeros(2)), "does not take a tuple of 2: too many positional arguments"),
+        ({"input": torch.ones(2), "labels": torch.ones(2)}, "does not take a batch of input, labels: got an"),
+        ({}, "does not take a batch of : missing a required argument: 'input'"),
+    ],
+)
+def test_a_batch_that_the_model_does_not_take_is_named(batch, said):
+    with pytest.raises(TypeError, match=f"batches: the forward of ReLU {said}"):
+        run(nn.ReLU(), batch)
+
+
+def test_a_mistake_inside_the_model_stays_as_it_is():
+    class Broken(nn.Module):
+        def forward(self, x):
+            return len(3)
+
+    with pytest.raises(TypeError, match=r"^object of type 'int' has no len"):
+        run(Broken(), torch.ones(2))
+
+
 def test_something_else_is_no_batch():
     with pytest.raises(TypeError, match="a batch must be a Mapping, a tuple, a list or a Tensor, got int"):
         run(Add(), 3)

@@ -141,6 +141,18 @@ def test_the_model_s_own_loss_is_the_default():
     assert found.loss <= 1.1 * expected
 
 
+def test_a_filter_calibrates_its_layers_alone(model, batches):
+    first, second = converted_layers(model)
+    others = converted_layers(model)[first].gate
+    found = calibrate_(model, batches, budget=0.5, filter=second.__eq__)
+    assert [row.name for row in found.cost.layers] == [second]
+    assert 0.45 < found.budget <= 0.5
+    assert converted_layers(model)[first].gate is others
+    assert converted_layers(model)[second].gate == DynamicK(found.tau)
+    row = cost(model, batches).layers[1]
+    assert row.executed / row.dense == pytest.approx(found.budget)
+
+
 def test_an_oracle_is_calibrated_as_an_oracle(model, batches):
     for layer in converted_layers(model).values():
         layer.gate = DynamicK(0.1, true_norms=True)

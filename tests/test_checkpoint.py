@@ -48,6 +48,19 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "model.safetensors"
 
 
+def test_of_a_compiled_model_the_model_is_saved(tmp_path):
+    model = converted("user glu")
+    save(torch.compile(model), tmp_path / "m.safetensors")
+    fresh = TINY["user glu"].build().eval()
+    load(fresh, tmp_path / "m.safetensors")
+    assert torch.equal(call(fresh, TINY["user glu"].batch()), call(model, TINY["user glu"].batch()))
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere: make it first"):
+        save(converted("user glu"), tmp_path / "nowhere" / "m.safetensors")
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_loaded_model_computes_the_same_bits(name, device, tmp_path):

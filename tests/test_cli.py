@@ -66,6 +66,12 @@ def test_convert_then_evaluate(folder, text, tmp_path, capsys):
     assert float(half.split()[1].rstrip("%")) < 100
 
 
+def test_routers_are_as_wide_as_asked(folder, text, tmp_path):
+    assert converted(folder, text, tmp_path / "moe", "--router-width", "4") == 0
+    (layer,) = moe_layers(transformers.BertModel.from_pretrained(tmp_path / "moe")).values()
+    assert layer.router.v1.shape[0] == 4
+
+
 def test_convert_to_int8(folder, text, tmp_path, capsys):
     out = tmp_path / "moe"
     assert converted(folder, text, out, "--tau", "0.2", "--int8") == 0
@@ -266,6 +272,14 @@ def test_any_model_takes_the_batches_of_a_python_file(whisper, tmp_path, capsys)
     data.write_text("batches = 3")
     assert converted(whisper, data, tmp_path / "other") == 2
     assert "must set `batches` to a list of what the model is called with" in capsys.readouterr().err
+    assert [file.name for file in out.iterdir() if "token" in file.name] == [], "the model had no tokenizer"
+    for wrong, told in (
+        ("x = 1\nbatches = [x / 0]", "mine.py, line 2 raised ZeroDivisionError: division by zero"),
+        ("batches = [", "mine.py raised SyntaxError: '[' was never closed (mine.py, line 1)"),
+    ):
+        data.write_text(wrong)
+        assert converted(whisper, data, tmp_path / "other") == 2
+        assert told in capsys.readouterr().err
 
 
 def test_what_an_encoder_decoder_reads(t5, pairs):

@@ -201,6 +201,31 @@ def test_a_filter_leaves_the_others_dense():
     assert list(moe_layers(model)) == [TINY["t5"].names[0]]
 
 
+def test_parts_are_converted_one_after_the_other_each_with_its_own_budget():
+    whole, batches = model_and_batches()
+    convert(whole, batches, expert_size=10)
+    model, _ = model_and_batches()
+    convert(model, batches, filter="0.inner".__eq__, budget=0.6)
+    first = moe_layers(model)["0.inner"]
+    gate, bits = first.gate, {key: value.clone() for key, value in first.state_dict().items()}
+    report = convert(model, batches, expert_size=10, budget=0.9)
+    second = moe_layers(model)["1.inner"]
+    assert [row.name for row in report.layers] == ["1.inner"]
+    assert moe_layers(model)["0.inner"] is first
+    assert first.gate is gate
+    assert all(torch.equal(value, bits[key]) for key, value in first.state_dict().items())
+    executed = {row.name: row.executed / row.dense for row in cost(model, batches).layers}
+    assert executed["0.inner"] <= 0.6
+    assert 0.6 < executed["1.inner"] <= 0.9
+    # what entered it was what the dense model computes, but for the order of sums
+    alone = moe_layers(whole)["1.inner"]
+    assert torch.equal(second.permutation, alone.permutation)
+    torch.testing.assert_close(second.router.state_dict(), alone.router.state_dict(), rtol=0, atol=1e-3)
+    before = TINY["user glu"].model().state_dict()
+    restore_(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_experts_may_be_counted_instead_of_sized():
     model, batches = model_and_batches()
     assert [row.expert_size for row in convert(model, batches, expert_size=None, experts=6).layers] == [
@@ -304,6 +329,18 @@ def test_a_failure_anywhere_leaves_the_model_exactly_as_it_was(monkeypatch, stag
     assert not model.bert.encoder.layer[0].intermediate.dense._forward_hooks
 
 
+@pytest.mark.parametrize("stage", ["stream_inputs", "fit_router_", "swap_in", "calibrate_", "_judge"])
+def test_a_failure_in_a_later_part_leaves_those_before_as_they_were(monkeypatch, stage):
+    model, batches = model_and_batches()
+    convert(model, batches, filter="0.inner".__eq__, tau=0.3)
+    before = fingerprint(model)
+    module = build if hasattr(build, stage) else recipe
+    monkeypatch.setattr(module, stage, raising(RuntimeError, 0, getattr(module, stage)))
+    with pytest.raises(RuntimeError, match="injected"):
+        convert(model, batches, budget=0.9)
+    assert fingerprint(model) == before
+
+
 @pytest.mark.parametrize("at", range(4))
 def test_a_failure_inside_the_models_forward_leaves_it_exactly_as_it_was(at):
     model, batches = model_and_batches()
@@ -401,9 +438,7 @@ def test_an_impossible_budget_is_refused_before_any_router_is_fitted(monkeypatch
 def test_a_converted_model_is_not_converted_again():
     model, batches = model_and_batches()
     convert(model, batches)
-    with pytest.raises(
-        ValueError, match=r"2 FFNs of this Sequential are converted already: restore_\(model\) first"
-    ):
+    with pytest.raises(FFNNotFoundError, match=r"2 FFNs are converted already; .* restore_\(model\) first"):
         convert(model, batches)
 
 

@@ -50,6 +50,20 @@ def test_tau_changes_the_next_call():
         assert torch.equal(dense, call(model, batch))
 
 
+def test_a_filter_turns_its_layers_alone():
+    model = converted("bert")
+    first, second = converted_layers(model)
+    set_tau(model, 0.5, filter=second.__eq__)
+    taus = [layer.gate.tau for layer in converted_layers(model).values()]
+    assert taus == [0.0, 0.5]
+    with tau(model, {first: 0.1}, filter=first.__eq__):
+        assert converted_layers(model)[second].gate.tau == 0.5
+        assert converted_layers(model)[first].gate.tau == 0.1
+    assert [layer.gate.tau for layer in converted_layers(model).values()] == taus
+    with pytest.raises(ValueError, match=f"filter refused all 2 converted layers: {first}, {second}"):
+        set_tau(model, 0.5, filter=lambda name: False)
+
+
 def test_a_tau_out_of_range_changes_nothing():
     model = converted("bert")
     set_tau(model, 0.5)

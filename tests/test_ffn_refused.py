@@ -15,6 +15,7 @@ from sadmoe.ffn import (
     site_from_spec,
     spec,
     swap_in,
+    swap_out,
 )
 from sites import assert_same_state, slots_of, state
 from tiny_models import F_, TINY, D, Residual, UserFFN, UserGLU
@@ -92,9 +93,9 @@ def test_a_mixture_of_experts_already_is_named_as_one():
         find_ffns(experts)
 
 
-class _Squared(UserFFN):
+class _Cubed(UserFFN):
     def forward(self, x: Tensor) -> Tensor:
-        return self.contract(F.relu(self.expand(x)) ** 2)
+        return self.contract(F.relu(self.expand(x)) ** 3)
 
 
 class _TwoInputs(UserFFN):
@@ -135,9 +136,18 @@ class _Inline(nn.Module):
         return x + self.contract(F.relu(self.expand(self.norm(x))))
 
 
-class _OwnLinear(nn.Linear):
+class _Shifted(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + 1
+
+
+class _Scaled(nn.Linear):
+    def __init__(self, d: int, f: int):
+        super().__init__(d, f)
+        self.scale = nn.Parameter(torch.ones(f))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
 
 
 def _with(change: Callable[[UserFFN], Any]) -> UserFFN:
@@ -159,7 +169,7 @@ def _parametrise(ffn: UserFFN) -> None:
         ),
         (lambda: UserFFN(nn.ReLU6()), "its activation, nonlinearity (ReLU6), is none of"),
         (lambda: UserFFN(F.mish), "it does not compute down(act(up(x))) or its gated form: off by"),
-        (_Squared, "it does not compute down(act(up(x)))"),
+        (_Cubed, "it does not compute down(act(up(x)))"),
         (_TwoInputs, "run on a probe [1, 8, 24] it raised TypeError"),
         (_Dictionary, "it returns a dict, where a MoE layer returns a tensor"),
         (_Pair, "it returns a tuple, where a MoE layer returns a tensor"),
@@ -175,8 +185,12 @@ def _parametrise(ffn: UserFFN) -> None:
             "of several kinds (torch.bfloat16 on cpu, torch.float32 on",
         ),
         (
-            lambda: _with(lambda m: setattr(m, "expand", _OwnLinear(D, F_))),
-            "expand is a _OwnLinear; only nn.Linear",
+            lambda: _with(lambda m: setattr(m, "expand", _Shifted(D, F_))),
+            "it does not compute down(act(up(x)))",
+        ),
+        (
+            lambda: _with(lambda m: setattr(m, "expand", _Scaled(D, F_))),
+            "expand is a _Scaled; only nn.Linear",
         ),
         (lambda: _with(_parametrise), "expand is a ParametrizedLinear that something wraps or parametrises"),
         (
@@ -191,6 +205,12 @@ def _parametrise(ffn: UserFFN) -> None:
 )
 def test_what_cannot_be_converted_says_why(inner: Callable[[], nn.Module], expected: str):
     assert expected in reason(inner())
+
+
+def test_advice_fits_the_module():
+    told = reason(UserFFN(F.mish))
+    assert "put the FFN in a module of its own" not in told, "it is in one"
+    assert "put the FFN in a module of its own" in reason(_Inline())
 
 
 def test_zero_output_weights_hide_a_functional_activation_only():
@@ -248,6 +268,29 @@ def test_ffns_left_out_beside_others_are_logged(caplog: pytest.LogCaptureFixture
     with caplog.at_level(logging.WARNING):
         assert [site.name for site in find_ffns(nn.Sequential(UserFFN(), UserFFN(nn.Tanh())))] == ["0"]
     assert "1 FFNs are not converted:\n  1 (UserFFN): its activation, nonlinearity (Tanh)" in caplog.text
+
+
+class _Falcons(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+def test_a_linear_layer_of_its_own_class_that_computes_the_same_is_one():
+    ffn = UserFFN(nn.ReLU())
+    ffn.expand = _Falcons(D, F_)
+    model, x = nn.Sequential(ffn), torch.randn(3, D)
+    wanted = model.eval()(x)
+    (site,) = find_ffns(model)
+    swap_in(model, site, layer_from_dense(site.dense(), slots_of(site), 4).eval())
+    torch.testing.assert_close(model(x), wanted)
+    swap_out(model, "0")
+    assert type(model[0].expand) is _Falcons
+    assert torch.equal(model(x), wanted)
+
+
+def test_a_filter_must_be_a_function():
+    with pytest.raises(TypeError, match="filter must be a function of an FFN's name, or None, got 'encoder'"):
+        find_ffns(nn.Sequential(UserFFN()), "encoder")
 
 
 def test_dropout_of_the_input_is_refused():

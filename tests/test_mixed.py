@@ -43,6 +43,12 @@ def test_attention_comes_back_where_training_gave_the_model_another_config():
     assert model.config._attn_implementation == usual
 
 
+def test_float16_stays_float16(monkeypatch):
+    monkeypatch.setattr(mixed, "bf16_is_faster", lambda: True)
+    with fast_training(nn.Linear(2, 2).half()):
+        assert not torch.is_autocast_enabled("cpu")
+
+
 def test_a_caller_s_own_autocast_stays(monkeypatch):
     monkeypatch.setattr(mixed, "bf16_is_faster", lambda: False)
     with torch.autocast("cpu", torch.float16), fast_training(nn.Linear(2, 2)):

@@ -4,8 +4,9 @@ A *batch* is one call: a Mapping becomes model(**batch), a tuple or list model(*
 *batches* is a collection of them that can be gone through again and again: a list, a DataLoader.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -17,13 +18,33 @@ Batches = Iterable[Batch]
 
 def run(model: nn.Module, batch: Batch) -> Any:
     """The model's output on one batch, which must already be on the model's device (see `to_device`)."""
+    if not isinstance(batch, Mapping | tuple | list | Tensor):
+        raise TypeError(f"a batch must be a Mapping, a tuple, a list or a Tensor, got {type(batch).__name__}")
+    named = dict(batch) if isinstance(batch, Mapping) else {}
+    rest = batch if isinstance(batch, tuple | list) else (batch,) if isinstance(batch, Tensor) else ()
+    try:
+        return model(*rest, **named)
+    except TypeError as error:
+        if (reason := _why_not_called(model, rest, named)) is None:
+            raise
+        raise TypeError(
+            f"batches: the forward of {type(model).__name__} does not take {_said(batch)}: {reason}. A batch is what "
+            "the model is called with, without labels that it does not take"
+        ) from error
+
+
+def _why_not_called(model: nn.Module, rest: Sequence[Any], named: Mapping[str, Any]) -> str | None:
+    try:
+        signature(model.forward).bind(*rest, **named)
+    except TypeError as error:
+        return str(error)
+    return None
+
+
+def _said(batch: Batch) -> str:
     if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, tuple | list):
-        return model(*batch)
-    if isinstance(batch, Tensor):
-        return model(batch)
-    raise TypeError(f"a batch must be a Mapping, a tuple, a list or a Tensor, got {type(batch).__name__}")
+        return f"a batch of {', '.join(map(str, batch))}"
+    return "a tensor" if isinstance(batch, Tensor) else f"a {type(batch).__name__} of {len(batch)}"
 
 
 def answer(model: nn.Module, batch: Batch, *, skip_padding: bool = True) -> Tensor:

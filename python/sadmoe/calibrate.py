@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sadmoe.batches import Batch, Batches, check_batches, device_of, evaluating, run, samples_in, to_device
-from sadmoe.cost import CostReport, cost, cost_of_masks
-from sadmoe.dial import Taus, converted_layers, set_tau, tau
+from sadmoe.cost import CostReport, cost_of_masks, cost_of_shares
+from sadmoe.dial import Filter, Taus, converted_layers, set_tau, tau
 from sadmoe.masks import record_masks
 
 __all__ = ["Calibration", "calibrate_", "set_tau", "tau"]
@@ -47,6 +47,7 @@ def calibrate_(
     budget: float | None = None,
     max_loss_increase: float | None = None,
     loss: Loss | None = None,
+    filter: Filter | None = None,
     skip_padding: bool = True,
     progress: bool = False,
 ) -> Calibration:
@@ -59,19 +60,21 @@ def calibrate_(
     labels. It may compare with the dense model, run under `tau(model, 0.0)`: as 1 plus a distance,
     for max_loss_increase needs a loss above 0 at tau = 0. It is averaged over batches.
     With a budget it is only measured, and only where it is given. The model runs in eval mode without
-    gradients, at most 12 times over the batches. skip_padding: as in `cost`. Raises ValueError where no tau
-    meets the budget, or the loss gives nothing to compare with; then the gates are as they were.
+    gradients, at most 12 times over the batches. filter: of a layer's name; False leaves its gate as it is,
+    and its cost out. skip_padding: as in `cost`.
+    Raises ValueError where no tau meets the budget, or the loss gives nothing to compare with; then the gates
+    are as they were.
     """
-    converted_layers(model)
+    converted_layers(model, filter)
     check_batches(batches)
     _check_goal(budget, max_loss_increase)
     with tqdm(desc="calibrate", total=EVALUATIONS, unit="pass", disable=not progress) as bar:
-        search = TauSearch(model, batches, loss, skip_padding, bar)
+        search = TauSearch(model, batches, loss, skip_padding, bar, filter=filter)
         if budget is not None:
             found = search.by_cost(budget)
         elif max_loss_increase is not None:
             found = search.by_loss(max_loss_increase)
-    set_tau(model, found.tau)
+    set_tau(model, found.tau, filter=filter)
     return found
 
 
@@ -109,7 +112,7 @@ def check_reachable(budget: float, report: CostReport) -> None:
 class TauSearch:
     """Evaluations of one model on one set of batches, and the two ways to choose the next tau.
 
-    taus: what the layers get for the number that is searched for; by default that number.
+    taus: what the layers get for the number that is searched for; by default that number.   filter: of the layers.
     """
 
     def __init__(
@@ -120,9 +123,10 @@ class TauSearch:
         skip_padding: bool,
         bar: Any,
         taus: Callable[[float], Taus] = lambda value: value,
+        filter: Filter | None = None,
     ):
         self.model, self.batches, self.loss = model, batches, loss
-        self.skip_padding, self.bar, self.taus = skip_padding, bar, taus
+        self.skip_padding, self.bar, self.taus, self.filter = skip_padding, bar, taus, filter
         self.evaluations = 0
 
     def by_cost(self, budget: float) -> Calibration:
@@ -164,7 +168,7 @@ class TauSearch:
         """Runs the batches with that tau; the gates come back."""
         device, samples, losses, taus = device_of(self.model), 0, [], self.taus(value)
         with (
-            tau(self.model, taus),
+            tau(self.model, taus, filter=self.filter),
             evaluating(self.model),
             record_masks(self.model, skip_padding=self.skip_padding, tau=taus) as record,
         ):
@@ -176,7 +180,7 @@ class TauSearch:
                         run(self.model, batch)
                     else:
                         losses.append(float(self.loss(self.model, batch)))
-            report = cost_of_masks(self.model, record.layers, samples)
+            report = cost_of_masks(self.model, record.layers, samples, filter=self.filter)
         self.evaluations += 1
         self.bar.update()
         mean = sum(losses) / len(losses) if losses else None
@@ -185,7 +189,7 @@ class TauSearch:
         )
 
     def _bracket(self, budget: float) -> "_Bracket":
-        ends = cost(self.model, shares=1.0)
+        ends = cost_of_shares(self.model, 1.0, filter=self.filter)
         return _Bracket(budget - TOLERANCE / 2, ends.all_experts / ends.dense, ends.floor / ends.dense)
 
     def _top_expert(self, budget: float) -> Calibration:

@@ -34,10 +34,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
     """Writes a converted model, of whatever class, into one safetensors file. Never pickles.
 
     Written beside `path` and then renamed, so that `path` is never half a file. It holds every parameter and
-    buffer, routers and gates with their tau; not the model's class, for which `load` takes a dense model.
+    buffer, routers and gates with their tau; not the model's class, for which `load` takes a dense model. Of what
+    torch.compile returned, the model that it was given is saved.
     Raises ValueError where nothing is converted, FileExistsError where path is there and overwrite is False.
     """
     path = Path(path)
+    model = getattr(model, "_orig_mod", model)
     layers = describe_all(model)
     if not layers:
         raise ValueError(f"nothing to save: no FFN of this {type(model).__name__} is converted, see convert_")

@@ -52,6 +52,12 @@ def add_convert(commands: Any) -> None:
         "--expert-size", type=int, default=32, help="neurons in an expert (default: %(default)s)"
     )
     command.add_argument(
+        "--router-width",
+        type=int,
+        default=RouterConfig.width,
+        help="hidden neurons of a router (default: %(default)s); narrow models want fewer",
+    )
+    command.add_argument(
         "--sparsify",
         type=float,
         metavar="SECONDS",
@@ -135,6 +141,7 @@ def _conversion(arguments: argparse.Namespace) -> ConvertConfig:
         expert_size=arguments.expert_size,
         budget=budget,
         tau=arguments.tau,
+        router=RouterConfig(width=arguments.router_width),
         projection_router=RouterConfig(width=PROJECTION_ROUTER) if arguments.projections else None,
         seed=arguments.seed,
     )

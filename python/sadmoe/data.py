@@ -5,6 +5,7 @@ import runpy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any, Literal
 
 import torch
@@ -74,9 +75,14 @@ def load_data(model: Any, folder: Path, path: Path, *, batch_size: int, max_leng
 
 
 def _from_python(path: Path, folder: Path) -> Data:
-    batches = runpy.run_path(str(path)).get("batches")
-    if callable(batches):
-        batches = batches()
+    try:
+        batches = runpy.run_path(str(path)).get("batches")
+        if callable(batches):
+            batches = batches()
+    except Exception as error:  # whatever a file of the user's raises
+        lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f", line {lines[-1]}" if lines else ""
+        raise ValueError(f"--data: {path}{where} raised {type(error).__name__}: {error}") from error
     if not isinstance(batches, Sequence) or not batches:
         raise ValueError(
             f"--data: {path} must set `batches` to a list of what the model is called with, or to a function that "

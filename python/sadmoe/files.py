@@ -19,6 +19,10 @@ def check_new(path: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{path} is a directory; give a file")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} is there already; pass overwrite=True to replace it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"{path} cannot be written, for there is no folder {path.parent}: make it first"
+        )
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], key: str, header: Any) -> None:

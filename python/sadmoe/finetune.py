@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sadmoe.batches import Batches, check_batches, real_rows
+from sadmoe.checks import check_config, check_fields
 from sadmoe.dial import trainable_layers
 from sadmoe.ffn import site_of
 from sadmoe.gates import DynamicK
@@ -51,6 +52,7 @@ class FinetuneConfig:
     )  # of what the dense model gives, kept for when the same batch of a list comes again
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.tau is not None:
             DynamicK(self.tau)  # checks the range
         if not 0 <= self.ramp <= 1:
@@ -119,6 +121,7 @@ def finetune_(
     Raises ValueError and TypeError for wrong input, FloatingPointError where the loss is not finite. Whatever is
     raised, the model is as it was before, bit for bit.
     """
+    check_config(config, FinetuneConfig)
     check_batches(batches)
     layers = trainable_layers(model)
     if teacher is not None and loss is not None:

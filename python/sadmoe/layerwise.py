@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sadmoe.batches import Batches, check_batches
+from sadmoe.checks import check_config
 from sadmoe.dial import trainable_layers
 from sadmoe.ffn import DenseFFN, FFNSite, find_ffns
 from sadmoe.finetune import ExpertPenalty, FinetuneConfig
@@ -69,6 +70,7 @@ def finetune_layers_(
     checkpoint: where to resume from after a kill, a file for each layer, see `Checkpoint`.
     Raises ValueError where `teacher` has no FFN of a layer's name and sizes. After any error the model is as it was.
     """
+    check_config(config, FinetuneConfig)
     check_batches(batches)
     if config.tau is None:
         raise ValueError("finetune_layers_ picks experts by their true norms: give config.tau a threshold")

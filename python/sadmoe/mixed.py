@@ -16,9 +16,11 @@ from sadmoe.batches import device_of
 @contextmanager
 def fast_training(*models: nn.Module) -> Iterator[None]:
     """Autocast to bfloat16, on a CPU only where that is faster; there also attention of transformers without the fused
-    kernel, whose backward is slow in it. A caller's own autocast stays as it is."""
+    kernel, whose backward is slow in it. A caller's own autocast, and a model in float16, which bfloat16 does not mix
+    with, stay as they are."""
     device = device_of(models[0]).type
-    faster = not torch.is_autocast_enabled(device) and (device != "cpu" or bf16_is_faster())
+    half = any(p.dtype == torch.float16 for model in models for p in model.parameters())
+    faster = not half and not torch.is_autocast_enabled(device) and (device != "cpu" or bf16_is_faster())
     with (
         torch.autocast(device, torch.bfloat16) if faster else nullcontext(),
         _eager_attention(models) if device == "cpu" else nullcontext(),

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from sadmoe import reference
 from sadmoe.batches import Batches
+from sadmoe.checks import check_config, check_fields
 from sadmoe.dial import converted_layers, tau
 from sadmoe.ffn import projection_mlps
 from sadmoe.files import checksum
@@ -45,6 +46,7 @@ class RouterConfig:
     seed: int = 0  # of the initial weights, the held-out tokens and the order of the tokens
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("width", "steps", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"RouterConfig: {name} must be at least 1, got {getattr(self, name)}")
@@ -87,7 +89,7 @@ def fit_router_(
     `DynamicKMoE.expert_norms`.
     """
     config = RouterConfig(width=layer.router.v1.shape[0]) if config is None else config
-    _check_fit(layer, inputs, config)
+    _check_fit(layer, inputs, check_config(config, RouterConfig))
     generator = torch.Generator().manual_seed(config.seed)
     with (
         torch.inference_mode(False),
@@ -154,7 +156,7 @@ def fit_routers_(
 
 
 def _for_width(config: RouterConfig | None, width: int, free: bool) -> RouterConfig:
-    config = RouterConfig() if config is None else config
+    config = RouterConfig() if config is None else check_config(config, RouterConfig)
     return replace(config, width=width) if free else config
 
 

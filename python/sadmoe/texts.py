@@ -49,7 +49,7 @@ def load_tokenizer(folder: Path) -> Any:
     such a folder transformers makes a tokenizer of a few words."""
     import transformers
 
-    if not any(path.match(pattern) for path in folder.iterdir() for pattern in TOKENIZER_FILES):
+    if not _holds(folder, TOKENIZER_FILES):
         raise FileNotFoundError(
             f"{folder} has no tokenizer: put the model's there by tokenizer.save_pretrained({str(folder)!r})"
         )
@@ -60,10 +60,16 @@ def load_processor(folder: Path) -> Any:
     """Whatever makes a model's inputs, of local files alone: processor, tokenizer or image processor; None without."""
     import transformers
 
+    if not _holds(folder, (*TOKENIZER_FILES, "*processor*")):
+        return None
     try:
         return transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError):
         return None
+
+
+def _holds(folder: Path, patterns: Sequence[str]) -> bool:
+    return any(path.match(pattern) for path in folder.iterdir() for pattern in patterns)
 
 
 def tokenized(

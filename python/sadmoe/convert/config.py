@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
+from sadmoe.checks import check_fields
 from sadmoe.gates import DynamicK
 from sadmoe.routers import RouterConfig
 from sadmoe.tables import divisors
@@ -41,6 +42,7 @@ class ConvertConfig:
     projection_router: RouterConfig | None = None  # None: as the FFNs
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.expert_size is not None and self.experts is not None:
             raise ValueError(
                 "ConvertConfig: give expert_size or experts, not both; "

@@ -1,5 +1,6 @@
 """Find the FFNs, check all, build all, swap all last."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -7,11 +8,13 @@ from torch import nn
 
 from sadmoe.batches import Batches, check_batches, device_of, evaluating, refuse_compiled, run, to_device
 from sadmoe.calibrate import calibrate_
+from sadmoe.checks import check_config
 from sadmoe.convert.build import Built, Clock, build_all
 from sadmoe.convert.config import ConvertConfig
 from sadmoe.convert.report import ConversionReport, LayerReport
 from sadmoe.convert.undo import surgery
 from sadmoe.cost import layer_cost
+from sadmoe.dial import tau
 from sadmoe.ffn import (
     FFNSite,
     check_originals,
@@ -43,13 +46,15 @@ def convert_(
     All is checked, then built beside the model from what the dense model computes, then swapped in: whatever
     fails, Ctrl-C included, leaves the model as it was. Takes the memory of the FFNs twice until it returns.
     The same model, batches and config give the same layers, bit for bit.
+    FFNs that were converted before keep their layers and gates, and run as dense meanwhile: so parts of a model can be
+    converted one after the other, with batches and a budget of their own.
 
     batches: a list or a DataLoader of what the model is called with; no labels needed.   checkpoint: where to resume
     from after a kill: layers that were built are loaded, see `Checkpoint`.   progress: show bars.
     Raises ValueError or TypeError where model or batches do not fit, FFNNotFoundError where there is no FFN,
     NotImplementedError where none of them can be converted.
     """
-    config = ConvertConfig() if config is None else config
+    config = ConvertConfig() if config is None else check_config(config, ConvertConfig)
     clock = Clock()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -58,14 +63,20 @@ def convert_(
         with clock("find"):
             check_batches(batches)
             sites = _checked_sites(model, config)
-        built = build_all(model, sites, batches, config, clock, checkpoint, progress)
+        with tau(model, 0.0) if moe_layers(model) else nullcontext():
+            built = build_all(model, sites, batches, config, clock, checkpoint, progress)
         for one in built:
             swap_in(model, one.site, one.layer)
         _check_runs(model, batches)
         if config.budget is not None:
             with clock("calibrate"):
                 calibrate_(
-                    model, batches, budget=config.budget, skip_padding=config.skip_padding, progress=progress
+                    model,
+                    batches,
+                    budget=config.budget,
+                    filter={site.name for site in sites}.__contains__,
+                    skip_padding=config.skip_padding,
+                    progress=progress,
                 )
         with clock("judge"), evaluating(model):
             rows = tuple(_judge(one) for one in built)
@@ -108,11 +119,6 @@ def _check_runs(model: nn.Module, batches: Batches) -> None:
 
 def _checked_sites(model: nn.Module, config: ConvertConfig) -> list[FFNSite]:
     """The FFNs to convert, each of which can be cut."""
-    if converted := moe_layers(model):
-        raise ValueError(
-            f"{len(converted)} FFNs of this {type(model).__name__} are converted already: "
-            "restore_(model) first"
-        )
     refuse_compiled(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:

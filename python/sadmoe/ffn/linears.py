@@ -16,10 +16,13 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def why_not_plain(module: nn.Module) -> str | None:
-    """Why the weights of a linear layer cannot be read and put back (quantised, wrapped), else None."""
+    """Why the weights of a linear layer cannot be read and put back (quantised, wrapped), else None.
+
+    A class of its own that holds no more than nn.Linear does is plain (Falcon's): what it computes, the probe tells.
+    """
     kind = type(module).__name__
-    own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
-    if own_forward or not (isinstance(module, nn.Linear) or _is_conv1d(module)):
+    more = (*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False)))
+    if not (isinstance(module, nn.Linear) or _is_conv1d(module)) or set(more) - {"weight", "bias"}:
         return (
             f"is a {kind}; only nn.Linear and transformers' Conv1D can be read (merge adapters, dequantise)"
         )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from sadmoe.checks import check_fields
 from sadmoe.sparsify.penalty import PENALTIES, Penalty
 
 Schedule = Literal["constant", "linear", "linear_warmup"]
@@ -36,6 +37,7 @@ class SparsifyConfig:
     )  # of what the dense model gives, kept for when the same batch of a list comes again
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if (self.steps is None) == (self.seconds is None):
             raise ValueError(
                 f"give steps or seconds, one of the two, got steps={self.steps} and seconds={self.seconds}"

@@ -10,6 +10,7 @@ from itertools import islice
 from torch import nn
 
 from sadmoe.batches import Batches, check_batches, refuse_compiled
+from sadmoe.checks import check_config
 from sadmoe.ffn import FFNSite, find_ffns, swap_activations_
 from sadmoe.sparsify.config import SparsifyConfig, Step
 from sadmoe.sparsify.guards import all_or_nothing, mode, seeded
@@ -93,6 +94,7 @@ def sparsify_(
     Raises ValueError and TypeError for wrong input, FloatingPointError where the loss is not finite.
     Whatever is raised, the model is as it was before, bit for bit.
     """
+    check_config(config, SparsifyConfig)
     check_batches(batches)
     refuse_compiled(model)
     if loss is not None and config.objective != "task":

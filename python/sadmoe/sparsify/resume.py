@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sadmoe import files
 from sadmoe.batches import device_of
+from sadmoe.checks import check_fields
 from sadmoe.sparsify.processes import place
 
 FORMAT = 1
@@ -40,6 +41,7 @@ class Checkpoint:
     every: float = 60.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.every >= 0:
             raise ValueError(f"Checkpoint: every must be at least 0 seconds, got {self.every}")
 

@@ -1,0 +1,58 @@
+"""Wrong types in configs: named before anything is computed."""
+
+import numpy
+import pytest
+import sadmoe
+import torch
+from sadmoe import ConvertConfig, FinetuneConfig, ProjectionConfig, RouterConfig, SparsifyConfig
+from tiny_models import TINY
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: ConvertConfig(expert_size="32"),
+            "ConvertConfig: expert_size must be an int or None, got '32'",
+        ),
+        (lambda: ConvertConfig(max_tokens=1e4), "ConvertConfig: max_tokens must be an int, got 10000.0"),
+        (lambda: ConvertConfig(budget="half"), "ConvertConfig: budget must be a number or None, got 'half'"),
+        (lambda: ConvertConfig(router=64), "ConvertConfig: router must be a RouterConfig, got 64"),
+        (lambda: ConvertConfig(filter="encoder"), "filter must be a function or None, got 'encoder'"),
+        (lambda: ConvertConfig(skip_padding=None), "skip_padding must be a bool, got None"),
+        (lambda: RouterConfig(lr=None), "RouterConfig: lr must be a number, got None"),
+        (lambda: SparsifyConfig(steps=[10]), r"SparsifyConfig: steps must be an int or None, got \[10\]"),
+        (lambda: FinetuneConfig(seconds="9"), "FinetuneConfig: seconds must be a number or None, got '9'"),
+        (lambda: ProjectionConfig(ratio="1"), "ProjectionConfig: ratio must be a number, got '1'"),
+        (lambda: ProjectionConfig(act=None), "ProjectionConfig: act must be a str, got None"),
+    ],
+)
+def test_a_field_of_another_type_is_named(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    config = ConvertConfig(expert_size=numpy.int64(8), budget=numpy.float32(0.5), seed=torch.tensor(3))
+    assert config.experts_of(64) == 8
+
+
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        (sadmoe.convert_, "ConvertConfig"),
+        (sadmoe.sparsify_, "SparsifyConfig"),
+        (sadmoe.finetune_, "FinetuneConfig"),
+        (sadmoe.replace_projections_, "ProjectionConfig"),
+        (sadmoe.fit_routers_, "RouterConfig"),
+    ],
+)
+def test_a_config_of_another_kind_is_named(call, kind):
+    model, batches = TINY["user glu"].model(), [TINY["user glu"].batch()]
+    if call is sadmoe.fit_routers_:
+        own = ConvertConfig(expert_size=5, router=RouterConfig(width=4, steps=1))
+        sadmoe.convert_(model, batches, own, progress=False)
+    with pytest.raises(TypeError, match=rf"config must be a {kind}, got a dict: give {kind}\(\*\*config\)"):
+        call(model, batches, {"seed": 3})
+    with pytest.raises(TypeError, match=rf"config must be a {kind}, got a int$"):
+        call(model, batches, 3)
