@@ -94,7 +94,8 @@ void accumulate_all(const Accumulate& p, Turn turn, AheadInRows<Vec> ahead) {
 // So many columns of so many neurons that come next, while p is computed.
 template <class Vec, class W>
 AheadInRows<Vec> ahead_of(const Accumulate& p, const void* next, int64_t neurons, int64_t columns) {
-  return {next, neurons, columns * int64_t(sizeof(W)), p.ld_w * int64_t(sizeof(W)), p.n * p.m * p.columns};
+  const W* end = static_cast<const W*>(p.w) + p.m * p.ld_w;
+  return {next, neurons, columns * int64_t(sizeof(W)), p.ld_w * int64_t(sizeof(W)), p.n * p.m * p.columns, end};
 }
 
 // A few neurons at a time, over all columns, while those that come next are fetched.

@@ -16,12 +16,13 @@ constexpr int64_t kLine = 64, kPage = 4096;  // bytes
 template <class Vec>
 class Ahead {
  public:
-  // So many bytes while so many products are summed. from may be null: nothing.
-  Ahead(const void* from, int64_t bytes, int64_t products) : Ahead(from, bytes, products, 1) {}
+  // So many bytes while so many products are summed, of what ends at `end`. from may be null: nothing.
+  Ahead(const void* from, int64_t bytes, int64_t products, const void* end) : Ahead(from, bytes, products, end, 1, kAgain) {}
 
   // The bytes that each of the next steps, of so many products, is to fetch, at most so many. They count as fetched.
   int64_t take(int64_t steps, int64_t products, int64_t most) {
     if (left_ <= 0) return 0;
+    behind_ = at_ - asked_ < again_ ? 0 : again_;
     const int64_t even = (rate_ * products + (int64_t{1} << kShift) - 1) >> kShift;
     const int64_t pace = even < least_ ? least_ : even > most ? most : even;
     left_ -= steps * pace;
@@ -29,11 +30,9 @@ class Ahead {
     return pace;
   }
 
-  // Each line is asked for at least twice, the second time kAgain bytes later: a processor drops what it is asked for while
-  // too many lines are on their way.
   template <int Lines>
   void step(int64_t pace, Index<Lines> lines) {
-    ask(lines, kAgain);
+    ask(lines);
     at_ += pace;
   }
 
@@ -41,18 +40,23 @@ class Ahead {
   static constexpr int64_t kAgain = 3072, kPagesAhead = 2 * kPage;
   static constexpr int kReading = 0, kFirstLevel = 3, kSecondLevel = 2;
 
-  Ahead(const void* from, int64_t bytes, int64_t products, int64_t least)
+  Ahead(const void* from, int64_t bytes, int64_t products, const void* end, int64_t least, int64_t again)
       : at_(static_cast<const char*>(from)),
+        asked_(from == end ? at_ - again : at_),
         pages_(at_),
+        again_(again),
         left_(from ? bytes : 0),
         rate_(products > 0 ? (bytes << kShift) / products : 0),
         least_(least) {}
 
+  // Each line is asked for twice, the second time about kAgain bytes later: a processor drops what it is asked for while too many
+  // lines are on their way. But none before those that were asked for: of an expert that nobody chose, they would come for
+  // nothing.
   template <int Lines>
-  void ask(Index<Lines>, int64_t again) const {
+  void ask(Index<Lines>) const {
     unroll<Lines>([&](auto line) {
       __builtin_prefetch(at_ + line.value * kLine, kReading, kSecondLevel);
-      __builtin_prefetch(at_ + line.value * kLine - again, kReading, kSecondLevel);
+      __builtin_prefetch(at_ + line.value * kLine - behind_, kReading, kSecondLevel);
     });
   }
 
@@ -63,7 +67,9 @@ class Ahead {
  private:
   static constexpr int kShift = 20;
 
+  const char* asked_;  // from here on lines were asked for
   const char* pages_;  // up to here they have been found
+  int64_t again_, behind_ = 0;
   int64_t left_, rate_, least_;
 };
 
@@ -73,17 +79,16 @@ class Ahead {
 template <class Vec>
 class AheadInRows : public Ahead<Vec> {
  public:
-  AheadInRows(const void* from, int64_t rows, int64_t row, int64_t ld, int64_t products)
-      : Ahead<Vec>(from, rows * row, products, row == ld ? 1 : kLine),
+  AheadInRows(const void* from, int64_t rows, int64_t row, int64_t ld, int64_t products, const void* end)
+      : Ahead<Vec>(from, rows * row, products, end, row == ld ? 1 : kLine, row == ld ? kAgain : (kAgain / row + 1) * ld),
         row_left_(row),
         row_(row),
-        jump_(ld - row),
-        again_(row == ld ? kAgain : (kAgain / row + 1) * ld) {}
+        jump_(ld - row) {}
 
   template <int Lines>
   void step(int64_t pace, Index<Lines> lines) {
     if constexpr (Lines > 0) {
-      ask(lines, again_);
+      ask(lines);
       at_ += pace, row_left_ -= pace;
       while (row_left_ <= 0) {
         at_ += jump_, row_left_ += row_;
@@ -95,7 +100,7 @@ class AheadInRows : public Ahead<Vec> {
  private:
   using Ahead<Vec>::ask, Ahead<Vec>::at_, Ahead<Vec>::find_page, Ahead<Vec>::kAgain;
 
-  int64_t row_left_, row_, jump_, again_;
+  int64_t row_left_, row_, jump_;
 };
 
 // body(Index of 0, 1 or Most): the lines that each step of this pace asks for.

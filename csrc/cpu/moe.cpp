@@ -211,6 +211,7 @@ class Block {
       project_({n, m, s_.d, s_.s, x_rows(), plan_.rows_of(e), neuron(w, first), out,
                 form_ == Form::ints ? int_x_.steps() : nullptr, then});
     };
+    for (const AsFloat* scales : {&scale_, &gate_scale_, &out_scale_}) fetch(scales->from(first), m);
     project(p_.w_up, h, gate ? neuron(p_.w_gate, first) : neuron(p_.w_up, next));
     if (gate) project(p_.w_gate, gate, neuron(p_.w_up, next));
     k_.activate({n, m, s_.s, h, bias_.from(first), gate, gate_bias_.from(first), p_.act, scale_.from(first),
@@ -224,6 +225,12 @@ class Block {
       k_.narrow[int(DType::bf16)](h + i * s_.s, row + j0, m);
       if (j1 < ld_h_ && j1 == s_.s) row[j1] = {0};
     }
+  }
+
+  // Into the caches, while products are summed: of one row they take little longer than memory does for a line.
+  static void fetch(const float* from, int64_t n) {
+    constexpr int64_t kFloats = kLine / sizeof(float);
+    for (int64_t i = 0; from && i < n + kFloats; i += kFloats) __builtin_prefetch(from + std::min(i, n - 1));
   }
 
   AsFloat of_neurons(View v) const { return {v, s_.E * s_.s}; }
