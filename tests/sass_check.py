@@ -67,8 +67,9 @@ MMA = {
     "Fma": ("FFMA",),
     "Mma<__nv_bfloat16>": (r"HMMA\.16816\.F32\.BF16", MATRICES),
     "Mma<__half>": (r"HMMA\.16816\.F32 ", MATRICES),
-    "Tf32<1>": (r"HMMA\.1688\.F32\.TF32", MATRICES),
-    "Tf32<2>": (r"HMMA\.1688\.F32\.TF32", MATRICES),
+    "Tf32<1, 1>": (r"HMMA\.1688\.F32\.TF32", MATRICES),
+    "Tf32<2, 1>": (r"HMMA\.1688\.F32\.TF32", MATRICES),
+    "Tf32<1, 2>": (r"HMMA\.1688\.F32\.TF32", MATRICES),
 }
 
 
@@ -84,19 +85,20 @@ STEPS: dict[str, tuple[int, ...]] = {
     "up<TallMma, true>": (155,),
     "up<TallTf32, false>": (150,),
     "up<TallTf32, true>": (205,),
-    "up<Tf32<1>, false>": (120,),
-    "up<Tf32<1>, true>": (205,),
-    "up<Tf32<2>, false>": (250,),
+    "up<Tf32<1, 1>, false>": (120,),
+    "up<Tf32<1, 1>, true>": (205,),
+    "up<Tf32<2, 1>, false>": (250,),
+    "up<Tf32<1, 2>, false>": (250,),
     "down<Fma, 1>": (185, 205),
     "down<Fma, 2>": (200, 225),
     "down<Mma, 1>": (100, 165),
     "down<Mma, 2>": (120, 180),
     "down<Mma, 4>": (120, 190),
-    "down<Tf32<1>, 1>": (155, 215),
-    "down<Tf32<1>, 2>": (170, 235),
+    "down<Tf32<1, 1>, 1>": (155, 215),
+    "down<Tf32<1, 1>, 2>": (170, 235),
     "down_crowd<Fma>": (),  # nvcc unrolls its depth for some architectures
     "down_crowd<Mma>": (170, 395),
-    "down_crowd<Tf32<1>>": (205, 340),
+    "down_crowd<Tf32<1, 1>>": (205, 340),
     "decode_up<Fma, false, 16>": (100,),
     "decode_up<Fma, false, 64>": (135,),
     "decode_up<Fma, true, 16>": (150,),
@@ -105,18 +107,20 @@ STEPS: dict[str, tuple[int, ...]] = {
     "decode_up<Mma, false, 64>": (85,),
     "decode_up<Mma, true, 16>": (110,),
     "decode_up<Mma, true, 64>": (115,),
-    "decode_up<Tf32<1>, false, 16>": (130,),
-    "decode_up<Tf32<1>, false, 64>": (160,),
-    "decode_up<Tf32<1>, true, 16>": (210,),
-    "decode_up<Tf32<1>, true, 64>": (270,),
-    "decode_up<Tf32<2>, false, 16>": (255,),
-    "decode_up<Tf32<2>, false, 64>": (410,),
+    "decode_up<Tf32<1, 1>, false, 16>": (130,),
+    "decode_up<Tf32<1, 1>, false, 64>": (160,),
+    "decode_up<Tf32<1, 1>, true, 16>": (210,),
+    "decode_up<Tf32<1, 1>, true, 64>": (270,),
+    "decode_up<Tf32<2, 1>, false, 16>": (255,),
+    "decode_up<Tf32<2, 1>, false, 64>": (410,),
+    "decode_up<Tf32<1, 2>, false, 16>": (255,),
+    "decode_up<Tf32<1, 2>, false, 64>": (410,),
     "decode_down<Fma, 16>": (85, 125),
     "decode_down<Fma, 64>": (140, 190),
     "decode_down<Mma, 16>": (75, 110),
     "decode_down<Mma, 64>": (90, 160),
-    "decode_down<Tf32<1>, 16>": (105, 140),
-    "decode_down<Tf32<1>, 64>": (170, 240),
+    "decode_down<Tf32<1, 1>, 16>": (105, 140),
+    "decode_down<Tf32<1, 1>, 64>": (170, 240),
 }
 
 
@@ -148,12 +152,12 @@ def _budgets() -> dict[str, Budget]:
     }
     for tile, must in MMA.items():
         turned = (TRANSPOSED,) if tile.startswith("Mma") else ()
-        experts = tile != "Tf32<2>"  # that one is the router's
+        experts = tile not in ("Tf32<2, 1>", "Tf32<1, 2>")  # those are the router's
         hidden = (COPY, BY_4_BYTES, *must)
         for gated in ("false", "true") if experts else ("false",):
             budgets[f"up<{tile}, {gated}>"] = Budget(168 if gated == "true" else 128, hidden)
             if experts:
-                tall = "TallTf32" if tile == "Tf32<1>" else f"Tall{tile}"
+                tall = "TallTf32" if tile == "Tf32<1, 1>" else f"Tall{tile}"
                 for same in (f"up<{tall}, {gated}>", f"up_all<{tile}, {gated}>"):
                     budgets[same] = budgets[f"up<{tile}, {gated}>"]
             for tokens in (16, 64):

@@ -49,6 +49,14 @@ def test_base_and_adapter_are_the_converted_model_and_the_base_comes_back(name, 
     assert dict(base.named_modules()) == modules
 
 
+def test_of_a_compiled_model_it_is_that_of_the_model(tmp_path):
+    model = converted("user glu", projections=False)
+    save_adapter(torch.compile(model), tmp_path / "a.safetensors")
+    base, batch = TINY["user glu"].model(), TINY["user glu"].batch()
+    load_adapter(base, tmp_path / "a.safetensors")
+    assert torch.equal(call(base, batch), call(model, batch))
+
+
 def test_it_holds_routers_and_permutations_only(tmp_path):
     model = converted("bert", projections=False)
     save_adapter(model, tmp_path / "adapter.safetensors")

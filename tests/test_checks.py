@@ -4,7 +4,7 @@ import numpy
 import pytest
 import sadmoe
 import torch
-from sadmoe import ConvertConfig, FinetuneConfig, ProjectionConfig, RouterConfig, SparsifyConfig
+from sadmoe import Checkpoint, ConvertConfig, FinetuneConfig, ProjectionConfig, RouterConfig, SparsifyConfig
 from tiny_models import TINY
 
 
@@ -16,6 +16,8 @@ from tiny_models import TINY
             "ConvertConfig: expert_size must be an int or None, got '32'",
         ),
         (lambda: ConvertConfig(max_tokens=1e4), "ConvertConfig: max_tokens must be an int, got 10000.0"),
+        (lambda: ConvertConfig(seed=torch.ones(3)), r"ConvertConfig: seed must be an int, got tensor\(\["),
+        (lambda: Checkpoint(3), "Checkpoint: folder must be a str or a PathLike, got 3"),
         (lambda: ConvertConfig(budget="half"), "ConvertConfig: budget must be a number or None, got 'half'"),
         (lambda: ConvertConfig(router=64), "ConvertConfig: router must be a RouterConfig, got 64"),
         (lambda: ConvertConfig(filter="encoder"), "filter must be a function or None, got 'encoder'"),
@@ -32,9 +34,23 @@ def test_a_field_of_another_type_is_named(make, message):
         make()
 
 
-def test_numbers_of_numpy_and_torch_are_numbers():
-    config = ConvertConfig(expert_size=numpy.int64(8), budget=numpy.float32(0.5), seed=torch.tensor(3))
-    assert config.experts_of(64) == 8
+def test_numbers_of_numpy_and_torch_are_numbers(tmp_path):
+    router = RouterConfig(width=numpy.int32(4), steps=1, lr=torch.tensor(0.5))
+    config = ConvertConfig(
+        expert_size=numpy.int64(5), budget=numpy.float32(0.75), seed=torch.tensor(3), router=router
+    )
+    assert [type(value) for value in (config.expert_size, config.budget, config.seed, router.lr)] == [
+        *(int, float, int, float)
+    ]
+    tiny = TINY["user glu"]
+    report = sadmoe.convert_(
+        tiny.model(), [tiny.batch()], config, checkpoint=Checkpoint(tmp_path), progress=False
+    )
+    assert '"budget": 0.75' in report.to_json()
+
+
+def test_a_folder_may_be_a_string_or_a_path(tmp_path):
+    assert Checkpoint(str(tmp_path)).file("a") == Checkpoint(tmp_path).file("a")
 
 
 @pytest.mark.parametrize(
@@ -52,7 +68,7 @@ def test_a_config_of_another_kind_is_named(call, kind):
     if call is sadmoe.fit_routers_:
         own = ConvertConfig(expert_size=5, router=RouterConfig(width=4, steps=1))
         sadmoe.convert_(model, batches, own, progress=False)
-    with pytest.raises(TypeError, match=rf"config must be a {kind}, got a dict: give {kind}\(\*\*config\)"):
+    with pytest.raises(TypeError, match=rf"config must be a {kind}, got dict: give {kind}\(\*\*config\)"):
         call(model, batches, {"seed": 3})
-    with pytest.raises(TypeError, match=rf"config must be a {kind}, got a int$"):
+    with pytest.raises(TypeError, match=rf"config must be a {kind}, got int: give {kind}\(...\)"):
         call(model, batches, 3)

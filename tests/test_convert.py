@@ -7,10 +7,12 @@ import pytest
 import sadmoe.convert.build as build
 import sadmoe.convert.recipe as recipe
 import torch
+from sadmoe.checkpoint import load, save
 from sadmoe.convert import ConvertConfig, after_surgery, convert_, restore_, surgery
 from sadmoe.cost import cost
 from sadmoe.dial import tau
 from sadmoe.ffn import FFNNotFoundError, find_ffns, moe_layers
+from sadmoe.gates import TopK
 from sadmoe.inputs import collect_inputs
 from sadmoe.masks import record_masks
 from sadmoe.routers import RouterConfig
@@ -327,6 +329,26 @@ def test_a_failure_anywhere_leaves_the_model_exactly_as_it_was(monkeypatch, stag
     assert model.config.to_dict() == config
     handle.remove()
     assert not model.bert.encoder.layer[0].intermediate.dense._forward_hooks
+
+
+def test_parts_that_differ_in_all_they_may_are_converted_saved_and_loaded(tmp_path):
+    """The encoder in int8 under a static gate; then the decoder, other experts and routers, from batches of its own."""
+    name, (model, batches) = "t5", model_and_batches("t5")
+    encoder, decoder = TINY[name].names
+    convert(model, batches, filter=encoder.__eq__, tau=0.3)
+    moe_layers(model)[encoder].to_int8_()
+    moe_layers(model)[encoder].gate = TopK(4)
+    convert(
+        model, batches, filter=decoder.__eq__, expert_size=10, router=RouterConfig(width=4, steps=5), tau=0.5
+    )
+    wanted = call(model, batches[0])
+    assert moe_layers(model)[encoder].gate == TopK(4)
+    save(model, tmp_path / "m.safetensors")
+    again = TINY[name].model()
+    load(again, tmp_path / "m.safetensors")
+    assert torch.equal(call(again, batches[0]), wanted)
+    model.save_pretrained(tmp_path / "m")
+    assert torch.equal(call(type(model).from_pretrained(tmp_path / "m"), batches[0]), wanted)
 
 
 @pytest.mark.parametrize("stage", ["stream_inputs", "fit_router_", "swap_in", "calibrate_", "_judge"])

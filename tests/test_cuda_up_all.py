@@ -92,9 +92,9 @@ def test_by_the_shape_they_turn_where_the_model_says(native, gated, warpgroups, 
 
 
 @pytest.mark.parametrize(("warpgroups", "dtype"), WAYS)
-@pytest.mark.parametrize("act", ["relu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("act", ["relu", "gelu_tanh", "silu", "quick_gelu", "relu2"])
 def test_every_activation_and_float32_by_tensor_cores(native, act, warpgroups, dtype):
-    args = experts_problem(100, 40, 5, 24, bias=True, dtype=dtype, share=0.6, gated=act == "silu")
+    args = experts_problem(100, 40, 5, 24, bias=True, dtype=dtype, share=0.6, gated=act in ("silu", "relu2"))
     results, products = [], [all_products(native)]
     for share in (NEVER, ALWAYS):
         set_options(native, tf32=True, hopper=warpgroups, up_all=share, crowd=NEVER)

@@ -60,6 +60,11 @@ def test_a_filter_turns_its_layers_alone():
         assert converted_layers(model)[second].gate.tau == 0.5
         assert converted_layers(model)[first].gate.tau == 0.1
     assert [layer.gate.tau for layer in converted_layers(model).values()] == taus
+    with tau(model, 0.2, filter=first.__eq__):
+        set_tau(model, 0.7, filter=second.__eq__)
+    assert [layer.gate.tau for layer in converted_layers(model).values()] == [0.0, 0.7]
+    with pytest.raises(TypeError, match="filter must be a function of a name, or None, got 'encoder'"):
+        set_tau(model, 0.5, filter="encoder")
     with pytest.raises(ValueError, match=f"filter refused all 2 converted layers: {first}, {second}"):
         set_tau(model, 0.5, filter=lambda name: False)
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from sadmoe.ffn import (
     FFNNotFoundError,
     find_ffns,
@@ -190,7 +191,7 @@ def _parametrise(ffn: UserFFN) -> None:
         ),
         (
             lambda: _with(lambda m: setattr(m, "expand", _Scaled(D, F_))),
-            "expand is a _Scaled; only nn.Linear",
+            "expand is a _Scaled that holds scale too; only nn.Linear",
         ),
         (lambda: _with(_parametrise), "expand is a ParametrizedLinear that something wraps or parametrises"),
         (
@@ -288,8 +289,46 @@ def test_a_linear_layer_of_its_own_class_that_computes_the_same_is_one():
     assert torch.equal(model(x), wanted)
 
 
+def test_what_more_a_linear_layer_holds_is_named_where_it_may_matter():
+    ffn = UserFFN(nn.ReLU())
+    ffn.expand.register_buffer("note", torch.zeros(1))  # nn.Linear's own forward reads no more than it did
+    assert [site.name for site in find_ffns(nn.Sequential(ffn))] == ["0"]
+    nn.utils.prune.l1_unstructured(ffn.expand, "weight", 0.5)
+    assert "expand has a weight of type Tensor and dtype torch.float32, not a float nn.Parameter" in reason(
+        ffn
+    )
+    ffn = UserFFN(nn.ReLU())
+    ffn.expand = _Scaled(D, F_)
+    assert "expand is a _Scaled that holds scale too; only nn.Linear" in reason(ffn)
+    ffn.expand = nn.Linear(D, F_)
+    del ffn.expand.weight  # packed elsewhere
+    assert "expand has a weight of type NoneType, not a float nn.Parameter" in reason(ffn)
+
+
+def test_three_linear_layers_that_are_no_glu_are_named_too():
+    class Deep(UserFFN):
+        def __init__(self) -> None:
+            super().__init__(nn.ReLU6())
+            self.out = nn.Linear(D, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(super().forward(x))
+
+    assert "its activation, nonlinearity (ReLU6), is none of" in reason(Deep())
+
+
+def test_what_the_filter_takes_is_converted_already():
+    model = nn.Sequential(UserFFN(), UserFFN())
+    (site, _) = find_ffns(model)
+    swap_in(model, site, layer_from_dense(site.dense(), slots_of(site), 4))
+    with pytest.raises(FFNNotFoundError, match="1 FFNs are converted already; to convert them anew"):
+        find_ffns(model, "0".__eq__)
+    with pytest.raises(FFNNotFoundError, match="the filter refused all there are:\n  1"):
+        find_ffns(model, "2".__eq__)
+
+
 def test_a_filter_must_be_a_function():
-    with pytest.raises(TypeError, match="filter must be a function of an FFN's name, or None, got 'encoder'"):
+    with pytest.raises(TypeError, match="filter must be a function of a name, or None, got 'encoder'"):
         find_ffns(nn.Sequential(UserFFN()), "encoder")
 
 

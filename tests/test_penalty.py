@@ -4,11 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sadmoe.ffn import find_ffns
+from sadmoe.ffn.activations import ACTIVATION_MODULES
 from sadmoe.sparsify import SparsityLoss, measure_sparsity, square_hoyer
 from tiny_models import TINY, UserGLU, hidden
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from two_ffns import FF, D, Plain, data, two_ffns
+
+Relu2 = ACTIVATION_MODULES["relu2"]
 
 # ---------------------------------------------------------------- square Hoyer
 
@@ -74,7 +77,7 @@ def expected(model: nn.Module, x: Tensor, act: str, penalty: str, displacement: 
         inner = block.inner
         first = inner.c if isinstance(inner, UserGLU) else inner.expand
         z = first(block.norm(x))
-        a = z.relu() if act == "relu" else (z - displacement).clamp(min=0)
+        a = z.relu() if act in ("relu", "relu2") else (z - displacement).clamp(min=0)
         value = a.sum(-1).square() / a.square().sum(-1) if penalty == "hoyer" else a.abs().sum(-1)
         means.append((value / z.shape[-1]).mean())
         x = block(x)
@@ -84,7 +87,7 @@ def expected(model: nn.Module, x: Tensor, act: str, penalty: str, displacement: 
 @pytest.mark.parametrize("penalty", ["hoyer", "l1"])
 @pytest.mark.parametrize(
     ("make", "act", "module"),
-    [(Plain, "relu", nn.ReLU), (Plain, "gelu", nn.GELU), (UserGLU, "silu", nn.SiLU)],
+    [(Plain, "relu", nn.ReLU), (Plain, "gelu", nn.GELU), (UserGLU, "silu", nn.SiLU), (Plain, "relu2", Relu2)],
 )
 def test_the_loss_is_its_definition(make, act, module, penalty):
     model = two_ffns(module, make)

@@ -5,6 +5,7 @@ from dataclasses import FrozenInstanceError, dataclass
 import pytest
 import torch
 from sadmoe.ffn import find_ffns
+from sadmoe.ffn.activations import ACTIVATION_MODULES
 from sadmoe.sparsify import SparsifyConfig, measure_sparsity, sparsify_
 from sadmoe.sparsify.objective import block_of, distill_hidden
 from tiny_models import TINY
@@ -34,6 +35,14 @@ def test_the_penalty_falls_and_the_report_says_so(objective, swap):
     assert measure_sparsity(model, data()) == report.after
     assert {site.act for site in find_ffns(model)} == {"relu" if swap else "gelu"}
     assert (report.zero > 0.3) == swap
+
+
+@pytest.mark.parametrize("swap", [True, False])
+def test_the_square_of_relu_stays_and_is_made_sparse(swap):
+    model = two_ffns(ACTIVATION_MODULES["relu2"])
+    report = run_sparsify(model, short(steps=30, relu_swap=swap))
+    assert {site.act for site in find_ffns(model)} == {"relu2"}
+    assert report.history[-1].penalty < 0.9 * report.history[0].penalty
 
 
 class Once(torch.utils.data.IterableDataset):

@@ -95,8 +95,8 @@ struct Strip<Mma<T>, kTokens> : TensorStrip<kTokens> {
   }
 };
 
-template <int kParts, int kTokens>
-struct Strip<Tf32<kParts>, kTokens> : TensorStrip<kTokens> {
+template <int kParts, int kPartsB, int kTokens>
+struct Strip<Tf32<kParts, kPartsB>, kTokens> : TensorStrip<kTokens> {
   using TensorStrip<kTokens>::lane, TensorStrip<kTokens>::sums;
 
   // Fragments of 16 depths at a time: two of 8.
@@ -123,17 +123,18 @@ struct Strip<Tf32<kParts>, kTokens> : TensorStrip<kTokens> {
  private:
   template <class A>
   SADMOE_DEVICE void add(const A& a, int k, const unsigned (&raw)[4]) {
-    const Split<1> bs(raw);
-    float step[kParts > 1 ? kTokens / 4 : 1] = {};
-    float* to = kParts > 1 ? step : sums;
+    constexpr bool kExact = kParts * kPartsB > 1;
+    const Split<kPartsB> bs(raw);
+    float step[kExact ? kTokens / 4 : 1] = {};
+    float* to = kExact ? step : sums;
     SADMOE_UNROLL
     for (int half = 0; half < 2; ++half) SADMOE_UNROLL
     for (int m = 0; m < kTokens / 16; ++m) {
       unsigned as[4];
       load_matrices(as, a.from(a.offset(lane() % 16, lane() / 16 * 4) + a.offset(m * 16, k + half * 8)));
-      multiply_parts(to + m * 4, Split<kParts>(as), bs.parts[0][half * 2], bs.parts[0][half * 2 + 1]);
+      multiply_parts(to + m * 4, Split<kParts>(as), bs, half * 2);
     }
-    if constexpr (kParts > 1) SADMOE_UNROLL
+    if constexpr (kExact) SADMOE_UNROLL
     for (int i = 0; i < kTokens / 4; ++i) sums[i] += step[i];
   }
 };

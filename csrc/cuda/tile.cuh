@@ -1,6 +1,6 @@
 // A tile of a matrix product, rows x columns, by one block: sums live in registers, operands pass through shared memory
 // in steps of kDepth. What differs is how a step is multiplied: Fma (float32), Mma<T> (tensor cores, 16 bits) or
-// Tf32<kParts> (tensor cores, float32 operands of fewer bits), of 64 x 64 all; and the same of 128 x 32, for experts of few
+// Tf32<kParts, kPartsB> (tensor cores, float32 operands of fewer bits), of 64 x 64 all; and the same of 128 x 32, for experts of few
 // neurons: TallFma, TallMma<T>, TallTf32.
 //
 // The sum of an element runs over the depth in one fixed order, whatever the other rows are and however many: results are
@@ -179,8 +179,7 @@ struct Mma : MmaTile<T, 4> {};
 template <class T>
 struct TallMma : MmaTile<T, 2> {};
 
-// A fragment of floats as that many sums of tf32: two parts of a hold all 24 bits, and b, rounded to one, loses nothing
-// where it comes from 16 bits.
+// A fragment of floats as a sum of that many of tf32: two hold all 24 bits, and one what comes from 16 bits.
 template <int kParts>
 struct Split {
   unsigned parts[kParts][4];
@@ -199,21 +198,24 @@ struct Split {
   }
 };
 
-// sums += a b, the smallest parts first.
-template <int kParts>
-SADMOE_DEVICE void multiply_parts(float* sums, const Split<kParts>& a, unsigned b0, unsigned b1) {
+// sums += a b, the smallest parts first; of b the entries i and i + 1.
+template <int kParts, int kPartsB>
+SADMOE_DEVICE void multiply_parts(float* sums, const Split<kParts>& a, const Split<kPartsB>& b, int i) {
   SADMOE_UNROLL
-  for (int part = kParts - 1; part >= 0; --part) multiply_16x8x8(sums, a.parts[part], b0, b1);
+  for (int part = kParts * kPartsB - 1; part >= 0; --part) {
+    const unsigned(&of_b)[4] = b.parts[part % kPartsB];
+    multiply_16x8x8(sums, a.parts[part / kPartsB], of_b[i], of_b[i + 1]);
+  }
 }
 
-// Operands of any dtype by m16n8k8: a as the sum of kParts numbers of 11 bits, b rounded to 11. Of several numbers, which are to
-// be as good as float32, the products of a step are summed by themselves, as in FmaTile.
-template <int kParts, int kAcross>
+// Operands of any dtype by m16n8k8: a as the sum of kParts numbers of 11 bits, b of kPartsB. Of several numbers, which are to be
+// as good as float32, the products of a step are summed by themselves, as in FmaTile.
+template <int kParts, int kPartsB, int kAcross>
 struct Tf32Tile : Operands<float, 16, 4, 256 / kAcross>, TensorSums<kAcross> {
   using Shape = Operands<float, 16, 4, 256 / kAcross>;
   using Sums = TensorSums<kAcross>;
   using Sums::lane, Sums::first_row, Sums::first_column, Sums::beyond, Sums::sums;
-  static constexpr bool kTall = kAcross < kThreads / 32;
+  static constexpr bool kTall = kAcross < kThreads / 32, kExact = kParts * kPartsB > 1;
 
   template <class StageB>
   SADMOE_DEVICE static void fragment(unsigned (&to)[4], const StageB& b, int k) {
@@ -229,29 +231,29 @@ struct Tf32Tile : Operands<float, 16, 4, 256 / kAcross>, TensorSums<kAcross> {
   template <class StageB>
   SADMOE_DEVICE void multiply(const typename Shape::Rows& a, const StageB& b, int n, int m = Shape::columns) {
     if (kTall && first_column() >= m) return;
-    float step[kParts > 1 ? kSums : 1] = {};
-    float* to = kParts > 1 ? step : sums;
+    float step[kExact ? kSums : 1] = {};
+    float* to = kExact ? step : sums;
     SADMOE_UNROLL
     for (int k = 0; k < Shape::kDepth; k += 8) {
       unsigned raw[4];
       fragment(raw, b, k);
-      const Split<1> bs(raw);
+      const Split<kPartsB> bs(raw);
       SADMOE_UNROLL
       for (int i = 0; i < kSums; i += 8) {
         if (beyond(i, n)) break;
         load_matrices(raw, a.from(a.offset(first_row() + lane() % 16, lane() / 16 * 4) + a.offset(i / 8 * 16, k)));
         const Split<kParts> as(raw);
-        multiply_parts(to + i, as, bs.parts[0][0], bs.parts[0][1]);
-        if (!kTall || first_column() + 8 < m) multiply_parts(to + i + 4, as, bs.parts[0][2], bs.parts[0][3]);
+        multiply_parts(to + i, as, bs, 0);
+        if (!kTall || first_column() + 8 < m) multiply_parts(to + i + 4, as, bs, 2);
       }
     }
-    if constexpr (kParts > 1) SADMOE_UNROLL
+    if constexpr (kExact) SADMOE_UNROLL
     for (int i = 0; i < kSums; ++i) sums[i] += step[i];
   }
 };
-template <int kParts>
-struct Tf32 : Tf32Tile<kParts, 4> {};
-struct TallTf32 : Tf32Tile<1, 2> {};
+template <int kParts, int kPartsB>
+struct Tf32 : Tf32Tile<kParts, kPartsB, 4> {};
+struct TallTf32 : Tf32Tile<1, 1, 2> {};
 
 // What experts add to y, in ascending order. In float32 every kChain of them, by their number, are summed by themselves: in one
 // chain the error would grow with how many there are, beyond that of torch. Minus zero adds nothing, not even to minus zero.

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sadmoe import files
+from sadmoe.batches import unwrapped
 from sadmoe.checkpoint import CheckpointError
 from sadmoe.convert import surgery
 from sadmoe.describe import describe_all, rebuild
@@ -33,9 +34,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, overwrite: b
 
     The base must have the FFNs as they were converted: a model whose experts were fine-tuned since, or which was made
     sparse, is its own base and is saved whole (`save`, save_pretrained; of a sparse one, before `convert_`).
-    Raises ValueError where nothing is converted, FileExistsError where path is there and overwrite is False.
+    Raises ValueError where nothing is converted, FileExistsError where path is there and overwrite is False,
+    FileNotFoundError where its folder is not.
     """
     path = Path(path)
+    model = unwrapped(model)
     layers = describe_all(model)
     if not layers:
         raise ValueError(f"nothing to save: no FFN of this {type(model).__name__} is converted, see convert_")

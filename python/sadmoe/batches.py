@@ -4,9 +4,8 @@ A *batch* is one call: a Mapping becomes model(**batch), a tuple or list model(*
 *batches* is a collection of them that can be gone through again and again: a list, a DataLoader.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from inspect import signature
 from typing import Any
 
 import torch
@@ -25,25 +24,30 @@ def run(model: nn.Module, batch: Batch) -> Any:
     try:
         return model(*rest, **named)
     except TypeError as error:
-        if (reason := _why_not_called(model, rest, named)) is None:
+        if not _raised_by_the_call(error):
             raise
         raise TypeError(
-            f"batches: the forward of {type(model).__name__} does not take {_said(batch)}: {reason}. A batch is what "
-            "the model is called with, without labels that it does not take"
+            f"a {type(model).__name__} cannot be called with the batch, {_said(batch)}: {error}. A batch is what the "
+            "model is called with, without labels that it does not take"
         ) from error
 
 
-def _why_not_called(model: nn.Module, rest: Sequence[Any], named: Mapping[str, Any]) -> str | None:
-    try:
-        signature(model.forward).bind(*rest, **named)
-    except TypeError as error:
-        return str(error)
-    return None
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model that torch.compile was given, where this is what it returned."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _raised_by_the_call(error: TypeError) -> bool:
+    """Whether it is the call of a forward that failed, and nothing in it."""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    return at is not None and at.tb_frame.f_code is nn.Module._call_impl.__code__
 
 
 def _said(batch: Batch) -> str:
     if isinstance(batch, Mapping):
-        return f"a batch of {', '.join(map(str, batch))}"
+        return f"a mapping of {', '.join(map(str, batch)) or 'nothing'}"
     return "a tensor" if isinstance(batch, Tensor) else f"a {type(batch).__name__} of {len(batch)}"
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from sadmoe.batches import Batches, check_batches, length
 from sadmoe.calibrate import Calibration, calibrate_, check_budget, check_reachable
+from sadmoe.checks import check_config
 from sadmoe.cost import cost
 from sadmoe.dial import trainable_layers
 from sadmoe.ffn import projection_mlps
@@ -85,7 +86,7 @@ def finetune_for_budget_(
     sparse = dense if sparse is None else sparse
     layers = trainable_layers(model)
     check_reachable(budget, cost(model, shares=1.0))
-    router = replace(router, width=_router_width(model, layers), seed=seed)
+    router = replace(check_config(router, RouterConfig), width=_router_width(model, layers), seed=seed)
     some = list(islice(batches, 0, None, max(1, (length(batches) or 0) // CALIBRATED)))
 
     def of(step: str) -> dict[str, Any]:

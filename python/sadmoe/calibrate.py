@@ -51,7 +51,7 @@ def calibrate_(
     skip_padding: bool = True,
     progress: bool = False,
 ) -> Calibration:
-    """Finds one tau for all converted layers, in [1e-6, 1], and sets it.
+    """Finds one tau for all converted layers, or those of the filter, in [1e-6, 1], and sets it.
 
     budget: the smallest tau whose layers execute at most this share of their dense FLOPs, in (0, 1].
     max_loss_increase: the largest tau found whose loss is at most this much above the loss at tau = 0,
@@ -61,7 +61,7 @@ def calibrate_(
     for max_loss_increase needs a loss above 0 at tau = 0. It is averaged over batches.
     With a budget it is only measured, and only where it is given. The model runs in eval mode without
     gradients, at most 12 times over the batches. filter: of a layer's name; False leaves its gate as it is,
-    and its cost out. skip_padding: as in `cost`.
+    also in `dense_loss`, and its cost out. skip_padding: as in `cost`.
     Raises ValueError where no tau meets the budget, or the loss gives nothing to compare with; then the gates
     are as they were.
     """

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sadmoe import files
+from sadmoe.batches import unwrapped
 from sadmoe.convert import surgery
 from sadmoe.describe import describe_all, match_activations, rebuild
 
@@ -36,10 +37,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
     Written beside `path` and then renamed, so that `path` is never half a file. It holds every parameter and
     buffer, routers and gates with their tau; not the model's class, for which `load` takes a dense model. Of what
     torch.compile returned, the model that it was given is saved.
-    Raises ValueError where nothing is converted, FileExistsError where path is there and overwrite is False.
+    Raises ValueError where nothing is converted, FileExistsError where path is there and overwrite is False,
+    FileNotFoundError where its folder is not.
     """
     path = Path(path)
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     layers = describe_all(model)
     if not layers:
         raise ValueError(f"nothing to save: no FFN of this {type(model).__name__} is converted, see convert_")

@@ -1,12 +1,13 @@
-"""What is checked of every config, before the values of its fields."""
+"""What is checked of arguments that many functions take: configs by their fields' types, filters."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
+from operator import index
 from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 Config = TypeVar("Config")
-NUMBERS = {int: ("__index__", "an int"), float: ("__float__", "a number")}  # NumPy's and torch's are as good
 
 
 def check_config(config: Any, kind: type[Config]) -> Config:
@@ -14,28 +15,44 @@ def check_config(config: Any, kind: type[Config]) -> Config:
     if isinstance(config, kind):
         return config
     name = kind.__name__
-    hint = f": give {name}(**config)" if isinstance(config, dict) else ""
-    raise TypeError(f"config must be a {name}, got a {type(config).__name__}{hint}")
+    hint = f": give {name}(**config)" if isinstance(config, dict) else f": give {name}(...)"
+    raise TypeError(f"config must be a {name}, got {type(config).__name__}{hint}")
 
 
 def check_fields(config: Any) -> None:
-    """Raises TypeError where a field of a config dataclass is not of the type that it is declared with."""
+    """Raises TypeError where a field of a config dataclass is not of the type that it is declared with. Numbers of
+    NumPy and torch become Python's, which JSON and generators take."""
     for field in fields(config):
         value = getattr(config, field.name)
-        kinds = get_args(field.type) if isinstance(field.type, UnionType) else (field.type,)
-        if not any(_is(value, kind) for kind in kinds):
+        union = get_origin(field.type) is Union or isinstance(field.type, UnionType)
+        kinds = get_args(field.type) if union else (field.type,)
+        if any(_is(value, kind) for kind in kinds):
+            continue
+        for kind in (int, float):
+            with suppress(TypeError, ValueError, RuntimeError):  # what tensors of several numbers raise
+                if kind in kinds and not isinstance(value, str):
+                    object.__setattr__(config, field.name, index(value) if kind is int else float(value))
+                    break
+        else:
             wanted = " or ".join(map(_said, kinds))
             raise TypeError(f"{type(config).__name__}: {field.name} must be {wanted}, got {value!r}")
 
 
+def check_filter(filter: Any) -> None:
+    """Raises TypeError unless it is a function, or None."""
+    if filter is not None and not callable(filter):
+        raise TypeError(f"filter must be a function of a name, or None, got {filter!r}")
+
+
 def _is(value: Any, kind: Any) -> bool:
-    if kind in NUMBERS:
-        return hasattr(value, NUMBERS[kind][0])
-    if get_origin(kind) is Callable:
+    origin = get_origin(kind)
+    if origin is Literal:  # their configs say what they may be
+        return True
+    if origin is Callable:
         return callable(value)
-    return not isinstance(kind, type) or isinstance(
-        value, kind
-    )  # of Literals their configs say what they may be
+    if kind is float:
+        return isinstance(value, int | float)
+    return isinstance(value, origin or kind)
 
 
 def _said(kind: Any) -> str:
@@ -43,4 +60,6 @@ def _said(kind: Any) -> str:
         return "None"
     if get_origin(kind) is Callable:
         return "a function"
-    return NUMBERS[kind][1] if kind in NUMBERS else f"a {kind.__name__}"
+    if kind in (int, float):
+        return "an int" if kind is int else "a number"
+    return f"a {(get_origin(kind) or kind).__name__}"

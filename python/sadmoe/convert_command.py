@@ -55,7 +55,7 @@ def add_convert(commands: Any) -> None:
         "--router-width",
         type=int,
         default=RouterConfig.width,
-        help="hidden neurons of a router (default: %(default)s); narrow models want fewer",
+        help="hidden neurons of an FFN's router (default: %(default)s); narrow models want fewer",
     )
     command.add_argument(
         "--sparsify",

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from sadmoe.checks import check_filter
 from sadmoe.ffn import moe_layers
 from sadmoe.gates import DynamicK
 from sadmoe.layer import DynamicKMoE
@@ -20,6 +21,7 @@ def converted_layers(model: nn.Module, filter: Filter | None = None) -> dict[str
         raise ValueError(
             f"model: {type(model).__name__} has no converted layer: convert it first, see convert_"
         )
+    check_filter(filter)
     chosen = {name: layer for name, layer in layers.items() if filter is None or filter(name)}
     if not chosen:
         raise ValueError(f"filter refused all {len(layers)} converted layers: {', '.join(layers)}")
@@ -50,7 +52,9 @@ def set_tau(model: nn.Module, tau: Taus, *, filter: Filter | None = None) -> Non
     by_name = tau if isinstance(tau, Mapping) else dict.fromkeys(layers, tau)
     if by_name.keys() != layers.keys():
         wrong = ", ".join(sorted(by_name.keys() ^ layers.keys()))
-        raise ValueError(f"tau must have the name of every converted layer and no other, differs in: {wrong}")
+        raise ValueError(
+            f"tau must have the name of every converted layer that it is for and no other, differs in: {wrong}"
+        )
     gates = {name: DynamicK(by_name[name], layer.gate.true_norms) for name, layer in layers.items()}
     for name, layer in layers.items():
         layer.gate = gates[name]
@@ -74,7 +78,7 @@ def set_batch_invariant(model: nn.Module, value: bool | None, *, expected_share:
 @contextmanager
 def tau(model: nn.Module, value: Taus, *, filter: Filter | None = None) -> Iterator[None]:
     """`set_tau` for a with block; every layer's former gate comes back, whatever happens inside."""
-    gates = [(layer, layer.gate) for layer in converted_layers(model).values()]
+    gates = [(layer, layer.gate) for layer in converted_layers(model, filter).values()]
     set_tau(model, value, filter=filter)
     try:
         yield

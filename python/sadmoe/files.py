@@ -14,7 +14,8 @@ from torch import Tensor
 
 
 def check_new(path: Path, overwrite: bool) -> None:
-    """Raises FileExistsError where path is a directory, or there and not to be overwritten."""
+    """Raises FileExistsError where path is a directory, or there and not to be overwritten, FileNotFoundError where its
+    folder is not there."""
     if path.is_dir():
         raise FileExistsError(f"{path} is a directory; give a file")
     if path.exists() and not overwrite:

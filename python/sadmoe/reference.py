@@ -10,14 +10,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+
+def quick_gelu(z: Tensor) -> Tensor:
+    """CLIP's approximation of GELU."""
+    return z * torch.sigmoid(1.702 * z)
+
+
+def relu2(z: Tensor) -> Tensor:
+    """The square of ReLU."""
+    return F.relu(z).square()
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
-    "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
-    "relu2": lambda z: F.relu(z).square(),
+    "quick_gelu": quick_gelu,
+    "relu2": relu2,
 }
+RECTIFIERS = ("relu", "relu2")  # those that are exactly 0 wherever the pre-activation is below 0
 
 
 def router_scores(x: Tensor, v1: Tensor, v2: Tensor) -> Tensor:

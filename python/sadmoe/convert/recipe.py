@@ -46,8 +46,8 @@ def convert_(
     All is checked, then built beside the model from what the dense model computes, then swapped in: whatever
     fails, Ctrl-C included, leaves the model as it was. Takes the memory of the FFNs twice until it returns.
     The same model, batches and config give the same layers, bit for bit.
-    FFNs that were converted before keep their layers and gates, and run as dense meanwhile: so parts of a model can be
-    converted one after the other, with batches and a budget of their own.
+    FFNs that were converted before keep their layers and gates, and run at tau = 0 while others are built: so parts of
+    a model can be converted one after the other, with batches and a budget of their own.
 
     batches: a list or a DataLoader of what the model is called with; no labels needed.   checkpoint: where to resume
     from after a kill: layers that were built are loaded, see `Checkpoint`.   progress: show bars.

@@ -98,7 +98,10 @@ def in_block(module: nn.Module) -> Iterator[Proposal]:
         for name, act in known.items():
             parts = Parts(up, up, down, activation=name, removed=(name, down, *fast_path))
             yield Proposal(parts, (act,), calls, likely)
-        if not known and (children or len(linears) == 2) and not _only_ffn_children(module):
+        elsewhere = len(linears) == 2 and _only_ffn_children(
+            module
+        )  # the word is that of the adapters before
+        if not known and (children or len(linears) == 2) and not elsewhere:
             refusal = _unknown(module, children) if children else _out_of_reach(up, down)
             yield Proposal(Parts(up, up, down), (), calls, likely, refusal)
 

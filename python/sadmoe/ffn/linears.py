@@ -1,6 +1,6 @@
 """Linear modules seen as matrices, whichever way round: Linear stores [out, in], Conv1D [in, out]."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +21,17 @@ def why_not_plain(module: nn.Module) -> str | None:
     A class of its own that holds no more than nn.Linear does is plain (Falcon's): what it computes, the probe tells.
     """
     kind = type(module).__name__
-    more = (*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False)))
-    if not (isinstance(module, nn.Linear) or _is_conv1d(module)) or set(more) - {"weight", "bias"}:
-        return (
-            f"is a {kind}; only nn.Linear and transformers' Conv1D can be read (merge adapters, dequantise)"
-        )
+    own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    more = {*module._parameters, *module._buffers} - {"weight", "bias"} if own_forward else set()
+    if more or not (isinstance(module, nn.Linear) or _is_conv1d(module)):
+        held = f" that holds {', '.join(sorted(more))} too" if more else ""
+        return f"is a {kind}{held}; only nn.Linear and transformers' Conv1D can be read (merge adapters, dequantise)"
     if "forward" in module.__dict__ or next(module.children(), None) is not None:
         return f"is a {kind} that something wraps or parametrises; remove that first"
-    weight = cast(Tensor, module.weight)
+    weight: Any = getattr(module, "weight", None)
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
-        return (
-            f"has a weight of type {type(weight).__name__} and dtype {weight.dtype}, not a float nn.Parameter"
-        )
+        of = f" and dtype {weight.dtype}" if isinstance(weight, Tensor) else ""
+        return f"has a weight of type {type(weight).__name__}{of}, not a float nn.Parameter"
     return None
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from sadmoe.checks import check_filter
 from sadmoe.ffn.adapters import ADAPTERS, Proposal
 from sadmoe.ffn.linears import linear_shape, why_not_plain
 from sadmoe.ffn.paths import join
@@ -61,8 +62,7 @@ def scan_ffns(
     """`find_ffns` without errors and warnings: the sites, and what only looks like one, with the reason."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if filter is not None and not callable(filter):
-        raise TypeError(f"filter must be a function of an FFN's name, or None, got {filter!r}")
+    check_filter(filter)
     uses, sites, skipped = Uses(model), [], []
     done: set[str] = set()
     for name, module in model.named_modules():
@@ -149,12 +149,12 @@ class Uses:
 
 def _nothing_found(model: nn.Module, filter: Callable[[str], bool] | None) -> str:
     head = f"no FFN found in this {type(model).__name__}"
+    if converted := [name for name in moe_layers(model) if filter is None or filter(name)]:
+        return f"{head}: {len(converted)} FFNs are converted already; to convert them anew, restore_(model) first"
     if filter is not None:
         sites, _ = scan_ffns(model)
         if sites:
             return f"{head}: the filter refused all there are:\n{_listing([s.name for s in sites])}"
-    if converted := len(moe_layers(model)):
-        return f"{head}: {converted} FFNs are converted already; to convert them anew, restore_(model) first"
     linears = [
         f"{name} ({type(m).__name__}): {shape[0]} -> {shape[1]}"
         for name, m in model.named_modules()

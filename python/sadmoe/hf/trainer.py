@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from sadmoe.batches import evaluating
 from sadmoe.dial import tau
 from sadmoe.ffn import find_ffns, swap_activations_
+from sadmoe.reference import RECTIFIERS
 from sadmoe.router_loss import RouterLoss
 from sadmoe.routers import RouterConfig
 from sadmoe.sparsify import SparsifyConfig, SparsityLoss
@@ -167,7 +168,7 @@ class SparsityCallback(AddedLoss):
         model = kwargs["model"]
         sites = find_ffns(model, self.filter)
         if self.config.relu_swap:
-            swap_activations_(model, sites, "relu")
+            swap_activations_(model, [site for site in sites if site.act not in RECTIFIERS], "relu")
         term = SparsityLoss(model, sites, penalty=self.config.penalty, displacement=self.config.displacement)
         self.watch(model, term, args)
 

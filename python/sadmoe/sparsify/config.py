@@ -22,7 +22,9 @@ class SparsifyConfig:
     schedule: Schedule = (
         "linear_warmup"  # of alpha: over the first half, then flat; "linear" over the whole run
     )
-    relu_swap: bool = True  # activations become ReLU first: only that makes exact zeros
+    relu_swap: bool = (
+        True  # activations but ReLU and its square become ReLU first: only they make exact zeros
+    )
     displacement: float = (
         -10.0
     )  # where GELU and SiLU are pushed to when they are kept; the paper's code has -10

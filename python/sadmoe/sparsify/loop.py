@@ -12,6 +12,7 @@ from torch import nn
 from sadmoe.batches import Batches, check_batches, refuse_compiled
 from sadmoe.checks import check_config
 from sadmoe.ffn import FFNSite, find_ffns, swap_activations_
+from sadmoe.reference import RECTIFIERS
 from sadmoe.sparsify.config import SparsifyConfig, Step
 from sadmoe.sparsify.guards import all_or_nothing, mode, seeded
 from sadmoe.sparsify.objective import Loss, Objective, distill_hidden, distill_logits, task
@@ -117,7 +118,8 @@ def sparsify_(
             dense = copy.deepcopy(model).requires_grad_(False) if teacher is None else teacher
             dense.eval()
         if config.relu_swap:
-            undo.append(swap_activations_(model, sites, "relu"))
+            dense_acts = [site for site in sites if site.act not in RECTIFIERS]
+            undo.append(swap_activations_(model, dense_acts, "relu"))
         objective = _objective(model, dense, config, sites, loss)
         with SparsityLoss(model, sites, penalty=config.penalty, displacement=config.displacement) as sparsity:
             history = train(

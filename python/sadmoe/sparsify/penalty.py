@@ -73,9 +73,9 @@ class SparsityLoss:
 
     Calling it gives the mean over FFNs and tokens of the penalty divided by f: with "hoyer", 1 means that
     every neuron is active, whatever the width (the paper's code does not divide: its alpha is ours / f). It
-    then forgets the pass. The penalty acts on relu(z) of the pre-activation z where the FFN has a ReLU,
-    else on max(z - displacement, 0), which pushes z to where GELU and SiLU are nearly 0; in a GLU z is the
-    gate's. It is computed in float32, also under autocast. Works with gradient checkpointing that is not
+    then forgets the pass. The penalty acts on relu(z) of the pre-activation z where the FFN has a ReLU
+    or its square, else on max(z - displacement, 0), which pushes z to where GELU and SiLU are nearly 0; in a GLU z is
+    the gate's. It is computed in float32, also under autocast. Works with gradient checkpointing that is not
     reentrant. Source: arXiv 2310.04361, section 3.1.
 
     sites: the FFNs that are penalised, from `find_ffns`; all of the model's if None.
@@ -139,7 +139,7 @@ class SparsityLoss:
 
     def _record(self, site: FFNSite, module: nn.Module, args: Any, output: Tensor) -> None:
         z = site.pre_activation(output)
-        a = z.relu() if site.act == "relu" else (z.float() - self.displacement).clamp(min=0)
+        a = z.relu() if site.act in reference.RECTIFIERS else (z.float() - self.displacement).clamp(min=0)
         values = PENALTIES[self.penalty](a) / z.shape[-1]
         # In backward, checkpointing runs the module again: the same operations are due, but they count once.
         if not is_recomputed():
