@@ -1,0 +1,101 @@
+"""The CPU kernels of an earlier commit beside those of the tree, in one process, in turns: what a change of them gains.
+
+    python bench/two_builds.py COMMIT BUILD [--layers 768x3072 ...] [--s 32] [--tokens 1 8 64] [--share 0.25]
+                               [--dtypes float32 bfloat16 int8] [--rounds 41] [--core 0]
+
+BUILD: a folder that CMake configured with -G Ninja -DSADMOE_KERNEL_TEST=ON; its target kernel_test is built. The
+earlier kernels are compiled by its commands into a namespace of their own, once a commit, in BUILD/before. A layer's
+experts run one thread, by an independent mask, layer after layer, with weights from memory. The ratio is the time now
+over the time before: on a machine shared with others it tells a twentieth where two processes differ by a third. Last,
+whether both gave the same bits.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+from pathlib import Path
+
+from layer_problem import shape_of
+
+ROOT = Path(__file__).parent.parent
+CPU = "csrc/cpu/"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("commit")
+    parser.add_argument("build", type=Path)
+    parser.add_argument("--layers", nargs="+", default=["384x1536", "768x3072", "2048x8192", "576x1536-glu"])
+    parser.add_argument("--s", type=int, nargs="+", default=[32])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--share", type=float, default=0.25)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "int8"])
+    parser.add_argument("--rounds", type=int, default=41)
+    parser.add_argument("--core", type=int, default=0)
+    arguments = parser.parse_args()
+    program = build(arguments.commit, arguments.build.resolve())
+    cells = [
+        (shape.d, shape.f, s, int(shape.gated), tokens, arguments.share, dtype)
+        for layer in arguments.layers
+        for s in arguments.s
+        for shape in [shape_of(layer, s)]
+        for tokens in arguments.tokens
+        for dtype in arguments.dtypes
+    ]
+    words = [str(word) for cell in cells for word in cell]
+    subprocess.run(["taskset", "-c", str(arguments.core), program, str(arguments.rounds), *words], check=True)
+
+
+def build(commit: str, folder: Path) -> Path:
+    """The program of both, in BUILD/before/COMMIT."""
+    name = _run("git", "-C", ROOT, "rev-parse", "--short", commit).stdout.decode().strip()
+    _run("cmake", "--build", folder, "-t", "kernel_test", "two_builds")
+    before = folder / "before" / name
+    commands = _commands(folder)
+    earlier = [before / (Path(file).name + ".o") for file in commands]
+    if not all(each.exists() for each in earlier):
+        before.mkdir(parents=True, exist_ok=True)
+        archive = _run("git", "-C", ROOT, "archive", name, "csrc").stdout
+        subprocess.run(["tar", "-x", "-C", before], input=archive, check=True)
+        for (file, command), to in zip(commands.items(), earlier, strict=True):
+            words = [
+                word.replace(str(ROOT / "csrc"), str(before / "csrc"))
+                for word in command[: command.index("-o")]
+            ]
+            _run(
+                *words, "-Dcpu=cpu_before", "-c", before / Path(file).relative_to(ROOT), "-o", to, cwd=folder
+            )
+    present = [folder / command[command.index("-o") + 1] for command in commands.values()]
+    own = folder / "CMakeFiles/two_builds.dir/bench/cpu/two_builds.cpp.o"
+    compiler, program = next(iter(commands.values()))[0], before / "two_builds"
+    _run(compiler, own, *present, *earlier, "-o", program)
+    return program
+
+
+def _commands(folder: Path) -> dict[str, list[str]]:
+    """How kernel_test's files of csrc/cpu are compiled, by file."""
+    found = {}
+    for entry in json.loads((folder / "compile_commands.json").read_text()):
+        command = shlex.split(entry["command"])
+        objects = command[command.index("-o") + 1]
+        if CPU in entry["file"] and ("kernel_test" in objects or "sadmoe_csrc" in objects):
+            found[entry["file"]] = command
+    if not found:
+        raise SystemExit(
+            f"{folder} has no commands of the CPU kernels: configure it with -G Ninja -DSADMOE_KERNEL_TEST=ON"
+        )
+    return found
+
+
+def _run(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[bytes]:
+    done = subprocess.run([str(word) for word in words], cwd=cwd, capture_output=True)
+    if done.returncode:
+        raise SystemExit(f"{shlex.join(str(word) for word in words)}\n{(done.stdout + done.stderr).decode()}")
+    return done
+
+
+if __name__ == "__main__":
+    main()
