@@ -16,13 +16,12 @@ constexpr int64_t kLine = 64, kPage = 4096;  // bytes
 template <class Vec>
 class Ahead {
  public:
-  // So many bytes while so many products are summed, of what ends at `end`. from may be null: nothing.
-  Ahead(const void* from, int64_t bytes, int64_t products, const void* end) : Ahead(from, bytes, products, end, 1, kAgain) {}
+  // So many bytes while so many products are summed. from may be null: nothing.
+  Ahead(const void* from, int64_t bytes, int64_t products) : Ahead(from, bytes, products, 1) {}
 
   // The bytes that each of the next steps, of so many products, is to fetch, at most so many. They count as fetched.
   int64_t take(int64_t steps, int64_t products, int64_t most) {
     if (left_ <= 0) return 0;
-    behind_ = at_ - asked_ < again_ ? 0 : again_;
     const int64_t even = (rate_ * products + (int64_t{1} << kShift) - 1) >> kShift;
     const int64_t pace = even < least_ ? least_ : even > most ? most : even;
     left_ -= steps * pace;
@@ -30,33 +29,30 @@ class Ahead {
     return pace;
   }
 
+  // Each line is asked for at least twice, the second time kAgain bytes later: a processor drops what it is asked for while
+  // too many lines are on their way.
   template <int Lines>
   void step(int64_t pace, Index<Lines> lines) {
-    ask(lines);
+    ask(lines, kAgain);
     at_ += pace;
   }
 
  protected:
-  static constexpr int64_t kAgain = 3072, kPagesAhead = 2 * kPage;
+  static constexpr int64_t kAgain = 1024, kPagesAhead = 2 * kPage;
   static constexpr int kReading = 0, kFirstLevel = 3, kSecondLevel = 2;
 
-  Ahead(const void* from, int64_t bytes, int64_t products, const void* end, int64_t least, int64_t again)
+  Ahead(const void* from, int64_t bytes, int64_t products, int64_t least)
       : at_(static_cast<const char*>(from)),
-        asked_(from == end ? at_ - again : at_),
         pages_(at_),
-        again_(again),
         left_(from ? bytes : 0),
         rate_(products > 0 ? (bytes << kShift) / products : 0),
         least_(least) {}
 
-  // Each line is asked for twice, the second time about kAgain bytes later: a processor drops what it is asked for while too many
-  // lines are on their way. But none before those that were asked for: of an expert that nobody chose, they would come for
-  // nothing.
   template <int Lines>
-  void ask(Index<Lines>) const {
+  void ask(Index<Lines>, int64_t again) const {
     unroll<Lines>([&](auto line) {
       __builtin_prefetch(at_ + line.value * kLine, kReading, kSecondLevel);
-      __builtin_prefetch(at_ + line.value * kLine - behind_, kReading, kSecondLevel);
+      __builtin_prefetch(at_ + line.value * kLine - again, kReading, kSecondLevel);
     });
   }
 
@@ -67,28 +63,34 @@ class Ahead {
  private:
   static constexpr int kShift = 20;
 
-  const char* asked_;  // from here on lines were asked for
   const char* pages_;  // up to here they have been found
-  int64_t again_, behind_ = 0;
   int64_t left_, rate_, least_;
 };
 
-// The same through rows of so many bytes, ld bytes apart. With a gap between them, each step takes a line at least, lines are
-// asked for again as many whole rows later as hold kAgain bytes, and the next row's page is found as a row begins, beside those
-// of the gaps: either alone gained less.
+// The same through rows of so many bytes, ld bytes apart, while those are multiplied that end at `end`. With a gap between rows,
+// each step takes a line at least, lines are asked for again as many whole rows later as hold kLater bytes, and the next row's
+// page is found as a row begins, beside those of the gaps: either alone gained less. None is asked for again that lies before the
+// first and after `end`: of an expert that nobody chose, it would come for nothing.
 template <class Vec>
 class AheadInRows : public Ahead<Vec> {
  public:
   AheadInRows(const void* from, int64_t rows, int64_t row, int64_t ld, int64_t products, const void* end)
-      : Ahead<Vec>(from, rows * row, products, end, row == ld ? 1 : kLine, row == ld ? kAgain : (kAgain / row + 1) * ld),
+      : Ahead<Vec>(from, rows * row, products, row == ld ? 1 : kLine),
         row_left_(row),
         row_(row),
-        jump_(ld - row) {}
+        jump_(ld - row),
+        later_(row == ld ? kLater : (kLater / row + 1) * ld),
+        asked_(from == end ? at_ - later_ : at_) {}
+
+  int64_t take(int64_t steps, int64_t products, int64_t most) {
+    again_ = at_ - asked_ < later_ ? 0 : later_;
+    return Ahead<Vec>::take(steps, products, most);
+  }
 
   template <int Lines>
   void step(int64_t pace, Index<Lines> lines) {
     if constexpr (Lines > 0) {
-      ask(lines);
+      ask(lines, again_);
       at_ += pace, row_left_ -= pace;
       while (row_left_ <= 0) {
         at_ += jump_, row_left_ += row_;
@@ -98,9 +100,11 @@ class AheadInRows : public Ahead<Vec> {
   }
 
  private:
-  using Ahead<Vec>::ask, Ahead<Vec>::at_, Ahead<Vec>::find_page, Ahead<Vec>::kAgain;
+  using Ahead<Vec>::ask, Ahead<Vec>::at_, Ahead<Vec>::find_page;
+  static constexpr int64_t kLater = 3072;
 
-  int64_t row_left_, row_, jump_;
+  int64_t row_left_, row_, jump_, later_, again_ = 0;
+  const char* asked_;  // from here on lines were asked for
 };
 
 // body(Index of 0, 1 or Most): the lines that each step of this pace asks for.

@@ -124,8 +124,7 @@ void in_blocks(const Project& p, int64_t rows, int64_t neurons, const Body& body
     Project part = p;
     const W* w = static_cast<const W*>(p.w) + j * p.d;
     part.m = count, part.w = w, part.out = p.out + j;
-    const W* end = w + count * p.d;
-    body(part, Ahead<Vec>(more ? end : p.next, then * p.d * int64_t(sizeof(W)), rows * count * p.d, end));
+    body(part, Ahead<Vec>(more ? w + count * p.d : p.next, then * p.d * int64_t(sizeof(W)), rows * count * p.d));
   });
 }
 
