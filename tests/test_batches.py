@@ -157,6 +157,16 @@ def test_a_decoder_answers_to_its_own_mask_only_beside_an_encoder():
     assert real_rows(model, "decoder.block.0", {"attention_mask": MASK}, x) is None
 
 
+def test_the_mask_of_a_text_is_not_that_of_the_image_beside_it():
+    batch = {"input_ids": torch.ones(2, 5), "attention_mask": torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])}
+    x = torch.zeros(2, 5, 3)
+    assert real_rows(nn.Linear(3, 3), "text_model.mlp", batch, x).sum() == 7
+    assert real_rows(nn.Linear(3, 3), "vision_model.mlp", batch, x).sum() == 7
+    batch["pixel_values"] = torch.zeros(2, 3, 4, 4)
+    assert real_rows(nn.Linear(3, 3), "text_model.mlp", batch, x).sum() == 7
+    assert real_rows(nn.Linear(3, 3), "vision_model.mlp", batch, x) is None
+
+
 def test_evaluating_gives_every_training_flag_back():
     model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout(), nn.Linear(2, 2)))
     model[1].eval()

@@ -11,13 +11,14 @@ import torch
 from converted import converted
 from sadmoe import files
 from sadmoe.checkpoint import CheckpointError, load, save
-from sadmoe.convert import restore_
+from sadmoe.convert import ConvertConfig, convert_, restore_
 from sadmoe.dial import set_tau
 from sadmoe.ffn import find_ffns, layer_from_dense, moe_layers, swap_activations_, swap_in
 from sadmoe.gates import DynamicK, TopK
+from sadmoe.routers import RouterConfig
 from safetensors.torch import load_file, save_file
 from test_convert import fingerprint
-from tiny_models import TINY, call
+from tiny_models import TINY, UserFFN, call
 from torch import Tensor, nn
 
 NAMES = [
@@ -54,6 +55,31 @@ def test_of_a_compiled_model_the_model_is_saved(tmp_path):
     fresh = TINY["user glu"].build().eval()
     load(fresh, tmp_path / "m.safetensors")
     assert torch.equal(call(fresh, TINY["user glu"].batch()), call(model, TINY["user glu"].batch()))
+
+
+class Positions(nn.Module):
+    """A table that grows with what it is run on, as of M2M100."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = UserFFN(nn.ReLU())
+        self.register_buffer("table", torch.zeros(1, 2, 1), persistent=False)
+
+    def forward(self, x):
+        if x.shape[1] > self.table.shape[1]:
+            self.table = torch.arange(x.shape[1], dtype=x.dtype)[None, :, None]
+        return self.inner(x + self.table[:, : x.shape[1]])
+
+
+def test_a_table_that_has_grown_is_loaded_as_it_was_saved(tmp_path):
+    model, x = Positions().eval(), torch.randn(2, 5, 24)
+    config = ConvertConfig(expert_size=10, router=RouterConfig(width=4, steps=2))
+    convert_(model, [x], config, progress=False)
+    save(model, tmp_path / "m.safetensors")
+    fresh = Positions().eval()
+    load(fresh, tmp_path / "m.safetensors")
+    assert torch.equal(fresh.table, model.table)
+    assert torch.equal(fresh(x), model(x))
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):

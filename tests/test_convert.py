@@ -197,6 +197,15 @@ def test_a_compiled_model_is_refused():
         convert(model, batches)
 
 
+def test_an_ffn_that_no_real_token_reaches_is_named():
+    model, batches = model_and_batches("bert")
+    batches[0]["attention_mask"] = torch.zeros_like(batches[0]["attention_mask"])
+    with pytest.raises(
+        ValueError, match=r"^encoder\.layer\.0\.intermediate: 0 tokens of these batches reach it, padding"
+    ):
+        convert(model, batches)
+
+
 def test_a_filter_leaves_the_others_dense():
     model, batches = model_and_batches("t5")
     convert(model, batches, filter=lambda name: name.startswith("encoder."))

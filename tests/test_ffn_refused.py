@@ -174,11 +174,12 @@ def _parametrise(ffn: UserFFN) -> None:
         (_TwoInputs, "run on a probe [1, 8, 24] it raised TypeError"),
         (_Dictionary, "it returns a dict, where a MoE layer returns a tensor"),
         (_Pair, "it returns a tuple, where a MoE layer returns a tensor"),
-        (_Normed, "it raised"),
+        (_Normed, "inner_norm (LayerNorm) works on its 60 neurons, which only an activation may"),
         (_Transposed, "its output is [8, 1, 24] where that of the FFN would make [1, 8, 24]"),
         (
             _Inline,
-            "expand and contract have the shapes of an FFN, but its activation is no module and no attribute",
+            "expand and contract have the shapes of an FFN, but its activation is none of relu, gelu, gelu_tanh, silu, "
+            "quick_gelu, relu2, or is no module and no attribute of this one",
         ),
         (lambda: _with(lambda m: m.to("meta")), "its weights are on the meta device, so it cannot be run"),
         (
@@ -237,6 +238,14 @@ def test_a_scripted_ffn_leaves_the_others_to_be_found():
 def test_convolutions_are_no_mixture_of_experts():
     with pytest.raises(FFNNotFoundError) as found:
         find_ffns(nn.Sequential(nn.Conv1d(D, F_, 1), nn.ReLU(), nn.Conv1d(F_, D, 1)))
+    assert "mixture" not in str(found.value)
+
+
+def test_no_more_are_positions_and_scales():
+    model = nn.Sequential(nn.Linear(D, D))
+    model.cls_token, model.scale = nn.Parameter(torch.ones(1, 1, D)), nn.Parameter(torch.ones(D, 1, 1))
+    with pytest.raises(FFNNotFoundError) as found:
+        find_ffns(model)
     assert "mixture" not in str(found.value)
 
 

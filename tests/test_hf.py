@@ -148,6 +148,28 @@ def test_a_body_loads_under_a_head_and_a_head_s_body_without_it(tmp_path, caplog
     assert list(without.config.quantization_config.layers) == list(moe_layers(without))
 
 
+def test_a_module_that_initialises_the_linear_layer_that_was_there_is_left_alone(tmp_path):
+    """The mixer of GroupViT stays, one of its linear layers is a MoE layer, and transformers asks it to initialise."""
+    import transformers
+
+    sizes = {
+        "image_size": 16,
+        "patch_size": 4,
+        "hidden_size": 24,
+        "intermediate_size": 60,
+        "depths": [1, 1, 1],
+    }
+    config = transformers.GroupViTVisionConfig(num_hidden_layers=3, num_attention_heads=4, **sizes)
+    model = transformers.GroupViTVisionModel(config).eval()
+    batch = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    settings = sadmoe.ConvertConfig(expert_size=4, tau=0.1, router=sadmoe.RouterConfig(width=4, steps=2))
+    sadmoe.convert_(model, [batch], settings, progress=False)
+    assert any(name.endswith("mlp_inter.fc1") for name in moe_layers(model))
+    model.save_pretrained(tmp_path)
+    loaded = transformers.GroupViTVisionModel.from_pretrained(tmp_path)
+    assert torch.equal(call(loaded, batch), call(model, batch))
+
+
 def test_an_encoder_loads_alone(tmp_path):
     model = described("t5")
     model.save_pretrained(tmp_path)

@@ -141,8 +141,11 @@ def real_rows(model: nn.Module, name: str, batch: Batch, x: Tensor) -> Tensor | 
     x [..., d] is what entered the module while the model ran `batch`; the result is bool [rows] for
     x.reshape(-1, d). A padding mask applies where it has as many tokens as x: also to models that flatten
     [B, T, d] first. In an encoder-decoder, what is below a module named "decoder" answers to
-    "decoder_attention_mask".
+    "decoder_attention_mask"; where images come beside text, what is below one named after vision answers to no mask.
     """
+    sees = any(word in name for word in ("vision", "visual", "image"))
+    if sees and isinstance(batch, Mapping) and "pixel_values" in batch and "input_ids" in batch:
+        return None
     two_sided = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     decoder = two_sided and "decoder" in name.split(".")
     mask = _mask(batch, "decoder_attention_mask" if decoder else "attention_mask")

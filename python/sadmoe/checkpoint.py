@@ -69,7 +69,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> None:
     header, tensors = _read(path)
     skeleton = _skeleton(model)
     _rebuild_all(skeleton, header["layers"], path)
-    _check_same(_everything(skeleton), tensors, path)
+    _check_same(skeleton, tensors, path)
     with surgery(model):
         match_activations(model, header["layers"])
         for name, description in header["layers"].items():
@@ -190,14 +190,16 @@ def _rebuild_all(skeleton: nn.Module, layers: dict[str, Any], path: Path) -> Non
             raise CheckpointError(f"{path} does not fit this {type(skeleton).__name__}: {error}") from error
 
 
-def _check_same(wanted: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:
-    """Raises CheckpointError unless names and shapes are those of the model."""
+def _check_same(skeleton: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Raises CheckpointError unless names and shapes are those of the model; of buffers that state_dict leaves out, a
+    forward may have changed the shape (tables of positions)."""
+    wanted, lasting = _everything(skeleton), skeleton.state_dict()
     problems = [f"{name} is in the file only" for name in sorted(tensors.keys() - wanted.keys())]
     problems += [f"{name} is in the model only" for name in sorted(wanted.keys() - tensors.keys())]
     problems += [
         f"{name} is {list(tensors[name].shape)} in the file, {list(tensor.shape)} in the model"
         for name, tensor in wanted.items()
-        if name in tensors and tensors[name].shape != tensor.shape
+        if name in tensors and tensors[name].shape != tensor.shape and name in lasting
     ]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""

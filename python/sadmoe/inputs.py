@@ -92,7 +92,8 @@ def stream_inputs(
         samples = _one_pass(collector, waiting.values(), batches, progress)
         if missed := [name for name in waiting if name not in samples and name not in collector.refused]:
             raise ValueError(
-                f"the batches never reach {', '.join(missed)}: pass batches that run every FFN to convert"
+                f"the batches never reach {', '.join(missed)}: pass batches that run every FFN to convert, "
+                "or leave those out (ConvertConfig(filter=...))"
             )
         for name in [name for name in waiting if name in samples]:
             del waiting[name]

@@ -77,6 +77,11 @@ def build_all(
     for _ in tqdm(by_name, "layers", disable=not progress):
         with clock("inputs"):
             name, inputs = next(stream)
+        if len(inputs) < 2:
+            raise ValueError(
+                f"{name}: {len(inputs)} tokens of these batches reach it, padding left out, and 2 are the least: pass "
+                "more batches, or leave it out by ConvertConfig(filter=...)"
+            )
         built[name] = _build(by_name[name], inputs, config, clock, progress)
         saved[name].save(built[name])
     return [built[site.name] for site in sites]

@@ -173,8 +173,8 @@ def _unknown(module: nn.Module, children: Iterable[str]) -> str:
 
 def _out_of_reach(up: str, down: str) -> str:
     return (
-        f"{up} and {down} have the shapes of an FFN, but its activation is no module and no attribute of "
-        "this one; put the FFN in a module of its own"
+        f"{up} and {down} have the shapes of an FFN, but its activation is none of {', '.join(ALL_ACTS)}, or is no "
+        "module and no attribute of this one: then put the FFN in a module of its own"
     )
 
 

@@ -101,9 +101,21 @@ def verify(
             except Exception as raised:  # whatever a foreign forward raises becomes the reason
                 error = error or raised
     first_line = str(error).strip().split("\n")[0]
+    between = _of_neurons(block, parts, denses[0].f)
     raise Unsupported(
         f"run on a probe [1, {PROBE_ROWS}, {denses[0].d}] it raised {type(error).__name__}: {first_line}"
+        + (f"; {between} works on its {denses[0].f} neurons, which only an activation may" if between else "")
     )
+
+
+def _of_neurons(block: nn.Module, parts: Parts, f: int) -> str | None:
+    """A module beside the linear layers that has a weight for every neuron: a norm, or a convolution."""
+    linears = {parts.up, parts.gate, parts.down}
+    for name, child in block.named_modules():
+        held = [p.shape[0] for p in child.parameters(recurse=False) if p.dim() > 0]
+        if name not in linears and f in held:
+            return f"{name} ({type(child).__name__})"
+    return None
 
 
 def _best(sites: list[FFNSite], denses: list[DenseFFN], scene: _Scene, x: Tensor) -> FFNSite:

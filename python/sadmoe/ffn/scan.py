@@ -164,7 +164,7 @@ def _nothing_found(model: nn.Module, filter: Callable[[str], bool] | None) -> st
         f"{name} ({type(m).__name__}): {key} {list(p.shape)}, a mixture of experts already"
         for name, m in model.named_modules()
         for key, p in m.named_parameters(recurse=False)
-        if p.dim() == 3 and not isinstance(m, nn.Conv1d | nn.ConvTranspose1d)
+        if p.dim() == 3 and min(p.shape) > 1 and not isinstance(m, nn.Conv1d | nn.ConvTranspose1d)
     ]
     seen = stacked + linears
     if not seen:

@@ -101,7 +101,7 @@ class SadmoeQuantizer(HfQuantizer):
                 rebuild(model, name, description)
         except ValueError as error:
             raise CheckpointError(f"config.json does not fit this {type(model).__name__}: {error}") from error
-        _leave_attention_alone(model)
+        _leave_owners_alone(model)
         self._shapes = {name: tensor.shape for name, tensor in _layer_tensors(model).items()}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -211,10 +211,10 @@ def _layer_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def _leave_attention_alone(model: nn.Module) -> None:
-    """Keeps transformers from initialising attentions whose projections are MLPs: some read the projections' weights
-    (GPT-2, T5). What they hold is all in the file, or `_check_loaded` says so."""
-    for name in projection_mlps(model):
+def _leave_owners_alone(model: nn.Module) -> None:
+    """Keeps transformers from initialising modules whose linear layers are MoE layers or MLPs: some read the weights
+    (GPT-2's and T5's attention, GroupViT's mixer). What they hold is all in the file, or `_check_loaded` says so."""
+    for name in (*moe_layers(model), *projection_mlps(model)):
         model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
 
 
