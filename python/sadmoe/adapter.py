@@ -10,6 +10,7 @@ linear layer, the whole MLP. The metadata key "sadmoe adapter" is JSON:
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,16 @@ from sadmoe.batches import unwrapped
 from sadmoe.checkpoint import CheckpointError
 from sadmoe.convert import surgery
 from sadmoe.describe import describe_all, rebuild
-from sadmoe.ffn import dense_from_layer, moe_layers, original_of, projection_mlps, scan_ffns
+from sadmoe.ffn import (
+    FFNSite,
+    activation_at,
+    dense_from_layer,
+    moe_layers,
+    original_of,
+    projection_mlps,
+    scan_ffns,
+    site_from_spec,
+)
 from sadmoe.ffn.dense import TENSORS, DenseFFN
 from sadmoe.ffn.linears import bias_of, linear_shape, weight_rows
 from sadmoe.layer import DynamicKMoE
@@ -110,7 +120,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _check_base(model: nn.Module, layers: Mapping[str, Any], base: Mapping[str, Any], path: Path) -> None:
     """Raises CheckpointError unless what the layers were made from is in the model, bit for bit."""
-    ffns = {site.name: site for site in scan_ffns(model)[0]}
+    ffns = _ffns(model, layers)
     modules = dict(model.named_modules())
     wrong = []
     for name, description in layers.items():
@@ -132,6 +142,19 @@ def _check_base(model: nn.Module, layers: Mapping[str, Any], base: Mapping[str, 
             f"{path} was made on another base: {'; '.join(wrong[:3])}{more}. Load the base that was converted, in the "
             "dtype it had; a model that was trained after its conversion is saved whole"
         )
+
+
+def _ffns(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, FFNSite]:
+    """Those that a probe finds, and those that it cannot run but are where the adapter says, with its activation."""
+    found = {site.name: site for site in scan_ffns(model)[0]}
+    for name in layers.keys() - found.keys():
+        try:
+            site = site_from_spec(model, name, layers[name]["ffn"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        act = activation_at(model, site)
+        found[name] = replace(site, act=act or site.act)
+    return found
 
 
 def _is_projection(description: Mapping[str, Any]) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sadmoe.ffn import (
     FFNSite,
     ProjectionMLP,
+    activation_at,
     bare_mlps,
     empty_mlp,
     layer_from_dense,
@@ -21,9 +22,7 @@ from sadmoe.ffn import (
     swap_activations_,
     swap_in,
 )
-from sadmoe.ffn.activations import which_activation
 from sadmoe.ffn.linears import linear_shape
-from sadmoe.ffn.paths import lookup
 from sadmoe.gates import DynamicK, Gate, TopK
 from sadmoe.layer import DynamicKMoE
 
@@ -113,9 +112,7 @@ def match_activations(model: nn.Module, descriptions: Mapping[str, Any]) -> None
         if not isinstance(ffn, Mapping) or ffn.get("adapter") == "projection":
             continue
         site = site_from_spec(model, name, dict(ffn))
-        if site.parts.activation is None:
-            continue
-        found = which_activation(lookup(model.get_submodule(site.block), site.parts.activation)[2])
+        found = activation_at(model, site)
         if found not in (None, site.act):
             others.setdefault(site.act, []).append(replace(site, act=found))
     for act, sites in others.items():

@@ -79,7 +79,7 @@ def finetune_layers_(
     if max_tokens < 2:
         raise ValueError(f"max_tokens must be at least 2, to hold some out, got {max_tokens}")
     layers = trainable_layers(model)
-    sites = _teachers(teacher, layers)
+    sites = _teachers(teacher, layers, batches)
     if config.seconds is not None:
         config = replace(config, seconds=config.seconds / len(layers))
     fits = []
@@ -141,8 +141,8 @@ def _fit(
     return LayerFit(name, missed, share, history, time.perf_counter() - started)
 
 
-def _teachers(teacher: nn.Module, layers: dict[str, DynamicKMoE]) -> list[FFNSite]:
-    sites = {site.name: site for site in find_ffns(teacher)}
+def _teachers(teacher: nn.Module, layers: dict[str, DynamicKMoE], batches: Batches) -> list[FFNSite]:
+    sites = {site.name: site for site in find_ffns(teacher, batches=batches)}
     wrong = [
         name
         for name, layer in layers.items()

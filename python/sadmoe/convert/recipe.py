@@ -62,7 +62,7 @@ def convert_(
     with torch.inference_mode(False), surgery(model):
         with clock("find"):
             check_batches(batches)
-            sites = _checked_sites(model, config)
+            sites = _checked_sites(model, batches, config)
         with tau(model, 0.0) if moe_layers(model) else nullcontext():
             built = build_all(model, sites, batches, config, clock, checkpoint, progress)
         for one in built:
@@ -117,7 +117,7 @@ def _check_runs(model: nn.Module, batches: Batches) -> None:
             ) from error
 
 
-def _checked_sites(model: nn.Module, config: ConvertConfig) -> list[FFNSite]:
+def _checked_sites(model: nn.Module, batches: Batches, config: ConvertConfig) -> list[FFNSite]:
     """The FFNs to convert, each of which can be cut."""
     refuse_compiled(model)
     for name, parameter in model.named_parameters():
@@ -125,7 +125,7 @@ def _checked_sites(model: nn.Module, config: ConvertConfig) -> list[FFNSite]:
             raise ValueError(f"model has no weights yet, {name} is on the meta device: load them first")
         if parameter.isnan().any():
             raise ValueError(f"model is broken: {name} has NaN")
-    sites = find_ffns(model, config.filter)
+    sites = find_ffns(model, config.filter, batches=batches)
     wrong = []
     for site in sites:
         dense = site.dense()

@@ -17,7 +17,7 @@ from sadmoe.ffn.projection import (
 from sadmoe.ffn.scan import FFNNotFoundError, Skipped, find_ffns, scan_ffns
 from sadmoe.ffn.sites import FFNSite, Parts, site_from_spec, spec
 from sadmoe.ffn.surgery import moe_layers, site_of, swap_in, swap_out
-from sadmoe.ffn.swap import swap_activations_
+from sadmoe.ffn.swap import activation_at, swap_activations_
 
 __all__ = [
     "ADAPTERS",
@@ -27,6 +27,7 @@ __all__ = [
     "Parts",
     "ProjectionMLP",
     "Skipped",
+    "activation_at",
     "bare_mlps",
     "check_originals",
     "dense_from_layer",

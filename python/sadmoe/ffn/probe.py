@@ -24,6 +24,10 @@ class Unsupported(Exception):
     """Why something that looks like an FFN cannot be converted."""
 
 
+class NotRun(Unsupported):
+    """It could not be run on a probe: it takes more than hidden states, or other shapes of them."""
+
+
 @dataclass(frozen=True)
 class _Event:
     """A call seen during the probe: of the module at `path`, or of F.dropout with probability p."""
@@ -81,7 +85,7 @@ def verify(
     """The site, if `block` computes the same when `DenseFFN`'s formula takes the place of the parts.
 
     name: path of the block.   acts: the activations it may have; the one that fits best is the site's.
-    calls: ways to call the block, tried in order.
+    calls: ways to call the block, tried in order. Raises NotRun where all of them raise an error.
     The model is left as it was, and no random state is used. Raises Unsupported with the reason.
     """
     sites = [site_of_parts(block, name, parts, adapter, act) for act in acts]
@@ -102,7 +106,7 @@ def verify(
                 error = error or raised
     first_line = str(error).strip().split("\n")[0]
     between = _of_neurons(block, parts, denses[0].f)
-    raise Unsupported(
+    raise NotRun(
         f"run on a probe [1, {PROBE_ROWS}, {denses[0].d}] it raised {type(error).__name__}: {first_line}"
         + (f"; {between} works on its {denses[0].f} neurons, which only an activation may" if between else "")
     )

@@ -2,17 +2,19 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from sadmoe.batches import Batches
 from sadmoe.checks import check_filter
 from sadmoe.ffn.adapters import ADAPTERS, Proposal
 from sadmoe.ffn.linears import linear_shape, why_not_plain
 from sadmoe.ffn.paths import join
-from sadmoe.ffn.probe import Unsupported, verify
+from sadmoe.ffn.probe import Call, NotRun, Unsupported, verify
+from sadmoe.ffn.recorded import record_calls
 from sadmoe.ffn.sites import FFNSite
 from sadmoe.ffn.surgery import moe_layers
 from sadmoe.layer import DynamicKMoE
@@ -36,15 +38,19 @@ class Skipped:
         return f"{self.name or '(the model itself)'} ({self.kind}): {self.reason}"
 
 
-def find_ffns(model: nn.Module, filter: Callable[[str], bool] | None = None) -> list[FFNSite]:
+def find_ffns(
+    model: nn.Module, filter: Callable[[str], bool] | None = None, *, batches: Batches | None = None
+) -> list[FFNSite]:
     """Every FFN of the model, in order, found by structure and proved by running it on a random probe.
 
     filter: takes the name of a site (the module path where the MoE layer would go), False leaves it alone.
+    batches: what the model is called with. A block around an FFN that a probe cannot run, as it takes more than hidden
+    states, is run as the model runs it on the first of them; without, it is not found.
     The model is left as it was. Modules that look like an FFN and cannot be converted are logged as a
     warning. Raises FFNNotFoundError (a ValueError) where nothing looks like an FFN, NotImplementedError where
     all that does cannot be converted; both list what was seen.
     """
-    sites, skipped = scan_ffns(model, filter)
+    sites, skipped = scan_ffns(model, filter, batches=batches)
     if sites:
         if skipped:
             logger.warning("%d FFNs are not converted:\n%s", len(skipped), _listing(list(map(str, skipped))))
@@ -57,31 +63,48 @@ def find_ffns(model: nn.Module, filter: Callable[[str], bool] | None = None) -> 
 
 
 def scan_ffns(
-    model: nn.Module, filter: Callable[[str], bool] | None = None
+    model: nn.Module, filter: Callable[[str], bool] | None = None, *, batches: Batches | None = None
 ) -> tuple[list[FFNSite], list[Skipped]]:
     """`find_ffns` without errors and warnings: the sites, and what only looks like one, with the reason."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_filter(filter)
-    uses, sites, skipped = Uses(model), [], []
-    done: set[str] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, DynamicKMoE) or any(name == d or name.startswith(f"{d}.") for d in done):
-            continue
-        found, reasons = _look_at(module, name, uses, filter)
-        sites += found
-        done |= {site.name for site in found}
-        if reasons and not found:
-            skipped.append(Skipped(name, type(module).__name__, "; ".join(dict.fromkeys(reasons))))
+    sites, skipped, not_run = _scan(model, filter, {})
+    if not_run and batches is not None:
+        sites, skipped, _ = _scan(model, filter, record_calls(model, not_run, next(iter(batches))))
     return sites, skipped
 
 
+def _scan(
+    model: nn.Module, filter: Callable[[str], bool] | None, calls: Mapping[str, Call]
+) -> tuple[list[FFNSite], list[Skipped], list[str]]:
+    """The same, with other ways to call some modules, by name; and the modules that could not be run."""
+    uses, sites, skipped = Uses(model), [], []
+    done: set[str] = set()
+    not_run: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, DynamicKMoE) or any(name == d or name.startswith(f"{d}.") for d in done):
+            continue
+        found, reasons = _look_at(module, name, uses, filter, calls.get(name))
+        sites += found
+        done |= {site.name for site in found}
+        if reasons and not found:
+            told = "; ".join(dict.fromkeys(map(str, reasons)))
+            skipped.append(Skipped(name, type(module).__name__, told))
+            not_run += [name] if any(isinstance(reason, NotRun) for reason in reasons) else []
+    return sites, skipped, not_run
+
+
 def _look_at(
-    module: nn.Module, name: str, uses: "Uses", filter: Callable[[str], bool] | None
-) -> tuple[list[FFNSite], list[str]]:
+    module: nn.Module,
+    name: str,
+    uses: "Uses",
+    filter: Callable[[str], bool] | None,
+    recorded: Call | None,
+) -> tuple[list[FFNSite], list[Unsupported]]:
     """The FFNs in one module, and why its other proposals were refused."""
     sites: list[FFNSite] = []
-    reasons: list[str] = []
+    reasons: list[Unsupported] = []
     for adapter, propose in ADAPTERS.items():
         for proposal in propose(module):
             parts = proposal.parts
@@ -91,9 +114,10 @@ def _look_at(
                 continue
             try:
                 uses.check(module, name, proposal)
-                sites.append(verify(module, name, parts, adapter, proposal.acts, proposal.calls))
+                ways = (*proposal.calls, recorded) if recorded and parts.at else proposal.calls
+                sites.append(verify(module, name, parts, adapter, proposal.acts, ways))
             except Unsupported as reason:
-                reasons += [str(reason)] if proposal.likely else []
+                reasons += [reason] if proposal.likely else []
         if sites:
             break
     return sites, reasons

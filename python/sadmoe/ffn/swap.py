@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from sadmoe import reference
-from sadmoe.ffn.activations import ACTIVATION_MODULES, activation_children
+from sadmoe.ffn.activations import ACTIVATION_MODULES, activation_children, which_activation
 from sadmoe.ffn.configs import configs_in, own_configs
 from sadmoe.ffn.paths import join, lookup
 from sadmoe.ffn.sites import FFNSite
@@ -32,6 +32,13 @@ CONFIG_VALUES = {  # transformers' names of each activation; the first is writte
     "relu2": ("relu2",),
 }
 Undo = Callable[[], None]
+
+
+def activation_at(model: nn.Module, site: FFNSite) -> str | None:
+    """The key of `reference.ACTIVATIONS` of what is where the site has its activation; None where that is elsewhere."""
+    if site.parts.activation is None:
+        return None
+    return which_activation(lookup(model.get_submodule(site.block), site.parts.activation)[2])
 
 
 def swap_activations_(model: nn.Module, sites: Sequence[FFNSite], act: str = "relu") -> Undo:

@@ -104,7 +104,7 @@ def sparsify_(
         raise ValueError('teacher is used by the distilling objectives, got objective="task"')
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")
-    sites = find_ffns(model, filter)
+    sites = find_ffns(model, filter, batches=batches)
     started = time.perf_counter()
     with (
         all_or_nothing(model) as undo,

@@ -207,7 +207,7 @@ def measure_sparsity(
     sites: from `find_ffns`; all of the model's if None. Raises ValueError where an FFN is never run.
     """
     check_batches(batches)
-    sites = find_ffns(model) if sites is None else sites
+    sites = find_ffns(model, batches=batches) if sites is None else sites
     counts = {
         site.name: torch.zeros(3, dtype=torch.float64, device="cpu") for site in sites
     }  # pairs, zero, small

@@ -1,0 +1,58 @@
+"""The calls that a model makes of its modules, to be made again."""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sadmoe.batches import Batch, device_of, evaluating, run, to_device
+from sadmoe.ffn.probe import Call
+from sadmoe.ffn.sites import Parts
+
+
+def record_calls(model: nn.Module, names: Iterable[str], batch: Batch) -> dict[str, Call]:
+    """The first call of each of these modules while the model runs a batch, as a way to call it; none that is not run.
+
+    The arguments are kept as they were, caches too, and given in the dtype of the probe.
+    """
+    calls: dict[str, Call] = {}
+
+    def hook_for(name: str) -> Any:
+        def see(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if name not in calls:
+                calls[name] = _again(copy.deepcopy((args, kwargs)))
+
+        return see
+
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True)
+        for name in names
+    ]
+    try:
+        with evaluating(model):
+            run(model, to_device(batch, device_of(model)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _again(arguments: Any) -> Call:
+    def call(block: nn.Module, parts: Parts, x: Tensor) -> Any:
+        args, kwargs = _cast(copy.deepcopy(arguments), x.dtype)
+        return block(*args, **kwargs)
+
+    return call
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """The floating-point tensors in it, of tuples, lists and dicts, as that dtype."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _cast(each, dtype) for key, each in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_cast(each, dtype) for each in value)
+    return value
