@@ -209,6 +209,14 @@ TINY: dict[str, Tiny] = {
         "gelu",
         needs=HF,
     ),
+    "roberta prenorm": Tiny(
+        _hf("RobertaPreLayerNormModel", "RobertaPreLayerNormConfig", **TEXT),
+        tokens,
+        _layers(f"{BERT}.dense"),
+        "in_pair",
+        "gelu",
+        needs=HF,
+    ),
     "albert": Tiny(
         _hf("AlbertModel", "AlbertConfig", embedding_size=16, **TEXT),
         tokens,

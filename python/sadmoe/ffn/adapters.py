@@ -98,24 +98,32 @@ def in_block(module: nn.Module) -> Iterator[Proposal]:
         for name, act in known.items():
             parts = Parts(up, up, down, activation=name, removed=(name, down, *fast_path))
             yield Proposal(parts, (act,), calls, likely)
-        elsewhere = len(linears) == 2 and _only_ffn_children(
-            module
-        )  # the word is that of the adapters before
-        if not known and (children or len(linears) == 2) and not elsewhere:
+        # Of a module that is all FFN the adapters before have told.
+        told = len(linears) == 2 and _only_ffn_children(module)
+        if not known and (children or len(linears) == 2) and not told:
             refusal = _unknown(module, children) if children else _out_of_reach(up, down)
             yield Proposal(Parts(up, up, down), (), calls, likely, refusal)
 
 
 def in_pair(module: nn.Module) -> Iterator[Proposal]:
-    """An FFN over two children: linear and activation in one; linear, norm, residual in the other (BERT)."""
+    """An FFN over two children: linear and activation in one; linear, norm, residual in the other (BERT).
+
+    Where the first holds more (a norm, in pre-norm RoBERTa), the MoE layer takes the place of its linear layer alone.
+    """
     inner = {name: _linears(child) for name, child in module.named_children()}
     one = {name: next(iter(linears.items())) for name, linears in inner.items() if len(linears) == 1}
     for (a, (up, up_shape)), (b, (down, down_shape)) in permutations(one.items(), 2):
-        first = module.get_submodule(a)
-        if _is_pair(up_shape, down_shape) and _only_ffn_children(first):
-            likely = _in_order(one, a, b)
-            name, acts, refusal = _activation(first)
-            activation = None if name is None else f"{a}.{name}"
+        if not _is_pair(up_shape, down_shape):
+            continue
+        first, likely = module.get_submodule(a), _in_order(one, a, b)
+        name, acts, refusal = _activation(first)
+        activation = None if name is None else f"{a}.{name}"
+        if not _only_ffn_children(first):
+            if activation is not None:
+                removed = (activation, f"{b}.{down}")
+                parts = Parts(f"{a}.{up}", f"{a}.{up}", f"{b}.{down}", activation=activation, removed=removed)
+                yield Proposal(parts, acts, (_call_once,), likely)
+        else:
             parts = Parts(a, f"{a}.{up}", f"{b}.{down}", activation=activation, removed=(f"{b}.{down}",))
             yield Proposal(parts, acts, (_call_once, _call_pair_with_residual, _call_pair), likely, refusal)
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from sadmoe.ffn.sites import Parts
 
 
 def record_calls(model: nn.Module, names: Iterable[str], batch: Batch) -> dict[str, Call]:
-    """The first call of each of these modules while the model runs a batch, as a way to call it; none that is not run.
+    """A call of each of these modules while the model runs a batch, as a way to call it: the first that can be kept.
 
     The arguments are kept as they were, caches too, and given in the dtype of the probe.
     """
@@ -21,7 +22,9 @@ def record_calls(model: nn.Module, names: Iterable[str], batch: Batch) -> dict[s
 
     def hook_for(name: str) -> Any:
         def see(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if name not in calls:
+            if name in calls:
+                return
+            with suppress(Exception):  # of a foreign argument, which then cannot be given again
                 calls[name] = _again(copy.deepcopy((args, kwargs)))
 
         return see
