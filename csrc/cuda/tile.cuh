@@ -1,7 +1,7 @@
 // A tile of a matrix product, rows x columns, by one block: sums live in registers, operands pass through shared memory
 // in steps of kDepth. What differs is how a step is multiplied: Fma (float32), Mma<T> (tensor cores, 16 bits) or
-// Tf32<kParts, kPartsB> (tensor cores, float32 operands of fewer bits), of 64 x 64 all; and the same of 128 x 32, for experts of few
-// neurons: TallFma, TallMma<T>, TallTf32.
+// Tf32<kParts, kPartsB> (tensor cores, float32 operands of fewer bits), of 64 x 64 all; and the same of 128 x 32, for experts of
+// few neurons: TallFma, TallMma<T>, TallTf32.
 //
 // The sum of an element runs over the depth in one fixed order, whatever the other rows are and however many: results are
 // batch-invariant. strip.cuh keeps the same order.
@@ -203,7 +203,7 @@ template <int kParts, int kPartsB>
 SADMOE_DEVICE void multiply_parts(float* sums, const Split<kParts>& a, const Split<kPartsB>& b, int i) {
   SADMOE_UNROLL
   for (int part = kParts * kPartsB - 1; part >= 0; --part) {
-    const unsigned(&of_b)[4] = b.parts[part % kPartsB];
+    const unsigned (&of_b)[4] = b.parts[part % kPartsB];
     multiply_16x8x8(sums, a.parts[part / kPartsB], of_b[i], of_b[i + 1]);
   }
 }
