@@ -67,8 +67,9 @@ def terms(args: list, act: str) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_op_is_as_good_as_torch(isa, name, dtype):
-    choices = itertools.product([False, True], [False, True], reference.ACTIVATIONS, [False, True])
-    for gated, bias, act, without_columns in choices:
+    choices = itertools.product(reference.ACTIVATIONS, [False, True])
+    for i, (act, gated) in enumerate(choices):
+        bias, without_columns = i % 4 < 2, i % 3 == 0
         args = int8_problem(
             **PROBLEMS[name], gated=gated, bias=bias, dtype=dtype, without_columns=without_columns
         )
