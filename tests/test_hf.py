@@ -170,6 +170,28 @@ def test_a_module_that_initialises_the_linear_layer_that_was_there_is_left_alone
     assert torch.equal(call(loaded, batch), call(model, batch))
 
 
+def test_what_a_module_makes_when_it_is_initialised_is_made_around_an_ffn(tmp_path):
+    """A layer of SAM 3 holds an FFN whole, and a table of its own that is in no file."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    places = {
+        "image_size": 32,
+        "patch_size": 4,
+        "window_size": 4,
+        "pretrain_image_size": 16,
+        "global_attn_indexes": [1],
+    }
+    torch.manual_seed(0)
+    model = transformers.Sam3ViTModel(transformers.Sam3ViTConfig(**sizes, **places)).eval()
+    batch = {"pixel_values": torch.randn(1, 3, 32, 32)}
+    settings = sadmoe.ConvertConfig(expert_size=4, tau=0.1, router=sadmoe.RouterConfig(width=4, steps=2))
+    sadmoe.convert_(model, [batch], settings, progress=False)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.Sam3ViTModel.from_pretrained(tmp_path)
+    assert torch.equal(call(loaded, batch), call(model, batch))
+
+
 def test_an_encoder_loads_alone(tmp_path):
     model = described("t5")
     model.save_pretrained(tmp_path)

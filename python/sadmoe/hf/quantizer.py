@@ -19,7 +19,7 @@ from sadmoe.checkpoint import FORMAT, CheckpointError, check_safetensors
 from sadmoe.convert import restore_
 from sadmoe.describe import describe_all as descriptions
 from sadmoe.describe import match_activations, rebuild
-from sadmoe.ffn import bare_mlps, moe_layers, own_configs, projection_mlps
+from sadmoe.ffn import bare_mlps, moe_layers, own_configs, projection_mlps, site_of
 
 logger = logging.getLogger(__name__)
 CACHE_LINE = 64  # bytes, to which torch aligns what it allocates
@@ -213,9 +213,15 @@ def _layer_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _leave_owners_alone(model: nn.Module) -> None:
     """Keeps transformers from initialising modules whose linear layers are MoE layers or MLPs: some read the weights
-    (GPT-2's and T5's attention, GroupViT's mixer). What they hold is all in the file, or `_check_loaded` says so."""
-    for name in (*moe_layers(model), *projection_mlps(model)):
-        model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
+    (GPT-2's and T5's attention, GroupViT's mixer). What they hold is all in the file, or `_check_loaded` says so. Not
+    those that hold an FFN whole, or buffers of their own, which are made when they are initialised (SAM 3)."""
+
+    def owner(name: str) -> Any:
+        return model.get_submodule(name.rpartition(".")[0])
+
+    inside = [name for name, layer in moe_layers(model).items() if site_of(layer).parts.at]
+    for name in (*projection_mlps(model), *(name for name in inside if not owner(name)._buffers)):
+        owner(name)._is_hf_initialized = True
 
 
 def _align(model: nn.Module) -> None:
