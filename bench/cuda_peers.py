@@ -13,7 +13,7 @@ weights that some token needs; times in us; eta: what dense would take for the s
 sadmoe's time; floor: the least the card could take over sadmoe's time; auto: time of the way that a layer takes by
 sadmoe.crossover if it may choose (set_batch_invariant(False)), the op or products with a mask, over plain dense;
 peer: the faster of grouped_mm and Triton over that way. A peer that fails is n/a, and why stands below. The file has
-the spread as well: from the first tenth to the last, over the median.
+the spread as well: from the first tenth to the last, over the median. cuda_goals.py says which aims it reaches.
 """
 
 import argparse
@@ -39,13 +39,15 @@ SIZES = {  # of experts, by layer
     "2048x16384-glu": [32, 128],
     "4096x11008-glu": [86, 172],
 }
-TOKENS = [1, 2, 4, 8, 16, 64, 512, 2048, 8192]
+TOKENS = [8192, 1, 8, 512, 64, 2048, 2, 4, 16]  # what tells most first, for a run that is cut off
 IMAGES, NARROW = 256 * 197, 768  # tokens of a batch of images, and the widest layer that they are timed in
 SHARES = [0.05, 0.1, 0.25, 0.5, 1.0]
 MASKS = {"skewed": skewed, "clustered": clustered}  # and independent, those of the layer's own router
 NAMES = ("dense", "masked", "grouped_mm", "triton", "sadmoe")
 HEADER = (
-    "     T  share  union" + "".join(f"{n:>12}" for n in NAMES) + "    eta  floor   auto   peer way, masks"
+    "     T    s  share  union"
+    + "".join(f"{n:>12}" for n in NAMES)
+    + "    eta  floor   auto   peer way, masks"
 )
 ROUTER_WIDTH = 128
 COLD = 200e6  # bytes that L2 does not hold
@@ -192,7 +194,8 @@ def line(row: dict) -> str:
         if "eta" in row
         else ""
     )
-    return f"{row['T']:6d} {row['share']:6.1%} {row['union']:6.1%} {' '.join(cells)} {tail}, {row['masks']}"
+    sizes = f"{row['T']:6d} {row['s']:4d} {row['share']:6.1%} {row['union']:6.1%}"
+    return f"{sizes} {' '.join(cells)} {tail}, {row['masks']}"
 
 
 def kinds(shape: LayerShape, T: int, args: argparse.Namespace) -> Iterator[tuple[str, float, Tensor | None]]:
@@ -214,12 +217,13 @@ def recorded_kinds(
 
 def cells(args: argparse.Namespace, card: Card, reasons: set[str]) -> Iterator[dict]:
     """Measures and tells the grid."""
-    shapes = [(shape_of(name, s), kinds) for name in args.layers for s in SIZES[name]]
+    tables = [([shape_of(name, s) for s in SIZES[name]], kinds) for name in args.layers]
     if args.recorded:
-        shapes += [(shape, recorded_kinds) for shape in recorded_shapes(args.recorded)]
-    for shape, kinds_of in shapes:
-        print(f"\n{shape.name}, E {shape.experts}, s {shape.s}\n{HEADER}")
-        for T in args.tokens or TOKENS + [IMAGES] * (shape.d <= NARROW):
+        tables += [([shape], recorded_kinds) for shape in recorded_shapes(args.recorded)]
+    for shapes, kinds_of in tables:
+        print(f"\n{shapes[0].name}\n{HEADER}")
+        tokens = args.tokens or [IMAGES] * (shapes[0].d <= NARROW) + TOKENS
+        for T, shape in itertools.product(tokens, shapes):
             for masks, share, mask in kinds_of(shape, T, args):
                 p = problem(shape, T, share, mask)
                 if p.mask.any():

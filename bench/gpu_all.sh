@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # All that a CUDA device is needed for, unattended, without a network: builds, tests, conformance, sanitizers, the constants of
-# the cost model, the tables. What is right comes before what is fast.
+# the cost model, the tables, and which aims they reach. What is right comes before what is fast.
 #
 #   bench/gpu_all.sh OUT [STEP...]
 #
-# STEPs: tests conformance memcheck racecheck raw layers blocks 768x3072 1024x4096 2048x16384-glu 4096x11008-glu masks; by default
-# all, in that order. Those of sizes are the layer beside its peers. With RECORDED=FILE, masks that bench/record_masks.py wrote,
-# masks has those of a converted model first.
+# STEPs: tests conformance memcheck racecheck raw 768x3072 2048x16384-glu 4096x11008-glu 1024x4096 masks goals layers blocks; by
+# default all, in that order. Those of sizes are the layer beside its peers, layers and blocks what to tune. With RECORDED=FILE,
+# masks that bench/record_masks.py wrote, masks has those of a converted model first.
 #
-# A call ends within about BUDGET seconds, by default 1500, of which every step has a share, and what those before it left of theirs: a
-# step that takes longer is cut off, and said, for a next call to name. Tables are written row by row. What was built and found
-# stays in build/gpu, where the next call goes on. OUT gets few files: the tables, and results.tar.gz of everything that was found
-# so far.
+# A call ends within about BUDGET seconds, by default 1500. The build may take them all, and without it nothing else runs. Of the
+# rest every step has a share, and what those before it left of theirs: a step that takes longer is cut off, and said, for a next
+# call to name. Tables are written row by row, what tells most first. What was built and found stays in build/gpu, where the next
+# call goes on. OUT gets few files, after every step: the tables, and results.tar.gz of everything that was found so far.
 #
 # Needs nvcc >= 12.4 (PATH, CUDACXX or CUDA_HOME), a torch with CUDA, cmake, ninja, pybind11, pytest. Installs nothing. Exit
 # status: how many steps failed.
@@ -21,7 +21,7 @@ if [ -n "${RECORDED:-}" ]; then
   export RECORDED
 fi
 cd "$(dirname "$0")/.."
-steps=(tests conformance memcheck racecheck raw layers blocks 768x3072 1024x4096 2048x16384-glu 4096x11008-glu masks)
+steps=(tests conformance memcheck racecheck raw 768x3072 2048x16384-glu 4096x11008-glu 1024x4096 masks goals layers blocks)
 out=${1:?"usage: bench/gpu_all.sh OUT [STEP...], STEPs: ${steps[*]}"}
 if [ $# -gt 1 ]; then steps=("${@:2}"); fi
 root=$PWD python=${PYTHON:-python3} begin=$SECONDS budget=${BUDGET:-1500}
@@ -32,24 +32,34 @@ mkdir -p "$out" "$results"
 export PYTHONPATH=$build/site TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 SADMOE_BENCH_CUDA=$bench
 export CUDACXX=${CUDACXX:-$(command -v nvcc || echo "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc")}
 failed=()
-declare -A shares=([machine]=20 [build]=320 [tests]=220 [conformance]=40 [memcheck]=130 [racecheck]=130 [raw]=60 [constants]=40
-  [layers]=80 [blocks]=80 [recorded]=80 [masks]=80)
-share_of() { echo "${shares[$1]:-80}"; }  # of the time, in parts
-due=0 parts=$(($(share_of machine) + $(share_of build)))
+declare -A shares=([tests]=220 [conformance]=40 [memcheck]=130 [racecheck]=130 [raw]=60 [constants]=40 [768x3072]=180
+  [recorded]=100 [masks]=60 [goals]=5 [layers]=60 [blocks]=60)
+share_of() { echo "${shares[$1]:-100}"; }  # of the time after the build, in parts
+due=0 parts=0
 for name in "${steps[@]}"; do
   parts=$((parts + $(share_of "$name")))
   if [ "$name" = raw ]; then parts=$((parts + $(share_of constants))); fi
   if [ "$name" = masks ] && [ -n "${RECORDED:-}" ]; then parts=$((parts + $(share_of recorded))); fi
 done
 
-# step NAME COMMAND...: its output to NAME.txt, its end to the screen.
+hand_over() {
+  cp "$results"/*.json "$out" 2>/dev/null
+  tar -czf "$out/results.tar.gz" -C "$build" results
+}
+# step NAME COMMAND...: in its share of the time.
 step() {
-  local name=$1 start=$SECONDS status=0 left
+  local name=$1 left
   shift
   due=$((due + $(share_of "$name"))) left=$((budget * due / parts - (SECONDS - begin)))
   if [ "$left" -lt 5 ]; then
     failed+=("$name"); echo "-- $name: no time left"; return
   fi
+  run "$left" "$name" "$@"
+}
+# run SECONDS NAME COMMAND...: its output to NAME.txt, its end to the screen.
+run() {
+  local left=$1 name=$2 start=$SECONDS status=0
+  shift 2
   timeout -k 5 "$left" "$@" >"$results/$name.txt" 2>&1 || status=$?
   local said="FAILED ($status)"
   case $status in
@@ -59,6 +69,8 @@ step() {
   esac
   printf -- '-- %s: %s, %d s\n' "$name" "$said" $((SECONDS - start))
   tail -n "${TAIL:-3}" "$results/$name.txt" | sed 's/^/   /'
+  hand_over
+  return "$status"
 }
 
 machine() {
@@ -84,20 +96,30 @@ peers() {
   if [ -s "$results/constants.json" ]; then constants=(--constants "$results/constants.json"); fi
   "$python" bench/cuda_peers.py "${constants[@]}" "${@:2}" --json "$results/$name.json"
 }
-# Small problems of every kind of kernel.
+# Small problems of every kind of kernel; torch asks for each tensor's memory by itself, so that what is beyond it is seen.
 sanitize() {
-  local tool
+  local tool status=0
   tool=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer 2>/dev/null) ||
     { echo "compute-sanitizer was not found"; return 77; }
-  "$tool" --tool "$1" --error-exitcode 9 "$bench" conformance &&
-    "$tool" --tool "$1" --error-exitcode 9 "$python" -m pytest tests/test_kernels.py -m cuda -p no:cacheprovider \
-      -k "every_activation or one_hot or (three_stages and 150-10) or (neighbours and 9-35) or tokens_of_a_block"
+  "$tool" --tool "$1" --error-exitcode 9 "$bench" conformance || status=$?
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$tool" --tool "$1" --error-exitcode 9 "$python" -m pytest tests/test_kernels.py -m cuda \
+    -p no:cacheprovider -k "every_activation or one_hot or (three_stages and 150-10) or (neighbours and 9-35) or tokens_of_a_block" ||
+    status=$?
+  return $status
 }
-export -f machine compile peers sanitize
+goals() {
+  local tables=()
+  for table in "$results"/{[0-9]*x*,recorded,masks}.json; do
+    if [ -s "$table" ]; then tables+=("$table"); fi
+  done
+  "$python" bench/cuda_goals.py "${tables[@]}"
+}
+export -f machine compile peers sanitize goals
 export root python arch build results bench
 
-TAIL=20 step machine bash -c machine
-step build bash -c compile
+TAIL=20 run 60 machine bash -c machine
+run $((budget - (SECONDS - begin))) build bash -c compile || { tail -n 40 "$results/build.txt"; exit 98; }
+budget=$((budget - (SECONDS - begin))) begin=$SECONDS
 for name in "${steps[@]}"; do
   case $name in
     conformance) TAIL=90 step conformance "$bench" conformance ;;
@@ -111,12 +133,11 @@ for name in "${steps[@]}"; do
       if [ -n "${RECORDED:-}" ]; then TAIL=60 step recorded bash -c 'peers recorded --layers --recorded "$RECORDED" --tokens 1 64 512 8192'; fi
       TAIL=120 step masks bash -c "peers masks --masks skewed clustered --shares 0.1 0.25 --tokens 8 64 512 8192" ;;
     tests) TAIL=12 step tests "$python" -m pytest tests/test_kernel*.py tests/test_cuda*.py -m cuda -p no:cacheprovider ;;
-    memcheck | racecheck) step "$name" bash -c "sanitize $name" ;;
+    memcheck | racecheck) TAIL=20 step "$name" bash -c "sanitize $name" ;;
+    goals) TAIL=120 step goals bash -c goals ;;
     *) failed+=("$name"); echo "-- $name: no such step" ;;
   esac
 done
 
-cp "$results"/*.json "$out" 2>/dev/null
-tar -czf "$out/results.tar.gz" -C "$build" results
-echo "-- $((SECONDS - begin)) s in all, results in $out; failed: ${failed[*]:-nothing}"
+echo "-- $SECONDS s in all, results in $out; failed: ${failed[*]:-nothing}"
 exit ${#failed[@]}

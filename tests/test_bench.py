@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 
+from cuda_goals import aims
 from layer_problem import ROUTER_WIDTH, LayerShape, problem, weights, with_mask
 from layers import floor, shape_of
 from mask_kinds import clustered, recorded, recorded_shapes, skewed
@@ -90,3 +91,37 @@ def test_the_largest_tensor_of_a_peer():
     assert largest("grouped_mm", p) == 2 * k * 8 * 2  # a busiest token's k of each token
     assert largest("eager", p) == 2 * k * (E + 1) * 8  # one int64 for each expert, and for none
     assert largest("loop", p) == 0
+
+
+def _gpu_cell(**changed):
+    """A cell of cuda_peers.py: one token, a quarter of the experts, dense 8 us and the layer's way 7.6."""
+    cell = {"layer": "768x3072", "s": 64, "masks": "independent", "T": 1, "share": 0.25, "union": 0.25}
+    return cell | {"seconds": {"dense": 8e-6}, "auto": 0.95, "peer": 1.2} | changed
+
+
+@pytest.mark.parametrize(
+    ("what", "cell", "most", "verdict"),
+    [
+        ("prefill", _gpu_cell(T=50432, share=0.26, auto=0.8), 0.8, "met"),
+        ("prefill", _gpu_cell(T=50432, auto=0.81), 0.8, "missed"),
+        ("decode", _gpu_cell(), 8.0, "met"),
+        ("decode", _gpu_cell(share=0.175), (7.5 + 8) / 2, "met"),  # halfway between two shares
+        ("decode", _gpu_cell(auto=1.01), 8.0, "missed"),
+        ("decode", _gpu_cell(T=8, union=0.5, auto=0.9), 6 + 1.15 * 3072 * 768 * 2 * 2 * 0.5 / 3e6, "met"),
+        ("never worse", _gpu_cell(auto=1.06, masks="skewed"), 1.05, "missed"),
+        ("peers", _gpu_cell(peer=0.9, masks="skewed"), 1.0, "missed"),
+    ],
+)
+def test_cells_of_a_gpu_are_held_to_their_aims(what, cell, most, verdict):
+    (aim,) = [aim for aim in aims([cell]) if aim.what == what and aim.found is not None]
+    assert aim.most == pytest.approx(most)
+    assert aim.verdict == verdict
+
+
+def test_cells_of_a_gpu_that_were_not_measured_are_named():
+    failed = _gpu_cell()
+    del failed["auto"]
+    assert {aim.verdict for aim in aims([failed, _gpu_cell(T=2, share=0.9)])} == {"met", "not measured"}
+    unmeasured = [aim.cell for aim in aims([]) if aim.verdict == "not measured"]
+    assert "768x3072 s 64, T 50432, 25%" in unmeasured
+    assert "768x3072, T 1, 10% to 50%" in unmeasured
