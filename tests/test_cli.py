@@ -66,6 +66,19 @@ def test_convert_then_evaluate(folder, text, tmp_path, capsys):
     assert float(half.split()[1].rstrip("%")) < 100
 
 
+def test_evaluate_and_report_beside_the_dense_model(folder, text, tmp_path, capsys):
+    out, page = tmp_path / "moe", tmp_path / "page.html"
+    assert converted(folder, text, out, "--tau", "0.2") == 0
+    places = ["--model", str(out), "--data", str(text), "--tau", "0.5", "--dense"]
+    assert cli.main(["evaluate", *places, str(folder)]) == 0
+    assert "faster than dense" in capsys.readouterr().out
+    assert cli.main(["report", *places, str(folder), "--out", str(page)]) == 0
+    assert "y0 those of the dense model" in page.read_text()
+    capsys.readouterr()
+    assert cli.main(["evaluate", *places, str(out)]) == 2
+    assert f"--dense: {out} holds a converted model" in capsys.readouterr().err
+
+
 def test_routers_are_as_wide_as_asked(folder, text, tmp_path):
     assert converted(folder, text, tmp_path / "moe", "--router-width", "4") == 0
     (layer,) = moe_layers(transformers.BertModel.from_pretrained(tmp_path / "moe")).values()

@@ -169,7 +169,24 @@ def test_evaluate_measures_and_puts_the_gates_back():
     assert sparse.ffn_flops < sparse.flops
     assert one.error > sparse.error > 0
     assert {layer.gate.tau for layer in sadmoe.moe_layers(model).values()} == {0.7}
-    assert "executed share" in table([sparse])
+    assert "error to tau 0" in table([sparse])
+
+
+def test_evaluate_beside_the_dense_model():
+    model, batch = converted("bert"), TINY["bert"].batch()
+    original = TINY["bert"].model()
+    exact, sparse = evaluate(model, [batch], [0.0, 0.3], dense=original)
+    assert 0 < exact.error < 1e-5  # rounding: neurons have another order
+    assert sparse.error > 1e-3
+    with torch.no_grad():
+        for parameter in original.parameters():
+            parameter.mul_(1.1)
+    (changed,) = evaluate(model, [batch], [0.0], dense=original)
+    assert changed.error > 1e-2
+    assert changed.gain > 0
+    assert "error to dense" in table([changed], of_dense=True)
+    with pytest.raises(ValueError, match="dense must be the model that this one was converted from"):
+        evaluate(model, [batch], [0.0], dense=TINY["gpt2"].model())
 
 
 def test_the_command_writes_page_and_numbers(tmp_path, capsys):

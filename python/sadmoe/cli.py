@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sadmoe import ops
 from sadmoe.bench_command import add_bench
 from sadmoe.convert_command import add_convert
 from sadmoe.evaluate import evaluate, table
+from sadmoe.ffn import moe_layers
 from sadmoe.model_report import report_page
 from sadmoe.options import add_common, add_data, add_model, data_of
 from sadmoe.outputs import check_files, check_folder
@@ -27,7 +29,8 @@ examples:
   sadmoe demo                                            convert a real text encoder, see what it costs and keeps
   sadmoe convert --model bert --data text.txt --out moe  convert a transformers model of a local folder
   sadmoe convert --model vit --data photos --out moe     the same, of images
-  sadmoe evaluate --model moe --data held_out.txt        cost, time and fidelity at several tau
+  sadmoe evaluate --model moe --data held_out.txt --dense bert
+                                                         cost, time and fidelity at several tau
   sadmoe report --model moe --data held_out.txt          the same and more, as one HTML page
   sadmoe bench --model moe --tau 0.1 0.3                 its layers and all of it, timed beside dense
   sadmoe bench --model moe --calibrate                   measure where its layers are better off dense on this machine
@@ -96,7 +99,8 @@ def _add_evaluate(commands: Any) -> None:
         "evaluate",
         help="cost, time and fidelity of a converted model at several tau",
         description="Runs a converted model over DATA at several tau. error: of the last hidden states or logits, "
-        "|y - y0| / |y0| with y0 those at tau = 0, padding left out.",
+        "|y - y0| / |y0|, padding left out; y0 are those of the dense model that --dense names, or, without it, the "
+        "model's own at tau = 0, which do not show what training changed.",
     )
     _add_sweep(command)
     command.set_defaults(command=_evaluate)
@@ -121,6 +125,12 @@ def _add_report(commands: Any) -> None:
 
 def _add_sweep(command: argparse.ArgumentParser) -> None:
     add_model(command)
+    command.add_argument(
+        "--dense",
+        type=Path,
+        metavar="FOLDER",
+        help="the model that it was converted from, for errors and times beside it (default: those at tau = 0)",
+    )
     add_data(command)
     command.add_argument(
         "--tau",
@@ -138,8 +148,9 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    model = load_bare_model(arguments.model)
-    print(table(evaluate(model, data_of(arguments, model).batches, arguments.tau)))
+    model, dense = _models(arguments)
+    points = evaluate(model, data_of(arguments, model).batches, arguments.tau, dense=dense)
+    print(table(points, of_dense=dense is not None))
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -147,12 +158,23 @@ def _report(arguments: argparse.Namespace) -> None:
     if page == numbers:
         raise ValueError(f"--out names the page, and {numbers} is where its numbers go: give a name in .html")
     check_files((page, numbers), arguments.force)
-    model = load_bare_model(arguments.model)
+    model, dense = _models(arguments)
     data = data_of(arguments, model)
     if arguments.sentence is not None and data.kind != "text":
         raise ValueError(f"--sentence: this {type(model).__name__} is not run on text alone; leave it out")
-    points = evaluate(model, data.batches, sorted(arguments.tau), progress=True)
-    print(table(points))
+    points = evaluate(model, data.batches, sorted(arguments.tau), dense=dense, progress=True)
+    of_dense = dense is not None
+    print(table(points, of_dense=of_dense))
     numbers.write_text(json.dumps([asdict(point) for point in points], indent=1))
-    write_page(page, report_page(model, data, points, arguments.sentence))
+    write_page(page, report_page(model, data, points, arguments.sentence, of_dense=of_dense))
     print(f"\n{page}, and the numbers in {numbers}")
+
+
+def _models(arguments: argparse.Namespace) -> tuple[nn.Module, nn.Module | None]:
+    """Those of --model and --dense."""
+    dense = None if arguments.dense is None else load_bare_model(arguments.dense)
+    if dense is not None and moe_layers(dense):
+        raise ValueError(
+            f"--dense: {arguments.dense} holds a converted model, and the one it was made from is wanted"
+        )
+    return load_bare_model(arguments.model), dense

@@ -1,29 +1,29 @@
-"""A converted model at several tau: what it computes, how long that takes, and how far it is from itself at tau = 0."""
+"""A converted model at several tau: what it computes, how long that takes, and how far it is from the dense model."""
 
 import math
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sadmoe.batches import answer, evaluating, run
+from sadmoe.batches import Batch, answer, evaluating, run
 from sadmoe.cost import cost
 from sadmoe.dial import converted_layers, tau
 from sadmoe.tables import format_table
 
-HEADER = ("tau", "executed share", "FFN FLOPs of dense", "error", "ms", "faster than tau 0")
-PASSES = 3  # of the model over the batches, of which the median counts
+PASSES = 3  # of each variant over the batches, in turns, of which the median counts
 
 
 @dataclass(frozen=True)
 class Point:
     """One tau. share: executed pairs. ffn_flops, flops: of the converted layers and of the whole model, over dense.
-    error: |y - y0| / |y0| of the last hidden states or logits at real tokens, y0 at tau = 0. seconds: of a pass over
-    the batches. gain: how many times faster than at tau = 0, where no router is asked."""
+    error: |y - y0| / |y0| of the last hidden states or logits at real tokens, y0 those of the dense model, or where it
+    is not at hand at tau = 0. seconds: of a pass over the batches. gain: how many times faster than what y0 is of."""
 
     tau: float
     share: float
@@ -34,7 +34,7 @@ class Point:
     gain: float
 
     def cells(self) -> tuple[str, ...]:
-        """Its row under HEADER."""
+        """Its row under `header`."""
         return (
             f"{self.tau:g}",
             f"{self.share:.1%}",
@@ -45,52 +45,94 @@ class Point:
         )
 
 
+@dataclass(frozen=True)
+class _Variant:
+    """A model as it is, or a converted one at a tau."""
+
+    model: nn.Module
+    tau: float | None = None
+
+    def on(self) -> AbstractContextManager[Any]:
+        """While it is entered, its model is the variant."""
+        return nullcontext() if self.tau is None else tau(self.model, self.tau)
+
+    def answer(self, batch: Batch) -> Tensor:
+        with self.on():
+            return answer(self.model, batch)
+
+    def seconds(self, batches: Sequence[Batch]) -> float:
+        with self.on():
+            started = time.perf_counter()
+            for batch in batches:
+                run(self.model, batch)
+            return time.perf_counter() - started
+
+
 def evaluate(
-    model: nn.Module, batches: Sequence[Any], taus: Sequence[float], *, progress: bool = False
+    model: nn.Module,
+    batches: Sequence[Batch],
+    taus: Sequence[float],
+    *,
+    dense: nn.Module | None = None,
+    progress: bool = False,
 ) -> list[Point]:
-    """Runs a converted transformers model over batches at every tau; its gates come back."""
+    """Runs a converted transformers model over batches at every tau; its gates come back.
+
+    dense: the model that it was converted from, which errors and times are then measured against, instead of tau = 0.
+    Raises ValueError where its outputs are of other sizes.
+    """
     converted_layers(model)
-    errors = _errors(model, batches, taus)
-    with tau(model, 0.0):
-        dense_seconds = _seconds(model, batches)
+    base = _Variant(model, 0.0) if dense is None else _Variant(dense)
+    variants = [_Variant(model, value) for value in taus]
+    with evaluating(model), evaluating(base.model):
+        errors = _errors(base, variants, batches)
+        seconds = _seconds([base, *variants], batches, progress)
+        reports = []
+        for variant in variants:
+            with variant.on():
+                reports.append(cost(model, batches))
     points = []
-    for value, error in zip(tqdm(taus, "tau", disable=not progress), errors, strict=True):
-        with tau(model, value):
-            seconds = dense_seconds if value == 0 else _seconds(model, batches)
-            report = cost(model, batches)
+    for variant, error, report in zip(variants, errors, reports, strict=True):
         rest = report.rest or 0.0
         whole = (rest + report.executed) / (rest + report.dense)
         ffns = report.executed / report.dense
-        points.append(Point(value, report.share, ffns, whole, error, seconds, dense_seconds / seconds))
+        value, took = variant.tau or 0.0, seconds[variant]
+        points.append(Point(value, report.share, ffns, whole, error, took, seconds[base] / took))
     return points
 
 
-def table(points: Sequence[Point]) -> str:
-    """The points as people read them."""
-    return format_table(HEADER, [point.cells() for point in points])
+def header(*, of_dense: bool) -> tuple[str, ...]:
+    """The names of a point's cells. of_dense: whether a dense model was given."""
+    base = "dense" if of_dense else "tau 0"
+    return "tau", "executed share", "FFN FLOPs of dense", f"error to {base}", "ms", f"faster than {base}"
 
 
-def _errors(model: nn.Module, batches: Sequence[Any], taus: Sequence[float]) -> list[float]:
-    """|y - y0| / |y0| at every tau, a batch at a time: what a language model says of one batch is large enough."""
-    size, wrong = 0.0, [0.0] * len(taus)
-    with evaluating(model):
-        for batch in batches:
-            with tau(model, 0.0):
-                dense = answer(model, batch)
-            size += dense.square().sum().item()
-            for i, value in enumerate(taus):
-                with tau(model, value):
-                    wrong[i] += (answer(model, batch) - dense).square().sum().item()
+def table(points: Sequence[Point], *, of_dense: bool = False) -> str:
+    """The points as people read them. of_dense: as for `header`."""
+    return format_table(header(of_dense=of_dense), [point.cells() for point in points])
+
+
+def _errors(base: _Variant, variants: Sequence[_Variant], batches: Sequence[Batch]) -> list[float]:
+    """|y - y0| / |y0| of every variant, a batch at a time: what a language model says of one batch is large enough."""
+    size, wrong = 0.0, [0.0] * len(variants)
+    for batch in batches:
+        wanted = base.answer(batch)
+        size += wanted.square().sum().item()
+        for i, variant in enumerate(variants):
+            found = variant.answer(batch)
+            if found.shape != wanted.shape:
+                raise ValueError(
+                    f"dense must be the model that this one was converted from: of a batch it returns "
+                    f"{tuple(wanted.shape)} numbers, the converted one {tuple(found.shape)}"
+                )
+            wrong[i] += (found - wanted).square().sum().item()
     return [math.sqrt(one / size) for one in wrong]
 
 
-def _seconds(model: nn.Module, batches: Sequence[Any]) -> float:
-    """Of one pass over the batches."""
-    seconds = []
-    with evaluating(model):
-        for _ in range(PASSES):
-            started = time.perf_counter()
-            for batch in batches:
-                run(model, batch)
-            seconds.append(time.perf_counter() - started)
-    return median(seconds)
+def _seconds(variants: Sequence[_Variant], batches: Sequence[Batch], progress: bool) -> dict[_Variant, float]:
+    """Of one pass of each over the batches: they take turns, so that the machine's moods fall on all alike."""
+    turns: dict[_Variant, list[float]] = {variant: [] for variant in variants}
+    for _ in tqdm(range(PASSES), "timing", disable=not progress):
+        for variant, times in turns.items():
+            times.append(variant.seconds(batches))
+    return {variant: median(times) for variant, times in turns.items()}

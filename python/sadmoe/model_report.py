@@ -11,17 +11,25 @@ from torch import nn
 from sadmoe.batches import Batch, device_of, evaluating, run, to_device
 from sadmoe.data import SHOWN, Data
 from sadmoe.dial import converted_layers
-from sadmoe.evaluate import HEADER, Point
+from sadmoe.evaluate import Point, header
 from sadmoe.gates import DynamicK
 from sadmoe.masks import experts_per_token, record_masks
 from sadmoe.report import Heat, Page, Panel, Series
 from sadmoe.tables import si
 
 
-def report_page(model: nn.Module, data: Data, points: Sequence[Point], sentence: str | None = None) -> Page:
+def report_page(
+    model: nn.Module,
+    data: Data,
+    points: Sequence[Point],
+    sentence: str | None = None,
+    *,
+    of_dense: bool = False,
+) -> Page:
     """The page of a converted transformers model: `points` from `evaluate`, the rest as its gates stand now.
 
-    sentence: of the heat map, where the model takes text; the data's first sample if None.
+    sentence: of the heat map, where the model takes text; the data's first sample if None. of_dense: whether
+    `evaluate` was given the dense model.
     """
     layers = converted_layers(model)
     with record_masks(model) as record, evaluating(model):
@@ -41,9 +49,16 @@ def report_page(model: nn.Module, data: Data, points: Sequence[Point], sentence:
             "data": f"{tokens} tokens",
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         },
-        table=(HEADER, [point.cells() for point in points]),
-        notes=("error: of the last hidden states or logits, |y - y0| / |y0|, y0 those at tau = 0.",),
-        panels=_panels(points),
+        table=(header(of_dense=of_dense), [point.cells() for point in points]),
+        notes=(
+            f"error: of the last hidden states or logits, |y - y0| / |y0|, y0 those {_base(of_dense)}."
+            + (
+                ""
+                if of_dense
+                else " What training changed is not in it: --dense names the model to compare with."
+            ),
+        ),
+        panels=_panels(points, of_dense),
         heats=_heats(model, data, sentence, now),
         histograms={
             name: counts.histogram.tolist()
@@ -61,7 +76,11 @@ def short_names(names: Iterable[str]) -> list[str]:
     return [".".join(path[shared:]) for path in paths]
 
 
-def _panels(points: Sequence[Point]) -> list[Panel]:
+def _base(of_dense: bool) -> str:
+    return "of the dense model" if of_dense else "at tau = 0"
+
+
+def _panels(points: Sequence[Point], of_dense: bool) -> list[Panel]:
     ordered = sorted(points, key=lambda point: point.tau)
     labels, errors = [f"tau {point.tau:g}" for point in ordered], [point.error for point in ordered]
     whole, ffns = [100 * p.flops for p in ordered], [100 * p.ffn_flops for p in ordered]
@@ -69,7 +88,13 @@ def _panels(points: Sequence[Point]) -> list[Panel]:
     gains = [Series("whole model", [p.gain for p in ordered], errors, labels)]
     return [
         Panel("FLOPs", "executed FLOPs, % of dense", "error", costs, "lower left"),
-        Panel("Wall time", "times faster than at tau = 0", "error", gains, "lower right"),
+        Panel(
+            "Wall time",
+            f"times faster than {'dense' if of_dense else 'at tau = 0'}",
+            "error",
+            gains,
+            "lower right",
+        ),
     ]
 
 
