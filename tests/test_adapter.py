@@ -5,7 +5,7 @@ import copy
 import pytest
 import sadmoe
 import torch
-from sadmoe import CheckpointError, load_adapter, restore_, save_adapter
+from sadmoe import SavedModelError, load_adapter, restore_, save_adapter
 from sadmoe.ffn import moe_layers
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY, call
@@ -90,7 +90,7 @@ def test_it_goes_onto_a_model_of_transformers_and_is_saved_whole(tmp_path):
 
 def refused(base: nn.Module, path, message: str) -> None:
     before, modules = state(base), dict(base.named_modules())
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(SavedModelError, match=message):
         load_adapter(base, path)
     assert same(state(base), before)
     assert dict(base.named_modules()) == modules

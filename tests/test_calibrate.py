@@ -66,7 +66,7 @@ def test_a_budget_is_met_closely_by_the_smallest_tau(model, batches, budget):
     assert found.share == report.share
     assert found.evaluations <= 8  # of 11 that bisection would take
     assert found.budget <= budget
-    assert found.loss is found.dense_loss is None
+    assert found.loss is found.loss_at_zero is None
     with tau(
         model, found.tau / 1.02
     ):  # a step of the search below it, the budget is passed or nearly used up
@@ -91,7 +91,7 @@ def test_the_cost_falls_as_tau_grows(model, batches):
 
 def test_a_loss_given_with_a_budget_is_measured(model, batches):
     found = calibrate_(model, batches, budget=0.6, loss=distance)
-    assert found.dense_loss == pytest.approx(1.0)
+    assert found.loss_at_zero == pytest.approx(1.0)
     with torch.no_grad():
         expected = sum(distance(model, batch).item() for batch in batches) / len(batches)
     assert found.loss == pytest.approx(expected, rel=1e-5)
@@ -107,7 +107,7 @@ def test_a_loss_increase_is_used_up_by_the_largest_tau(model, batches):
     found = calibrate_(model, batches, max_loss_increase=increase, loss=distance)
     assert gates(model) == [DynamicK(found.tau)] * 2
     assert found.evaluations <= calibrate.EVALUATIONS
-    assert found.loss <= found.dense_loss * (1 + increase)
+    assert found.loss <= found.loss_at_zero * (1 + increase)
     with tau(model, found.tau * 1.02), torch.no_grad():  # a step of the search further, it is passed
         beyond = sum(drift(model, batch).item() for batch in batches) / len(batches)
     assert beyond > increase * 0.999
@@ -128,7 +128,7 @@ def test_no_allowance_at_all_leaves_the_dense_model(model, batches):
         return torch.tensor(1.0 if gates(model)[0].tau == 0 else 2.0)
 
     found = calibrate_(model, batches, max_loss_increase=0.5, loss=worse_when_sparse)
-    assert (found.tau, found.loss, found.dense_loss) == (0.0, 1.0, 1.0)
+    assert (found.tau, found.loss, found.loss_at_zero) == (0.0, 1.0, 1.0)
 
 
 def test_the_model_s_own_loss_is_the_default():
@@ -137,7 +137,7 @@ def test_the_model_s_own_loss_is_the_default():
     with torch.no_grad():
         expected = model(**batch).loss.item()
     found = calibrate_(model, [batch], max_loss_increase=0.1)
-    assert found.dense_loss == pytest.approx(expected)
+    assert found.loss_at_zero == pytest.approx(expected)
     assert found.loss <= 1.1 * expected
 
 
@@ -228,8 +228,8 @@ def test_a_model_without_a_loss_needs_one(model, batches):
 @pytest.mark.parametrize(
     ("kw", "text"),
     [
-        ({}, "either budget or max_loss_increase, and one of them"),
-        ({"budget": 0.5, "max_loss_increase": 0.1}, "either budget or max_loss_increase"),
+        ({}, "a budget or a max_loss_increase, exactly one of them"),
+        ({"budget": 0.5, "max_loss_increase": 0.1}, "a budget or a max_loss_increase"),
         ({"budget": 0.0}, r"budget must be in \(0, 1\], .* got 0.0"),
         ({"budget": 1.5}, r"budget must be in \(0, 1\], .* got 1.5"),
         ({"budget": float("nan")}, r"budget must be in \(0, 1\], .* got nan"),

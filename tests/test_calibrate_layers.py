@@ -153,9 +153,9 @@ def test_a_dense_model_and_a_one_shot_iterator_are_refused(model):
 
 def test_taus_by_name_are_set_all_or_none(model):
     names = list(converted_layers(model))
-    with pytest.raises(ValueError, match=f"tau must have the name of every converted layer .*: {names[1]}"):
+    with pytest.raises(ValueError, match=f"tau must name each converted layer .*; missing: {names[1]}"):
         sadmoe.set_tau(model, {names[0]: 0.1})
-    with pytest.raises(ValueError, match="differs in: other"):
+    with pytest.raises(ValueError, match="no other; unknown: other"):
         sadmoe.set_tau(model, {**dict.fromkeys(names, 0.1), "other": 0.1})
     with pytest.raises(ValueError, match=r"tau must be in \[0, 1\]"):
         sadmoe.set_tau(model, {names[0]: 0.1, names[1]: 1.1})

@@ -10,7 +10,7 @@ import sadmoe.checkpoint as checkpoint
 import torch
 from converted import converted
 from sadmoe import files
-from sadmoe.checkpoint import CheckpointError, load, save
+from sadmoe.checkpoint import SavedModelError, load, save
 from sadmoe.convert import ConvertConfig, convert_, restore_
 from sadmoe.dial import set_tau
 from sadmoe.ffn import find_ffns, layer_from_dense, moe_layers, swap_activations_, swap_in
@@ -375,7 +375,7 @@ def test_a_bad_file_is_one_clear_error_and_leaves_the_model_alone(file, damage, 
     damage(file)
     model = TINY["user glu"].model()
     before = fingerprint(model)
-    with pytest.raises(CheckpointError, match=message) as caught:
+    with pytest.raises(SavedModelError, match=message) as caught:
         load(model, file)
     assert str(file) in str(caught.value)
     assert isinstance(caught.value, ValueError)
@@ -417,7 +417,7 @@ def with_other_shapes() -> nn.Module:
 def test_a_file_of_another_model_is_refused_and_leaves_the_model_alone(file, build, message):
     model = build()
     before = fingerprint(model)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(SavedModelError, match=message):
         load(model, file)
     assert fingerprint(model) == before
 

@@ -168,8 +168,8 @@ def test_the_report_prints_as_an_aligned_table():
 @pytest.mark.parametrize(
     ("kw", "text"),
     [
-        ({}, "either batches to run or shares to compute with, and one of them"),
-        ({"batches": [torch.ones(1)], "shares": 0.5}, "either batches to run or shares"),
+        ({}, "batches to run or shares to compute with, exactly one of them"),
+        ({"batches": [torch.ones(1)], "shares": 0.5}, "batches to run or shares"),
         ({"shares": 0.0}, r"shares must be in \(0, 1\], got 0.0 for encoder.layer.0.intermediate"),
         (
             {"shares": {"a": 0.5}},

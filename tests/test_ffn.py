@@ -475,9 +475,9 @@ def test_swap_in_refuses_a_layer_of_another_shape_and_a_site_of_another_model():
 
 def test_swap_out_knows_only_what_swap_in_put_there():
     model = nn.Sequential(DynamicKMoE(D, 4, 15, "relu"))
-    with pytest.raises(ValueError, match=r"0: was not put there by swap_in"):
+    with pytest.raises(ValueError, match=r"0: convert_ or load did not put it there"):
         swap_out(model, "0")
-    with pytest.raises(ValueError, match=r"the layer: was not put there by swap_in"):
+    with pytest.raises(ValueError, match=r"the layer: convert_ or load did not put it there"):
         site_of(model[0])
     with pytest.raises(ValueError, match=r"'x' is no MoE layer of this model; these are: 0"):
         swap_out(model, "x")

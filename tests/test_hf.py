@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 import sadmoe.hf
 from converted import converted
-from sadmoe import CheckpointError, load, moe_layers, restore_, save, set_tau
+from sadmoe import SavedModelError, load, moe_layers, restore_, save, set_tau
 from sadmoe.gates import DynamicK, TopK
 from sadmoe.hf.quantizer import SadmoeConfig, SadmoeQuantizer, _check_loaded
 from tiny_models import TINY, call
@@ -442,18 +442,18 @@ def other_sizes(path: Path) -> None:
 def test_a_bad_checkpoint_is_one_clear_error(damage, message, tmp_path):
     described("bert").save_pretrained(tmp_path)
     damage(tmp_path)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(SavedModelError, match=message):
         transformers.AutoModel.from_pretrained(tmp_path)
 
 
 def test_weights_of_another_shape_are_refused(tmp_path):
     described("bert").save_pretrained(tmp_path)
     edit_weights(tmp_path, lambda tensors, key: tensors.update({key: tensors[key][1:].clone()}))
-    with pytest.raises((RuntimeError, CheckpointError), match=r"mismatched|do not fit"):
+    with pytest.raises((RuntimeError, SavedModelError), match=r"mismatched|do not fit"):
         transformers.AutoModel.from_pretrained(tmp_path)
     model = described("bert")  # where transformers leaves it to the quantizer
     wrong = {"encoder.layer.0.intermediate.w_up": torch.Size([1, 2, 3])}
-    with pytest.raises(CheckpointError, match=r"intermediate\.w_up is \[6, 10, 24\], not \[1, 2, 3\]"):
+    with pytest.raises(SavedModelError, match=r"intermediate\.w_up is \[6, 10, 24\], not \[1, 2, 3\]"):
         _check_loaded(model, wrong)
 
 

@@ -12,7 +12,7 @@ from sadmoe.batches import padding_mask
 from sadmoe.budget import BudgetReport, finetune_for_budget_
 from sadmoe.calibrate import Calibration, calibrate_
 from sadmoe.calibrate_layers import LayerCalibration, calibrate_layers_
-from sadmoe.checkpoint import CheckpointError, load, save
+from sadmoe.checkpoint import SavedModelError, load, save
 from sadmoe.convert import ConversionReport, ConvertConfig, convert_, restore_
 from sadmoe.cost import CostReport, cost
 from sadmoe.dial import set_batch_invariant, set_tau, tau
@@ -41,7 +41,6 @@ __all__ = [
     "BudgetReport",
     "Calibration",
     "Checkpoint",
-    "CheckpointError",
     "ConversionReport",
     "ConvertConfig",
     "CostReport",
@@ -58,6 +57,7 @@ __all__ = [
     "Router",
     "RouterConfig",
     "RouterLoss",
+    "SavedModelError",
     "SparsifyConfig",
     "SparsifyReport",
     "SparsityLoss",

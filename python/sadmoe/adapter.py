@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sadmoe import files
 from sadmoe.batches import unwrapped
-from sadmoe.checkpoint import CheckpointError
+from sadmoe.checkpoint import SavedModelError
 from sadmoe.convert import surgery
 from sadmoe.describe import describe_all, rebuild
 from sadmoe.ffn import (
@@ -81,7 +81,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Makes the base model the converted one that `save_adapter` was given: the same outputs, bit for bit.
 
     model: the dense base, its weights loaded. `restore_` gives it back, the projections of attention too.
-    Raises CheckpointError, with the model as it was, where the file is damaged or foreign, or its base is another.
+    Raises SavedModelError, with the model as it was, where the file is damaged or foreign, or its base is another.
     """
     path = Path(path)
     if describe_all(model):
@@ -99,7 +99,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 layer = model.get_submodule(name)
                 layer.load_state_dict(layer.state_dict() | own)
             except (ValueError, RuntimeError) as error:
-                raise CheckpointError(f"{path} does not fit this {type(model).__name__}: {error}") from error
+                raise SavedModelError(f"{path} does not fit this {type(model).__name__}: {error}") from error
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -110,16 +110,16 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         version = header["format"]
         complete = version != FORMAT or header["layers"].keys() == header["base"].keys()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is no adapter that sadmoe wrote: {error}") from error
+        raise SavedModelError(f"{path} is no adapter that sadmoe wrote: {error}") from error
     if version != FORMAT:
-        raise CheckpointError(f"{path} has format {version}, this sadmoe reads {FORMAT}: update sadmoe")
+        raise SavedModelError(f"{path} has format {version}, this sadmoe reads {FORMAT}: update sadmoe")
     if not complete or files.checksum(dict(sorted(tensors.items()))) != header.get("crc32"):
-        raise CheckpointError(f"{path} is damaged: its checksum is wrong; copy or save it again")
+        raise SavedModelError(f"{path} is damaged: its checksum is wrong; copy or save it again")
     return header, tensors
 
 
 def _check_base(model: nn.Module, layers: Mapping[str, Any], base: Mapping[str, Any], path: Path) -> None:
-    """Raises CheckpointError unless what the layers were made from is in the model, bit for bit."""
+    """Raises SavedModelError unless what the layers were made from is in the model, bit for bit."""
     ffns = _ffns(model, layers)
     modules = dict(model.named_modules())
     wrong = []
@@ -138,7 +138,7 @@ def _check_base(model: nn.Module, layers: Mapping[str, Any], base: Mapping[str, 
             wrong.append(f"{name} has other weights, or other dtypes")
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise CheckpointError(
+        raise SavedModelError(
             f"{path} was made on another base: {'; '.join(wrong[:3])}{more}. Load the base that was converted, in the "
             "dtype it had; a model that was trained after its conversion is saved whole"
         )

@@ -27,8 +27,8 @@ class Calibration:
     """The tau that was found and set, and what the model does with it on the batches.
 
     budget: executed FLOPs of the converted layers over their dense FLOPs, router and combine included. share:
-    executed (token, expert) pairs over all pairs. loss and dense_loss (at tau = 0) are means over the
-    batches, None where no loss was asked for.
+    executed (token, expert) pairs over all pairs. loss, and loss_at_zero at tau = 0, are means over the batches, None
+    where no loss was asked for.
     """
 
     tau: float
@@ -36,7 +36,7 @@ class Calibration:
     share: float
     cost: CostReport
     loss: float | None
-    dense_loss: float | None
+    loss_at_zero: float | None
     evaluations: int
 
 
@@ -54,14 +54,14 @@ def calibrate_(
     """Finds one tau for all converted layers, or those of the filter, in [1e-6, 1], and sets it.
 
     budget: the smallest tau whose layers execute at most this share of their dense FLOPs, in (0, 1].
-    max_loss_increase: the largest tau found whose loss is at most this much above the loss at tau = 0,
-    relatively (0.01: one percent more), >= 0. One of the two must be given.
+    max_loss_increase: the largest tau found whose loss is at most this much above the loss at tau = 0, every expert on,
+    relatively (0.01: one percent more), >= 0. What training changed is not in it. One of the two must be given.
     loss(model, batch) -> scalar runs the model itself; by default the output's `.loss`, so batches need
     labels. It may compare with the dense model, run under `tau(model, 0.0)`: as 1 plus a distance,
     for max_loss_increase needs a loss above 0 at tau = 0. It is averaged over batches.
     With a budget it is only measured, and only where it is given. The model runs in eval mode without
     gradients, at most 12 times over the batches. filter: of a layer's name; False leaves its gate as it is,
-    also in `dense_loss`, and its cost out. skip_padding: as in `cost`.
+    also in `loss_at_zero`, and its cost out. skip_padding: as in `cost`.
     Raises ValueError where no tau meets the budget, or the loss gives nothing to compare with; then the gates
     are as they were.
     """
@@ -80,7 +80,7 @@ def calibrate_(
 
 def _check_goal(budget: float | None, max_loss_increase: float | None) -> None:
     if (budget is None) == (max_loss_increase is None):
-        raise ValueError("calibrate_ takes either budget or max_loss_increase, and one of them")
+        raise ValueError("give calibrate_ a budget or a max_loss_increase, exactly one of them")
     if budget is not None:
         check_budget(budget)
     if max_loss_increase is not None and not max_loss_increase >= 0:
@@ -134,7 +134,7 @@ class TauSearch:
         if budget == 1:
             dense = self.at(0.0)
             return self._result(dense, dense.loss)
-        dense_loss = None if self.loss is None else self.at(0.0).loss
+        loss_at_zero = None if self.loss is None else self.at(0.0).loss
         bracket, best = self._bracket(budget), None
         while self.evaluations < EVALUATIONS - 1 and (best is None or budget - best.budget > TOLERANCE):
             guess = bracket.guess()
@@ -142,27 +142,27 @@ class TauSearch:
             check_reachable(budget, found.cost)
             bracket.narrow(guess, found.budget)
             best = found if found.budget <= budget else best
-        return self._result(self._top_expert(budget) if best is None else best, dense_loss)
+        return self._result(self._top_expert(budget) if best is None else best, loss_at_zero)
 
     def by_loss(self, max_increase: float) -> Calibration:
         """The largest tau found within the increase; tau = 0 always is."""
         self.loss = _output_loss if self.loss is None else self.loss
         best = self.at(0.0)
-        dense_loss = best.loss
-        if dense_loss is None or not 0 < dense_loss < math.inf:
+        loss_at_zero = best.loss
+        if loss_at_zero is None or not 0 < loss_at_zero < math.inf:
             raise ValueError(
                 f"max_loss_increase is relative to the loss at tau = 0, which must be positive and finite, "
-                f"got {dense_loss}: pass another loss, or a budget"
+                f"got {loss_at_zero}: pass another loss, or a budget"
             )
         low, high = math.log(SMALLEST_TAU), 0.0
         while self.evaluations < EVALUATIONS:
             middle = (low + high) / 2
             found = self.at(math.exp(middle))
-            if found.loss is not None and found.loss <= dense_loss * (1 + max_increase):
+            if found.loss is not None and found.loss <= loss_at_zero * (1 + max_increase):
                 low, best = middle, found
             else:
                 high = middle
-        return self._result(best, dense_loss)
+        return self._result(best, loss_at_zero)
 
     def at(self, value: float) -> Calibration:
         """Runs the batches with that tau; the gates come back."""
@@ -201,8 +201,8 @@ class TauSearch:
             )
         return found
 
-    def _result(self, found: Calibration, dense_loss: float | None) -> Calibration:
-        return replace(found, dense_loss=dense_loss, evaluations=self.evaluations)
+    def _result(self, found: Calibration, loss_at_zero: float | None) -> Calibration:
+        return replace(found, loss_at_zero=loss_at_zero, evaluations=self.evaluations)
 
 
 class _Bracket:

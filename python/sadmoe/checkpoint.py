@@ -27,7 +27,7 @@ FORMAT = 1
 KEY = "sadmoe"
 
 
-class CheckpointError(ValueError):
+class SavedModelError(ValueError):
     """A file that is not what it should be, or not of this model. The model is as it was."""
 
 
@@ -58,7 +58,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> None:
     model: of the class and sizes of the one saved; its own weights do not matter and may be on the meta
     device. It gets the file's weights as new parameters of the file's dtypes, each on the device of the one
     it replaces (the CPU for meta).
-    Raises CheckpointError, with the model as it was, where the file is damaged, foreign, newer than this
+    Raises SavedModelError, with the model as it was, where the file is damaged, foreign, newer than this
     sadmoe, or of another model.
     """
     path = Path(path)
@@ -78,12 +78,12 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def check_safetensors(path: Path) -> None:
-    """Raises CheckpointError unless `path` is a safetensors file of the length that its header says."""
+    """Raises SavedModelError unless `path` is a safetensors file of the length that its header says."""
     try:
         with safe_open(path, "pt"):
             pass
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is no safetensors file, or is cut short: {error}") from error
+        raise SavedModelError(f"{path} is no safetensors file, or is cut short: {error}") from error
 
 
 def _everything(model: nn.Module) -> dict[str, Tensor]:
@@ -144,10 +144,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     crc, aliases = header["crc32"], header["aliases"]
     if set(crc) != set(tensors) or not set(aliases.values()) <= set(tensors):
-        raise CheckpointError(f"{path} is damaged: its list of tensors is not what it holds")
+        raise SavedModelError(f"{path} is damaged: its list of tensors is not what it holds")
     for name, tensor in tensors.items():
         if _crc32(tensor) != crc[name]:
-            raise CheckpointError(
+            raise SavedModelError(
                 f"{path} is damaged: the checksum of {name} is wrong; copy or save it again"
             )
     return header, tensors | {name: tensors[stored] for name, stored in aliases.items()}
@@ -155,18 +155,18 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _checked_header(text: str | None, path: Path) -> dict[str, Any]:
     if text is None:
-        raise CheckpointError(f"{path} is a safetensors file, but not one that sadmoe.save wrote")
+        raise SavedModelError(f"{path} is a safetensors file, but not one that sadmoe.save wrote")
     try:
         header = json.loads(text)
         version = header["format"]
         if version == FORMAT:
             kinds = {key: type(header[key]) for key in ("layers", "aliases", "crc32")}
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: its metadata cannot be read ({error})") from error
+        raise SavedModelError(f"{path} is damaged: its metadata cannot be read ({error})") from error
     if version != FORMAT:
-        raise CheckpointError(f"{path} has format {version}, this sadmoe reads {FORMAT}: update sadmoe")
+        raise SavedModelError(f"{path} has format {version}, this sadmoe reads {FORMAT}: update sadmoe")
     if set(kinds.values()) != {dict} or not header["layers"]:
-        raise CheckpointError(f"{path} is damaged: its metadata is incomplete")
+        raise SavedModelError(f"{path} is damaged: its metadata is incomplete")
     return header
 
 
@@ -187,11 +187,11 @@ def _rebuild_all(skeleton: nn.Module, layers: dict[str, Any], path: Path) -> Non
         try:
             rebuild(skeleton, name, description)
         except ValueError as error:
-            raise CheckpointError(f"{path} does not fit this {type(skeleton).__name__}: {error}") from error
+            raise SavedModelError(f"{path} does not fit this {type(skeleton).__name__}: {error}") from error
 
 
 def _check_same(skeleton: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Raises CheckpointError unless names and shapes are those of the model; of buffers that state_dict leaves out, a
+    """Raises SavedModelError unless names and shapes are those of the model; of buffers that state_dict leaves out, a
     forward may have changed the shape (tables of positions)."""
     wanted, lasting = _everything(skeleton), skeleton.state_dict()
     problems = [f"{name} is in the file only" for name in sorted(tensors.keys() - wanted.keys())]
@@ -203,7 +203,7 @@ def _check_same(skeleton: nn.Module, tensors: dict[str, Tensor], path: Path) -> 
     ]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise CheckpointError(f"{path} is of another model: {'; '.join(problems[:4])}{more}")
+        raise SavedModelError(f"{path} is of another model: {'; '.join(problems[:4])}{more}")
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:

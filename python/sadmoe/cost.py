@@ -133,7 +133,7 @@ def cost(
     """
     converted_layers(model)
     if (batches is None) == (shares is None):
-        raise ValueError("cost takes either batches to run or shares to compute with, and one of them")
+        raise ValueError("give cost batches to run or shares to compute with, exactly one of them")
     if shares is not None:
         return cost_of_shares(model, shares)
     assert batches is not None

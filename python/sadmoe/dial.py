@@ -42,7 +42,7 @@ def trainable_layers(model: nn.Module) -> dict[str, DynamicKMoE]:
 def set_tau(model: nn.Module, tau: Taus, *, filter: Filter | None = None) -> None:
     """Every converted layer runs expert e for token t iff scores[t, e] >= tau * max(scores[t]).
 
-    tau in [0, 1]: 0 is the dense model, 1 the top expert of every token. A mapping gives every converted layer its own,
+    tau in [0, 1]: 0 runs every expert, 1 the top expert of every token. A mapping gives every converted layer its own,
     by name. filter: of a layer's name, False leaves its gate as it is. Takes effect at the next call, without a
     reload. A gate on true norms (the oracle) stays one; a static top-k gate becomes dynamic-k.
     Raises ValueError where tau is out of range, layers are missing or unknown, or nothing was converted; then nothing
@@ -51,10 +51,9 @@ def set_tau(model: nn.Module, tau: Taus, *, filter: Filter | None = None) -> Non
     layers = converted_layers(model, filter)
     by_name = tau if isinstance(tau, Mapping) else dict.fromkeys(layers, tau)
     if by_name.keys() != layers.keys():
-        wrong = ", ".join(sorted(by_name.keys() ^ layers.keys()))
-        raise ValueError(
-            f"tau must have the name of every converted layer that it is for and no other, differs in: {wrong}"
-        )
+        kinds = {"missing": layers.keys() - by_name.keys(), "unknown": by_name.keys() - layers.keys()}
+        wrong = "; ".join(f"{kind}: {', '.join(sorted(names))}" for kind, names in kinds.items() if names)
+        raise ValueError(f"tau must name each converted layer that it is for, and no other; {wrong}")
     gates = {name: DynamicK(by_name[name], layer.gate.true_norms) for name, layer in layers.items()}
     for name, layer in layers.items():
         layer.gate = gates[name]

@@ -24,7 +24,7 @@ class Gate(Protocol):
 class DynamicK:
     """Expert e runs iff scores[t, e] >= tau * max(scores[t]) (arXiv 2310.04361, section 3): the rule of the method.
 
-    tau in [0, 1]: 0 is the dense layer, 1 the top expert. With `true_norms` it is the oracle of the same rule: it
+    tau in [0, 1]: 0 runs every expert, 1 the top one. With `true_norms` it is the oracle of the same rule: it
     computes every expert to know its norm, so it is for study, not for speed.
     """
 

@@ -135,7 +135,7 @@ def _block_name(name: str, parts: Parts) -> str:
 def _replaced(layer: DynamicKMoE, name: str) -> _Replaced:
     if _KEY not in layer.__dict__:
         raise ValueError(
-            f"{name}: was not put there by swap_in, so the dense module it replaces is not known"
+            f"{name}: convert_ or load did not put it there, so the dense module it replaces is not known"
         )
     return layer.__dict__[_KEY]
 

@@ -15,7 +15,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sadmoe.checkpoint import FORMAT, CheckpointError, check_safetensors
+from sadmoe.checkpoint import FORMAT, SavedModelError, check_safetensors
 from sadmoe.convert import restore_
 from sadmoe.describe import describe_all as descriptions
 from sadmoe.describe import match_activations, rebuild
@@ -37,12 +37,12 @@ class SadmoeConfig(QuantizationConfigMixin):
     def __init__(self, layers: dict[str, Any] | None = None, format: int = FORMAT, **unknown: Any):
         unknown.pop("quant_method", None)
         if format != FORMAT:
-            raise CheckpointError(
+            raise SavedModelError(
                 f"quantization_config of config.json has format {format}, this sadmoe reads {FORMAT}: "
                 "update sadmoe"
             )
         if unknown or not isinstance(layers, dict) or not layers:
-            raise CheckpointError(
+            raise SavedModelError(
                 "quantization_config of config.json is damaged: it must have layers by name"
                 + (f", and not {', '.join(sorted(unknown))}" if unknown else "")
             )
@@ -100,7 +100,7 @@ class SadmoeQuantizer(HfQuantizer):
             for name, description in layers.items():
                 rebuild(model, name, description)
         except ValueError as error:
-            raise CheckpointError(f"config.json does not fit this {type(model).__name__}: {error}") from error
+            raise SavedModelError(f"config.json does not fit this {type(model).__name__}: {error}") from error
         _leave_owners_alone(model)
         self._shapes = {name: tensor.shape for name, tensor in _layer_tensors(model).items()}
 
@@ -185,7 +185,7 @@ def _found_in(model: Any, layers: dict[str, Any]) -> dict[str, Any]:
     """The layers by their names in this model, which may be a part of the model saved, or have it as a part.
 
     As for weights: BertForMaskedLM calls "bert.encoder" what BertModel calls "encoder", and an encoder alone
-    can be loaded from an encoder-decoder. Raises CheckpointError where the model has none of them.
+    can be loaded from an encoder-decoder. Raises SavedModelError where the model has none of them.
     """
     prefix = f"{model.base_model_prefix}."
     names = {name for name, _ in model.named_modules()}
@@ -196,7 +196,7 @@ def _found_in(model: Any, layers: dict[str, Any]) -> dict[str, Any]:
     ]
     found = max(({n: d for n, d in way.items() if n in names} for way in renamed), key=len)
     if not found:
-        raise CheckpointError(
+        raise SavedModelError(
             f"config.json does not fit this {type(model).__name__}: it has no {next(iter(layers))}, nor any "
             f"other of the {len(layers)} converted layers"
         )
@@ -255,7 +255,7 @@ def _let_go(tensor: torch.Tensor, files: list[range]) -> None:
 
 
 def _check_loaded(model: nn.Module, shapes: dict[str, torch.Size]) -> None:
-    """Raises CheckpointError where weights of a converted layer were not in the file, or of other shapes.
+    """Raises SavedModelError where weights of a converted layer were not in the file, or of other shapes.
 
     transformers marks what it loaded, fills in what it did not with random numbers and a report, and (5.0)
     leaves the shapes of a quantized model to its quantizer.
@@ -265,9 +265,9 @@ def _check_loaded(model: nn.Module, shapes: dict[str, torch.Size]) -> None:
     missing = [name for name, t in tensors.items() if not getattr(t, "_is_hf_initialized", False)]
     if marks and missing:
         more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
-        raise CheckpointError(f"the weights are incomplete: {missing[0]}{more} not in the file")
+        raise SavedModelError(f"the weights are incomplete: {missing[0]}{more} not in the file")
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
-            raise CheckpointError(
+            raise SavedModelError(
                 f"the weights do not fit config.json: {name} is {list(tensors[name].shape)}, not {list(shape)}"
             )
