@@ -187,18 +187,32 @@ def test_under_graph_capture_nothing_is_counted_and_what_arrived_is_seen(on_cuda
     assert choices(layer, 1) == [(False, False)]
 
 
-def test_on_cuda_the_default_needs_an_expected_share(card, monkeypatch):
-    layer = layer_of(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_on_cuda_the_default_needs_an_expected_share_where_shares_matter(card, monkeypatch, dtype):
+    layer = layer_of(dtype)
     monkeypatch.setattr(DynamicKMoE, "_runs_plainly", lambda self, x: True)
-    give(layer, ALWAYS_DENSE, CUDA)
     x = OnCuda()
-    x.dtype = torch.bfloat16
+    x.dtype = dtype
     until = partial(layer._sparse_until, x)
+    never = 1.0 if dtype == torch.float32 else 0.0
+    give(layer, ALWAYS_DENSE, CUDA)
+    assert until() == never, "dense wins at any share"
+    give(layer, {1: ((0.125, 0.9), (0.25, 1.2), (1.0, 2.0))}, CUDA)  # the op wins with one expert of eight
     assert until() == 1.0
+    give(layer, HALF, CUDA)
     layer.expected_share = 0.3
-    assert until() == 0.0
+    assert until() == 1.0 if dtype == torch.float32 else 0.4 < until() < 0.6
     layer.batch_invariant, layer.expected_share = False, None
-    assert until() == 0.0
+    assert until() == pytest.approx(0.5)
+
+
+def test_on_cuda_the_default_is_dense_with_few_tokens_of_a_small_layer(card):
+    paths.use_costs([])
+    small = crossover.Layer(768, 768, 128, 24, 128)
+    worth = paths.WORTH["cuda"]
+    for tokens in (65, 200, 512):
+        assert paths.sparse_until(small, tokens, CUDA, torch.bfloat16, worth) < 1 / small.experts
+    assert paths.sparse_until(WIDE, 1, CUDA, torch.bfloat16, worth) > 0.5
 
 
 def test_a_copied_or_pickled_layer_learns_its_own_share(on_cuda):

@@ -77,8 +77,9 @@ class DynamicKMoE(nn.Module):
     how torch's products round differs with the number of tokens.
       True   nothing else: always the op, also at tau = 0.
       None   the default. float32: as True at tau > 0. 16 bits: dense where that is over 10 % faster (CUDA: 5 %). What
-             decides is the same from run to run: on the CPU the mask of the call itself, on CUDA `expected_share`
-             (without it: the op), as the share of this call would have to be waited for.
+             decides is the same from run to run: on the CPU the mask of the call itself, on CUDA `expected_share`, for
+             the share of this call would have to be waited for. Without it dense runs there only where it wins at any
+             share, as with few tokens in small layers.
       False  dense wherever it is faster. On CUDA by the share of earlier calls, from whenever it has arrived.
     At tau = 0, but for True and int8, torch's products, or the op where that was measured to be faster, as it mostly is
     on the CPU. With gradients, and in graphs of torch.compile and torch.export, always the op at tau > 0, but
@@ -390,10 +391,13 @@ class DynamicKMoE(nn.Module):
             return 1.0  # whatever else holds: to ask takes time
         if not self._runs_plainly(x) or (dtype := self._dtype_of_products(x)) is None:
             return 1.0
-        if unasked and (dtype.itemsize > 2 or (x.device.type == "cuda" and self.expected_share is None)):
+        if unasked and dtype.itemsize > 2:
             return 1.0
         slack = paths.WORTH[x.device.type] if unasked else 1.0
-        return paths.sparse_until(self._shape_in(dtype), len(x), x.device, dtype, slack)
+        until = paths.sparse_until(self._shape_in(dtype), len(x), x.device, dtype, slack)
+        if unasked and x.device.type == "cuda" and self.expected_share is None:
+            return 0.0 if until * self.experts < 1 else 1.0  # a token runs one at least; more is not known
+        return until
 
     def _dtype_of_products(self, x: Tensor) -> torch.dtype | None:
         """What torch multiplies x in; None where it refuses, as x is not of the weights' dtype."""
