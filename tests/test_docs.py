@@ -15,6 +15,7 @@ pytest.importorskip("accelerate")
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+ALL = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "bench/results").glob("*.md"))]
 NEEDS = {"evaluate-with-lm-eval": "lm_eval"}  # what a page is about, where the tests do not bring it
 
 
@@ -34,9 +35,7 @@ def test_every_block_runs(page, tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-@pytest.mark.parametrize(
-    "page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name
-)
+@pytest.mark.parametrize("page", ALL, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?:)([^)#\s]+)(#[^)]*)?\)", page.read_text())
     missing = [link for link, _ in links if not (page.parent / link).exists()]
