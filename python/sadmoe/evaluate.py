@@ -92,11 +92,11 @@ def evaluate(
             with variant.on():
                 reports.append(cost(model, batches))
     points = []
-    for variant, error, report in zip(variants, errors, reports, strict=True):
+    for value, variant, error, report in zip(taus, variants, errors, reports, strict=True):
         rest = report.rest or 0.0
         whole = (rest + report.executed) / (rest + report.dense)
         ffns = report.executed / report.dense
-        value, took = variant.tau or 0.0, seconds[variant]
+        took = seconds[variant]
         points.append(Point(value, report.share, ffns, whole, error, took, seconds[base] / took))
     return points
 
