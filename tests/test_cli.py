@@ -66,6 +66,15 @@ def test_convert_then_evaluate(folder, text, tmp_path, capsys):
     assert float(half.split()[1].rstrip("%")) < 100
 
 
+def test_survey_on_data_and_on_random_tokens(folder, text, capsys):
+    assert cli.main(["survey", "--model", str(folder), "--data", str(text)]) == 0
+    printed = capsys.readouterr().out
+    assert "of the FLOPs on this data" in printed
+    assert "encoder.layer.0" in printed
+    assert cli.main(["survey", "--model", str(folder), "--batch-size", "2", "--max-length", "9"]) == 0
+    assert "encoder.layer.0" in capsys.readouterr().out
+
+
 def test_evaluate_and_report_beside_the_dense_model(folder, text, tmp_path, capsys):
     out, page = tmp_path / "moe", tmp_path / "page.html"
     assert converted(folder, text, out, "--tau", "0.2") == 0

@@ -27,7 +27,7 @@ ROOMS = [  # a room imports only rooms above it
     {"budget"},
     {"convert", "describe"},
     {"attention", "checkpoint"},
-    {"adapter"},
+    {"adapter", "survey"},
     {"hf"},
     {"report", "texts"},
     {"data"},

@@ -1,8 +1,9 @@
 """Turns a pretrained dense transformer into a dynamic-k Mixture-of-Experts (arXiv 2310.04361) that is really faster.
 
-The steps in order: `replace_projections_` and `sparsify_` (optional), `convert_`, `calibrate_`, then the model runs as
-before and computes less; `set_tau` is its dial, `cost` and `record_masks` say what it does, `restore_` makes it dense
-again. The compiled ops are in `sadmoe.ops` and under `torch.ops.sadmoe`.
+`survey` says what a conversion could save. The steps in order: `replace_projections_` and `sparsify_` (optional),
+`convert_`, `calibrate_`, then the model runs as before and computes less; `set_tau` is its dial, `cost` and
+`record_masks` say what it does, `restore_` makes it dense again. The compiled ops are in `sadmoe.ops` and under
+`torch.ops.sadmoe`.
 """
 
 from sadmoe import hf
@@ -35,6 +36,7 @@ from sadmoe.sparsify import (
     measure_sparsity,
     sparsify_,
 )
+from sadmoe.survey import Survey, survey
 
 __version__ = "0.1.0"
 __all__ = [
@@ -61,6 +63,7 @@ __all__ = [
     "SparsifyConfig",
     "SparsifyReport",
     "SparsityLoss",
+    "Survey",
     "TopK",
     "build_info",
     "calibrate_",
@@ -90,6 +93,7 @@ __all__ = [
     "set_batch_invariant",
     "set_tau",
     "sparsify_",
+    "survey",
     "tau",
 ]
 

@@ -147,6 +147,26 @@ def find_projections(model: nn.Module, filter: Callable[[str], bool] | None = No
     filter: takes a projection's path, False leaves it alone. What cannot be replaced is logged with the reason.
     Raises ValueError where there is none at all, NotImplementedError where none can be replaced.
     """
+    found, refused = scan_projections(model, filter)
+    listing = "\n".join(refused)
+    if found:
+        if refused:
+            logger.warning("%d projections are not replaced:\n%s", len(refused), listing)
+        return found
+    if refused:
+        raise NotImplementedError(f"no projection of this {type(model).__name__} can be replaced:\n{listing}")
+    done = len(projection_mlps(model))
+    raise ValueError(
+        f"no projection of attention found in this {type(model).__name__}"
+        + (f": {done} are MLPs already" if done else ", that is no linear layer below an attention module")
+        + ("" if filter is None else ", or the filter refused all")
+    )
+
+
+def scan_projections(
+    model: nn.Module, filter: Callable[[str], bool] | None = None
+) -> tuple[list[ProjectionSite], list[str]]:
+    """`find_projections` without errors and warnings: the sites, and of each that is none a line with the reason."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found, refused = [], []
@@ -162,19 +182,7 @@ def find_projections(model: nn.Module, filter: Callable[[str], bool] | None = No
             found.append(ProjectionSite(name, linear))
         except Unsupported as reason:
             refused.append(f"  {name}: {reason}")
-    listing = "\n".join(refused)
-    if found:
-        if refused:
-            logger.warning("%d projections are not replaced:\n%s", len(refused), listing)
-        return found
-    if refused:
-        raise NotImplementedError(f"no projection of this {type(model).__name__} can be replaced:\n{listing}")
-    done = len(projection_mlps(model))
-    raise ValueError(
-        f"no projection of attention found in this {type(model).__name__}"
-        + (f": {done} are MLPs already" if done else ", that is no linear layer below an attention module")
-        + ("" if filter is None else ", or the filter refused all")
-    )
+    return found, refused
 
 
 def replace_projections_(

@@ -1,4 +1,4 @@
-"""The command line: `sadmoe demo | convert | evaluate | report | bench | info`, thin over the API."""
+"""The command line: `sadmoe demo | survey | convert | evaluate | report | bench | info`, thin over the API."""
 
 import argparse
 import json
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from sadmoe import ops
+from sadmoe.bench import random_batch
 from sadmoe.bench_command import add_bench
 from sadmoe.convert_command import add_convert
 from sadmoe.evaluate import evaluate, table
@@ -22,11 +23,13 @@ from sadmoe.options import add_common, add_data, add_model, data_of
 from sadmoe.outputs import check_files, check_folder
 from sadmoe.report import write_page
 from sadmoe.run_demo import SECONDS, run_demo
+from sadmoe.survey import survey
 from sadmoe.texts import load_bare_model
 
 EPILOG = """\
 examples:
   sadmoe demo                                            convert a real text encoder, see what it costs and keeps
+  sadmoe survey --model bert --data text.txt             what a conversion could save, before anything is changed
   sadmoe convert --model bert --data text.txt --out moe  convert a transformers model of a local folder
   sadmoe convert --model vit --data photos --out moe     the same, of images
   sadmoe evaluate --model moe --data held_out.txt --dense bert
@@ -65,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="command")
     _add_demo(commands)
+    _add_survey(commands)
     add_convert(commands)
     _add_evaluate(commands)
     _add_report(commands)
@@ -92,6 +96,19 @@ def _add_demo(commands: Any) -> None:
     command.add_argument("--seconds", type=float, default=SECONDS, help="of training (default: %(default)s)")
     add_common(command)
     command.set_defaults(command=_demo)
+
+
+def _add_survey(commands: Any) -> None:
+    command = commands.add_parser(
+        "survey",
+        help="what a conversion could save of a dense model, before anything is changed",
+        description="Runs a dense transformers model over DATA: its FFNs, their share of its FLOPs, how sparse their "
+        "activations are, and what cannot be converted, with the reason. Nothing is changed.",
+    )
+    add_model(command, dense=True)
+    add_data(command, default="random tokens or images, of which the activations mean little")
+    add_common(command)
+    command.set_defaults(command=_survey)
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -145,6 +162,15 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
 def _demo(arguments: argparse.Namespace) -> None:
     check_folder(arguments.out, arguments.force)
     print(run_demo(arguments.out, seconds=arguments.seconds))
+
+
+def _survey(arguments: argparse.Namespace) -> None:
+    model = load_bare_model(arguments.model)
+    if arguments.data:
+        batches = data_of(arguments, model).batches
+    else:
+        batches = [random_batch(model, arguments.batch_size, arguments.max_length)]
+    print(survey(model, batches))
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

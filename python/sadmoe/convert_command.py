@@ -15,7 +15,7 @@ from sadmoe.convert import ConvertConfig, convert_
 from sadmoe.cost import cost
 from sadmoe.data import Data
 from sadmoe.int8 import quantize_experts_
-from sadmoe.options import add_common, add_data, data_of
+from sadmoe.options import add_common, add_data, add_model, data_of
 from sadmoe.outputs import check_folder, replaced
 from sadmoe.routers import RouterConfig
 from sadmoe.sparsify import Checkpoint, SparsifyConfig, sparsify_
@@ -34,12 +34,7 @@ def add_convert(commands: Any) -> None:
         "`import sadmoe`. Without --sparsify and --finetune nothing is fine-tuned: a model with GELU or SiLU then "
         "loses quality below a budget of about 0.9.",
     )
-    command.add_argument(
-        "--model",
-        type=Path,
-        required=True,
-        help="folder of a transformers model, and of its tokenizer or image processor",
-    )
+    add_model(command, dense=True)
     add_data(command)
     command.add_argument("--out", type=Path, required=True, help="folder to write")
     command.add_argument(

@@ -174,12 +174,17 @@ def cost_of_masks(
     return _report(model, layers, costs, rest)
 
 
+def neuron_flops(d: int, d_out: int, act: str, gated: bool) -> int:
+    """FLOPs of one token in one neuron of a dense FFN, by the closed form above."""
+    return (1 + gated) * d + d_out + gated + ACTIVATION_FLOPS[act]
+
+
 def layer_cost(layer: DynamicKMoE, share: float, *, name: str = "", calls: float = 1.0) -> LayerCost:
     """The closed forms above for one layer that executes `share` of its pairs, as its gate stands."""
     experts, s, d = layer.w_up.shape
     d_out, r = layer.w_down.shape[2], layer.router.v1.shape[0]
     gated, b_out = layer.w_gate is not None, layer.b_out is not None
-    neuron = (1 + gated) * d + d_out + gated + ACTIVATION_FLOPS[layer.act]
+    neuron = neuron_flops(d, d_out, layer.act, gated)
     input_biases = (layer.b_up is not None) + (layer.b_gate is not None)
     router = d * r + r * experts + 4 * experts + 1 + d_out * b_out
     pair = s * (neuron + input_biases) + d_out

@@ -8,11 +8,14 @@ from torch import nn
 from sadmoe.data import Data, load_data
 
 
-def add_model(command: argparse.ArgumentParser) -> None:
-    """Which converted model."""
-    command.add_argument(
-        "--model", type=Path, required=True, help="folder that `sadmoe convert` or save_pretrained wrote"
+def add_model(command: argparse.ArgumentParser, *, dense: bool = False) -> None:
+    """Which converted model, or which dense one."""
+    what = (
+        "of a transformers model, and of its tokenizer or image processor"
+        if dense
+        else "that `sadmoe convert` or save_pretrained wrote"
     )
+    command.add_argument("--model", type=Path, required=True, help=f"folder {what}")
 
 
 def add_data(command: argparse.ArgumentParser, *, default: str | None = None) -> None:

@@ -1,0 +1,168 @@
+"""What a conversion could save of a dense model, before anything is trained or changed."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from sadmoe.attention import scan_projections
+from sadmoe.batches import Batches, check_batches, device_of, evaluating, run, to_device
+from sadmoe.cost import neuron_flops
+from sadmoe.ffn import FFNSite, Skipped, find_ffns, moe_layers, scan_ffns
+from sadmoe.ffn.linears import linear_shape
+from sadmoe.flops import FlopCount
+from sadmoe.sparsify import LayerSparsity, measure_sparsity
+from sadmoe.tables import format_table, si
+
+HEADER = ("FFN", "activation", "d x f", "of all FLOPs", "activations of 0", "below 1 % of the largest")
+SPARSE = 0.5  # share of activations that are 0, from which on a model is called sparse
+
+
+@dataclass(frozen=True)
+class FFNShare:
+    """One FFN. flops: a share of the whole model's. sparsity: what its activations are on the batches."""
+
+    name: str
+    act: str
+    gated: bool
+    d: int
+    f: int
+    flops: float
+    sparsity: LayerSparsity
+
+    def cells(self) -> tuple[str, ...]:
+        """Its row under HEADER."""
+        act = f"{self.act}, GLU" if self.gated else self.act
+        sparsity = (f"{self.sparsity.zero:.1%}", f"{self.sparsity.small:.1%}")
+        return self.name or "(the model)", act, f"{self.d} x {self.f}", f"{self.flops:.1%}", *sparsity
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What `convert_` finds in a model, and what of its FLOPs that is; prints as a table.
+
+    flops: of all batches (multiply-adds, padding included). projections: a share of them, of attention's projections,
+    which `replace_projections_` would make convertible, and how many there are. parameters: of the model, and a share,
+    of its FFNs.
+    """
+
+    model: str
+    flops: int
+    ffns: tuple[FFNShare, ...]
+    projections: float
+    projection_count: int
+    parameters: int
+    ffn_parameters: float
+    skipped: tuple[Skipped, ...]
+
+    @property
+    def share(self) -> float:
+        """FLOPs of the FFNs over those of the whole model."""
+        return sum(ffn.flops for ffn in self.ffns)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether half of the activations of every FFN or more are 0 as it is."""
+        return all(ffn.sparsity.zero >= SPARSE for ffn in self.ffns)
+
+    def __str__(self) -> str:
+        both = self.share + self.projections
+        lines = [
+            f"{self.model}, {si(self.parameters)} parameters: {len(self.ffns)} FFNs have "
+            f"{self.ffn_parameters:.1%} of them and {self.share:.1%} of the FLOPs on this data",
+            f"if they cost nothing, it would need {_times_fewer(self.share)} times fewer FLOPs",
+        ]
+        if self.projection_count:
+            lines[-1] += (
+                f"; with its {self.projection_count} projections of attention, another {self.projections:.1%}, by "
+                f"replace_projections_, {_times_fewer(both)} times"
+            )
+        advice = (
+            "sparse as it is: convert_ and calibrate_"
+            if self.is_sparse
+            else "not sparse yet: sparsify_ first"
+        )
+        lines += ["", format_table(HEADER, [ffn.cells() for ffn in self.ffns]), "", advice]
+        lines += [f"not converted: {skipped}" for skipped in self.skipped]
+        return "\n".join(lines)
+
+
+def survey(model: nn.Module, batches: Batches) -> Survey:
+    """Runs a dense model over batches, and says what converting it could save at most; the model is left as it was.
+
+    batches: of what the model is for, as `convert_` takes them; of random data the shares of FLOPs are right, and the
+    activations mean little. Raises FFNNotFoundError and NotImplementedError as `find_ffns`, and ValueError where an FFN
+    is never run or the model is converted.
+    """
+    check_batches(batches)
+    if moe_layers(model):
+        raise ValueError(
+            "survey takes a dense model, and this one is converted: sadmoe.cost(model, batches) tells"
+        )
+    sites, skipped = scan_ffns(model, batches=batches)
+    if not sites:
+        find_ffns(model, batches=batches)  # says why
+    sparsities = measure_sparsity(model, batches, sites)
+    projections, _ = scan_projections(model)
+    total, rows = _count(model, batches, [*(site.first for site in sites), *(p.first for p in projections)])
+    ffns = tuple(
+        _share_of(site, sparsity, rows[site.first] / total)
+        for site, sparsity in zip(sites, sparsities, strict=True)
+    )
+    of_projections = sum(rows[p.first] * math.prod(_shape(p.first)) for p in projections)
+    weights = {id(p): p.numel() for site in sites for linear in _linears(site) for p in linear.parameters()}
+    parameters = sum(p.numel() for p in model.parameters())
+    return Survey(
+        type(model).__name__,
+        total,
+        ffns,
+        of_projections / total,
+        len(projections),
+        parameters,
+        sum(weights.values()) / parameters,
+        tuple(skipped),
+    )
+
+
+def _share_of(site: FFNSite, sparsity: LayerSparsity, rows_of_flops: float) -> FFNShare:
+    """rows_of_flops: rows that enter it, over the FLOPs of the whole model."""
+    dense = site.dense()
+    gated = dense.w_gate is not None
+    flops = dense.f * neuron_flops(dense.d, dense.d_out, site.act, gated)
+    return FFNShare(site.name, site.act, gated, dense.d, dense.f, rows_of_flops * flops, sparsity)
+
+
+def _count(
+    model: nn.Module, batches: Batches, linears: Sequence[nn.Module]
+) -> tuple[int, dict[nn.Module, int]]:
+    """FLOPs of the model over all batches, and the rows that entered each of the linear layers."""
+    rows = dict.fromkeys(linears, 0)
+
+    def count(linear: nn.Module, args: Any, output: Tensor) -> None:
+        rows[linear] += output.numel() // output.shape[-1]
+
+    handles = [linear.register_forward_hook(count) for linear in linears]
+    try:
+        with evaluating(model), FlopCount(model) as counted:
+            for batch in batches:
+                run(model, to_device(batch, device_of(model)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counted.flops, rows
+
+
+def _linears(site: FFNSite) -> list[nn.Module]:
+    return [linear for linear in (site.up, site.gate, site.down) if linear is not None]
+
+
+def _shape(linear: nn.Module) -> tuple[int, int]:
+    shape = linear_shape(linear)
+    assert shape is not None  # a site's
+    return shape
+
+
+def _times_fewer(share: float) -> str:
+    return f"{1 / (1 - share):.3g}"
