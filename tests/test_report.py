@@ -10,7 +10,7 @@ import sadmoe
 import torch
 from converted import converted
 from sadmoe import cli
-from sadmoe.evaluate import evaluate, table
+from sadmoe.evaluate import _Variant, evaluate, table
 from sadmoe.model_report import short_names
 from sadmoe.report import Heat, Page, Panel, Series, write_page
 from sadmoe.report.svg import bars, curves, heat, ticks
@@ -172,19 +172,24 @@ def test_evaluate_measures_and_puts_the_gates_back():
     assert "error to tau 0" in table([sparse])
 
 
-def test_evaluate_beside_the_dense_model():
+def test_evaluate_beside_the_dense_model(monkeypatch):
     model, batch = converted("bert"), TINY["bert"].batch()
     original = TINY["bert"].model()
     exact, sparse = evaluate(model, [batch], [0.0, 0.3], dense=original)
-    assert 0 < exact.error < 1e-5  # rounding: neurons have another order
+    assert exact.error < 1e-5  # rounding: neurons have another order
     assert sparse.error > 1e-3
     with torch.no_grad():
         for parameter in original.parameters():
             parameter.mul_(1.1)
+    monkeypatch.setattr(_Variant, "seconds", lambda variant, _: 2.0 if variant.model is original else 0.5)
     (changed,) = evaluate(model, [batch], [0.0], dense=original)
     assert changed.error > 1e-2
-    assert changed.gain > 0
-    assert "error to dense" in table([changed], of_dense=True)
+    assert (changed.seconds, changed.gain) == (0.5, 4.0)
+    assert "error to dense" in table([changed])
+    with pytest.raises(ValueError, match="is a converted one itself"):
+        evaluate(model, [batch], [0.0], dense=model)
+    with pytest.raises(ValueError, match="batches must hold at least one batch"):
+        evaluate(model, [], [0.0])
     with pytest.raises(ValueError, match="dense must be the model that this one was converted from"):
         evaluate(model, [batch], [0.0], dense=TINY["gpt2"].model())
 

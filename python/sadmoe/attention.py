@@ -140,14 +140,17 @@ class ProjectionSite:
     first: nn.Module
 
 
-def find_projections(model: nn.Module, filter: Callable[[str], bool] | None = None) -> list[ProjectionSite]:
+def find_projections(
+    model: nn.Module, filter: Callable[[str], bool] | None = None, *, batches: Batches | None = None
+) -> list[ProjectionSite]:
     """The linear layers of attention, in the model's order: Q, K, V (or all in one) and O.
 
     Those are the plain linear layers below a module whose class is named an attention, and no part of an FFN.
-    filter: takes a projection's path, False leaves it alone. What cannot be replaced is logged with the reason.
+    filter: takes a projection's path, False leaves it alone. batches: what the model is called with, by which more FFNs
+    are known, as in `find_ffns`. What cannot be replaced is logged with the reason.
     Raises ValueError where there is none at all, NotImplementedError where none can be replaced.
     """
-    found, refused = scan_projections(model, filter)
+    found, refused = scan_projections(model, filter, batches=batches)
     listing = "\n".join(refused)
     if found:
         if refused:
@@ -164,14 +167,14 @@ def find_projections(model: nn.Module, filter: Callable[[str], bool] | None = No
 
 
 def scan_projections(
-    model: nn.Module, filter: Callable[[str], bool] | None = None
+    model: nn.Module, filter: Callable[[str], bool] | None = None, *, batches: Batches | None = None
 ) -> tuple[list[ProjectionSite], list[str]]:
     """`find_projections` without errors and warnings: the sites, and of each that is none a line with the reason."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found, refused = [], []
     uses = Uses(model)
-    for name, parent, linear in _linears_of_attention(model):
+    for name, parent, linear in _linears_of_attention(model, batches):
         if filter is not None and not filter(name):
             continue
         path, _, child = name.rpartition(".")
@@ -209,7 +212,7 @@ def replace_projections_(
     config = ProjectionConfig() if config is None else check_config(config, ProjectionConfig)
     check_batches(batches)
     started = time.perf_counter()
-    sites = find_projections(model, config.filter)
+    sites = find_projections(model, config.filter, batches=batches)
     by_name = {site.name: site for site in sites}
     stream = stream_inputs(
         model, sites, batches, max_tokens=config.max_tokens, max_bytes=config.max_bytes, seed=config.seed,
@@ -226,9 +229,11 @@ def replace_projections_(
     return ProjectionReport(tuple(built[s.name][1] for s in sites), time.perf_counter() - started)
 
 
-def _linears_of_attention(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module]]:
+def _linears_of_attention(
+    model: nn.Module, batches: Batches | None
+) -> list[tuple[str, nn.Module, nn.Module]]:
     """(path, parent, linear layer) of each linear layer below an attention, FFNs and MLPs in their place left out."""
-    taken = {id(linear) for s in scan_ffns(model)[0] for linear in (s.up, s.gate, s.down)}
+    taken = {id(linear) for s in scan_ffns(model, batches=batches)[0] for linear in (s.up, s.gate, s.down)}
     inside = [n for n, m in model.named_modules() if n and "attention" in _words(type(m).__name__)]
     mlps = [n for n, m in model.named_modules() if isinstance(m, ProjectionMLP)]
     found = []

@@ -167,16 +167,15 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _survey(arguments: argparse.Namespace) -> None:
     model = load_bare_model(arguments.model)
     if arguments.data:
-        batches = data_of(arguments, model).batches
+        print(survey(model, data_of(arguments, model).batches))
     else:
-        batches = [random_batch(model, arguments.batch_size, arguments.max_length)]
-    print(survey(model, batches))
+        print(survey(model, [random_batch(model, arguments.batch_size, arguments.max_length)]))
+        print("of random input: how sparse the activations are, --data tells")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     model, dense = _models(arguments)
-    points = evaluate(model, data_of(arguments, model).batches, arguments.tau, dense=dense)
-    print(table(points, of_dense=dense is not None))
+    print(table(evaluate(model, data_of(arguments, model).batches, arguments.tau, dense=dense)))
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -189,10 +188,9 @@ def _report(arguments: argparse.Namespace) -> None:
     if arguments.sentence is not None and data.kind != "text":
         raise ValueError(f"--sentence: this {type(model).__name__} is not run on text alone; leave it out")
     points = evaluate(model, data.batches, sorted(arguments.tau), dense=dense, progress=True)
-    of_dense = dense is not None
-    print(table(points, of_dense=of_dense))
+    print(table(points))
     numbers.write_text(json.dumps([asdict(point) for point in points], indent=1))
-    write_page(page, report_page(model, data, points, arguments.sentence, of_dense=of_dense))
+    write_page(page, report_page(model, data, points, arguments.sentence))
     print(f"\n{page}, and the numbers in {numbers}")
 
 

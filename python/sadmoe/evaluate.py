@@ -11,10 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sadmoe.batches import Batch, answer, evaluating, run
+from sadmoe.batches import Batch, Batches, answer, check_batches, device_of, evaluating, run, to_device
 from sadmoe.cost import cost
 from sadmoe.dial import converted_layers, tau
+from sadmoe.ffn import moe_layers
 from sadmoe.tables import format_table
+from sadmoe.timing import waiting
 
 PASSES = 3  # of each variant over the batches, in turns, of which the median counts
 
@@ -22,8 +24,9 @@ PASSES = 3  # of each variant over the batches, in turns, of which the median co
 @dataclass(frozen=True)
 class Point:
     """One tau. share: executed pairs. ffn_flops, flops: of the converted layers and of the whole model, over dense.
-    error: |y - y0| / |y0| of the last hidden states or logits at real tokens, y0 those of the dense model, or where it
-    is not at hand at tau = 0. seconds: of a pass over the batches. gain: how many times faster than what y0 is of."""
+    error: |y - y0| / |y0| of the last hidden states or logits at real tokens, y0 those of `base`: "dense", the model
+    that this one was converted from, or "tau 0", itself with every expert on. seconds: of a pass over the batches.
+    gain: how many times faster than `base`."""
 
     tau: float
     share: float
@@ -32,6 +35,7 @@ class Point:
     error: float
     seconds: float
     gain: float
+    base: str
 
     def cells(self) -> tuple[str, ...]:
         """Its row under `header`."""
@@ -57,20 +61,27 @@ class _Variant:
         return nullcontext() if self.tau is None else tau(self.model, self.tau)
 
     def answer(self, batch: Batch) -> Tensor:
+        """On the CPU."""
         with self.on():
-            return answer(self.model, batch)
+            return answer(self.model, to_device(batch, device_of(self.model))).cpu()
 
-    def seconds(self, batches: Sequence[Batch]) -> float:
+    def seconds(self, batches: Batches) -> float:
+        device = device_of(self.model)
+        here = [to_device(batch, device) for batch in batches]
+
+        def one_pass() -> None:
+            for batch in here:
+                run(self.model, batch)
+
         with self.on():
             started = time.perf_counter()
-            for batch in batches:
-                run(self.model, batch)
+            waiting(one_pass, device)()
             return time.perf_counter() - started
 
 
 def evaluate(
     model: nn.Module,
-    batches: Sequence[Batch],
+    batches: Batches,
     taus: Sequence[float],
     *,
     dense: nn.Module | None = None,
@@ -79,16 +90,21 @@ def evaluate(
     """Runs a converted transformers model over batches at every tau; its gates come back.
 
     dense: the model that it was converted from, which errors and times are then measured against, instead of tau = 0.
-    Raises ValueError where its outputs are of other sizes.
+    Raises ValueError where that is converted itself, or its outputs are of other sizes or all 0.
     """
     converted_layers(model)
+    check_batches(batches)
+    if dense is not None and moe_layers(dense):
+        raise ValueError(
+            "dense must be the model that this one was converted from, and is a converted one itself"
+        )
     base = _Variant(model, 0.0) if dense is None else _Variant(dense)
     variants = [_Variant(model, value) for value in taus]
     with evaluating(model), evaluating(base.model):
-        errors = _errors(base, variants, batches)
+        errors = _errors(base, variants, batches, progress)
         seconds = _seconds([base, *variants], batches, progress)
         reports = []
-        for variant in variants:
+        for variant in tqdm(variants, "cost", disable=not progress):
             with variant.on():
                 reports.append(cost(model, batches))
     points = []
@@ -96,26 +112,25 @@ def evaluate(
         rest = report.rest or 0.0
         whole = (rest + report.executed) / (rest + report.dense)
         ffns = report.executed / report.dense
-        took = seconds[variant]
-        points.append(Point(value, report.share, ffns, whole, error, took, seconds[base] / took))
+        took, name = seconds[variant], "tau 0" if dense is None else "dense"
+        points.append(Point(value, report.share, ffns, whole, error, took, seconds[base] / took, name))
     return points
 
 
-def header(*, of_dense: bool) -> tuple[str, ...]:
-    """The names of a point's cells. of_dense: whether a dense model was given."""
-    base = "dense" if of_dense else "tau 0"
+def header(base: str) -> tuple[str, ...]:
+    """The names of a point's cells."""
     return "tau", "executed share", "FFN FLOPs of dense", f"error to {base}", "ms", f"faster than {base}"
 
 
-def table(points: Sequence[Point], *, of_dense: bool = False) -> str:
-    """The points as people read them. of_dense: as for `header`."""
-    return format_table(header(of_dense=of_dense), [point.cells() for point in points])
+def table(points: Sequence[Point]) -> str:
+    """The points of one evaluation as people read them."""
+    return format_table(header(points[0].base), [point.cells() for point in points])
 
 
-def _errors(base: _Variant, variants: Sequence[_Variant], batches: Sequence[Batch]) -> list[float]:
+def _errors(base: _Variant, variants: Sequence[_Variant], batches: Batches, progress: bool) -> list[float]:
     """|y - y0| / |y0| of every variant, a batch at a time: what a language model says of one batch is large enough."""
     size, wrong = 0.0, [0.0] * len(variants)
-    for batch in batches:
+    for batch in tqdm(batches, "errors", disable=not progress):
         wanted = base.answer(batch)
         size += wanted.square().sum().item()
         for i, variant in enumerate(variants):
@@ -126,10 +141,14 @@ def _errors(base: _Variant, variants: Sequence[_Variant], batches: Sequence[Batc
                     f"{tuple(wanted.shape)} numbers, the converted one {tuple(found.shape)}"
                 )
             wrong[i] += (found - wanted).square().sum().item()
+    if size == 0:
+        raise ValueError(
+            "all outputs that errors would be relative to are 0: the model or the batches are empty"
+        )
     return [math.sqrt(one / size) for one in wrong]
 
 
-def _seconds(variants: Sequence[_Variant], batches: Sequence[Batch], progress: bool) -> dict[_Variant, float]:
+def _seconds(variants: Sequence[_Variant], batches: Batches, progress: bool) -> dict[_Variant, float]:
     """Of one pass of each over the batches: they take turns, so that the machine's moods fall on all alike."""
     turns: dict[_Variant, list[float]] = {variant: [] for variant in variants}
     for _ in tqdm(range(PASSES), "timing", disable=not progress):

@@ -17,19 +17,17 @@ from sadmoe.masks import experts_per_token, record_masks
 from sadmoe.report import Heat, Page, Panel, Series
 from sadmoe.tables import si
 
+NOTES = {  # by what errors are relative to
+    "dense": "error: of the last hidden states or logits, |y - y0| / |y0|, y0 those of the dense model.",
+    "tau 0": "error: of the last hidden states or logits, |y - y0| / |y0|, y0 those at tau = 0. What training changed "
+    "is not in it: --dense names the model to compare with.",
+}
 
-def report_page(
-    model: nn.Module,
-    data: Data,
-    points: Sequence[Point],
-    sentence: str | None = None,
-    *,
-    of_dense: bool = False,
-) -> Page:
+
+def report_page(model: nn.Module, data: Data, points: Sequence[Point], sentence: str | None = None) -> Page:
     """The page of a converted transformers model: `points` from `evaluate`, the rest as its gates stand now.
 
-    sentence: of the heat map, where the model takes text; the data's first sample if None. of_dense: whether
-    `evaluate` was given the dense model.
+    sentence: of the heat map, where the model takes text; the data's first sample if None.
     """
     layers = converted_layers(model)
     with record_masks(model) as record, evaluating(model):
@@ -49,16 +47,9 @@ def report_page(
             "data": f"{tokens} tokens",
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         },
-        table=(header(of_dense=of_dense), [point.cells() for point in points]),
-        notes=(
-            f"error: of the last hidden states or logits, |y - y0| / |y0|, y0 those {_base(of_dense)}."
-            + (
-                ""
-                if of_dense
-                else " What training changed is not in it: --dense names the model to compare with."
-            ),
-        ),
-        panels=_panels(points, of_dense),
+        table=(header(points[0].base), [point.cells() for point in points]),
+        notes=(NOTES[points[0].base],),
+        panels=_panels(points),
         heats=_heats(model, data, sentence, now),
         histograms={
             name: counts.histogram.tolist()
@@ -76,11 +67,7 @@ def short_names(names: Iterable[str]) -> list[str]:
     return [".".join(path[shared:]) for path in paths]
 
 
-def _base(of_dense: bool) -> str:
-    return "of the dense model" if of_dense else "at tau = 0"
-
-
-def _panels(points: Sequence[Point], of_dense: bool) -> list[Panel]:
+def _panels(points: Sequence[Point]) -> list[Panel]:
     ordered = sorted(points, key=lambda point: point.tau)
     labels, errors = [f"tau {point.tau:g}" for point in ordered], [point.error for point in ordered]
     whole, ffns = [100 * p.flops for p in ordered], [100 * p.ffn_flops for p in ordered]
@@ -90,7 +77,7 @@ def _panels(points: Sequence[Point], of_dense: bool) -> list[Panel]:
         Panel("FLOPs", "executed FLOPs, % of dense", "error", costs, "lower left"),
         Panel(
             "Wall time",
-            f"times faster than {'dense' if of_dense else 'at tau = 0'}",
+            f"times faster than {points[0].base}",
             "error",
             gains,
             "lower right",

@@ -8,7 +8,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from sadmoe.attention import scan_projections
-from sadmoe.batches import Batches, check_batches, device_of, evaluating, run, to_device
+from sadmoe.batches import (
+    Batches,
+    check_batches,
+    device_of,
+    evaluating,
+    refuse_compiled,
+    rows_of,
+    run,
+    to_device,
+)
 from sadmoe.cost import neuron_flops
 from sadmoe.ffn import FFNSite, Skipped, find_ffns, moe_layers, scan_ffns
 from sadmoe.ffn.linears import linear_shape
@@ -17,7 +26,7 @@ from sadmoe.sparsify import LayerSparsity, measure_sparsity
 from sadmoe.tables import format_table, si
 
 HEADER = ("FFN", "activation", "d x f", "of all FLOPs", "activations of 0", "below 1 % of the largest")
-SPARSE = 0.5  # share of activations that are 0, from which on a model is called sparse
+SPARSE = 0.5  # share of activations that are 0 in every FFN of a model that is sparse
 
 
 @dataclass(frozen=True)
@@ -36,16 +45,17 @@ class FFNShare:
         """Its row under HEADER."""
         act = f"{self.act}, GLU" if self.gated else self.act
         sparsity = (f"{self.sparsity.zero:.1%}", f"{self.sparsity.small:.1%}")
-        return self.name or "(the model)", act, f"{self.d} x {self.f}", f"{self.flops:.1%}", *sparsity
+        return self.name, act, f"{self.d} x {self.f}", f"{self.flops:.1%}", *sparsity
 
 
 @dataclass(frozen=True)
 class Survey:
     """What `convert_` finds in a model, and what of its FLOPs that is; prints as a table.
 
-    flops: of all batches (multiply-adds, padding included). projections: a share of them, of attention's projections,
-    which `replace_projections_` would make convertible, and how many there are. parameters: of the model, and a share,
-    of its FFNs.
+    flops: of all batches (multiply-adds, padding included), as the model runs; an FFN's are in closed form, as in
+    `cost`. projections: a share of them, of attention's projections that ran, which `replace_projections_` would make
+    convertible, and how many there are. parameters: of the model, and a share, of its FFNs. skipped, refused: FFNs and
+    projections that cannot be, with the reason.
     """
 
     model: str
@@ -56,6 +66,7 @@ class Survey:
     parameters: int
     ffn_parameters: float
     skipped: tuple[Skipped, ...]
+    refused: tuple[str, ...]
 
     @property
     def share(self) -> float:
@@ -68,24 +79,24 @@ class Survey:
         return all(ffn.sparsity.zero >= SPARSE for ffn in self.ffns)
 
     def __str__(self) -> str:
-        both = self.share + self.projections
         lines = [
             f"{self.model}, {si(self.parameters)} parameters: {len(self.ffns)} FFNs have "
             f"{self.ffn_parameters:.1%} of them and {self.share:.1%} of the FLOPs on this data",
-            f"if they cost nothing, it would need {_times_fewer(self.share)} times fewer FLOPs",
+            f"if they cost nothing, it would need {_fewer(self.share)}",
         ]
         if self.projection_count:
             lines[-1] += (
                 f"; with its {self.projection_count} projections of attention, another {self.projections:.1%}, by "
-                f"replace_projections_, {_times_fewer(both)} times"
+                f"replace_projections_, {_fewer(self.share + self.projections)}"
             )
         advice = (
-            "sparse as it is: convert_ and calibrate_"
+            "half of the activations or more are 0: convert_ and calibrate_ may do as it is"
             if self.is_sparse
-            else "not sparse yet: sparsify_ first"
+            else "fewer than half of the activations are 0: sparsify_ first"
         )
         lines += ["", format_table(HEADER, [ffn.cells() for ffn in self.ffns]), "", advice]
         lines += [f"not converted: {skipped}" for skipped in self.skipped]
+        lines += [f"not replaced: {reason.strip()}" for reason in self.refused]
         return "\n".join(lines)
 
 
@@ -96,7 +107,10 @@ def survey(model: nn.Module, batches: Batches) -> Survey:
     activations mean little. Raises FFNNotFoundError and NotImplementedError as `find_ffns`, and ValueError where an FFN
     is never run or the model is converted.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_batches(batches)
+    refuse_compiled(model)
     if moe_layers(model):
         raise ValueError(
             "survey takes a dense model, and this one is converted: sadmoe.cost(model, batches) tells"
@@ -105,12 +119,13 @@ def survey(model: nn.Module, batches: Batches) -> Survey:
     if not sites:
         find_ffns(model, batches=batches)  # says why
     sparsities = measure_sparsity(model, batches, sites)
-    projections, _ = scan_projections(model)
+    projections, refused = scan_projections(model, batches=batches)
     total, rows = _count(model, batches, [*(site.first for site in sites), *(p.first for p in projections)])
     ffns = tuple(
         _share_of(site, sparsity, rows[site.first] / total)
         for site, sparsity in zip(sites, sparsities, strict=True)
     )
+    projections = [p for p in projections if rows[p.first]]
     of_projections = sum(rows[p.first] * math.prod(_shape(p.first)) for p in projections)
     weights = {id(p): p.numel() for site in sites for linear in _linears(site) for p in linear.parameters()}
     parameters = sum(p.numel() for p in model.parameters())
@@ -123,6 +138,7 @@ def survey(model: nn.Module, batches: Batches) -> Survey:
         parameters,
         sum(weights.values()) / parameters,
         tuple(skipped),
+        tuple(refused),
     )
 
 
@@ -141,7 +157,7 @@ def _count(
     rows = dict.fromkeys(linears, 0)
 
     def count(linear: nn.Module, args: Any, output: Tensor) -> None:
-        rows[linear] += output.numel() // output.shape[-1]
+        rows[linear] += len(rows_of(output))
 
     handles = [linear.register_forward_hook(count) for linear in linears]
     try:
@@ -164,5 +180,6 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
     return shape
 
 
-def _times_fewer(share: float) -> str:
-    return f"{1 / (1 - share):.3g}"
+def _fewer(share: float) -> str:
+    """What a model needs that is spared so much of its FLOPs."""
+    return f"{1 / (1 - share):.3g} times fewer FLOPs" if share < 0.999 else "none"

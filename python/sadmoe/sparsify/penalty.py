@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from sadmoe import reference
-from sadmoe.batches import Batches, check_batches, device_of, evaluating, real_rows, run, to_device
+from sadmoe.batches import Batches, check_batches, device_of, evaluating, real_rows, rows_of, run, to_device
 from sadmoe.ffn import FFNSite, find_ffns
 from sadmoe.gradients import is_recomputed
 
@@ -214,8 +214,8 @@ def measure_sparsity(
     current: dict[str, Any] = {}
 
     def count(site: FFNSite, module: nn.Module, args: Any, output: Tensor) -> None:
-        a = reference.ACTIVATIONS[site.act](site.pre_activation(output)).abs().flatten(0, -2)
-        real = real_rows(model, site.name, current["batch"], a)
+        real = real_rows(model, site.name, current["batch"], output)
+        a = reference.ACTIVATIONS[site.act](site.pre_activation(rows_of(output))).abs()
         a = a if real is None else a[real]
         if a.numel():
             small = (a < SMALL * a.amax(-1, keepdim=True)) | (a == 0)
