@@ -227,7 +227,8 @@ def cells(args: argparse.Namespace, card: Card, reasons: set[str]) -> Iterator[d
             for masks, share, mask in kinds_of(shape, T, args):
                 p = problem(shape, T, share, mask)
                 if p.mask.any():
-                    row = {"layer": shape.name, "s": shape.s, "masks": masks} | measured(p, card, reasons)
+                    cell = {"layer": shape.name, "s": shape.s, "masks": masks, "asked": share}
+                    row = cell | measured(p, card, reasons)
                     print(line(row), flush=True)
                     yield row
 
@@ -258,9 +259,11 @@ def main() -> None:
         for row in cells(args, card, reasons):
             rows.append(row)
             if args.json:
-                args.json.write_text(
+                part = args.json.with_suffix(".part")  # whoever is cut off leaves a whole file
+                part.write_text(
                     json.dumps({"machine": machine, "command": command(), "rows": rows}, indent=1)
                 )
+                part.replace(args.json)
     print("\nTimes in us, medians.", *sorted(reasons), sep="\n")
 
 
