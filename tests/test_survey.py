@@ -117,6 +117,15 @@ def test_what_cannot_be_converted_is_told():
     assert "not converted: 2 (Sequential)" in str(found)
 
 
+def test_projections_that_cannot_be_replaced_are_told_and_not_all_of_many():
+    layer = nn.TransformerEncoderLayer(16, 2, 64, batch_first=True)
+    found = sadmoe.survey(nn.TransformerEncoder(layer, 8).eval(), [torch.randn(2, 5, 16)])
+    assert found.projection_count == 0
+    assert len(found.refused) == 8
+    assert str(found).count("not replaced: ") == 6
+    assert "... and 2 more" in str(found)
+
+
 def test_a_converted_model_and_one_without_ffns_are_refused():
     batch = TINY["bert"].batch()
     with pytest.raises(ValueError, match="survey takes a dense model, and this one is converted"):

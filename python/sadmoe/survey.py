@@ -26,6 +26,7 @@ from sadmoe.sparsify import LayerSparsity, measure_sparsity
 from sadmoe.tables import format_table, si
 
 HEADER = ("FFN", "activation", "d x f", "of all FLOPs", "activations of 0", "below 1 % of the largest")
+LISTED = 6  # reasons of each kind
 SPARSE = 0.5  # share of activations that are 0 in every FFN of a model that is sparse
 
 
@@ -95,8 +96,8 @@ class Survey:
             else "fewer than half of the activations are 0: sparsify_ first"
         )
         lines += ["", format_table(HEADER, [ffn.cells() for ffn in self.ffns]), "", advice]
-        lines += [f"not converted: {skipped}" for skipped in self.skipped]
-        lines += [f"not replaced: {reason.strip()}" for reason in self.refused]
+        lines += _some([f"not converted: {skipped}" for skipped in self.skipped])
+        lines += _some([f"not replaced: {reason.strip()}" for reason in self.refused])
         return "\n".join(lines)
 
 
@@ -178,6 +179,11 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
     shape = linear_shape(linear)
     assert shape is not None  # a site's
     return shape
+
+
+def _some(lines: list[str]) -> list[str]:
+    more = len(lines) - LISTED
+    return lines if more <= 0 else [*lines[:LISTED], f"... and {more} more"]
 
 
 def _fewer(share: float) -> str:
