@@ -122,6 +122,7 @@ class _Update:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
+        torch.clear_autocast_cache()  # before torch 2.11 what ran without gradients leaves weights that have none
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for turn in range(self.config.accumulate):
             index, batch = next(self.stream)
