@@ -151,7 +151,7 @@ def find_projections(
     Raises ValueError where there is none at all, NotImplementedError where none can be replaced.
     """
     found, refused = scan_projections(model, filter, batches=batches)
-    listing = "\n".join(refused)
+    listing = "\n".join(f"  {line}" for line in refused)
     if found:
         if refused:
             logger.warning("%d projections are not replaced:\n%s", len(refused), listing)
@@ -184,7 +184,7 @@ def scan_projections(
             uses.check(parent, path, Proposal(Parts(child, child, child), (), (), True))
             found.append(ProjectionSite(name, linear))
         except Unsupported as reason:
-            refused.append(f"  {name}: {reason}")
+            refused.append(f"{name}: {reason}")
     return found, refused
 
 

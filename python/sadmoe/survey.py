@@ -23,7 +23,7 @@ from sadmoe.ffn import FFNSite, Skipped, find_ffns, moe_layers, scan_ffns
 from sadmoe.ffn.linears import linear_shape
 from sadmoe.flops import FlopCount
 from sadmoe.sparsify import LayerSparsity, measure_sparsity
-from sadmoe.tables import format_table, si
+from sadmoe.tables import format_table, shortened, si
 
 HEADER = ("FFN", "activation", "d x f", "of all FLOPs", "activations of 0", "below 1 % of the largest")
 LISTED = 6  # reasons of each kind
@@ -96,8 +96,8 @@ class Survey:
             else "fewer than half of the activations are 0: sparsify_ first"
         )
         lines += ["", format_table(HEADER, [ffn.cells() for ffn in self.ffns]), "", advice]
-        lines += _some([f"not converted: {skipped}" for skipped in self.skipped])
-        lines += _some([f"not replaced: {reason.strip()}" for reason in self.refused])
+        lines += shortened([f"not converted: {skipped}" for skipped in self.skipped], LISTED)
+        lines += shortened([f"not replaced: {reason}" for reason in self.refused], LISTED)
         return "\n".join(lines)
 
 
@@ -179,11 +179,6 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
     shape = linear_shape(linear)
     assert shape is not None  # a site's
     return shape
-
-
-def _some(lines: list[str]) -> list[str]:
-    more = len(lines) - LISTED
-    return lines if more <= 0 else [*lines[:LISTED], f"... and {more} more"]
 
 
 def _fewer(share: float) -> str:

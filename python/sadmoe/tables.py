@@ -13,6 +13,12 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cells).rstrip() for cells in aligned)
 
 
+def shortened(lines: Sequence[str], most: int) -> list[str]:
+    """The first lines, and where there are more than `most`, how many more."""
+    more = len(lines) - most
+    return [*lines[:most], *([f"... and {more} more"] if more > 0 else [])]
+
+
 def si(number: float) -> str:
     """Three digits and the unit's prefix: 1.18 M, 42 k, 7."""
     number = float(f"{number:.3g}")  # first, or 999,900 would be 1e+03 k

@@ -18,6 +18,7 @@ from sadmoe.ffn.recorded import record_calls
 from sadmoe.ffn.sites import FFNSite
 from sadmoe.ffn.surgery import moe_layers
 from sadmoe.layer import DynamicKMoE
+from sadmoe.tables import shortened
 
 logger = logging.getLogger(__name__)
 
@@ -199,6 +200,5 @@ def _nothing_found(model: nn.Module, filter: Callable[[str], bool] | None) -> st
     )
 
 
-def _listing(lines: list[str], limit: int = 12) -> str:
-    more = [f"... and {len(lines) - limit} more"] if len(lines) > limit else []
-    return "\n".join(f"  {line}" for line in lines[:limit] + more)
+def _listing(lines: list[str]) -> str:
+    return "\n".join(f"  {line}" for line in shortened(lines, 12))
