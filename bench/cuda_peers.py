@@ -77,6 +77,7 @@ def problem(shape: LayerShape, T: int, share: float, mask: Tensor | None) -> Sim
     p.routed = mask is None
     own = ops.dynamic_k_select(ops.router_scores(p.x, p.v1, p.v2), p.tau)
     p.mask = own if mask is None else mask.to(own.device)
+    p.scores_of_mask = torch.where(p.mask, 1.0, torch.nan)  # NaN reaches no tau
     expert, row = p.mask.T.nonzero(as_tuple=True)
     p.rows, counts = row.int(), torch.bincount(expert, minlength=E)
     p.ends, p.most = counts.cumsum(0).int(), int(counts.max())
@@ -94,13 +95,13 @@ def sadmoe(p: SimpleNamespace, i: int) -> Tensor:
     w = (p.up[i], p.down[i], None, p.gate[i], None, None)
     if p.routed:
         return ops.dynamic_k_moe(p.x, p.v1, p.v2, *w, tau=p.tau, act=p.act)
-    return ops.sparse_experts(p.x, chosen(p), *w, act=p.act)
+    return ops.sparse_experts(p.x, ops.dynamic_k_select(scores(p), p.tau), *w, act=p.act)
 
 
-def chosen(p: SimpleNamespace) -> Tensor:
-    """The router's mask, or, after the same work, the one that takes its place."""
-    own = ops.dynamic_k_select(ops.router_scores(p.x, p.v1, p.v2), p.tau)
-    return own if p.routed else p.mask
+def scores(p: SimpleNamespace) -> Tensor:
+    """The router's, or, after the same work, those of the mask that takes the place of its own."""
+    own = ops.router_scores(p.x, p.v1, p.v2)
+    return own if p.routed else p.scores_of_mask
 
 
 def dense(p: SimpleNamespace, i: int) -> Tensor:
@@ -110,7 +111,7 @@ def dense(p: SimpleNamespace, i: int) -> Tensor:
 
 def masked(p: SimpleNamespace, i: int) -> Tensor:
     up, gate = products(p, i)
-    ops.masked_activation_(up, gate, chosen(p), p.act)
+    ops.masked_activation_(up, gate, scores(p), p.act, p.tau)
     return up @ p.down[i].flatten(0, 1)
 
 

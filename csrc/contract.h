@@ -55,13 +55,20 @@ struct Experts {
   View scale_out;                         // [d_out], or absent
 };
 
-// Hidden activations of dense products, in place:  up = act(up),  or with a gate  act(gate) up,  and 0 where mask is false
+// Who chose whom: a mask, or, where it is null, who reaches tau.
+struct Choice {
+  const bool* mask = nullptr;     // [T, E]
+  const float* scores = nullptr;  // [T, E]
+  float tau = 0;
+};
+
+// Hidden activations of dense products, in place:  up = act(up),  or with a gate  act(gate) up,  and 0 of experts not chosen
 struct MaskedActivation {
   int64_t T, E, s;
   DType dtype;
   void* up;          // [T, E s]
   const void* gate;  // [T, E s], or null
-  const bool* mask;  // [T, E]
+  Choice choice;
   Activation act;
 };
 

@@ -67,10 +67,10 @@ class Backend:
 
         return run
 
-    def masked_activation(self, up, gate, mask, act):
+    def masked_activation(self, up, gate, choice, act, tau=0.0):
         """What the op leaves in up."""
-        moved = [None if a is None else a.to(self.device) for a in (up, gate, mask)]
-        getattr(torch.ops, self.namespace)._masked_activation_(*moved, act)
+        moved = [None if a is None else a.to(self.device) for a in (up, gate, choice)]
+        getattr(torch.ops, self.namespace)._masked_activation_(*moved, tau, act)
         return moved[0].cpu()
 
     def reschedule(self, schedule):

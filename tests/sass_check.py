@@ -175,9 +175,9 @@ def _budgets() -> dict[str, Budget]:
             in_flight = 8 if name.startswith("decode") else 0  # kInFlight of decode.cuh
             budgets[name] = replace(budget, steps=_steps(name.replace("up_all<", "up<")), in_flight=in_flight)
     for dtype, together in (("float", 4), ("__nv_bfloat16", 8), ("__half", 8)):
-        for gated in ("false", "true"):  # 5 blocks fit
-            budgets[f"masked_activation<{dtype}, 1, {gated}>"] = Budget(48)
-            budgets[f"masked_activation<{dtype}, {together}, {gated}>"] = Budget(48, BY_16_BYTES)
+        for gated in ("false", "true"):  # 8 blocks fit
+            budgets[f"masked_activation<{dtype}, 1, {gated}>"] = Budget(64)
+            budgets[f"masked_activation<{dtype}, {together}, {gated}>"] = Budget(64, BY_16_BYTES)
     return budgets
 
 

@@ -26,7 +26,7 @@ def problem(T, E, s, dtype, gated):
 
 def by_torch(up, gate, mask, act):
     hidden = up.clone()
-    reference.masked_activation_(hidden, gate, mask, act)
+    reference.masked_activation_(hidden, gate, mask, 0.0, act)
     return hidden
 
 
@@ -71,6 +71,21 @@ def test_rows_that_do_not_begin_on_16_bytes(backend, first, dtype):
     assert torch.equal(backend.masked_activation(up, gate, mask, "relu"), expected)
 
 
+@pytest.mark.parametrize("tau", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_of_scores_those_run_that_reach_tau(backend, shape, tau):
+    """A row of zeros chooses all, one of NaN none; a score below 0 counts as 0."""
+    T, E, s = shape
+    up, gate, _ = problem(T, E, s, torch.float32, True)
+    scores = torch.rand(T, E, generator=torch.Generator().manual_seed(E)) - 0.1
+    for row, value in enumerate((0.0, torch.nan, torch.inf)):
+        if row + 3 < T:
+            scores[row + 3] = value
+    scores[:1, :1] = torch.nan
+    expected = backend.masked_activation(up.clone(), gate, ops.dynamic_k_select(scores, tau), "silu")
+    assert torch.equal(backend.masked_activation(up, gate, scores, "silu", tau), expected)
+
+
 def test_any_byte_but_0_is_true(backend):
     up, mask = torch.randn(6, 16), torch.rand(6, 2) < 0.5
     odd = (mask.to(torch.uint8) * 6).view(torch.bool)
@@ -100,16 +115,18 @@ def test_threads_do_not_change_a_bit():
         ({"gate": torch.randn(4, 15)}, r"gate must be \[T, E s\] = \[4, 16\], got \[4, 15\]"),
         ({"gate": torch.randn(4, 16).half()}, "gate must have up's dtype, Float, got Half"),
         (
-            {"mask": torch.ones(4, 3, dtype=torch.bool)},
-            r"mask must be \[T = 4, E\] where E divides the 16 columns of up, got \[4, 3\]",
+            {"choice": torch.ones(4, 3, dtype=torch.bool)},
+            r"choice must be \[T = 4, E\] where E divides the 16 columns of up, got \[4, 3\]",
         ),
-        ({"mask": torch.ones(4, 2)}, "mask must be bool, got Float"),
+        ({"choice": torch.ones(4, 2).half()}, "choice must be a bool mask or float32 scores, got Half"),
+        ({"choice": torch.ones(4, 2), "tau": 2.0}, r"tau must be in \[0, 1\]"),
         ({"act": "tanh"}, "act must be one of relu, gelu, gelu_tanh, silu, quick_gelu, relu2, got 'tanh'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_wrong_argument_is_named(change, message):
-    args = {"up": torch.randn(4, 16), "gate": None, "mask": torch.ones(4, 2, dtype=torch.bool), "act": "relu"}
+    choice = torch.ones(4, 2, dtype=torch.bool)
+    args = {"up": torch.randn(4, 16), "gate": None, "choice": choice, "act": "relu"}
     before = args["up"].clone()
     with pytest.raises(RuntimeError, match=message):
         ops.masked_activation_(**(args | change))
@@ -129,6 +146,18 @@ def test_a_layer_computes_the_same_with_and_without_gradients(dtype, gated):
         truth = exact.masked_dense(x.double(), mask), exact.dense(x.double())
     for ours, torchs, true in zip(in_one_pass, in_parts, truth, strict=True):
         assert_as_good_as_torch(ours, torchs.detach(), true)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_layer_that_is_dense_unasked_needs_no_mask(monkeypatch, gated):
+    """As on CUDA, where the choice of this call is not waited for: the activation goes by the scores."""
+    layer, x = layer_of(torch.bfloat16, tau=0.4, gated=gated), random_rows(9).bfloat16()
+    monkeypatch.setattr(layer, "_choose", lambda x: (True, None))
+    monkeypatch.setattr(layer, "mask", None)
+    with torch.no_grad():
+        mask = layer.gate.mask(layer.router(x))
+        assert 0 < mask.float().mean() < 1
+        assert torch.equal(layer(x), layer.masked_dense(x, mask))
 
 
 @pytest.mark.parametrize("batched", ["tokens", "weights"])

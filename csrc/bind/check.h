@@ -196,20 +196,28 @@ inline ExpertsShape check_experts(const char* op, const Tensor& x, const Tensor&
   return {x.size(0), d, w_down.size(2), E, s};
 }
 
-// All but up, which the caller writes.
-inline MaskedActivation check_masked_activation(Arguments& keep, const Tensor& up, const MaybeTensor& gate, const Tensor& mask,
-                                                const std::string& act) {
+// All but up, which the caller writes. choice: a mask, or scores of which those count that reach tau.
+inline MaskedActivation check_masked_activation(Arguments& keep, const Tensor& up, const MaybeTensor& gate, const Tensor& choice,
+                                                double tau, const std::string& act) {
   const char* op = keep.op();
   check(up.dim() == 2 && up.size(1) >= 1, op, "up must be [T, E s] with E s >= 1, got ", ShapeOf{up});
   check(up.is_contiguous(), op, "up must be contiguous: it is written in place");
   const int64_t T = up.size(0), neurons = up.size(1);
   if (gate) check_shape(op, "gate", *gate, {T, neurons}, "[T, E s]");
-  const bool fits = mask.dim() == 2 && mask.size(0) == T && mask.size(1) >= 1 && neurons % mask.size(1) == 0;
-  check(fits, op, "mask must be [T = ", T, ", E] where E divides the ", neurons, " columns of up, got ", ShapeOf{mask});
+  const bool fits = choice.dim() == 2 && choice.size(0) == T && choice.size(1) >= 1 && neurons % choice.size(1) == 0;
+  check(fits, op, "choice must be [T = ", T, ", E] where E divides the ", neurons, " columns of up, got ", ShapeOf{choice});
   const DType dtype = dtype_of(op, "up", up);
   const View of_gate = gate ? keep.add_like("gate", *gate, up, "up") : View{};
-  const int64_t E = mask.size(1);
-  return {T, E, neurons / E, dtype, nullptr, of_gate.data, keep.add_mask("mask", mask), activation_of(op, act)};
+  const int64_t E = choice.size(1);
+  const bool scores = choice.scalar_type() == ScalarType::Float;
+  check(scores || choice.scalar_type() == ScalarType::Bool, op, "choice must be a bool mask or float32 scores, got ",
+        torch::headeronly::toString(choice.scalar_type()));
+  Choice chosen;
+  if (scores)
+    chosen = {nullptr, static_cast<const float*>(keep.add("choice", choice).data), check_tau(op, tau)};
+  else
+    chosen.mask = keep.add_mask("choice", choice);
+  return {T, E, neurons / E, dtype, nullptr, of_gate.data, chosen, activation_of(op, act)};
 }
 
 // The experts without y, which the caller allocates: [T, d_out] of x's dtype.

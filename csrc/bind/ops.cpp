@@ -22,7 +22,8 @@ STABLE_TORCH_LIBRARY(sadmoe, m) {
       "dynamic_k_moe_int8(Tensor x, Tensor v1, Tensor v2, Tensor w_up, Tensor w_down, Tensor scale_up, Tensor scale_down, "
       "Tensor? b_up=None, Tensor? w_gate=None, Tensor? scale_gate=None, Tensor? b_gate=None, Tensor? b_out=None, "
       "Tensor? scale_out=None, float tau=0., str act='relu') -> Tensor");
-  m.def("_masked_activation_(Tensor(a!) up, Tensor? gate, Tensor mask, str act) -> ()");  // of the layer's dense path
+  // Of the layer's dense path. choice: a mask, or scores, of which those run that reach tau.
+  m.def("_masked_activation_(Tensor(a!) up, Tensor? gate, Tensor choice, float tau, str act) -> ()");
   m.def("_build_info() -> str");
   m.def("_cpu_isas() -> str");
   m.def("_cpu_isa() -> str");

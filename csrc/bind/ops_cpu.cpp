@@ -45,9 +45,9 @@ Tensor dynamic_k_select(const Tensor& scores, double tau) {
   return mask;
 }
 
-void masked_activation(Tensor up, const MaybeTensor& gate, const Tensor& mask, const std::string& act) {
+void masked_activation(Tensor up, const MaybeTensor& gate, const Tensor& choice, double tau, const std::string& act) {
   Arguments keep("_masked_activation_");
-  MaskedActivation p = check_masked_activation(keep, up, gate, mask, act);
+  MaskedActivation p = check_masked_activation(keep, up, gate, choice, tau, act);
   p.up = up.mutable_data_ptr();
   cpu::masked_activation(p, torch_threads());
 }

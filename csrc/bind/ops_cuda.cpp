@@ -41,7 +41,7 @@ Tensor run_router(OnDevice& device, const char* op, const Tensor& x, View rows, 
   return scores;
 }
 
-Tensor run_experts(OnDevice& device, const char* op, const Tensor& x, Experts& p, const cuda::Choice& choice) {
+Tensor run_experts(OnDevice& device, const char* op, const Tensor& x, Experts& p, const Choice& choice) {
   const cuda::Workspace size = cuda::workspace(p.shape, p.x.dtype, options);
   const Tensor words = empty_beside(x, {size.words}, ScalarType::Int);
   const Tensor starts = empty_beside(x, {size.starts}, ScalarType::Int);
@@ -78,10 +78,10 @@ Tensor dynamic_k_select(const Tensor& scores, double tau) {
   return mask;
 }
 
-void masked_activation(Tensor up, const MaybeTensor& gate, const Tensor& mask, const std::string& act) {
+void masked_activation(Tensor up, const MaybeTensor& gate, const Tensor& choice, double tau, const std::string& act) {
   const char* op = "_masked_activation_";
   Arguments keep(op);
-  MaskedActivation p = check_masked_activation(keep, up, gate, mask, act);
+  MaskedActivation p = check_masked_activation(keep, up, gate, choice, tau, act);
   OnDevice device(keep, up);
   device.updates("up", up);
   p.up = up.mutable_data_ptr();
@@ -94,7 +94,7 @@ Tensor sparse_experts(const Tensor& x, const Tensor& mask, const Tensor& w_up, c
   Arguments keep(op);
   Experts p = check_arguments(keep, op, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act);
   check_shape(op, "mask", mask, {p.shape.T, p.shape.E}, "[T, E]");
-  const cuda::Choice choice{keep.add_mask("mask", mask)};
+  const Choice choice{keep.add_mask("mask", mask)};
   OnDevice device(keep, x);
   return run_experts(device, op, x, p, choice);
 }

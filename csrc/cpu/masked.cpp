@@ -3,6 +3,7 @@
 #include "cpu/isa.h"
 #include "cpu/moe.h"
 #include "cpu/scratch.h"
+#include "plan.h"
 
 namespace sadmoe::cpu {
 namespace {
@@ -23,6 +24,25 @@ void activate(const MaskedActivation& p, int64_t t, int64_t j, int64_t n, float*
   k.narrow[int(p.dtype)](up, from, n);
 }
 
+// Which experts one token chose.
+class Chosen {
+ public:
+  Chosen(const Choice& choice, int64_t t, int64_t E)
+      : mask_(choice.mask ? reinterpret_cast<const uint8_t*>(choice.mask) + t * E : nullptr),
+        scores_(choice.mask ? nullptr : choice.scores + t * E) {
+    if (mask_) return;
+    float best = 0;
+    for (int64_t e = 0; e < E; ++e) best = larger(scores_[e], best);
+    threshold_ = threshold_of(best, choice.tau);
+  }
+  bool operator[](int64_t e) const { return mask_ ? mask_[e] != 0 : reaches(scores_[e], threshold_); }  // any byte but 0 is true
+
+ private:
+  const uint8_t* mask_;
+  const float* scores_;
+  float threshold_ = 0;
+};
+
 }  // namespace
 
 void masked_activation(const MaskedActivation& p, const Threads& threads) {
@@ -31,11 +51,11 @@ void masked_activation(const MaskedActivation& p, const Threads& threads) {
     const bool halves = p.dtype != DType::f32;
     const Floats up(halves ? neurons : 0), gate(halves && p.gate ? neurons : 0);
     for (int64_t t = t0; t < t1; ++t) {
-      const auto* mask = reinterpret_cast<const uint8_t*>(p.mask) + t * p.E;  // any byte but 0 is true
-      for (int64_t e = 0, end = 0; e < p.E; e = end) {                        // experts side by side, all chosen or none
-        const bool chosen = mask[e];
-        while (end < p.E && (mask[end] != 0) == chosen) ++end;
-        if (chosen)
+      const Chosen chosen(p.choice, t, p.E);
+      for (int64_t e = 0, end = 0; e < p.E; e = end) {  // experts side by side, all chosen or none
+        const bool run = chosen[e];
+        while (end < p.E && chosen[end] == run) ++end;
+        if (run)
           activate(p, t, e * p.s, (end - e) * p.s, up.get(), gate.get());
         else
           std::memset(static_cast<char*>(p.up) + (t * neurons + e * p.s) * bytes, 0, (end - e) * p.s * bytes);

@@ -190,7 +190,7 @@ template <class T, int kWidth>
 int launch_masked(const MaskedActivation& p, void* stream) {
   const Grid grid{divide(p.E * p.s, kMaskedThreads * kWidth), std::min(p.T, kMaskedRows)};
   const auto kernel = p.gate ? masked_activation<T, kWidth, true> : masked_activation<T, kWidth, false>;
-  return launch(kernel, grid, kMaskedThreads, 0, stream, p);
+  return launch(kernel, grid, kMaskedThreads, shared_bytes<MaskedMemory, kMaskedBlocks>(), stream, p);
 }
 
 template <class T>

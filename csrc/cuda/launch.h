@@ -28,13 +28,6 @@ int select(const float* scores, int64_t T, int64_t E, float tau, bool* mask, voi
 
 int masked_activation(const MaskedActivation& p, void* stream);
 
-// Who chose whom: a mask, or, where it is null, who reaches tau.
-struct Choice {
-  const bool* mask = nullptr;     // [T, E]
-  const float* scores = nullptr;  // [T, E]
-  float tau = 0;
-};
-
 // Scratch of sparse_experts, bounded by the shapes alone, for any choice: tokens are taken in chunks, one after another.
 struct Workspace {
   int64_t chunk;   // tokens

@@ -129,13 +129,13 @@ def dense_seconds(layer: Layer, tokens: int, card: Card) -> float:
 
 
 def masked_seconds(layer: Layer, tokens: int, card: Card) -> float:
-    """The same function as the sparse op, by dense products: router, selection, and the mask with the activation.
+    """The same function as the sparse op, by dense products: router, and the rule on its scores with the activation.
 
     That is one pass, of a GLU too: ops.masked_activation_. What it saves there in memory is left out.
     """
-    selection = 6 * tokens * layer.experts / card.memory + card.launch
+    scores = 4 * tokens * layer.experts / card.memory
     passes_less = (layer.inputs - 1) * card.launch
-    return dense_seconds(layer, tokens, card) + _router_seconds(layer, tokens, card) + selection - passes_less
+    return dense_seconds(layer, tokens, card) + _router_seconds(layer, tokens, card) + scores - passes_less
 
 
 def sparse_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:

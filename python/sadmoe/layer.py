@@ -330,15 +330,19 @@ class DynamicKMoE(nn.Module):
         if self.keeps_hidden:
             return self._down(self._hidden(x, self.mask(x)))
         dense, mask = self._choose(x)
-        if isinstance(self.gate, DynamicK) and mask is None and not dense:
-            router: Any = self._modules["router"]  # as an attribute it is slow, too
-            v1, v2 = router.weights()
-            tau, act = self.gate.tau, self.act
-            if self.is_int8:
-                return ops.dynamic_k_moe_int8(x, v1, v2, *self.int8_weights(), tau=tau, act=act)
-            return ops.dynamic_k_moe(x, v1, v2, *self.expert_weights(), tau=tau, act=act)
+        if isinstance(self.gate, DynamicK) and mask is None:
+            if dense:  # without a mask: on CUDA that is a launch less
+                return self._down(self._hidden(x, self.router(x), self.gate.tau))
+            return self._dynamic_k(x, self.gate.tau)
         mask = self.mask(x) if mask is None else mask
         return self.masked_dense(x, mask) if dense else self._sparse(x, mask)
+
+    def _dynamic_k(self, x: Tensor, tau: float) -> Tensor:
+        router: Any = self._modules["router"]  # as an attribute it is slow, too
+        v1, v2 = router.weights()
+        if self.is_int8:
+            return ops.dynamic_k_moe_int8(x, v1, v2, *self.int8_weights(), tau=tau, act=self.act)
+        return ops.dynamic_k_moe(x, v1, v2, *self.expert_weights(), tau=tau, act=self.act)
 
     def _sparse(self, x: Tensor, mask: Tensor) -> Tensor:
         if self.is_int8:
@@ -434,17 +438,22 @@ class DynamicKMoE(nn.Module):
             squared = (by_expert @ (w_down @ w_down.transpose(1, 2)) * by_expert).sum(-1)
         return squared.clamp(min=NORM_FLOOR**2).sqrt().masked_fill(squared <= NORM_FLOOR**2, 0).t()
 
-    def _hidden(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Activations in slot order, [T, d] -> [T, E * s]; 0 where the mask [T, E], if given, leaves the expert out."""
+    def _hidden(self, x: Tensor, choice: Tensor | None = None, tau: float = 0.0) -> Tensor:
+        """Activations in slot order, [T, d] -> [T, E * s]; 0 of the experts that the choice, if given, leaves out.
+
+        choice [T, E]: a mask, or scores of which those run that reach tau.
+        """
         up, gate = self._products(x, "w_up", "b_up"), None
         if _held(self, "w_gate") is not None:
             gate = self._products(x, "w_gate", "b_gate")
-        if mask is not None and self._runs_plainly(x) and up.dtype in ops.DTYPES:
-            ops.masked_activation_(up, gate, mask, self.act)
+        if choice is not None and self._runs_plainly(x) and up.dtype in ops.DTYPES:
+            ops.masked_activation_(up, gate, choice, self.act, tau)
             return up
         act = reference.ACTIVATIONS[self.act]
         hidden = act(up) if gate is None else act(gate) * up
-        return hidden if mask is None else self._kept(hidden, mask)
+        if choice is None:
+            return hidden
+        return self._kept(hidden, choice if choice.dtype == torch.bool else ops.dynamic_k_select(choice, tau))
 
     def _products(self, x: Tensor, name: str, bias_name: str) -> Tensor:
         """x [T, d] by all neurons of w_up or w_gate, with the bias: [T, E * s]."""

@@ -175,14 +175,15 @@ def dynamic_k_moe_int8(
     return _run(_DYNAMIC_K_MOE_INT8, x, v1, v2, *experts, tau, act)
 
 
-def masked_activation_(up: Tensor, gate: Tensor | None, mask: Tensor, act: str) -> None:
+def masked_activation_(up: Tensor, gate: Tensor | None, choice: Tensor, act: str, tau: float = 0.0) -> None:
     """Hidden activations of dense products in one pass, in place; for no gradients and no graphs.
 
-    up, gate [T, E * s], mask bool [T, E]: up becomes act(up), or of a GLU act(gate) * up, and 0 outside the mask, also
-    where it was NaN. up is contiguous, gate of its dtype; computed in float32, rounded once.
+    up, gate [T, E * s]; choice [T, E], a bool mask, or float32 scores, of which `dynamic_k_select` takes those that
+    reach tau: up becomes act(up), or of a GLU act(gate) * up, and 0 of experts not chosen, also where it was NaN.
+    up is contiguous, gate of its dtype; computed in float32, rounded once.
     """
     with torch._C._AutoDispatchBelowAutograd():
-        _MASKED_ACTIVATION_(up, gate, mask, act)
+        _MASKED_ACTIVATION_(up, gate, choice, tau, act)
 
 
 # --- Shapes, for meta tensors, torch.compile and torch.export.

@@ -100,8 +100,12 @@ def dynamic_k_moe(
     return sparse_experts(x, mask, w_up, w_down, b_up, w_gate, b_gate, b_out, act)
 
 
-def masked_activation_(up: Tensor, gate: Tensor | None, mask: Tensor, act: str) -> None:
-    """up [T, E * s] becomes act(up), or act(gate) * up, and 0 where mask [T, E] is false."""
+def masked_activation_(up: Tensor, gate: Tensor | None, choice: Tensor, tau: float, act: str) -> None:
+    """up [T, E * s] becomes act(up), or act(gate) * up, and 0 of experts outside the choice.
+
+    choice [T, E]: a bool mask, or float32 scores of which those run that reach tau.
+    """
+    mask = choice if choice.dtype == torch.bool else dynamic_k_select(choice, tau)
     hidden = ACTIVATIONS[act](up) if gate is None else ACTIVATIONS[act](gate) * up
     up.copy_(hidden.unflatten(-1, (mask.shape[1], -1)).where(mask.unsqueeze(-1), 0).flatten(-2))
 

@@ -124,7 +124,7 @@ class Test {
     for_isas([&](const std::string& isa) {
       const auto hidden = [&, E = E, s = s, T = T](int count) {
         Numbers h = up;
-        cpu::masked_activation({T, E, s, kind.dtype, h.data(), gate.view().data, mask.get(), kind.act}, threads(count));
+        cpu::masked_activation({T, E, s, kind.dtype, h.data(), gate.view().data, {mask.get()}, kind.act}, threads(count));
         return h.read();
       };
       const auto h = hidden(1);
