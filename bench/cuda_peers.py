@@ -111,7 +111,7 @@ def dense(p: SimpleNamespace, i: int) -> Tensor:
 
 def masked(p: SimpleNamespace, i: int) -> Tensor:
     up, gate = products(p, i)
-    ops.masked_activation_(up, gate, scores(p), p.act, p.tau)
+    ops.masked_activation_(up, gate, scores(p), p.tau, p.act)
     return up @ p.down[i].flatten(0, 1)
 
 

@@ -8,14 +8,16 @@
 //   h[t, e, j]   = act(x[t] . w_gate[e, j] + b_gate[e, j]) * (x[t] . w_up[e, j] + b_up[e, j])       GLU
 //   y[t]         = b_out + sum over e with mask[t, e], ascending, of (sum over j of h[t, e, j] w_down[e, j])
 //
-// Every matrix is row-major with one neuron a row, so up and down projection both stream whole neurons. Sums are float32; with
-// x and weights in float32 every 16 experts are summed by themselves, on the CPU of those of a token, on CUDA by their number,
-// and then those sums; so are, on CUDA without TF32, every 16 products of a depth. An int8 row stands for itself times its
-// neuron's scale, which multiplies sums and h instead; on the CPU a row of x, and of h of one expert, is rounded to 16 bits with
-// a step of its own, and multiplied with int8 in whole numbers, without further rounding; scale_out, if there is one, then
-// multiplies the columns of y, before b_out is added. With x in bf16, units that multiply
-// bf16 (tensor cores, AMX, AVX512-BF16) round h to it; elsewhere h stays float32. The result of a token is the same bit for bit
-// whatever its neighbours, their order, and the thread count.
+// Every matrix is row-major with one neuron a row, so up and down projection both stream whole neurons. What results are, to the
+// last bit:
+//   - The result of a token is the same whatever its neighbours, their order, and the thread count.
+//   - Sums are float32. Tensor cores cut them off instead of rounding; the router's are as exact as others (cuda/tile.cuh).
+//   - With x and weights in float32 every 16 experts are summed by themselves, on the CPU of those of a token, on CUDA by their
+//     number, and then those sums; so are, on CUDA without TF32, every 16 products of a depth.
+//   - With x in bf16, units that multiply bf16 (tensor cores, AMX, AVX512-BF16) round h to it; elsewhere h stays float32.
+//   - An int8 row stands for itself times its neuron's scale, which multiplies sums and h instead. On the CPU a row of x, and of
+//     h of one expert, is rounded to 16 bits with a step of its own, and multiplied with int8 in whole numbers, without further
+//     rounding; scale_out, if there is one, then multiplies the columns of y, before b_out is added.
 #pragma once
 #include <cstdint>
 
@@ -39,7 +41,7 @@ struct ExpertsShape {
   int64_t T, d, d_out, E, s;
 };
 
-struct Router {  // x [T, d], v1 [r, d], v2 [E, r]
+struct Router {  // v1 [r, d], v2 [E, r]
   View v1, v2;
   int64_t r;
   float tau;

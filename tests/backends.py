@@ -67,7 +67,7 @@ class Backend:
 
         return run
 
-    def masked_activation(self, up, gate, choice, act, tau=0.0):
+    def masked_activation(self, up, gate, choice, tau, act):
         """What the op leaves in up."""
         moved = [None if a is None else a.to(self.device) for a in (up, gate, choice)]
         getattr(torch.ops, self.namespace)._masked_activation_(*moved, tau, act)

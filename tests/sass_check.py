@@ -68,6 +68,8 @@ MMA = {
     "Mma<__nv_bfloat16>": (r"HMMA\.16816\.F32\.BF16", MATRICES),
     "Mma<__half>": (r"HMMA\.16816\.F32 ", MATRICES),
     "Tf32<1, 1>": (r"HMMA\.1688\.F32\.TF32", MATRICES),
+    "ExactMma<__nv_bfloat16>": (r"HMMA\.16816\.F32\.BF16", MATRICES),
+    "ExactMma<__half>": (r"HMMA\.16816\.F32 ", MATRICES),
     "Tf32<2, 1>": (r"HMMA\.1688\.F32\.TF32", MATRICES),
     "Tf32<1, 2>": (r"HMMA\.1688\.F32\.TF32", MATRICES),
 }
@@ -79,6 +81,7 @@ STEPS: dict[str, tuple[int, ...]] = {
     "up<Fma, true>": (260,),
     "up<Mma, false>": (85,),
     "up<Mma, true>": (130,),
+    "up<ExactMma, false>": (145,),
     "up<TallFma, false>": (180,),
     "up<TallFma, true>": (275,),
     "up<TallMma, false>": (110,),
@@ -105,6 +108,8 @@ STEPS: dict[str, tuple[int, ...]] = {
     "decode_up<Fma, true, 64>": (225,),
     "decode_up<Mma, false, 16>": (80,),
     "decode_up<Mma, false, 64>": (85,),
+    "decode_up<ExactMma, false, 16>": (80,),
+    "decode_up<ExactMma, false, 64>": (95,),
     "decode_up<Mma, true, 16>": (110,),
     "decode_up<Mma, true, 64>": (115,),
     "decode_up<Tf32<1, 1>, false, 16>": (130,),
@@ -152,7 +157,7 @@ def _budgets() -> dict[str, Budget]:
     }
     for tile, must in MMA.items():
         turned = (TRANSPOSED,) if tile.startswith("Mma") else ()
-        experts = tile not in ("Tf32<2, 1>", "Tf32<1, 2>")  # those are the router's
+        experts = "Exact" not in tile and tile not in ("Tf32<2, 1>", "Tf32<1, 2>")  # those are the router's
         hidden = (COPY, BY_4_BYTES, *must)
         for gated in ("false", "true") if experts else ("false",):
             budgets[f"up<{tile}, {gated}>"] = Budget(168 if gated == "true" else 128, hidden)

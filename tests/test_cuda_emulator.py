@@ -47,6 +47,8 @@ PLANTED = {
     "product_transposed": "",
     "product_f16": "",
     "product_of_wrong_columns": "wrong numbers",
+    "cut_off": "",
+    "not_cut_off": "wrong numbers",
     "turned": "",
     "not_turned": "wrong numbers",
     "product_tf32": "",

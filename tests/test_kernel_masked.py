@@ -37,7 +37,7 @@ def test_it_is_as_good_as_torch(backend, act, dtype):
         up, gate, mask = problem(*shape, dtype, gated)
         truth = by_torch(up.double(), None if gate is None else gate.double(), mask, act)
         assert_as_good_as_torch(
-            backend.masked_activation(up.clone(), gate, mask, act),
+            backend.masked_activation(up.clone(), gate, mask, 0.0, act),
             by_torch(up, gate, mask, act),
             truth,
             terms=up.double() if gate is None else up.double() * gate.double(),
@@ -51,9 +51,9 @@ def test_outside_the_mask_are_zeros_also_of_nan(backend, s, dtype):
     mask[0] = False
     outside = ~mask.repeat_interleave(s, dim=-1)
     up[outside], gate[outside] = torch.nan, torch.inf
-    assert (backend.masked_activation(up.clone(), gate, mask, "silu")[outside] == 0).all()
+    assert (backend.masked_activation(up.clone(), gate, mask, 0.0, "silu")[outside] == 0).all()
     up[5, :s], mask[5, 0] = torch.nan, True
-    assert backend.masked_activation(up, None, mask, "gelu")[5, :s].isnan().all(), (
+    assert backend.masked_activation(up, None, mask, 0.0, "gelu")[5, :s].isnan().all(), (
         "of experts that run, NaN stays"
     )
 
@@ -68,7 +68,7 @@ def test_rows_that_do_not_begin_on_16_bytes(backend, first, dtype):
         for i in (first, 1 - first)
     )
     expected = by_torch(up, gate, mask.to(backend.device), "relu").cpu()
-    assert torch.equal(backend.masked_activation(up, gate, mask, "relu"), expected)
+    assert torch.equal(backend.masked_activation(up, gate, mask, 0.0, "relu"), expected)
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.3, 1.0])
@@ -82,25 +82,25 @@ def test_of_scores_those_run_that_reach_tau(backend, shape, tau):
         if row + 3 < T:
             scores[row + 3] = value
     scores[:1, :1] = torch.nan
-    expected = backend.masked_activation(up.clone(), gate, ops.dynamic_k_select(scores, tau), "silu")
-    assert torch.equal(backend.masked_activation(up, gate, scores, "silu", tau), expected)
+    expected = backend.masked_activation(up.clone(), gate, ops.dynamic_k_select(scores, tau), 0.0, "silu")
+    assert torch.equal(backend.masked_activation(up, gate, scores, tau, "silu"), expected)
 
 
 def test_any_byte_but_0_is_true(backend):
     up, mask = torch.randn(6, 16), torch.rand(6, 2) < 0.5
     odd = (mask.to(torch.uint8) * 6).view(torch.bool)
     assert torch.equal(
-        backend.masked_activation(up.clone(), None, odd, "relu"), by_torch(up, None, mask, "relu")
+        backend.masked_activation(up.clone(), None, odd, 0.0, "relu"), by_torch(up, None, mask, "relu")
     )
 
 
 def test_threads_do_not_change_a_bit():
     up, gate, mask = problem(300, 12, 32, torch.bfloat16, True)
     one = up.clone()
-    ops.masked_activation_(one, gate, mask, "gelu")
+    ops.masked_activation_(one, gate, mask, 0.0, "gelu")
     torch.set_num_threads(3)
     try:
-        ops.masked_activation_(up, gate, mask, "gelu")
+        ops.masked_activation_(up, gate, mask, 0.0, "gelu")
     finally:
         torch.set_num_threads(1)
     assert torch.equal(one, up)
@@ -126,7 +126,7 @@ def test_threads_do_not_change_a_bit():
 )
 def test_a_wrong_argument_is_named(change, message):
     choice = torch.ones(4, 2, dtype=torch.bool)
-    args = {"up": torch.randn(4, 16), "gate": None, "choice": choice, "act": "relu"}
+    args = {"up": torch.randn(4, 16), "gate": None, "choice": choice, "tau": 0.0, "act": "relu"}
     before = args["up"].clone()
     with pytest.raises(RuntimeError, match=message):
         ops.masked_activation_(**(args | change))

@@ -273,3 +273,18 @@ def test_what_is_kept_for_the_backward_pass_gives_the_gradients_of_the_op(gate):
     torch.testing.assert_close(kept, by_op)
     for grad, right in zip(torch.autograd.grad(kept.square().sum(), weights), wanted, strict=True):
         torch.testing.assert_close(grad, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("gate", [DynamicK(0.3), TopK(2)], ids=str)
+def test_gradients_go_forward_as_they_go_back(gate, int8):
+    layer = make_layer(gate=gate)
+    if int8:
+        layer.to_int8_()
+    x, direction, cotangent = tokens(5, 20).requires_grad_(), tokens(5, 20, seed=4), tokens(5, 20, seed=5)
+    (back,) = torch.autograd.grad(layer(x), x, cotangent)
+    y, forward = torch.func.jvp(layer, (x.detach(),), (direction,))
+    torch.testing.assert_close(y, layer(x).detach(), rtol=1e-3, atol=1e-3)  # int8 rounds x
+    assert (forward * cotangent).sum().item() == pytest.approx((back * direction).sum().item(), rel=1e-3)
+    every = torch.func.jacfwd(layer)(x.detach()[:2])
+    torch.testing.assert_close(every, torch.autograd.functional.jacobian(layer, x.detach()[:2]))

@@ -38,7 +38,7 @@ int decode_projection(const Projection& q, void* stream) {
   DecodeUp p{};
   p.x = matrix(q.x, q.depth), p.w_up = matrix(q.w, q.depth);
   p.T = q.T, p.d = q.depth, p.s = q.columns;
-  p.h = q.out, p.ld_h = q.columns, p.h_dtype = DType::f32;
+  p.h = q.out, p.ld_h = q.columns;
   p.act = q.act;
   return with_router_tile(q.x.dtype, q.w.dtype,
                           [&](auto tile) { return launch_up<typename decltype(tile)::type, false>(p, 1, q.early, stream); });
@@ -55,7 +55,7 @@ int decode_experts(const Experts& experts, const Plan& plan, bool tf32, void* h,
   p.b_up = experts.b_up, p.b_gate = experts.b_gate;
   p.active = plan.rows;
   p.T = plan.T, p.d = s.d, p.s = s.s;
-  p.h = h, p.ld_h = padded(s.s), p.h_dtype = dtype;
+  p.h = h, p.ld_h = padded(s.s);
   p.act = experts.act;
   code = with_experts_tile(dtype, tf32, [&](auto tile) {
     using Tile = typename decltype(tile)::type;

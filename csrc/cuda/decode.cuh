@@ -50,7 +50,6 @@ struct DecodeUp {
   int64_t T, d, s;
   void* h;  // [active T, ld_h], zeros beyond s
   int64_t ld_h;
-  DType h_dtype;
   Activation act;
 };
 
@@ -133,15 +132,13 @@ decode_up(DecodeUp p) {
       if constexpr (kGated) memory.sums[1][sums.row(i)][c0 + sums.column(i)] = gates.sums[i];
     }
     sync_block();
-    with_hidden_type<Element, kGated>(p.h_dtype, [&](auto to) {
-      constexpr int kTogether = 4 / sizeof(to), kOfRow = kNeurons / kTogether;  // neurons of a thread; threads
-      const int c = thread_index() % kOfRow * kTogether, strip = strip0 + c / 8, i = strip / strips;
-      const int64_t row = int64_t{i} * T, j = strip % strips * 8 + c % 8;
-      if (strip < all && j < p.ld_h)
-        write_hidden<decltype(to), kGated>(p, memory.neurons[c], s - j, thread_index() / kOfRow, T, kThreads / kOfRow,
-                                           InOrder{row * p.ld_h + j, p.ld_h},
-                                           [&](int m, int r) { return &memory.sums[m][r][c]; });
-    });
+    using Hidden = typename Tile::Hidden;
+    constexpr int kTogether = 4 / sizeof(Hidden), kOfRow = kNeurons / kTogether;  // neurons of a thread; threads
+    const int c = thread_index() % kOfRow * kTogether, strip = strip0 + c / 8, i = strip / strips;
+    const int64_t row = int64_t{i} * T, j = strip % strips * 8 + c % 8;
+    if (strip < all && j < p.ld_h)
+      write_hidden<Hidden, kGated>(p, memory.neurons[c], s - j, thread_index() / kOfRow, T, kThreads / kOfRow,
+                                   InOrder{row * p.ld_h + j, p.ld_h}, [&](int m, int r) { return &memory.sums[m][r][c]; });
     sync_block();
   }
 }

@@ -157,8 +157,11 @@ SADMOE_DEVICE void multiply(const HopperUp& p, typename Block::Memory& memory, T
                             float (&sums)[2][Block::kSums]) {
   const int first = (thread_index() / kWarpgroup - 1) * Block::kBlockRows;
   SADMOE_UNROLL
-  for (int q = 0; q < kLive; ++q) SADMOE_UNROLL
-  for (int i = 0; i < Block::kSums; ++i) sums[q][i] = 0;
+  for (int q = 0; q < kLive; ++q) {
+    SADMOE_UNROLL
+    for (int i = 0; i < Block::kSums; ++i) sums[q][i] = 0;
+    settle(sums[q]);
+  }
   int before = -1;  // the stage that is still multiplied
   SADMOE_ROLLED
   for (int64_t k = 0; k < p.up.d; k += Block::kDepth, before = turn.stage, turn.next()) {
@@ -220,14 +223,12 @@ SADMOE_DEVICE void finish(const Up& p, const Walk& tile, int row, typename Block
       put<Block>(c0 / kColumns, buffer.at[0], sums[0]);
       if constexpr (Block::kGated) put<Block>(c0 / kColumns, buffer.at[1], sums[1]);
       sync_warp();
-      with_hidden_type<typename Block::Element, Block::kGated || Block::kAll>(p.h_dtype, [&](auto to) {
-        constexpr int kTogether = 4 / sizeof(to), kOfRow = kColumns / kTogether;  // neurons of a lane; lanes
-        const int c = lane % kOfRow * kTogether, n = tile.n - row < 16 ? tile.n - row : 16;
-        if (const int64_t j = tile.j0 + c0 + c; j < p.ld_h)
-          write_hidden<decltype(to), Block::kGated>(p, tile.e * p.s + j, p.s - j, lane / kOfRow, n, 32 / kOfRow,
-                                                    place<Block::kAll>(p, tile.p0 + row, j),
-                                                    [&](int m, int r) { return &buffer.at[m][r][buffer.column(r, c)]; });
-      });
+      constexpr int kTogether = 4 / sizeof(typename Block::Element), kOfRow = kColumns / kTogether;  // neurons of a lane; lanes
+      const int c = lane % kOfRow * kTogether, n = tile.n - row < 16 ? tile.n - row : 16;
+      if (const int64_t j = tile.j0 + c0 + c; j < p.ld_h)
+        write_hidden<typename Block::Element, Block::kGated>(p, tile.e * p.s + j, p.s - j, lane / kOfRow, n, 32 / kOfRow,
+                                                             place<Block::kAll>(p, tile.p0 + row, j),
+                                                             [&](int m, int r) { return &buffer.at[m][r][buffer.column(r, c)]; });
       sync_warp();
     }
     SADMOE_UNROLL

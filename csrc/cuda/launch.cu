@@ -39,9 +39,9 @@ int up_experts(const Up& p, const Options& options, void* stream) {
       return p.w_gate.data ? launch_up<Tile, true>(p, first, last, stream) : launch_up<Tile, false>(p, first, last, stream);
     };
   };
-  const int code = whole ? with_experts_tile(p.h_dtype, options.tf32, part(0, whole)) : 0;
+  const int code = whole ? with_experts_tile(p.x.dtype, options.tf32, part(0, whole)) : 0;
   if (code || whole == p.s) return code;
-  return with_tall_tile(p.h_dtype, options.tf32, part(whole, p.s));
+  return with_tall_tile(p.x.dtype, options.tf32, part(whole, p.s));
 }
 
 template <class Tile, int kTiles>
@@ -108,11 +108,8 @@ int project(const Projection& q, const Options& options, void* stream) {
   Up p{};
   p.x = matrix(q.x, q.depth), p.w_up = matrix(q.w, q.depth);
   p.T = q.T, p.d = q.depth, p.E = 1, p.s = q.columns;
-  p.h = q.out, p.ld_h = q.columns, p.h_dtype = DType::f32;
+  p.h = q.out, p.ld_h = q.columns;
   p.act = q.act;
-  bool hopper = false;
-  if (const int code = on_hopper(options, hopper)) return code;
-  if (hopper && fits_hopper(p)) return up_on_hopper(p, false, stream);
   return with_router_tile(q.x.dtype, q.w.dtype,
                           [&](auto tile) { return launch_up<typename decltype(tile)::type, false>(p, 0, p.s, stream); });
 }
@@ -130,7 +127,7 @@ int launch_up_all(Up p, void* stream) {
 }
 
 int up_all_experts(const Up& p, const Options& options, void* stream) {
-  return with_experts_tile(p.h_dtype, options.tf32, [&](auto tile) {
+  return with_experts_tile(p.x.dtype, options.tf32, [&](auto tile) {
     using Tile = typename decltype(tile)::type;
     return p.w_gate.data ? launch_up_all<Tile, true>(p, stream) : launch_up_all<Tile, false>(p, stream);
   });
@@ -161,7 +158,7 @@ int run_chunk(const Experts& experts, const Plan& plan, const Options& options, 
   p.b_up = experts.b_up, p.b_gate = experts.b_gate;
   p.starts = plan.starts, p.rows = plan.rows;
   p.T = plan.T, p.d = s.d, p.E = s.E, p.s = s.s, p.tiles = plan.tiles;
-  p.h = h, p.ld_h = padded(s.s), p.h_dtype = dtype;
+  p.h = h, p.ld_h = padded(s.s);
   p.act = experts.act;
   const ExpertsShape shape{plan.T, s.d, s.d_out, s.E, s.s};
   const bool up_warpgroups = hopper && fits_hopper(p);
@@ -227,7 +224,8 @@ int router_scores(View x, const Router& router, const RouterShape& s, const Opti
                   void* stream) {
   const int code = project({x, router.v1, s.T, s.d, router.r, Activation::relu, hidden, false}, options, stream);
   if (code) return code;
-  return project({{hidden, DType::f32}, router.v2, s.T, router.r, s.E, Activation::abs, scores, true}, options, stream);
+  const bool early = router.r > 0;  // else there was no first
+  return project({{hidden, DType::f32}, router.v2, s.T, router.r, s.E, Activation::abs, scores, early}, options, stream);
 }
 
 int select(const float* scores, int64_t T, int64_t E, float tau, bool* mask, void* stream) {

@@ -55,11 +55,12 @@ int with_tall_tile(DType dtype, bool tf32, Body body) {
   return tf32 ? body(Type<TallTf32>{}) : body(Type<TallFma>{});
 }
 
-// The same for a layer of the router, with the accuracy of float32 whatever the dtypes: 16 bits fit tf32, 32 bits two of it.
+// The same for a layer of the router, with the accuracy of float32 whatever the dtypes: sums begin anew (tile.cuh); mixed, 16
+// bits fit tf32, 32 bits two of it.
 template <class Body>
 int with_router_tile(DType x, DType w, Body body) {
-  if (x == w && x == DType::bf16) return body(Type<Mma<bf16>>{});
-  if (x == w && x == DType::f16) return body(Type<Mma<f16>>{});
+  if (x == w && x == DType::bf16) return body(Type<ExactMma<bf16>>{});
+  if (x == w && x == DType::f16) return body(Type<ExactMma<f16>>{});
   if (x == DType::f32 && w != DType::f32) return body(Type<Tf32<2, 1>>{});
   if (x != DType::f32 && w == DType::f32) return body(Type<Tf32<1, 2>>{});
   return body(Type<Fma>{});

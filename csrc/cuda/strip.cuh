@@ -58,11 +58,11 @@ struct TensorStrip {
   SADMOE_DEVICE static int column(int i) { return lane() % 4 * 2 + i % 2; }
 };
 
-template <class T, int kTokens>
-struct Strip<Mma<T>, kTokens> : TensorStrip<kTokens> {
+// Fragments of 32 depths at a time, a step of the tile: two of 16.
+template <class T, int kTokens, bool kExact>
+struct MmaStrip : TensorStrip<kTokens> {
   using TensorStrip<kTokens>::lane, TensorStrip<kTokens>::sums;
 
-  // Fragments of 32 depths at a time: two of 16.
   template <class A, class B>
   SADMOE_DEVICE void rows(const A& a, const B& b, int c0) {
     SADMOE_UNROLL
@@ -85,15 +85,24 @@ struct Strip<Mma<T>, kTokens> : TensorStrip<kTokens> {
  private:
   template <class A>
   SADMOE_DEVICE void add(const A& a, int k, const unsigned (&bs)[4]) {
+    static_assert(Mma<T>::kDepth == 32);
+    float step[kExact ? kTokens / 4 : 1] = {};
+    float* to = kExact ? step : sums;
     SADMOE_UNROLL
     for (int half = 0; half < 2; ++half) SADMOE_UNROLL
     for (int m = 0; m < kTokens / 16; ++m) {
       unsigned as[4];
       load_matrices(as, a.from(a.offset(lane() % 16, k + half * 16 + lane() / 16 * 8) + a.offset(m * 16, 0)));
-      multiply_16x8x16(sums + m * 4, as, bs[half * 2], bs[half * 2 + 1], T{});
+      multiply_16x8x16(to + m * 4, as, bs[half * 2], bs[half * 2 + 1], T{});
     }
+    if constexpr (kExact) SADMOE_UNROLL
+    for (int i = 0; i < kTokens / 4; ++i) sums[i] += step[i];
   }
 };
+template <class T, int kTokens>
+struct Strip<Mma<T>, kTokens> : MmaStrip<T, kTokens, false> {};
+template <class T, int kTokens>
+struct Strip<ExactMma<T>, kTokens> : MmaStrip<T, kTokens, true> {};
 
 template <int kParts, int kPartsB, int kTokens>
 struct Strip<Tf32<kParts, kPartsB>, kTokens> : TensorStrip<kTokens> {

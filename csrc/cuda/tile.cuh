@@ -3,6 +3,10 @@
 // Tf32<kParts, kPartsB> (tensor cores, float32 operands of fewer bits), of 64 x 64 all; and the same of 128 x 32, for experts of
 // few neurons: TallFma, TallMma<T>, TallTf32.
 //
+// Tensor cores cut sums off instead of rounding them: in one chain over a depth of 2,048 the error would be many times that of
+// float32. Where results must be as good (ExactMma<T>, Tf32 of several parts: the router's), the products of a step begin a sum
+// of their own, which is then added in float32. Of experts in 16 bits the rounding of results outweighs it.
+//
 // The sum of an element runs over the depth in one fixed order, whatever the other rows are and however many: results are
 // batch-invariant. strip.cuh keeps the same order.
 #pragma once
@@ -19,6 +23,7 @@ constexpr int kSums = kRows * kColumns / kThreads;
 template <class T, int kDepthOf, int kRowPadOf, int kRowsOf = kRows>
 struct Operands {
   using Element = T;
+  using Hidden = T;  // what the activations of its sums are rounded to
   static constexpr int rows = kRowsOf, columns = kRows * kColumns / kRowsOf;
   static constexpr int kDepth = kDepthOf, kRowPad = kRowPadOf, kDepthPad = 8;
   using Rows = Stage<T, rows, kDepth, kRowPad>;
@@ -139,7 +144,7 @@ struct TensorSums {
 };
 
 // Operands of T, 16 bits, by m16n8k16.
-template <class T, int kAcross>
+template <class T, int kAcross, bool kExact = false>
 struct MmaTile : Operands<T, 32, 8, 256 / kAcross>, TensorSums<kAcross> {
   using Shape = Operands<T, 32, 8, 256 / kAcross>;
   using Sums = TensorSums<kAcross>;
@@ -159,6 +164,8 @@ struct MmaTile : Operands<T, 32, 8, 256 / kAcross>, TensorSums<kAcross> {
   template <class StageB>
   SADMOE_DEVICE void multiply(const typename Shape::Rows& a, const StageB& b, int n, int m = Shape::columns) {
     if (kTall && first_column() >= m) return;
+    float step[kExact ? kSums : 1] = {};
+    float* to = kExact ? step : sums;
     SADMOE_UNROLL
     for (int k = 0; k < Shape::kDepth; k += 16) {
       unsigned bs[4];
@@ -168,14 +175,20 @@ struct MmaTile : Operands<T, 32, 8, 256 / kAcross>, TensorSums<kAcross> {
         if (beyond(i, n)) break;
         unsigned as[4];
         load_matrices(as, a.from(a.offset(first_row() + lane() % 16, lane() / 16 * 8) + a.offset(i / 8 * 16, k)));
-        multiply_16x8x16(sums + i, as, bs[0], bs[1], T{});
-        if (!kTall || first_column() + 8 < m) multiply_16x8x16(sums + i + 4, as, bs[2], bs[3], T{});
+        multiply_16x8x16(to + i, as, bs[0], bs[1], T{});
+        if (!kTall || first_column() + 8 < m) multiply_16x8x16(to + i + 4, as, bs[2], bs[3], T{});
       }
     }
+    if constexpr (kExact) SADMOE_UNROLL
+    for (int i = 0; i < kSums; ++i) sums[i] += step[i];
   }
 };
 template <class T>
 struct Mma : MmaTile<T, 4> {};
+template <class T>
+struct ExactMma : MmaTile<T, 4, true> {
+  using Hidden = float;  // in which the router continues
+};
 template <class T>
 struct TallMma : MmaTile<T, 2> {};
 
@@ -208,8 +221,7 @@ SADMOE_DEVICE void multiply_parts(float* sums, const Split<kParts>& a, const Spl
   }
 }
 
-// Operands of any dtype by m16n8k8: a as the sum of kParts numbers of 11 bits, b of kPartsB. Of several numbers, which are to be
-// as good as float32, the products of a step are summed by themselves, as in FmaTile.
+// Operands of any dtype by m16n8k8: a as the sum of kParts numbers of 11 bits, b of kPartsB; exact where those are several.
 template <int kParts, int kPartsB, int kAcross>
 struct Tf32Tile : Operands<float, 16, 4, 256 / kAcross>, TensorSums<kAcross> {
   using Shape = Operands<float, 16, 4, 256 / kAcross>;

@@ -24,7 +24,6 @@ struct Up {
   int64_t T, d, E, s, tiles;
   void* h;  // [pairs, ld_h], zeros beyond s
   int64_t ld_h;
-  DType h_dtype;
   Activation act;
   int64_t first, strips;  // of a launch: neurons of every expert from the first on, in so many strips
   Guard guard;            // of `up_all`, for which all neurons are one expert's: of the experts
@@ -138,14 +137,6 @@ SADMOE_DEVICE void write_hidden(const P& p, int64_t neuron, int64_t valid, int f
   });
 }
 
-// body(To{}) of the type of h: what the tile multiplies, or float32, in which the router continues.
-template <class Element, bool kExperts, class Body>
-SADMOE_DEVICE void with_hidden_type(DType dtype, Body body) {
-  if constexpr (!kExperts && sizeof(Element) == 2)
-    if (dtype == DType::f32) return body(float{});
-  body(Element{});
-}
-
 template <class Tile, bool kGated>
 struct UpStages {
   RowStage<Tile> x;
@@ -209,17 +200,16 @@ SADMOE_DEVICE void compute_hidden(const Up& p, UpMemory<Tile, kGated>& memory) {
     store_sums(sums, memory.sums[0]);
     if constexpr (kGated) store_sums(gates, memory.sums[1]);
     sync_block();
-    with_hidden_type<Element, kGated || kAll>(p.h_dtype, [&](auto to) {
-      constexpr int kNeurons = 4 / sizeof(to), kOfRow = Tile::columns / kNeurons;  // threads
-      constexpr int kTogether = kAll ? kGroupTokens : Tile::rows;                  // rows
-      const int c = thread_index() % kOfRow * kNeurons;
-      const int64_t j = j0 + c;
-      SADMOE_ROLLED
-      for (int r0 = 0; r0 < n && j < p.ld_h; r0 += kTogether)
-        write_hidden<decltype(to), kGated>(p, e * p.s + j, p.s - j, thread_index() / kOfRow,
-                                           n - r0 < kTogether ? n - r0 : kTogether, kThreads / kOfRow, place<kAll>(p, p0 + r0, j),
-                                           [&](int m, int r) { return &memory.sums[m][r0 + r][c]; });
-    });
+    using Hidden = typename Tile::Hidden;
+    constexpr int kNeurons = 4 / sizeof(Hidden), kOfRow = Tile::columns / kNeurons;  // threads
+    constexpr int kTogether = kAll ? kGroupTokens : Tile::rows;                      // rows
+    const int c = thread_index() % kOfRow * kNeurons;
+    const int64_t j = j0 + c;
+    SADMOE_ROLLED
+    for (int r0 = 0; r0 < n && j < p.ld_h; r0 += kTogether)
+      write_hidden<Hidden, kGated>(p, e * p.s + j, p.s - j, thread_index() / kOfRow, n - r0 < kTogether ? n - r0 : kTogether,
+                                   kThreads / kOfRow, place<kAll>(p, p0 + r0, j),
+                                   [&](int m, int r) { return &memory.sums[m][r0 + r][c]; });
     sync_block();
   }
 }

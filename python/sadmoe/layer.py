@@ -447,7 +447,7 @@ class DynamicKMoE(nn.Module):
         if _held(self, "w_gate") is not None:
             gate = self._products(x, "w_gate", "b_gate")
         if choice is not None and self._runs_plainly(x) and up.dtype in ops.DTYPES:
-            ops.masked_activation_(up, gate, choice, self.act, tau)
+            ops.masked_activation_(up, gate, choice, tau, self.act)
             return up
         act = reference.ACTIVATIONS[self.act]
         hidden = act(up) if gate is None else act(gate) * up

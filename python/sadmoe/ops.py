@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from sadmoe import gradients, reference
@@ -54,11 +55,13 @@ _MASKED_ACTIVATION_ = torch.ops.sadmoe._masked_activation_.default
 
 
 def _run(op: torch._ops.OpOverload, *args: Any) -> Tensor:
-    """The op; where nobody asks for gradients, past their rule.
+    """The op; without gradients past their rule, and where they go forward by plain torch, whose rules it has.
 
-    That is Python, which torch would call only to be told so: between other layers of a model, when nothing of it is in
-    the caches, it takes longer than a kernel with one token.
+    The rule is Python: with cold caches, calling it only to learn that no gradient is wanted takes longer than a kernel
+    with one token.
     """
+    if forward_ad._current_level >= 0:
+        return _BY_TORCH[op](*args)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
@@ -175,7 +178,7 @@ def dynamic_k_moe_int8(
     return _run(_DYNAMIC_K_MOE_INT8, x, v1, v2, *experts, tau, act)
 
 
-def masked_activation_(up: Tensor, gate: Tensor | None, choice: Tensor, act: str, tau: float = 0.0) -> None:
+def masked_activation_(up: Tensor, gate: Tensor | None, choice: Tensor, tau: float, act: str) -> None:
     """Hidden activations of dense products in one pass, in place; for no gradients and no graphs.
 
     up, gate [T, E * s]; choice [T, E], a bool mask, or float32 scores, of which `dynamic_k_select` takes those that
@@ -453,15 +456,21 @@ def _dynamic_k_moe_widened(
     )
 
 
+_BY_TORCH: dict[torch._ops.OpOverload, Callable[..., Tensor]] = {
+    _ROUTER_SCORES: reference.router_scores,
+    _DYNAMIC_K_SELECT: reference.dynamic_k_select,
+    _SPARSE_EXPERTS: reference.sparse_experts,
+    _DYNAMIC_K_MOE: reference.dynamic_k_moe,
+    _SPARSE_EXPERTS_INT8: _sparse_experts_widened,
+    _DYNAMIC_K_MOE_INT8: _dynamic_k_moe_widened,
+}
+
 _fallbacks = torch.library.Library("sadmoe", "IMPL")
 _fallbacks.impl("_masked_activation_", reference.masked_activation_, "CompositeExplicitAutograd")
-for _name in ("router_scores", "dynamic_k_select", "sparse_experts", "dynamic_k_moe"):
-    _fallbacks.impl(_name, _with_one_warning(_name, getattr(reference, _name)), "CompositeExplicitAutograd")
-for _name, _widened in (
-    ("sparse_experts_int8", _sparse_experts_widened),
-    ("dynamic_k_moe_int8", _dynamic_k_moe_widened),
-):
-    _fallbacks.impl(_name, _with_one_warning(_name, _widened, WIDENED), "CompositeExplicitAutograd")
+for _op, _by_torch in _BY_TORCH.items():
+    _name = _op._schema.name.removeprefix("sadmoe::")
+    _why = (WIDENED,) if _name.endswith("_int8") else ()
+    _fallbacks.impl(_name, _with_one_warning(_name, _by_torch, *_why), "CompositeExplicitAutograd")
 
 
 # --- What was built, and which kernels run.

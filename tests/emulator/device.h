@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "emulator/emulator.h"
+#include "emulator/tensor_core.h"
 
 #define SADMOE_KERNEL(...) void
 #define SADMOE_DEVICE inline __attribute__((always_inline))
@@ -212,12 +213,12 @@ SADMOE_WORD void multiply_16x8x16(float* sums, const unsigned (&a)[4], unsigned 
   const int g = thread_index() % 32 / 4, t = thread_index() % 4;
   for (int i = 0; i < 4; ++i) {
     const int column = 2 * t + i % 2;
-    float sum = 0;
+    float row[16], weights[16];
     for (int k = 0; k < 16; ++k) {
       const Fragments &of_row = all[g * 4 + k % 8 / 2], &of_column = all[column * 4 + k % 8 / 2];
-      sum += half_of<T>(of_row.a[i / 2 + k / 8 * 2], k % 2) * half_of<T>(of_column.b[k / 8], k % 2);
+      row[k] = half_of<T>(of_row.a[i / 2 + k / 8 * 2], k % 2), weights[k] = half_of<T>(of_column.b[k / 8], k % 2);
     }
-    sums[i] += sum;
+    sums[i] = emulator::add_products<16, 8>(sums[i], row, weights);
   }
 }
 SADMOE_WORD void multiply_16x8x8(float* sums, const unsigned (&a)[4], unsigned b0, unsigned b1, SADMOE_CALLER) {
@@ -227,11 +228,12 @@ SADMOE_WORD void multiply_16x8x8(float* sums, const unsigned (&a)[4], unsigned b
   const int g = thread_index() % 32 / 4, t = thread_index() % 4;
   for (int i = 0; i < 4; ++i) {
     const int column = 2 * t + i % 2;
-    float sum = 0;
-    for (int k = 0; k < 8; ++k)
-      sum +=
-          as_float(all[g * 4 + k % 4].a[i / 2 + k / 4 * 2] & kTf32Bits) * as_float(all[column * 4 + k % 4].b[k / 4] & kTf32Bits);
-    sums[i] += sum;
+    float row[8], weights[8];
+    for (int k = 0; k < 8; ++k) {
+      row[k] = as_float(all[g * 4 + k % 4].a[i / 2 + k / 4 * 2] & kTf32Bits);
+      weights[k] = as_float(all[column * 4 + k % 4].b[k / 4] & kTf32Bits);
+    }
+    sums[i] = emulator::add_products<8, 4>(sums[i], row, weights);
   }
 }
 

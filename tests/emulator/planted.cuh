@@ -208,6 +208,18 @@ product(Buffers p) {
   p.out[lane] = right ? 1.0f : 0.0f;
 }
 
+// 16 products of 2 ** -27 make a unit in the last place of 1. Tensor cores cut each of them off, where float32 adds them all.
+template <int kWrong>
+SADMOE_KERNEL(32)
+cut_off(Buffers p) {
+  constexpr float kEach = 1.0f / 8192, kUnit = 1.0f / (1 << 23);
+  const unsigned all = word_of(kEach, kEach, bf16{}), half = word_of(kEach / 2, kEach / 2, bf16{}),
+                 rows[4] = {all, all, all, all};
+  float sums[4] = {1, 1, 1, 1};
+  multiply_16x8x16(sums, rows, half, half, bf16{});
+  p.out[thread_index()] = sums[0] == (kWrong ? 1 + kUnit : 1) ? 1.0f : 0.0f;
+}
+
 template <int kWrong>
 SADMOE_KERNEL(32)
 turned(Buffers p) {
@@ -318,6 +330,8 @@ const Case kCases[] = {
     {"product", product<bf16, false, 0>, 1, 32},
     {"product_transposed", product<bf16, true, 0>, 1, 32},
     {"product_f16", product<f16, false, 0>, 1, 32},
+    {"cut_off", cut_off<0>, 1, 32},
+    {"not_cut_off", cut_off<1>, 1, 32},
     {"product_of_wrong_columns", product<bf16, false, 1>, 1, 32},
     {"turned", turned<0>, 1, 32},
     {"not_turned", turned<1>, 1, 32},

@@ -5,6 +5,7 @@
 
 #include "emulator/machine.h"
 #include "emulator/source_line.h"
+#include "emulator/tensor_core.h"
 
 namespace sadmoe::emulator {
 
@@ -84,7 +85,7 @@ void Device::multiply(const Product& product, const char* file, int line, void* 
   ++products_issued;
 }
 
-// In the order of multiply_16x8x16: the sum of 16 depths, then to what there was.
+// As multiply_16x8x16 adds.
 void Device::multiply_now(const Issued& product) const {
   const int row0 = position.thread % kWarpgroup / kWarp * 16 + position.thread % kWarp / 4, t = position.thread % 4;
   const auto row_of = [&](uint64_t operand, int row, float (&to)[kProductDepth]) {
@@ -103,10 +104,8 @@ void Device::multiply_now(const Issued& product) const {
   for (int i = 0; i < product.columns / 4; ++i) {  // this thread's columns
     row_of(product.b, i / 2 * 8 + t * 2 + i % 2, b);
     for (int half = 0; half < 2; ++half) {
-      float sum = 0;
-      for (int k = 0; k < kProductDepth; ++k) sum += a[half][k] * b[k];
       float& to = product.sums[i / 2 * 4 + half * 2 + i % 2];
-      to = product.add ? to + sum : sum;
+      to = add_products<kProductDepth, 8>(product.add ? to : 0, a[half], b);
     }
   }
 }
