@@ -132,6 +132,13 @@ def test_a_start_of_full_rank_is_the_projection(act, bias):
     torch.testing.assert_close(mlp(x), linear(x), rtol=1e-5, atol=1e-5)
 
 
+def test_a_start_of_one_neuron_has_no_direction():
+    linear = nn.Linear(10, 6)
+    mlp = empty_mlp(linear, 1)
+    start_low_rank_(mlp, linear, linear(torch.randn(40, 10)).detach())
+    torch.testing.assert_close(mlp(torch.zeros(2, 10)), torch.zeros(2, 6))
+
+
 def test_a_start_of_low_rank_leaves_the_smallest_directions():
     torch.manual_seed(0)
     linear, x = nn.Linear(10, 6), torch.randn(40, 10)

@@ -354,14 +354,31 @@ def test_finetune_does_all_that_comes_after_the_conversion(text, tmp_path, capsy
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (("--sparsify", "0"), "--sparsify takes seconds of training, above 0, got 0; leave it out"),
-        (("--finetune", "0"), "--finetune takes seconds of training, above 0, got 0; leave it out"),
         (("--finetune", "9", "--tau", "0.1"), "--finetune trains for a budget .*: give --budget, not --tau"),
     ],
 )
 def test_training_that_cannot_be_is_refused_before_anything_is_loaded(more, told, tmp_path, capsys):
     assert converted(tmp_path / "no model", tmp_path / "no data", tmp_path / "out", *more) == 2
     assert re.search(told, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--threads", "--batch-size", "--max-length", "--expert-size", "--sparsify", "--finetune"]
+)
+@pytest.mark.parametrize("value", ["0", "-1", "many", "nan"])
+def test_a_number_that_is_not_above_0_is_refused_by_its_flag(flag, value, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        converted(tmp_path / "no model", tmp_path / "no data", tmp_path / "out", flag, value)
+    kind = "number" if flag in ("--sparsify", "--finetune") else "whole number"
+    assert f"argument {flag}: must be a {kind} above 0, got '{value}'" in capsys.readouterr().err
+
+
+def test_what_calibrate_would_not_look_at_is_refused(tmp_path, capsys):
+    more = ("--json", str(tmp_path / "numbers.json"), "--tau", "0.1")
+    assert cli.main(["bench", "--model", str(tmp_path), "--calibrate", *more]) == 2
+    assert (
+        "--calibrate measures layers at shares of its own: leave out --tau, --json" in capsys.readouterr().err
+    )
 
 
 def test_images_are_read_by_batches_and_turned_as_they_were_taken(vit, tmp_path):
@@ -500,6 +517,10 @@ def test_texts_are_paragraphs_in_batches(folder, text, tmp_path):
     lines = tmp_path / "lines.txt"
     lines.write_text("one\ntwo\n")
     assert texts.paragraphs(lines) == ["one", "two"]
+    lines.write_text("\ufeffone\ntwo\n \t\nthree\n", encoding="utf-8")
+    assert texts.paragraphs(lines) == ["one two", "three"], (
+        "without a byte order mark; a blank line may have blanks"
+    )
     lines.write_text(" \n\n")
     with pytest.raises(ValueError, match="has no text"):
         texts.paragraphs(lines)

@@ -146,10 +146,25 @@ def test_weights_of_16_bits_are_warned_of(converted):
             model,
             converted[2],
             sadmoe.FinetuneConfig(steps=1),
-            teacher=converted[0].bfloat16(),
+            teacher=copy.deepcopy(converted[0]).bfloat16(),
             progress=False,
         )
-    converted[0].float()
+
+
+def test_the_teacher_is_left_as_it_was(converted):
+    teacher, model, batches = (copy.deepcopy(one) for one in converted)
+    teacher.train()
+    sadmoe.finetune_(model, batches, sadmoe.FinetuneConfig(steps=1), teacher=teacher, progress=False)
+    assert all(module.training for module in teacher.modules())
+
+
+def test_a_batch_of_padding_alone_teaches_nothing(converted):
+    teacher, model, batches = converted
+    model = copy.deepcopy(model)
+    empty = batches[0] | {"attention_mask": torch.zeros_like(batches[0]["attention_mask"])}
+    config = sadmoe.FinetuneConfig(steps=4, share=0.2, lr=3e-3, alpha=1.0)
+    report = sadmoe.finetune_(model, [empty, *batches], config, teacher=teacher, progress=False)
+    assert sorted(step.penalty > 0 for step in report.history) == [False, False, True, True]
 
 
 def test_without_a_threshold_the_gates_of_the_model_pick(converted):

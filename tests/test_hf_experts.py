@@ -8,7 +8,7 @@ import sadmoe  # noqa: F401  (registers)
 import torch
 import torch.nn.functional as F
 from tiny_models import tokens
-from torch import nn
+from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 transformers = pytest.importorskip("transformers")
@@ -103,6 +103,22 @@ def test_tau_drops_experts_of_small_weight_and_scales_up_the_rest():
         torch.testing.assert_close(found, experts(x, index, scaled), rtol=1e-4, atol=1e-5)
 
 
+def test_a_token_without_weights_gets_nothing():
+    model = stock("mixtral")
+    experts = next(m for m in model.modules() if hasattr(m, "down_proj"))
+    set_experts_tau(model, 0.4)
+    with torch.no_grad():
+        assert not experts(torch.randn(1, 24), torch.tensor([[0, 1, 2]]), torch.zeros(1, 3)).any()
+
+
+def test_tau_needs_all_experts_of_a_token_on_one_device():
+    model = stock("mixtral")
+    next(m for m in model.modules() if hasattr(m, "down_proj"))._is_expert_parallel = True
+    set_experts_tau(model, 0.0)
+    with pytest.raises(NotImplementedError, match=r"on several devices.*: use tau = 0"):
+        set_experts_tau(model, 0.4)
+
+
 def test_what_tau_drops_is_not_computed():
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -123,6 +139,9 @@ def test_the_way_back():
     assert not torch.allclose(logits(ours), logits(model))
     ours.set_experts_implementation("eager")
     assert torch.equal(logits(ours), logits(model))
+    assert not any(isinstance(value, Tensor | tuple) for m in ours.modules() for value in vars(m).values()), (
+        "nothing of ours is copied or saved with it"
+    )
 
 
 def test_weights_that_change_are_noticed():

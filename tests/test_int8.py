@@ -251,6 +251,9 @@ def test_routers_get_back_the_dtype_that_they_had(dtype):
     assert layer.router.v1.dtype == torch.bfloat16
     layer.to_float_()
     assert layer.router.v1.dtype == torch.float32
+    layer.to_int8_(rounded_router=False)
+    layer.to_float_()
+    assert layer.router.v1.dtype == torch.float32
 
 
 def test_neurons_without_weights_stay_zero():

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from sadmoe import layerwise
 from sadmoe.convert import ConvertConfig, convert_
 from sadmoe.dial import converted_layers
 from sadmoe.ffn import find_ffns, swap_activations_
@@ -132,10 +133,26 @@ def test_a_failure_in_a_later_layer_leaves_all_as_it_was():
     assert all(layer.gate == DynamicK(0.2) for layer in converted_layers(model).values())
 
 
-def test_seconds_are_for_all_layers_together():
+def test_seconds_are_for_all_layers_together(monkeypatch):
+    given = []
+
+    def instead(layer, batches, config, *args, **kw):
+        given.append(config.seconds)
+        return []
+
+    monkeypatch.setattr(layerwise, "train", instead)
+    tune(*pair(), FinetuneConfig(seconds=0.4))
+    assert given == pytest.approx([0.2, 0.2])
+
+
+def test_a_token_of_zeros_breaks_nothing():
     dense, model = pair()
-    fits = tune(dense, model, FinetuneConfig(seconds=0.4))
-    assert all(fit.history and fit.seconds < 2 for fit in fits)
+    with torch.no_grad():
+        dense[0].norm.bias.zero_(), model[0].norm.bias.zero_()
+        dense[0].inner[0].bias.zero_(), dense[0].inner[2].bias.zero_()
+    batches = [batch.index_fill(1, torch.arange(3), 0.0) for batch in data()]
+    fit, _ = finetune_layers_(model, batches, short(steps=2), teacher=dense, batch_tokens=64, progress=False)
+    assert torch.tensor([fit.error, fit.history[-1].objective]).isfinite().all()
 
 
 def test_padding_is_no_input():

@@ -43,6 +43,16 @@ def test_attention_comes_back_where_training_gave_the_model_another_config():
     assert model.config._attn_implementation == usual
 
 
+def test_parts_of_a_model_may_have_attention_of_their_own():
+    model = TINY["clip"].model()
+    model.text_model.set_attn_implementation("eager")
+    assert model.vision_model.config._attn_implementation == "sdpa"
+    with fast_training(model):
+        assert model.vision_model.config._attn_implementation == "eager"
+    assert model.text_model.config._attn_implementation == "eager"
+    assert model.vision_model.config._attn_implementation == "sdpa"
+
+
 def test_float16_stays_float16(monkeypatch):
     monkeypatch.setattr(mixed, "bf16_is_faster", lambda: True)
     with fast_training(nn.Linear(2, 2).half()):

@@ -7,6 +7,7 @@ from sadmoe import routers
 from sadmoe.dial import converted_layers, set_tau
 from sadmoe.gates import DynamicK
 from sadmoe.routers import RouterConfig, collect_inputs, fit_router_, fit_routers_
+from sadmoe.sparsify import Checkpoint
 from tiny_models import TINY
 from torch import nn
 
@@ -237,3 +238,18 @@ def test_the_routers_of_a_converted_model_are_fitted_at_tau_zero():
 def test_a_dense_model_has_no_routers():
     with pytest.raises(ValueError, match="no converted layer"):
         fit_routers_(TINY["bert"].model(), [TINY["bert"].batch()])
+
+
+def test_inputs_that_cannot_be_used_leave_every_router_as_it_was(tmp_path):
+    """Also those that were fitted, or loaded, before the failure."""
+    model, batch = converted("bert"), TINY["bert"].batch()
+    last = list(converted_layers(model).values())[-1]
+    with torch.no_grad():
+        last.w_down[0, 0, 0] = torch.nan
+    before = {name: layer.router.v2.clone() for name, layer in converted_layers(model).items()}
+    for _ in range(2):
+        with pytest.raises(ValueError, match="not every expert's output norm is finite"):
+            fit_routers_(model, [batch], RouterConfig(width=16, steps=2), checkpoint=Checkpoint(tmp_path))
+        assert list(tmp_path.iterdir())
+        for name, layer in converted_layers(model).items():
+            assert torch.equal(layer.router.v2, before[name])

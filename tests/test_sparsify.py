@@ -1,5 +1,6 @@
 """The loop of sparsity enforcement."""
 
+import copy
 from dataclasses import FrozenInstanceError, dataclass
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from sadmoe.ffn import find_ffns
 from sadmoe.ffn.activations import ACTIVATION_MODULES
 from sadmoe.sparsify import SparsifyConfig, measure_sparsity, sparsify_
-from sadmoe.sparsify.objective import block_of, distill_hidden
+from sadmoe.sparsify.objective import block_of, distill_hidden, distill_logits
 from tiny_models import TINY
 from torch import Tensor, nn
 from two_ffns import FF, D, data, mean_square, same, state, two_ffns
@@ -302,3 +303,11 @@ def test_wrong_calls_are_named():
         run_sparsify(bert.model(), short(objective="distill_logits"), [bert.batch()])
     with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
         run_sparsify(model.requires_grad_(False), short())
+
+
+def test_logits_of_padding_alone_are_no_loss():
+    tiny = TINY["llama"]
+    dense, batch = tiny.model(), tiny.batch()
+    objective = distill_logits(copy.deepcopy(dense), dense)
+    nothing = batch | {"attention_mask": torch.zeros_like(batch["input_ids"])}
+    assert objective(nothing) == 0

@@ -40,7 +40,8 @@ Tensor dynamic_k_select(const Tensor& scores, double tau) {
   Tensor mask = empty_beside(scores, {T, E}, ScalarType::Bool);
   bool* out = static_cast<bool*>(mask.mutable_data_ptr());
   torch_threads().parallel_for(T, 4096 / E + 1, [&](int64_t t0, int64_t t1) {
-    for (int64_t t = t0; t < t1; ++t) cpu::kernels().select({E, rows + t * E, threshold, out + t * E});
+    const cpu::Kernels& k = cpu::kernels();
+    for (int64_t t = t0; t < t1; ++t) k.select({E, rows + t * E, threshold, out + t * E});
   });
   return mask;
 }

@@ -86,8 +86,9 @@ bool use_isa(const std::string& isa) {
 void use_kernels(const Kernels& some) { chosen = &some; }
 
 const Kernels& kernels() {
+  static const Kernels& best = fastest();
   const Kernels* one = chosen.load();
-  return one ? *one : fastest();
+  return one ? *one : best;
 }
 
 }  // namespace sadmoe::cpu

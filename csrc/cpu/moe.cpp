@@ -393,7 +393,8 @@ void dynamic_k_moe(const Experts& p, const Router& router, const Threads& thread
     const RouterShape part{end - begin, p.shape.d, router.r, E};
     const Floats scores(part.T * E);
     route(at(p.x, begin * part.d), router, part, scores.get(), inner);
-    for (int64_t t = 0; t < part.T; ++t) kernels().select({E, scores.get() + t * E, router.tau, mask + t * E});
+    const Kernels& k = kernels();
+    for (int64_t t = 0; t < part.T; ++t) k.select({E, scores.get() + t * E, router.tau, mask + t * E});
   };
   if (blocks_grow(p, threads)) {  // by what all tokens chose
     const Buffer<bool> mask(T * E);

@@ -84,6 +84,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises SavedModelError, with the model as it was, where the file is damaged or foreign, or its base is another.
     """
     path = Path(path)
+    model = unwrapped(model)
     if describe_all(model):
         raise ValueError("something in this model is converted already: load_adapter takes the dense base")
     header, tensors = _read(path)

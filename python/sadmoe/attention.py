@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sadmoe.batches import Batches, check_batches
-from sadmoe.checks import check_config, check_fields
+from sadmoe.checks import check_config, check_fields, check_filter
 from sadmoe.convert import surgery
 from sadmoe.ffn import FFNSite, ProjectionMLP, empty_mlp, find_ffns, projection_mlps, scan_ffns, stand_in
 from sadmoe.ffn.adapters import Proposal
@@ -172,6 +172,7 @@ def scan_projections(
     """`find_projections` without errors and warnings: the sites, and of each that is none a line with the reason."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_filter(filter)
     found, refused = [], []
     uses = Uses(model)
     for name, parent, linear in _linears_of_attention(model, batches):
@@ -298,7 +299,9 @@ def start_low_rank_(mlp: ProjectionMLP, linear: nn.Module, targets: Tensor) -> N
     """
     half = mlp.up.out_features // 2
     _, vectors = torch.linalg.eigh(targets.double().t() @ targets.double())
-    u = vectors[:, -half:].flip(1).float()  # [d_out, half], or d_out where that is less
+    u = (
+        vectors[:, max(vectors.shape[1] - half, 0) :].flip(1).float()
+    )  # [d_out, half], or d_out where that is less
     k = u.shape[1]
     into, bias = u.t() @ weight_rows(linear).float(), bias_of(linear)
     mlp.up.weight[:k], mlp.up.weight[half : half + k] = into, -into

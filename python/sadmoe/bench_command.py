@@ -12,7 +12,7 @@ from sadmoe.bench import compare, random_batch, table
 from sadmoe.dial import set_batch_invariant
 from sadmoe.measure_costs import TOKENS, calibrate_costs, costs_table
 from sadmoe.measured import cache_file, read
-from sadmoe.options import add_common, add_data, add_model, data_of
+from sadmoe.options import add_common, add_data, add_model, data_of, positive, positive_number
 from sadmoe.outputs import check_files
 from sadmoe.paths import dtype_name, use_costs
 from sadmoe.texts import load_bare_model
@@ -36,12 +36,12 @@ def add_bench(commands: Any) -> None:
         type=float,
         nargs="*",
         default=[],
-        help="to be timed beside the tau that the model was saved with",
+        help="further tau to time, beside the one that the model was saved with",
     )
     command.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        help="to run in (default: as the model was saved)",
+        help="dtype to run in (default: as the model was saved)",
     )
     command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     command.add_argument(
@@ -50,22 +50,25 @@ def add_bench(commands: Any) -> None:
         help="never take the dense path, or wherever it is faster (default: as layers do by themselves)",
     )
     command.add_argument(
-        "--seconds", type=float, default=0.6, help="for each variant of each row (default: %(default)s)"
+        "--seconds",
+        type=positive_number,
+        default=0.6,
+        help="for each variant of each row (default: %(default)s)",
     )
     command.add_argument("--json", type=Path, help="file to write the numbers to as well")
     command.add_argument("--calibrate", action="store_true", help="measure, and keep it for later loads")
     command.add_argument(
         "--tokens",
-        type=int,
+        type=positive,
         nargs="+",
         default=TOKENS,
-        help="of a call, to --calibrate at; other calls go by the nearest (default: %(default)s)",
+        help="tokens of a call, to --calibrate at; other calls go by the nearest (default: %(default)s)",
     )
     command.add_argument(
         "--cache",
         type=Path,
         metavar="FOLDER",
-        help="of the measurements, to read and to write (default: sadmoe in your cache folder, where later loads look)",
+        help="folder of the measurements, read and written (default: sadmoe in your cache folder, where loads look)",
     )
     add_data(command, default="random tokens or images")
     add_common(command)
@@ -73,6 +76,17 @@ def add_bench(commands: Any) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
+    if arguments.calibrate:
+        of_calls = {
+            "--tau": arguments.tau,
+            "--batch-invariant": arguments.batch_invariant,
+            "--data": arguments.data,
+            "--json": arguments.json,
+        }
+        if given := [flag for flag, value in of_calls.items() if value]:
+            raise ValueError(
+                f"--calibrate measures layers at shares of its own: leave out {', '.join(given)}"
+            )
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {arguments.device}: torch {torch.__version__} sees no CUDA device here")
     model = load_bare_model(arguments.model).to(arguments.device)

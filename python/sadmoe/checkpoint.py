@@ -62,6 +62,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> None:
     sadmoe, or of another model.
     """
     path = Path(path)
+    model = unwrapped(model)
     if converted := describe_all(model):
         raise ValueError(
             f"{len(converted)} FFNs of this model are converted already: load takes a dense model"

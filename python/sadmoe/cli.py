@@ -19,7 +19,7 @@ from sadmoe.convert_command import add_convert
 from sadmoe.evaluate import evaluate, table
 from sadmoe.ffn import moe_layers
 from sadmoe.model_report import report_page
-from sadmoe.options import add_common, add_data, add_model, data_of
+from sadmoe.options import add_common, add_data, add_model, data_of, positive_number
 from sadmoe.outputs import check_files, check_folder
 from sadmoe.report import write_page
 from sadmoe.run_demo import SECONDS, run_demo
@@ -93,7 +93,9 @@ def _add_demo(commands: Any) -> None:
         default=Path("sadmoe-demo"),
         help="folder for model, table and picture (default: %(default)s)",
     )
-    command.add_argument("--seconds", type=float, default=SECONDS, help="of training (default: %(default)s)")
+    command.add_argument(
+        "--seconds", type=positive_number, default=SECONDS, help="of training (default: %(default)s)"
+    )
     add_common(command)
     command.set_defaults(command=_demo)
 
@@ -154,7 +156,7 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
         type=float,
         nargs="+",
         default=[0.0, 0.01, 0.03, 0.1, 0.3, 1.0],
-        help="(default: %(default)s)",
+        help="tau to run at (default: %(default)s)",
     )
     add_common(command)
 
@@ -189,8 +191,9 @@ def _report(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--sentence: this {type(model).__name__} is not run on text alone; leave it out")
     points = evaluate(model, data.batches, sorted(arguments.tau), dense=dense, progress=True)
     print(table(points))
+    made = report_page(model, data, points, arguments.sentence)
     numbers.write_text(json.dumps([asdict(point) for point in points], indent=1))
-    write_page(page, report_page(model, data, points, arguments.sentence))
+    write_page(page, made)
     print(f"\n{page}, and the numbers in {numbers}")
 
 

@@ -15,7 +15,7 @@ from sadmoe.convert import ConvertConfig, convert_
 from sadmoe.cost import cost
 from sadmoe.data import Data
 from sadmoe.int8 import quantize_experts_
-from sadmoe.options import add_common, add_data, add_model, data_of
+from sadmoe.options import add_common, add_data, add_model, data_of, positive, positive_number
 from sadmoe.outputs import check_folder, replaced
 from sadmoe.routers import RouterConfig
 from sadmoe.sparsify import Checkpoint, SparsifyConfig, sparsify_
@@ -44,29 +44,29 @@ def add_convert(commands: Any) -> None:
     )
     command.add_argument("--tau", type=float, help="the threshold itself, instead of a budget")
     command.add_argument(
-        "--expert-size", type=int, default=32, help="neurons in an expert (default: %(default)s)"
+        "--expert-size", type=positive, default=32, help="neurons in an expert (default: %(default)s)"
     )
     command.add_argument(
         "--router-width",
-        type=int,
+        type=positive,
         default=RouterConfig.width,
         help="hidden neurons of an FFN's router (default: %(default)s); narrow models want fewer",
     )
     command.add_argument(
         "--sparsify",
-        type=float,
+        type=positive_number,
         metavar="SECONDS",
         help="first swap the activation for ReLU and fine-tune that long by self-distillation",
     )
     command.add_argument(
         "--projections",
-        type=int,
+        type=positive,
         metavar="UPDATES",
         help="before that make MLPs of attention's projections, each trained for so many updates, to convert as well",
     )
     command.add_argument(
         "--finetune",
-        type=float,
+        type=positive_number,
         metavar="SECONDS",
         help="afterwards fine-tune that long to do with what --budget pays for, against the model of --model, without "
         "labels; best with --expert-size 8 to 32",
@@ -118,12 +118,6 @@ def _convert(arguments: argparse.Namespace) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     """Refuses what cannot be before anything is loaded or trained."""
     _conversion(arguments)
-    for name in ("sparsify", "finetune"):
-        seconds = getattr(arguments, name)
-        if seconds is not None and not seconds > 0:
-            raise ValueError(
-                f"--{name} takes seconds of training, above 0, got {seconds:g}; leave it out for none"
-            )
     if arguments.finetune is not None and arguments.tau is not None:
         raise ValueError("--finetune trains for a budget and solves tau for it: give --budget, not --tau")
     if not arguments.data.exists():

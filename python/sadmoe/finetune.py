@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sadmoe.batches import Batches, check_batches, real_rows
+from sadmoe.batches import Batches, check_batches, device_of, real_rows
 from sadmoe.checks import check_config, check_fields
 from sadmoe.dial import trainable_layers
 from sadmoe.ffn import site_of
@@ -132,12 +132,12 @@ def finetune_(
     with (
         all_or_nothing(model),
         mode(model, train=teacher is None),
+        nullcontext() if teacher is None else mode(teacher, train=False),
         seeded(model, config.seed),
     ):
         if teacher is None:
             objective = task(model, loss)
         else:
-            teacher.eval()
             sites = [site_of(layer, name) for name, layer in layers.items()]
             objective = distill_hidden(model, teacher, sites, output_loss, kept_bytes=config.kept_bytes)
         run = partial(train, model, batches, config.schedule(), objective, progress=progress)
@@ -213,10 +213,13 @@ class ExpertPenalty:
             for one in norms:
                 real = None if batch is None else real_rows(self.model, name, batch, one)
                 kept = one if real is None else one[real]
+                if not len(kept):  # a batch of padding alone
+                    continue
                 values.append(square_hoyer(kept).mean() / kept.shape[1])
                 shares.append(self.layers[name].gate.mask(kept.detach()).float().mean())
             norms.clear()
-        now = mean_over_processes(torch.stack(shares).mean().item(), shares[0].device)
+        device = device_of(self.model)
+        now = mean_over_processes(torch.stack(shares).mean().item() if shares else self.share, device)
         self.share = MEMORY * self.share + (1 - MEMORY) * now
-        mean = torch.stack(values).mean()
+        mean = torch.stack(values).mean() if values else torch.zeros((), device=device)
         return mean if self.share > self.config.share else mean.detach()

@@ -1,5 +1,6 @@
 """The rules that turn scores [T, E] into a mask [T, E]: which experts run for which token."""
 
+import operator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,7 +49,7 @@ class TopK:
     true_norms: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "k", int(self.k))
+        object.__setattr__(self, "k", operator.index(self.k))
         if self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}")
 

@@ -240,8 +240,8 @@ class DynamicKMoE(nn.Module):
             steps, scale = to_int8(rows, weight.dtype)
             setattr(self, name, nn.Parameter(steps, requires_grad=False))
             setattr(self, scale_name, scale)
-        if rounded_router and self.router.v1.dtype == torch.float32:
-            self._router_dtype = torch.float32
+        self._router_dtype = self.router.v1.dtype
+        if rounded_router and self._router_dtype == torch.float32:
             self.router.bfloat16()
 
     @torch.no_grad()

@@ -26,6 +26,9 @@ from sadmoe.sparsify.train import train
 
 logger = logging.getLogger(__name__)
 CHUNK = 4096  # tokens whose dense outputs are computed at once
+SMALL = (
+    1e-6  # of the mean of |x|^2 + |t|^2: a token of less counts as one of that, which a token of zeros needs
+)
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ def _fit(
     rows = rows[torch.randperm(len(rows), device=rows.device)]
     targets = torch.cat([dense(part) for part in rows.split(CHUNK)])
     scale = rows.square().sum(-1) + targets.square().sum(-1)  # of the residual sum, token by token
+    scale = scale.clamp(min=max(SMALL * scale.mean().item(), torch.finfo(rows.dtype).tiny))
     test, batches = held_out_and_batches({"rows": rows, "targets": targets, "scale": scale}, batch_tokens)
 
     def error(batch: Any, index: int | None = None) -> Tensor:

@@ -30,20 +30,19 @@ def fast_training(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _eager_attention(models: Sequence[nn.Module]) -> Iterator[None]:
-    parts = [part for model in models if (part := _outermost(model)) is not None]
+    parts: list[Any] = [
+        part for model in models for part in model.modules() if hasattr(part, "set_attn_implementation")
+    ]
     usual = [part.config._attn_implementation for part in parts]
     try:
         for part in parts:
             part.set_attn_implementation("eager")
         yield
     finally:
-        for part, implementation in zip(parts, usual, strict=True):
+        for part, implementation in zip(
+            parts, usual, strict=True
+        ):  # the outer before what is in it, which may differ
             part.set_attn_implementation(implementation)
-
-
-def _outermost(model: nn.Module) -> Any:
-    """The model of transformers that this is, or that is in it; None where there is none."""
-    return next((part for part in model.modules() if hasattr(part, "set_attn_implementation")), None)
 
 
 @cache

@@ -492,6 +492,11 @@ def use_cpu_isa(isa: str) -> None:
     torch.ops.sadmoe._use_cpu_isa(isa)
 
 
+def cpu_isa() -> str:
+    """The instruction set of the CPU kernels in use."""
+    return torch.ops.sadmoe._cpu_isa()
+
+
 def allow_tf32(allow: bool) -> None:
     """Whether tensor cores may multiply float32 experts on CUDA, operands rounded to 11 bits; at first they may not.
 

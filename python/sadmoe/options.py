@@ -1,11 +1,34 @@
 """Arguments that several commands of the command line share."""
 
 import argparse
+import math
 from pathlib import Path
 
 from torch import nn
 
 from sadmoe.data import Data, load_data
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return number
+
+
+def positive_number(text: str) -> float:
+    """A number above 0, for argparse."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0.0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return number
 
 
 def add_model(command: argparse.ArgumentParser, *, dense: bool = False) -> None:
@@ -29,16 +52,21 @@ def add_data(command: argparse.ArgumentParser, *, default: str | None = None) ->
         + (f" (default: {default})" if default else ""),
     )
     command.add_argument(
-        "--batch-size", type=int, default=16, help="samples in a batch (default: %(default)s)"
+        "--batch-size", type=positive, default=16, help="samples in a batch (default: %(default)s)"
     )
     command.add_argument(
-        "--max-length", type=int, default=128, help="tokens after which a text is cut (default: %(default)s)"
+        "--max-length",
+        type=positive,
+        default=128,
+        help="tokens after which a text is cut (default: %(default)s)",
     )
 
 
 def add_common(command: argparse.ArgumentParser) -> None:
     """What every command has."""
-    command.add_argument("--threads", type=int, help="of torch (default: torch's own choice)")
+    command.add_argument(
+        "--threads", type=positive, help="CPU threads for torch (default: torch's own choice)"
+    )
     command.add_argument("--force", action="store_true", help="replace what a former run wrote")
 
 

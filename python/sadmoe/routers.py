@@ -17,6 +17,7 @@ from sadmoe.ffn import projection_mlps
 from sadmoe.files import checksum
 from sadmoe.inputs import Place, collect_inputs, stream_inputs
 from sadmoe.layer import DynamicKMoE
+from sadmoe.sparsify.guards import all_or_nothing
 from sadmoe.sparsify.processes import place
 from sadmoe.sparsify.resume import Checkpoint, read, write
 
@@ -123,8 +124,9 @@ def fit_routers_(
 
     max_tokens, max_bytes and skip_padding: see `stream_inputs`. Gates stay as they are.
     checkpoint: where to resume from after a kill: routers that were done are loaded, see `Checkpoint`.
-    Raises ValueError where nothing was converted, or where the routers of FFNs are not as wide as the config says;
-    those of projections of attention keep their width.
+    Raises ValueError where nothing was converted, where the routers of FFNs are not as wide as the config says (those
+    of projections of attention keep their width), or where inputs are not finite. Whatever is raised, the routers are
+    as they were.
     """
     layers, projections = converted_layers(model), projection_mlps(model)
     configs = {
@@ -137,9 +139,9 @@ def fit_routers_(
         name: _Saved(checkpoint, name, layer, {"config": asdict(configs[name]), **told})
         for name, layer in layers.items()
     }
-    fits = {name: fit for name, one in saved.items() if (fit := one.load_()) is not None}
-    sites = [Place(name, layer) for name, layer in layers.items() if name not in fits]
-    with tau(model, 0.0):
+    with all_or_nothing(nn.ModuleList(layer.router for layer in layers.values())), tau(model, 0.0):
+        fits = {name: fit for name, one in saved.items() if (fit := one.load_()) is not None}
+        sites = [Place(name, layer) for name, layer in layers.items() if name not in fits]
         stream = stream_inputs(
             model,
             sites,

@@ -1,5 +1,6 @@
 """Plain text and a transformers model of a local folder, as the batches that every step takes."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,17 +8,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+BLANK_LINES = re.compile(r"\n\s*\n")
 TOKENIZER_FILES = ("*token*", "*vocab*", "merges.txt", "*.model", "*.bpe*")
 
 
 def paragraphs(path: Path) -> list[str]:
     """The paragraphs of a text file: parts between blank lines, or its lines where it has no blank ones."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {error}") from error
-    parts = text.split("\n\n") if "\n\n" in text.strip() else text.splitlines()
-    found = [" ".join(part.split()) for part in parts]
+    parts = BLANK_LINES.split(text.strip())
+    found = [" ".join(part.split()) for part in (parts if len(parts) > 1 else text.splitlines())]
     found = [part for part in found if part]
     if not found:
         raise ValueError(f"{path} has no text")

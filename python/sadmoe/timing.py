@@ -55,11 +55,13 @@ def measure(
     started, rounds = time.perf_counter(), 0
     while rounds < least or time.perf_counter() - started < seconds * len(variants):
         shuffle(order)
-        for name, call in order:
-            if sum(samples[name]) < patience:
-                if before is not None:
-                    before()
-                samples[name].append(_seconds(call))
+        waited_for = [(name, call) for name, call in order if sum(samples[name]) < patience]
+        if not waited_for:
+            break
+        for name, call in waited_for:
+            if before is not None:
+                before()
+            samples[name].append(_seconds(call))
         rounds += 1
     return {name: _timing(values) for name, values in samples.items()}
 
@@ -98,4 +100,4 @@ def processor() -> str:
 def machine() -> str:
     """Processor, threads, torch and kernels, for the first line of every table."""
     threads = f"{torch.get_num_threads()} threads"
-    return f"{processor()}, {threads}, torch {torch.__version__}, kernels {ops.cpu_isas()[0]}"
+    return f"{processor()}, {threads}, torch {torch.__version__}, kernels {ops.cpu_isa()}"

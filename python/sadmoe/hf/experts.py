@@ -6,6 +6,7 @@ torch 2.13 a model must have run once before `torch.compile` can trace it.
 """
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,12 @@ from sadmoe.ffn.activations import which_activation
 
 NAME = "sadmoe"
 SEEN = 16  # values of a weight on the CPU, to notice what wrote to it
-_TAU, _PACKED, _ACT = "sadmoe_tau", "sadmoe_packed", "sadmoe_act"  # in the __dict__ of an experts module
+_TAU, _ACT = "sadmoe_tau", "sadmoe_act"  # in the __dict__ of an experts module
 
 Packed = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+_kept: WeakKeyDictionary[nn.Module, tuple[Any, Packed]] = (
+    WeakKeyDictionary()
+)  # beside modules: it is not theirs to save
 
 
 def set_experts_tau(model: nn.Module, tau: float) -> None:
@@ -27,8 +31,9 @@ def set_experts_tau(model: nn.Module, tau: float) -> None:
 
     tau in [0, 1]: 0 runs all that were chosen, 1 the first alone. What is left is scaled up to the sum of the weights
     of all that were chosen. Switches the model to sadmoe's kernels; `model.set_experts_implementation("eager")` is the
-    way back. Raises ValueError where tau is out of range or the model has no such layer, NotImplementedError where
-    its experts compute what the kernels do not.
+    way back, and tau acts again after `model.set_experts_implementation("sadmoe")`. It is not saved with the model.
+    Raises ValueError where tau is out of range or the model has no such layer, NotImplementedError where its experts
+    compute what the kernels do not, or are spread over devices and tau is not 0.
     """
     if not 0 <= tau <= 1:
         raise ValueError(f"tau must be in [0, 1] (0: all experts chosen, 1: the first), got {tau}")
@@ -39,6 +44,11 @@ def set_experts_tau(model: nn.Module, tau: float) -> None:
         )
     for layer in layers:
         _check(layer)
+        if tau > 0 and getattr(layer, "_is_expert_parallel", False):  # transformers 5.0 does not say
+            raise NotImplementedError(
+                "the experts of a token are on several devices, none of which knows the largest weight: "
+                "use tau = 0, or a model that is not split by experts"
+            )
     model.set_experts_implementation(NAME)  # type: ignore[operator]
     for layer in layers:
         layer.__dict__[_TAU] = float(tau)
@@ -55,7 +65,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     tau = self.__dict__.get(_TAU, 0.0)
     if tau > 0:
         kept = weights >= tau * weights.amax(-1, keepdim=True)
-        weights = weights * (weights.sum(-1, keepdim=True) / (weights * kept).sum(-1, keepdim=True)) * kept
+        left = (weights * kept).sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+        weights = weights * (weights.sum(-1, keepdim=True) / left) * kept
         pairs = pairs.where(kept.flatten(), self.num_experts)
     here = pairs < self.num_experts
     mask = F.one_hot(pairs, self.num_experts + 1)[:, : self.num_experts].bool()
@@ -108,10 +119,9 @@ def _packed(experts: Any) -> Packed:
     if training or torch.compiler.is_compiling():
         return _in_layout(experts, *sources)
     key = [(p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version, _some_of(p)) for p in sources]
-    kept = experts.__dict__.get(_PACKED)
+    kept = _kept.get(experts)
     if kept is None or kept[0] != key:
-        kept = (key, _in_layout(experts, *sources))
-        experts.__dict__[_PACKED] = kept
+        kept = _kept[experts] = (key, _in_layout(experts, *sources))
     return kept[1]
 
 

@@ -49,7 +49,7 @@ def distill_logits(model: nn.Module, dense: nn.Module) -> Objective:
         kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
         decoder = "decoder" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else ""
         real = real_rows(model, decoder, batch, logits)
-        return kl.mean() if real is None else kl.flatten()[real].mean()
+        return kl.mean() if real is None else kl.flatten()[real].sum() / max(int(real.sum()), 1)
 
     return objective
 
