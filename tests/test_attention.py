@@ -250,10 +250,10 @@ def test_what_cannot_be_replaced_says_why():
     ("wrong", "message"),
     [
         ({"start": "zero"}, "start must be one of low_rank, random, got 'zero'"),
-        ({"ratio": 0}, "ratio must be positive, got 0"),
+        ({"ratio": 0}, "ratio must be above 0, got 0"),
         ({"multiple": 0}, "multiple must be at least 1, got 0"),
         ({"max_tokens": 1}, "max_tokens must be at least 2"),
-        ({"steps": 0}, "steps must be greater than 0"),
+        ({"steps": 0}, "steps must be above 0"),
         ({"act": "tanh"}, "act must be one of relu, gelu, gelu_tanh, silu, quick_gelu, relu2, got 'tanh'"),
         ({"act": "relu2"}, "act='relu2' is not linear for either sign, as start='low_rank' needs it"),
     ],

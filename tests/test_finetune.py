@@ -239,7 +239,7 @@ def test_wrong_settings_are_named(converted):
         ({"steps": 1, "share": 0.0}, r"share must be in \(0, 1\], got 0.0"),
         ({"steps": 1, "tau": 2.0}, r"tau must be in \[0, 1\]"),
         ({"steps": 1, "ramp": 1.5}, r"ramp must be a share of the run in \[0, 1\], got 1.5"),
-        ({"steps": 1, "lr": -1.0}, "lr must be greater than 0"),
+        ({"steps": 1, "lr": -1.0}, "lr must be above 0"),
     ):
         with pytest.raises(ValueError, match=message):
             sadmoe.FinetuneConfig(**settings)

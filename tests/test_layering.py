@@ -20,6 +20,7 @@ ROOMS = [  # a room imports only rooms above it
     {"ffn"},
     {"dial"},
     {"inputs", "masks", "flops", "int8", "mixed"},
+    {"training"},
     {"sparsify", "cost"},
     {"routers"},
     {"calibrate", "finetune", "evaluate", "router_loss"},

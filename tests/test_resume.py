@@ -345,8 +345,8 @@ def test_accumulation_is_one_large_batch():
 
 
 def test_accumulate_must_suit_the_processes(monkeypatch):
-    monkeypatch.setattr("sadmoe.sparsify.processes.place", lambda: (0, 2))
-    monkeypatch.setattr("sadmoe.sparsify.processes.as_first_", lambda tensors: None)
+    monkeypatch.setattr("sadmoe.training.processes.place", lambda: (0, 2))
+    monkeypatch.setattr("sadmoe.training.processes.as_first_", lambda tensors: None)
     dense, _ = converted()
     with pytest.raises(ValueError, match=r"accumulate must be a multiple of the 2 processes .* got 3"):
         sadmoe.sparsify_(dense, batches(), SparsifyConfig(steps=1, accumulate=3), progress=False)

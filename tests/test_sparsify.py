@@ -8,7 +8,7 @@ import torch
 from sadmoe.ffn import find_ffns
 from sadmoe.ffn.activations import ACTIVATION_MODULES
 from sadmoe.sparsify import SparsifyConfig, measure_sparsity, sparsify_
-from sadmoe.sparsify.objective import block_of, distill_hidden, distill_logits
+from sadmoe.training.objective import block_of, distill_hidden, distill_logits
 from tiny_models import TINY
 from torch import Tensor, nn
 from two_ffns import FF, D, data, mean_square, same, state, two_ffns
@@ -266,10 +266,10 @@ def test_schedules_are_the_papers():
     [
         ({}, "give steps or seconds"),
         ({"steps": 1, "seconds": 1.0}, "give steps or seconds"),
-        ({"steps": 0}, "steps must be greater than 0, got 0"),
-        ({"seconds": -1.0}, "seconds must be greater than 0"),
-        ({"steps": 1, "lr": 0.0}, "lr must be greater than 0"),
-        ({"steps": 1, "grad_clip": 0.0}, "grad_clip must be greater than 0"),
+        ({"steps": 0}, "steps must be above 0, got 0"),
+        ({"seconds": -1.0}, "seconds must be above 0"),
+        ({"steps": 1, "lr": 0.0}, "lr must be above 0"),
+        ({"steps": 1, "grad_clip": 0.0}, "grad_clip must be above 0"),
         ({"steps": 1, "alpha": -1.0}, "alpha must be at least 0"),
         ({"steps": 1, "weight_decay": -1.0}, "weight_decay must be at least 0"),
         ({"steps": 1, "warmup": 1.0}, r"warmup must be a share of the run in \[0, 1\), got 1.0"),

@@ -13,8 +13,8 @@ from sadmoe import Checkpoint, ConvertConfig, RouterConfig, SparsifyConfig, conv
 from sadmoe.batches import Batches
 from sadmoe.inputs import Place, held_out_and_batches, stream_inputs
 from sadmoe.layer import DynamicKMoE
-from sadmoe.sparsify.guards import seeded
-from sadmoe.sparsify.train import train
+from sadmoe.training.guards import seeded
+from sadmoe.training.loop import train
 from torch import Tensor, nn
 
 WIDTH = 128  # of the router, as in that paper's re-implementation

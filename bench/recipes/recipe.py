@@ -37,9 +37,9 @@ from sadmoe import (
 from sadmoe.budget import LAYERS, ROUTED
 from sadmoe.gates import Gate
 from sadmoe.mixed import fast_training
-from sadmoe.sparsify.guards import mode, seeded
-from sadmoe.sparsify.objective import task
-from sadmoe.sparsify.train import train
+from sadmoe.training.guards import mode, seeded
+from sadmoe.training.loop import train
+from sadmoe.training.objective import task
 from torch import nn
 from workload import Workload, controls
 

@@ -16,8 +16,8 @@ from sadmoe.flops import FlopCount
 from sadmoe.gates import Gate
 from sadmoe.masks import record_masks
 from sadmoe.report import Heat
-from sadmoe.sparsify.objective import OutputLoss
 from sadmoe.timing import measure
+from sadmoe.training.objective import OutputLoss
 from torch import Tensor, nn
 
 LOST = 0.75  # of a curve's best: where less is kept, it ends

@@ -29,7 +29,6 @@ from sadmoe.partition import partition
 from sadmoe.router_loss import RouterLoss
 from sadmoe.routers import RouterConfig, fit_router_, fit_routers_
 from sadmoe.sparsify import (
-    Checkpoint,
     SparsifyConfig,
     SparsifyReport,
     SparsityLoss,
@@ -37,6 +36,7 @@ from sadmoe.sparsify import (
     sparsify_,
 )
 from sadmoe.survey import Survey, survey
+from sadmoe.training import Checkpoint
 
 __version__ = "0.1.0"
 __all__ = [

@@ -25,10 +25,11 @@ from sadmoe.ffn.scan import Uses
 from sadmoe.ffn.sites import Parts
 from sadmoe.inputs import held_out_and_batches, stream_inputs
 from sadmoe.reference import ACTIVATIONS
-from sadmoe.sparsify import Checkpoint, SparsifyConfig, SparsityLoss
-from sadmoe.sparsify.guards import seeded
-from sadmoe.sparsify.train import train
+from sadmoe.sparsify import SparsityLoss
 from sadmoe.tables import format_table
+from sadmoe.training import Checkpoint, LoopConfig
+from sadmoe.training.guards import seeded
+from sadmoe.training.loop import train
 
 logger = logging.getLogger(__name__)
 CHUNK = 4096  # tokens whose targets are computed at once
@@ -72,7 +73,7 @@ class ProjectionConfig:
                 "take start='random', or another act"
             )
         if not self.ratio > 0:
-            raise ValueError(f"ProjectionConfig: ratio must be positive, got {self.ratio}")
+            raise ValueError(f"ProjectionConfig: ratio must be above 0, got {self.ratio}")
         for name in ("multiple", "batch_tokens", "max_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"ProjectionConfig: {name} must be at least 1, got {getattr(self, name)}")
@@ -80,11 +81,15 @@ class ProjectionConfig:
             raise ValueError(
                 f"ProjectionConfig: max_tokens must be at least 2, to hold some out, got {self.max_tokens}"
             )
-        self.schedule()
+        for name in ("steps", "lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"ProjectionConfig: {name} must be above 0, got {getattr(self, name)}")
+        if not self.alpha >= 0:
+            raise ValueError(f"ProjectionConfig: alpha must be at least 0, got {self.alpha}")
 
-    def schedule(self) -> SparsifyConfig:
-        """The training of one MLP in the words of the training loop, which checks them."""
-        return SparsifyConfig(
+    def loop(self) -> LoopConfig:
+        """The training of one MLP."""
+        return LoopConfig(
             steps=self.steps,
             alpha=self.alpha,
             schedule="linear",
@@ -280,7 +285,7 @@ def _distilled(
 
     before = judged()[0]
     with SparsityLoss(mlp, _site_of(mlp)) as sparsity, torch.enable_grad():
-        train(mlp, batches, config.schedule(), error, sparsity, False, checkpoint=checkpoint, name=site.name)
+        train(mlp, batches, config.loop(), error, sparsity, False, checkpoint=checkpoint, name=site.name)
     fit = ProjectionFit(site.name, *shape, width, before, *judged())
     mlp.zero_grad(set_to_none=True)
     return mlp.to(weight.dtype).requires_grad_(weight.requires_grad), fit

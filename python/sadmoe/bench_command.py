@@ -12,7 +12,7 @@ from sadmoe.bench import compare, random_batch, table
 from sadmoe.dial import set_batch_invariant
 from sadmoe.measure_costs import TOKENS, calibrate_costs, costs_table
 from sadmoe.measured import cache_file, read
-from sadmoe.options import add_common, add_data, add_model, data_of, positive, positive_number
+from sadmoe.options import add_common, add_data, add_model, data_of
 from sadmoe.outputs import check_files
 from sadmoe.paths import dtype_name, use_costs
 from sadmoe.texts import load_bare_model
@@ -51,7 +51,7 @@ def add_bench(commands: Any) -> None:
     )
     command.add_argument(
         "--seconds",
-        type=positive_number,
+        type=float,
         default=0.6,
         help="for each variant of each row (default: %(default)s)",
     )
@@ -59,7 +59,7 @@ def add_bench(commands: Any) -> None:
     command.add_argument("--calibrate", action="store_true", help="measure, and keep it for later loads")
     command.add_argument(
         "--tokens",
-        type=positive,
+        type=int,
         nargs="+",
         default=TOKENS,
         help="tokens of a call, to --calibrate at; other calls go by the nearest (default: %(default)s)",

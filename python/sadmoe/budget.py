@@ -21,12 +21,13 @@ from sadmoe.layer import DynamicKMoE
 from sadmoe.layerwise import LayerFit, finetune_layers_
 from sadmoe.mixed import fast_training
 from sadmoe.routers import RouterConfig, RouterFit, fit_routers_
-from sadmoe.sparsify import Checkpoint
-from sadmoe.sparsify.guards import all_or_nothing
-from sadmoe.sparsify.objective import OutputLoss
+from sadmoe.training import Checkpoint
+from sadmoe.training.guards import all_or_nothing
+from sadmoe.training.objective import OutputLoss
 
-LAYERS = FinetuneConfig(seconds=0.3, tau=0.07, ramp=0.0, alpha=0.02, share=0.2, lr=1e-3)  # of each second
-ROUTED = FinetuneConfig(seconds=0.7, tau=None, lr=2e-4)
+# Each layer by itself, on true norms, then the whole model by its routers: in this part of the time that there is.
+LAYERS_PART, LAYERS = 0.3, FinetuneConfig(seconds=1.0, tau=0.07, ramp=0.0, alpha=0.02, share=0.2, lr=1e-3)
+ROUTED_PART, ROUTED = 0.7, FinetuneConfig(seconds=1.0, tau=None, lr=2e-4)
 ROUTERS = RouterConfig(steps=500, target_power=0.5)  # roots of norms: small experts are told apart better
 CALIBRATED = 8  # batches, at least where there are as many
 
@@ -75,14 +76,14 @@ def finetune_for_budget_(
     from just before `convert_`, needed where `sparsify_` or `replace_projections_` had made it another than dense.
     output_loss: see `finetune_`.
     router: the training of the routers, which stay as wide as they are.   max_tokens: inputs of each layer to train on.
-    seed: of the order of batches and tokens.   checkpoint: where to resume from after a kill, a folder for each step,
-    see `Checkpoint`. Runs in one process.
+    seed: of the order of batches and tokens.   checkpoint: where to resume from after a kill, a folder for each step
+    and budget, see `Checkpoint`. Runs in one process.
     Raises what the steps raise; after any error the model is as it was, its gates too.
     """
     check_budget(budget)
     check_batches(batches)
     if not seconds > 0:
-        raise ValueError(f"seconds of training must be positive, got {seconds}")
+        raise ValueError(f"seconds must be above 0, got {seconds}")
     sparse = dense if sparse is None else sparse
     layers = trainable_layers(model)
     check_reachable(budget, cost(model, shares=1.0))
@@ -90,11 +91,10 @@ def finetune_for_budget_(
     some = list(islice(batches, 0, None, max(1, (length(batches) or 0) // CALIBRATED)))
 
     def of(step: str) -> dict[str, Any]:
-        folder = None if checkpoint is None else replace(checkpoint, folder=Path(checkpoint.folder) / step)
-        return {"checkpoint": folder, "progress": progress}
-
-    def lasting(config: FinetuneConfig, **more: float) -> FinetuneConfig:
-        return replace(config, seconds=seconds * (config.seconds or 0.0), seed=seed, **more)  # type: ignore[arg-type]
+        if checkpoint is None:
+            return {"checkpoint": None, "progress": progress}
+        folder = Path(checkpoint.folder) / f"{step} {budget:g}"  # layers, too, are trained for it
+        return {"checkpoint": replace(checkpoint, folder=folder), "progress": progress}
 
     with all_or_nothing(model) as undo:
         undo.append(partial(_put_back, [(layer, layer.gate) for layer in layers.values()]))
@@ -104,7 +104,7 @@ def finetune_for_budget_(
             alone = finetune_layers_(
                 model,
                 batches,
-                lasting(LAYERS, share=budget / 2),
+                replace(LAYERS, seconds=seconds * LAYERS_PART, share=budget / 2, seed=seed),
                 teacher=sparse,
                 max_tokens=max_tokens,
                 **of("layers"),
@@ -115,10 +115,10 @@ def finetune_for_budget_(
             whole = finetune_(
                 model,
                 batches,
-                lasting(ROUTED),
+                replace(ROUTED, seconds=seconds * ROUTED_PART, seed=seed),
                 teacher=dense,
                 output_loss=output_loss,
-                **of(f"whole {budget:g}"),
+                **of("whole"),
             )
         found = calibrate_(model, some, budget=budget, progress=progress)
     return BudgetReport(alone, fits, whole, found)

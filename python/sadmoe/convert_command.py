@@ -18,8 +18,9 @@ from sadmoe.int8 import quantize_experts_
 from sadmoe.options import add_common, add_data, add_model, data_of, positive, positive_number
 from sadmoe.outputs import check_folder, replaced
 from sadmoe.routers import RouterConfig
-from sadmoe.sparsify import Checkpoint, SparsifyConfig, sparsify_
+from sadmoe.sparsify import SparsifyConfig, sparsify_
 from sadmoe.texts import load_bare_model
+from sadmoe.training import Checkpoint
 
 BUDGET = 0.5  # where neither it nor tau is given
 PROJECTION_ROUTER = 32  # width: an MLP of attention costs an eighth of an FFN

@@ -12,69 +12,50 @@ import torch
 from torch import Tensor, nn
 
 from sadmoe.batches import Batches, check_batches, device_of, real_rows
-from sadmoe.checks import check_config, check_fields
+from sadmoe.checks import check_config
 from sadmoe.dial import trainable_layers
 from sadmoe.ffn import site_of
 from sadmoe.gates import DynamicK
 from sadmoe.layer import DynamicKMoE
-from sadmoe.sparsify.config import SparsifyConfig, Step
-from sadmoe.sparsify.guards import all_or_nothing, mode, seeded
-from sadmoe.sparsify.objective import Loss, OutputLoss, distill_hidden, task
 from sadmoe.sparsify.penalty import square_hoyer
-from sadmoe.sparsify.processes import mean_over_processes
-from sadmoe.sparsify.resume import Checkpoint
-from sadmoe.sparsify.train import train
+from sadmoe.training.config import LoopConfig, Step
+from sadmoe.training.guards import all_or_nothing, mode, seeded
+from sadmoe.training.loop import train
+from sadmoe.training.objective import Loss, OutputLoss, distill_hidden, task
+from sadmoe.training.processes import mean_over_processes
+from sadmoe.training.resume import Checkpoint
 
 logger = logging.getLogger(__name__)
 MEMORY = 0.9  # of the executed share: how much of the last value stays at each update
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
-    """How a converted model is fine-tuned. Give `steps`, which makes the run repeatable, or `seconds`."""
+class FinetuneConfig(LoopConfig):
+    """How a converted model is fine-tuned. Give `steps`, which makes the run repeatable, or `seconds`.
 
-    steps: int | None = None  # updates of the weights
-    seconds: float | None = None  # of wall time for the updates, instead of steps
+    alpha weighs the penalty: square Hoyer of the experts' norms, divided by E.
+    """
+
+    lr: float = 5e-4  # AdamW's, at the end of its warm-up; then it falls linearly to 0
     # Threshold on the experts' true norms while training. None: the model's own gates pick the experts, which so learn
     # to do with what their routers give them; share, alpha and ramp then mean nothing, as there is no penalty.
     tau: float | None = 0.1
     ramp: float = 0.5  # share of the run in which tau rises from 0
     share: float = 0.3  # executed share to reach: while it is below, the penalty rests
-    alpha: float = 0.3  # weight of the penalty: square Hoyer of the experts' norms, divided by E
-    lr: float = 5e-4  # AdamW's, at the end of its warm-up; then it falls linearly to 0
-    warmup: float = 0.1  # share of the run in which lr rises
-    weight_decay: float = 0.01  # of the matrices, not of biases and norms
-    grad_clip: float = 1.0  # largest norm of the gradient
-    accumulate: int = 1  # batches in each update; processes share them out: a multiple of how many there are
-    seed: int = 0  # of the order of the batches
     kept_bytes: int = (
         2**30
     )  # of what the dense model gives, kept for when the same batch of a list comes again
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         if self.tau is not None:
             DynamicK(self.tau)  # checks the range
         if not 0 <= self.ramp <= 1:
-            raise ValueError(f"ramp must be a share of the run in [0, 1], got {self.ramp}")
+            self._refuse(f"ramp must be a share of the run in [0, 1], got {self.ramp}")
         if not 0 < self.share <= 1:
-            raise ValueError(f"share must be in (0, 1], got {self.share}")
-        self.schedule()
-
-    def schedule(self) -> SparsifyConfig:
-        """The same run in the words of the training loop, which checks them."""
-        return SparsifyConfig(
-            steps=self.steps,
-            seconds=self.seconds,
-            alpha=0.0 if self.tau is None else self.alpha,
-            lr=self.lr,
-            warmup=self.warmup,
-            weight_decay=self.weight_decay,
-            grad_clip=self.grad_clip,
-            accumulate=self.accumulate,
-            seed=self.seed,
-            kept_bytes=self.kept_bytes,
-        )
+            self._refuse(f"share must be in (0, 1], got {self.share}")
+        if self.kept_bytes < 0:
+            self._refuse(f"kept_bytes must be at least 0, got {self.kept_bytes}")
 
 
 @dataclass(frozen=True)
@@ -140,7 +121,7 @@ def finetune_(
         else:
             sites = [site_of(layer, name) for name, layer in layers.items()]
             objective = distill_hidden(model, teacher, sites, output_loss, kept_bytes=config.kept_bytes)
-        run = partial(train, model, batches, config.schedule(), objective, progress=progress)
+        run = partial(train, model, batches, config, objective, progress=progress)
         run = partial(run, checkpoint=checkpoint, name="finetune")
         share = None
         if config.tau is None:

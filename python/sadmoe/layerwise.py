@@ -19,10 +19,10 @@ from sadmoe.ffn import DenseFFN, FFNSite, find_ffns
 from sadmoe.finetune import ExpertPenalty, FinetuneConfig
 from sadmoe.inputs import held_out_and_batches, stream_inputs
 from sadmoe.layer import DynamicKMoE
-from sadmoe.sparsify.config import Step
-from sadmoe.sparsify.guards import all_or_nothing, mode, seeded
-from sadmoe.sparsify.resume import Checkpoint
-from sadmoe.sparsify.train import train
+from sadmoe.training.config import Step
+from sadmoe.training.guards import all_or_nothing, mode, seeded
+from sadmoe.training.loop import train
+from sadmoe.training.resume import Checkpoint
 
 logger = logging.getLogger(__name__)
 CHUNK = 4096  # tokens whose dense outputs are computed at once
@@ -131,7 +131,7 @@ def _fit(
         history = train(
             layer,
             batches,
-            config.schedule(),
+            config,
             error,
             penalty,
             progress,

@@ -17,9 +17,9 @@ from sadmoe.ffn import projection_mlps
 from sadmoe.files import checksum
 from sadmoe.inputs import Place, collect_inputs, stream_inputs
 from sadmoe.layer import DynamicKMoE
-from sadmoe.sparsify.guards import all_or_nothing
-from sadmoe.sparsify.processes import place
-from sadmoe.sparsify.resume import Checkpoint, read, write
+from sadmoe.training.guards import all_or_nothing
+from sadmoe.training.processes import place
+from sadmoe.training.resume import Checkpoint, read, write
 
 __all__ = ["RouterConfig", "RouterFit", "collect_inputs", "fit_router_", "fit_routers_", "stream_inputs"]
 
@@ -52,7 +52,7 @@ class RouterConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"RouterConfig: {name} must be at least 1, got {getattr(self, name)}")
         if not self.lr > 0:
-            raise ValueError(f"RouterConfig: lr must be positive, got {self.lr}")
+            raise ValueError(f"RouterConfig: lr must be above 0, got {self.lr}")
         if not 0 < self.target_power <= 2:
             raise ValueError(f"RouterConfig: target_power must be in (0, 2], got {self.target_power}")
         if not self.weight_decay >= 0:

@@ -18,8 +18,8 @@ from sadmoe.inputs import stream_inputs
 from sadmoe.layer import DynamicKMoE
 from sadmoe.partition import partition, slots
 from sadmoe.routers import fit_router_
-from sadmoe.sparsify.processes import place
-from sadmoe.sparsify.resume import Checkpoint, read, write
+from sadmoe.training.processes import place
+from sadmoe.training.resume import Checkpoint, read, write
 
 CLUSTERED = 1024  # tokens by whose activity neurons are clustered
 JUDGED = 1024  # tokens of each layer on which the report's share and error are measured

@@ -28,7 +28,7 @@ from sadmoe.ffn import (
 )
 from sadmoe.ffn.dense import TENSORS
 from sadmoe.gates import DynamicK
-from sadmoe.sparsify.resume import Checkpoint
+from sadmoe.training.resume import Checkpoint
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the ops take
 

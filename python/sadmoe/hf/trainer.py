@@ -16,8 +16,8 @@ from sadmoe.reference import RECTIFIERS
 from sadmoe.router_loss import RouterLoss
 from sadmoe.routers import RouterConfig
 from sadmoe.sparsify import SparsifyConfig, SparsityLoss
-from sadmoe.sparsify.config import Schedule
 from sadmoe.sparsify.penalty import Penalty
+from sadmoe.training.config import Schedule
 
 
 class Term(Protocol):

@@ -13,12 +13,12 @@ from sadmoe.batches import Batches, check_batches, refuse_compiled
 from sadmoe.checks import check_config
 from sadmoe.ffn import FFNSite, find_ffns, swap_activations_
 from sadmoe.reference import RECTIFIERS
-from sadmoe.sparsify.config import SparsifyConfig, Step
-from sadmoe.sparsify.guards import all_or_nothing, mode, seeded
-from sadmoe.sparsify.objective import Loss, Objective, distill_hidden, distill_logits, task
+from sadmoe.sparsify.config import SparsifyConfig
 from sadmoe.sparsify.penalty import LayerSparsity, SparsityLoss, measure_sparsity
-from sadmoe.sparsify.resume import Checkpoint
-from sadmoe.sparsify.train import train
+from sadmoe.training import Checkpoint, Step
+from sadmoe.training.guards import all_or_nothing, mode, seeded
+from sadmoe.training.loop import train
+from sadmoe.training.objective import Loss, Objective, distill_hidden, distill_logits, task
 
 logger = logging.getLogger(__name__)
 MEASURED_BATCHES = 8  # of the training batches, for the sparsity before and after

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sadmoe import files
 from sadmoe.batches import device_of
 from sadmoe.checks import check_fields
-from sadmoe.sparsify.processes import place
+from sadmoe.training.processes import place
 
 FORMAT = 1
 KEY = "sadmoe run"

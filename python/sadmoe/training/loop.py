@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sadmoe.batches import Batch, Batches, device_of, to_device
-from sadmoe.sparsify import processes
-from sadmoe.sparsify.config import SparsifyConfig, Step
-from sadmoe.sparsify.objective import Objective
-from sadmoe.sparsify.resume import Checkpoint, Saver
+from sadmoe.training import processes
+from sadmoe.training.config import LoopConfig, Step
+from sadmoe.training.objective import Objective
+from sadmoe.training.resume import Checkpoint, Saver
 
 PenaltyOf = Callable[[Any], Tensor]
 
@@ -23,7 +23,7 @@ PenaltyOf = Callable[[Any], Tensor]
 def train(
     model: nn.Module,
     batches: Batches,
-    config: SparsifyConfig,
+    config: LoopConfig,
     objective: Objective,
     penalty_of: PenaltyOf,
     progress: bool,
@@ -74,7 +74,7 @@ class _Update:
         self,
         name: str,
         model: nn.Module,
-        config: SparsifyConfig,
+        config: LoopConfig,
         objective: Objective,
         penalty_of: PenaltyOf,
         stream: Iterator[tuple[int | None, Batch]],
@@ -155,7 +155,7 @@ class _Update:
             processes.sum_(p.grad for p in self.parameters if p.grad is not None)
 
 
-def _done(config: SparsifyConfig, steps: int, seconds: float) -> float:
+def _done(config: LoopConfig, steps: int, seconds: float) -> float:
     """Share of the run that is over: by steps the middle of the next one, so that no update has lr 0; 1
     ends it."""
     if config.steps is not None:
