@@ -78,7 +78,7 @@ def test_a_model_is_sparse_where_its_activations_are_zero():
 def test_of_a_model_that_is_all_ffn_nothing_would_be_left():
     found = sadmoe.survey(TINY["sequential alone"].model(), [TINY["sequential alone"].batch()])
     assert found.share == pytest.approx(1.0)
-    assert "it would need none" in str(found)
+    assert "the model would need none" in str(found)
 
 
 def test_an_ffn_that_a_batch_proved_is_no_projection_too():

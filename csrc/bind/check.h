@@ -164,6 +164,10 @@ inline RouterShape check_router(const char* op, const Tensor& x, const Tensor& v
   return {x.size(0), x.size(1), v1.size(0), v2.size(0)};
 }
 
+inline Router router_of(Arguments& keep, const Tensor& v1, const Tensor& v2, float tau) {
+  return {keep.add("v1", v1), keep.add("v2", v2), v1.size(0), tau};
+}
+
 inline void check_router_experts(const char* op, const Tensor& v2, int64_t E) {
   check(v2.size(0) == E, op, "v2 must have a row for each of the E = ", E, " experts of w_up, got ", ShapeOf{v2});
 }

@@ -16,10 +16,6 @@ cpu::Threads torch_threads() {
           }};
 }
 
-Router router_of(Arguments& keep, const Tensor& v1, const Tensor& v2, float tau) {
-  return {keep.add("v1", v1), keep.add("v2", v2), v1.size(0), tau};
-}
-
 Tensor router_scores(const Tensor& x, const Tensor& v1, const Tensor& v2) {
   const char* op = "router_scores";
   const RouterShape shape = check_router(op, x, v1, v2);

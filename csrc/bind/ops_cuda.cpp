@@ -28,10 +28,6 @@ T* written(OnDevice& device, const char* name, const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-Router router_of(Arguments& keep, const Tensor& v1, const Tensor& v2, float tau) {
-  return {keep.add("v1", v1), keep.add("v2", v2), v1.size(0), tau};
-}
-
 Tensor run_router(OnDevice& device, const char* op, const Tensor& x, View rows, const Router& router, const RouterShape& shape) {
   const Tensor hidden = empty_beside(x, {shape.T, shape.r}, ScalarType::Float);
   const Tensor scores = empty_beside(x, {shape.T, shape.E}, ScalarType::Float);

@@ -10,9 +10,9 @@ constexpr int64_t kLine = 64, kPage = 4096;  // bytes
 
 // Prefetches a range of memory at an even pace, so that it ends with the last product: bursts would have to wait, and memory
 // gives lines fastest in their order. Into the second-level cache, where a core may wait for more lines than in the first-level
-// one: fetching into that took a Zen 4 1.2 to 1.9 times as long where weights came from memory. But where a page had to be looked
-// up first, the former held up all its work for 50 ns, the latter not at all: so of every page, one line is asked for into the
-// first-level cache beforehand. A template of Vec: a function of one instruction set must not be linked into another.
+// one: fetching into that took a Zen 4 1.2 to 1.9 times as long where weights came from memory. But a prefetch into the second
+// level stalls for about 50 ns where the page must be looked up, and one into the first level does not: so one line of every page
+// is first prefetched into the first level. A template of Vec: a function of one instruction set must not be linked into another.
 template <class Vec>
 class Ahead {
  public:

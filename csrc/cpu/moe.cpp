@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kBlock = 512, kSmallestBlock = 64, kLargestBlock = 2048;
 // Floats of activations that a thread's block may need where every expert runs; one that has grown, as many as dense has.
 constexpr int64_t kHidden = 1 << 22;
-constexpr int64_t kFewRows = 32;    // of an expert, on average: below it time is the weights' way from memory
+constexpr int64_t kFewRows = 32;    // of an expert, on average: below it the time is spent fetching weights
 constexpr int64_t kRows = 64;       // of an expert, on average, for which blocks grow where weights come from memory:
 constexpr int64_t kNear = 1 << 25;  // bytes of weights that a last-level cache may hold from one block to the next
 constexpr int64_t kSums = 1 << 16;  // sums of y that near caches hold, beside weights that are used once

@@ -10,12 +10,6 @@
 
 namespace sadmoe::cpu {
 
-inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::i8 ? 1 : 2; }
-
-inline View at(View view, int64_t elements) {
-  return {view ? static_cast<const char*>(view.data) + elements * size_of(view.dtype) : nullptr, view.dtype};
-}
-
 // Uninitialised, and on a line of the cache: vectors that lie across two take twice as long.
 template <class T>
 class Buffer {

@@ -1,4 +1,4 @@
-// Few tokens: time is the weights' way from memory. Each weight that any token needs is read once, by 16 bytes, with many
+// With few tokens, time is spent reading weights. Each weight that any token needs is read once, by 16 bytes, with many
 // reads in flight, and every token goes along; what a token did not choose is left out of its sum. Results are those of
 // up.cuh and down.cuh bit for bit.
 #pragma once

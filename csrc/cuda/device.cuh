@@ -119,8 +119,7 @@ SADMOE_DEVICE T shuffle_up(T v, int lanes) {
 }
 SADMOE_DEVICE unsigned ballot(bool v) { return __ballot_sync(~0u, v); }
 
-// The same, but in a register: compilers would rather compute it again at every use, than know that it is used a lot. None
-// sees through a shuffle.
+// The same value, pinned in a register: compilers tend to compute it again at every use, and none sees through a shuffle.
 SADMOE_DEVICE int kept(int v) { return shuffle(v, thread_index()); }
 template <class T>
 SADMOE_DEVICE const T* kept(const T* p) {

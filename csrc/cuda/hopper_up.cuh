@@ -1,7 +1,7 @@
 // up.cuh on devices of capability 9.0, 16 bits: the same functions by the products of warpgroups. Of a block that stays for
 // many tiles, one warpgroup brings operands into a ring of stages, rows of tokens by its own copies and weights by the copy
-// engine; two multiply them. The sum of an element runs over the depth as in tile.cuh, 16 steps by 16; that products of a
-// warpgroup round as those of a warp do, so that all kernels have the same bits, bench_cuda conformance asks the device.
+// engine; two multiply them. The sum of an element runs over the depth as in tile.cuh, 16 steps by 16. All kernels have
+// the same bits if products of a warpgroup add as those of a warp do: bench_cuda conformance asks the device.
 #pragma once
 #include "cuda/hopper_ring.cuh"
 #include "cuda/up.cuh"

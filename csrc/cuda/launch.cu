@@ -267,8 +267,8 @@ int down_tiles(int64_t T, int64_t d_out, DType dtype, const Options& options, co
                            [&](auto tile) { return down_tiles<typename decltype(tile)::type>(T, d_out, device); });
 }
 
-// By a model, not measured. What `up_all` does is all full tiles; of an expert's neurons a strip takes as long as so many columns
-// of those: as it computes, or, of few, as bringing the tokens' rows takes. Every multiprocessor must have two tiles.
+// By a model, not measured. `up_all` computes only full tiles. Expert by expert, a strip costs as many of their columns as it
+// computes or, if it has few, as fetching its tokens' rows costs. Every multiprocessor must have two tiles.
 double up_all_share(const ExpertsShape& shape, DType dtype, bool gated, bool warpgroups, const Options& options,
                     const Device& device) {
   constexpr double kNever = 2, kWorth = 0.9;  // above: not worth a launch

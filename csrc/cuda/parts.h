@@ -10,14 +10,8 @@
 
 namespace sadmoe::cuda {
 
-inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 inline int64_t divide(int64_t n, int64_t by) { return (n + by - 1) / by; }
 inline int64_t padded(int64_t n) { return divide(n, 8) * 8; }  // whole 16 bytes in any dtype
-
-inline View at(View view, int64_t i) {
-  if (view) view.data = static_cast<const char*>(view.data) + i * size_of(view.dtype);
-  return view;
-}
 
 inline Matrix matrix(View view, int64_t ld) {
   const bool wide = reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && ld * size_of(view.dtype) % 16 == 0;

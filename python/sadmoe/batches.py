@@ -33,7 +33,7 @@ def run(model: nn.Module, batch: Batch) -> Any:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model that torch.compile was given, where this is what it returned."""
+    """The original module of a compiled one; any other model as it is."""
     return getattr(model, "_orig_mod", model)
 
 
@@ -95,7 +95,7 @@ def samples_in(batch: Batch) -> int:
 
 
 def refuse_compiled(model: nn.Module) -> None:
-    """Raises ValueError where the model, or a part, was compiled: what runs then passes by modules and their hooks."""
+    """Raises ValueError where the model, or a part, was compiled: it then bypasses its modules' hooks."""
     for name, module in model.named_modules():
         if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
             raise ValueError(

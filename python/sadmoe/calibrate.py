@@ -13,8 +13,6 @@ from sadmoe.cost import CostReport, cost_of_masks, cost_of_shares
 from sadmoe.dial import Filter, Taus, converted_layers, set_tau, tau
 from sadmoe.masks import record_masks
 
-__all__ = ["Calibration", "calibrate_", "set_tau", "tau"]
-
 SMALLEST_TAU = 1e-6  # the working points of the paper lie between 1e-3 and 0.1
 EVALUATIONS = 12  # of the model on the batches, at most: by halves, leaves tau known to 1 %
 TOLERANCE = 0.002  # a cost this close under the budget, as a share of the dense cost, ends the search
@@ -51,7 +49,9 @@ def calibrate_(
     skip_padding: bool = True,
     progress: bool = False,
 ) -> Calibration:
-    """Finds one tau for all converted layers, or those of the filter, in [1e-6, 1], and sets it.
+    """Finds one tau for all converted layers, or those of the filter, and sets it.
+
+    It is in [1e-6, 1], or 0 where every expert may run.
 
     budget: the smallest tau whose layers execute at most this share of their dense FLOPs, in (0, 1].
     max_loss_increase: the largest tau found whose loss is at most this much above the loss at tau = 0, every expert on,

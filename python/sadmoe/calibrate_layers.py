@@ -56,10 +56,10 @@ def calibrate_layers_(
 ) -> LayerCalibration:
     """Finds a tau for each converted layer, all for one budget as in `calibrate_`, and sets them.
 
-    It begins with one tau. Then each layer alone gets a quarter to four times that, or 0, and what the model then loses
-    is set against what the layer costs where all have it. These are added up, as if no layer felt another, and one
-    price of a FLOP decides in all layers. What that chooses is scaled until the model uses the budget up, and kept
-    where the model then loses less than with one tau: on these batches it is never worse.
+    First one tau is found. Then each layer in turn is tried at 0 and at a quarter to four times that tau, and the
+    model's loss is noted. Assuming that losses add up, the cheapest combination is chosen at one price per FLOP, scaled
+    to use up the budget, and kept only if the model then loses less than with one tau: on these batches it is never
+    worse.
     loss(model, batch) -> scalar runs the model itself, as in `calibrate_`; by default |y - y0|² / |y0|² of logits or
     hidden states at real tokens, y0 at tau = 0. The model runs over the batches 7 times for each layer, and some 30
     times more: give few. skip_padding: as in `cost`. Raises ValueError where no tau meets the budget, or the loss is

@@ -33,8 +33,12 @@ class Data:
     def words(self) -> list[str]:
         """The tokens of the first sample, of text; of a pair, those of the source."""
         assert self.first is not None
-        ids = self.first["input_ids"][0].tolist()
-        return [self.processor.decode([i]).strip() or "␣" for i in ids]
+        return words_of(self.processor, self.first["input_ids"][0])
+
+
+def words_of(tokenizer: Any, ids: Tensor) -> list[str]:
+    """What each token of ids [n] stands for, to print."""
+    return [tokenizer.decode([i]).strip() or "␣" for i in ids.tolist()]
 
 
 def load_data(model: Any, folder: Path, path: Path, *, batch_size: int, max_length: int) -> Data:

@@ -1,7 +1,7 @@
 """What the demo tells: what each way to run the model costs, keeps and gains, as rows of a table and as a picture."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from sadmoe.cost import cost, cost_of_masks
 from sadmoe.demo import Fidelity, embeddings, fidelity
 from sadmoe.dial import converted_layers, tau
 from sadmoe.ffn import FFNSite, find_ffns
-from sadmoe.masks import record_masks
+from sadmoe.masks import MaskRecord, record_masks
 from sadmoe.report import Series, plot_curves
 from sadmoe.tables import format_table
 
@@ -61,7 +61,7 @@ def top_half(contribution: Tensor) -> Tensor:
 
 
 @contextmanager
-def masked(sites: Sequence[FFNSite], keep: Callable[[Tensor, FFNSite], Tensor]) -> Any:
+def masked(sites: Sequence[FFNSite], keep: Callable[[Tensor, FFNSite], Tensor]) -> Iterator[None]:
     """Inside, only the neurons of keep(contributions [..., f], site) reach the down projection.
 
     A neuron's contribution is |a_j| |w_down,j|, the norm of what it adds to the output.
@@ -103,7 +103,7 @@ def sweep(
     dense: nn.Module,
     model: nn.Module,
     taus: Sequence[float],
-    tests: Any,
+    tests: Sequence[Mapping[str, Tensor]],
     wanted: Tensor,
     name: str = CONVERTED,
 ) -> list[Row]:
@@ -124,7 +124,7 @@ def sweep(
     return rows
 
 
-def embedded_with(record: Any, model: nn.Module, batch: Any) -> Tensor:
+def embedded_with(record: MaskRecord, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """The embeddings of one batch, its masks recorded."""
     with record.batch(batch):
         return embeddings(model, [batch])

@@ -31,7 +31,7 @@ INT8 = {
     "int8",
     "column_scales",
     "rounded_router",
-}  # keys of a layer in int8; without the last two, of an older one
+}  # keys of a layer in int8; files of older versions lack the last two
 
 
 def describe(layer: DynamicKMoE) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def describe(layer: DynamicKMoE) -> dict[str, Any]:
 def _describe_int8(layer: DynamicKMoE) -> dict[str, Any]:
     if layer.scale_up is None:
         return {}
-    rounded = layer.router.v1.dtype == torch.bfloat16 != layer.scale_up.dtype
+    rounded = layer.router.v1.dtype == torch.bfloat16 and layer.scale_up.dtype != torch.bfloat16
     said = {"int8": True, "column_scales": layer.scale_out is not None, "rounded_router": rounded}
     return {key: True for key, holds in said.items() if holds}
 

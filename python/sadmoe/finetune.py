@@ -26,7 +26,7 @@ from sadmoe.training.processes import mean_over_processes
 from sadmoe.training.resume import Checkpoint
 
 logger = logging.getLogger(__name__)
-MEMORY = 0.9  # of the executed share: how much of the last value stays at each update
+MEMORY = 0.9  # decay of the running mean of the executed share, per update
 
 
 @dataclass(frozen=True)

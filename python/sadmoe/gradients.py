@@ -1,4 +1,4 @@
-"""Gradients of the ops by hand, the mask held constant. What forward made on the way is made again, nothing is kept."""
+"""Gradients of the ops by hand, the mask held constant. Only inputs are saved: intermediates are computed again."""
 
 from collections.abc import Callable
 from typing import TypeGuard
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sadmoe.reference import ACTIVATIONS, dequantized_experts
+from sadmoe.reference import ACTIVATIONS, dequantized_experts, linear_of_experts
 
 aten = torch.ops.aten
 BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # (gradient of act(z), z) -> gradient of z
@@ -56,13 +56,13 @@ def of_sparse_experts(
     def masked(neurons: Tensor) -> Tensor:  # [T, E * s], 0 where the expert did not run
         return neurons.unflatten(-1, w_up.shape[:2]).where(kept, 0).flatten(-2)
 
-    up = _linear(x, w_up, b_up)
+    up = linear_of_experts(x, w_up, b_up)
     grad_hidden = masked(grad @ w_down.flatten(0, 1).T)
     if w_gate is None:
         hidden = ACTIVATIONS[act](up)
         grad_up, grad_gate = BACKWARD[act](grad_hidden, up), None
     else:
-        gate = _linear(x, w_gate, b_gate)
+        gate = linear_of_experts(x, w_gate, b_gate)
         opened = ACTIVATIONS[act](gate)
         hidden = opened * up
         grad_up, grad_gate = grad_hidden * opened, BACKWARD[act](grad_hidden * up, gate)
@@ -113,7 +113,3 @@ def _of_linear(
 
 def _needed(tensor: Tensor | None) -> TypeGuard[Tensor]:
     return tensor is not None and tensor.requires_grad
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())

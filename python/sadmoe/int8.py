@@ -1,4 +1,4 @@
-"""Experts' weights in int8 and routers in 16 bits: a quarter and half of float32's bytes, which few tokens wait for."""
+"""Experts in int8 and routers in bfloat16, a quarter and half of float32's bytes, for which few tokens mostly wait."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

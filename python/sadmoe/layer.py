@@ -21,7 +21,7 @@ SCALES = {"w_up": "scale_up", "w_gate": "scale_gate", "w_down": "scale_down"}  #
 ALL_SCALES = (*SCALES.values(), "scale_out")
 Maybe = Tensor | None
 Int8Weights = tuple[Tensor, Tensor, Tensor, Tensor, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe]
-LARGE = 128  # neurons of an expert, from which on the op takes no less time for each
+LARGE = 128  # neurons from which an expert costs the op no less per neuron: `op_on_all` joins smaller ones up to it
 NORM_FLOOR = 1e-12  # norms below it are 0: what rounding leaves of a silent expert
 
 
@@ -72,15 +72,15 @@ class DynamicKMoE(nn.Module):
     w_up, w_gate [E, s, d]; w_down [E, s, d_out]; b_up, b_gate [E, s]; b_out [d_out]; permutation [E * s]: the neuron
     of the dense FFN that each slot holds. `dropout` acts on the output, in training only.
 
-    batch_invariant: whether a token's bits may depend on nothing but the token. Where many experts run, computing all
-    of them by torch's products and masking their neurons can be faster than the sparse op, and `paths` says where; but
-    how torch's products round differs with the number of tokens.
-      True   nothing else: always the op, also at tau = 0.
-      None   the default. float32: as True at tau > 0. 16 bits: dense where that is over 10 % faster (CUDA: 5 %). What
-             decides is the same from run to run: on the CPU the mask of the call itself, on CUDA `expected_share`, for
+    batch_invariant: must a token's bits depend on nothing but the token? Where many experts run, computing all of them
+    by torch's products and masking their neurons can be faster than the sparse op, and `paths` says where; but how
+    torch's products round differs with the number of tokens.
+      True   yes: always the op, also at tau = 0.
+      None   the default: yes in float32 at tau > 0. In 16 bits dense runs where it is over 10 % faster (CUDA: 5 %).
+             What decides is the same from run to run: on the CPU the mask of the call, on CUDA `expected_share`, for
              the share of this call would have to be waited for. Without it dense runs there only where it wins at any
              share, as with few tokens in small layers.
-      False  dense wherever it is faster. On CUDA by the share of earlier calls, from whenever it has arrived.
+      False  no: dense wherever it is faster. On CUDA by the share of earlier calls, from whenever it has arrived.
     At tau = 0, but for True and int8, torch's products, or the op where that was measured to be faster, as it mostly is
     on the CPU. With gradients, and in graphs of torch.compile and torch.export, always the op at tau > 0, but
     for `keeps_hidden`, and always torch at tau = 0, but for True and int8; gates on true norms compute all experts.
@@ -392,7 +392,7 @@ class DynamicKMoE(nn.Module):
             return 1.0
         unasked = self.batch_invariant is None
         if unasked and x.dtype.itemsize > 2 and not torch._C._is_any_autocast_enabled():
-            return 1.0  # whatever else holds: to ask takes time
+            return 1.0  # at once: the checks below take time and would not change the answer
         if not self._runs_plainly(x) or (dtype := self._dtype_of_products(x)) is None:
             return 1.0
         if unasked and dtype.itemsize > 2:
@@ -400,7 +400,9 @@ class DynamicKMoE(nn.Module):
         slack = paths.WORTH[x.device.type] if unasked else 1.0
         until = paths.sparse_until(self._shape_in(dtype), len(x), x.device, dtype, slack)
         if unasked and x.device.type == "cuda" and self.expected_share is None:
-            return 0.0 if until * self.experts < 1 else 1.0  # a token runs one at least; more is not known
+            return (
+                0.0 if until * self.experts < 1 else 1.0
+            )  # the share is not known, but for one expert a token
         return until
 
     def _dtype_of_products(self, x: Tensor) -> torch.dtype | None:

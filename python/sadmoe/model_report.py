@@ -2,17 +2,18 @@
 
 import platform
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from sadmoe.batches import Batch, device_of, evaluating, run, to_device
-from sadmoe.data import SHOWN, Data
+from sadmoe.data import SHOWN, Data, words_of
 from sadmoe.dial import converted_layers
 from sadmoe.evaluate import Point, header
 from sadmoe.gates import DynamicK
+from sadmoe.layer import DynamicKMoE
 from sadmoe.masks import experts_per_token, record_masks
 from sadmoe.report import Heat, Page, Panel, Series
 from sadmoe.tables import si
@@ -118,10 +119,10 @@ def layer_heat(heading: str, model: nn.Module, batch: Batch, labels: Sequence[st
 def sentence_heat(heading: str, model: nn.Module, tokenizer: Any, sentence: str) -> Heat:
     """The same for the tokens of a sentence, the first SHOWN."""
     batch = dict(tokenizer(sentence, truncation=True, max_length=SHOWN, return_tensors="pt"))
-    words = [tokenizer.decode([i]).strip() or "␣" for i in batch["input_ids"][0].tolist()]
+    words = words_of(tokenizer, batch["input_ids"][0])
     return layer_heat(heading, model, to_device(batch, device_of(model)), words)
 
 
-def _sizes(layers: Any) -> str:
+def _sizes(layers: Mapping[str, DynamicKMoE]) -> str:
     sizes = dict.fromkeys(f"{layer.experts} x {layer.expert_size}" for layer in layers.values())
     return ", ".join(sizes)

@@ -73,9 +73,11 @@ def sparse_experts(
     -> [T, d_out] of x's dtype.
     """
     experts, s, _ = w_up.shape
-    hidden = _linear(x, w_up, b_up)
+    hidden = linear_of_experts(x, w_up, b_up)
     hidden = (
-        ACTIVATIONS[act](hidden) if w_gate is None else ACTIVATIONS[act](_linear(x, w_gate, b_gate)) * hidden
+        ACTIVATIONS[act](hidden)
+        if w_gate is None
+        else ACTIVATIONS[act](linear_of_experts(x, w_gate, b_gate)) * hidden
     )
     hidden = hidden.unflatten(-1, (experts, s)).where(mask.unsqueeze(-1), 0.0)
     y = hidden.flatten(-2) @ w_down.flatten(0, 1)
@@ -184,5 +186,6 @@ def dynamic_k_moe_int8(
     )
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_of_experts(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T, d] by all neurons: weight [E, s, d], bias [E, s] -> [T, E * s]."""
     return F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())

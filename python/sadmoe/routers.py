@@ -226,7 +226,7 @@ def _check_fit(layer: DynamicKMoE, inputs: Tensor, config: RouterConfig) -> None
     if inputs.dim() != 2 or inputs.shape[1] != d or len(inputs) < 2 or not inputs.is_floating_point():
         raise ValueError(
             f"inputs must be floating point [n, {d}] with n >= 2, got {inputs.dtype} {list(inputs.shape)}: "
-            "pass the tokens that enter this FFN, see collect_inputs, some of which must not be padding"
+            "pass the tokens that enter this FFN, see sadmoe.inputs.collect_inputs, some of which must not be padding"
         )
     if width != config.width:
         raise ValueError(

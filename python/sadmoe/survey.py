@@ -83,12 +83,12 @@ class Survey:
         lines = [
             f"{self.model}, {si(self.parameters)} parameters: {len(self.ffns)} FFNs have "
             f"{self.ffn_parameters:.1%} of them and {self.share:.1%} of the FLOPs on this data",
-            f"if they cost nothing, it would need {_fewer(self.share)}",
+            f"if they cost nothing, the model would need {_fewer(self.share)}",
         ]
         if self.projection_count:
             lines[-1] += (
-                f"; with its {self.projection_count} projections of attention, another {self.projections:.1%}, by "
-                f"replace_projections_, {_fewer(self.share + self.projections)}"
+                f"; if its {self.projection_count} projections of attention (another {self.projections:.1%}, see "
+                f"replace_projections_) cost nothing either, {_fewer(self.share + self.projections)}"
             )
         advice = (
             "half of the activations or more are 0: convert_ and calibrate_ may do as it is"

@@ -100,7 +100,7 @@ class Test {
       judge(isa, "sparse_experts of 3 threads", layer, y == shared ? 0 : INFINITY);
       const int64_t t = layer.shape.T / 2, d_out = layer.shape.d_out;
       const auto alone = output(layer, [&](Experts p) {
-        p.x = cpu::at(p.x, t * p.shape.d), p.shape.T = 1;
+        p.x = at(p.x, t * p.shape.d), p.shape.T = 1;
         cpu::sparse_experts(p, mask.get() + t * p.shape.E, threads(1));
       });
       judge(isa, "sparse_experts of a token alone", layer,

@@ -4,7 +4,8 @@ It works as the quantization methods of transformers do: config.json says, under
 quant_method "sadmoe", how each FFN was cut, and from_pretrained cuts the model that it has built on the meta
 device before it loads the weights. No remote code, only safetensors. `quantizer` has the classes for that.
 
-`experts` lets stock MoE models run on sadmoe's kernels, `trainer` has the callback of sparsity fine-tuning.
+`experts` lets stock MoE models run on sadmoe's kernels, `trainer` has the callbacks for sparsity fine-tuning and
+for fitting routers.
 
 transformers is never imported from here: `register` waits until somebody else has imported it.
 """

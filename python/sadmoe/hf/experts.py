@@ -1,8 +1,8 @@
 """Stock mixtures of experts of transformers (Mixtral, Qwen-MoE and their like) on sadmoe's kernels.
 
-After `import sadmoe`, `model.set_experts_implementation("sadmoe")` is enough. Only the experts change hands: which run
-is still the choice of the model's own top-k router, of which `set_experts_tau` leaves out what it hardly wants. Before
-torch 2.13 a model must have run once before `torch.compile` can trace it.
+After `import sadmoe`, `model.set_experts_implementation("sadmoe")` is enough. Only how the experts are computed
+changes: the model's own top-k router still chooses, and `set_experts_tau` drops those of small weight. Before torch
+2.13 a model must have run once before `torch.compile` can trace it.
 """
 
 from typing import Any
