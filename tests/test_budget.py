@@ -131,3 +131,10 @@ def test_wrong_numbers_are_refused(model, dense, kw, text):
 def test_a_dense_model_is_refused(dense):
     with pytest.raises(ValueError, match="no converted layer"):
         finetuned(copy.deepcopy(dense), dense)
+
+
+def test_the_converted_model_is_not_the_dense_one(model):
+    with pytest.raises(
+        ValueError, match="dense must be the model from before convert_: got one with converted"
+    ):
+        finetuned(model, model)

@@ -133,7 +133,9 @@ def test_what_is_read_is_not_replaced(folder, text, tmp_path, capsys):
     before = sorted(out.iterdir())
     for model, words in ((out, text), (folder, out / "config.json")):
         assert converted(model, words, out, "--force") == 2
-        assert "which is read: write to another folder" in capsys.readouterr().err
+        assert (
+            "read by this command, and would be replaced: write to another folder" in capsys.readouterr().err
+        )
     assert sorted(out.iterdir()) == before
 
 
@@ -321,7 +323,7 @@ def test_projections_and_a_checkpoint_that_is_taken_up_again(folder, text, tmp_p
     more = ("--tau", "0.2", "--projections", "3", "--sparsify", "0.2", "--checkpoint", str(state))
     monkeypatch.setattr(convert_command, "convert_", interrupt)
     assert converted(folder, text, first, *more) == 130
-    assert f"interrupted; the same command goes on from {state}" in capsys.readouterr().err
+    assert f"interrupted; the same command goes on from the last save in {state}" in capsys.readouterr().err
     assert {path.name for path in state.iterdir()} == {"projections", "sparsify", "data.json"}
     monkeypatch.undo()
     monkeypatch.setattr(torch.optim.AdamW, "step", once_only())
@@ -333,7 +335,7 @@ def test_projections_and_a_checkpoint_that_is_taken_up_again(folder, text, tmp_p
     assert converted(folder, text, tmp_path / "third", *more, "--max-length", "5") == 2
     assert f"--checkpoint: {state} is of another run, of {{'data'" in capsys.readouterr().err
     assert converted(folder, text, tmp_path / "out", "--checkpoint", str(tmp_path / "out/state")) == 2
-    assert "which is read: write to another folder" in capsys.readouterr().err
+    assert "read by this command, and would be replaced: write to another folder" in capsys.readouterr().err
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
 
 
@@ -371,6 +373,26 @@ def test_a_number_that_is_not_above_0_is_refused_by_its_flag(flag, value, tmp_pa
         converted(tmp_path / "no model", tmp_path / "no data", tmp_path / "out", flag, value)
     kind = "number" if flag in ("--sparsify", "--finetune") else "whole number"
     assert f"argument {flag}: must be a {kind} above 0, got '{value}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (("--expert-size", "33"), "neurons do not split into experts of 33; expert_size may be one of"),
+        (("--budget", "0.001"), "budget 0.001 cannot be met: router and one expert cost"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_before_it_is_trained(
+    folder, text, tmp_path, more, told, capsys, monkeypatch
+):
+    monkeypatch.setattr(convert_command, "sparsify_", lambda *_, **__: pytest.fail("it was trained"))
+    assert converted(folder, text, tmp_path / "out", "--sparsify", "9", *more) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_a_folder_is_refused_at_once(tmp_path, text, capsys):
+    assert converted(tmp_path / "no model", text, text / "out") == 2
+    assert f"{text / 'out'} cannot be written: {text} is a file" in capsys.readouterr().err
 
 
 def test_what_calibrate_would_not_look_at_is_refused(tmp_path, capsys):

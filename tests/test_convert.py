@@ -1,5 +1,6 @@
 import json
 import math
+import warnings
 from collections.abc import Callable
 from itertools import count
 
@@ -511,3 +512,22 @@ def test_inference_mode_around_it_changes_nothing():
     convert(twin, batches)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
     assert not any(p.is_inference() for p in model.parameters())
+
+
+def test_hooks_that_will_not_run_are_warned_of():
+    tiny = TINY["llama"]
+    model, other = tiny.model(), tiny.model()
+    config = ConvertConfig(expert_size=6, router=RouterConfig(steps=1))
+    mlp = model.get_submodule(find_ffns(model)[0].name)
+    handle = mlp.register_forward_hook(lambda module, args, output: output * 0)
+    mlp.down_proj.register_forward_pre_hook(lambda module, args: None)
+    name = find_ffns(model)[0].name
+    with pytest.warns(UserWarning, match=rf"^{name}, {name}.down_proj: their forward hooks will not run"):
+        convert_(model, [tiny.batch()], config, progress=False)
+    restore_(model)
+    assert list(mlp._forward_hooks.values())
+    handle.remove()
+    other.register_forward_hook(lambda *_: None)  # of what stays
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        convert_(other, [tiny.batch()], config, progress=False)

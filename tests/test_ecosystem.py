@@ -195,6 +195,16 @@ def test_lora_on_the_linear_layers_of_a_converted_model_trains(tmp_path):
     assert torch.equal(call(again, tokens()), call(adapted.eval(), tokens()))
 
 
+def test_experts_inside_an_adapter_are_neither_rounded_nor_restored():
+    model = converted("llama")
+    adapted = lora(model, target_parameters=["mlp.w_up", "mlp.w_down"])
+    told = r"mlp.* is inside a ParamWrapper, .*: merge the adapter first"
+    for step in (sadmoe.quantize_experts_, sadmoe.restore_):
+        with pytest.raises(ValueError, match=told):
+            step(adapted)
+    sadmoe.quantize_experts_(adapted.merge_and_unload())
+
+
 def test_lora_on_the_experts_trains():
     model = converted("llama")
     sadmoe.set_tau(model, 0.2)

@@ -453,3 +453,36 @@ def test_what_cannot_be_says_so(model, tmp_path):
         sadmoe.RouterLoss(model)
     with pytest.raises(ValueError, match="an adapter leaves the base's weights as they are"):
         sadmoe.save_adapter(model, tmp_path / "adapter.safetensors")
+
+
+def test_int8_and_floats_are_not_loaded_into_each_other():
+    floats, rounded = random_layer(), random_layer()
+    rounded.to_int8_()
+    for layer, other, told in (
+        (
+            floats,
+            rounded,
+            r"w_up is of int8, the model's experts are floats: quantize_experts_\(model\) first",
+        ),
+        (
+            rounded,
+            floats,
+            r"w_up is of floats, the model's experts are int8: dequantize_experts_\(model\) first",
+        ),
+    ):
+        before = {name: t.clone() for name, t in layer.state_dict().items() if not name.startswith("router")}
+        for strict in (True, False):
+            with pytest.raises(RuntimeError, match=told):
+                layer.load_state_dict(other.state_dict(), strict=strict)
+        assert all(torch.equal(layer.state_dict()[name], t) for name, t in before.items())
+    again = random_layer()
+    again.to_int8_()
+    again.load_state_dict(rounded.state_dict())
+
+
+def test_a_router_that_was_cast_in_between_stays_so():
+    layer = random_layer().bfloat16()
+    layer.to_int8_()
+    layer.float()
+    layer.to_float_()
+    assert layer.w_up.dtype == layer.router.v1.dtype == torch.float32

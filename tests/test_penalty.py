@@ -126,13 +126,20 @@ def test_padding_counts_nowhere():
         model(hidden())
         short = sparsity()
         model(x)
-        masked = sparsity(real)
+        masked = sparsity(mask=real)
         model(x)
         by_batch = sparsity({"attention_mask": real})
         model(x)
         everything = sparsity()
+        of_batches = []
+        for batch in (x, (x, x), [{"attention_mask": real}]):
+            model(x)
+            of_batches.append(sparsity(batch))
     torch.testing.assert_close(masked, short)
     assert torch.equal(masked, by_batch)
+    assert of_batches == [everything, everything, masked], (
+        "a tensor is what the model was called with, not a mask"
+    )
     assert not torch.allclose(masked, everything)
 
 
@@ -244,7 +251,7 @@ def test_wrong_arguments_of_the_loss_are_named():
     with SparsityLoss(model) as sparsity:
         model(hidden())
         with pytest.raises(ValueError, match=r"one entry for each of the 14 tokens.*got \(2, 3\)"):
-            sparsity(torch.ones(2, 3))
+            sparsity(mask=torch.ones(2, 3))
 
 
 # ---------------------------------------------------------------- measure_sparsity

@@ -311,3 +311,27 @@ def test_logits_of_padding_alone_are_no_loss():
     objective = distill_logits(copy.deepcopy(dense), dense)
     nothing = batch | {"attention_mask": torch.zeros_like(batch["input_ids"])}
     assert objective(nothing) == 0
+
+
+def test_a_teacher_of_another_kind_is_refused():
+    tiny = TINY["llama"]
+    model, shorter = tiny.model(), tiny.model()
+    del shorter.model.layers[-1]
+    for teacher, told in (
+        (model, "teacher is the model that is trained itself: pass a copy"),
+        (shorter, r"teacher must be a model of the same blocks, but has no model\.layers\.\d+"),
+        (two_ffns(), "teacher must be a model of the same blocks, but has no model.layers.0"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            sparsify_(model, [tiny.batch()], short(), teacher=teacher, progress=False)
+    longer = tiny.model()
+    longer.model.layers.append(copy.deepcopy(longer.model.layers[-1]))
+    with pytest.raises(ValueError, match=r"same blocks, but has \d+ in model.layers, the model \d+"):
+        sparsify_(model, [tiny.batch()], short(), teacher=longer, progress=False)
+
+
+def test_a_folder_is_no_checkpoint():
+    with pytest.raises(
+        TypeError, match=r"checkpoint must be a Checkpoint or None, got 'state': give Checkpoint\(folder\)"
+    ):
+        sparsify_(two_ffns(), data(), short(), loss=mean_square, checkpoint="state", progress=False)

@@ -30,6 +30,7 @@ from sadmoe.tables import format_table
 from sadmoe.training import Checkpoint, LoopConfig
 from sadmoe.training.guards import seeded
 from sadmoe.training.loop import train
+from sadmoe.training.resume import check_checkpoint
 
 logger = logging.getLogger(__name__)
 CHUNK = 4096  # tokens whose targets are computed at once
@@ -216,6 +217,7 @@ def replace_projections_(
     FloatingPointError where a loss is not finite.
     """
     config = ProjectionConfig() if config is None else check_config(config, ProjectionConfig)
+    check_checkpoint(checkpoint)
     check_batches(batches)
     started = time.perf_counter()
     sites = find_projections(model, config.filter, batches=batches)

@@ -131,7 +131,8 @@ def length(batches: Batches) -> int | None:
 
 
 def padding_mask(batch: Batch) -> Tensor | None:
-    """bool [B, T], True for real tokens: a Mapping's "attention_mask" where it is a 2-D tensor, else None."""
+    """bool [B, T], True for real tokens: "attention_mask" of a Mapping, or of a tuple of one, where it is a 2-D tensor;
+    else None."""
     return _mask(batch, "attention_mask")
 
 
@@ -173,5 +174,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _mask(batch: Batch, key: str) -> Tensor | None:
+    if isinstance(batch, tuple | list) and len(batch) == 1:  # as of a SentenceTransformer
+        batch = batch[0]
     mask = batch.get(key) if isinstance(batch, Mapping) else None
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None

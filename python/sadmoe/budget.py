@@ -14,7 +14,7 @@ from sadmoe.calibrate import Calibration, calibrate_, check_budget, check_reacha
 from sadmoe.checks import check_config
 from sadmoe.cost import cost
 from sadmoe.dial import trainable_layers
-from sadmoe.ffn import projection_mlps
+from sadmoe.ffn import moe_layers, projection_mlps
 from sadmoe.finetune import FinetuneConfig, FinetuneReport, finetune_
 from sadmoe.gates import DynamicK, Gate
 from sadmoe.layer import DynamicKMoE
@@ -24,6 +24,7 @@ from sadmoe.routers import RouterConfig, RouterFit, fit_routers_
 from sadmoe.training import Checkpoint
 from sadmoe.training.guards import all_or_nothing
 from sadmoe.training.objective import OutputLoss
+from sadmoe.training.resume import check_checkpoint
 
 # Each layer by itself, on true norms, then the whole model by its routers: in this part of the time that there is.
 LAYERS_PART, LAYERS = 0.3, FinetuneConfig(seconds=1.0, tau=0.07, ramp=0.0, alpha=0.02, share=0.2, lr=1e-3)
@@ -81,9 +82,12 @@ def finetune_for_budget_(
     Raises what the steps raise; after any error the model is as it was, its gates too.
     """
     check_budget(budget)
+    check_checkpoint(checkpoint)
     check_batches(batches)
     if not seconds > 0:
         raise ValueError(f"seconds must be above 0, got {seconds}")
+    if moe_layers(dense):
+        raise ValueError("dense must be the model from before convert_: got one with converted layers")
     sparse = dense if sparse is None else sparse
     layers = trainable_layers(model)
     check_reachable(budget, cost(model, shares=1.0))

@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.command(arguments)
     except KeyboardInterrupt:
         saved = getattr(arguments, "checkpoint", None)
-        told = f"the same command goes on from {saved}" if saved else "nothing was written"
+        kept = saved is not None and any(saved.rglob("*.safetensors"))
+        told = f"the same command goes on from the last save in {saved}" if kept else "nothing was saved"
         print(f"sadmoe: interrupted; {told}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError, FloatingPointError) as error:

@@ -11,7 +11,7 @@ from torch import nn
 
 from sadmoe.attention import ProjectionConfig, replace_projections_
 from sadmoe.budget import finetune_for_budget_
-from sadmoe.convert import ConvertConfig, convert_
+from sadmoe.convert import ConvertConfig, checked_sites, convert_
 from sadmoe.cost import cost
 from sadmoe.data import Data
 from sadmoe.int8 import quantize_experts_
@@ -96,6 +96,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     data = data_of(arguments, model)
     if arguments.checkpoint is not None:
         _check_same_data(arguments)
+    checked_sites(model, data.batches, _conversion(arguments))  # before anything is trained
     dense = copy.deepcopy(model) if _compares_with_dense(arguments) else None
     _prepare(model, dense, data, arguments)
     if arguments.finetune is None:

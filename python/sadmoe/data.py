@@ -90,7 +90,7 @@ def _from_python(path: Path, folder: Path) -> Data:
     if not isinstance(batches, Sequence) or not batches:
         raise ValueError(
             f"--data: {path} must set `batches` to a list of what the model is called with, or to a function that "
-            f"makes one; got {type(batches).__name__}"
+            f"makes one; got {'an empty list' if batches == [] else type(batches).__name__}"
         )
     return Data(batches, load_processor(folder), "python")
 

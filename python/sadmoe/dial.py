@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from sadmoe.checks import check_filter
 from sadmoe.ffn import moe_layers
@@ -37,6 +37,22 @@ def trainable_layers(model: nn.Module) -> dict[str, DynamicKMoE]:
                 f"the experts of {name} are int8 and cannot be trained: dequantize_experts_(model) first"
             )
     return layers
+
+
+def check_own_weights(model: nn.Module, layers: Mapping[str, DynamicKMoE]) -> None:
+    """Raises ValueError where weights of a layer are not just its own: changed by an adapter around it, or sharded."""
+    wrapped = {id(getattr(m, "base_layer", None)): type(m).__name__ for m in model.modules()}
+    for name, layer in layers.items():
+        if id(layer) in wrapped:
+            raise ValueError(
+                f"{name} is inside a {wrapped[id(layer)]}, which changes its weights at every call: merge the adapter "
+                "first (peft: merge_and_unload), or take it off"
+            )
+        for key, p in layer.named_parameters(recurse=False):
+            if type(p.data) is not Tensor:
+                raise ValueError(
+                    f"{name}.{key} is a {type(p.data).__name__}: gather the model's weights first"
+                )
 
 
 def set_tau(model: nn.Module, tau: Taus, *, filter: Filter | None = None) -> None:

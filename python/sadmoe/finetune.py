@@ -23,7 +23,7 @@ from sadmoe.training.guards import all_or_nothing, mode, seeded
 from sadmoe.training.loop import train
 from sadmoe.training.objective import Loss, OutputLoss, distill_hidden, task
 from sadmoe.training.processes import mean_over_processes
-from sadmoe.training.resume import Checkpoint
+from sadmoe.training.resume import Checkpoint, check_checkpoint
 
 logger = logging.getLogger(__name__)
 MEMORY = 0.9  # decay of the running mean of the executed share, per update
@@ -103,6 +103,7 @@ def finetune_(
     raised, the model is as it was before, bit for bit.
     """
     check_config(config, FinetuneConfig)
+    check_checkpoint(checkpoint)
     check_batches(batches)
     layers = trainable_layers(model)
     if teacher is not None and loss is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sadmoe.dial import converted_layers
+from sadmoe.dial import check_own_weights, converted_layers
 from sadmoe.layer import ALL_SCALES, SCALES, DynamicKMoE
 from sadmoe.tables import format_table
 
@@ -57,6 +57,7 @@ def dequantize_experts_(model: nn.Module) -> None:
 def _layers(model: nn.Module, int8: bool, why: str) -> dict[str, DynamicKMoE]:
     """Those layers that are, or are not, int8: others were done before."""
     layers = converted_layers(model)
+    check_own_weights(model, layers)
     found = {name: layer for name, layer in layers.items() if layer.is_int8 is int8}
     if not found:
         raise ValueError(f"the experts of {next(iter(layers))} {why}")

@@ -257,8 +257,30 @@ class DynamicKMoE(nn.Module):
                 setattr(self, name, nn.Parameter(self.float_weights(name), name not in self._frozen))
         for scale_name in ALL_SCALES:
             setattr(self, scale_name, None)
-        self.router.to(self._router_dtype or self.w_up.dtype)
+        if self.router.v1.dtype == torch.bfloat16:  # else the model was cast since
+            self.router.to(self._router_dtype or self.w_up.dtype)
         self._router_dtype = None
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
+    ) -> None:
+        """torch copies between int8 and floats without a word, which makes nonsense of either."""
+        given = state_dict.get(f"{prefix}w_up")
+        if isinstance(given, Tensor) and (given.dtype == torch.int8) != self.is_int8:
+            step = "dequantize_experts_" if self.is_int8 else "quantize_experts_"
+            kinds = ("floats", "int8") if self.is_int8 else ("int8", "floats")
+            errors.append(
+                f"{prefix}w_up is of {kinds[0]}, the model's experts are {kinds[1]}: {step}(model) first"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
         """x [..., d] -> [..., d_out]; x by whatever name the FFN was called with."""

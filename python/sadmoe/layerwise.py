@@ -22,7 +22,7 @@ from sadmoe.layer import DynamicKMoE
 from sadmoe.training.config import Step
 from sadmoe.training.guards import all_or_nothing, mode, seeded
 from sadmoe.training.loop import train
-from sadmoe.training.resume import Checkpoint
+from sadmoe.training.resume import Checkpoint, check_checkpoint
 
 logger = logging.getLogger(__name__)
 CHUNK = 4096  # tokens whose dense outputs are computed at once
@@ -74,6 +74,7 @@ def finetune_layers_(
     Raises ValueError where `teacher` has no FFN of a layer's name and sizes. After any error the model is as it was.
     """
     check_config(config, FinetuneConfig)
+    check_checkpoint(checkpoint)
     check_batches(batches)
     if config.tau is None:
         raise ValueError("finetune_layers_ picks experts by their true norms: give config.tau a threshold")

@@ -12,7 +12,13 @@ def check_folder(folder: Path, force: bool, reads: Sequence[Path] = ()) -> None:
     """Raises an error unless `folder` may be written: absent or empty, or with `force` what sadmoe wrote, and nothing
     of what the command `reads` is in it. Changes nothing."""
     if inside := [path for path in reads if path.resolve().is_relative_to(folder.resolve())]:
-        raise ValueError(f"{folder} holds {inside[0]}, which is read: write to another folder")
+        where = "is" if inside[0].resolve() == folder.resolve() else f"would hold {inside[0]}, which is"
+        raise ValueError(
+            f"{folder} {where} read by this command, and would be replaced: write to another folder"
+        )
+    above = next(path for path in folder.resolve().parents if path.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"{folder} cannot be written: {above} is a file")
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file, and a folder is to be written: choose another name")
     if not folder.exists() or not any(folder.iterdir()):

@@ -19,7 +19,7 @@ from sadmoe.inputs import Place, collect_inputs, stream_inputs
 from sadmoe.layer import DynamicKMoE
 from sadmoe.training.guards import all_or_nothing
 from sadmoe.training.processes import place
-from sadmoe.training.resume import Checkpoint, read, write
+from sadmoe.training.resume import Checkpoint, check_checkpoint, read, write
 
 __all__ = ["RouterConfig", "RouterFit", "collect_inputs", "fit_router_", "fit_routers_", "stream_inputs"]
 
@@ -128,6 +128,7 @@ def fit_routers_(
     of projections of attention keep their width), or where inputs are not finite. Whatever is raised, the routers are
     as they were.
     """
+    check_checkpoint(checkpoint)
     layers, projections = converted_layers(model), projection_mlps(model)
     configs = {
         name: _for_width(config, layer.router.v1.shape[0], free=config is None or name in projections)

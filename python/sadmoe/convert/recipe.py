@@ -1,5 +1,6 @@
 """Find the FFNs, check all, build all, swap all last."""
 
+import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -14,11 +15,12 @@ from sadmoe.convert.config import ConvertConfig
 from sadmoe.convert.report import ConversionReport, LayerReport
 from sadmoe.convert.undo import surgery
 from sadmoe.cost import layer_cost
-from sadmoe.dial import tau
+from sadmoe.dial import check_own_weights, tau
 from sadmoe.ffn import (
     FFNSite,
     check_originals,
     find_ffns,
+    hooked,
     layer_from_dense,
     moe_layers,
     projection_mlps,
@@ -28,7 +30,8 @@ from sadmoe.ffn import (
 )
 from sadmoe.ffn.dense import TENSORS
 from sadmoe.gates import DynamicK
-from sadmoe.training.resume import Checkpoint
+from sadmoe.tables import shortened
+from sadmoe.training.resume import Checkpoint, check_checkpoint
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the ops take
 
@@ -62,7 +65,8 @@ def convert_(
     with torch.inference_mode(False), surgery(model):
         with clock("find"):
             check_batches(batches)
-            sites = _checked_sites(model, batches, config)
+            check_checkpoint(checkpoint)
+            sites = checked_sites(model, batches, config)
         with tau(model, 0.0) if moe_layers(model) else nullcontext():
             built = build_all(model, sites, batches, config, clock, checkpoint, progress)
         for one in built:
@@ -93,6 +97,7 @@ def restore_(model: nn.Module, *, projections: bool = True) -> None:
     original projections are not known.
     """
     names = list(moe_layers(model))
+    check_own_weights(model, moe_layers(model))
     if not names and not (projections and projection_mlps(model)):
         raise ValueError(f"nothing to restore: no FFN of this {type(model).__name__} is converted")
     if projections:
@@ -117,8 +122,9 @@ def _check_runs(model: nn.Module, batches: Batches) -> None:
             ) from error
 
 
-def _checked_sites(model: nn.Module, batches: Batches, config: ConvertConfig) -> list[FFNSite]:
-    """The FFNs to convert, each of which can be cut."""
+def checked_sites(model: nn.Module, batches: Batches, config: ConvertConfig) -> list[FFNSite]:
+    """The FFNs to convert, each of which can be cut. Raises what `convert_` raises where one cannot, or the budget is
+    below the floor: nothing is run for it but probes."""
     refuse_compiled(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -139,6 +145,12 @@ def _checked_sites(model: nn.Module, batches: Batches, config: ConvertConfig) ->
         raise ValueError("nothing was converted, because of\n" + "\n".join(wrong))
     if config.budget is not None:
         _check_budget(sites, config, config.budget)
+    if hooks := [name for site in sites for name in hooked(model, site)]:
+        warnings.warn(
+            f"{', '.join(shortened(hooks, 5))}: their forward hooks will not run while a converted layer is in their "
+            "place; if they change what is computed, even tau = 0 is another model. Remove them, or restore_(model)",
+            stacklevel=3,
+        )
     return sites
 
 

@@ -16,7 +16,7 @@ from sadmoe.ffn.projection import (
 )
 from sadmoe.ffn.scan import FFNNotFoundError, Skipped, find_ffns, scan_ffns
 from sadmoe.ffn.sites import FFNSite, Parts, site_from_spec, spec
-from sadmoe.ffn.surgery import moe_layers, site_of, swap_in, swap_out
+from sadmoe.ffn.surgery import hooked, moe_layers, site_of, swap_in, swap_out
 from sadmoe.ffn.swap import activation_at, swap_activations_
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "empty_mlp",
     "find_ffns",
     "has_originals",
+    "hooked",
     "layer_from_dense",
     "moe_layers",
     "original_of",

@@ -108,6 +108,22 @@ def swap_out(model: nn.Module, name: str) -> None:
         encoder.use_nested_tensor = replaced.nested
 
 
+def hooked(model: nn.Module, site: FFNSite) -> list[str]:
+    """Of the modules that leave the model with the FFN, and so no longer run, those that have forward hooks."""
+    block = _block_of(model, site)
+    at = (
+        [lookup(block, path)[2] for path in (site.parts.at, *site.parts.removed)]
+        if site.parts.at
+        else [block]
+    )
+    leaving = {id(m) for part in at if isinstance(part, nn.Module) for m in part.modules()}
+    return [
+        name
+        for name, m in model.named_modules()
+        if id(m) in leaving and (m._forward_hooks or m._forward_pre_hooks)
+    ]
+
+
 def moe_layers(model: nn.Module) -> dict[str, DynamicKMoE]:
     """The converted layers of the model, by name, in its order."""
     return {name: m for name, m in model.named_modules() if isinstance(m, DynamicKMoE)}

@@ -13,7 +13,17 @@ from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from sadmoe import reference
-from sadmoe.batches import Batches, check_batches, device_of, evaluating, real_rows, rows_of, run, to_device
+from sadmoe.batches import (
+    Batch,
+    Batches,
+    check_batches,
+    device_of,
+    evaluating,
+    real_rows,
+    rows_of,
+    run,
+    to_device,
+)
 from sadmoe.ffn import FFNSite, find_ffns
 from sadmoe.gradients import is_recomputed
 
@@ -114,20 +124,20 @@ class SparsityLoss:
         self._handles = []
         self._seen.clear()
 
-    def __call__(self, padding: Tensor | Mapping[str, Any] | None = None) -> Tensor:
+    def __call__(self, batch: Batch | None = None, *, mask: Tensor | None = None) -> Tensor:
         """The penalty of the passes since the last call: a scalar, float32, in the autograd graph of those
         passes.
 
-        padding: bool or 0/1 [B, T], nonzero where a token is real, or the batch whose "attention_mask" says
-        so (in an encoder-decoder also "decoder_attention_mask"). None counts every position, as the paper's
-        code does.
+        batch: what the model was called with, whose "attention_mask", if it has one, says which tokens are real (in an
+        encoder-decoder also "decoder_attention_mask").   mask: the same by itself, bool or 0/1 [B, T], nonzero where a
+        token is real. Without either every position counts, as in the paper's code.
         Raises RuntimeError where no pass came before or it left no gradient, ValueError where the mask does
         not fit.
         """
         seen, self._seen = self._seen, defaultdict(list)
         self._check(seen)
         means = [
-            torch.stack([self._mean(site, values, padding) for values in seen[site.name]]).mean()
+            torch.stack([self._mean(site, values, batch, mask) for values in seen[site.name]]).mean()
             for site in self.sites
             if site.name in seen
         ]
@@ -165,19 +175,17 @@ class SparsityLoss:
                 "with reentrant checkpointing (set gradient_checkpointing_kwargs={'use_reentrant': False})"
             )
 
-    def _mean(self, site: FFNSite, values: Tensor, padding: Tensor | Mapping[str, Any] | None) -> Tensor:
-        if padding is None:
-            return values.mean()
-        if isinstance(padding, Mapping):
-            real = real_rows(self.model, site.name, padding, values.unsqueeze(-1))
+    def _mean(self, site: FFNSite, values: Tensor, batch: Batch | None, mask: Tensor | None) -> Tensor:
+        if mask is None:
+            real = None if batch is None else real_rows(self.model, site.name, batch, values.unsqueeze(-1))
             return values.mean() if real is None else _masked_mean(values, real)
-        if padding.numel() != values.numel():
+        if mask.numel() != values.numel():
             raise ValueError(
-                f"padding must have one entry for each of the {values.numel()} tokens {tuple(values.shape)} "
-                f"that {site.name} saw, got {tuple(padding.shape)}; where layers see different tokens, "
+                f"mask must have one entry for each of the {values.numel()} tokens {tuple(values.shape)} "
+                f"that {site.name} saw, got {tuple(mask.shape)}; where layers see different tokens, "
                 "pass the batch instead"
             )
-        return _masked_mean(values, padding)
+        return _masked_mean(values, mask)
 
 
 def _masked_mean(values: Tensor, real: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from sadmoe.training import Checkpoint, Step
 from sadmoe.training.guards import all_or_nothing, mode, seeded
 from sadmoe.training.loop import train
 from sadmoe.training.objective import Loss, Objective, distill_hidden, distill_logits, task
+from sadmoe.training.resume import check_checkpoint
 
 logger = logging.getLogger(__name__)
 MEASURED_BATCHES = 8  # of the training batches, for the sparsity before and after
@@ -96,6 +97,7 @@ def sparsify_(
     Whatever is raised, the model is as it was before, bit for bit.
     """
     check_config(config, SparsifyConfig)
+    check_checkpoint(checkpoint)
     check_batches(batches)
     refuse_compiled(model)
     if loss is not None and config.objective != "task":

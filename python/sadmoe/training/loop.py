@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, astuple
 from typing import Any
 
@@ -32,7 +32,7 @@ def train(
     checkpoint: Checkpoint | None = None,
     name: str = "training",
 ) -> list[Step]:
-    """Minimises objective(batch, index) + alpha * penalty_of(batch or None) by the config's schedule.
+    """Minimises objective(batch, index) + alpha * penalty_of(batch) by the config's schedule.
 
     at(done) is called before each update with the share of the run that is over.   name: of the run, for its bar, its
     errors and `checkpoint`.
@@ -143,7 +143,7 @@ class _Update:
     def _backward(self, batch: Batch, index: int | None, alpha: float) -> Tensor:
         """Adds the gradients of one batch; its objective and penalty, as shares of the update's."""
         value = self.objective(batch, index)
-        penalty = self.penalty_of(batch if isinstance(batch, Mapping) else None)
+        penalty = self.penalty_of(batch)
         parts = 1 / self.config.accumulate
         ((value + alpha * penalty) * parts).backward()
         return torch.stack([value.detach().double(), penalty.detach().to(self.device).double()]) * parts

@@ -69,6 +69,7 @@ def distill_hidden(
     the same batch comes again.
     """
     names = list(dict.fromkeys(block_of(model, site) for site in sites))
+    _check_teacher(model, dense, names)
     kept = Kept(kept_bytes)
 
     def dense_states(batch: Batch) -> tuple[dict[str, list[Tensor]], Any]:
@@ -83,6 +84,16 @@ def distill_hidden(
         missed = [name for name in names if len(hidden[name]) != len(targets[name]) or not hidden[name]]
         if missed:
             raise ValueError(f"the batches never reach {', '.join(missed)}: pass batches that run every FFN")
+        other = [
+            f"{name} {list(h.shape)}, not {list(t.shape)}"
+            for name in names
+            for h, t in zip(hidden[name], targets[name], strict=True)
+            if h.shape != t.shape
+        ]
+        if other:
+            raise ValueError(
+                f"teacher must be a model of the same sizes, but what leaves blocks differs: {other[0]}"
+            )
         errors = [
             _relative_error(h, t, real_rows(model, name, batch, h))
             for name in names
@@ -92,6 +103,20 @@ def distill_hidden(
         return error if output_loss is None else error + output_loss(given, wanted, batch)
 
     return objective
+
+
+def _check_teacher(model: nn.Module, teacher: nn.Module, blocks: Sequence[str]) -> None:
+    """Raises ValueError where the teacher is the model itself, or a model of other blocks."""
+    if teacher is model:
+        raise ValueError("teacher is the model that is trained itself: pass a copy of it from before")
+    if missing := [name for name in blocks if not is_module(teacher, name)]:
+        raise ValueError(f"teacher must be a model of the same blocks, but has no {', '.join(missing)}")
+    for name in dict.fromkeys(name.rpartition(".")[0] for name in blocks):
+        own, its = model.get_submodule(name), teacher.get_submodule(name)
+        if isinstance(own, nn.ModuleList) and isinstance(its, nn.ModuleList) and len(own) != len(its):
+            raise ValueError(
+                f"teacher must be a model of the same blocks, but has {len(its)} in {name}, the model {len(own)}"
+            )
 
 
 class Kept:

@@ -25,6 +25,7 @@ from sadmoe.training.processes import place
 
 FORMAT = 1
 KEY = "sadmoe run"
+CHECKSUMS = ("weights", "model")  # what is known of a run by a checksum alone
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ class Checkpoint:
     def file(self, name: str) -> Path:
         """Where the run `name` is kept."""
         return Path(self.folder) / f"{name or 'run'}.safetensors"
+
+
+def check_checkpoint(checkpoint: Any) -> None:
+    """Raises TypeError unless it is a Checkpoint, or None."""
+    if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
+        raise TypeError(
+            f"checkpoint must be a Checkpoint or None, got {checkpoint!r}: give Checkpoint(folder)"
+        )
 
 
 @runtime_checkable
@@ -80,11 +89,23 @@ def read(path: Path, run: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
         )
     wanted = json.loads(json.dumps(run))
     if differing := [key for key in wanted.keys() | saved.keys() if wanted.get(key) != saved.get(key)]:
-        told = "; ".join(f"{key} was {saved.get(key)}, is {wanted.get(key)}" for key in sorted(differing))
+        told = "; ".join(_told(key, saved.get(key), wanted.get(key)) for key in sorted(differing))
         raise ValueError(
             f"checkpoint: {path} is of another run: {told}. Give that run again, or an empty folder"
         )
     return tensors, state
+
+
+def _told(key: str, saved: Any, wanted: Any) -> str:
+    """What differs, in words: of two configs, the fields; of checksums, that they do."""
+    if isinstance(saved, dict) and isinstance(wanted, dict):
+        fields = [
+            name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)
+        ]
+        return ", ".join(_told(f"{key}.{name}", saved.get(name), wanted.get(name)) for name in fields)
+    if key in CHECKSUMS:
+        return f"the {key} it began with were others"
+    return f"{key} was {saved}, is {wanted}"
 
 
 class Saver:
