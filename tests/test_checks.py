@@ -1,5 +1,9 @@
 """Wrong types in configs: named before anything is computed."""
 
+import dataclasses
+import inspect
+import re
+
 import numpy
 import pytest
 import sadmoe
@@ -72,3 +76,14 @@ def test_a_config_of_another_kind_is_named(call, kind):
         call(model, batches, {"seed": 3})
     with pytest.raises(TypeError, match=rf"config must be a {kind}, got int: give {kind}\(...\)"):
         call(model, batches, 3)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [value for name, value in vars(sadmoe).items() if name.endswith("Config")],
+    ids=lambda config: config.__name__,
+)
+def test_help_explains_every_field_of_a_config(config):
+    told = inspect.getdoc(config)
+    named = {name for line in re.findall(r"^([\w, ]+): ", told, re.MULTILINE) for name in line.split(", ")}
+    assert {field.name for field in dataclasses.fields(config)} <= named

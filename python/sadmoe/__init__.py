@@ -98,3 +98,8 @@ __all__ = [
 ]
 
 hf.register()
+
+
+def __dir__() -> list[str]:
+    """What is public; modules below it, such as `sadmoe.ops`, are imported by their names."""
+    return [*__all__, "__version__", "hf", "ops"]

@@ -39,24 +39,38 @@ Start = Literal["low_rank", "random"]
 
 @dataclass(frozen=True)
 class ProjectionConfig:
-    """How projections become MLPs: their width, and how each is trained on what its projection does."""
+    """How projections become MLPs: their width, and how each is trained on what its projection does.
 
-    ratio: float = 1.0  # multiply-adds of the MLP over those of the projection
-    multiple: int = 8  # the width is rounded to a multiple of it, so that it splits into experts
-    act: str = "relu"  # or, for what is swapped later, another; relu2 with start="random" alone
-    # "low_rank": from the best linear map of half the width, on the tokens at hand, each direction once for its
-    # positive and once for its negative part. "random": torch's own, as the paper. Eight projections of MiniLM, 1000
-    # steps, alpha 0.2: the first ended with a mean error of 0.032 and 33 % zeros, the second with 0.042 and 16 %.
+    ratio: multiply-adds of the MLP over those of the projection.
+    multiple: the width is rounded to a multiple of it, so that it splits into experts.
+    act: the activation, "relu" or, for what is swapped later, another; "relu2" with start="random" alone.
+    start: "low_rank", from the best linear map of half the width on the tokens at hand, each direction once for its
+        positive and once for its negative part; or "random", torch's own, as in the paper. Eight projections of MiniLM,
+        1000 steps, alpha 0.2: the first ended with a mean error of 0.032 and 33 % zeros, the second 0.042 and 16 %.
+    steps: updates of each MLP.
+    batch_tokens: tokens in each update.
+    lr: AdamW's at the end of its warm-up, then down to 0.
+    alpha: weight of the sparsity term per width (see `SparsityLoss`), rising linearly from 0.
+    max_tokens: inputs of a projection to train on, of which a tenth is held out.
+    max_bytes: of inputs held together; the batches are run again for projections beyond that.
+    skip_padding: leave out inputs at padding tokens.
+    filter: of a projection's name; False leaves it. None: all of them.
+    seed: of the sample of inputs, the random start and the order of the tokens.
+    """
+
+    ratio: float = 1.0
+    multiple: int = 8
+    act: str = "relu"
     start: Start = "low_rank"
-    steps: int = 1000  # updates of each
-    batch_tokens: int = 512  # tokens in each update
-    lr: float = 1e-3  # AdamW's at the end of its warm-up, then down to 0
-    alpha: float = 0.05  # weight of the sparsity term per width (see SparsityLoss), rising linearly from 0
-    max_tokens: int = 16384  # inputs of a projection to train on, of which a tenth is held out
-    max_bytes: int = 2**30  # of inputs held together; the batches are run again for projections beyond that
-    skip_padding: bool = True  # leave out inputs at padding tokens
-    filter: Callable[[str], bool] | None = None  # of a projection's name; False leaves it. None: all of them
-    seed: int = 0  # of the sample of inputs, the random start and the order of the tokens
+    steps: int = 1000
+    batch_tokens: int = 512
+    lr: float = 1e-3
+    alpha: float = 0.05
+    max_tokens: int = 16384
+    max_bytes: int = 2**30
+    skip_padding: bool = True
+    filter: Callable[[str], bool] | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self)

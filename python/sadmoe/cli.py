@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"sadmoe {version('sadmoe')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="command")
     _add_demo(commands)
     _add_survey(commands)
@@ -110,7 +112,7 @@ def _add_survey(commands: Any) -> None:
     )
     add_model(command, dense=True)
     add_data(command, default="random tokens or images, of which the activations mean little")
-    add_common(command)
+    add_common(command, writes=False)
     command.set_defaults(command=_survey)
 
 
@@ -123,6 +125,7 @@ def _add_evaluate(commands: Any) -> None:
         "model's own at tau = 0, which do not show what training changed.",
     )
     _add_sweep(command)
+    add_common(command, writes=False)
     command.set_defaults(command=_evaluate)
 
 
@@ -140,6 +143,7 @@ def _add_report(commands: Any) -> None:
     )
     command.add_argument("--sentence", help="of the heat map (default: what comes first in DATA)")
     _add_sweep(command)
+    add_common(command)
     command.set_defaults(command=_report)
 
 
@@ -159,7 +163,6 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
         default=[0.0, 0.01, 0.03, 0.1, 0.3, 1.0],
         help="tau to run at (default: %(default)s)",
     )
-    add_common(command)
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -34,17 +34,19 @@ class FinetuneConfig(LoopConfig):
     """How a converted model is fine-tuned. Give `steps`, which makes the run repeatable, or `seconds`.
 
     alpha weighs the penalty: square Hoyer of the experts' norms, divided by E.
+
+    tau: threshold on the experts' true norms while training. None: the model's own gates pick the experts, which so
+        learn to do with what their routers give them; share, alpha and ramp then mean nothing: there is no penalty.
+    ramp: share of the run in which tau rises from 0.
+    share: executed share to reach: while it is below, the penalty rests.
+    kept_bytes: of what the dense model gives, kept for when the same batch of a list comes again.
     """
 
-    lr: float = 5e-4  # AdamW's, at the end of its warm-up; then it falls linearly to 0
-    # Threshold on the experts' true norms while training. None: the model's own gates pick the experts, which so learn
-    # to do with what their routers give them; share, alpha and ramp then mean nothing, as there is no penalty.
+    lr: float = 5e-4
     tau: float | None = 0.1
-    ramp: float = 0.5  # share of the run in which tau rises from 0
-    share: float = 0.3  # executed share to reach: while it is below, the penalty rests
-    kept_bytes: int = (
-        2**30
-    )  # of what the dense model gives, kept for when the same batch of a list comes again
+    ramp: float = 0.5
+    share: float = 0.3
+    kept_bytes: int = 2**30
 
     def __post_init__(self) -> None:
         super().__post_init__()

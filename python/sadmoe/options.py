@@ -47,9 +47,9 @@ def add_data(command: argparse.ArgumentParser, *, default: str | None = None) ->
         "--data",
         type=Path,
         required=default is None,
-        help="what the model is for: a text, paragraphs between blank lines; of an encoder-decoder lines of source, "
-        "tab and target; of an image model a folder of images; of any model a Python file that sets `batches`"
-        + (f" (default: {default})" if default else ""),
+        help="what the model is for: a text, in paragraphs between blank lines, or lines if there are none; of an "
+        "encoder-decoder lines of source, tab and target; of an image model a folder of images; of any model a Python "
+        "file that sets `batches`" + (f" (default: {default})" if default else ""),
     )
     command.add_argument(
         "--batch-size", type=positive, default=16, help="samples in a batch (default: %(default)s)"
@@ -62,12 +62,13 @@ def add_data(command: argparse.ArgumentParser, *, default: str | None = None) ->
     )
 
 
-def add_common(command: argparse.ArgumentParser) -> None:
+def add_common(command: argparse.ArgumentParser, *, writes: bool = True) -> None:
     """What every command has."""
     command.add_argument(
         "--threads", type=positive, help="CPU threads for torch (default: torch's own choice)"
     )
-    command.add_argument("--force", action="store_true", help="replace what a former run wrote")
+    if writes:
+        command.add_argument("--force", action="store_true", help="replace what a former run wrote")
 
 
 def data_of(arguments: argparse.Namespace, model: nn.Module) -> Data:

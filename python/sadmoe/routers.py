@@ -30,21 +30,27 @@ REPORTED_SHARE = 0.25  # executed share at which `captured` is reported
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """How the router of a layer is trained. Width, optimiser and loss are the paper's; the length is ours."""
+    """How the router of a layer is trained. Width, optimiser and loss are the paper's; the length is ours.
 
-    width: int = 128  # r, neurons between the two layers (the paper uses 512 for a 2-billion-parameter model)
-    steps: int = 1000  # updates of the weights
-    batch_tokens: int = 512  # tokens in each update
-    lr: float = (
-        5e-3  # AdamW's rate at the start, down to 0 along a cosine; inputs and targets are scaled for it
-    )
-    # The router predicts norm ** target_power, and tau compares that: 0.1 at power 0.5 is 0.01 on norms. 1 is the
-    # paper's. Below 1, small norms weigh more in the loss: measured on MiniLM made sparse, 8 neurons an expert, a
-    # third of the experts run: 0.5 closes half of the gap in output error between the routers and the true norms,
-    # 0.25 most of it; at 32 neurons an expert it makes no difference.
+    width: r, neurons between the two layers (the paper uses 512 for a 2-billion-parameter model).
+    steps: updates of the weights.
+    batch_tokens: tokens in each update.
+    lr: AdamW's rate at the start, down to 0 along a cosine; inputs and targets are scaled for it.
+    target_power: the router predicts norm ** target_power, and tau compares that: 0.1 at power 0.5 is 0.01 on norms. 1
+        is the paper's. Below 1, small norms weigh more in the loss: measured on MiniLM made sparse, 8 neurons an
+        expert, a third of the experts run: 0.5 closes half of the gap in output error between the routers and the true
+        norms, 0.25 most of it; at 32 neurons an expert it makes no difference.
+    weight_decay: AdamW's, as in the paper's text models.
+    seed: of the initial weights, the held-out tokens and the order of the tokens.
+    """
+
+    width: int = 128
+    steps: int = 1000
+    batch_tokens: int = 512
+    lr: float = 5e-3
     target_power: float = 1.0
-    weight_decay: float = 0.01  # AdamW's, as in the paper's text models
-    seed: int = 0  # of the initial weights, the held-out tokens and the order of the tokens
+    weight_decay: float = 0.01
+    seed: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -99,5 +99,6 @@ def processor() -> str:
 
 def machine() -> str:
     """Processor, threads, torch and kernels, for the first line of every table."""
-    threads = f"{torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    threads = f"{count} thread{'' if count == 1 else 's'}"
     return f"{processor()}, {threads}, torch {torch.__version__}, kernels {ops.cpu_isa()}"

@@ -15,31 +15,39 @@ EXPERT_SIZE = 32  # neurons: the largest that still skips most of what a sparse 
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """How a dense model becomes a dynamic-k MoE. Of expert_size and experts one, of budget and tau one."""
+    """How a dense model becomes a dynamic-k MoE. Of expert_size and experts give one, of budget and tau one.
 
-    expert_size: int | None = None  # s, neurons in an expert; 32 where neither it nor experts is given
-    experts: int | None = None  # E, experts in each FFN: the other way to say it, for FFNs of several widths
-    budget: float | None = (
-        None  # FLOPs of the converted layers, a share of their dense FLOPs: tau is solved for it
-    )
-    tau: float | None = (
-        None  # the threshold itself, in [0, 1]; 0, which computes all that dense does, if no budget
-    )
-    router: RouterConfig = field(default_factory=RouterConfig)  # size and training of the routers
-    max_tokens: int = 16384  # inputs each layer's router is trained on: 48 MiB a layer for d = 768 in float32
-    max_bytes: int = 2**30  # of inputs held together; the batches are run again for the layers beyond that
-    skip_padding: bool = (
-        True  # whether inputs at padding tokens are left out: nobody reads what is computed there
-    )
-    cluster: Cluster = (
-        "weights"  # what makes neurons alike: their input weights (the paper), or firing for the same inputs
-    )
-    restarts: int = 1  # runs of the k-means, the best of which is kept; more take that much longer for little
-    seed: int = 0  # of the sample of inputs and of the k-means; the routers have their own in `router`
-    filter: Callable[[str], bool] | None = None  # of an FFN's name; False leaves it dense. None: convert all
-    # What differs for the MLPs of `replace_projections_`, which are narrower than FFNs: their routers should be too.
-    projection_expert_size: int | None = None  # None: as the FFNs
-    projection_router: RouterConfig | None = None  # None: as the FFNs
+    expert_size: s, neurons in an expert. 32 where neither it nor experts is given.
+    experts: E, experts in each FFN: the other way to say it, for FFNs of several widths.
+    budget: FLOPs of the converted layers, routers included, as a share of their dense FLOPs: tau is solved for it.
+    tau: the threshold itself, in [0, 1]. 0 where neither it nor budget is given: every expert runs, nothing is saved.
+    router: `RouterConfig`, size and training of the routers.
+    max_tokens: inputs that each layer's router is trained on: 48 MiB a layer for d = 768 in float32.
+    max_bytes: of inputs held together; the batches are run again for the layers beyond that.
+    skip_padding: whether inputs at padding tokens are left out: nobody reads what is computed there.
+    cluster: what makes neurons alike: "weights", their input weights (the paper), or "activity", firing for the same
+        inputs.
+    restarts: runs of the k-means, the best of which is kept; more take that much longer for little.
+    seed: of the sample of inputs and of the k-means; the routers have their own in `router`.
+    filter: of an FFN's name; False leaves it dense. None: convert all.
+    projection_expert_size, projection_router: what differs for the MLPs of `replace_projections_`, which are narrower
+        than FFNs: their routers should be too. None: as the FFNs.
+    """
+
+    expert_size: int | None = None
+    experts: int | None = None
+    budget: float | None = None
+    tau: float | None = None
+    router: RouterConfig = field(default_factory=RouterConfig)
+    max_tokens: int = 16384
+    max_bytes: int = 2**30
+    skip_padding: bool = True
+    cluster: Cluster = "weights"
+    restarts: int = 1
+    seed: int = 0
+    filter: Callable[[str], bool] | None = None
+    projection_expert_size: int | None = None
+    projection_router: RouterConfig | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -13,20 +13,20 @@ Goal = Literal["task", "distill_hidden", "distill_logits"]
 class SparsifyConfig(LoopConfig):
     """How a model is made sparse. Give `steps`, which makes the run repeatable, or `seconds`.
 
-    alpha weighs the penalty per f (see SparsityLoss): 0.3 makes 80 % zeros in MiniLM within minutes.
+    alpha weighs the penalty per f (see `SparsityLoss`): 0.3 makes 80 % zeros in MiniLM within minutes.
+
+    objective: "distill_hidden" needs no labels, nor does "distill_logits"; "task" is the model's own loss, the paper's.
+    penalty: "hoyer", the paper's choice for ReLU models, or "l1", its older one.
+    relu_swap: activations but ReLU and its square become ReLU first: only they make exact zeros.
+    displacement: where GELU and SiLU are pushed to when they are kept; -10 as in the paper's code.
+    kept_bytes: of what the dense model gives, kept for when the same batch of a list comes again.
     """
 
-    objective: Goal = "distill_hidden"  # needs no labels; the task's loss is what the paper trains on
-    penalty: Penalty = "hoyer"  # the paper's choice for ReLU models; "l1" is its older one
-    relu_swap: bool = (
-        True  # activations but ReLU and its square become ReLU first: only they make exact zeros
-    )
-    displacement: float = (
-        -10.0
-    )  # where GELU and SiLU are pushed to when they are kept; the paper's code has -10
-    kept_bytes: int = (
-        2**30
-    )  # of what the dense model gives, kept for when the same batch of a list comes again
+    objective: Goal = "distill_hidden"
+    penalty: Penalty = "hoyer"
+    relu_swap: bool = True
+    displacement: float = -10.0
+    kept_bytes: int = 2**30
 
     def __post_init__(self) -> None:
         super().__post_init__()

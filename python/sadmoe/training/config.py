@@ -10,20 +10,34 @@ Schedule = Literal["constant", "linear", "linear_warmup"]
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How long a loop runs and by which rates. Give `steps`, which makes the run repeatable, or `seconds`."""
+    """How long a training loop runs, and by which rates. Give `steps`, which makes the run repeatable, or `seconds`.
 
-    steps: int | None = None  # updates of the weights
-    seconds: float | None = None  # of wall time for the updates, instead of steps
-    alpha: float = 0.3  # weight of the penalty
-    schedule: Schedule = (
-        "linear_warmup"  # of alpha: over the first half, then flat; "linear" over the whole run
-    )
-    lr: float = 2e-4  # AdamW's, at the end of its warm-up; then it falls linearly to 0
-    warmup: float = 0.1  # share of the run in which lr rises
-    weight_decay: float = 0.01  # of the matrices, not of biases and norms
-    grad_clip: float = 1.0  # largest norm of the gradient, as in the paper's code
-    accumulate: int = 1  # batches in each update; processes share them out: a multiple of how many there are
-    seed: int = 0  # of the order of the batches and of dropout
+    steps: updates of the weights.
+    seconds: of wall time for the updates, instead of steps.
+    alpha: weight of the penalty.
+    schedule: of alpha: "constant", "linear" (from 0, over the whole run) or "linear_warmup" (over its first half).
+    lr: AdamW's, at the end of its warm-up; then it falls linearly to 0.
+    warmup: share of the run in which lr rises.
+    weight_decay: of the matrices, not of biases and norms.
+    grad_clip: largest norm of the gradient, as in the paper's code.
+    accumulate: batches in each update; processes share them out: a multiple of how many there are.
+    seed: of the order of the batches, and of dropout.
+    """
+
+    steps: int | None = None
+    seconds: float | None = None
+    alpha: float = 0.3
+    schedule: Schedule = "linear_warmup"
+    lr: float = 2e-4
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+    accumulate: int = 1
+    seed: int = 0
+
+    def __init_subclass__(cls) -> None:
+        """Its fields are explained with those of the subclass, too."""
+        cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}\n{FIELDS}"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -57,6 +71,9 @@ class LoopConfig:
     def lr_at(self, done: float) -> float:
         """Learning rate when the share `done` of the run, in [0, 1], is over."""
         return self.lr * (done / self.warmup if done < self.warmup else (1 - done) / (1 - self.warmup))
+
+
+FIELDS = (LoopConfig.__doc__ or "").partition("\n")[2]
 
 
 @dataclass(frozen=True)
