@@ -211,6 +211,12 @@ def test_a_loss_that_nothing_can_be_relative_to_is_refused(model, batches, loss)
     assert gates(model) == [TopK(3)] * 2
 
 
+@pytest.mark.parametrize(("loss", "got"), [(None, "NoneType"), (torch.ones(3), r"a tensor \[3\]")])
+def test_a_loss_that_is_no_number_is_refused(model, batches, loss, got):
+    with pytest.raises(TypeError, match=f"loss must return a number for each batch, got {got}"):
+        calibrate_(model, batches, max_loss_increase=0.1, loss=lambda model, batch: loss)
+
+
 def test_an_error_in_the_loss_leaves_the_gates(model, batches):
     def broken(model, batch):
         raise KeyError

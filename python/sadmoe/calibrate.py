@@ -179,7 +179,7 @@ class TauSearch:
                     if self.loss is None:
                         run(self.model, batch)
                     else:
-                        losses.append(float(self.loss(self.model, batch)))
+                        losses.append(_scalar(self.loss(self.model, batch)))
             report = cost_of_masks(self.model, record.layers, samples, filter=self.filter)
         self.evaluations += 1
         self.bar.update()
@@ -230,6 +230,15 @@ class _Bracket:
         if end == self.last:
             self.excess[1 - end] /= 2  # else one end would never move
         self.last = end
+
+
+def _scalar(loss: Any) -> float:
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss.item()
+    if isinstance(loss, float | int):
+        return float(loss)
+    what = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    raise TypeError(f"loss must return a number for each batch, got {what}")
 
 
 def _output_loss(model: nn.Module, batch: Batch) -> Tensor:

@@ -33,6 +33,8 @@ class DynamicK:
     true_norms: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.tau, str | bool):
+            raise TypeError(f"tau must be a number in [0, 1], got {self.tau!r}")
         object.__setattr__(self, "tau", float(self.tau))  # JSON takes no NumPy scalars and no tensors
         if not 0.0 <= self.tau <= 1.0:
             raise ValueError(f"tau must be in [0, 1] (0: every expert, 1: the top expert), got {self.tau}")
