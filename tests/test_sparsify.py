@@ -335,3 +335,14 @@ def test_a_folder_is_no_checkpoint():
         TypeError, match=r"checkpoint must be a Checkpoint or None, got 'state': give Checkpoint\(folder\)"
     ):
         sparsify_(two_ffns(), data(), short(), loss=mean_square, checkpoint="state", progress=False)
+
+
+def test_it_trains_also_under_no_grad_and_says_where_it_cannot():
+    plain, inside = two_ffns(), two_ffns()
+    run_sparsify(plain, short(objective="task"), loss=mean_square)
+    with torch.no_grad():
+        run_sparsify(inside, short(objective="task"), loss=mean_square)
+    assert same(state(plain), state(inside))
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"called under torch\.inference_mode"):
+        run_sparsify(inside, short(objective="task"), loss=mean_square)
+    assert same(state(plain), state(inside))

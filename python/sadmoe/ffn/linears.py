@@ -25,6 +25,7 @@ def why_not_plain(module: nn.Module) -> str | None:
     more = {*module._parameters, *module._buffers} - {"weight", "bias"} if own_forward else set()
     if more or not (isinstance(module, nn.Linear) or _is_conv1d(module)):
         held = f" that holds {', '.join(sorted(more))} too" if more else ""
+        kind = f"{type(module).__module__}.{kind}" if kind == "Linear" else kind  # peft's, say
         return f"is a {kind}{held}; only nn.Linear and transformers' Conv1D can be read (merge adapters, dequantise)"
     if "forward" in module.__dict__ or next(module.children(), None) is not None:
         return f"is a {kind} that something wraps or parametrises; remove that first"

@@ -193,9 +193,14 @@ def _nothing_found(model: nn.Module, filter: Callable[[str], bool] | None) -> st
     ]
     seen = stacked + linears
     if not seen:
-        return f"{head}: it has no linear layers"
+        return f"{head}: it has no linear layers; convolutions, also of width 1, are not read"
+    advice = (
+        "model.set_experts_implementation('sadmoe') may run its experts by sadmoe's kernels. "
+        if stacked
+        else ""
+    )
     return (
-        f"{head}: it has no module with linear layers d -> f and f -> d, f > d, and an activation. "
+        f"{head}: it has no module with linear layers d -> f and f -> d, f > d, and an activation. {advice}"
         f"Seen:\n{_listing(seen)}"
     )
 

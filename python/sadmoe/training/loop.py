@@ -37,7 +37,12 @@ def train(
     at(done) is called before each update with the share of the run that is over.   name: of the run, for its bar, its
     errors and `checkpoint`.
     In a process group the batches of each update are shared out; every process must be given the same ones.
+    Raises RuntimeError under torch.inference_mode, whose tensors cannot be trained; a no_grad around it is lifted.
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name} was called under torch.inference_mode, where nothing can be trained: leave it first"
+        )
     processes.as_first_([*model.parameters(), *model.buffers()])
     update = _Update(name, model, config, objective, penalty_of, _endless(batches, config.seed))
     saver = None
@@ -57,7 +62,8 @@ def train(
 
         while (done := processes.of_first(_done(config, len(history), elapsed()), device)) < 1:
             at(done)
-            history.append(update(done, len(history)))
+            with torch.enable_grad():
+                history.append(update(done, len(history)))
             if saver is not None:
                 saver.save({"history": [astuple(step) for step in history], "seconds": elapsed()})
             bar.update(1 if config.steps else min(int(elapsed()), bar.total) - bar.n)
