@@ -288,3 +288,19 @@ def test_gradients_go_forward_as_they_go_back(gate, int8):
     assert (forward * cotangent).sum().item() == pytest.approx((back * direction).sum().item(), rel=1e-3)
     every = torch.func.jacfwd(layer)(x.detach()[:2])
     torch.testing.assert_close(every, torch.autograd.functional.jacobian(layer, x.detach()[:2]))
+    torch.testing.assert_close(torch.func.jacrev(layer)(x.detach()[:2]), every)
+
+
+def test_gradients_of_each_sample_by_torch_func():
+    layer, xs = make_layer(gate=DynamicK(0.3)), tokens(3, 4, 20)
+    weights = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(weights, x):
+        return torch.func.functional_call(layer, weights, (x,)).square().sum()
+
+    of_samples = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, xs)
+    for i, x in enumerate(xs):
+        layer.zero_grad()
+        layer(x).square().sum().backward()
+        torch.testing.assert_close(of_samples["w_up"][i], layer.w_up.grad, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(of_samples["w_down"][i], layer.w_down.grad, rtol=1e-3, atol=1e-4)

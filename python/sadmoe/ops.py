@@ -55,14 +55,16 @@ _MASKED_ACTIVATION_ = torch.ops.sadmoe._masked_activation_.default
 
 
 def _run(op: torch._ops.OpOverload, *args: Any) -> Tensor:
-    """The op; without gradients past their rule, and where they go forward by plain torch, whose rules it has.
+    """The op; without gradients past their rule, and with gradients that go forward or in torch.func by plain torch.
 
     The rule is Python: with cold caches, calling it only to learn that no gradient is wanted takes longer than a kernel
     with one token.
     """
-    if forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling():
+        return op(*args)
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return _BY_TORCH[op](*args)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled():
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
