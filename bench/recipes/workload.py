@@ -123,12 +123,9 @@ def measured(work: Workload, model: nn.Module, setting: str, dense: float) -> Po
 
         value = work.value(model, counted)
     report = cost_of_masks(model, record.layers, samples, count.flops / samples)
-    rest = report.rest or 0.0
     spread = statistics.mean(_spread(counts.histogram) for counts in record.layers.values())
-    flops = (rest + report.executed) / (rest + report.dense)
-    return Point(
-        setting, report.share, spread, report.executed / report.dense, flops, value, work.kept(value, dense)
-    )
+    ffns = report.executed / report.dense
+    return Point(setting, report.share, spread, ffns, report.of_dense, value, work.kept(value, dense))
 
 
 def inputs(batch: Batch) -> Batch:

@@ -89,6 +89,12 @@ class CostReport:
         pairs = sum(layer.calls * layer.experts for layer in self.layers)
         return sum(layer.calls * layer.experts * layer.share for layer in self.layers) / pairs
 
+    @property
+    def of_dense(self) -> float:
+        """FLOPs of the whole model over those of the dense one; of the converted layers alone where it was not run."""
+        rest = self.rest or 0.0
+        return (rest + self.executed) / (rest + self.dense)
+
     def _total(self, what: str) -> float:
         return sum(layer.calls * getattr(layer, what) for layer in self.layers)
 
@@ -109,7 +115,7 @@ class CostReport:
             dense, executed = self.rest + self.dense, self.rest + self.executed
             lines.append(
                 f"whole model, per sample: {si(executed)} executed of {si(dense)} dense "
-                f"({executed / dense:.1%}); least {(self.rest + self.floor) / dense:.1%}"
+                f"({self.of_dense:.1%}); least {(self.rest + self.floor) / dense:.1%}"
             )
         active = self.active_parameters / self.parameters
         lines.append(f"parameters: {si(self.parameters)}, active {si(self.active_parameters)} ({active:.1%})")
@@ -160,8 +166,8 @@ def cost_of_masks(
     *,
     filter: Filter | None = None,
 ) -> CostReport:
-    """The report of what `record_masks` counted over that many samples. rest: see `CostReport`. filter: of a layer's
-    name; False leaves it out."""
+    """The report of what `record_masks` counted over that many samples, the gates still as they were. rest: see
+    `CostReport`. filter: of a layer's name; False leaves it out."""
     layers = converted_layers(model, filter)
     if unused := [name for name in layers if masks[name].tokens == 0]:
         raise ValueError(

@@ -115,12 +115,9 @@ def sweep(
     for value in taus:
         with tau(model, value), record_masks(model) as record:
             embedded = torch.cat([embedded_with(record, model, batch) for batch in tests])
-        report = cost_of_masks(model, record.layers, texts, rest)
-        outside = report.rest or 0.0
-        executed = report.dense if value == 0 else report.executed
-        flops = (executed + outside) / (report.dense + outside)
+            report = cost_of_masks(model, record.layers, texts, rest)
         kept = fidelity(embedded, wanted)
-        rows.append(Row(name, value, report.share, flops, kept, *gains[value]))
+        rows.append(Row(name, value, report.share, report.of_dense, kept, *gains[value]))
     return rows
 
 

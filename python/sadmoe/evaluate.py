@@ -108,11 +108,11 @@ def evaluate(
                 reports.append(cost(model, batches))
     points = []
     for value, variant, error, report in zip(taus, variants, errors, reports, strict=True):
-        rest = report.rest or 0.0
-        whole = (rest + report.executed) / (rest + report.dense)
         ffns = report.executed / report.dense
         took, name = seconds[variant], "tau 0" if dense is None else "dense"
-        points.append(Point(value, report.share, ffns, whole, error, took, seconds[base] / took, name))
+        points.append(
+            Point(value, report.share, ffns, report.of_dense, error, took, seconds[base] / took, name)
+        )
     return points
 
 
