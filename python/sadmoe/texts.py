@@ -75,13 +75,14 @@ def _holds(folder: Path, patterns: Sequence[str]) -> bool:
 
 
 def tokenized(
-    tokenizer: Any, texts: Sequence[str], *, batch_size: int = 16, max_length: int = 128, labels: bool = False
+    tokenizer: Any, texts: Sequence[str], *, batch_size: int = 16, max_length: int = 128
 ) -> list[dict[str, Tensor]]:
     """Batches in the texts' order, each padded to its longest: input_ids, attention_mask [B, T] and what else the
-    tokenizer gives. labels: the input ids again, -100 at padding, for a causal language model's own loss.
-    """
+    tokenizer gives."""
+    settings = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
+    parts = [list(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)]
     with padding(tokenizer):
-        return _tokenized(tokenizer, texts, batch_size, max_length, labels)
+        return [dict(tokenizer(part, **settings)) for part in parts]
 
 
 @contextmanager
@@ -95,18 +96,3 @@ def padding(tokenizer: Any) -> Iterator[None]:
         yield
     finally:
         tokenizer.pad_token = None
-
-
-def _tokenized(
-    tokenizer: Any, texts: Sequence[str], batch_size: int, max_length: int, labels: bool
-) -> list[dict[str, Tensor]]:
-    batches = []
-    for start in range(0, len(texts), batch_size):
-        part = list(texts[start : start + batch_size])
-        encoded = dict(
-            tokenizer(part, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-        )
-        if labels:
-            encoded["labels"] = encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, -100)
-        batches.append(encoded)
-    return batches

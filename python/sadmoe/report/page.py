@@ -27,7 +27,6 @@ class Heat:
     values: Sequence[Sequence[float]]
     rows: Sequence[str]
     columns: Sequence[str]
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -118,6 +117,5 @@ def _panel(panel: Panel, looks: Mapping[str, int]) -> str:
 
 def _heat(one: Heat) -> str:
     scale = '<p>share of the experts that run: none<span class="scale"></span>all</p>'
-    note = f"<p>{escaped(one.note)}</p>" if one.note else ""
     picture = heat(one.values, one.rows, one.columns, "of the experts")
-    return f'<h2>{escaped(one.heading)}</h2>{note}{scale}<div class="scroll">{picture}</div>'
+    return f'<h2>{escaped(one.heading)}</h2>{scale}<div class="scroll">{picture}</div>'

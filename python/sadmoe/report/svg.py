@@ -86,20 +86,21 @@ def _stroke(path: str, look: int, *, dashed: bool) -> str:
     return f'<path d="{path}" fill="none" style="{style}" stroke-width="2"{dashes}/>'
 
 
-def ticks(values: Sequence[float], about: int = 5) -> list[float]:
+def ticks(values: Sequence[float]) -> list[float]:
     """Round numbers at equal steps, from at or below the least value to at or above the greatest."""
     low, high = min(values), max(values)
     if low == high:
         low, high = low - (abs(low) or 1) * 0.1, high + (abs(high) or 1) * 0.1
-    rough = (high - low) / about
+    rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [float(f"{i * step:.10g}") for i in range(first, last + 1)]
 
 
-def bars(counts: Sequence[int], width: int = 170, height: int = 64) -> str:
+def bars(counts: Sequence[int]) -> str:
     """How many tokens ran 0, 1, ... E experts, their mean as a line; at most as many bars as pixels allow."""
+    width, height = 170, 64
     total, experts = sum(counts), len(counts) - 1
     group = math.ceil(len(counts) / 57)
     grouped = [sum(counts[i : i + group]) for i in range(0, len(counts), group)]
