@@ -1,3 +1,4 @@
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -209,6 +210,14 @@ def test_a_loss_that_nothing_can_be_relative_to_is_refused(model, batches, loss)
     ):
         calibrate_(model, batches, max_loss_increase=0.1, loss=constant)
     assert gates(model) == [TopK(3)] * 2
+
+
+def test_a_loss_of_numpy_is_a_number(model, batches):
+    def constant(model, batch):
+        call(model, batch)
+        return numpy.float32(1.0)
+
+    assert calibrate_(model, batches, max_loss_increase=0.1, loss=constant).loss == 1.0
 
 
 @pytest.mark.parametrize(("loss", "got"), [(None, "NoneType"), (torch.ones(3), r"a tensor \[3\]")])

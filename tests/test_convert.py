@@ -522,7 +522,7 @@ def test_hooks_that_will_not_run_are_warned_of():
     handle = mlp.register_forward_hook(lambda module, args, output: output * 0)
     mlp.down_proj.register_forward_pre_hook(lambda module, args: None)
     name = find_ffns(model)[0].name
-    with pytest.warns(UserWarning, match=rf"^{name}, {name}.down_proj: their forward hooks will not run"):
+    with pytest.warns(UserWarning, match=rf"^{name}, {name}.down_proj: their hooks will not run"):
         convert_(model, [tiny.batch()], config, progress=False)
     restore_(model)
     assert list(mlp._forward_hooks.values())

@@ -486,3 +486,7 @@ def test_a_router_that_was_cast_in_between_stays_so():
     layer.float()
     layer.to_float_()
     assert layer.w_up.dtype == layer.router.v1.dtype == torch.float32
+    layer.to_int8_()
+    layer.bfloat16()
+    layer.to_float_()
+    assert layer.w_up.dtype == layer.router.v1.dtype == torch.bfloat16

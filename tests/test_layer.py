@@ -291,6 +291,29 @@ def test_gradients_go_forward_as_they_go_back(gate, int8):
     torch.testing.assert_close(torch.func.jacrev(layer)(x.detach()[:2]), every)
 
 
+@pytest.mark.parametrize("int8", [False, True])
+def test_under_autocast_torch_func_sees_the_dtypes_and_the_masks_of_the_op(int8):
+    layer, x = make_layer(gate=DynamicK(0.3), bias=("b_up", "b_out")), tokens(64, 20)
+    if int8:
+        layer.to_int8_()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        scores, y = layer.router(x), layer(x)
+        of_scores, of_y = torch.vmap(layer.router)(x[None])[0], torch.vmap(layer)(x[None])[0]
+    assert of_scores.dtype == scores.dtype == torch.float32
+    torch.testing.assert_close(of_scores, scores)
+    assert of_y.dtype == y.dtype == torch.bfloat16
+    torch.testing.assert_close(of_y, y, rtol=0.05, atol=0.05)
+
+
+def test_in_torch_func_arguments_are_named_too():
+    layer, x = make_layer(), tokens(1, 2, 20)
+    weights = layer.expert_weights()
+    with pytest.raises(RuntimeError, match=r"dynamic_k_select: tau must be in \[0, 1\].*got 7"):
+        torch.vmap(lambda rows: ops.dynamic_k_select(layer.router(rows), 7))(x)
+    with pytest.raises(RuntimeError, match=r"sparse_experts: act must be one of relu, .*got 'tanh'"):
+        torch.vmap(lambda rows: ops.sparse_experts(rows, layer.mask(rows), *weights, act="tanh"))(x)
+
+
 def test_gradients_of_each_sample_by_torch_func():
     layer, xs = make_layer(gate=DynamicK(0.3)), tokens(3, 4, 20)
     weights = {name: p.detach() for name, p in layer.named_parameters()}

@@ -140,6 +140,7 @@ def test_seconds_are_for_all_layers_together(monkeypatch):
         given.append(config.seconds)
         return []
 
+    assert all(fit.history for fit in tune(*pair(), FinetuneConfig(seconds=0.1)))
     monkeypatch.setattr(layerwise, "train", instead)
     tune(*pair(), FinetuneConfig(seconds=0.4))
     assert given == pytest.approx([0.2, 0.2])

@@ -252,6 +252,8 @@ def test_wrong_arguments_of_the_loss_are_named():
         model(hidden())
         with pytest.raises(ValueError, match=r"one entry for each of the 14 tokens.*got \(2, 3\)"):
             sparsity(mask=torch.ones(2, 3))
+        with pytest.raises(TypeError, match=r"batch is a bool tensor.*: give it as mask="):
+            sparsity(torch.ones(2, 7, dtype=torch.bool))
 
 
 # ---------------------------------------------------------------- measure_sparsity

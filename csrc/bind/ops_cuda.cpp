@@ -20,7 +20,11 @@ cuda::Options options;
   options.down_tiles = tiles;
 }
 
-void check_launch(int code, const char* op) { check(code == 0, op, "CUDA error ", code, ": ", cuda::error_string(code)); }
+void check_launch(int code, const char* op) {
+  constexpr int kNoKernelImage = 209;  // cudaErrorNoKernelImageForDevice
+  const char* why = code == kNoKernelImage ? "; sadmoe.build_info() says for which architectures it was built, 8.0 at least" : "";
+  check(code == 0, op, "CUDA error ", code, ": ", cuda::error_string(code), why);
+}
 
 template <class T>
 T* written(OnDevice& device, const char* name, const Tensor& t) {

@@ -320,9 +320,8 @@ def start_low_rank_(mlp: ProjectionMLP, linear: nn.Module, targets: Tensor) -> N
     """
     half = mlp.up.out_features // 2
     _, vectors = torch.linalg.eigh(targets.double().t() @ targets.double())
-    u = (
-        vectors[:, max(vectors.shape[1] - half, 0) :].flip(1).float()
-    )  # [d_out, half], or d_out where that is less
+    first = max(vectors.shape[1] - half, 0)
+    u = vectors[:, first:].flip(1).float()  # [d_out, half], or d_out where that is less
     k = u.shape[1]
     into, bias = u.t() @ weight_rows(linear).float(), bias_of(linear)
     mlp.up.weight[:k], mlp.up.weight[half : half + k] = into, -into

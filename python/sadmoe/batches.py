@@ -144,6 +144,7 @@ def real_rows(model: nn.Module, name: str, batch: Batch, x: Tensor) -> Tensor | 
     [B, T, d] first. In an encoder-decoder, what is below a module named "decoder" answers to
     "decoder_attention_mask"; where images come beside text, what is below one named after vision answers to no mask.
     """
+    batch = _only(batch)
     sees = any(word in name for word in ("vision", "visual", "image"))
     if sees and isinstance(batch, Mapping) and "pixel_values" in batch and "input_ids" in batch:
         return None
@@ -173,8 +174,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def _only(batch: Batch) -> Any:
+    """What a tuple of one holds, as the batches of a SentenceTransformer; else the batch."""
+    return batch[0] if isinstance(batch, tuple | list) and len(batch) == 1 else batch
+
+
 def _mask(batch: Batch, key: str) -> Tensor | None:
-    if isinstance(batch, tuple | list) and len(batch) == 1:  # as of a SentenceTransformer
-        batch = batch[0]
+    batch = _only(batch)
     mask = batch.get(key) if isinstance(batch, Mapping) else None
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None

@@ -233,12 +233,11 @@ class _Bracket:
 
 
 def _scalar(loss: Any) -> float:
-    if isinstance(loss, Tensor) and loss.numel() == 1:
-        return loss.item()
-    if isinstance(loss, float | int):
+    try:
         return float(loss)
-    what = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-    raise TypeError(f"loss must return a number for each batch, got {what}")
+    except (TypeError, ValueError, RuntimeError) as error:
+        what = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"loss must return a number for each batch, got {what}") from error
 
 
 def _output_loss(model: nn.Module, batch: Batch) -> Tensor:

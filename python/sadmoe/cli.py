@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"sadmoe {version('sadmoe')}")
+    parser.add_argument("--version", action="version", version=f"sadmoe {_version()}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="command")
     _add_demo(commands)
     _add_survey(commands)
@@ -79,6 +79,13 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="what was built and which kernels run here")
     info.set_defaults(command=lambda _: print(ops.build_info()))
     return parser
+
+
+def _version() -> str:
+    try:
+        return version("sadmoe")
+    except PackageNotFoundError:
+        return "of a folder, not installed"
 
 
 def _add_demo(commands: Any) -> None:

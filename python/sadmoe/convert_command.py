@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from sadmoe.budget import finetune_for_budget_
 from sadmoe.convert import ConvertConfig, checked_sites, convert_
 from sadmoe.cost import cost
 from sadmoe.data import Data
+from sadmoe.ffn import FFNNotFoundError
 from sadmoe.int8 import quantize_experts_
 from sadmoe.options import add_common, add_data, add_model, data_of, positive, positive_number
 from sadmoe.outputs import check_folder, replaced
@@ -94,9 +96,9 @@ def _convert(arguments: argparse.Namespace) -> None:
     check_folder(arguments.out, arguments.force, reads=(arguments.model, arguments.data, *state))
     model = load_bare_model(arguments.model)
     data = data_of(arguments, model)
+    _check_cuts(model, data, arguments)
     if arguments.checkpoint is not None:
         _check_same_data(arguments)
-    checked_sites(model, data.batches, _conversion(arguments))  # before anything is trained
     dense = copy.deepcopy(model) if _compares_with_dense(arguments) else None
     _prepare(model, dense, data, arguments)
     if arguments.finetune is None:
@@ -141,6 +143,16 @@ def _conversion(arguments: argparse.Namespace) -> ConvertConfig:
 def _compares_with_dense(arguments: argparse.Namespace) -> bool:
     """Whether a step compares with the dense model, of which the steps before it may have left little."""
     return arguments.finetune is not None or bool(arguments.projections and arguments.sparsify is not None)
+
+
+def _check_cuts(model: nn.Module, data: Data, arguments: argparse.Namespace) -> None:
+    """Refuses what cannot be cut before anything is trained; of projections what their MLPs are is not known yet."""
+    config = _conversion(arguments)
+    if not arguments.projections:
+        checked_sites(model, data.batches, config)
+        return
+    with suppress(FFNNotFoundError, NotImplementedError):
+        checked_sites(model, data.batches, replace(config, budget=None))
 
 
 def _prepare(model: nn.Module, dense: nn.Module | None, data: Data, arguments: argparse.Namespace) -> None:

@@ -87,10 +87,10 @@ def _from_python(path: Path, folder: Path) -> Data:
         lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f", line {lines[-1]}" if lines else ""
         raise ValueError(f"--data: {path}{where} raised {type(error).__name__}: {error}") from error
-    if not isinstance(batches, Sequence) or not batches:
+    if not isinstance(batches, Sequence) or len(batches) == 0:
         raise ValueError(
             f"--data: {path} must set `batches` to a list of what the model is called with, or to a function that "
-            f"makes one; got {'an empty list' if batches == [] else type(batches).__name__}"
+            f"makes one; got {'an empty ' if isinstance(batches, Sequence) else ''}{type(batches).__name__}"
         )
     return Data(batches, load_processor(folder), "python")
 

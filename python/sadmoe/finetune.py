@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 MEMORY = 0.9  # decay of the running mean of the executed share, per update
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(LoopConfig):
     """How a converted model is fine-tuned. Give `steps`, which makes the run repeatable, or `seconds`.
 
@@ -124,7 +124,8 @@ def finetune_(
         else:
             sites = [site_of(layer, name) for name, layer in layers.items()]
             objective = distill_hidden(model, teacher, sites, output_loss, kept_bytes=config.kept_bytes)
-        run = partial(train, model, batches, config, objective, progress=progress)
+        loop = config if config.tau is not None else replace(config, alpha=0.0)
+        run = partial(train, model, batches, loop, objective, progress=progress)
         run = partial(run, checkpoint=checkpoint, name="finetune")
         share = None
         if config.tau is None:

@@ -149,7 +149,7 @@ class DynamicKMoE(nn.Module):
         self._frozen: frozenset[str] = (
             frozenset()
         )  # of the weights in int8, those that would not be trained as floats
-        self._router_dtype: torch.dtype | None = None  # before it was rounded beside them
+        self._before_int8: tuple[torch.dtype, torch.dtype] | None = None  # dtypes of router and experts
         self.router = Router(d, experts, router_width, **kw)
         self.act = act
         self.dropout = dropout
@@ -240,8 +240,9 @@ class DynamicKMoE(nn.Module):
             steps, scale = to_int8(rows, weight.dtype)
             setattr(self, name, nn.Parameter(steps, requires_grad=False))
             setattr(self, scale_name, scale)
-        self._router_dtype = self.router.v1.dtype
-        if rounded_router and self._router_dtype == torch.float32:
+        assert self.scale_up is not None
+        self._before_int8 = self.router.v1.dtype, self.scale_up.dtype
+        if rounded_router and self.router.v1.dtype == torch.float32:
             self.router.bfloat16()
 
     @torch.no_grad()
@@ -257,9 +258,11 @@ class DynamicKMoE(nn.Module):
                 setattr(self, name, nn.Parameter(self.float_weights(name), name not in self._frozen))
         for scale_name in ALL_SCALES:
             setattr(self, scale_name, None)
-        if self.router.v1.dtype == torch.bfloat16:  # else the model was cast since
-            self.router.to(self._router_dtype or self.w_up.dtype)
-        self._router_dtype = None
+        of_router, of_experts = self._before_int8 or (None, None)
+        self.router.to(
+            of_router if of_experts == self.w_up.dtype else self.w_up.dtype
+        )  # else it was cast since
+        self._before_int8 = None
 
     def _load_from_state_dict(
         self,
@@ -422,9 +425,8 @@ class DynamicKMoE(nn.Module):
         slack = paths.WORTH[x.device.type] if unasked else 1.0
         until = paths.sparse_until(self._shape_in(dtype), len(x), x.device, dtype, slack)
         if unasked and x.device.type == "cuda" and self.expected_share is None:
-            return (
-                0.0 if until * self.experts < 1 else 1.0
-            )  # the share is not known, but for one expert a token
+            any_share = until * self.experts < 1  # all that is known of it: a token runs one expert at least
+            return 0.0 if any_share else 1.0
         return until
 
     def _dtype_of_products(self, x: Tensor) -> torch.dtype | None:

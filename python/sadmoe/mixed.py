@@ -39,9 +39,7 @@ def _eager_attention(models: Sequence[nn.Module]) -> Iterator[None]:
             part.set_attn_implementation("eager")
         yield
     finally:
-        for part, implementation in zip(
-            parts, usual, strict=True
-        ):  # the outer before what is in it, which may differ
+        for part, implementation in zip(parts, usual, strict=True):  # the outer first: it sets those inside
             part.set_attn_implementation(implementation)
 
 

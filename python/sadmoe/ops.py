@@ -55,15 +55,16 @@ _MASKED_ACTIVATION_ = torch.ops.sadmoe._masked_activation_.default
 
 
 def _run(op: torch._ops.OpOverload, *args: Any) -> Tensor:
-    """The op; without gradients past their rule, and with gradients that go forward or in torch.func by plain torch.
+    """The op; without gradients, past its rule for them.
 
     The rule is Python: with cold caches, calling it only to learn that no gradient is wanted takes longer than a kernel
-    with one token.
+    with one token. Inside the transforms of torch.func and forward-mode gradients, but for graphs of torch.compile, it
+    is plain torch, every expert computed.
     """
     if torch.compiler.is_compiling():
         return op(*args)
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-        return _BY_TORCH[op](*args)
+        return _in_plain_torch(op, args)
     if torch.is_grad_enabled():
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
@@ -364,19 +365,24 @@ _ROUTER_ARGUMENTS = {  # by position
 }
 
 
+def _cast(value: Any, device: str) -> Any:
+    floats = isinstance(value, Tensor) and value.is_floating_point() and value.device.type == device
+    return value.to(torch.get_autocast_dtype(device)) if floats else value
+
+
+def _cast_all(name: str, args: tuple[Any, ...], device: str) -> list[Any]:
+    kept = _ROUTER_ARGUMENTS[name]
+    return [value if i in kept else _cast(value, device) for i, value in enumerate(args)]
+
+
 def _autocast_rule(name: str, device: str) -> Callable[..., Tensor]:
-    op, router = getattr(torch.ops.sadmoe, name), _ROUTER_ARGUMENTS[name]
+    op = getattr(torch.ops.sadmoe, name)
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
 
-    def cast(i: int, value: Any) -> Any:
-        floats = isinstance(value, Tensor) and value.is_floating_point() and value.device.type == device
-        return value.to(torch.get_autocast_dtype(device)) if floats and i not in router else value
-
     def rule(*args: Any, **kwargs: Any) -> Tensor:
-        cast_args = [cast(i, value) for i, value in enumerate(args)]
-        cast_kwargs = {key: cast(-1, value) for key, value in kwargs.items()}
+        cast_kwargs = {key: _cast(value, device) for key, value in kwargs.items()}
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return op(*cast_args, **cast_kwargs)
+            return op(*_cast_all(name, args, device), **cast_kwargs)
 
     return rule
 
@@ -467,10 +473,33 @@ _BY_TORCH: dict[torch._ops.OpOverload, Callable[..., Tensor]] = {
     _DYNAMIC_K_MOE_INT8: _dynamic_k_moe_widened,
 }
 
+
+def _in_plain_torch(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> Tensor:
+    """The op by `reference`, its arguments checked and cast as the op does."""
+    name, device = _name_of(op), args[0].device.type
+    for value in args:
+        if isinstance(value, str) and value not in reference.ACTIVATIONS:
+            raise RuntimeError(
+                f"{name}: act must be one of {', '.join(reference.ACTIVATIONS)}, got {value!r}"
+            )
+        if isinstance(value, float | int) and not 0 <= value <= 1:
+            raise RuntimeError(
+                f"{name}: tau must be in [0, 1] (0: every expert, 1: the top expert), got {value}"
+            )
+    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
+        return _BY_TORCH[op](*args)
+    with torch.autocast(device, enabled=False):
+        return _BY_TORCH[op](*(_cast_all(name, args, device) if name in _ROUTER_ARGUMENTS else args))
+
+
+def _name_of(op: torch._ops.OpOverload) -> str:
+    return op._schema.name.removeprefix("sadmoe::")
+
+
 _fallbacks = torch.library.Library("sadmoe", "IMPL")
 _fallbacks.impl("_masked_activation_", reference.masked_activation_, "CompositeExplicitAutograd")
 for _op, _by_torch in _BY_TORCH.items():
-    _name = _op._schema.name.removeprefix("sadmoe::")
+    _name = _name_of(_op)
     _why = (WIDENED,) if _name.endswith("_int8") else ()
     _fallbacks.impl(_name, _with_one_warning(_name, _by_torch, *_why), "CompositeExplicitAutograd")
 

@@ -16,11 +16,11 @@ def check_folder(folder: Path, force: bool, reads: Sequence[Path] = ()) -> None:
         raise ValueError(
             f"{folder} {where} read by this command, and would be replaced: write to another folder"
         )
-    above = next(path for path in folder.resolve().parents if path.exists())
-    if not above.is_dir():
-        raise NotADirectoryError(f"{folder} cannot be written: {above} is a file")
+    above = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file, and a folder is to be written: choose another name")
+    if not above.is_dir():
+        raise NotADirectoryError(f"{folder} cannot be written: {above} is a file")
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not force:

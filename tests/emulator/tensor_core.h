@@ -2,10 +2,12 @@
 // kFraction bits below the largest, add what is left without error, and cut the result off to float32: nothing is rounded to the
 // nearest, and a long chain loses a little at every link. After the bit-exact models of MMA-Sim (Xie et al., 2025, arXiv
 // 2511.10909). Of an A100, the coarsest of those: an H100 keeps 25 bits, of twice as many products.
+// Subnormal halves, which count as of their least normal exponent, are not told apart here.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 namespace sadmoe::emulator {
 
@@ -26,6 +28,7 @@ inline double power_of_two(int exponent) {
 }
 
 inline float cut_off(double v) {
+  if (std::abs(v) > std::numeric_limits<float>::max()) return static_cast<float>(std::copysign(INFINITY, v));
   const float nearest = static_cast<float>(v);
   return std::abs(static_cast<double>(nearest)) > std::abs(v) ? std::nextafter(nearest, 0.0f) : nearest;
 }

@@ -67,6 +67,13 @@ def convert_(
             check_batches(batches)
             check_checkpoint(checkpoint)
             sites = checked_sites(model, batches, config)
+            if hooks := [name for site in sites for name in hooked(model, site)]:
+                warnings.warn(
+                    f"{', '.join(shortened(hooks, 5))}: their hooks will not run while a converted layer is in their "
+                    "place; if they change what is computed, even tau = 0 is another model. Remove them, or "
+                    "restore_(model)",
+                    stacklevel=2,
+                )
         with tau(model, 0.0) if moe_layers(model) else nullcontext():
             built = build_all(model, sites, batches, config, clock, checkpoint, progress)
         for one in built:
@@ -145,12 +152,6 @@ def checked_sites(model: nn.Module, batches: Batches, config: ConvertConfig) -> 
         raise ValueError("nothing was converted, because of\n" + "\n".join(wrong))
     if config.budget is not None:
         _check_budget(sites, config, config.budget)
-    if hooks := [name for site in sites for name in hooked(model, site)]:
-        warnings.warn(
-            f"{', '.join(shortened(hooks, 5))}: their forward hooks will not run while a converted layer is in their "
-            "place; if they change what is computed, even tau = 0 is another model. Remove them, or restore_(model)",
-            stacklevel=3,
-        )
     return sites
 
 

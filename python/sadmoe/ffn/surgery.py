@@ -108,8 +108,11 @@ def swap_out(model: nn.Module, name: str) -> None:
         encoder.use_nested_tensor = replaced.nested
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def hooked(model: nn.Module, site: FFNSite) -> list[str]:
-    """Of the modules that leave the model with the FFN, and so no longer run, those that have forward hooks."""
+    """Of the modules that leave the model with the FFN, and so no longer run, those that have hooks."""
     block = _block_of(model, site)
     at = (
         [lookup(block, path)[2] for path in (site.parts.at, *site.parts.removed)]
@@ -120,7 +123,7 @@ def hooked(model: nn.Module, site: FFNSite) -> list[str]:
     return [
         name
         for name, m in model.named_modules()
-        if id(m) in leaving and (m._forward_hooks or m._forward_pre_hooks)
+        if id(m) in leaving and any(getattr(m, table) for table in HOOKS)
     ]
 
 

@@ -21,9 +21,8 @@ SEEN = 16  # values of a weight on the CPU, to notice what wrote to it
 _TAU, _ACT = "sadmoe_tau", "sadmoe_act"  # in the __dict__ of an experts module
 
 Packed = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-_kept: WeakKeyDictionary[nn.Module, tuple[Any, Packed]] = (
-    WeakKeyDictionary()
-)  # beside modules: it is not theirs to save
+# Beside the modules, not in them, where it would be saved and copied.
+_kept: WeakKeyDictionary[nn.Module, tuple[Any, Packed]] = WeakKeyDictionary()
 
 
 def set_experts_tau(model: nn.Module, tau: float) -> None:

@@ -9,7 +9,7 @@ from sadmoe.training import LoopConfig
 Goal = Literal["task", "distill_hidden", "distill_logits"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SparsifyConfig(LoopConfig):
     """How a model is made sparse. Give `steps`, which makes the run repeatable, or `seconds`.
 

@@ -134,6 +134,8 @@ class SparsityLoss:
         Raises RuntimeError where no pass came before or it left no gradient, ValueError where the mask does
         not fit.
         """
+        if isinstance(batch, Tensor) and batch.dtype == torch.bool:
+            raise TypeError("batch is a bool tensor, which is what tells real tokens: give it as mask=")
         seen, self._seen = self._seen, defaultdict(list)
         self._check(seen)
         means = [

@@ -1,14 +1,14 @@
 """What can be chosen about a training loop, and what is noted of each of its updates."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from sadmoe.checks import check_fields
 
 Schedule = Literal["constant", "linear", "linear_warmup"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     """How long a training loop runs, and by which rates. Give `steps`, which makes the run repeatable, or `seconds`.
 
@@ -35,9 +35,11 @@ class LoopConfig:
     accumulate: int = 1
     seed: int = 0
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         """Its fields are explained with those of the subclass, too."""
-        cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}\n{FIELDS}"
+        super().__init_subclass__(**kwargs)
+        fields = (cls.__base__.__doc__ or "").partition("\n")[2]
+        cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}\n{fields}"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -71,9 +73,6 @@ class LoopConfig:
     def lr_at(self, done: float) -> float:
         """Learning rate when the share `done` of the run, in [0, 1], is over."""
         return self.lr * (done / self.warmup if done < self.warmup else (1 - done) / (1 - self.warmup))
-
-
-FIELDS = (LoopConfig.__doc__ or "").partition("\n")[2]
 
 
 @dataclass(frozen=True)

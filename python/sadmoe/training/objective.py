@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sadmoe.batches import Batch, real_rows, run
+from sadmoe.batches import Batch, real_rows, run, unwrapped
 from sadmoe.ffn import FFNSite
 from sadmoe.ffn.paths import is_module, join
 from sadmoe.gradients import is_recomputed
@@ -107,7 +107,7 @@ def distill_hidden(
 
 def _check_teacher(model: nn.Module, teacher: nn.Module, blocks: Sequence[str]) -> None:
     """Raises ValueError where the teacher is the model itself, or a model of other blocks."""
-    if teacher is model:
+    if unwrapped(teacher) is unwrapped(model):
         raise ValueError("teacher is the model that is trained itself: pass a copy of it from before")
     if missing := [name for name in blocks if not is_module(teacher, name)]:
         raise ValueError(f"teacher must be a model of the same blocks, but has no {', '.join(missing)}")
