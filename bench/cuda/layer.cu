@@ -25,8 +25,6 @@ __global__ void fill_mask(bool* data, size_t n, float share, unsigned seed) {
   for (size_t i = blockIdx.x * size_t{256} + threadIdx.x; i < n; i += gridDim.x * size_t{256}) data[i] = uniform(i, seed) < share;
 }
 
-int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
 sadmoe::cuda::Workspace workspace(const sadmoe::ExpertsShape& shape, DType dtype) {
   return sadmoe::cuda::workspace(shape, dtype, {});
 }
