@@ -278,3 +278,8 @@ def test_a_damaged_description_is_refused(tmp_path):
             sadmoe.describe.rebuild(model, name, wrong)
     with pytest.raises(ValueError, match="is a linear layer"):
         sadmoe.describe.rebuild(model, "encoder", {"projection": {"width": 4, "act": "relu"}})
+
+
+def test_a_filter_of_projections_is_a_function():
+    with pytest.raises(TypeError, match="filter must be a function of a name, or None, got 'query'"):
+        find_projections(TINY["bert"].model(), "query")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from converted import converted
-from sadmoe.dial import converted_layers, set_tau, tau
+from sadmoe.dial import converted_layers, set_batch_invariant, set_tau, tau
 from sadmoe.gates import DynamicK, TopK
 from tiny_models import TINY, call
 from torch import nn
@@ -89,3 +89,11 @@ def test_a_model_that_was_not_converted_is_refused():
         set_tau(nn.Linear(2, 2), 0.5)
     with pytest.raises(ValueError, match="no converted layer"), tau(nn.Linear(2, 2), 0.5):
         pass
+
+
+@pytest.mark.parametrize("value", ["no", 1, 0.0])
+def test_batch_invariance_is_a_bool_or_none(value):
+    model = converted("bert")
+    with pytest.raises(ValueError, match=f"value must be True, False or None, got {value!r}"):
+        set_batch_invariant(model, value)
+    assert {layer.batch_invariant for layer in converted_layers(model).values()} == {None}

@@ -177,6 +177,8 @@ def test_top_k_runs_exactly_k_and_all_of_them_at_e():
         TopK(7).mask(torch.rand(2, 6))
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         TopK(0)
+    with pytest.raises(TypeError, match="float"):
+        TopK(2.7)
 
 
 def test_permuting_the_experts_changes_nothing_but_rounding():

@@ -14,7 +14,7 @@ from sadmoe.crossover import Layer
 from sadmoe.dial import converted_layers, set_tau
 from sadmoe.gates import DynamicK, TopK
 from sadmoe.measured import Costs, sparse_until
-from sadmoe.timing import Timing
+from sadmoe.timing import Timing, measure
 from tiny_models import TINY
 
 LAYER = Layer(24, 24, 8, 5, 16, False, 4)
@@ -344,3 +344,12 @@ def test_help_teaches(user, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert "--calibrate" in printed
     assert "batch_invariant=False" in printed
+
+
+def test_calls_past_their_patience_end_the_measuring(monkeypatch):
+    """Instead of waiting until the seconds are over with nothing left to call."""
+    clock = iter(range(1000))
+    monkeypatch.setattr("sadmoe.timing.time.perf_counter", lambda: float(next(clock)))
+    timings = measure({"a": lambda: None, "b": lambda: None}, seconds=400.0, patience=1.0)
+    assert [timing.calls for timing in timings.values()] == [1, 1]
+    assert next(clock) < 20

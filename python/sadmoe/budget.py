@@ -97,7 +97,7 @@ def finetune_for_budget_(
     def of(step: str) -> dict[str, Any]:
         if checkpoint is None:
             return {"checkpoint": None, "progress": progress}
-        folder = Path(checkpoint.folder) / f"{step} {budget!r}"  # layers, too, are trained for it
+        folder = Path(checkpoint.folder) / f"{step} {float(budget)!r}"  # layers, too, are trained for it
         return {"checkpoint": replace(checkpoint, folder=folder), "progress": progress}
 
     with all_or_nothing(model) as undo:

@@ -84,7 +84,7 @@ def set_batch_invariant(model: nn.Module, value: bool | None, *, expected_share:
     goes. Takes effect at the next call; not saved with the model.
     Raises ValueError where expected_share is out of range or nothing was converted.
     """
-    if value not in (True, False, None):
+    if value is not None and not isinstance(value, bool):
         raise ValueError(f"value must be True, False or None, got {value!r}")
     if expected_share is not None and not 0.0 <= expected_share <= 1.0:
         raise ValueError(f"expected_share must be in [0, 1], got {expected_share}")
