@@ -13,6 +13,7 @@ from problems import assert_as_good_as_torch, experts_problem, router_problem
 from sadmoe import ops, reference
 from sadmoe.layer import SCALES
 from sadmoe.measure_costs import calibrate_costs
+from sadmoe.ops import fallback
 from tiny_models import TINY
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -399,14 +400,14 @@ def test_layers_that_were_done_are_left_alone(model):
 def test_devices_without_a_kernel_widen_the_weights(gated):
     x, mask, *experts = int8_problem(T=9, d=12, E=3, s=4, gated=gated)
     v1, v2 = router_problem(12, 3)
-    slow = ops._with_one_warning("sparse_experts_int8", ops._sparse_experts_widened, ops.WIDENED)
+    slow = fallback.with_one_warning("sparse_experts_int8", fallback.sparse_experts_widened, fallback.WIDENED)
     with pytest.warns(
         UserWarning, match="sadmoe::sparse_experts_int8 has no kernel for cpu and widens the weig"
     ):
         widened = slow(x, mask, *experts, "gelu")
     torch.testing.assert_close(widened, ops.sparse_experts_int8(x, mask, *experts, "gelu"), **CLOSE)
     torch.testing.assert_close(
-        ops._dynamic_k_moe_widened(x, v1, v2, *experts, 0.3, "gelu"),
+        fallback.dynamic_k_moe_widened(x, v1, v2, *experts, 0.3, "gelu"),
         ops.dynamic_k_moe_int8(x, v1, v2, *experts, 0.3, "gelu"),
         **CLOSE,
     )
@@ -415,7 +416,7 @@ def test_devices_without_a_kernel_widen_the_weights(gated):
     if gated:
         experts[6] = None
         with pytest.raises(ValueError, match="w_gate and scale_gate need each other"):
-            ops._sparse_experts_widened(x, mask, *experts)
+            fallback.sparse_experts_widened(x, mask, *experts)
 
 
 def test_there_is_nothing_to_calibrate(model, tmp_path):

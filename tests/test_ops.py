@@ -8,6 +8,7 @@ import torch
 from backends import DTYPES
 from problems import experts_problem, router_problem
 from sadmoe import ops, reference
+from sadmoe.ops import fallback
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -209,7 +210,7 @@ def test_an_unknown_device_answers_through_the_reference_with_one_warning():
     for name in ("router_scores", "dynamic_k_select", "sparse_experts", "dynamic_k_moe"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sadmoe::{name}", "CompositeExplicitAutograd")
     args = experts_problem()
-    slow = ops._with_one_warning("sparse_experts", reference.sparse_experts)
+    slow = fallback.with_one_warning("sparse_experts", reference.sparse_experts, fallback.IN_TORCH)
     with pytest.warns(
         UserWarning, match="sadmoe::sparse_experts has no kernel for cpu and runs in plain torch"
     ):

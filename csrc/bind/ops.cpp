@@ -1,4 +1,4 @@
-// The one list of ops. Implementations stand beside their kernels; all else about an op is in python/sadmoe/ops.py.
+// The one list of ops. Implementations stand beside their kernels; all else about an op is in python/sadmoe/ops.
 #include <torch/csrc/stable/library.h>
 
 #include <string>

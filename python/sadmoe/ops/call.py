@@ -1,0 +1,48 @@
+"""How a Python function calls its op: past rules that the call does not need, or by plain torch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from sadmoe import reference
+from sadmoe.ops.autocast import ROUTER_ARGUMENTS, cast_all
+
+BY_TORCH: dict[str, Callable[..., Tensor]] = {}  # every op, by name, in plain torch: `fallback` fills it
+
+
+def run(op: torch._ops.OpOverload, *args: Any) -> Tensor:
+    """The op; without gradients, past its rule for them.
+
+    The rule is Python: with cold caches, calling it only to learn that no gradient is wanted takes longer than a kernel
+    with one token. Inside the transforms of torch.func and forward-mode gradients, but for graphs of torch.compile, it
+    is plain torch, every expert computed.
+    """
+    if torch.compiler.is_compiling():
+        return op(*args)
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return _in_plain_torch(op, args)
+    if torch.is_grad_enabled():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _in_plain_torch(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> Tensor:
+    """The op by `reference`, its arguments checked and cast as the op does."""
+    name, device = op._schema.name.removeprefix("sadmoe::"), args[0].device.type
+    for value in args:
+        if isinstance(value, str) and value not in reference.ACTIVATIONS:
+            raise RuntimeError(
+                f"{name}: act must be one of {', '.join(reference.ACTIVATIONS)}, got {value!r}"
+            )
+        if isinstance(value, float | int) and not 0 <= value <= 1:
+            raise RuntimeError(
+                f"{name}: tau must be in [0, 1] (0: every expert, 1: the top expert), got {value}"
+            )
+    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
+        return BY_TORCH[name](*args)
+    with torch.autocast(device, enabled=False):
+        return BY_TORCH[name](*(cast_all(name, args, device) if name in ROUTER_ARGUMENTS else args))

@@ -1,0 +1,174 @@
+"""What torch must know of every op beside its kernels: shapes, gradients, FLOPs."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from sadmoe import gradients
+from sadmoe.ops.functions import dynamic_k_select, router_scores
+from sadmoe.ops.library import OPS
+
+# Shapes, for meta tensors, torch.compile and torch.export.
+
+
+@torch.library.register_fake("sadmoe::router_scores")
+def _router_scores_shape(x: Tensor, v1: Tensor, v2: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], v2.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("sadmoe::dynamic_k_select")
+def _dynamic_k_select_shape(scores: Tensor, tau: float) -> Tensor:
+    return torch.empty_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("sadmoe::sparse_experts")
+@torch.library.register_fake("sadmoe::sparse_experts_int8")
+def _sparse_experts_shape(x: Tensor, mask: Tensor, w_up: Tensor, w_down: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((x.shape[0], w_down.shape[2]))
+
+
+@torch.library.register_fake("sadmoe::dynamic_k_moe")
+@torch.library.register_fake("sadmoe::dynamic_k_moe_int8")
+def _dynamic_k_moe_shape(
+    x: Tensor, v1: Tensor, v2: Tensor, w_up: Tensor, w_down: Tensor, *rest: Any
+) -> Tensor:
+    return x.new_empty((x.shape[0], w_down.shape[2]))
+
+
+# Gradients, with the mask held constant: see `gradients`.
+
+Gradient = Callable[..., tuple[Tensor | None, ...]]
+
+
+def _keep_router(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _router_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return gradients.of_router_scores(grad, *ctx.saved_tensors)
+
+
+def _keep_experts(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.act = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _experts_backward(gradient: Gradient, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, mask, *weights = ctx.saved_tensors
+    of_x, *of_weights = gradient(grad, x, mask, *weights, ctx.act)
+    return of_x, None, *of_weights, None
+
+
+def _keep_moe(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.tau, ctx.act = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _moe_backward(gradient: Gradient, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, v1, v2, *weights = ctx.saved_tensors
+    mask = dynamic_k_select(router_scores(x, v1, v2), ctx.tau)
+    of_x, *of_weights = gradient(grad, x, mask, *weights, ctx.act)
+    return of_x, None, None, *of_weights, None, None
+
+
+torch.library.register_autograd("sadmoe::router_scores", _router_backward, setup_context=_keep_router)
+for _suffix, _gradient in (("", gradients.of_sparse_experts), ("_int8", gradients.of_sparse_experts_int8)):
+    for _name, _backward, _keep in (
+        ("sparse_experts", _experts_backward, _keep_experts),
+        ("dynamic_k_moe", _moe_backward, _keep_moe),
+    ):
+        _backward = partial(_backward, _gradient)
+        torch.library.register_autograd(f"sadmoe::{_name}{_suffix}", _backward, setup_context=_keep)
+
+
+# FLOPs that were really executed (torch counts a multiply-add as two). Without data, as many as there can be.
+
+
+def _pairs_flops(pairs: int, w_up: Tensor, w_down: Tensor, w_gate: Tensor | None) -> int:
+    inputs = 1 if w_gate is None else 2
+    return 2 * pairs * w_up.shape[1] * (inputs * w_up.shape[2] + w_down.shape[2])
+
+
+def _executed(mask: Tensor) -> int:
+    has_data = type(mask) in (Tensor, torch.nn.Parameter) and mask.device.type != "meta"
+    return int(mask.sum()) if has_data else mask.numel()
+
+
+@register_flop_formula(OPS.router_scores, get_raw=True)
+def _router_flops(x: Tensor, v1: Tensor, v2: Tensor, *args: Any, **kwargs: Any) -> int:
+    return 2 * x.shape[0] * v1.shape[0] * (v1.shape[1] + v2.shape[0])
+
+
+@register_flop_formula(OPS.sparse_experts, get_raw=True)
+def _experts_flops(
+    x: Tensor,
+    mask: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_up: Any = None,
+    w_gate: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    return _pairs_flops(_executed(mask), w_up, w_down, w_gate)
+
+
+@register_flop_formula(OPS.sparse_experts_int8, get_raw=True)
+def _int8_experts_flops(
+    x: Tensor,
+    mask: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    scale_up: Any,
+    scale_down: Any,
+    b_up: Any = None,
+    w_gate: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    return _experts_flops(x, mask, w_up, w_down, w_gate=w_gate)
+
+
+@register_flop_formula(OPS.dynamic_k_moe, get_raw=True)
+def _moe_flops(
+    x: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_up: Any = None,
+    w_gate: Any = None,
+    b_gate: Any = None,
+    b_out: Any = None,
+    tau: float = 0.0,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    pairs = _executed(dynamic_k_select(router_scores(x, v1, v2), tau))
+    return _router_flops(x, v1, v2) + _pairs_flops(pairs, w_up, w_down, w_gate)
+
+
+@register_flop_formula(OPS.dynamic_k_moe_int8, get_raw=True)
+def _int8_moe_flops(
+    x: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    scale_up: Any,
+    scale_down: Any,
+    b_up: Any = None,
+    w_gate: Any = None,
+    scale_gate: Any = None,
+    b_gate: Any = None,
+    b_out: Any = None,
+    scale_out: Any = None,
+    tau: float = 0.0,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    return _moe_flops(x, v1, v2, w_up, w_down, w_gate=w_gate, tau=tau)
