@@ -97,6 +97,15 @@ def test_sums_of_integers_never_overflow(isa, size, d, s, weight):
     torch.testing.assert_close(y.double(), wanted, rtol=2e-4, atol=1e-29)
 
 
+def test_a_token_is_finite_whose_values_add_up_to_more_than_floats_hold(isa):
+    x = torch.full((1, 768), 1e36)
+    w_up, w_down = torch.zeros(1, 1, 768, dtype=torch.int8), torch.full((1, 1, 3), 127, dtype=torch.int8)
+    w_up[..., 5] = 127
+    one = torch.full((1, 1), 1 / 127)
+    y = ops.sparse_experts_int8(x, torch.ones(1, 1, dtype=torch.bool), w_up, w_down, one, one)
+    torch.testing.assert_close(y, torch.full((1, 3), 1e36), rtol=2e-4, atol=0)
+
+
 def test_a_token_that_is_not_finite_stays_so_alone(isa):
     x, mask, *experts = int8_problem(T=20, d=40, E=4, s=5)
     mask[:] = True

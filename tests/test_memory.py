@@ -36,6 +36,32 @@ def peak(folder: Path) -> int:
     return int(result.stdout)
 
 
+TOO_LARGE = """
+import resource, torch
+from pathlib import Path
+from sadmoe import ops
+
+torch.set_num_threads(2)
+T, E, s = 200, 4096, 64  # activations of 100 MB for each thread
+x, w_up, w_down = torch.randn(T, 16), torch.randn(E, s, 16), torch.randn(E, s, 16)
+mask = torch.ones(T, E, dtype=torch.bool)
+ops.sparse_experts(x[:2], mask[:2], w_up, w_down)
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit = pages * resource.getpagesize() + (60 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    ops.sparse_experts(x, mask, w_up, w_down)
+except MemoryError:
+    print("MemoryError", tuple(ops.sparse_experts(x[:2], mask[:2], w_up, w_down).shape))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux limits the memory of a process")
+def test_threads_without_memory_raise_what_one_thread_would():
+    result = subprocess.run([sys.executable, "-c", TOO_LARGE], capture_output=True, text=True)
+    assert result.stdout == "MemoryError (2, 16)\n", result.stderr
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
 @pytest.mark.slow
 def test_a_converted_model_is_loaded_and_run_in_the_memory_of_the_dense_one(tmp_path):

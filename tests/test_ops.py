@@ -82,6 +82,17 @@ def test_gradients_are_the_reference_s_with_the_mask_held(gated, bias, act):
         torch.testing.assert_close(f, w, **close)
 
 
+@pytest.mark.parametrize("act", reference.ACTIVATIONS)
+def test_gradients_of_gradients_are_the_reference_s(act):
+    args = experts_problem(T=9, gated=True)
+    x = args[0].requires_grad_()
+    found = []
+    for experts in (ops.sparse_experts, reference.sparse_experts):
+        (first,) = torch.autograd.grad(experts(*args, act=act).square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), x)[0])
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3 * found[1].abs().max().item())
+
+
 def test_router_gradients_are_the_reference_s():
     x = experts_problem(8, 10, 1, 1)[0]
 
@@ -104,6 +115,19 @@ def test_torch_finds_the_ops_well_made(needs_grad):
     torch.library.opcheck(torch.ops.sadmoe.dynamic_k_select.default, (torch.rand(6, 3), 0.3))
     torch.library.opcheck(torch.ops.sadmoe.sparse_experts.default, (x, mask, *weights, "silu"))
     torch.library.opcheck(torch.ops.sadmoe.dynamic_k_moe.default, (x, v1, v2, *weights, 0.3, "silu"))
+
+
+def test_a_tensor_on_meta_beside_others_is_no_reason_to_return_nothing():
+    x, mask, *weights = experts_problem()
+    v1, v2 = router_problem(33, 5)
+    meta = [None if w is None else w.to("meta") for w in weights]
+    for call in (
+        lambda: ops.router_scores(x, v1.to("meta"), v2),
+        lambda: ops.sparse_experts(x, mask, weights[0], meta[1], *weights[2:]),
+        lambda: ops.dynamic_k_moe(x, v1, v2, *weights[:5], meta[5], tau=0.3),
+    ):
+        with pytest.raises(RuntimeError, match="must be on one device, got cpu and meta"), torch.no_grad():
+            call()
 
 
 def test_meta_tensors_give_shapes():

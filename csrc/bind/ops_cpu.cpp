@@ -1,6 +1,9 @@
 // The ops on the CPU: tensors in, pointers to the kernels, threads of torch's own pool.
 #include <torch/csrc/stable/library.h>
 
+#include <exception>
+#include <mutex>
+
 #include "bind/check.h"
 #include "cpu/isa.h"
 #include "cpu/moe.h"
@@ -8,12 +11,25 @@
 namespace sadmoe {
 namespace {
 
+// The first error of any thread, memory's for one, is the caller's: of one that left a thread torch would only say that it came.
+void on_torch_threads(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+  if (n <= 0) return;
+  std::exception_ptr error;
+  std::mutex error_mutex;
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    try {
+      body(begin, end);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(error_mutex);
+      if (!error) error = std::current_exception();
+    }
+  });
+  if (error) std::rethrow_exception(error);
+}
+
 cpu::Threads torch_threads() {
   const int count = static_cast<int>(torch::stable::get_num_threads());
-  if (count == 1) return cpu::one_thread();
-  return {count, [](int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
-            if (n > 0) torch::stable::parallel_for(0, n, grain, body);
-          }};
+  return count == 1 ? cpu::one_thread() : cpu::Threads{count, on_torch_threads};
 }
 
 Tensor router_scores(const Tensor& x, const Tensor& v1, const Tensor& v2) {

@@ -117,8 +117,8 @@ void accumulate_in_turns(const Accumulate& p, int64_t neurons) {
 template <class Vec, class W>
 void accumulate(const Accumulate& p) {
   if constexpr (Vec::copied > 0) {
-    constexpr int64_t kManyRows = 8, kManyColumns = 1024, kTile = Vec::accumulate_vecs * Vec::width;
-    const int64_t most = p.m > 0 ? Vec::copied / p.m / kTile * kTile : 0;
+    constexpr int64_t kManyRows = 8, kManyColumns = 1024, kColumns = Vec::accumulate_vecs * Vec::width;
+    const int64_t most = p.m > 0 ? Vec::copied / p.m / kColumns * kColumns : 0;
     if (p.n >= kManyRows && p.columns <= kManyColumns && most > 0) {
       alignas(64) float copy[Vec::copied];
       return some_at_once(p.columns, most, [&](int64_t c, int64_t count, bool more, int64_t then) {
@@ -231,11 +231,8 @@ void accumulate_pair_rows(const Accumulate& p, const Weights& weights, AheadInRo
 
 // weights_of(Part, part): the weights where groups are whole, and where the last one is not.
 template <class Pair, class Vec, class WeightsOf>
-void accumulate_pair_columns(const Accumulate& p, const WeightsOf& weights_of) {
+void accumulate_pair_columns(const Accumulate& p, AheadInRows<Vec> ahead, const WeightsOf& weights_of) {
   constexpr int kRows = Pair::accumulate_rows, kGroups = Pair::accumulate_groups;
-  constexpr int64_t kFar = 512 * 1024;  // bytes that would leave the caches before their turn
-  const bool fits = p.m * p.columns * int64_t(sizeof(typename Pair::Weight)) <= kFar;
-  AheadInRows<Vec> ahead = ahead_of<Vec, typename Pair::Weight>(p, fits ? p.next : nullptr, p.m, p.columns);
   const auto whole = weights_of(std::false_type{}, 0);
   int64_t c = 0;
   constexpr int kWide = kRows * kGroups * 2 / 3;  // for a row alone, as memory gives long pieces of a neuron faster
@@ -253,26 +250,37 @@ void accumulate_pair_columns(const Accumulate& p, const WeightsOf& weights_of) {
 // Many rows, three tiles or more, read a copy, as above: of all neurons, for their sum is added as one.
 template <class Pair, class Vec>
 void accumulate_pairs(const Accumulate& p) {
-  constexpr int64_t kWidth = Pair::width;
+  using Weight = typename Pair::Weight;
+  constexpr int64_t kWidth = Pair::width, kFar = 512 * 1024;  // bytes that would leave the caches before their turn
+  const void* next = p.m * p.columns * int64_t(sizeof(Weight)) <= kFar ? p.next : nullptr;
   if constexpr (Pair::copied > 0) {
-    const int64_t columns = (p.columns + kWidth - 1) / kWidth * kWidth;
-    if (p.n >= 3 * Pair::accumulate_rows && (p.m + 1) / 2 * 2 * columns <= Pair::copied) {
+    constexpr int64_t kGroups = Pair::accumulate_groups * kWidth;
+    const int64_t most = p.m > 0 ? Pair::copied / ((p.m + 1) / 2 * 2) / kGroups * kGroups : 0;
+    if (p.n >= 3 * Pair::accumulate_rows && most > 0 && p.columns <= (most > kStrip ? most : kStrip)) {
       alignas(64) typename Pair::Entry copy[Pair::copied];
-      const auto fill = [&](const auto& weights, int64_t j, int64_t c) {
-        Pair both[2];
-        weights.load(j, c, both);
-        both[0].store(copy + j * columns + 2 * c), both[1].store(copy + j * columns + 2 * c + kWidth);
-      };
-      for (int64_t j = 0; j < p.m; j += 2) {
-        int64_t c = 0;
-        for (; c + kWidth <= p.columns; c += kWidth) fill(PairsInPlace<Pair, false>(p, 0), j, c);
-        if (c < p.columns) fill(PairsInPlace<Pair, true>(p, p.columns - c), j, c);
-      }
-      return accumulate_pair_columns<Pair, Vec>(p, [&](auto, int64_t) { return CopiedPairs<Pair>{copy, columns}; });
+      return some_at_once(p.columns, most, [&](int64_t c0, int64_t count, bool more, int64_t then) {
+        Accumulate part = p;
+        const Weight* w = static_cast<const Weight*>(p.w) + c0;
+        part.columns = count, part.w = w, part.y = p.y + c0;
+        const int64_t columns = (count + kWidth - 1) / kWidth * kWidth;
+        const auto fill = [&](const auto& weights, int64_t j, int64_t c) {
+          Pair both[2];
+          weights.load(j, c, both);
+          both[0].store(copy + j * columns + 2 * c), both[1].store(copy + j * columns + 2 * c + kWidth);
+        };
+        for (int64_t j = 0; j < p.m; j += 2) {
+          int64_t c = 0;
+          for (; c + kWidth <= count; c += kWidth) fill(PairsInPlace<Pair, false>(part, 0), j, c);
+          if (c < count) fill(PairsInPlace<Pair, true>(part, count - c), j, c);
+        }
+        accumulate_pair_columns<Pair, Vec>(part, ahead_of<Vec, Weight>(part, more ? w + count : next, p.m, then),
+                                           [&](auto, int64_t) { return CopiedPairs<Pair>{copy, columns}; });
+      });
     }
   }
-  accumulate_pair_columns<Pair, Vec>(
-      p, [&](auto part, int64_t columns) { return PairsInPlace<Pair, decltype(part)::value>(p, columns); });
+  accumulate_pair_columns<Pair, Vec>(p, ahead_of<Vec, Weight>(p, next, p.m, p.columns), [&](auto part, int64_t columns) {
+    return PairsInPlace<Pair, decltype(part)::value>(p, columns);
+  });
 }
 
 }  // namespace sadmoe::cpu

@@ -6,6 +6,24 @@
 namespace sadmoe::cpu {
 namespace {
 
+// The first n of 8 bytes, and of 16, and zeros: by pieces that overlap, for a load waits for bytes that were stored one by one.
+uint64_t load_8(const char* p, int64_t n) {
+  const auto piece = [p](auto kind, int64_t at) {
+    __builtin_memcpy(&kind, p + at, sizeof kind);
+    return static_cast<uint64_t>(kind) << 8 * at;
+  };
+  if (n == 8) return piece(uint64_t{}, 0);
+  if (n >= 4) return piece(uint32_t{}, 0) | piece(uint32_t{}, n - 4);
+  if (n >= 2) return piece(uint16_t{}, 0) | piece(uint16_t{}, n - 2);
+  return n > 0 ? piece(uint8_t{}, 0) : 0;
+}
+__m128i load_16(const void* from, int64_t n) {
+  const char* p = static_cast<const char*>(from);
+  if (n >= 16) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const uint64_t low = load_8(p, n < 8 ? n : 8), high = n > 8 ? load_8(p + 8, n - 8) : 0;
+  return _mm_set_epi64x(static_cast<int64_t>(high), static_cast<int64_t>(low));
+}
+
 struct Vec {
   using Entry = float;
   using Sum = Vec;
@@ -43,9 +61,7 @@ struct Vec {
   }
   template <class H>
   static Vec load_part(const H* p, int64_t n) {
-    H full[width] = {};
-    for (int64_t i = 0; i < n; ++i) full[i] = p[i];
-    return load(full);
+    return {widen(load_16(p, n * int64_t(sizeof(H))), H{})};
   }
   template <class H>
   void store(H* p) const {
@@ -109,25 +125,18 @@ struct Ints {
     out[0].v = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b));
     out[1].v = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b));
   }
-  template <class I>
-  struct Part {  // the first n, and zeros
-    I full[width] = {};
-    Part(const I* p, int64_t n) {
-      for (int64_t i = 0; i < n; ++i) full[i] = p[i];
-    }
-  };
 
   static Ints zero() { return {_mm256_setzero_si256()}; }
   static Ints load(const int16_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
   static Ints load(const int8_t* p) { return {_mm256_cvtepi8_epi16(bytes(p))}; }
   void store(int16_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
-  template <class I>
-  static Ints load_part(const I* p, int64_t n) {
-    return load(Part<I>(p, n).full);
+  static Ints load_part(const int16_t* p, int64_t n) {
+    return {_mm256_set_m128i(n > 8 ? load_16(p + 8, 2 * n - 16) : _mm_setzero_si128(), load_16(p, 2 * n))};
   }
+  static Ints load_part(const int8_t* p, int64_t n) { return {_mm256_cvtepi8_epi16(load_16(p, n))}; }
   static void load_pairs(const int8_t* a, const int8_t* b, Ints* out) { pairs(bytes(a), bytes(b), out); }
   static void load_pairs_part(const int8_t* a, const int8_t* b, int64_t n, Ints* out) {
-    load_pairs(Part<int8_t>(a, n).full, Part<int8_t>(b, n).full, out);
+    pairs(load_16(a, n), load_16(b, n), out);
   }
   static Ints set_pair(const int16_t* p) {
     int32_t pair;

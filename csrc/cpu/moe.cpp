@@ -107,8 +107,8 @@ class Block {
         form_(form_of(experts, k_)),
         project_(form_ == Form::halves ? k_.halves->project : k_.project[int(p_.w_up.dtype)]),
         accumulate_(form_ == Form::halves ? k_.halves->accumulate : k_.accumulate[int(p_.w_down.dtype)]),
-        half_x_(at(experts.x, begin * s_.d)),
-        x_(form_ == Form::halves ? View{} : half_x_, T_ * s_.d),
+        x_as_it_is_(at(experts.x, begin * s_.d)),
+        x_(form_ == Form::halves ? View{} : x_as_it_is_, T_ * s_.d),
         bias_(of_neurons(p_.b_up)),
         gate_bias_(of_neurons(p_.b_gate)),
         scale_(of_neurons(p_.scale_up)),
@@ -117,6 +117,8 @@ class Block {
         y_(static_cast<char*>(experts.y) + begin * s_.d_out * size_of(experts.x.dtype)),
         ld_h_(form_ == Form::floats ? s_.s : (s_.s + 1) / 2 * 2) {
     plan_.build(mask, T_, s_.E);
+    for (AsFloat* some : {&bias_, &gate_bias_, &scale_, &gate_scale_, &out_scale_})
+      for (const int64_t e : plan_.active) some->widen(e * s_.s, s_.s);
     if (form_ == Form::floats && p_.x.dtype == DType::f32) chain_ends_ = ChainEnds(plan_, T_);  // others round more coarsely
     switch (form_) {
       case Form::floats:
@@ -233,10 +235,10 @@ class Block {
     for (int64_t i = 0; from && i < n + kFloats; i += kFloats) __builtin_prefetch(from + std::min(i, n - 1));
   }
 
-  AsFloat of_neurons(View v) const { return {v, s_.E * s_.s}; }
+  AsFloat of_neurons(View v) const { return AsFloat::in_parts(v, s_.E * s_.s); }
 
   const void* x_rows() const {
-    return form_ == Form::floats ? x_.get() : form_ == Form::ints ? static_cast<const void*>(int_x_.row(0)) : half_x_.data;
+    return form_ == Form::floats ? x_.get() : form_ == Form::ints ? static_cast<const void*>(int_x_.row(0)) : x_as_it_is_.data;
   }
   const void* hidden(int64_t row) const {
     if (form_ == Form::floats) return h_.get() + row * ld_h_;
@@ -250,9 +252,9 @@ class Block {
   Form form_;
   void (*project_)(const Project&);
   void (*accumulate_)(const Accumulate&);
-  View half_x_;  // x as it is
+  View x_as_it_is_;
   AsFloat x_;
-  AsFloat bias_, gate_bias_, scale_, gate_scale_, out_scale_;  // of all neurons: an expert may have few
+  AsFloat bias_, gate_bias_, scale_, gate_scale_, out_scale_;  // of the neurons of active experts
   char* y_;
   int64_t ld_h_;
   BlockPlan plan_;

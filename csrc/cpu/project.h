@@ -78,16 +78,20 @@ template <class Vec, class W, int Rows, int Columns>
   }
 }
 
-// The neurons of rows i0 .. n: tiles of Rows rows, then of what is left. Of each tile's rows, span entries after span.
+// The neurons of rows i0 .. n: tiles of Rows rows, then of what is left; the last neurons, where they fill no more than half of
+// a tile, in one of half as many. Of each tile's rows, span entries after span.
 template <class Vec, class W, int Rows>
 void project_rows(const Project& p, int64_t i0, int64_t span, typename Vec::Sum* kept, Ahead<Vec>& ahead) {
-  constexpr int kColumns = Vec::project_columns, kSums = sums_of<Vec>(Rows * kColumns);
+  constexpr int kColumns = Vec::project_columns, kHalf = kColumns / 2, kSums = sums_of<Vec>(Rows * kColumns);
   const auto pairs_are_left = [&] { return Rows == 3 && p.n - i0 == 4; };  // a row alone takes as long as two
   for (; i0 + Rows <= p.n && !pairs_are_left(); i0 += Rows)
-    for (int64_t k = 0; k < p.d; k += span)
-      for (int64_t j = 0; j < p.m; j += kColumns)
-        project_tile<Vec, W, Rows, kColumns>(p, i0, j, k, k + span < p.d ? k + span : p.d,
-                                             span < p.d ? kept + j / kColumns * kSums : kept, ahead);
+    for (int64_t k = 0; k < p.d; k += span) {
+      const int64_t end = k + span < p.d ? k + span : p.d;
+      const auto kept_of = [&](int64_t j) { return span < p.d ? kept + j / kColumns * kSums : kept; };
+      int64_t j = 0;
+      for (; j + kHalf < p.m; j += kColumns) project_tile<Vec, W, Rows, kColumns>(p, i0, j, k, end, kept_of(j), ahead);
+      if (j < p.m) project_tile<Vec, W, Rows, kHalf>(p, i0, j, k, end, kept_of(j), ahead);
+    }
   if constexpr (Rows > 1)
     if (i0 < p.n) project_rows<Vec, W, Rows - 1>(p, i0, span, kept, ahead);
 }

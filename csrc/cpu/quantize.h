@@ -8,12 +8,14 @@ namespace sadmoe::cpu {
 template <class Vec>
 void quantize(const Quantize& p) {
   constexpr float kLargest = 32767, kSum = (1 << 24) - (1 << 17), kSmallest = 1e-30f;  // of steps: its inverse is finite
+  constexpr float kScale = 1 << 24;                                                    // a sum of d floats over it is finite
   constexpr float kInfinity = __builtin_inff(), kNaN = __builtin_nanf("");
   for (int64_t i = 0; i < p.n; ++i) {
     const float* x = p.x + i * p.d;
     int16_t* q = p.q + i * p.ld;
     Vec most = Vec::zero(), total = Vec::zero();
-    const auto see = [&](Vec v) { most = max(abs(v), most), total = total + abs(v); };
+    const Vec scale = Vec::set(1 / kScale);
+    const auto see = [&](Vec v) { most = max(abs(v), most), total = fma(abs(v), scale, total); };
     int64_t k = 0;
     for (; k + Vec::width <= p.d; k += Vec::width) see(Vec::load(x + k));
     if (k < p.d) see(Vec::load_part(x + k, p.d - k));
@@ -21,7 +23,7 @@ void quantize(const Quantize& p) {
     most.store(largest), total.store(sums);
     float peak = 0, sum = 0;
     for (int lane = 0; lane < Vec::width; ++lane) peak = largest[lane] > peak ? largest[lane] : peak, sum += sums[lane];
-    float step = sum / kSum;  // NaN stays NaN
+    float step = sum / (kSum / kScale);  // NaN stays NaN
     for (const float least : {peak / kLargest, kSmallest}) step = least > step ? least : step;
     if (!(step < kInfinity)) {
       p.steps[i] = kNaN;

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <memory>
 #include <new>
-#include <vector>
+#include <utility>
 
 #include "contract.h"
 #include "cpu/isa.h"
@@ -29,21 +29,22 @@ using Floats = Buffer<float>;
 // A vector of n values as float32: itself, or widened into scratch.
 class AsFloat {
  public:
-  AsFloat(View view, int64_t n) {
-    if (!view || view.dtype == DType::f32) {
-      data_ = static_cast<const float*>(view.data);
-    } else {
-      scratch_.resize(n);
-      kernels().widen[int(view.dtype)](view.data, scratch_.data(), n);
-      data_ = scratch_.data();
-    }
+  AsFloat(View view, int64_t n) : AsFloat(in_parts(view, n)) { widen(0, n); }
+  // With nothing widened yet.
+  static AsFloat in_parts(View view, int64_t n) { return {view, Floats(is_float(view) ? 0 : n)}; }
+
+  void widen(int64_t i, int64_t n) {
+    if (!is_float(view_)) kernels().widen[int(view_.dtype)](at(view_, i).data, scratch_.get() + i, n);
   }
-  const float* get() const { return data_; }
-  const float* from(int64_t i) const { return data_ ? data_ + i : nullptr; }
+  const float* get() const { return is_float(view_) ? static_cast<const float*>(view_.data) : scratch_.get(); }
+  const float* from(int64_t i) const { return view_ ? get() + i : nullptr; }
 
  private:
-  const float* data_;
-  std::vector<float> scratch_;
+  AsFloat(View view, Floats scratch) : view_(view), scratch_(std::move(scratch)) {}
+  static bool is_float(View view) { return !view || view.dtype == DType::f32; }
+
+  View view_;
+  Floats scratch_;
 };
 
 }  // namespace sadmoe::cpu

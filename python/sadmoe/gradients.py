@@ -14,10 +14,17 @@ BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # (gradient of act(
     "relu": lambda grad, z: aten.threshold_backward(grad, z, 0),
     "gelu": lambda grad, z: aten.gelu_backward(grad, z),
     "gelu_tanh": lambda grad, z: aten.gelu_backward(grad, z, approximate="tanh"),
-    "silu": lambda grad, z: aten.silu_backward(grad, z),
-    "quick_gelu": lambda grad, z: aten.silu_backward(grad, 1.702 * z),
+    "silu": lambda grad, z: _silu_backward(grad, z),
+    "quick_gelu": lambda grad, z: _silu_backward(grad, 1.702 * z),
     "relu2": lambda grad, z: grad * (2 * F.relu(z)),
 }
+
+
+def _silu_backward(grad: Tensor, z: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return aten.silu_backward(grad, z)
+    opened = z.sigmoid()  # torch's has no gradient of its own
+    return grad * opened * (1 + z * (1 - opened))
 
 
 def is_recomputed() -> bool:
@@ -25,14 +32,16 @@ def is_recomputed() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def of_router_scores(grad: Tensor, x: Tensor, v1: Tensor, v2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of x [T, d], v1 [r, d] and v2 [E, r], from grad [T, E]: `reference.router_scores`."""
+def of_router_scores(grad: Tensor, x: Tensor, v1: Tensor, v2: Tensor) -> tuple[Tensor | None, ...]:
+    """Of x [T, d], v1 [r, d] and v2 [E, r], from grad [T, E]: `reference.router_scores`. None where not required."""
     rows, first, second = x.float(), v1.float(), v2.float()
     z = rows @ first.T
     hidden = F.relu(z)
     grad = grad * (hidden @ second.T).sign()
     grad_z = aten.threshold_backward(grad @ second, z, 0)
-    return (grad_z @ first).to(x.dtype), (grad_z.T @ rows).to(v1.dtype), (grad.T @ hidden).to(v2.dtype)
+    of_x = (grad_z @ first).to(x.dtype) if _needed(x) else None
+    of_v1 = (grad_z.T @ rows).to(v1.dtype) if _needed(v1) else None
+    return of_x, of_v1, (grad.T @ hidden).to(v2.dtype) if _needed(v2) else None
 
 
 def of_sparse_experts(

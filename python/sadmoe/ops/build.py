@@ -14,7 +14,10 @@ def cpu_isas() -> list[str]:
 
 
 def use_cpu_isa(isa: str) -> None:
-    """Use one instruction set of `cpu_isas()` in the whole process, or "auto": for tests and benches."""
+    """Use one instruction set of `cpu_isas()` in the whole process, or "auto": for tests and benches.
+
+    Not while another thread is inside an op.
+    """
     OPS._use_cpu_isa(isa)
 
 
