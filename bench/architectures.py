@@ -1,0 +1,307 @@
+"""Every architecture of transformers that takes a text or an image: what sadmoe converts of it, and whether it works.
+
+    python bench/architectures.py [TYPE ...] [--out FOLDER]
+
+A random model of each type, made small by the names of its configuration's sizes, in a process of its own. Held to:
+
+  converted   FFNs that are now experts of 8 neurons, of those found or refused; the refused are listed with reasons
+  tau 0       largest difference to the dense outputs, relative to the largest of them
+  tau 0.5     share of the experts that ran; all outputs must be finite
+  loaded      the converted model, saved and loaded by plain transformers, gives its outputs bit for bit; "-": the
+              dense model, saved and loaded, does not give its own
+  restored    restore_ gives the dense outputs bit for bit
+
+Types that have experts of their own, several towers, other inputs, or do not run when made small, are not tried.
+Writes architectures.json and architectures.md.
+"""
+
+import argparse
+import copy
+import inspect
+import json
+import multiprocessing
+import re
+import tempfile
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import sadmoe
+import torch
+import transformers
+from command import command
+from sadmoe.ffn import scan_ffns
+from sadmoe.tables import format_table
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers.models.auto import modeling_auto
+
+HEADS = ("SEQ_TO_SEQ_CAUSAL_LM", "CAUSAL_LM", "MASKED_LM", "IMAGE_CLASSIFICATION", "SEQUENCE_CLASSIFICATION")
+VOCABULARY, TOKENS, PIXELS, EXPERT = 100, 12, 64, 8
+CLOSE = 1e-4
+SIZES: list[tuple[str, Callable[[int], int]]] = [  # the first name that fits: what becomes of its size
+    (r"type_vocab|num_labels|num_channels|in_chans", lambda n: n),
+    (r"vocab|num_embeddings", lambda n: min(n, VOCABULARY)),
+    (r"(key_value|kv)_heads|num_kv", lambda n: min(n, 2)),
+    (r"heads?$", lambda n: min(n, 4)),
+    (r"head_dim|d_kv|head_size|rope_dim|rotary_dim|attention_size", lambda n: min(n, 8)),
+    (r"(layers?|depth|blocks|n_layer)$", lambda n: min(n, 2)),
+    (r"rank|group|n_mamba|d_state|state_size|d_conv", lambda n: min(n, 8)),
+    (
+        r"intermediate|ffn|ff_dim|d_ff|mlp_(dim|hidden)|n_inner|d_inner|feed_?forward|^hidden_dim$",
+        lambda n: min(n, 64),
+    ),
+    (r"image_size|img_size", lambda n: min(n, PIXELS)),
+    (r"patch_size", lambda n: min(n, 8)),
+    (r"window", lambda n: min(n, 2)),
+    (r"max_pos|n_positions|seq|n_ctx|max_len|position_emb", lambda n: min(n, 64)),
+    (r"hidden|d_model|n_embd|emb|dim$|width|channels|_size$", lambda n: min(n, 32)),
+]
+
+
+class NotTried(Exception):
+    """The type is none for this bench, and why."""
+
+
+def small(config: PretrainedConfig) -> dict[str, Any]:
+    """Sizes of a configuration that differ when it is made small."""
+    sizes: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        if isinstance(value, bool) or name.endswith(("_id", "_ids")):
+            continue
+        if isinstance(value, int):
+            shrink = next((shrink for names, shrink in SIZES if re.search(names, name)), None)
+            if shrink and shrink(value) != value:
+                sizes[name] = shrink(value)
+        elif re.search(r"depths|num_blocks|layers$", name) and _are_ints(value):
+            sizes[name] = [1 for _ in value]
+        elif re.search(r"heads", name) and _are_ints(value):
+            sizes[name] = [min(n, 2) for n in value]
+        elif re.search(r"(sizes|dims?|channels)$", name) and _are_ints(value) and max(value) > 64:
+            sizes[name] = [max(16, n // max(min(value) // 16, 1) // 16 * 16) for n in value]
+        elif name == "layer_types" and value:
+            kinds = list(dict.fromkeys(value))
+            sizes[name], sizes["num_hidden_layers"] = (kinds * 2)[: max(2, len(kinds))], max(2, len(kinds))
+    return sizes
+
+
+def _are_ints(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(type(n) is int for n in value)
+
+
+def small_config(kind: str) -> PretrainedConfig:
+    config_class = CONFIG_MAPPING[kind]
+    config = config_class()
+    if any(
+        re.search(r"text|vision|audio|encoder|decoder|backbone", name) for name in config_class.sub_configs
+    ):
+        raise NotTried("several towers")
+    if any(re.search(r"experts", name) and value for name, value in vars(config).items()):
+        raise NotTried("experts of its own")
+    tokens = {f"{name}_token_id": i for i, name in enumerate(("pad", "bos", "eos", "decoder_start"))}
+    given = {name: i for name, i in tokens.items() if getattr(config, name, None) is not None}
+    return config_class(**small(config), **given)
+
+
+def model_class(kind: str) -> type[nn.Module]:
+    for head in HEADS:
+        if name := getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES").get(kind):
+            return getattr(transformers, name)
+    name = modeling_auto.MODEL_MAPPING_NAMES.get(kind)
+    if not isinstance(name, str):
+        raise NotTried("no model of its own")
+    return getattr(transformers, name)
+
+
+def batch_of(model: nn.Module) -> dict[str, Tensor]:
+    """Two texts, or two images."""
+    config: Any = model.config
+    names = inspect.signature(model.forward).parameters
+    if "input_ids" in names:
+        batch = {"input_ids": torch.randint(4, min(config.vocab_size, VOCABULARY) - 4, (2, TOKENS))}
+        if "attention_mask" in names:
+            batch["attention_mask"] = torch.ones(2, TOKENS, dtype=torch.int64)
+        if config.is_encoder_decoder:
+            batch["decoder_input_ids"] = batch["input_ids"][:, :7]
+        return batch
+    if "pixel_values" in names:
+        size = getattr(config, "image_size", PIXELS)
+        height, width = (size, size) if isinstance(size, int) else size
+        return {"pixel_values": torch.randn(2, getattr(config, "num_channels", 3), height, width)}
+    raise NotTried("neither text nor image")
+
+
+def outputs(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
+    """Of a model in eval mode: all that are floats."""
+    with torch.no_grad():
+        found = (
+            model(**batch, use_cache=False)
+            if "use_cache" in inspect.signature(model.forward).parameters
+            else model(**batch)
+        )
+    return [value for value in found.values() if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+def same(some: list[Tensor], others: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+def loaded(model: nn.Module) -> nn.Module:
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return type(model).from_pretrained(folder).eval()
+
+
+def looked_at(kind: str) -> dict[str, Any]:
+    """The row of a type. Raises NotTried."""
+    chosen = model_class(kind)
+    try:
+        config = small_config(kind)
+        torch.manual_seed(0)
+        model = chosen(copy.deepcopy(config)).eval()
+        if sum(p.numel() for p in model.parameters()) > 5e7:
+            raise NotTried("not made small")
+        batch = batch_of(model)
+        wanted = outputs(model, batch)
+        if not same(outputs(model, batch), wanted):
+            raise NotTried("random by itself")
+    except NotTried:
+        raise
+    except Exception as error:
+        raise NotTried("does not run when made small") from error
+    sites, skipped = scan_ffns(model, batches=[batch])
+    row: dict[str, Any] = {"type": kind, "class": chosen.__name__, "converted": 0}
+    row["refused"] = {skip.name: skip.reason for skip in skipped}
+    if not sites:
+        return row
+    reloads = same(outputs(loaded(model), batch), wanted)
+    router = sadmoe.RouterConfig(width=8, steps=2)
+    sadmoe.convert_(model, [batch], sadmoe.ConvertConfig(expert_size=EXPERT, router=router), progress=False)
+    row["converted"] = len(sadmoe.moe_layers(model))
+    at_0 = outputs(model, batch)
+    errors = [(a - b).abs().max() / b.abs().max().clamp(min=1e-9) for a, b in zip(at_0, wanted, strict=True)]
+    row["tau 0"] = max(errors).item()
+    sadmoe.set_tau(model, 0.5)
+    with sadmoe.record_masks(model) as record:
+        at_half = outputs(model, batch)
+    row["tau 0.5"] = sum(layer.share for layer in record.layers.values()) / len(record.layers)
+    row["finite"] = all(bool(y.isfinite().all()) for y in at_half)
+    row["loaded"] = same(outputs(loaded(model), batch), at_half) if reloads else None
+    sadmoe.restore_(model)
+    row["restored"] = same(outputs(model, batch), wanted)
+    return row
+
+
+def is_well(row: dict[str, Any]) -> bool:
+    good = row["tau 0"] <= CLOSE and row["finite"] and row["tau 0.5"] < 1
+    return good and row["loaded"] is not False and row["restored"]
+
+
+def in_a_process(kind: str, queue: Any) -> None:
+    try:
+        queue.put(looked_at(kind))
+    except NotTried as reason:
+        cause = reason.__cause__
+        queue.put({"type": kind, "not tried": str(reason), "why": repr(cause)[:200] if cause else ""})
+    except Exception as error:
+        queue.put(
+            {
+                "type": kind,
+                "failed": f"{type(error).__name__}: {error}",
+                "trace": traceback.format_exc()[-2000:],
+            }
+        )
+
+
+def rows_of(kinds: list[str], seconds: float = 120) -> list[dict[str, Any]]:
+    """One after another, each in a fork of this process."""
+    context = multiprocessing.get_context("fork")
+    rows = []
+    for kind in kinds:
+        queue = context.SimpleQueue()
+        process = context.Process(target=in_a_process, args=(kind, queue))
+        process.start()
+        process.join(seconds)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        rows.append(
+            queue.get()
+            if not queue.empty()
+            else {"type": kind, "failed": f"died, or took over {seconds:.0f} s"}
+        )
+        print(json.dumps({name: value for name, value in rows[-1].items() if name != "trace"}), flush=True)
+    return rows
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    loaded = {True: "yes", False: "NO", None: "-"}[row["loaded"]]
+    of = row["converted"] + len(row["refused"])
+    numbers = f"{row['tau 0']:.0e}", f"{row['tau 0.5']:.0%}"
+    return (
+        row["type"],
+        row["class"],
+        f"{row['converted']} of {of}",
+        *numbers,
+        loaded,
+        "yes" if row["restored"] else "NO",
+    )
+
+
+def text_of(rows: list[dict[str, Any]]) -> str:
+    tried = [row for row in rows if "not tried" not in row]
+    failed = [row for row in tried if "failed" in row or (row["converted"] and not is_well(row))]
+    converted = [row for row in tried if row.get("converted") and row not in failed]
+    whole = [row for row in converted if not row["refused"]]
+    refused = [row for row in tried if row not in failed and row not in converted]
+    reasons = Counter(row["not tried"] for row in rows if "not tried" in row)
+    header = ("type", "class", "converted", "tau 0", "tau 0.5", "loaded", "restored")
+    lines = [
+        f"`{command()}`",
+        f"transformers {transformers.__version__}, torch {torch.__version__}: {len(rows)} types, {len(tried)} tried. "
+        f"Of {len(whole)} every FFN is converted, of {len(converted) - len(whole)} some; {len(refused)} have none that "
+        f"can be; {len(failed)} failed. Not tried: "
+        + ", ".join(f"{count} ({reason})" for reason, count in reasons.most_common())
+        + ".",
+        "```\n" + format_table(header, [cells(row) for row in converted]) + "\n```",
+        "Refused, or without an FFN:",
+        *(
+            f"- {row['type']}: " + ("; ".join(dict.fromkeys(row["refused"].values())) or "no FFN found")
+            for row in [*converted, *refused]
+            if row["refused"] or row in refused
+        ),
+        *(
+            f"- FAILED {row['type']}: {row.get('failed', cells(row) if 'converted' in row else '')}"
+            for row in failed
+        ),
+    ]
+    return "\n\n".join(lines[:4]) + "\n\n" + "\n".join(lines[4:]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("types", nargs="*", default=list(CONFIG_MAPPING.keys()))
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    rows = rows_of(arguments.types)
+    text = text_of(rows)
+    print(text)
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        kept = [{name: value for name, value in row.items() if name != "trace"} for row in rows]
+        about = {"command": command(), "transformers": transformers.__version__, "torch": torch.__version__}
+        (arguments.out / "architectures.json").write_text(json.dumps(about | {"rows": kept}, indent=1) + "\n")
+        (arguments.out / "architectures.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
