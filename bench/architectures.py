@@ -96,7 +96,8 @@ def small_config(kind: str) -> PretrainedConfig:
     config_class = CONFIG_MAPPING[kind]
     config = config_class()
     if any(
-        re.search(r"text|vision|audio|encoder|decoder|backbone", name) for name in config_class.sub_configs
+        re.search(r"text|vision|audio|encoder|decoder|backbone|vlm", name)
+        for name in config_class.sub_configs
     ):
         raise NotTried("several towers")
     if any(re.search(r"experts", name) and value for name, value in vars(config).items()):
@@ -109,8 +110,9 @@ def small_config(kind: str) -> PretrainedConfig:
 def model_class(kind: str) -> type[nn.Module]:
     tables = [getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES") for head in HEADS]
     for table in (*tables, modeling_auto.MODEL_MAPPING_NAMES):
-        if names := table.get(kind):  # one or several
-            return getattr(transformers, names if isinstance(names, str) else names[0])
+        names = table.get(kind, "")  # one or several
+        if found := getattr(transformers, names if isinstance(names, str) else names[0], None):
+            return found
     raise NotTried("no model of its own")
 
 
@@ -140,7 +142,8 @@ def outputs(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
             if "use_cache" in inspect.signature(model.forward).parameters
             else model(**batch)
         )
-    return [value for value in found.values() if isinstance(value, Tensor) and value.is_floating_point()]
+    values = [v for value in found.values() for v in (value if isinstance(value, tuple) else (value,))]
+    return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
 
 
 def same(some: list[Tensor], others: list[Tensor]) -> bool:
@@ -163,6 +166,7 @@ def looked_at(kind: str) -> dict[str, Any]:
         if sum(p.numel() for p in model.parameters()) > 5e7:
             raise NotTried("not made small")
         batch = batch_of(model)
+        model(**batch)  # with its cache, too
         wanted = outputs(model, batch)
         if not same(outputs(model, batch), wanted):
             raise NotTried("random by itself")
