@@ -11,7 +11,8 @@ A random model of each type, made small by the names of its configuration's size
               dense model, saved and loaded, does not give its own
   restored    restore_ gives the dense outputs bit for bit
 
-Types that have experts of their own, several towers, other inputs, or do not run when made small, are not tried.
+Types that have experts of their own, several towers, other inputs, or do not run when made small, are not tried. One
+whose FFN is then as wide as the model counts as one without: sadmoe takes it for no FFN.
 Writes architectures.json and architectures.md.
 """
 
