@@ -179,6 +179,19 @@ def test_saved_and_loaded_bit_for_bit(name, make, tmp_path):
         assert list(projection_mlps(loaded)) == list(projection_mlps(model))
 
 
+def test_the_masks_of_attention_are_made_again_where_its_projections_were_replaced(tmp_path):
+    """GPT-Neo's are in no file: transformers makes them when it initialises the module that holds the projections."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 72, "window_size": 4}
+    kinds = [[["global", "local"], 1]]
+    config = transformers.GPTNeoConfig(vocab_size=50, attention_types=kinds, **sizes)
+    model, batch = transformers.GPTNeoForCausalLM(config).eval(), {"input_ids": torch.arange(18).view(2, 9)}
+    replace_projections_(model, [batch], ProjectionConfig(steps=2), progress=False)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.GPTNeoForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(call(loaded, batch), call(model, batch))
+
+
 def test_a_copy_is_restored_too_and_in_the_dtype_it_was_cast_to():
     model = replaced_and_converted("bert")
     twin = copy.deepcopy(model).to(torch.bfloat16)

@@ -56,6 +56,18 @@ def test_a_block_that_takes_more_than_hidden_states_is_proved_by_a_batch(tmp_pat
     assert torch.equal(call(model, batches[0]), converted)
 
 
+def test_a_block_is_proved_by_the_first_batch_that_reaches_it():
+    class Either(Windows):
+        def forward(self, x):
+            return super().forward(x) if x.shape[1] == 14 else x
+
+    other = torch.randn(2, 3, 24)
+    model, batches = Either().eval(), [other, other, torch.randn(2, 14, 24)]
+    assert [site.name for site in find_ffns(model, batches=batches)] == ["blocks.0.fc1", "blocks.1.fc1"]
+    with pytest.raises(NotImplementedError, match="missing 2 required keyword-only arguments"):
+        find_ffns(model, batches=batches[:2])
+
+
 def test_what_the_batch_disproves_is_refused():
     class Twice(Masked):
         def forward(self, x, *, mask, cache):

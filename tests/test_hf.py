@@ -14,6 +14,7 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers")
 
+import sadmoe
 import sadmoe.hf
 from converted import converted
 from sadmoe import SavedModelError, load, moe_layers, restore_, save, set_tau
@@ -524,3 +525,24 @@ def test_registering_again_changes_nothing():
     before = list(sadmoe.convert.after_surgery), list(sys.meta_path)
     sadmoe.hf.register()
     assert (list(sadmoe.convert.after_surgery), list(sys.meta_path)) == before
+
+
+def test_a_module_further_out_may_initialise_what_was_replaced(tmp_path):
+    """V-JEPA 2's pooler scales a weight of the FFN two modules below it, whatever is loaded there later."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_ratio": 2.25}
+    pixels = {"crop_size": 16, "patch_size": 8, "frames_per_clip": 2, "tubelet_size": 2}
+    pred = {"pred_hidden_size": 32, "pred_num_attention_heads": 2, "pred_num_hidden_layers": 1}
+    config = transformers.VJEPA2Config(**sizes, **pixels, **pred, num_pooler_layers=1)
+    model = transformers.VJEPA2ForVideoClassification(config).eval()
+    batch = {"pixel_values_videos": torch.randn(2, 2, 3, 16, 16)}
+    quick = sadmoe.ConvertConfig(
+        expert_size=8,
+        tau=0.3,
+        router=sadmoe.RouterConfig(width=8, steps=2),
+        filter=lambda name: "predictor" not in name,
+    )
+    sadmoe.convert_(model, [batch], quick, progress=False)
+    model.save_pretrained(tmp_path)
+    again = transformers.VJEPA2ForVideoClassification.from_pretrained(tmp_path)
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
+    assert not any("fc2" in layer.__dict__ for layer in moe_layers(again).values())

@@ -16,7 +16,7 @@ from sadmoe.ffn.projection import (
 )
 from sadmoe.ffn.scan import FFNNotFoundError, Skipped, find_ffns, scan_ffns
 from sadmoe.ffn.sites import FFNSite, Parts, site_from_spec, spec
-from sadmoe.ffn.surgery import hooked, moe_layers, site_of, swap_in, swap_out
+from sadmoe.ffn.surgery import hooked, moe_layers, replaced_module, site_of, swap_in, swap_out
 from sadmoe.ffn.swap import activation_at, swap_activations_
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "own_configs",
     "projection_mlps",
     "put_back_projections",
+    "replaced_module",
     "scan_ffns",
     "site_from_spec",
     "site_of",

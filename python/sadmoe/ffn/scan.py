@@ -4,6 +4,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from sadmoe.layer import DynamicKMoE
 from sadmoe.tables import shortened
 
 logger = logging.getLogger(__name__)
+TRIED_BATCHES = 8  # until one of them runs a block that a probe cannot run
 
 
 class FFNNotFoundError(ValueError):
@@ -46,7 +48,7 @@ def find_ffns(
 
     filter: takes the name of a site (the module path where the MoE layer would go), False leaves it alone.
     batches: what the model is called with. A block around an FFN that a probe cannot run, as it takes more than hidden
-    states, is run as the model runs it on the first of them; without, it is not found.
+    states, is run as the model runs it on the first of them that reaches it, of eight; without, it is not found.
     The model is left as it was. Modules that look like an FFN and cannot be converted are logged as a
     warning. Raises FFNNotFoundError (a ValueError) where nothing looks like an FFN, NotImplementedError where
     all that does cannot be converted; both list what was seen.
@@ -71,8 +73,15 @@ def scan_ffns(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_filter(filter)
     sites, skipped, not_run = _scan(model, filter, {})
-    if not_run and batches is not None:
-        sites, skipped, _ = _scan(model, filter, record_calls(model, not_run, next(iter(batches))))
+    if not not_run or batches is None:
+        return sites, skipped
+    calls: dict[str, Call] = {}
+    for batch in islice(batches, TRIED_BATCHES):  # one may reach what another does not
+        calls |= record_calls(model, not_run, batch)
+        not_run = [name for name in not_run if name not in calls]
+        if not not_run:
+            break
+    sites, skipped, _ = _scan(model, filter, calls)
     return sites, skipped
 
 

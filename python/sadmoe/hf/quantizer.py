@@ -19,7 +19,7 @@ from sadmoe.checkpoint import FORMAT, SavedModelError, check_safetensors
 from sadmoe.convert import restore_
 from sadmoe.describe import describe_all as descriptions
 from sadmoe.describe import match_activations, rebuild
-from sadmoe.ffn import bare_mlps, moe_layers, own_configs, projection_mlps, site_of
+from sadmoe.ffn import bare_mlps, moe_layers, own_configs, projection_mlps, replaced_module, site_of
 
 logger = logging.getLogger(__name__)
 CACHE_LINE = 64  # bytes, to which torch aligns what it allocates
@@ -102,9 +102,11 @@ class SadmoeQuantizer(HfQuantizer):
         except ValueError as error:
             raise SavedModelError(f"config.json does not fit this {type(model).__name__}: {error}") from error
         _leave_owners_alone(model)
+        _show_replaced(model)
         self._shapes = {name: tensor.shape for name, tensor in _layer_tensors(model).items()}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        _hide_replaced(model)
         _check_loaded(model, self._shapes)
         _align(model)
         # for these transformers refuses half() and training
@@ -214,14 +216,34 @@ def _layer_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 def _leave_owners_alone(model: nn.Module) -> None:
     """Keeps transformers from initialising modules whose linear layers are MoE layers or MLPs: some read the weights
     (GPT-2's and T5's attention, GroupViT's mixer). What they hold is all in the file, or `_check_loaded` says so. Not
-    those that hold an FFN whole, or buffers of their own, which are made when they are initialised (SAM 3)."""
+    those that hold an FFN whole, or buffers of their own, which are made when they are initialised (GPT-Neo, SAM 3)."""
 
     def owner(name: str) -> Any:
         return model.get_submodule(name.rpartition(".")[0])
 
     inside = [name for name, layer in moe_layers(model).items() if site_of(layer).parts.at]
-    for name in (*projection_mlps(model), *(name for name in inside if not owner(name)._buffers)):
-        owner(name)._is_hf_initialized = True
+    for name in (*projection_mlps(model), *inside):
+        if not owner(name)._buffers:
+            owner(name)._is_hf_initialized = True
+
+
+def _show_replaced(model: nn.Module) -> None:
+    """Lets the converted layers have the parts of the FFNs that they replaced, which hold no data: modules further out
+    may initialise these (V-JEPA 2's pooler)."""
+    for layer, name, part in _replaced_parts(model):
+        if name not in {*layer._modules, *layer._parameters, *layer._buffers}:
+            layer.__dict__.setdefault(name, part)
+
+
+def _hide_replaced(model: nn.Module) -> None:
+    for layer, name, part in _replaced_parts(model):
+        if layer.__dict__.get(name) is part:
+            del layer.__dict__[name]
+
+
+def _replaced_parts(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    whole = [(layer, replaced_module(layer)) for layer in moe_layers(model).values()]
+    return [(layer, *part) for layer, ffn in whole if ffn is not None for part in ffn.named_children()]
 
 
 def _align(model: nn.Module) -> None:
