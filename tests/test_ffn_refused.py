@@ -89,6 +89,11 @@ def test_a_mixture_of_experts_already_is_named_as_one():
         FFNNotFoundError, match=r"mlp\.experts \(MixtralExperts\).*a mixture of experts already"
     ):
         find_ffns(transformers.MixtralModel(config))
+    attention = nn.Linear(D, D)
+    attention.r_kernel = nn.Parameter(torch.zeros(D, 4, 6))  # Funnel's, of relative positions
+    with pytest.raises(FFNNotFoundError) as found:
+        find_ffns(nn.Sequential(attention))
+    assert "experts" not in str(found.value)
     experts = nn.ModuleDict({"experts": nn.ModuleList([UserFFN(), UserFFN()])})
     with pytest.raises(NotImplementedError, match=r"experts\.0 \(UserFFN\): it is an expert of a mixture"):
         find_ffns(experts)
@@ -121,6 +126,16 @@ class _Normed(UserFFN):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.contract(self.inner_norm(self.nonlinearity(self.expand(x))))
+
+
+class _GatedNormed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(D, F_), nn.Linear(D, F_), nn.Linear(F_, D)
+        self.act, self.sub_norm = nn.SiLU(), nn.LayerNorm(F_)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.sub_norm(self.act(self.gate(x)) * self.up(x)))
 
 
 class _Transposed(UserFFN):
@@ -175,6 +190,10 @@ def _parametrise(ffn: UserFFN) -> None:
         (_Dictionary, "it returns a dict, where a MoE layer returns a tensor"),
         (_Pair, "it returns a tuple, where a MoE layer returns a tensor"),
         (_Normed, "inner_norm (LayerNorm) works on its 60 neurons, which only an activation may"),
+        (
+            _GatedNormed,
+            "): sub_norm (LayerNorm) works on its 60 neurons, which only an activation may; run on",
+        ),
         (_Transposed, "its output is [8, 1, 24] where that of the FFN would make [1, 8, 24]"),
         (
             _Inline,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sadmoe.ffn.dense import DenseFFN
+from sadmoe.ffn.linears import linear_shape
 from sadmoe.ffn.quiet import quiet
 from sadmoe.ffn.sites import FFNSite, Parts, site_of_parts
 from sadmoe.ffn.surgery import put_back, take_apart
@@ -105,19 +106,18 @@ def verify(
             except Exception as raised:  # whatever a foreign forward raises becomes the reason
                 error = error or raised
     first_line = str(error).strip().split("\n")[0]
-    between = _of_neurons(block, parts, denses[0].f)
+    between = _of_neurons(block, denses[0].f)
     raise NotRun(
-        f"run on a probe [1, {PROBE_ROWS}, {denses[0].d}] it raised {type(error).__name__}: {first_line}"
-        + (f"; {between} works on its {denses[0].f} neurons, which only an activation may" if between else "")
+        (f"{between} works on its {denses[0].f} neurons, which only an activation may; " if between else "")
+        + f"run on a probe [1, {PROBE_ROWS}, {denses[0].d}] it raised {type(error).__name__}: {first_line}"
     )
 
 
-def _of_neurons(block: nn.Module, parts: Parts, f: int) -> str | None:
-    """A module beside the linear layers that has a weight for every neuron: a norm, or a convolution."""
-    linears = {parts.up, parts.gate, parts.down}
+def _of_neurons(block: nn.Module, f: int) -> str | None:
+    """A module that is no linear layer and has a weight for every neuron: a norm, or a convolution."""
     for name, child in block.named_modules():
-        held = [p.shape[0] for p in child.parameters(recurse=False) if p.dim() > 0]
-        if name not in linears and f in held:
+        held = {size for p in child.parameters(recurse=False) for size in p.shape}
+        if f in held and linear_shape(child) is None:
             return f"{name} ({type(child).__name__})"
     return None
 

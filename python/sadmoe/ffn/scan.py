@@ -1,6 +1,7 @@
 """Finding the FFNs of a model."""
 
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from sadmoe.layer import DynamicKMoE
 from sadmoe.tables import shortened
 
 logger = logging.getLogger(__name__)
+EXPERTS = re.compile("expert|moe", re.IGNORECASE)  # in the name or the type of a module
 TRIED_BATCHES = 8  # until one of them runs a block that a probe cannot run
 
 
@@ -198,7 +200,7 @@ def _nothing_found(model: nn.Module, filter: Callable[[str], bool] | None) -> st
         f"{name} ({type(m).__name__}): {key} {list(p.shape)}, a mixture of experts already"
         for name, m in model.named_modules()
         for key, p in m.named_parameters(recurse=False)
-        if p.dim() == 3 and min(p.shape) > 1 and not isinstance(m, nn.Conv1d | nn.ConvTranspose1d)
+        if p.dim() == 3 and min(p.shape) > 1 and EXPERTS.search(f"{name} {type(m).__name__}")
     ]
     seen = stacked + linears
     if not seen:
