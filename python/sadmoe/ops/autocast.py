@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
-from sadmoe.ops.library import OPS
+from sadmoe.ops.compiled import OPS
 
 ROUTER_ARGUMENTS = {  # by position
     "router_scores": (1, 2),
@@ -40,7 +40,7 @@ def _autocast_rule(name: str, device: str) -> Callable[..., Tensor]:
     return rule
 
 
-_rules = torch.library.Library("sadmoe", "IMPL")
+_rules = library.Library("sadmoe", "IMPL")
 for _name in ROUTER_ARGUMENTS:
     for _device in ("cpu", "cuda"):
         _rules.impl(_name, _autocast_rule(_name, _device), f"Autocast{_device.upper()}")

@@ -1,6 +1,6 @@
 """What was built, and which kernels run."""
 
-from sadmoe.ops.library import OPS
+from sadmoe.ops.compiled import OPS
 
 
 def build_info() -> str:

@@ -5,8 +5,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from sadmoe import reference
 from sadmoe.ops.call import BY_TORCH
@@ -89,7 +88,7 @@ BY_TORCH |= {
     "dynamic_k_moe_int8": dynamic_k_moe_widened,
 }
 
-_rules = torch.library.Library("sadmoe", "IMPL")
+_rules = library.Library("sadmoe", "IMPL")
 _rules.impl("_masked_activation_", reference.masked_activation_, "CompositeExplicitAutograd")
 for _name, _by_torch in BY_TORCH.items():
     _how = WIDENED if _name.endswith("_int8") else IN_TORCH

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sadmoe.ops.call import run
-from sadmoe.ops.library import OPS
+from sadmoe.ops.compiled import OPS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels take
 

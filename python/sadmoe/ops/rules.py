@@ -5,12 +5,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
 from sadmoe import gradients
+from sadmoe.ops.compiled import OPS
 from sadmoe.ops.functions import dynamic_k_select, router_scores
-from sadmoe.ops.library import OPS
 
 # Shapes, for meta tensors, torch.compile and torch.export.
 
@@ -24,26 +24,26 @@ def _check_devices(*arguments: Any) -> None:
         )
 
 
-@torch.library.register_fake("sadmoe::router_scores")
+@library.register_fake("sadmoe::router_scores")
 def _router_scores_shape(x: Tensor, v1: Tensor, v2: Tensor) -> Tensor:
     _check_devices(x, v1, v2)
     return x.new_empty((x.shape[0], v2.shape[0]), dtype=torch.float32)
 
 
-@torch.library.register_fake("sadmoe::dynamic_k_select")
+@library.register_fake("sadmoe::dynamic_k_select")
 def _dynamic_k_select_shape(scores: Tensor, tau: float) -> Tensor:
     return torch.empty_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("sadmoe::sparse_experts")
-@torch.library.register_fake("sadmoe::sparse_experts_int8")
+@library.register_fake("sadmoe::sparse_experts")
+@library.register_fake("sadmoe::sparse_experts_int8")
 def _sparse_experts_shape(x: Tensor, mask: Tensor, w_up: Tensor, w_down: Tensor, *rest: Any) -> Tensor:
     _check_devices(x, mask, w_up, w_down, *rest)
     return x.new_empty((x.shape[0], w_down.shape[2]))
 
 
-@torch.library.register_fake("sadmoe::dynamic_k_moe")
-@torch.library.register_fake("sadmoe::dynamic_k_moe_int8")
+@library.register_fake("sadmoe::dynamic_k_moe")
+@library.register_fake("sadmoe::dynamic_k_moe_int8")
 def _dynamic_k_moe_shape(
     x: Tensor, v1: Tensor, v2: Tensor, w_up: Tensor, w_down: Tensor, *rest: Any
 ) -> Tensor:
@@ -87,14 +87,14 @@ def _moe_backward(gradient: Gradient, ctx: Any, grad: Tensor) -> tuple[Tensor | 
     return of_x, None, None, *of_weights, None, None
 
 
-torch.library.register_autograd("sadmoe::router_scores", _router_backward, setup_context=_keep_router)
+library.register_autograd("sadmoe::router_scores", _router_backward, setup_context=_keep_router)
 for _suffix, _gradient in (("", gradients.of_sparse_experts), ("_int8", gradients.of_sparse_experts_int8)):
     for _name, _backward, _keep in (
         ("sparse_experts", _experts_backward, _keep_experts),
         ("dynamic_k_moe", _moe_backward, _keep_moe),
     ):
         _backward = partial(_backward, _gradient)
-        torch.library.register_autograd(f"sadmoe::{_name}{_suffix}", _backward, setup_context=_keep)
+        library.register_autograd(f"sadmoe::{_name}{_suffix}", _backward, setup_context=_keep)
 
 
 # FLOPs that were really executed (torch counts a multiply-add as two). Without data, as many as there can be.
