@@ -7,6 +7,12 @@ function(add_isa_source target file)
   set(optimised -O3)
   if(SADMOE_SANITIZE)
     set(optimised -O1 -g1)  # checks in every unrolled access, and debug information of all, take minutes
+    if("-mavx512f" IN_LIST ARGN AND EXISTS /proc/cpuinfo)
+      file(STRINGS /proc/cpuinfo flags REGEX "^flags" LIMIT_COUNT 1)
+      if(NOT "${flags} " MATCHES " avx512f ")
+        list(APPEND optimised -fno-sanitize=all)  # nor can this processor run it
+      endif()
+    endif()
   endif()
   target_compile_options(${lib} PRIVATE ${optimised} -ffp-contract=off ${ARGN})
   target_sources(${target} PRIVATE $<TARGET_OBJECTS:${lib}>)
