@@ -1,4 +1,4 @@
-"""Every architecture of transformers that takes a text or an image: what sadmoe converts of it, and whether it works.
+"""The model types of transformers that take a text or an image: what sadmoe converts of them, and whether it works.
 
     python bench/architectures.py [TYPE ...] [--out FOLDER]
 
