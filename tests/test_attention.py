@@ -64,6 +64,28 @@ def test_other_families_have_projections_too():
     assert counts == {"t5": 12, "opt": 8, "phi3": 4, "timm vit": 4}
 
 
+class SelfAttention(nn.Module):
+    """Its heads' bias is learnt by an MLP of its own, as in Swin v2."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.0))
+        self.bias = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1))
+
+
+class MaskedAttentionDecoder(nn.Module):
+    """More than an attention: its predictors of masks are no projections."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn, self.mask_predictor = SelfAttention(), nn.Linear(8, 8)
+
+
+def test_only_what_an_attention_itself_projects_is_a_projection():
+    sites = find_projections(nn.Sequential(MaskedAttentionDecoder()))
+    assert [site.name for site in sites] == ["0.attn.qkv", "0.attn.out.0"]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_they_become_ffns_are_converted_and_come_back_bit_for_bit(family):
     tiny = TINY[family]

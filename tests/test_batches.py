@@ -142,6 +142,18 @@ def test_real_rows_follow_the_mask_also_when_the_model_flattens(shape):
     assert rows.tolist() == [True, True, False, True, False, False]
 
 
+def test_real_rows_follow_the_mask_where_the_tokens_come_first():
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    rows = real_rows(Add(), "layers.0", {"attention_mask": mask}, torch.zeros(3, 2, 5))
+    assert rows.tolist() == [True, True, True, False, True, False]
+
+
+def test_samples_in_a_tuple_of_one_mapping_are_those_of_the_mapping():
+    ids = torch.zeros(16, 8)
+    assert [samples_in(batch) for batch in ({"ids": ids}, ({"ids": ids},), (ids,), ids)] == [16] * 4
+    assert samples_in((1,)) == samples_in(({},)) == samples_in(()) == 1
+
+
 def test_real_rows_are_unknown_when_the_mask_is_of_another_length():
     assert real_rows(Add(), "layers.0", {"attention_mask": MASK}, torch.zeros(2, 4, 5)) is None
     assert real_rows(Add(), "layers.0", (torch.zeros(2),), torch.zeros(2, 3, 5)) is None

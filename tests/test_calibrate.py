@@ -132,6 +132,14 @@ def test_no_allowance_at_all_leaves_the_dense_model(model, batches):
     assert (found.tau, found.loss, found.loss_at_zero) == (0.0, 1.0, 1.0)
 
 
+@pytest.mark.parametrize("goal", [{"budget": 1}, {"max_loss_increase": 0.0}])
+def test_tokens_count_once_where_the_loss_runs_the_dense_model_too(model, batches, goal):
+    found = calibrate_(model, batches, loss=distance, **goal)
+    assert found.tau == 0.0
+    with tau(model, 0.0):
+        assert [one.calls for one in found.cost.layers] == [one.calls for one in cost(model, batches).layers]
+
+
 def test_the_model_s_own_loss_is_the_default():
     model = converted("bert classifier")
     batch = TINY["bert classifier"].batch() | {"labels": torch.tensor([0, 1])}

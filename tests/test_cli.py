@@ -333,7 +333,12 @@ def test_projections_and_a_checkpoint_that_is_taken_up_again(folder, text, tmp_p
     one, two = (transformers.BertModel.from_pretrained(out) for out in (first, second))
     assert len(moe_layers(one)) == 5
     assert converted(folder, text, tmp_path / "third", *more, "--max-length", "5") == 2
-    assert f"--checkpoint: {state} is of another run, of {{'data'" in capsys.readouterr().err
+    assert f"--checkpoint: {state} is of another run, of {{'batch_size'" in capsys.readouterr().err
+    former = text.read_text()
+    text.write_text(former.replace("tokens", "token"))
+    assert text.read_text() != former
+    assert converted(folder, text, tmp_path / "third", *more) == 2
+    assert "is of another run" in capsys.readouterr().err
     assert converted(folder, text, tmp_path / "out", "--checkpoint", str(tmp_path / "out/state")) == 2
     assert "read by this command, and would be replaced: write to another folder" in capsys.readouterr().err
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))

@@ -2,9 +2,11 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 
 import pytest
+import sadmoe
 import sadmoe.convert.build as build
 import sadmoe.convert.recipe as recipe
 import torch
@@ -512,6 +514,25 @@ def test_inference_mode_around_it_changes_nothing():
     convert(twin, batches)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
     assert not any(p.is_inference() for p in model.parameters())
+
+
+@pytest.mark.parametrize("step", [sadmoe.quantize_experts_, restore_, "dequantize", "load", "load_adapter"])
+def test_what_is_made_in_inference_mode_can_be_trained_later(step, tmp_path):
+    model, batches = model_and_batches()
+    convert(model, batches)
+    if step == "dequantize":
+        sadmoe.quantize_experts_(model)
+        step = sadmoe.dequantize_experts_
+    elif isinstance(step, str):
+        save, load = (
+            (sadmoe.save, sadmoe.load) if step == "load" else (sadmoe.save_adapter, sadmoe.load_adapter)
+        )
+        save(model, tmp_path / "saved")
+        model, _ = model_and_batches()
+        step = partial(load, path=tmp_path / "saved")
+    with torch.inference_mode():
+        step(model)
+    assert not any(t.is_inference() for t in (*model.parameters(), *model.buffers()))
 
 
 def test_hooks_that_will_not_run_are_warned_of():

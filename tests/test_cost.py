@@ -87,11 +87,14 @@ def test_a_layer_costs_its_router_and_its_pairs_between_floor_and_all_experts():
     assert costs[2].all_experts == costs[2].dense + costs[2].router + extra
 
 
-@pytest.mark.parametrize("gate", [DynamicK(0.0), DynamicK(0.0, true_norms=True)])
-def test_tau_zero_costs_the_dense_layer(gate):
-    layer = layer_cost(random_layer(gate=gate), 1.0)
-    assert layer.executed == layer.dense
-    assert layer.combine == 0
+def test_given_shares_are_what_a_router_chose_also_where_tau_is_zero():
+    model = converted("bert")
+    costs = []
+    for tau in (0.0, 0.3):
+        set_tau(model, tau)
+        costs.append(cost(model, shares=0.25))
+    assert costs[0] == costs[1]
+    assert costs[0].executed < 0.5 * costs[0].dense
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "gemma", "t5", "vit", "torch encoder"])
@@ -115,8 +118,11 @@ def test_a_report_adds_up_what_the_masks_and_the_counter_say(name):
     assert report.floor <= report.executed <= report.all_experts
 
 
-def test_at_tau_zero_the_report_is_that_of_the_dense_model():
+@pytest.mark.parametrize("true_norms", [False, True])
+def test_at_tau_zero_the_report_is_that_of_the_dense_model(true_norms):
     model, batch = converted("bert"), TINY["bert"].batch()
+    for layer in converted_layers(model).values():
+        layer.gate = DynamicK(0.0, true_norms=true_norms)
     report = cost(model, [batch])
     assert report.executed == report.dense
     assert (report.rest + report.dense) * 2 == count_flops(TINY["bert"].model(), batch)

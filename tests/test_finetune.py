@@ -5,6 +5,7 @@ import copy
 import pytest
 import sadmoe
 import torch
+from sadmoe import finetune
 from sadmoe.gates import DynamicK
 from tiny_models import TINY
 from torch import nn
@@ -62,6 +63,22 @@ def test_the_penalty_rests_below_the_share(converted):
     without, _ = tuned(converted, alpha=0.0, share=1.0, tau=0.0)
     for a, b in zip(resting.parameters(), without.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_share_is_remembered_by_updates_however_many_batches_they_have(converted):
+    _, model, batches = converted
+    shares = []
+    for accumulate in (1, 4):
+        config = sadmoe.FinetuneConfig(steps=1, accumulate=accumulate, ramp=0.0)
+        layers = sadmoe.moe_layers(model)
+        with finetune.ExpertPenalty(model, layers, config, 0.9) as penalty, torch.no_grad():
+            penalty.at(0.5)
+            for _ in range(3 * accumulate):
+                model(**batches[0])
+                penalty(batches[0])
+            shares.append(penalty.share)
+    assert shares[0] < 0.95
+    assert shares[0] == pytest.approx(shares[1])
 
 
 def test_gates_routers_and_flags_come_back(converted):

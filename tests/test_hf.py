@@ -352,6 +352,17 @@ def test_a_loaded_model_casts_and_is_not_called_quantized(tmp_path):
     assert loaded.hf_quantizer.is_compileable
 
 
+def test_a_loaded_model_asks_for_the_gradients_that_a_converted_one_does(tmp_path):
+    model = described("bert")
+    model.save_pretrained(tmp_path)
+    asked = {
+        name: p.requires_grad
+        for name, p in transformers.AutoModel.from_pretrained(tmp_path).named_parameters()
+    }
+    assert asked == {name: p.requires_grad for name, p in model.named_parameters()}
+    assert {name.rpartition(".")[2] for name, wanted in asked.items() if not wanted} == {"v1", "v2"}
+
+
 def test_trainer_trains_and_saves_a_loaded_model(tmp_path):
     pytest.importorskip("accelerate")
     described("bert classifier").save_pretrained(tmp_path / "start")

@@ -173,6 +173,16 @@ def test_inference_mode_and_bfloat16():
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.1)
 
 
+def test_a_call_in_inference_mode_leaves_nothing_that_gradients_cannot_pass():
+    model = on_sadmoe(stock("mixtral")).requires_grad_(False)  # as with adapters beside the experts
+    embedded = model.get_input_embeddings()(tokens()["input_ids"])
+    with torch.inference_mode():
+        expected = model(inputs_embeds=embedded).logits
+    found = model(inputs_embeds=embedded.clone().requires_grad_()).logits
+    assert torch.equal(found, expected)
+    found.sum().backward()
+
+
 @pytest.mark.parametrize("run_before", [True, False])
 def test_it_compiles_without_a_graph_break(run_before):
     if not run_before and TorchVersion(torch.__version__) < (2, 13):

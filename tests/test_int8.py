@@ -437,9 +437,9 @@ def test_there_is_nothing_to_calibrate(model, tmp_path):
 def test_at_tau_0_no_router_is_asked_nor_counted(model, monkeypatch):
     sadmoe.set_tau(model, 0.0)
     sadmoe.quantize_experts_(model)
-    report = sadmoe.cost(model, shares=1.0)
-    assert report.executed == report.dense
     batch, widened = TINY["bert"].batch(), copy.deepcopy(model)
+    report = sadmoe.cost(model, [batch])
+    assert report.executed == report.dense
     sadmoe.dequantize_experts_(widened)
     with torch.no_grad():
         wanted = widened(**batch)[0]
@@ -500,3 +500,29 @@ def test_a_router_that_was_cast_in_between_stays_so():
     layer.bfloat16()
     layer.to_float_()
     assert layer.w_up.dtype == layer.router.v1.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_failure_on_the_way_leaves_the_model_as_it_was(back, monkeypatch):
+    model = converted("llama")
+    if back:
+        sadmoe.quantize_experts_(model)
+    before = {name: (p, p.dtype) for name, p in (*model.named_parameters(), *model.named_buffers())}
+    calls = itertools.count()
+
+    def fails(work):
+        def run(*args, **kw):
+            if next(calls) == 4:  # in the second layer
+                raise MemoryError
+            return work(*args, **kw)
+
+        return run
+
+    place = (reference, "dequantized") if back else (sadmoe.layer, "to_int8")
+    monkeypatch.setattr(*place, fails(getattr(*place)))
+    with pytest.raises(MemoryError):
+        (sadmoe.dequantize_experts_ if back else sadmoe.quantize_experts_)(model)
+    after = {name: (p, p.dtype) for name, p in (*model.named_parameters(), *model.named_buffers())}
+    assert before.keys() == after.keys()
+    assert all(after[name][0] is p and p.dtype == dtype for name, (p, dtype) in before.items())
+    assert {layer.is_int8 for layer in sadmoe.moe_layers(model).values()} == {back}

@@ -1,10 +1,11 @@
 import pytest
 import torch
-from converted import converted
+from converted import converted, random_layer, random_rows
 from sadmoe.dial import converted_layers, set_tau, tau
 from sadmoe.gates import DynamicK, TopK
 from sadmoe.masks import experts_per_token, record_masks
 from tiny_models import TINY, call
+from torch import Tensor, nn
 
 
 def masks_by_hand(model, batch):
@@ -43,6 +44,30 @@ def test_pairs_are_the_sum_of_the_masks_over_real_tokens(gate):
         assert record[name].mean_k == pytest.approx(k.float().mean().item())
         assert record[name].share == pytest.approx(mask[real].float().mean().item())
         assert record[name].histogram.tolist() == [int((k == i).sum()) for i in range(7)]
+
+
+class TokensFirst(nn.Module):
+    """Runs a model's layers on [T, B, d], as FSMT and nn.TransformerEncoder(batch_first=False) do."""
+
+    def __init__(self, layer: nn.Module, turned: bool):
+        super().__init__()
+        self.layer, self.turned = layer, turned
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.layer(x.transpose(0, 1)).transpose(0, 1) if self.turned else self.layer(x)
+
+
+@pytest.mark.parametrize("true_norms", [False, True])
+def test_padding_is_known_where_the_tokens_come_first(true_norms):
+    layer = random_layer(gate=DynamicK(0.3, true_norms=true_norms)).eval()
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
+    batch = {"x": random_rows(12).view(3, 4, -1), "attention_mask": mask}
+    plain, turned = (recorded(TokensFirst(layer, way), batch)["layer"] for way in (False, True))
+    assert plain.tokens == 7
+    assert torch.equal(plain.histogram, turned.histogram)
+    assert not torch.equal(
+        plain.histogram, recorded(TokensFirst(layer, False), batch, skip_padding=False)["layer"].histogram
+    )
 
 
 def test_padding_counts_where_it_is_wanted_or_not_known():

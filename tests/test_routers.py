@@ -165,6 +165,14 @@ def test_training_works_and_is_the_same_inside_other_contexts(context):
     assert torch.equal(layers[0].router.v2, layers[1].router.v2)
 
 
+def test_rows_of_another_dtype_are_those_of_the_weights():
+    layers = [layer_of(), layer_of()]
+    rows, config = random_rows(200).bfloat16(), RouterConfig(width=32, steps=10)
+    for layer, some in zip(layers, (rows, rows.float()), strict=True):
+        fit_router_(layer, some, config)
+    assert torch.equal(layers[0].router.v1, layers[1].router.v1)
+
+
 def test_chunks_of_targets_make_no_difference(monkeypatch):
     whole, parts = layer_of(), layer_of()
     config = RouterConfig(width=32, steps=10)

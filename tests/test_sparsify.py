@@ -190,6 +190,26 @@ def test_divergence_is_an_error_and_undone():
     assert same(state(model), before)
 
 
+def test_a_gradient_that_is_not_finite_is_an_error_and_undone():
+    model = two_ffns()
+    before = state(model)
+
+    def bad(model: nn.Module, batch: Tensor) -> Tensor:
+        return (model(batch) * 0).sum().sqrt()  # 0, of infinite slope
+
+    with pytest.raises(
+        FloatingPointError, match=r"diverged at update 0: objective 0.0, but a gradient of norm nan"
+    ):
+        run_sparsify(model, short(objective="task", steps=1), loss=bad)
+    assert same(state(model), before)
+
+
+def test_devices_that_the_model_is_not_on_are_not_seeded(monkeypatch):
+    model = two_ffns()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("every device was seeded"))
+    run_sparsify(model, short(steps=1))
+
+
 def test_seconds_end_the_run():
     report = run_sparsify(two_ffns(), short(steps=None, seconds=0.2))
     assert report.history

@@ -137,6 +137,16 @@ def test_accumulated_batches_weigh_as_one_large_one(name, scaled_by_model, tmp_p
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
 
 
+def test_an_epoch_s_last_step_of_fewer_batches_weighs_the_penalty_as_any(tmp_path):
+    settings = PLAIN_SGD | {"n": 6, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    models = []
+    for scaled_by_model in (False, True):  # rows of as many labels: the loss is the same
+        callback = SparsityCallback(alpha=5.0, schedule="constant")
+        models.append(trained(tmp_path, callback, "llama", scaled_by_model=scaled_by_model, **settings)[0])
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["bert classifier", "llama"])
 def test_gradient_checkpointing_changes_nothing_but_rounding(name, tmp_path):
     plain, _ = trained(tmp_path, SparsityCallback(alpha=1.0), name)

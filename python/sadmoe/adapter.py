@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sadmoe import files
@@ -77,6 +78,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, overwrite: b
     files.write(path, tensors, KEY, {"format": FORMAT, "layers": layers, "base": base, "crc32": crc})
 
 
+@torch.inference_mode(False)  # whose tensors can never be trained
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Makes the base model the converted one that `save_adapter` was given: the same outputs, bit for bit.
 

@@ -5,6 +5,7 @@ Source: arXiv 2310.04361, section 3.4.
 """
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from sadmoe.training.resume import check_checkpoint
 
 logger = logging.getLogger(__name__)
 CHUNK = 4096  # tokens whose targets are computed at once
+# How a class is named that is an attention: not a decoder, a block or an MLP that has a word of it in its name.
+ATTENTION = re.compile(r"(attention|attn)(output|module|pool[a-z]*|v?\d+)?$", re.IGNORECASE)
 Start = Literal["low_rank", "random"]
 
 
@@ -165,7 +168,8 @@ def find_projections(
 ) -> list[ProjectionSite]:
     """The linear layers of attention, in the model's order: Q, K, V (or all in one) and O.
 
-    Those are the plain linear layers below a module whose class is named an attention, and no part of an FFN.
+    Those are the plain linear layers below a module whose class is named an attention (BertSelfAttention), and no part
+    of an FFN, or of an nn.Sequential of several, such as the one that learns Swin v2's bias of positions.
     filter: takes a projection's path, False leaves it alone. batches: what the model is called with, by which more FFNs
     are known, as in `find_ffns`. What cannot be replaced is logged with the reason.
     Raises ValueError where there is none at all, NotImplementedError where none can be replaced.
@@ -256,7 +260,11 @@ def _linears_of_attention(
 ) -> list[tuple[str, nn.Module, nn.Module]]:
     """(path, parent, linear layer) of each linear layer below an attention, FFNs and MLPs in their place left out."""
     taken = {id(linear) for s in scan_ffns(model, batches=batches)[0] for linear in (s.up, s.gate, s.down)}
-    inside = [n for n, m in model.named_modules() if n and "attention" in _words(type(m).__name__)]
+    for module in model.modules():
+        linears = [m for m in module.children() if linear_shape(m) is not None]
+        if isinstance(module, nn.Sequential) and len(linears) > 1:
+            taken |= {id(linear) for linear in linears}
+    inside = [n for n, m in model.named_modules() if n and ATTENTION.search(type(m).__name__)]
     mlps = [n for n, m in model.named_modules() if isinstance(m, ProjectionMLP)]
     found = []
     for name, module in model.named_modules():
@@ -265,10 +273,6 @@ def _linears_of_attention(
         if below and not ours and linear_shape(module) is not None and id(module) not in taken:
             found.append((name, model.get_submodule(name.rpartition(".")[0]), module))
     return found
-
-
-def _words(class_name: str) -> str:
-    return class_name.lower().replace("attn", "attention")
 
 
 def _distilled(

@@ -87,7 +87,14 @@ def device_of(model: nn.Module) -> torch.device:
 
 def samples_in(batch: Batch) -> int:
     """How many samples a batch holds: the first dimension of its first tensor that has one, else 1."""
-    values = batch.values() if isinstance(batch, Mapping) else [batch] if isinstance(batch, Tensor) else batch
+    batch = _only(batch)
+    values = (
+        batch.values()
+        if isinstance(batch, Mapping)
+        else batch
+        if isinstance(batch, tuple | list)
+        else [batch]
+    )
     for value in values:
         if isinstance(value, Tensor) and value.dim() > 0:
             return value.shape[0]
@@ -140,8 +147,8 @@ def real_rows(model: nn.Module, name: str, batch: Batch, x: Tensor) -> Tensor | 
     """Which rows of the input of module `name` are real tokens, None where the batch does not say.
 
     x [..., d] is what entered the module while the model ran `batch`; the result is bool [rows] for
-    x.reshape(-1, d). A padding mask applies where it has as many tokens as x: also to models that flatten
-    [B, T, d] first. In an encoder-decoder, what is below a module named "decoder" answers to
+    x.reshape(-1, d). A padding mask [B, T] applies where it has as many tokens as x: to [T, B, d], if B is not T, and
+    to models that flatten [B, T, d] first. In an encoder-decoder, what is below a module named "decoder" answers to
     "decoder_attention_mask"; where images come beside text, what is below one named after vision answers to no mask.
     """
     batch = _only(batch)
@@ -153,7 +160,14 @@ def real_rows(model: nn.Module, name: str, batch: Batch, x: Tensor) -> Tensor | 
     mask = _mask(batch, "decoder_attention_mask" if decoder else "attention_mask")
     if mask is None or x.is_nested or mask.numel() != x[..., 0].numel():
         return None
-    return mask.flatten().to(x.device)
+    return mask_rows(mask, x.shape).to(x.device)
+
+
+def mask_rows(mask: Tensor, shape: torch.Size) -> Tensor:
+    """A mask [B, T] as [rows], in the order in which the tokens of x, of that shape, are its rows: [B, T, ...] or
+    [T, B, ...]."""
+    turned = len(shape) > 2 and shape[:2] == mask.shape[::-1] != mask.shape
+    return (mask.t() if turned else mask).flatten()
 
 
 def rows_of(x: Tensor) -> Tensor:

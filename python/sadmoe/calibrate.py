@@ -55,13 +55,14 @@ def calibrate_(
 
     budget: the smallest tau whose layers execute at most this share of their dense FLOPs, in (0, 1].
     max_loss_increase: the largest tau found whose loss is at most this much above the loss at tau = 0, every expert on,
-    relatively (0.01: one percent more), >= 0. What training changed is not in it. One of the two must be given.
+    relatively (0.01: one percent more), >= 0; 0 where no tau so found costs less than the dense FFNs. What training
+    changed is not in it. One of the two must be given.
     loss(model, batch) -> scalar runs the model itself; by default the output's `.loss`, so batches need
     labels. It may compare with the dense model, run under `tau(model, 0.0)`: as 1 plus a distance,
     for max_loss_increase needs a loss above 0 at tau = 0. It is averaged over batches.
-    With a budget it is only measured, and only where it is given. The model runs in eval mode without
-    gradients, at most 12 times over the batches. filter: of a layer's name; False leaves its gate as it is,
-    also in `loss_at_zero`, and its cost out. skip_padding: as in `cost`.
+    With a budget it is only measured, and only where it is given. The model runs in eval mode without gradients, at
+    most 12 times over the batches, 13 with a loss. filter: of a layer's name; False leaves its gate as it is, also in
+    `loss_at_zero`, and its cost out. skip_padding: as in `cost`.
     Raises ValueError where no tau meets the budget, or the loss gives nothing to compare with; then the gates
     are as they were.
     """
@@ -145,10 +146,10 @@ class TauSearch:
         return self._result(self._top_expert(budget) if best is None else best, loss_at_zero)
 
     def by_loss(self, max_increase: float) -> Calibration:
-        """The largest tau found within the increase; tau = 0 always is."""
+        """The largest tau found within the increase; tau = 0 always is, and costs less where most experts run."""
         self.loss = _output_loss if self.loss is None else self.loss
-        best = self.at(0.0)
-        loss_at_zero = best.loss
+        best = dense = self.at(0.0)
+        loss_at_zero = dense.loss
         if loss_at_zero is None or not 0 < loss_at_zero < math.inf:
             raise ValueError(
                 f"max_loss_increase is relative to the loss at tau = 0, which must be positive and finite, "
@@ -162,24 +163,25 @@ class TauSearch:
                 low, best = middle, found
             else:
                 high = middle
-        return self._result(best, loss_at_zero)
+        return self._result(best if best.budget < dense.budget else dense, loss_at_zero)
 
     def at(self, value: float) -> Calibration:
         """Runs the batches with that tau; the gates come back."""
         device, samples, losses, taus = device_of(self.model), 0, [], self.taus(value)
-        with (
-            tau(self.model, taus, filter=self.filter),
-            evaluating(self.model),
-            record_masks(self.model, skip_padding=self.skip_padding, tau=taus) as record,
-        ):
-            for batch in self.batches:
-                batch = to_device(batch, device)
-                samples += samples_in(batch)
-                with record.batch(batch):
-                    if self.loss is None:
-                        run(self.model, batch)
-                    else:
-                        losses.append(_scalar(self.loss(self.model, batch)))
+        loss = self.loss
+        with tau(self.model, taus, filter=self.filter), evaluating(self.model):
+            if loss is not None and value == 0:  # what it runs of the dense model could not be told from this
+                losses = [_scalar(loss(self.model, to_device(batch, device))) for batch in self.batches]
+                loss = None
+            with record_masks(self.model, skip_padding=self.skip_padding, tau=taus) as record:
+                for batch in self.batches:
+                    batch = to_device(batch, device)
+                    samples += samples_in(batch)
+                    with record.batch(batch):
+                        if loss is None:
+                            run(self.model, batch)
+                        else:
+                            losses.append(_scalar(loss(self.model, batch)))
             report = cost_of_masks(self.model, record.layers, samples, filter=self.filter)
         self.evaluations += 1
         self.bar.update()

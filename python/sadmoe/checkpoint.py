@@ -52,6 +52,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
     files.write(path, tensors, KEY, header)
 
 
+@torch.inference_mode(False)  # whose tensors can never be trained
 def load(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Makes a freshly built dense model the converted one that `save` wrote: the same outputs, bit for bit.
 

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import zlib
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -206,7 +207,8 @@ def _convert_finetuned(
 def _check_same_data(arguments: argparse.Namespace) -> None:
     """Raises ValueError where the checkpoint was made from other data; the steps themselves check the rest."""
     note = arguments.checkpoint / "data.json"
-    now = {name: str(getattr(arguments, name)) for name in ("data", "batch_size", "max_length")}
+    now = {name: str(getattr(arguments, name)) for name in ("batch_size", "max_length")}
+    now |= {"data": str(arguments.data.resolve()), "checksum": str(_checksum(arguments.data))}
     if not note.exists():
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(now))
@@ -215,6 +217,14 @@ def _check_same_data(arguments: argparse.Namespace) -> None:
             f"--checkpoint: {arguments.checkpoint} is of another run, of {saved}, not {now}: give that data "
             "again, or an empty folder"
         )
+
+
+def _checksum(data: Path) -> int:
+    """Of a file's bytes; of a folder, of the names and sizes of its files."""
+    if not data.is_dir():
+        return zlib.crc32(data.read_bytes())
+    files = sorted((str(p.relative_to(data)), p.stat().st_size) for p in data.rglob("*") if p.is_file())
+    return zlib.crc32(json.dumps(files).encode())
 
 
 def _checkpoint(arguments: argparse.Namespace, step: str) -> Checkpoint | None:

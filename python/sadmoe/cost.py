@@ -8,7 +8,7 @@ One multiply-add is one FLOP, by the rule of the paper's evaluation code, of whi
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -36,7 +36,7 @@ class LayerCost:
     router: float  # router, gate and output bias, whatever the gate then runs
     pair: float  # one expert, with adding up its output
     combine: float  # of `executed`: adding up the outputs of the experts
-    executed: float  # what is computed: `router` and the experts run; at tau = 0 `dense`, without router
+    executed: float  # what is computed: `router` and the experts run; where tau = 0 was run, `dense`, without router
 
     @property
     def all_experts(self) -> float:
@@ -173,10 +173,10 @@ def cost_of_masks(
         raise ValueError(
             f"the batches never reach {', '.join(unused)}: pass batches that run every converted layer"
         )
-    costs = [
-        layer_cost(layer, masks[name].share, name=name, calls=masks[name].rows / samples)
-        for name, layer in layers.items()
-    ]
+    costs = []
+    for name, layer in layers.items():
+        one = layer_cost(layer, masks[name].share, name=name, calls=masks[name].rows / samples)
+        costs.append(replace(one, executed=one.dense, combine=0.0) if layer.runs_all_experts else one)
     return _report(model, layers, costs, rest)
 
 
@@ -186,7 +186,7 @@ def neuron_flops(d: int, d_out: int, act: str, gated: bool) -> int:
 
 
 def layer_cost(layer: DynamicKMoE, share: float, *, name: str = "", calls: float = 1.0) -> LayerCost:
-    """The closed forms above for one layer that executes `share` of its pairs, as its gate stands."""
+    """The closed forms above for one layer that asks its router, and executes `share` of its pairs."""
     experts, s, d = layer.w_up.shape
     d_out, r = layer.w_down.shape[2], layer.router.v1.shape[0]
     gated, b_out = layer.w_gate is not None, layer.b_out is not None
@@ -196,8 +196,6 @@ def layer_cost(layer: DynamicKMoE, share: float, *, name: str = "", calls: float
     pair = s * (neuron + input_biases) + d_out
     executed, combine = router + share * experts * pair, share * experts * d_out
     dense = experts * s * neuron
-    if layer.runs_all_experts:
-        executed, combine = dense, 0.0
     return LayerCost(name, experts, s, share, calls, dense, router, pair, combine, executed)
 
 

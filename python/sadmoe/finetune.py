@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sadmoe.batches import Batches, check_batches, device_of, real_rows
+from sadmoe.batches import Batches, check_batches, device_of, real_rows, rows_of
 from sadmoe.checks import check_config
 from sadmoe.dial import trainable_layers
 from sadmoe.ffn import site_of
@@ -22,7 +22,7 @@ from sadmoe.training.config import LoopConfig, Step
 from sadmoe.training.guards import all_or_nothing, mode, seeded
 from sadmoe.training.loop import train
 from sadmoe.training.objective import Loss, OutputLoss, distill_hidden, task
-from sadmoe.training.processes import mean_over_processes
+from sadmoe.training.processes import mean_over_processes, place
 from sadmoe.training.resume import Checkpoint, check_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -167,6 +167,8 @@ class ExpertPenalty:
         self.gates = {name: layer.gate for name, layer in layers.items()}
         self.seen: dict[str, list[Tensor]] = {name: [] for name in layers}
         self.share = 1.0
+        calls = config.accumulate / place()[1]  # of an update, each of which takes its part of the decay
+        self.decay = MEMORY ** (1 / calls)
 
     def __enter__(self) -> "ExpertPenalty":
         for name, layer in self.layers.items():
@@ -197,7 +199,7 @@ class ExpertPenalty:
         for name, norms in self.seen.items():
             for one in norms:
                 real = None if batch is None else real_rows(self.model, name, batch, one)
-                kept = one if real is None else one[real]
+                kept = rows_of(one) if real is None else rows_of(one)[real]
                 if not len(kept):  # a batch of padding alone
                     continue
                 values.append(square_hoyer(kept).mean() / kept.shape[1])
@@ -205,6 +207,6 @@ class ExpertPenalty:
             norms.clear()
         device = device_of(self.model)
         now = mean_over_processes(torch.stack(shares).mean().item() if shares else self.share, device)
-        self.share = MEMORY * self.share + (1 - MEMORY) * now
+        self.share = self.decay * self.share + (1 - self.decay) * now
         mean = torch.stack(values).mean() if values else torch.zeros((), device=device)
         return mean if self.share > self.config.share else mean.detach()

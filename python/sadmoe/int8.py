@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from sadmoe.convert import surgery
 from sadmoe.dial import check_own_weights, converted_layers
 from sadmoe.layer import ALL_SCALES, SCALES, DynamicKMoE
 from sadmoe.tables import format_table
@@ -26,7 +27,6 @@ class Int8Report:
         return f"{format_table(('layer', 'error of weights'), rows)}\n{sizes}"
 
 
-@torch.no_grad()
 def quantize_experts_(model: nn.Module) -> Int8Report:
     """Rounds the experts of a converted model to int8, in place, one scale a neuron and matrix and one a column of the
     down projection, and routers in float32 to bfloat16; biases stay as they are, activations are rounded to 16 bits on
@@ -34,24 +34,29 @@ def quantize_experts_(model: nn.Module) -> Int8Report:
 
     What few tokens take is mostly the reading of weights, so decoding gains most. On the CPU the ops multiply in whole
     numbers: dense torch at tau = 0 and the fast path of bf16 are not taken. On other devices weights are widened at
-    every call, which is slow. Do it last: experts in int8 are not trained (`dequantize_experts_` first). It is saved
-    with the model, not in adapters. A `restore_`d FFN keeps the rounding. Raises ValueError where nothing is
-    converted, or all experts are int8 already.
+    every call, which is slow. The former weights are let go when all are rounded. Do it last: experts in int8 are not
+    trained (`dequantize_experts_` first). It is saved with the model, not in adapters. A `restore_`d FFN keeps the
+    rounding. Raises ValueError where nothing is converted, or all experts are int8 already. Whatever is raised, the
+    model is as it was.
     """
     layers = _layers(model, int8=False, why="are int8 already")
     before, errors = _bytes(layers), {}
-    for name, layer in layers.items():
-        old = {key: w for key in SCALES if (w := getattr(layer, key)) is not None}
-        layer.to_int8_()
-        errors[name] = _error(layer, old)
+    with surgery(model), torch.no_grad():
+        for name, layer in layers.items():
+            old = {key: w for key in SCALES if (w := getattr(layer, key)) is not None}
+            layer.to_int8_()
+            errors[name] = _error(layer, old)
     return Int8Report(before, _bytes(layers), errors)
 
 
 def dequantize_experts_(model: nn.Module) -> None:
     """Widens the experts of `quantize_experts_` again, in place, to the dtype that they had, to be trained as before,
-    and their routers; the rounding stays. Raises ValueError where nothing is converted, or no experts are int8."""
-    for layer in _layers(model, int8=True, why="are not int8, see quantize_experts_").values():
-        layer.to_float_()
+    and their routers; the rounding stays. Raises ValueError where nothing is converted, or no experts are int8.
+    Whatever is raised, the model is as it was."""
+    layers = _layers(model, int8=True, why="are not int8, see quantize_experts_")
+    with surgery(model):
+        for layer in layers.values():
+            layer.to_float_()
 
 
 def _layers(model: nn.Module, int8: bool, why: str) -> dict[str, DynamicKMoE]:

@@ -50,6 +50,10 @@ class Router(nn.Module):
         for v in (self.v1, self.v2):
             nn.init.kaiming_uniform_(v, a=5**0.5)
 
+    def cast_(self, dtype: torch.dtype) -> None:
+        """As `to(dtype)`, but in parameters of its own: the former ones stay what they were."""
+        self.v1, self.v2 = (nn.Parameter(v.to(dtype), v.requires_grad) for v in self.weights())
+
     def weights(self) -> tuple[Tensor, Tensor]:
         """v1, v2: the order of the ops."""
         return _held(self, "v1"), _held(self, "v2")
@@ -160,7 +164,9 @@ class DynamicKMoE(nn.Module):
         self._shapes: dict[torch.dtype, Layer] = {}
         self.keeps_hidden = False
         self.check_nan = False
-        self.norms_hooks: list[Callable[[Tensor], None]] = []  # see the norms [T, E] of a gate on true norms
+        self.norms_hooks: list[
+            Callable[[Tensor], None]
+        ] = []  # see the norms [..., E] of a gate on true norms
 
     @property
     def experts(self) -> int:
@@ -228,22 +234,26 @@ class DynamicKMoE(nn.Module):
         """
         if self.is_int8:
             raise ValueError("the experts are int8 already")
-        self._frozen = frozenset(name for name in SCALES if not self.trains(name))
+        made: dict[
+            str, Tensor
+        ] = {}  # all of it before the layer is changed, for there may be no memory for it
         for name, scale_name in SCALES.items():
             weight = getattr(self, name)
             if weight is None:
                 continue
             rows = weight.float()
             if name == "w_down" and column_scales:
-                self.scale_out = scales_of_columns(rows).to(weight.dtype)
-                rows = rows / self.scale_out.float()
-            steps, scale = to_int8(rows, weight.dtype)
-            setattr(self, name, nn.Parameter(steps, requires_grad=False))
-            setattr(self, scale_name, scale)
+                made["scale_out"] = scales_of_columns(rows).to(weight.dtype)
+                rows = rows / made["scale_out"].float()
+            steps, made[scale_name] = to_int8(rows, weight.dtype)
+            made[name] = nn.Parameter(steps, requires_grad=False)
+        self._frozen = frozenset(name for name in SCALES if not self.trains(name))
+        for name, value in made.items():
+            setattr(self, name, value)
         assert self.scale_up is not None
         self._before_int8 = self.router.v1.dtype, self.scale_up.dtype
         if rounded_router and self.router.v1.dtype == torch.float32:
-            self.router.bfloat16()
+            self.router.cast_(torch.bfloat16)
 
     @torch.no_grad()
     def to_float_(self) -> None:
@@ -253,15 +263,18 @@ class DynamicKMoE(nn.Module):
         """
         if not self.is_int8:
             raise ValueError("the experts are not int8")
-        for name in SCALES:
-            if getattr(self, name) is not None:
-                setattr(self, name, nn.Parameter(self.float_weights(name), name not in self._frozen))
+        made = {
+            name: nn.Parameter(self.float_weights(name), name not in self._frozen)
+            for name in SCALES
+            if getattr(self, name) is not None
+        }
+        for name, weight in made.items():
+            setattr(self, name, weight)
         for scale_name in ALL_SCALES:
             setattr(self, scale_name, None)
         of_router, of_experts = self._before_int8 or (None, None)
-        self.router.to(
-            of_router if of_experts == self.w_up.dtype else self.w_up.dtype
-        )  # else it was cast since
+        cast_since = of_router is None or of_experts != self.w_up.dtype
+        self.router.cast_(self.w_up.dtype if of_router is None or cast_since else of_router)
         self._before_int8 = None
 
     def _load_from_state_dict(
@@ -297,7 +310,7 @@ class DynamicKMoE(nn.Module):
                 "DynamicKMoE: x has NaN, for which no expert can be chosen; an earlier layer made it"
             )
         if gate.true_norms:
-            y = self._by_true_norms(rows)
+            y = self._by_true_norms(rows, x.shape[:-1])
         elif self.runs_all_experts:
             y = self.op_on_all(rows) if self._op_runs_all(rows) else self.dense(rows)
         else:
@@ -440,13 +453,16 @@ class DynamicKMoE(nn.Module):
             self._shapes[dtype] = replace(self.shape, bytes_each=dtype.itemsize)
         return self._shapes[dtype]
 
-    def _by_true_norms(self, x: Tensor) -> Tensor:
-        """Every expert is computed to know its norm, so this path is plain torch; gradients hold the mask constant."""
+    def _by_true_norms(self, x: Tensor, tokens: torch.Size) -> Tensor:
+        """Every expert is computed to know its norm, so this path is plain torch; gradients hold the mask constant.
+
+        x [T, d] -> [T, d_out]. tokens: their shape in what entered, which the hooks are shown.
+        """
         hidden = self._hidden(x)
         norms = self._norms(hidden)
         if self.norms_hooks and not is_recomputed():
             for hook in self.norms_hooks:
-                hook(norms)
+                hook(norms.reshape(*tokens, -1))
         return self._down(self._kept(hidden, self.gate.mask(norms.detach())))
 
     def _kept(self, hidden: Tensor, mask: Tensor) -> Tensor:

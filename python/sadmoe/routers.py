@@ -215,7 +215,8 @@ class _Problem:
     @staticmethod
     def of(layer: DynamicKMoE, inputs: Tensor, power: float) -> "_Problem":
         rows = max(1, CHUNK // (layer.experts * layer.expert_size))
-        norms = torch.cat([layer.expert_norms(x) for x in inputs.split(rows)])
+        dtype = layer.float_weights("w_up").dtype  # inputs that ran under autocast may be of another
+        norms = torch.cat([layer.expert_norms(x.to(dtype)) for x in inputs.split(rows)])
         if not norms.isfinite().all():
             raise ValueError(
                 "inputs: not every expert's output norm is finite; look for NaN or inf in inputs or weights"

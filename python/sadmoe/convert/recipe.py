@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from sadmoe import ops
 from sadmoe.batches import Batches, check_batches, device_of, evaluating, refuse_compiled, run, to_device
 from sadmoe.calibrate import calibrate_
 from sadmoe.checks import check_config
@@ -32,8 +33,6 @@ from sadmoe.ffn.dense import TENSORS
 from sadmoe.gates import DynamicK
 from sadmoe.tables import shortened
 from sadmoe.training.resume import Checkpoint, check_checkpoint
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the ops take
 
 
 def convert_(
@@ -61,8 +60,7 @@ def convert_(
     clock = Clock()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    # It makes weights, which must not be those of inference alone.
-    with torch.inference_mode(False), surgery(model):
+    with surgery(model):
         with clock("find"):
             check_batches(batches)
             check_checkpoint(checkpoint)
@@ -146,8 +144,8 @@ def checked_sites(model: nn.Module, batches: Batches, config: ConvertConfig) -> 
             config.of(site.adapter).experts_of(dense.f)
         except ValueError as error:
             wrong.append(f"{site.name}: {error}")
-        if dense.w_up.dtype not in DTYPES:
-            wrong.append(f"{site.name}: its weights are {dense.w_up.dtype}; cast them to one of {DTYPES}")
+        if dense.w_up.dtype not in ops.DTYPES:
+            wrong.append(f"{site.name}: its weights are {dense.w_up.dtype}; cast them to one of {ops.DTYPES}")
     if wrong:
         raise ValueError("nothing was converted, because of\n" + "\n".join(wrong))
     if config.budget is not None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 # Called with a model whose FFNs were converted, loaded or restored, so that what describes it can follow.
@@ -15,7 +16,7 @@ def surgery(model: nn.Module) -> Iterator[None]:
 
     Whatever is raised in it, KeyboardInterrupt included, every module has its former children, parameters,
     buffers, hooks, flags and other attributes again: the same objects. Tensors are not copied, so the block
-    must not write to them.
+    must not write to them. It is out of torch.inference_mode, whose tensors can never be trained.
     """
     saved = [
         (
@@ -26,7 +27,8 @@ def surgery(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
     ]
     try:
-        yield
+        with torch.inference_mode(False):
+            yield
         _tell(model)
     except BaseException:
         for module, attributes, tables in saved:

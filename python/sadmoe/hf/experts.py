@@ -120,7 +120,9 @@ def _packed(experts: Any) -> Packed:
     key = [(p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version, _some_of(p)) for p in sources]
     kept = _kept.get(experts)
     if kept is None or kept[0] != key:
-        kept = _kept[experts] = (key, _in_layout(experts, *sources))
+        # Later calls may be others' than this one's: under inference_mode it would be of no use to any with gradients.
+        with torch.inference_mode(False), torch.no_grad():
+            kept = _kept[experts] = (key, _in_layout(experts, *sources))
     return kept[1]
 
 

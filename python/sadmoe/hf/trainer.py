@@ -1,5 +1,6 @@
 """Sparsity fine-tuning and router fitting inside `transformers.Trainer`."""
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, Protocol
@@ -42,6 +43,7 @@ class AddedLoss(TrainerCallback):
         self.alpha = 0.0
         self.last: Tensor | None = None
         self._in_step = False
+        self._passes = 1  # of the step
         self._arguments: Any = None
         self._term: Term | None = None
         self._handles: list[RemovableHandle] = []
@@ -74,6 +76,7 @@ class AddedLoss(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From here on passes in training are the step's."""
         self._in_step = True
+        self._passes = _passes_of_step(args, state, kwargs.get("train_dataloader"))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Adds nothing to what the model says outside a step, so also after a run that failed between two."""
@@ -123,7 +126,18 @@ class AddedLoss(TrainerCallback):
             return 1.0
         arguments = self._arguments
         multiplied = arguments.world_size if arguments.average_tokens_across_devices else 1
-        return float(arguments.gradient_accumulation_steps * multiplied)
+        return float(self._passes * multiplied)
+
+
+def _passes_of_step(arguments: Any, state: Any, loader: Any) -> int:
+    """How many batches the step that begins adds up: an epoch's last step has what is left."""
+    most = arguments.gradient_accumulation_steps
+    try:
+        batches = len(loader)
+    except TypeError:  # of an iterable dataset, or no loader
+        return most
+    done = most * (state.global_step % max(1, math.ceil(batches / most)))
+    return min(most, batches - done) if batches else most
 
 
 class SparsityCallback(AddedLoss):
@@ -174,7 +188,7 @@ class SparsityCallback(AddedLoss):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Sets the weight of the moment."""
-        super().on_step_begin(args, state, control)
+        super().on_step_begin(args, state, control, **kwargs)
         self.alpha = self.config.alpha_at((state.global_step + 0.5) / state.max_steps)
 
 

@@ -19,6 +19,7 @@ from sadmoe.batches import (
     check_batches,
     device_of,
     evaluating,
+    mask_rows,
     real_rows,
     rows_of,
     run,
@@ -187,11 +188,12 @@ class SparsityLoss:
                 f"that {site.name} saw, got {tuple(mask.shape)}; where layers see different tokens, "
                 "pass the batch instead"
             )
-        return _masked_mean(values, mask)
+        return _masked_mean(values, mask_rows(mask, values.unsqueeze(-1).shape))
 
 
 def _masked_mean(values: Tensor, real: Tensor) -> Tensor:
-    weights = real.to(values.device).bool().flatten()
+    """The mean of values [...] of those rows."""
+    weights = real.to(values.device).bool()
     return (values.flatten() * weights).sum() / weights.sum().clamp(min=1)
 
 

@@ -6,8 +6,6 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from sadmoe.batches import device_of
-
 
 @contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[list[Callable[[], None]]]:
@@ -43,8 +41,11 @@ def mode(model: nn.Module, train: bool) -> Iterator[None]:
 
 @contextmanager
 def seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """torch's random state starts from `seed`; afterwards it is what it was."""
-    device = device_of(model)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    """torch's random state, on the CPU and where the model is, starts from `seed`; afterwards it is what it was."""
+    tensors = (*model.parameters(), *model.buffers())
+    devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
+    with torch.random.fork_rng(devices):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every device
+        for index in devices:
+            torch.cuda.default_generators[index].manual_seed(seed)
         yield

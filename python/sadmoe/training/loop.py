@@ -141,7 +141,12 @@ class _Update:
                 f"{self.name} diverged at update {number}: objective {value}, penalty {penalty}; lower lr or alpha"
             )
         self._sum_gradients()
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip).item()
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"{self.name} diverged at update {number}: objective {value}, but a gradient of norm {norm}; lower lr "
+                "or alpha, or look for a root or a quotient of 0 in the loss"
+            )
         self.optimizer.step()
         torch.clear_autocast_cache()  # an autocast around the whole run keeps the weights of before the step
         return Step(value, penalty, alpha, lr)
@@ -155,10 +160,15 @@ class _Update:
         return torch.stack([value.detach().double(), penalty.detach().to(self.device).double()]) * parts
 
     def _sum_gradients(self) -> None:
-        if self.world > 1:
-            for p in self.parameters:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            processes.sum_(p.grad for p in self.parameters if p.grad is not None)
+        """Over the processes. What no batch of any reached has none, as in one process, and so is not decayed."""
+        if self.world == 1:
+            return
+        reached = torch.tensor([float(p.grad is not None) for p in self.parameters], device=self.device)
+        processes.sum_([reached])
+        for p, times in zip(self.parameters, reached.tolist(), strict=True):
+            if times and p.grad is None:
+                p.grad = torch.zeros_like(p)
+        processes.sum_(p.grad for p in self.parameters if p.grad is not None)
 
 
 def _done(config: LoopConfig, steps: int, seconds: float) -> float:
