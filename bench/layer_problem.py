@@ -124,3 +124,15 @@ def kept(p: SimpleNamespace, name: str, make: Callable[[], Any]) -> Any:
     if name not in p.kept:
         p.kept[name] = make()
     return p.kept[name]
+
+
+class Copies:
+    """A layer's weights once for each variant: what the one before has left in the caches is of no use to it."""
+
+    def __init__(self, w: SimpleNamespace) -> None:
+        self.w, self.made = w, {}
+
+    def of(self, p: SimpleNamespace, variant: object) -> SimpleNamespace:
+        if variant not in self.made:
+            self.made[variant] = copied(self.w)
+        return with_weights(p, self.made[variant])

@@ -43,13 +43,12 @@ from command import command
 from layer_problem import (
     LAYERS,
     ROUTER_WIDTH,
+    Copies,
     LayerShape,
-    copied,
     problem,
     shape_of,
     weights,
     with_mask,
-    with_weights,
 )
 from layers_plot import draw
 from mask_kinds import clustered, recorded, skewed
@@ -146,18 +145,6 @@ def with_isa(isa: str, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return run()
 
     return switched
-
-
-class Copies:
-    """A layer's weights once for each variant: what the one before has left in the caches is of no use to it."""
-
-    def __init__(self, w: SimpleNamespace) -> None:
-        self.w, self.made = w, {}
-
-    def of(self, p: SimpleNamespace, variant: object) -> SimpleNamespace:
-        if variant not in self.made:
-            self.made[variant] = copied(self.w)
-        return with_weights(p, self.made[variant])
 
 
 class OneCopy(Copies):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from command import command
-from layer_problem import LayerShape, problem, weights
+from layer_problem import Copies, LayerShape, problem, weights
 from sadmoe.timing import machine, measure
 from variants import Kept, checked, dense, grouped_mm, int8, loop, sadmoe, torch_grouped_mm
 
@@ -51,10 +51,11 @@ def main() -> None:
         f"{'sadmoe is faster than':69}" + "  int8 than dense" * args.int8
     )
     rows, held = [], weights(LayerShape(args.d, args.f, args.s), args.dtype, args.r)
+    copies = Copies(held)
     with torch.inference_mode():
         for T in args.tokens:
             p = problem(held, T, args.share)
-            variants = {name: Kept(way(p)) for name, way in ways.items()}
+            variants = {name: Kept(way(copies.of(p, name))) for name, way in ways.items()}
             times = measure(variants)
             checked(p, {name: call.result for name, call in variants.items()})
             share = p.mask.float().mean().item()

@@ -63,7 +63,7 @@ def main() -> None:
             metric_name="accuracy",
             higher_is_better=True,
             heat=lambda model: sentence_heat("Experts of each token", model, tokenizer, SENTENCE),
-            timers={"64 sentences": lambda model: [model(**batch) for batch in timed]},
+            timers={"4 batches of 64 sentences": lambda model: [model(**batch) for batch in timed]},
             output_loss=same_logits,
             notes=("Two sentences of one review may be in both train and test: compare with dense only.",),
         ),

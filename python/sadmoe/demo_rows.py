@@ -1,5 +1,6 @@
 """What the demo tells: what each way to run the model costs, keeps and gains, as rows of a table and as a picture."""
 
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from sadmoe.tables import format_table
 
 CONVERTED = "converted"
 TIMED = 4  # batches of the held-out texts whose time is taken
+ROUNDS = 4  # in which it is, after one to warm up
 
 
 @dataclass(frozen=True)
@@ -99,25 +101,28 @@ def added_to(sums: dict[str, Tensor]) -> Callable[[Tensor, FFNSite], Tensor]:
     return keep
 
 
+@dataclass(frozen=True)
+class Way:
+    """A converted model at some tau, by the name of its row."""
+
+    name: str
+    model: nn.Module
+    tau: float
+
+
 def sweep(
-    dense: nn.Module,
-    model: nn.Module,
-    taus: Sequence[float],
-    tests: Sequence[Mapping[str, Tensor]],
-    wanted: Tensor,
-    name: str = CONVERTED,
+    dense: nn.Module, ways: Sequence[Way], tests: Sequence[Mapping[str, Tensor]], wanted: Tensor
 ) -> list[Row]:
-    """The converted model at every tau: what it costs, keeps, and how fast it is."""
+    """What each way costs, keeps, and how fast it is."""
     texts = sum(len(batch["input_ids"]) for batch in tests)
-    rest = cost(model, tests).rest
-    gains = times(dense, model, taus, tests[:: max(1, len(tests) // TIMED)])
+    rest = cost(ways[0].model, tests).rest
+    gains = times(dense, ways, tests[:: max(1, len(tests) // TIMED)])
     rows = []
-    for value in taus:
-        with tau(model, value), record_masks(model) as record:
-            embedded = torch.cat([embedded_with(record, model, batch) for batch in tests])
-            report = cost_of_masks(model, record.layers, texts, rest)
-        kept = fidelity(embedded, wanted)
-        rows.append(Row(name, value, report.share, report.of_dense, kept, *gains[value]))
+    for way, gain in zip(ways, gains, strict=True):
+        with tau(way.model, way.tau), record_masks(way.model) as record:
+            embedded = torch.cat([embedded_with(record, way.model, batch) for batch in tests])
+            report = cost_of_masks(way.model, record.layers, texts, rest)
+        rows.append(Row(way.name, way.tau, report.share, report.of_dense, fidelity(embedded, wanted), *gain))
     return rows
 
 
@@ -127,33 +132,34 @@ def embedded_with(record: MaskRecord, model: nn.Module, batch: Mapping[str, Tens
         return embeddings(model, [batch])
 
 
-def times(
-    dense: nn.Module, model: nn.Module, taus: Sequence[float], tests: Sequence[Any], rounds: int = 3
-) -> dict[float, tuple[float, float, float]]:
-    """By tau: gain of the FFNs, gain of the whole model, and its seconds: sums over the batches of medians over rounds.
+def times(dense: nn.Module, ways: Sequence[Way], tests: Sequence[Any]) -> list[tuple[float, float, float]]:
+    """Of each way: gain of the FFNs, gain of the whole model, and its seconds: sums over the batches of medians.
 
-    Dense and every tau take turns at every batch, so that the machine's moods fall on all alike.
+    Dense and all ways take turns at every batch, so that the machine's moods fall on all alike, in an order that is new
+    every round, for what one leaves in the caches makes the next faster or slower.
     """
     plain = [(site.first, site.down) for site in find_ffns(dense)]
-    ours = [(layer, layer) for layer in converted_layers(model).values()]
-    totals: dict[float | None, list[float]] = {one: [0.0, 0.0] for one in (None, *taus)}  # None: dense
+    ours = [[(layer, layer) for layer in converted_layers(way.model).values()] for way in ways]
+
+    def seconds_of(i: int, batch: Any) -> tuple[float, float]:
+        if i == len(ways):
+            return one_pass(dense, plain, batch)
+        with tau(ways[i].model, ways[i].tau):
+            return one_pass(ways[i].model, ours[i], batch)
+
+    order, shuffle = list(range(len(ways) + 1)), random.Random(0).shuffle
+    totals = [[0.0, 0.0] for _ in order]  # of the ways, and of dense
     for batch in tests:
-        passes: dict[float | None, list[tuple[float, float]]] = {one: [] for one in totals}
-        for _ in range(rounds):
-            for value, seconds in passes.items():
-                if value is None:
-                    seconds.append(one_pass(dense, plain, batch))
-                else:
-                    with tau(model, value):
-                        seconds.append(one_pass(model, ours, batch))
-        for value, seconds in passes.items():
-            for i, column in enumerate(zip(*seconds, strict=True)):
-                totals[value][i] += median(column)
-    dense_ffn, dense_whole = totals[None]
-    return {
-        value: (dense_ffn / totals[value][0], dense_whole / totals[value][1], totals[value][1])
-        for value in taus
-    }
+        passes: list[list[tuple[float, float]]] = [[] for _ in order]
+        for _ in range(1 + ROUNDS):
+            shuffle(order)
+            for i in order:
+                passes[i].append(seconds_of(i, batch))
+        for total, seconds in zip(totals, passes, strict=True):
+            for part, column in enumerate(zip(*seconds[1:], strict=True)):
+                total[part] += median(column)
+    *found, (dense_ffn, dense_whole) = totals
+    return [(dense_ffn / ffn, dense_whole / whole, whole) for ffn, whole in found]
 
 
 def one_pass(

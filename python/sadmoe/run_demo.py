@@ -23,7 +23,7 @@ from sadmoe.demo import (
     split,
     topics,
 )
-from sadmoe.demo_rows import controls, picture, sweep, table
+from sadmoe.demo_rows import CONVERTED, Way, controls, picture, sweep, table
 from sadmoe.finetune import finetune_
 from sadmoe.int8 import quantize_experts_
 from sadmoe.layerwise import finetune_layers_
@@ -66,10 +66,11 @@ def run_demo(out: Path, *, seconds: float = SECONDS, progress: bool = True) -> s
     rows, wanted = controls(dense, tests)
     clock.lap("controls")
     model, solved, told = converted(dense, tokenizer, train, seconds, clock, progress)
-    rows += sweep(dense, model, sorted({0.0, *TAUS, solved}), tests, wanted)
     rounded = copy.deepcopy(model)
     quantize_experts_(rounded)
-    rows += sweep(dense, rounded, [solved], tests, wanted, "converted, experts in int8")
+    ways = [Way(CONVERTED, model, value) for value in sorted({0.0, *TAUS, solved})]
+    ways.append(Way("converted, experts in int8", rounded, solved))
+    rows += sweep(dense, ways, tests, wanted)
     clock.lap("table")
 
     text = "\n\n".join(
