@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy
 import pytest
+import sadmoe
 import sadmoe.checkpoint as checkpoint
 import torch
 from converted import converted
@@ -47,6 +48,16 @@ def rewrite(
 def file(tmp_path: Path) -> Path:
     save(converted("user glu"), tmp_path / "model.safetensors")
     return tmp_path / "model.safetensors"
+
+
+@pytest.mark.parametrize(("write", "read"), [(save, load), (sadmoe.save_adapter, sadmoe.load_adapter)])
+def test_of_compiled_parts_the_parts_are_saved(write, read, tmp_path):
+    model, fresh = converted("bert"), TINY["bert"].model()
+    model.encoder.layer[0] = torch.compile(model.encoder.layer[0], backend="eager")
+    write(model, tmp_path / "m.safetensors")
+    read(fresh, tmp_path / "m.safetensors")
+    batch = TINY["bert"].batch()
+    assert torch.equal(call(fresh, batch), call(converted("bert"), batch))
 
 
 def test_of_a_compiled_model_the_model_is_saved(tmp_path):

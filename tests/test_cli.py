@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from sadmoe import cli, convert_command, moe_layers, texts
-from sadmoe.data import load_data
+from sadmoe.data import _lines_of_pairs, load_data
 from sadmoe.outputs import replaced
 from sadmoe.report import Series, plot_curves
 
@@ -304,6 +304,11 @@ def test_any_model_takes_the_batches_of_a_python_file(whisper, tmp_path, capsys)
         data.write_text(wrong)
         assert converted(whisper, data, tmp_path / "other") == 2
         assert told in capsys.readouterr().err
+
+
+def test_a_mark_of_the_byte_order_is_no_part_of_the_first_pair(pairs):
+    pairs.write_text("\ufeff" + pairs.read_text(), encoding="utf-8")  # as some editors begin a file
+    assert _lines_of_pairs(pairs, "t5")[0] == ["experts run", "few tokens choose them"]
 
 
 def test_what_an_encoder_decoder_reads(t5, pairs):

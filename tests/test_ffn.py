@@ -312,6 +312,24 @@ def test_an_activation_hidden_by_an_attribute_is_the_one_that_runs():
 # Dropout
 
 
+def test_hidden_dropout_that_is_called_as_a_function_goes_too():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BartConfig(
+        vocab_size=50, d_model=D, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=F_, decoder_ffn_dim=F_,
+        encoder_attention_heads=2, decoder_attention_heads=2, activation_dropout=0.5, dropout=0.0, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.BartModel(config)
+    block = model.encoder.layers[0]
+    dense = block.eval()(hidden(), None)
+    for site in find_ffns(model):
+        swap_in(model, site, layer_from_dense(site.dense(), slots_of(site), 6, 4))
+    assert block.activation_dropout == 0.0
+    assert_close(block.train()(hidden(), None), dense)
+    for name in list(moe_layers(model)):
+        swap_out(model, name)
+    assert block.activation_dropout == 0.5
+
+
 def test_output_dropout_moves_into_the_layer_and_hidden_dropout_goes():
     model = nn.Sequential(
         nn.Sequential(nn.Linear(D, F_), nn.ReLU(), nn.Dropout(0.9), nn.Linear(F_, D), nn.Dropout(0.25)),

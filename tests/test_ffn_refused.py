@@ -68,6 +68,22 @@ def test_attention_wider_than_the_model_is_not_an_ffn():
     assert tuple(site.name for site in find_ffns(model)) == TINY["qwen3"].names
 
 
+class SharedAttention(nn.Module):
+    """Queries twice as wide as the model, keys and values those of another layer, as in Gemma 4."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.v_norm, self.o_proj = nn.Linear(D, 2 * D), nn.LayerNorm(D), nn.Linear(2 * D, D)
+        self.softmax = nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o_proj(self.softmax(self.q_proj(x)))
+
+
+def test_attention_that_looks_like_an_ffn_is_not_named_as_one():
+    assert scan_ffns(nn.Sequential(UserFFN(), SharedAttention()))[1] == []
+
+
 def test_nothing_found_lists_the_linear_layers():
     with pytest.raises(FFNNotFoundError, match=r"d -> f and f -> d, f > d.*Seen:\n  0 \(Linear\): 24 -> 5"):
         find_ffns(nn.Sequential(nn.Linear(D, 5)))
@@ -184,6 +200,7 @@ def _parametrise(ffn: UserFFN) -> None:
             "its activation, nonlinearity (Tanh), is none of relu, gelu, gelu_tanh, silu",
         ),
         (lambda: UserFFN(nn.ReLU6()), "its activation, nonlinearity (ReLU6), is none of"),
+        (lambda: UserFFN(nn.PReLU()), "its activation, nonlinearity (PReLU), is none of"),
         (lambda: UserFFN(F.mish), "it does not compute down(act(up(x))) or its gated form: off by"),
         (_Cubed, "it does not compute down(act(up(x)))"),
         (_TwoInputs, "run on a probe [1, 8, 24] it raised TypeError"),

@@ -352,6 +352,30 @@ def test_a_loaded_model_casts_and_is_not_called_quantized(tmp_path):
     assert loaded.hf_quantizer.is_compileable
 
 
+def test_weights_that_are_brought_when_a_layer_runs(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model, batch = described("bert"), TINY["bert"].batch()
+    set_tau(model, 0.3)
+    wanted = call(model, batch)
+    model.save_pretrained(tmp_path / "saved")
+    places = {"embeddings": "cpu", "encoder.layer.0": "cpu", "encoder.layer.1": "disk", "pooler": "cpu"}
+    loaded = transformers.AutoModel.from_pretrained(
+        tmp_path / "saved", device_map=places, offload_folder=tmp_path / "disk"
+    )
+    assert any(p.is_meta for p in loaded.parameters())
+    assert torch.equal(call(loaded, batch), wanted)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    assert torch.equal(call(model, batch), wanted)
+
+
+def test_float16_where_transformers_keeps_float32_is_warned_of(tmp_path, caplog):
+    described("t5").save_pretrained(tmp_path)
+    transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert "in float32" not in caplog.text
+    transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float16)
+    assert ".wo: T5ForConditionalGeneration keeps it in float32" in caplog.text
+
+
 def test_a_loaded_model_asks_for_the_gradients_that_a_converted_one_does(tmp_path):
     model = described("bert")
     model.save_pretrained(tmp_path)

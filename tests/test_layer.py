@@ -228,6 +228,13 @@ def test_wrong_settings_are_named():
         ValueError, match="act must be one of relu, gelu, gelu_tanh, silu, quick_gelu, relu2, got 'tanh'"
     ):
         DynamicKMoE(4, 2, 2, "tanh")
+    layer = make_layer()
+    with pytest.raises(
+        TypeError,
+        match=r"gate must be a DynamicK, a TopK or another Gate, got 0\.3: DynamicK\(tau\), or set_tau",
+    ):
+        layer.gate = 0.3
+    assert layer.gate == DynamicK(0.0)
     with pytest.raises(ValueError, match="bias may name b_up, b_gate and b_out, got b_down"):
         DynamicKMoE(4, 2, 2, "relu", bias=("b_down",))
     with pytest.raises(ValueError, match=r"tau must be in \[0, 1\] .*got 1.5"):

@@ -37,6 +37,18 @@ def pair(act: str | None = "relu") -> tuple[nn.Module, nn.Module]:
     return dense, model
 
 
+def test_float16_inputs_of_large_norm_are_judged_in_float32():
+    dense, model = pair()
+    for one in (dense, model):
+        for block in one.half():
+            block.norm.weight.data.fill_(60)  # rows whose squared norms are beyond what float16 holds
+    with pytest.warns(UserWarning, match="float16"):
+        fits = finetune_layers_(
+            model, [data()[0].half()], short(steps=1, lr=1e-6), teacher=dense, batch_tokens=64, progress=False
+        )
+    assert all(fit.error > 0 for fit in fits)
+
+
 def short(**kw) -> FinetuneConfig:
     return FinetuneConfig(**({"steps": 40, "lr": 5e-3} | kw))
 

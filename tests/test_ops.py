@@ -216,6 +216,34 @@ def test_gradients_flow_under_autocast():
     assert weights[0].grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("tau", [0.3, 0.7])
+def test_backward_in_another_autocast_has_the_masks_of_forward(tau):
+    x, _, *weights = experts_problem(200, 16, 12, 4)
+    v1, v2 = router_problem(16, 12)
+    x.requires_grad_()
+    y = ops.dynamic_k_moe(x, v1, v2, *weights, tau=tau)
+    (wanted,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (found,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("act", reference.ACTIVATIONS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_experts_that_did_not_run_leave_no_nan_in_gradients(act, gated):
+    x, mask, w_up, w_down, b_up, w_gate, b_gate, b_out = experts_problem(5, 16, 3, 4, gated=gated)
+    mask[:, 1] = False
+    b_up[1], b_gate = -torch.inf, None  # as what overflows in float16
+    if gated:
+        b_gate = torch.zeros(3, 4)
+        b_gate[1] = -torch.inf
+    x.requires_grad_()
+    y = ops.sparse_experts(x, mask, w_up, w_down, b_up, w_gate, b_gate, b_out, act=act)
+    assert y.isfinite().all()
+    y.sum().backward()
+    assert x.grad.isfinite().all()
+
+
 def test_compiles_whole_with_any_number_of_tokens():
     weights = experts_problem(6, 12, 3, 4)[2:]
     v1, v2 = router_problem(12, 3)

@@ -455,3 +455,10 @@ def test_one_call_sets_a_whole_model():
         set_batch_invariant(model, True, expected_share=1.5)
     with pytest.raises(ValueError, match="has no converted layer"):
         set_batch_invariant(torch.nn.Linear(2, 2), True)
+
+
+def test_a_card_that_no_kernel_is_built_for_computes_densely(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    card = torch.device("cuda", 7)
+    assert paths.sparse_until(Layer(768, 768, 48, 64, 128, False, 2), 512, card, torch.float16, 1.0) == 0.0

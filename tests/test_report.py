@@ -11,7 +11,8 @@ import torch
 from converted import converted
 from sadmoe import cli
 from sadmoe.evaluate import _Variant, evaluate, table
-from sadmoe.model_report import short_names
+from sadmoe.gates import DynamicK, TopK
+from sadmoe.model_report import short_names, told
 from sadmoe.report import Heat, Page, Panel, Series, write_page
 from sadmoe.report.svg import bars, curves, heat, ticks
 from tiny_models import TINY
@@ -218,3 +219,10 @@ def test_the_command_writes_page_and_numbers(tmp_path, capsys):
     assert cli.main(command) == 2
     assert "is there already" in capsys.readouterr().err
     assert torch.get_num_threads() == threads
+
+
+def test_gates_are_told_in_words():
+    assert told([DynamicK(0.2)] * 2) == "tau 0.2"
+    assert told([DynamicK(0.2), DynamicK(0.05)]) == "a tau for each layer, 0.05 to 0.2"
+    assert told([TopK(3)] * 2) == "TopK(k=3, true_norms=False)"
+    assert told([TopK(3), DynamicK(0.2)]) == "gates of several kinds"

@@ -247,6 +247,16 @@ def test_hidden_distillation_is_a_relative_error_without_padding():
     torch.testing.assert_close(got, torch.stack(want).mean())
 
 
+def test_a_torch_encoder_is_compared_with_its_padding():
+    model, x = TINY["torch encoder"].model(), TINY["torch encoder"].batch()
+    padding = torch.zeros(x.shape[:2], dtype=torch.bool)
+    padding[1, 4:] = True  # what is left of it torch would make nested, in evaluation alone
+    config = short(steps=2, relu_swap=False)
+    report = run_sparsify(model, config, [{"src": x, "src_key_padding_mask": padding}])
+    assert report.history[0].objective == pytest.approx(0, abs=1e-6)  # the weights are the same
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 @pytest.mark.parametrize(("kept_bytes", "runs"), [(2**20, 1), (0, 3)])
 def test_the_dense_model_runs_once_a_batch_where_its_states_are_kept(kept_bytes, runs):
     tiny = TINY["bert"]

@@ -5,7 +5,6 @@ Source: arXiv 2310.04361, section 3.4.
 """
 
 import logging
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,16 @@ from tqdm.auto import tqdm
 from sadmoe.batches import Batches, check_batches
 from sadmoe.checks import check_config, check_fields, check_filter
 from sadmoe.convert import surgery
-from sadmoe.ffn import FFNSite, ProjectionMLP, empty_mlp, find_ffns, projection_mlps, scan_ffns, stand_in
+from sadmoe.ffn import (
+    ATTENTION,
+    FFNSite,
+    ProjectionMLP,
+    empty_mlp,
+    find_ffns,
+    projection_mlps,
+    scan_ffns,
+    stand_in,
+)
 from sadmoe.ffn.adapters import Proposal
 from sadmoe.ffn.linears import bias_of, linear_shape, weight_rows
 from sadmoe.ffn.probe import Unsupported
@@ -35,8 +43,6 @@ from sadmoe.training.resume import check_checkpoint
 
 logger = logging.getLogger(__name__)
 CHUNK = 4096  # tokens whose targets are computed at once
-# How a class is named that is an attention: not a decoder, a block or an MLP that has a word of it in its name.
-ATTENTION = re.compile(r"(attention|attn)(output|module|pool[a-z]*|v?\d+)?$", re.IGNORECASE)
 Start = Literal["low_rank", "random"]
 
 

@@ -37,6 +37,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
+def plain_name(name: str) -> str:
+    """The path of a module or tensor as it was before parts of the model were compiled."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
 def _raised_by_the_call(error: TypeError) -> bool:
     """Whether it is the call of a forward that failed, and nothing in it."""
     at = error.__traceback__

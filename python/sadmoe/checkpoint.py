@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sadmoe import files
-from sadmoe.batches import unwrapped
+from sadmoe.batches import plain_name, unwrapped
 from sadmoe.convert import surgery
 from sadmoe.describe import describe_all, match_activations, rebuild
 
@@ -96,8 +96,10 @@ def _everything(model: nn.Module) -> dict[str, Tensor]:
     extra = [key for key in model.state_dict() if key.rpartition(".")[2] == "_extra_state"]
     if extra:
         raise NotImplementedError(f"{extra[0]} is extra state of a module, which safetensors cannot hold")
-    tensors = dict(model.named_parameters(remove_duplicate=False))
-    return tensors | dict(model.named_buffers(remove_duplicate=False))
+    tensors: dict[str, Tensor] = {}
+    for named in (model.named_parameters, model.named_buffers):
+        tensors |= {plain_name(name): tensor for name, tensor in named(remove_duplicate=False)}
+    return tensors
 
 
 def _stored(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -121,7 +121,7 @@ def _pairs(path: Path, model: Any, tokenizer: Any, batch_size: int, max_length: 
 
 def _lines_of_pairs(path: Path, name: str) -> list[list[str]]:
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         pair = [part.strip() for part in line.rstrip("\r").split("\t")]
         if pair == [""]:
             continue

@@ -1,7 +1,8 @@
 """Gradients of the ops by hand, the mask held constant. Only inputs are saved: intermediates are computed again."""
 
 from collections.abc import Callable
-from typing import TypeGuard
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,11 @@ def _silu_backward(grad: Tensor, z: Tensor) -> Tensor:
         return aten.silu_backward(grad, z)
     opened = z.sigmoid()  # torch's has no gradient of its own
     return grad * opened * (1 + z * (1 - opened))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, nothing on the device is cast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def is_recomputed() -> bool:
@@ -65,13 +71,13 @@ def of_sparse_experts(
     def masked(neurons: Tensor) -> Tensor:  # [T, E * s], 0 where the expert did not run
         return neurons.unflatten(-1, w_up.shape[:2]).where(kept, 0).flatten(-2)
 
-    up = linear_of_experts(x, w_up, b_up)
+    up = masked(linear_of_experts(x, w_up, b_up))  # of others it may be inf, whose slope is NaN
     grad_hidden = masked(grad @ w_down.flatten(0, 1).T)
     if w_gate is None:
         hidden = ACTIVATIONS[act](up)
         grad_up, grad_gate = BACKWARD[act](grad_hidden, up), None
     else:
-        gate = linear_of_experts(x, w_gate, b_gate)
+        gate = masked(linear_of_experts(x, w_gate, b_gate))
         opened = ACTIVATIONS[act](gate)
         hidden = opened * up
         grad_up, grad_gate = grad_hidden * opened, BACKWARD[act](grad_hidden * up, gate)
@@ -79,7 +85,7 @@ def of_sparse_experts(
     grad_x = grad_up @ w_up.flatten(0, 1) if _needed(x) else None
     if grad_x is not None and w_gate is not None and grad_gate is not None:
         grad_x = grad_x + grad_gate @ w_gate.flatten(0, 1)
-    of_w_down = (masked(hidden).T @ grad).view_as(w_down) if _needed(w_down) else None
+    of_w_down = (hidden.T @ grad).view_as(w_down) if _needed(w_down) else None
     of_b_out = grad.sum(0) if _needed(b_out) else None
     of_w_up, of_b_up = _of_linear(grad_up, x, w_up, b_up)
     of_w_gate, of_b_gate = _of_linear(grad_gate, x, w_gate, b_gate)

@@ -1,7 +1,6 @@
 """The modules that replace an FFN: a router, and the experts with a gate."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.autograd import forward_ad
 from sadmoe import ops, paths, reference
 from sadmoe.crossover import Layer
 from sadmoe.gates import DynamicK, Gate
-from sadmoe.gradients import is_recomputed
+from sadmoe.gradients import is_recomputed, without_autocast
 from sadmoe.rounding import column_scales as scales_of_columns
 from sadmoe.rounding import to_int8
 
@@ -167,6 +166,13 @@ class DynamicKMoE(nn.Module):
         self.norms_hooks: list[
             Callable[[Tensor], None]
         ] = []  # see the norms [..., E] of a gate on true norms
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "gate" and not callable(getattr(value, "mask", None)):
+            raise TypeError(
+                f"gate must be a DynamicK, a TopK or another Gate, got {value!r}: DynamicK(tau), or set_tau(model, tau)"
+            )
+        super().__setattr__(name, value)
 
     @property
     def experts(self) -> int:
@@ -377,6 +383,8 @@ class DynamicKMoE(nn.Module):
 
     def _dynamic_k(self, x: Tensor, tau: float) -> Tensor:
         router: Any = self._modules["router"]  # as an attribute it is slow, too
+        if "_hf_hook" in router.__dict__:  # accelerate brings its weights when it is called
+            return self._sparse(x, self.mask(x))
         v1, v2 = router.weights()
         if self.is_int8:
             return ops.dynamic_k_moe_int8(x, v1, v2, *self.int8_weights(), tau=tau, act=self.act)
@@ -476,7 +484,7 @@ class DynamicKMoE(nn.Module):
         """
         by_expert = hidden.float().unflatten(-1, (self.experts, self.expert_size)).transpose(0, 1)
         w_down = self.float_weights("w_down").float()
-        with _without_autocast(hidden.device):
+        with without_autocast(hidden.device):
             squared = (by_expert @ (w_down @ w_down.transpose(1, 2)) * by_expert).sum(-1)
         return squared.clamp(min=NORM_FLOOR**2).sqrt().masked_fill(squared <= NORM_FLOOR**2, 0).t()
 
@@ -529,10 +537,6 @@ def _joined(experts: int, expert_size: int) -> tuple[int, int]:
     """Number and size of experts, neighbours joined into one of up to LARGE neurons."""
     together = next(n for n in range(max(LARGE // expert_size, 1), 0, -1) if experts % n == 0)
     return experts // together, together * expert_size
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def only_input(args: Sequence[Any], named: Mapping[str, Any]) -> Any:

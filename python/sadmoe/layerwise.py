@@ -119,12 +119,15 @@ def _fit(
     started = time.perf_counter()
     rows = rows[torch.randperm(len(rows), device=rows.device)]
     targets = torch.cat([dense(part) for part in rows.split(CHUNK)])
-    scale = rows.square().sum(-1) + targets.square().sum(-1)  # of the residual sum, token by token
-    scale = scale.clamp(min=max(SMALL * scale.mean().item(), torch.finfo(rows.dtype).tiny))
+    scale = rows.float().square().sum(-1) + targets.float().square().sum(
+        -1
+    )  # of the residual sum, token by token
+    scale = scale.clamp(min=max(SMALL * scale.mean().item(), torch.finfo(scale.dtype).tiny))
     test, batches = held_out_and_batches({"rows": rows, "targets": targets, "scale": scale}, batch_tokens)
 
     def error(batch: Any, index: int | None = None) -> Tensor:
-        return (layer(batch["rows"]) - batch["targets"]).square().sum(-1).div(batch["scale"]).mean()
+        wrong = layer(batch["rows"]).float() - batch["targets"].float()
+        return wrong.square().sum(-1).div(batch["scale"]).mean()
 
     assert config.tau is not None
     with ExpertPenalty(layer, {name: layer}, config, config.tau) as penalty:

@@ -12,7 +12,7 @@ from sadmoe.batches import Batch, device_of, evaluating, run, to_device
 from sadmoe.data import SHOWN, Data, words_of
 from sadmoe.dial import converted_layers
 from sadmoe.evaluate import Point, header
-from sadmoe.gates import DynamicK
+from sadmoe.gates import DynamicK, Gate
 from sadmoe.layer import DynamicKMoE
 from sadmoe.masks import experts_per_token, record_masks
 from sadmoe.report import Heat, Page, Panel, Series
@@ -36,8 +36,7 @@ def report_page(model: nn.Module, data: Data, points: Sequence[Point], sentence:
             with record.batch(batch):
                 run(model, batch)
     tokens = sum(counts.tokens for counts in record.layers.values()) // len(layers)
-    gate = next(iter(layers.values())).gate
-    now = f"tau {gate.tau:g}" if isinstance(gate, DynamicK) else str(gate)
+    now = told([layer.gate for layer in layers.values()])
     parameters = sum(p.numel() for p in model.parameters())
     return Page(
         title=f"{type(model).__name__}, converted",
@@ -57,6 +56,15 @@ def report_page(model: nn.Module, data: Data, points: Sequence[Point], sentence:
             for name, counts in zip(short_names(record.layers), record.layers.values(), strict=True)
         },
     )
+
+
+def told(gates: Sequence[Gate]) -> str:
+    """The gates of all layers, in words."""
+    taus = sorted({gate.tau for gate in gates if isinstance(gate, DynamicK)})
+    if len(set(gates)) == 1:
+        return f"tau {taus[0]:g}" if taus else str(gates[0])
+    alike = all(isinstance(gate, DynamicK) for gate in gates)
+    return f"a tau for each layer, {taus[0]:g} to {taus[-1]:g}" if alike else "gates of several kinds"
 
 
 def short_names(names: Iterable[str]) -> list[str]:

@@ -60,7 +60,10 @@ def sparse_until(layer: Layer, tokens: int, device: torch.device, dtype: torch.d
     """
     found = _measured(layer, device, dtype)
     if found is None and device.type == "cuda":
-        card = crossover.card_for(torch.cuda.get_device_capability(device))
+        capability = torch.cuda.get_device_capability(device)
+        if capability < crossover.oldest():
+            return 0.0  # no kernels are built for it: the op is plain torch, which computes every expert too
+        card = crossover.card_for(capability)
         return crossover.crossover(layer, tokens, card, masked=True, slack=slack)
     if found is None:
         found = _nearest_built_in(layer, dtype)

@@ -14,13 +14,14 @@ from sadmoe.ffn.projection import (
     put_back_projections,
     stand_in,
 )
-from sadmoe.ffn.scan import FFNNotFoundError, Skipped, find_ffns, scan_ffns
+from sadmoe.ffn.scan import ATTENTION, FFNNotFoundError, Skipped, find_ffns, scan_ffns
 from sadmoe.ffn.sites import FFNSite, Parts, site_from_spec, spec
 from sadmoe.ffn.surgery import hooked, moe_layers, replaced_module, site_of, swap_in, swap_out
 from sadmoe.ffn.swap import activation_at, swap_activations_
 
 __all__ = [
     "ADAPTERS",
+    "ATTENTION",
     "DenseFFN",
     "FFNNotFoundError",
     "FFNSite",

@@ -5,6 +5,7 @@ Nothing here runs a module's forward or knows a model class: a proposal is prove
 f -> d with f > d. That keeps out attention projections, poolers, heads and bottlenecks.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -101,7 +102,8 @@ def in_block(module: nn.Module) -> Iterator[Proposal]:
         # Of a module that is all FFN the adapters before have told.
         told = len(linears) == 2 and _only_ffn_children(module)
         if not known and (children or len(linears) == 2) and not told:
-            refusal = _unknown(module, children) if children else _out_of_reach(up, down)
+            named = children or _named_as_activations(module)
+            refusal = _unknown(module, named) if named else _out_of_reach(up, down)
             yield Proposal(Parts(up, up, down), (), calls, likely, refusal)
 
 
@@ -177,6 +179,16 @@ def _activation(module: nn.Module) -> tuple[str | None, tuple[str, ...], str | N
 def _unknown(module: nn.Module, children: Iterable[str]) -> str:
     kinds = ", ".join(f"{n} ({type(module.get_submodule(n)).__name__})" for n in children)
     return f"its activation, {kinds}, is none of {', '.join(ALL_ACTS)}"
+
+
+def _named_as_activations(module: nn.Module) -> list[str]:
+    """Children that are no linear layers and are named as activations, which may have weights: PReLU, xIELU."""
+    return [
+        name
+        for name, child in module.named_children()
+        if linear_shape(child) is None
+        and re.search("act|elu", f"{name} {type(child).__name__}", re.IGNORECASE)
+    ]
 
 
 def _out_of_reach(up: str, down: str) -> str:

@@ -152,7 +152,8 @@ def _best(sites: list[FFNSite], denses: list[DenseFFN], scene: _Scene, x: Tensor
 
 
 def _dropouts(parts: Parts, block: nn.Module, events: list[_Event]) -> tuple[tuple[str, ...], float]:
-    """The dropout modules that act on hidden activations only, and the probability on the output.
+    """The dropouts that act on hidden activations only, by path of module or attribute, and the probability on the
+    output.
 
     Where the block stays, its dropouts stay too, but for the hidden ones, which would act on the output in
     place of the hidden activations. Where the block goes, a MoE layer keeps its output dropout, and hidden
@@ -169,7 +170,21 @@ def _dropouts(parts: Parts, block: nn.Module, events: list[_Event]) -> tuple[tup
     inside = {e.path for e in events[start:end]} - {e.path for e in before + after}
     staying = [p for p in inside if p is not None and not p.startswith(f"{parts.at}.")]
     hidden = [p for p in staying if isinstance(block.get_submodule(p), nn.Dropout)]
-    return tuple(sorted(hidden)), 0.0
+    functions = {e.p for e in events[start:end] if e.path is None and e.p > 0} - {
+        block.get_submodule(p).p for p in hidden
+    }
+    return tuple(sorted([*hidden, *_probabilities(block, functions)])), 0.0
+
+
+def _probabilities(block: nn.Module, functions: set[float]) -> list[str]:
+    """Attributes of the block that hold the probabilities of calls of F.dropout (BART's activation_dropout); of several
+    of one value, that which is named after the activation."""
+    found = []
+    for p in functions:
+        names = [n for n, v in vars(block).items() if isinstance(v, float) and v == p and "drop" in n.lower()]
+        names = [n for n in names if "act" in n.lower()] or names
+        found += names if len(names) == 1 else []
+    return found
 
 
 def _probe_input(dense: DenseFFN, dtype: torch.dtype) -> Tensor:

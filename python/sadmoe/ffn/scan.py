@@ -24,6 +24,8 @@ from sadmoe.tables import shortened
 
 logger = logging.getLogger(__name__)
 EXPERTS = re.compile("expert|moe", re.IGNORECASE)  # in the name or the type of a module
+# How a class is named that is an attention: not a decoder, a block or an MLP that has a word of it in its name.
+ATTENTION = re.compile(r"(attention|attn)(output|module|pool[a-z]*|v?\d+)?$", re.IGNORECASE)
 TRIED_BATCHES = 8  # until one of them runs a block that a probe cannot run
 
 
@@ -102,7 +104,8 @@ def _scan(
         done |= {site.name for site in found}
         if reasons and not found:
             told = "; ".join(dict.fromkeys(map(str, reasons)))
-            skipped.append(Skipped(name, type(module).__name__, told))
+            if not ATTENTION.search(type(module).__name__):  # whose queries may be wider than the model
+                skipped.append(Skipped(name, type(module).__name__, told))
             not_run += [name] if any(isinstance(reason, NotRun) for reason in reasons) else []
     return sites, skipped, not_run
 

@@ -43,6 +43,8 @@ def take_apart(block: nn.Module, parts: Parts, layer: nn.Module) -> dict[str, An
             new: Any = layer
         elif isinstance(old, nn.Module):
             new = nn.Identity().train(old.training)
+        elif isinstance(old, float):
+            new = 0.0  # of a dropout that is called as a function
         else:
             new = 0 if path == FAST_PATH else passthrough
         put(block, path, new)

@@ -20,6 +20,7 @@ from sadmoe.convert import restore_
 from sadmoe.describe import describe_all as descriptions
 from sadmoe.describe import match_activations, rebuild
 from sadmoe.ffn import bare_mlps, moe_layers, own_configs, projection_mlps, replaced_module, site_of
+from sadmoe.ffn.paths import join
 
 logger = logging.getLogger(__name__)
 CACHE_LINE = 64  # bytes, to which torch aligns what it allocates
@@ -101,6 +102,7 @@ class SadmoeQuantizer(HfQuantizer):
                 rebuild(model, name, description)
         except ValueError as error:
             raise SavedModelError(f"config.json does not fit this {type(model).__name__}: {error}") from error
+        _warn_of_float16(model)
         _leave_owners_alone(model)
         _show_replaced(model)
         self._shapes = {name: tensor.shape for name, tensor in _layer_tensors(model).items()}
@@ -209,6 +211,22 @@ def _found_in(model: Any, layers: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _warn_of_float16(model: Any) -> None:
+    """Some models keep linear layers in float32 when they are loaded in float16, which a MoE layer in their place does
+    not (T5's wo)."""
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    layers = {name: layer for name, layer in moe_layers(model).items() if layer.w_down.dtype == torch.float16}
+    sites = [site_of(layer, name) for name, layer in layers.items()]
+    linears = {join(site.block, part) for site in sites for part in (site.parts.up, site.parts.down)}
+    if protected := sorted(name for name in linears if kept & set(name.split("."))):
+        logger.warning(
+            "%s: %s keeps it in float32, where its converted layer is loaded in float16 and may overflow: load it in "
+            "bfloat16 or float32",
+            protected[0],
+            type(model).__name__,
+        )
+
+
 def _layer_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
         f"{name}.{key}": tensor
@@ -284,11 +302,18 @@ def _check_loaded(model: nn.Module, shapes: dict[str, torch.Size]) -> None:
     """Raises SavedModelError where weights of a converted layer were not in the file, or of other shapes.
 
     transformers marks what it loaded, fills in what it did not with random numbers and a report, and (5.0)
-    leaves the shapes of a quantized model to its quantizer.
+    leaves the shapes of a quantized model to its quantizer. What a device_map puts elsewhere until it runs has no mark.
     """
     tensors = _layer_tensors(model)
+    elsewhere = {name for name, module in model.named_modules() if hasattr(module, "_hf_hook")}
     marks = any(getattr(p, "_is_hf_initialized", False) for p in model.parameters())
-    missing = [name for name, t in tensors.items() if not getattr(t, "_is_hf_initialized", False)]
+    missing = [
+        name
+        for name, tensor in tensors.items()
+        if not getattr(tensor, "_is_hf_initialized", False)
+        and not tensor.is_meta
+        and name.rpartition(".")[0] not in elsewhere
+    ]
     if marks and missing:
         more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
         raise SavedModelError(f"the weights are incomplete: {missing[0]}{more} not in the file")

@@ -56,6 +56,16 @@ def _dynamic_k_moe_shape(
 Gradient = Callable[..., tuple[Tensor | None, ...]]
 
 
+def _as_forward(backward: Gradient) -> Gradient:
+    """The gradient out of autocast: what was kept is of the dtypes of the forward pass, also in another one's block."""
+
+    def run(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with gradients.without_autocast(grad.device):
+            return backward(ctx, grad)
+
+    return run
+
+
 def _keep_router(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -87,13 +97,13 @@ def _moe_backward(gradient: Gradient, ctx: Any, grad: Tensor) -> tuple[Tensor | 
     return of_x, None, None, *of_weights, None, None
 
 
-library.register_autograd("sadmoe::router_scores", _router_backward, setup_context=_keep_router)
+library.register_autograd("sadmoe::router_scores", _as_forward(_router_backward), setup_context=_keep_router)
 for _suffix, _gradient in (("", gradients.of_sparse_experts), ("_int8", gradients.of_sparse_experts_int8)):
     for _name, _backward, _keep in (
         ("sparse_experts", _experts_backward, _keep_experts),
         ("dynamic_k_moe", _moe_backward, _keep_moe),
     ):
-        _backward = partial(_backward, _gradient)
+        _backward = _as_forward(partial(_backward, _gradient))
         library.register_autograd(f"sadmoe::{_name}{_suffix}", _backward, setup_context=_keep)
 
 

@@ -73,13 +73,13 @@ def distill_hidden(
     kept = Kept(kept_bytes)
 
     def dense_states(batch: Batch) -> tuple[dict[str, list[Tensor]], Any]:
-        with torch.no_grad(), outputs(dense, names) as targets:
+        with torch.no_grad(), padded(), outputs(dense, names) as targets:
             output = run(dense, batch)
         return targets, output if output_loss is not None else None
 
     def objective(batch: Batch, index: int | None = None) -> Tensor:
         targets, wanted = kept.get(index, lambda: dense_states(batch))
-        with outputs(model, names) as hidden:
+        with padded(), outputs(model, names) as hidden:
             given = run(model, batch)
         missed = [name for name in names if len(hidden[name]) != len(targets[name]) or not hidden[name]]
         if missed:
@@ -171,6 +171,17 @@ def outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[T
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def padded() -> Iterator[None]:
+    """Inside, nn.TransformerEncoder leaves padding in its hidden states, as it does in training."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _relative_error(h: Tensor, target: Tensor, real: Tensor | None) -> Tensor:
