@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+from functools import partial
 
 import pytest
 import sadmoe
@@ -11,9 +12,11 @@ from backends import DTYPES
 from converted import converted, random_layer, random_rows
 from problems import assert_as_good_as_torch, experts_problem, router_problem
 from sadmoe import ops, reference
+from sadmoe.gates import DynamicK
 from sadmoe.layer import SCALES
 from sadmoe.measure_costs import calibrate_costs
 from sadmoe.ops import fallback
+from sadmoe.ops.compiled import OPS
 from tiny_models import TINY
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -500,6 +503,22 @@ def test_a_router_that_was_cast_in_between_stays_so():
     layer.bfloat16()
     layer.to_float_()
     assert layer.w_up.dtype == layer.router.v1.dtype == torch.bfloat16
+
+
+def test_autocast_to_float16_keeps_the_scales():
+    layer, x = random_layer(gate=DynamicK(0.3)), random_rows(20)
+    with torch.no_grad():
+        layer.w_up *= 1e-6  # scales that float16 would make 0
+        layer.b_up.zero_()
+    layer.to_int8_()
+    mask, weights = layer.mask(x), list(layer.int8_weights())
+    halved = [w.half() if i in (4, 8) else w for i, w in enumerate(weights)]  # b_up and b_out
+    for op in (ops.sparse_experts_int8, partial(OPS.sparse_experts_int8, act="relu")):
+        with torch.no_grad(), torch.autocast("cpu", torch.float16):
+            found = op(x * 1e3, mask, *weights)
+        wanted = ops.sparse_experts_int8(x.half() * 1e3, mask, *halved)
+        assert (wanted - layer.b_out.half()).abs().max() > 1e-3
+        torch.testing.assert_close(found, wanted, rtol=0.02, atol=1e-4)
 
 
 @pytest.mark.parametrize("back", [False, True])

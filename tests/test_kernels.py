@@ -474,3 +474,19 @@ def test_an_input_without_columns_is_named(backend):
         backend.sparse_experts(x[:, :0], mask, w_up[..., :0], w_down, *rest)
     with pytest.raises(RuntimeError, match=r"x must be \[T, d\] with d >= 1, got \[6, 0\]"):
         backend.router_scores(x[:, :0], v1[:, :0], v2)
+
+
+def test_scores_of_the_largest_floats_are_no_nan(backend):
+    x = torch.zeros(2, 16)
+    x[0, 0] = torch.finfo(torch.float32).max
+    for of_v1, of_v2 in itertools.product(DTYPES, repeat=2):
+        v1, v2 = torch.zeros(4, 16, dtype=of_v1), torch.full((3, 4), 0.25, dtype=of_v2)
+        v1[:, 0] = 0.5
+        assert not backend.router_scores(x, v1, v2).isnan().any(), (of_v1, of_v2)
+
+
+def test_a_w_down_whose_offsets_do_not_fit_is_refused(native):
+    w_up, w_down = (torch.zeros(1, 1, 1).expand(2**17, 2**9, width) for width in (1, 2**9))
+    mask = torch.zeros(1, 2**17, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match="sparse_experts: w_down must be under 64 GiB on CUDA, got 128"):
+        torch.ops.sadmoe_emulated.sparse_experts(torch.zeros(1, 1), mask, w_up, w_down)

@@ -156,7 +156,16 @@ def test_a_signal_ends_it():
 @pytest.mark.parametrize(
     ("error", "message", "arguments"),
     [
-        (TypeError, "cost must be a C-contiguous numpy array of int32 with 2 axes, got list", ([[0]],)),
+        (
+            TypeError,
+            "cost must be a C-contiguous, aligned numpy array of int32 with 2 axes, got list",
+            ([[0]],),
+        ),
+        (
+            ValueError,
+            r"cost must be .* aligned .*got shape \(4, 2\)",
+            (np.frombuffer(bytearray(33), np.int32, offset=1).reshape(4, 2),),
+        ),
         (TypeError, "cost must be .* int32 with 2 axes, got float32", (np.zeros((4, 2), np.float32),)),
         (ValueError, r"cost must be .* 2 axes, got shape \(4,\)", (np.zeros(4, np.int32),)),
         (ValueError, r"cost must be C?.*got shape \(4, 2\) with strides", (np.zeros((2, 4), np.int32).T,)),

@@ -44,6 +44,10 @@ def test_a_kernel_within_its_budget_passes():
     ("change", "fault"),
     [
         ({"registers": 65}, "65 registers, budget 64"),
+        (
+            {"registers": 63, "budgets": {"down<Mma<__half>>": Budget(64, least=64)}},
+            "63 registers, at least 64, budget 64",
+        ),
         ({"stack": 8}, "8 bytes of stack"),
         ({"shared": 4}, "4 bytes of shared memory that no launch gives"),
         ({"more": "STL [R1], R2"}, "has local memory"),

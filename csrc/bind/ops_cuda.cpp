@@ -88,9 +88,17 @@ void masked_activation(Tensor up, const MaybeTensor& gate, const Tensor& choice,
   check_launch(cuda::masked_activation(p, device.stream()), op);
 }
 
+// The kernels count 16 bytes of it in 32 bits.
+void check_size(const char* op, const Tensor& w_down) {
+  constexpr int64_t kGiB = 1 << 30;
+  const int64_t bytes = w_down.numel() * static_cast<int64_t>(w_down.element_size());
+  check(bytes < 64 * kGiB, op, "w_down must be under 64 GiB on CUDA, got ", bytes / kGiB);
+}
+
 Tensor sparse_experts(const Tensor& x, const Tensor& mask, const Tensor& w_up, const Tensor& w_down, const MaybeTensor& b_up,
                       const MaybeTensor& w_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out, const std::string& act) {
   const char* op = "sparse_experts";
+  check_size(op, w_down);
   Arguments keep(op);
   Experts p = check_arguments(keep, op, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act);
   check_shape(op, "mask", mask, {p.shape.T, p.shape.E}, "[T, E]");
@@ -103,6 +111,7 @@ Tensor dynamic_k_moe(const Tensor& x, const Tensor& v1, const Tensor& v2, const 
                      const MaybeTensor& b_up, const MaybeTensor& w_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out,
                      double tau, const std::string& act) {
   const char* op = "dynamic_k_moe";
+  check_size(op, w_down);
   Arguments keep(op);
   Experts p = check_arguments(keep, op, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act);
   const RouterShape shape = check_router(op, x, v1, v2);

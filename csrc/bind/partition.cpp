@@ -18,13 +18,14 @@ std::string text(const py::handle& object) { return py::str(object).cast<std::st
 // The array behind `object`, of that dtype and C-contiguous: nothing is converted, for that would hide a mistake.
 template <class T>
 py::array_t<T> array(const char* name, const py::object& object, int64_t ndim) {
-  const std::string wanted = std::string(name) + " must be a C-contiguous numpy array of " + text(py::dtype::of<T>()) + " with " +
-                             std::to_string(ndim) + (ndim == 1 ? " axis" : " axes");
+  const std::string wanted = std::string(name) + " must be a C-contiguous, aligned numpy array of " + text(py::dtype::of<T>()) +
+                             " with " + std::to_string(ndim) + (ndim == 1 ? " axis" : " axes");
   if (!py::isinstance<py::array>(object))
     throw py::type_error("assign: " + wanted + ", got " + text(py::type::of(object).attr("__name__")));
   const auto any = py::reinterpret_borrow<py::array>(object);
   if (!any.dtype().equal(py::dtype::of<T>())) throw py::type_error("assign: " + wanted + ", got " + text(any.dtype()));
-  if (any.ndim() != ndim || !(any.flags() & py::array::c_style))
+  const bool aligned = any.attr("flags").attr("aligned").cast<bool>();
+  if (any.ndim() != ndim || !(any.flags() & py::array::c_style) || !aligned)
     throw py::value_error("assign: " + wanted + ", got shape " + text(any.attr("shape")) + " with strides " +
                           text(any.attr("strides")));
   return py::reinterpret_borrow<py::array_t<T>>(any);
@@ -88,6 +89,7 @@ PYBIND11_MODULE(_partition, m) {
 cost: int32 [f, E], |cost| <= MAX_COST.   labels: int64 [f], a guess, -1 for none.   prices: int32 [E], a guess.
 Guesses (what the call for a similar problem returned) only save time.
 Returns labels int64 [f] and prices int32 [E], the proof of optimality: for every row i,
-cost[i, labels[i]] + prices[labels[i]] is the least of cost[i] + prices. Deterministic; releases the GIL.
+cost[i, labels[i]] + prices[labels[i]] is the least of cost[i] + prices. Deterministic; releases the GIL, and cost must
+not be written to meanwhile.
 Raises TypeError, ValueError on any other input.)");
 }

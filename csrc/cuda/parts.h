@@ -50,7 +50,7 @@ int with_tall_tile(DType dtype, bool tf32, Body body) {
 }
 
 // The same for a layer of the router, with the accuracy of float32 whatever the dtypes: sums begin anew (tile.cuh); mixed, 16
-// bits fit tf32, 32 bits two of it.
+// bits fit tf32, and 32 bits two of it to one in the last place.
 template <class Body>
 int with_router_tile(DType x, DType w, Body body) {
   if (x == w && x == DType::bf16) return body(Type<ExactMma<bf16>>{});

@@ -192,7 +192,8 @@ struct ExactMma : MmaTile<T, 4, true> {
 template <class T>
 struct TallMma : MmaTile<T, 2> {};
 
-// A fragment of floats as a sum of that many of tf32: two hold all 24 bits, and one what comes from 16 bits.
+// A fragment of floats as a sum of that many of tf32: two are a float32 to one in its last place, and one is what comes from 16
+// bits.
 template <int kParts>
 struct Split {
   unsigned parts[kParts][4];
@@ -203,9 +204,9 @@ struct Split {
       float rest = as_float(of[i]);
       SADMOE_UNROLL
       for (int part = 0; part < kParts; ++part) {
-        parts[part][i] = to_tf32(rest);
-        rest -= as_float(parts[part][i]);
-        rest = rest == rest ? rest : 0;  // inf - inf
+        const unsigned bits = parts[part][i] = to_tf32(rest);
+        constexpr unsigned kNotFinite = 0x7f800000;  // the largest floats too are rounded to inf
+        rest = (bits & kNotFinite) == kNotFinite ? 0 : rest - as_float(bits);
       }
     }
   }
@@ -221,7 +222,8 @@ SADMOE_DEVICE void multiply_parts(float* sums, const Split<kParts>& a, const Spl
   }
 }
 
-// Operands of any dtype by m16n8k8: a as the sum of kParts numbers of 11 bits, b of kPartsB; exact where those are several.
+// Operands of any dtype by m16n8k8: a as the sum of kParts numbers of 11 bits, b of kPartsB; with the accuracy of
+// float32 where those are several.
 template <int kParts, int kPartsB, int kAcross>
 struct Tf32Tile : Operands<float, 16, 4, 256 / kAcross>, TensorSums<kAcross> {
   using Shape = Operands<float, 16, 4, 256 / kAcross>;

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
@@ -18,12 +19,13 @@ namespace {
 constexpr int32_t kInfinite = std::numeric_limits<int32_t>::max();
 constexpr int32_t kPassed = 11 * kMaxCost;  // as a price: above any path (at most 5 kMaxCost), and no overflow on one
 constexpr int64_t kBlock = 64;              // experts that share a minimum, so that the nearest is found quickly
-constexpr size_t kSearchesPerPoll = 64;     // some milliseconds
+constexpr int64_t kWorkPerPoll = 1 << 24;   // entries that loops have looked at: some milliseconds
 
 class Solver {
  public:
-  explicit Solver(const Assignment& problem)
+  Solver(const Assignment& problem, const std::function<void()>& poll)
       : p_(problem),
+        poll_(poll),
         s_(problem.f / problem.E),
         members_(problem.E),
         steps_(problem.E),
@@ -33,17 +35,20 @@ class Solver {
         via_(problem.E),
         block_min_((problem.E + kBlock - 1) / kBlock) {}
 
-  void run(const std::function<void()>& poll) {
-    const std::vector<int32_t> left_over = place_all();
-    for (size_t n = 0; n < left_over.size(); ++n) {
-      if (n % kSearchesPerPoll == 0) poll();
-      insert(left_over[n]);
-    }
+  void run() {
+    poll_();
+    for (const int32_t row : place_all()) insert(row);
     const int32_t least = *std::min_element(p_.prices, p_.prices + p_.E);
     for (int64_t e = 0; e < p_.E; ++e) p_.prices[e] -= least;
   }
 
  private:
+  void worked(int64_t entries) {
+    if ((left_ -= entries) > 0) return;
+    left_ = kWorkPerPoll;
+    poll_();
+  }
+
   const int32_t* cost(int64_t i) const { return p_.cost + i * p_.E; }
   bool has_room(int64_t e) const { return static_cast<int64_t>(members_[e].size()) < s_; }
 
@@ -96,6 +101,7 @@ class Solver {
     passed_.clear();
     int64_t end = nearest();
     while (!has_room(end)) {
+      worked(2 * p_.E);
       passed_.emplace_back(end, path_[end] + open_price_[end]);
       open_price_[end] = kPassed;
       relax(end);
@@ -122,6 +128,7 @@ class Solver {
   const int32_t* steps(int64_t a) {
     std::vector<int32_t>& kept = steps_[a];
     if (fresh_[a]) return kept.data();
+    worked(static_cast<int64_t>(members_[a].size()) * p_.E);
     kept.assign(p_.E, kInfinite);
     int32_t* step = kept.data();
     for (const int32_t i : members_[a]) {
@@ -161,6 +168,7 @@ class Solver {
     for (int64_t from = via_[to]; from >= 0; to = from, from = via_[to]) {
       const auto it = std::find_if(members_[from].begin(), members_[from].end(),
                                    [&](int32_t i) { return cost(i)[to] - cost(i)[from] == steps_[from][to]; });
+      if (it == members_[from].end()) throw std::runtime_error("assign: cost was written to while it was solved");
       const int32_t moved = *it;
       members_[from].erase(it);
       join(moved, to);
@@ -169,6 +177,8 @@ class Solver {
   }
 
   const Assignment p_;
+  const std::function<void()>& poll_;
+  int64_t left_ = kWorkPerPoll;  // until the next poll
   const int64_t s_;
   std::vector<std::vector<int32_t>> members_, steps_;         // rows of every expert; steps from it
   std::vector<bool> fresh_;                                   // steps_ is that of members_
@@ -178,6 +188,6 @@ class Solver {
 
 }  // namespace
 
-void solve(const Assignment& problem, const std::function<void()>& poll) { Solver(problem).run(poll); }
+void solve(const Assignment& problem, const std::function<void()>& poll) { Solver(problem, poll).run(); }
 
 }  // namespace sadmoe

@@ -1,4 +1,5 @@
-"""Autocast: activations and experts take its dtype; the router stays as it is, for its float32 decisions."""
+"""Autocast: activations and experts take its dtype; the router stays as it is, for its float32 decisions, and so do the
+scales of int8, of which float16 does not hold the small ones."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,24 +9,29 @@ from torch import Tensor, library
 
 from sadmoe.ops.compiled import OPS
 
-ROUTER_ARGUMENTS = {  # by position
-    "router_scores": (1, 2),
-    "sparse_experts": (),
-    "dynamic_k_moe": (1, 2),
-    "sparse_experts_int8": (),
-    "dynamic_k_moe_int8": (1, 2),
+KEPT = {"v1", "v2", "scale_up", "scale_down", "scale_gate", "scale_out"}  # arguments by name
+ARGUMENTS = {  # of each op, by position
+    name: tuple(argument.name for argument in getattr(OPS, name).default._schema.arguments)
+    for name in (
+        "router_scores",
+        "sparse_experts",
+        "dynamic_k_moe",
+        "sparse_experts_int8",
+        "dynamic_k_moe_int8",
+    )
 }
 
 
-def _cast(value: Any, device: str) -> Any:
+def _cast(name: str, value: Any, device: str) -> Any:
+    if name in KEPT:
+        return value
     floats = isinstance(value, Tensor) and value.is_floating_point() and value.device.type == device
     return value.to(torch.get_autocast_dtype(device)) if floats else value
 
 
 def cast_all(name: str, args: tuple[Any, ...], device: str) -> list[Any]:
     """The arguments of an op, by its name, as autocast gives them to it."""
-    kept = ROUTER_ARGUMENTS[name]
-    return [value if i in kept else _cast(value, device) for i, value in enumerate(args)]
+    return [_cast(argument, value, device) for argument, value in zip(ARGUMENTS[name], args, strict=False)]
 
 
 def _autocast_rule(name: str, device: str) -> Callable[..., Tensor]:
@@ -33,7 +39,7 @@ def _autocast_rule(name: str, device: str) -> Callable[..., Tensor]:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
 
     def rule(*args: Any, **kwargs: Any) -> Tensor:
-        cast_kwargs = {key: _cast(value, device) for key, value in kwargs.items()}
+        cast_kwargs = {key: _cast(key, value, device) for key, value in kwargs.items()}
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return op(*cast_all(name, args, device), **cast_kwargs)
 
@@ -41,6 +47,6 @@ def _autocast_rule(name: str, device: str) -> Callable[..., Tensor]:
 
 
 _rules = library.Library("sadmoe", "IMPL")
-for _name in ROUTER_ARGUMENTS:
+for _name in ARGUMENTS:
     for _device in ("cpu", "cuda"):
         _rules.impl(_name, _autocast_rule(_name, _device), f"Autocast{_device.upper()}")

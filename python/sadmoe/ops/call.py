@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from sadmoe import reference
-from sadmoe.ops.autocast import ROUTER_ARGUMENTS, cast_all
+from sadmoe.ops.autocast import ARGUMENTS, cast_all
 
 BY_TORCH: dict[str, Callable[..., Tensor]] = {}  # every op, by name, in plain torch: `fallback` fills it
 
@@ -45,4 +45,4 @@ def _in_plain_torch(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> Tensor:
     if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
         return BY_TORCH[name](*args)
     with torch.autocast(device, enabled=False):
-        return BY_TORCH[name](*(cast_all(name, args, device) if name in ROUTER_ARGUMENTS else args))
+        return BY_TORCH[name](*(cast_all(name, args, device) if name in ARGUMENTS else args))
