@@ -330,6 +330,26 @@ def test_hidden_dropout_that_is_called_as_a_function_goes_too():
     assert block.activation_dropout == 0.5
 
 
+class OneProbability(nn.Module):
+    """Drops its neurons and its output with one probability."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.act, self.fc2, self.dropout = nn.Linear(D, F_), nn.ReLU(), nn.Linear(F_, D), 0.5
+        self.norm = nn.LayerNorm(D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.dropout(self.act(self.fc1(self.norm(x))), self.dropout, self.training)
+        return x + F.dropout(self.fc2(h), self.dropout, self.training)
+
+
+def test_a_probability_of_the_output_too_stays():
+    model = nn.Sequential(OneProbability())
+    (site,) = find_ffns(model)
+    swap_in(model, site, layer_from_dense(site.dense(), slots_of(site), 6, 4))
+    assert model[0].dropout == 0.5
+
+
 def test_output_dropout_moves_into_the_layer_and_hidden_dropout_goes():
     model = nn.Sequential(
         nn.Sequential(nn.Linear(D, F_), nn.ReLU(), nn.Dropout(0.9), nn.Linear(F_, D), nn.Dropout(0.25)),

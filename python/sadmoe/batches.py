@@ -93,14 +93,8 @@ def device_of(model: nn.Module) -> torch.device:
 def samples_in(batch: Batch) -> int:
     """How many samples a batch holds: the first dimension of its first tensor that has one, else 1."""
     batch = _only(batch)
-    values = (
-        batch.values()
-        if isinstance(batch, Mapping)
-        else batch
-        if isinstance(batch, tuple | list)
-        else [batch]
-    )
-    for value in values:
+    several = batch if isinstance(batch, tuple | list) else [batch]
+    for value in batch.values() if isinstance(batch, Mapping) else several:
         if isinstance(value, Tensor) and value.dim() > 0:
             return value.shape[0]
     return 1

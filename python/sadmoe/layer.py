@@ -163,9 +163,8 @@ class DynamicKMoE(nn.Module):
         self._shapes: dict[torch.dtype, Layer] = {}
         self.keeps_hidden = False
         self.check_nan = False
-        self.norms_hooks: list[
-            Callable[[Tensor], None]
-        ] = []  # see the norms [..., E] of a gate on true norms
+        # They see the norms [..., E] of a gate on true norms.
+        self.norms_hooks: list[Callable[[Tensor], None]] = []
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "gate" and not callable(getattr(value, "mask", None)):
@@ -240,9 +239,8 @@ class DynamicKMoE(nn.Module):
         """
         if self.is_int8:
             raise ValueError("the experts are int8 already")
-        made: dict[
-            str, Tensor
-        ] = {}  # all of it before the layer is changed, for there may be no memory for it
+        # All of it before the layer is changed, for there may be no memory for it.
+        made: dict[str, Tensor] = {}
         for name, scale_name in SCALES.items():
             weight = getattr(self, name)
             if weight is None:
@@ -279,8 +277,8 @@ class DynamicKMoE(nn.Module):
         for scale_name in ALL_SCALES:
             setattr(self, scale_name, None)
         of_router, of_experts = self._before_int8 or (None, None)
-        cast_since = of_router is None or of_experts != self.w_up.dtype
-        self.router.cast_(self.w_up.dtype if of_router is None or cast_since else of_router)
+        cast_since = of_experts != self.w_up.dtype
+        self.router.cast_(self.w_up.dtype if cast_since or of_router is None else of_router)
         self._before_int8 = None
 
     def _load_from_state_dict(

@@ -119,9 +119,8 @@ def _fit(
     started = time.perf_counter()
     rows = rows[torch.randperm(len(rows), device=rows.device)]
     targets = torch.cat([dense(part) for part in rows.split(CHUNK)])
-    scale = rows.float().square().sum(-1) + targets.float().square().sum(
-        -1
-    )  # of the residual sum, token by token
+    # Of the residual sum, token by token.
+    scale = rows.float().square().sum(-1) + targets.float().square().sum(-1)
     scale = scale.clamp(min=max(SMALL * scale.mean().item(), torch.finfo(scale.dtype).tiny))
     test, batches = held_out_and_batches({"rows": rows, "targets": targets, "scale": scale}, batch_tokens)
 

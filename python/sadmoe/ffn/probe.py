@@ -170,19 +170,22 @@ def _dropouts(parts: Parts, block: nn.Module, events: list[_Event]) -> tuple[tup
     inside = {e.path for e in events[start:end]} - {e.path for e in before + after}
     staying = [p for p in inside if p is not None and not p.startswith(f"{parts.at}.")]
     hidden = [p for p in staying if isinstance(block.get_submodule(p), nn.Dropout)]
-    functions = {e.p for e in events[start:end] if e.path is None and e.p > 0} - {
-        block.get_submodule(p).p for p in hidden
-    }
-    return tuple(sorted([*hidden, *_probabilities(block, functions)])), 0.0
+    functions = {e.p for e in events[start:end] if e.path is None and e.p > 0}
+    functions -= {block.get_submodule(p).p for p in hidden}
+    elsewhere = {e.p for e in before + after}
+    return tuple(sorted([*hidden, *_probabilities(block, functions, elsewhere)])), 0.0
 
 
-def _probabilities(block: nn.Module, functions: set[float]) -> list[str]:
-    """Attributes of the block that hold the probabilities of calls of F.dropout (BART's activation_dropout); of several
-    of one value, that which is named after the activation."""
+def _probabilities(block: nn.Module, functions: set[float], elsewhere: set[float]) -> list[str]:
+    """Attributes of the block that hold the probabilities of calls of F.dropout: BART's activation_dropout.
+
+    Where there are several of one value, or what is elsewhere has it too, that which is named after the activation.
+    """
     found = []
     for p in functions:
         names = [n for n, v in vars(block).items() if isinstance(v, float) and v == p and "drop" in n.lower()]
-        names = [n for n in names if "act" in n.lower()] or names
+        named = [n for n in names if "act" in n.lower()]
+        names = named if named or p in elsewhere else names
         found += names if len(names) == 1 else []
     return found
 

@@ -112,9 +112,8 @@ class SadmoeQuantizer(HfQuantizer):
         _check_loaded(model, self._shapes)
         _align(model)
         for layer in moe_layers(model).values():
-            layer.router.requires_grad_(
-                False
-            )  # as it is made; transformers lets all that it loads ask for gradients
+            # as it was made: transformers lets all that it loads ask for gradients
+            layer.router.requires_grad_(False)
         # for these transformers refuses half() and training
         model.__dict__.pop("is_quantized", None)
         model.__dict__.pop("quantization_method", None)
