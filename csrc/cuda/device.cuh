@@ -48,6 +48,7 @@ SADMOE_DEVICE void from_float(float v, f16& to) { to = __float2half_rn(v); }
 SADMOE_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 SADMOE_DEVICE float exp(float v) { return expf(v); }
 SADMOE_DEVICE float erfc(float v) { return erfcf(v); }
+SADMOE_DEVICE float absolute(float v) { return fabsf(v); }
 SADMOE_DEVICE float as_float(unsigned bits) { return __uint_as_float(bits); }
 SADMOE_DEVICE unsigned as_bits(float v) { return __float_as_uint(v); }
 // To the nearest of 11 significant bits, ties away from zero.

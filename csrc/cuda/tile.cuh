@@ -204,9 +204,10 @@ struct Split {
       float rest = as_float(of[i]);
       SADMOE_UNROLL
       for (int part = 0; part < kParts; ++part) {
-        const unsigned bits = parts[part][i] = to_tf32(rest);
-        constexpr unsigned kNotFinite = 0x7f800000;  // the largest floats too are rounded to inf
-        rest = (bits & kNotFinite) == kNotFinite ? 0 : rest - as_float(bits);
+        parts[part][i] = to_tf32(rest);
+        rest -= as_float(parts[part][i]);
+        constexpr float kMost = 3.402823466e38f;  // the largest floats too are rounded to inf
+        rest = absolute(rest) <= kMost ? rest : 0;
       }
     }
   }

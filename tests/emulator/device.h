@@ -60,6 +60,7 @@ SADMOE_DEVICE void from_float(float v, f16& to) { to = f16{f16_bits(v)}; }
 SADMOE_WORD float fma(float a, float b, float c) { return std::fma(a, b, c); }
 SADMOE_WORD float exp(float v) { return std::exp(v); }
 SADMOE_WORD float erfc(float v) { return std::erfc(v); }
+SADMOE_WORD float absolute(float v) { return std::fabs(v); }
 SADMOE_WORD float as_float(unsigned bits) {
   float v;
   std::memcpy(&v, &bits, 4);
