@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 import torch
 from sadmoe import ops
+from torch import library
 
 OPS = ("router_scores", "dynamic_k_select", "sparse_experts", "dynamic_k_moe", "_masked_activation_")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -24,7 +25,7 @@ def emulator():
     path = os.environ.get("SADMOE_EMULATOR_LIB")
     if path is None:
         pytest.skip("SADMOE_EMULATOR_LIB is not set: the emulator was not built")
-    definitions = torch.library.Library("sadmoe_emulated", "FRAGMENT")
+    definitions = library.Library("sadmoe_emulated", "FRAGMENT")
     for name in OPS:
         definitions.define(str(getattr(torch.ops.sadmoe, name).default._schema).removeprefix("sadmoe::"))
     torch.ops.load_library(path)

@@ -374,11 +374,9 @@ def find_cuobjdump() -> str:
     return tool
 
 
-def _dump(tool: str, option: str, library: str) -> str:
+def _dump(tool: str, option: str, path: str) -> str:
     env = {**os.environ, "PATH": f"{Path(tool).parent}:{os.environ['PATH']}"}  # nvdisasm is beside it
-    mangled = subprocess.run(
-        [tool, option, library], env=env, capture_output=True, text=True, check=True
-    ).stdout
+    mangled = subprocess.run([tool, option, path], env=env, capture_output=True, text=True, check=True).stdout
     return subprocess.run(["c++filt"], input=mangled, capture_output=True, text=True, check=True).stdout
 
 
@@ -386,9 +384,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("library", help="the ops library built with SADMOE_CUDA=ON")
-    library, tool = parser.parse_args().library, find_cuobjdump()
-    kernels = parse(_dump(tool, "--dump-resource-usage", library), _dump(tool, "--dump-sass", library))
+    parser.add_argument("path", help="the ops library built with SADMOE_CUDA=ON")
+    path, tool = parser.parse_args().path, find_cuobjdump()
+    kernels = parse(_dump(tool, "--dump-resource-usage", path), _dump(tool, "--dump-sass", path))
     if found := check(kernels):
         sys.exit("\n".join(["", *found]))
 

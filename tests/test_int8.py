@@ -18,7 +18,7 @@ from sadmoe.measure_costs import calibrate_costs
 from sadmoe.ops import fallback
 from sadmoe.ops.compiled import OPS
 from tiny_models import TINY
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.flop_counter import FlopCounterMode
 
 ROUNDING = 2.0**-14  # of activations, to 16 bits, twice
@@ -164,8 +164,8 @@ def test_torch_finds_the_ops_well_made(needs_grad):
     v1, v2 = router_problem(12, 3)
     for tensor in (x, v1, v2, experts[4]):
         tensor.requires_grad_(needs_grad)
-    torch.library.opcheck(torch.ops.sadmoe.sparse_experts_int8.default, (x, mask, *experts, "silu"))
-    torch.library.opcheck(torch.ops.sadmoe.dynamic_k_moe_int8.default, (x, v1, v2, *experts, 0.3, "silu"))
+    library.opcheck(torch.ops.sadmoe.sparse_experts_int8.default, (x, mask, *experts, "silu"))
+    library.opcheck(torch.ops.sadmoe.dynamic_k_moe_int8.default, (x, v1, v2, *experts, 0.3, "silu"))
 
 
 def test_flops_are_those_of_the_floats():

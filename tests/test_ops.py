@@ -9,6 +9,7 @@ from backends import DTYPES
 from problems import experts_problem, router_problem
 from sadmoe import ops, reference
 from sadmoe.ops import fallback
+from torch import library
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -111,10 +112,10 @@ def test_torch_finds_the_ops_well_made(needs_grad):
     v1, v2 = router_problem(12, 3)
     for tensor in (x, v1, v2, *weights):
         tensor.requires_grad_(needs_grad)
-    torch.library.opcheck(torch.ops.sadmoe.router_scores.default, (x, v1, v2))
-    torch.library.opcheck(torch.ops.sadmoe.dynamic_k_select.default, (torch.rand(6, 3), 0.3))
-    torch.library.opcheck(torch.ops.sadmoe.sparse_experts.default, (x, mask, *weights, "silu"))
-    torch.library.opcheck(torch.ops.sadmoe.dynamic_k_moe.default, (x, v1, v2, *weights, 0.3, "silu"))
+    library.opcheck(torch.ops.sadmoe.router_scores.default, (x, v1, v2))
+    library.opcheck(torch.ops.sadmoe.dynamic_k_select.default, (torch.rand(6, 3), 0.3))
+    library.opcheck(torch.ops.sadmoe.sparse_experts.default, (x, mask, *weights, "silu"))
+    library.opcheck(torch.ops.sadmoe.dynamic_k_moe.default, (x, v1, v2, *weights, 0.3, "silu"))
 
 
 def test_a_tensor_on_meta_beside_others_is_no_reason_to_return_nothing():
