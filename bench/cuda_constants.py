@@ -30,9 +30,8 @@ def constants(raw: dict, source: str) -> dict:
     measured = {name: raw[name] for name in table if name in raw} | dense
     for bits in (16, 32):
         measured[f"ours_{bits}"] = raw[f"products_{bits}"] / dense[f"dense_{bits}"]
-    if table["hopper_16"]["value"]:  # of a layer whose two products are as long, `up` alone has them
-        of_up = 1 / (2 / raw["products_16_hopper"] - 1 / raw["products_16"])
-        measured["hopper_16"] = of_up / dense["dense_16"]
+    if table["hopper_16"]["value"]:
+        measured["hopper_16"] = raw["products_16_hopper"] / dense["dense_16"]
     for name, value in measured.items():
         table[name] |= {"value": value, "source": source, "measured": True}
     return table

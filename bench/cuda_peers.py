@@ -118,10 +118,10 @@ def masked(p: SimpleNamespace, i: int) -> Tensor:
 def grouped_mm(p: SimpleNamespace, i: int) -> Tensor:
     x = p.x[p.rows]
     up = torch._grouped_mm(x, p.up[i].transpose(1, 2), offs=p.ends)
-    if p.gate[i] is None:
-        h = F.relu(up)
+    if p.gate[i] is None:  # in place, for torch begins rows on 16 bytes, and wants them so
+        h = up.relu_()
     else:
-        h = F.silu(torch._grouped_mm(x, p.gate[i].transpose(1, 2), offs=p.ends)) * up
+        h = F.silu(torch._grouped_mm(x, p.gate[i].transpose(1, 2), offs=p.ends), inplace=True).mul_(up)
     return torch.zeros_like(p.x).index_add_(0, p.rows, torch._grouped_mm(h, p.down[i], offs=p.ends))
 
 

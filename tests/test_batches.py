@@ -169,6 +169,35 @@ def test_a_decoder_answers_to_its_own_mask_only_beside_an_encoder():
     assert real_rows(model, "decoder.block.0", {"attention_mask": MASK}, x) is None
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "decoder.layers.0.encoder_attn.k_proj",
+        "decoder.block.0.layer.1.EncDecAttention.v",
+        "decoder.encoder.layer.0.crossattention.self.key",
+        "decoder.layer.0.encoder_decoder_attention.attention.value",
+    ],
+)
+def test_keys_and_values_of_the_encoder_answer_to_its_mask(name):
+    model, x = Add(), torch.zeros(2, 3, 5)
+    model.config = SimpleNamespace(is_encoder_decoder=True)
+    batch = {"attention_mask": MASK, "decoder_attention_mask": 1 - MASK}
+    assert real_rows(model, name, batch, x).tolist() == MASK.bool().flatten().tolist()
+    for own in (name.rpartition(".")[0] + ".q_proj", "decoder.layers.0.self_attn.k_proj"):
+        assert real_rows(model, own, batch, x).tolist() == (1 - MASK).bool().flatten().tolist()
+
+
+def test_a_decoder_without_a_mask_answers_to_the_padding_of_its_labels():
+    model, x = Add(), torch.zeros(2, 3, 5)
+    model.config = SimpleNamespace(is_encoder_decoder=True)
+    batch = {"attention_mask": MASK, "labels": torch.tensor([[5, 6, -100], [7, -100, -100]])}
+    real = [True, True, False, True, False, False]
+    assert real_rows(model, "decoder.layers.0.fc1", batch, x).tolist() == real
+    assert real_rows(model, "encoder.layers.0.fc1", batch, x).tolist() == MASK.bool().flatten().tolist()
+    model.config.is_encoder_decoder = False  # a prompt without labels is real
+    assert real_rows(model, "decoder.layers.0.fc1", batch, x).tolist() == MASK.bool().flatten().tolist()
+
+
 def test_the_mask_of_a_text_is_not_that_of_the_image_beside_it():
     batch = {"input_ids": torch.ones(2, 5), "attention_mask": torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])}
     x = torch.zeros(2, 5, 3)

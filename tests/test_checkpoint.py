@@ -41,6 +41,7 @@ def rewrite(
     data = json.loads(meta["sadmoe"])
     header(data)
     tensors(values)
+    del meta["sadmoe crc32"]
     save_file(values, path, meta | {"sadmoe": json.dumps(data)})
 
 
@@ -181,12 +182,63 @@ def test_layers_may_differ_in_their_gates(tmp_path):
     assert [layer.gate for layer in moe_layers(fresh).values()] == [DynamicK(0.2), TopK(2)]
 
 
+class MakesItsTable(nn.Module):
+    """Makes a buffer that state_dict leaves out when it is first called."""
+
+    def __init__(self):
+        super().__init__()
+        self.ffn = TINY["user glu"].build()
+        self.register_buffer("table", None, persistent=False)
+
+    def forward(self, x):
+        if self.table is None:
+            self.table = torch.linspace(0, 1, x.shape[-1])
+        return self.ffn(x + self.table)
+
+
+def test_buffers_that_a_forward_makes_are_left_to_it(tmp_path):
+    torch.manual_seed(0)
+    model, batch = MakesItsTable().eval(), TINY["user glu"].batch()
+    convert_(model, [batch], ConvertConfig(experts=6, router=RouterConfig(width=4, steps=1)), progress=False)
+    assert model.table is not None
+    save(model, tmp_path / "m.safetensors")
+    for used in (False, True):
+        fresh = MakesItsTable().eval()
+        if used:
+            fresh(batch)
+        load(fresh, tmp_path / "m.safetensors")
+        assert torch.equal(fresh(batch), model(batch))
+    del model.table
+    model.register_buffer("table", None, persistent=False)
+    save(model, tmp_path / "n.safetensors")
+    load(fresh := MakesItsTable().eval(), tmp_path / "n.safetensors")
+    assert torch.equal(fresh(batch), model(batch))
+
+
+class Packed(nn.Linear):
+    """Saves what is no parameter and no buffer, as quantised layers do."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[f"{prefix}packed"] = self.weight.half(), 0.5
+
+
+def test_state_that_is_no_tensor_is_not_lost_without_a_word(tmp_path):
+    with pytest.raises(
+        NotImplementedError, match=r"1\.packed is extra state of a module, neither a parameter nor"
+    ):
+        save(nn.Sequential(converted("user glu"), Packed(24, 24)), tmp_path / "m.safetensors")
+    assert list(tmp_path.iterdir()) == []
+    model, batch = nn.Sequential(TINY["user glu"].model(), Packed(24, 24)), TINY["user glu"].batch()
+    config = ConvertConfig(experts=6, router=RouterConfig(width=4, steps=1))
+    convert_(model, [batch], config, progress=False, checkpoint=sadmoe.Checkpoint(tmp_path))
+
+
 def test_dropout_comes_back(tmp_path):
     model = converted("user module")
     save(model, tmp_path / "m.safetensors")
     fresh = TINY["user module"].build()
     load(fresh, tmp_path / "m.safetensors")
-    assert [layer.dropout for layer in moe_layers(fresh).values()] == [0.25, 0.25]
+    assert [layer.dropout.p for layer in moe_layers(fresh).values()] == [0.25, 0.25]
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -361,9 +413,14 @@ def negative_count(path: Path) -> None:
     rewrite(path, lambda h: h["layers"]["0.inner"].update(experts=-6, expert_size=-10))
 
 
+def another_tau(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b'tau\\": 0.0', b'tau\\": 0.5'))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (another_tau, "is damaged: its metadata cannot be read .*the checksum of its metadata is wrong"),
         (cut, "is no safetensors file, or is cut short"),
         (cut_in_header, "is no safetensors file, or is cut short"),
         (empty, "is no safetensors file, or is cut short"),

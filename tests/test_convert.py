@@ -207,6 +207,32 @@ def test_an_ffn_that_no_real_token_reaches_is_named():
         convert(model, batches)
 
 
+@pytest.mark.parametrize("cluster", ["weights", "activity"])
+def test_neurons_are_looked_at_on_tokens_of_all_batches(monkeypatch, cluster):
+    monkeypatch.setattr(build, "LOOKED_AT", 40)
+    seen, activity = [], build._activity
+    monkeypatch.setattr(build, "_activity", lambda dense, some: seen.append(some) or activity(dense, some))
+    model = TINY["user glu"].model()
+    near, far = (torch.full((1, 200, 24), value) for value in (0.0, 100.0))
+    inputs = []
+    first = find_ffns(model)[0].first
+    hook = first.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    built = []
+    real = recipe._judge
+    monkeypatch.setattr(recipe, "_judge", lambda one: built.append(one.sample) or real(one))
+    convert(model, [near, far], cluster=cluster)
+    hook.remove()
+    of_near, of_far = inputs[:2]
+    for some in (seen[0] if seen else built[0], built[0]):
+        assert len(some) == 40
+        counts = [
+            sum(bool((row == rows.flatten(0, -2)).all(-1).any()) for row in some)
+            for rows in (of_near, of_far)
+        ]
+        assert min(counts) > 10
+    assert len(seen) == (2 if cluster == "activity" else 0)
+
+
 def test_a_filter_leaves_the_others_dense():
     model, batches = model_and_batches("t5")
     convert(model, batches, filter=lambda name: name.startswith("encoder."))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from converted import converted
-from sadmoe.dial import converted_layers, set_batch_invariant, set_tau, tau
+from sadmoe.dial import check_own_weights, converted_layers, set_batch_invariant, set_tau, tau
 from sadmoe.gates import DynamicK, TopK
 from tiny_models import TINY, call
 from torch import nn
@@ -48,6 +48,27 @@ def test_tau_changes_the_next_call():
             sparse = call(model, batch)
         assert not torch.equal(dense, sparse)
         assert torch.equal(dense, call(model, batch))
+
+
+def test_compiled_parts_keep_their_layers_names():
+    model = converted("user glu")
+    taus = {name: 0.1 * (i + 1) for i, name in enumerate(converted_layers(model))}
+    whole = torch.compile(model, backend="eager")
+    set_tau(whole, taus)
+    assert [layer.gate.tau for layer in converted_layers(model).values()] == list(taus.values())
+    model[0] = torch.compile(model[0], backend="eager")
+    assert converted_layers(model).keys() == taus.keys()
+    first = next(iter(taus))
+    set_tau(model, 0.9, filter=lambda name: name == first)
+    assert [layer.gate.tau for layer in converted_layers(model).values()] == [0.9, 0.2]
+
+
+def test_weights_that_are_elsewhere_are_named():
+    model = converted("user glu")
+    (name, layer), *_ = converted_layers(model).items()
+    layer.w_up = nn.Parameter(layer.w_up.to("meta"))
+    with pytest.raises(ValueError, match=rf"{name}\.w_up is offloaded, so it is not here"):
+        check_own_weights(model, converted_layers(model))
 
 
 def test_a_filter_turns_its_layers_alone():

@@ -357,7 +357,16 @@ def test_output_dropout_moves_into_the_layer_and_hidden_dropout_goes():
     )
     assert [site.dropout for site in find_ffns(model)] == [0.25, 0.0]
     convert(model)
-    assert [layer.dropout for layer in moe_layers(model).values()] == [0.25, 0.0]
+    first, second = moe_layers(model).values()
+    assert second.dropout is None
+    (dropout,) = (module for module in model.modules() if isinstance(module, nn.Dropout))
+    x = torch.ones(64, D)
+    assert not (first.eval()(x) == 0).any()
+    dropout.train()
+    assert (first(x) == 0).any(), "where a user leaves dropouts on"
+    dropout.p = 0.0
+    assert torch.equal(first.train()(x), first.eval()(x)), "where a user takes them away"
+    dropout.p = 0.25
     assert [dense_from_layer(layer).dropout for layer in moe_layers(model).values()] == [0.25, 0.0]
 
 

@@ -245,6 +245,45 @@ def test_what_cannot_be_converted_says_why(inner: Callable[[], nn.Module], expec
     assert expected in reason(inner())
 
 
+class _OfTraining(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (torch.rand_like(x[..., :1]) < 0.5) if self.training else x
+
+
+class _DropPath(UserFFN):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.drop_path = F.relu, _OfTraining()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop_path(self.contract(self.act(self.expand(x))))
+
+
+class _DropPathGLU(UserGLU):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.drop_path = F.silu, _OfTraining()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop_path(super().forward(x))
+
+
+def test_what_acts_in_training_alone_is_not_lost():
+    model = nn.Sequential(_DropPath())
+    (site,) = find_ffns(model)
+    swap_in(model, site, layer_from_dense(site.dense(), slots_of(site), 6, 4))
+    assert isinstance(model[0].drop_path, _OfTraining)
+    assert "drop_path (_OfTraining) in it may do in training what a MoE layer would not" in reason(
+        _DropPathGLU()
+    )
+
+
+def test_a_pruned_bias_is_named():
+    ffn = UserFFN()
+    torch.nn.utils.prune.random_unstructured(ffn.expand, "bias", 0.3)
+    assert "has a bias of type Tensor, not an nn.Parameter" in reason(ffn)
+
+
 def test_advice_fits_the_module():
     told = reason(UserFFN(F.mish))
     assert "put the FFN in a module of its own" not in told, "it is in one"

@@ -208,6 +208,20 @@ def test_without_a_threshold_the_gates_of_the_model_pick(converted):
     assert not ran.all()
 
 
+def test_biases_of_neurons_are_not_decayed_though_they_are_matrices(converted):
+    before = {n: p.detach().clone() for n, p in converted[1].named_parameters()}
+    after, report = tuned(converted, steps=1, lr=1e-3, weight_decay=500.0)
+    left = 1 - 500 * report.history[0].lr
+    assert 0.2 < left < 0.8
+    for name, p in after.named_parameters():
+        last = name.rpartition(".")[2]
+        if last in ("b_up", "b_out"):
+            assert not torch.equal(p, before[name])
+            torch.testing.assert_close(p, before[name], rtol=0, atol=1.1e-3)
+        elif last in ("w_up", "w_down"):
+            torch.testing.assert_close(p, left * before[name], rtol=0, atol=1.1e-3)
+
+
 def test_the_ramp_says_when_the_threshold_is_whole(converted):
     seen = {}
     for ramp in (0.0, 1.0):

@@ -47,6 +47,18 @@ def test_an_operation_counts_by_the_rule(function, shapes, expected):
         assert flops(function, *shapes) == expected
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_inside_torch_s_own_layer_is_counted(masked):
+    layer, x = nn.MultiheadAttention(24, 4).eval(), torch.randn(7, 2, 24)
+
+    def attention(x):
+        mask = torch.zeros(7, 7) if masked else None
+        return layer(x, x, x, need_weights=False, attn_mask=mask)
+
+    scores, products = 2 * 4 * 7 * 7, 4 * 2 * 7 * 24 * 24
+    assert count_flops(Call(attention), (x,)) == products + scores * (6 + 6 + 3 + masked)
+
+
 @pytest.mark.parametrize(("masked", "extra"), [(False, 3), (True, 4)])
 def test_attention_counts_the_same_whatever_computes_it(masked, extra):
     def attention(q, k, v, mask):
@@ -93,6 +105,14 @@ def test_torchvision_s_vit_is_the_same_model():
     with torch.device("meta"):
         model = torchvision.models.vit_b_16()
     assert count_flops(model, torch.zeros(1, 3, 224, 224)) == pytest.approx(17.61e9, rel=1e-3)
+    sizes = {"num_layers": 2, "num_heads": 4, "hidden_dim": 48, "mlp_dim": 96, "num_classes": 5}
+    counts = []
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            small = torchvision.models.VisionTransformer(image_size=32, patch_size=8, **sizes)
+        counts.append(count_flops(small, torch.zeros(1, 3, 32, 32)))
+    meta, cpu = counts
+    assert cpu == pytest.approx(meta, rel=0.02)  # scores are scaled there, and by one operation here
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "gemma", "timm vit", "torch encoder"])

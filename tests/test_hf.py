@@ -581,3 +581,28 @@ def test_a_module_further_out_may_initialise_what_was_replaced(tmp_path):
     again = transformers.VJEPA2ForVideoClassification.from_pretrained(tmp_path)
     assert torch.equal(again(**batch).logits, model(**batch).logits)
     assert not any("fc2" in layer.__dict__ for layer in moe_layers(again).values())
+
+
+class Mine:
+    """A gate that no file can hold."""
+
+    true_norms = False
+
+    def mask(self, scores):
+        return scores > 0
+
+
+def test_a_gate_of_the_user_s_own_stops_saving_and_nothing_else(tmp_path, caplog):
+    model = converted("bert")
+    first, second = moe_layers(model).values()
+    first.gate = Mine()
+    sadmoe.quantize_experts_(model)
+    assert second.is_int8
+    assert "save_pretrained will refuse this model as it is now: a gate of type Mine" in caplog.text
+    sadmoe.dequantize_experts_(model)
+    with pytest.raises(NotImplementedError, match="a gate of type Mine cannot be saved"):
+        model.save_pretrained(tmp_path)
+    first.gate = DynamicK(0.3)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.BertModel.from_pretrained(tmp_path)
+    assert [layer.gate for layer in moe_layers(loaded).values()] == [DynamicK(0.3), second.gate]

@@ -156,6 +156,25 @@ def test_weights_that_change_are_noticed():
     torch.testing.assert_close(logits(twin).float(), logits(model), rtol=0.1, atol=0.3)
 
 
+def test_weights_that_an_adapter_makes_anew_are_noticed_wherever_they_lie(monkeypatch):
+    model = stock("mixtral")
+    experts = next(module for module in model.modules() if hasattr(module, "down_proj"))
+    experts.__dict__["config"] = SimpleNamespace(_experts_implementation="sadmoe")
+    monkeypatch.setattr("sadmoe.hf.experts._some_of", lambda weight: [])  # as on CUDA
+    monkeypatch.setattr(
+        Tensor, "data_ptr", lambda self: 0
+    )  # and as if the allocator gave the same place again
+    base = experts.down_proj.detach()
+    del experts.down_proj
+    x, index, weights = torch.randn(3, 24), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
+    with torch.no_grad():
+        found = []
+        for factor in (1.0, 2.0):
+            experts.down_proj = base * factor
+            found.append(experts_forward(experts, x, index, weights))
+    torch.testing.assert_close(found[1], 2 * found[0])
+
+
 def test_weights_that_change_behind_torch_s_back_are_noticed():
     model = stock("mixtral")
     ours = on_sadmoe(model)

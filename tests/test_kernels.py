@@ -476,13 +476,15 @@ def test_an_input_without_columns_is_named(backend):
         backend.router_scores(x[:, :0], v1[:, :0], v2)
 
 
-def test_scores_of_the_largest_floats_are_no_nan(backend):
-    x = torch.zeros(2, 16)
-    x[0, 0] = torch.finfo(torch.float32).max
+def test_scores_of_the_largest_floats_are_as_large(backend):
+    x, largest = torch.zeros(2, 16), torch.finfo(torch.float32).max
+    x[0, 0] = largest
     for of_v1, of_v2 in itertools.product(DTYPES, repeat=2):
         v1, v2 = torch.zeros(4, 16, dtype=of_v1), torch.full((3, 4), 0.25, dtype=of_v2)
         v1[:, 0] = 0.5
-        assert not backend.router_scores(x, v1, v2).isnan().any(), (of_v1, of_v2)
+        scores = backend.router_scores(x, v1, v2)
+        assert (scores[0] >= 0.49999 * largest).all(), (of_v1, of_v2)  # inf, where tensor cores round it up
+        assert (scores[1] == 0).all()
 
 
 def test_a_w_down_whose_offsets_do_not_fit_is_refused(native):

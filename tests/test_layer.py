@@ -255,6 +255,37 @@ def test_compiles_and_exports_whole_with_a_dynamic_number_of_tokens():
             assert torch.equal(exported(x), layer(x))
 
 
+def test_a_compiled_layer_follows_tau_and_an_exported_one_keeps_it():
+    layer, x = make_layer(gate=DynamicK(0.2)), tokens(16, 20)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    exported = torch.export.export(layer, (x,)).module()
+    with torch.no_grad():
+        first = layer(x)
+        assert torch.equal(compiled(x), first)
+        for tau in (0.8, 0.0, 0.2):
+            layer.gate = DynamicK(tau)
+            assert torch.equal(layer(x), first) == (tau == 0.2)
+            assert torch.equal(compiled(x), layer(x)), tau
+            assert torch.equal(exported(x), first), tau
+
+
+def test_hooks_of_the_router_see_what_it_says():
+    layer, x, seen = make_layer(gate=DynamicK(0.4)), tokens(6, 20), []
+    with torch.no_grad():
+        plain = layer(x)
+        handle = layer.router.register_forward_hook(lambda module, args, scores: seen.append(scores))
+        assert torch.equal(layer(x), plain)
+        assert torch.equal(seen[0], layer.router(x))
+        handle.remove()
+        torch.nn.utils.prune.l1_unstructured(layer.router, "v1", 0.5)  # its hook makes v1 anew at each call
+        layer.router.v1_orig.data.mul_(torch.linspace(-1, 1, len(layer.router.v1_orig)).unsqueeze(1))
+        y = layer(x)
+        assert torch.equal(y, layer.masked_dense(x, layer.mask(x))) or torch.allclose(
+            y, layer.masked_dense(x, layer.mask(x)), atol=1e-5
+        )
+        assert not torch.equal(y, plain)
+
+
 def test_trains_through_the_sparse_op():
     layer = make_layer(bias=("b_up", "b_out")).train()
     layer.gate = DynamicK(0.4)

@@ -70,6 +70,24 @@ def test_padding_is_known_where_the_tokens_come_first(true_norms):
     )
 
 
+class AtLeastTwo(DynamicK):
+    """A rule of the user's own, made of another."""
+
+    def mask(self, scores: Tensor) -> Tensor:
+        return super().mask(scores).scatter(-1, scores.topk(2).indices, True)
+
+
+def test_what_a_gate_made_of_another_says_is_what_runs():
+    layer, x = random_layer(gate=AtLeastTwo(1.0)), random_rows(40)
+    mask = layer.mask(x)
+    assert (mask.sum(-1) == 2).all()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), layer.masked_dense(x, mask))
+        layer.gate = AtLeastTwo(0.0)
+        assert not layer.runs_all_experts
+        torch.testing.assert_close(layer(x), layer.masked_dense(x, layer.mask(x)))
+
+
 def test_padding_counts_where_it_is_wanted_or_not_known():
     model, batch = converted("bert"), TINY["bert"].batch()
     set_tau(model, 0.3)

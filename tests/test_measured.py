@@ -307,6 +307,8 @@ def test_calibrate_says_what_it_wrote_and_later_runs_use_it(folder, user, tmp_pa
     measured.write(here / "costs.json", [dense])
     capsys.readouterr()
     argv = ["bench", "--model", str(folder), *SMALL, "--batch-invariant", "no", "--cache", str(here)]
+    assert cli.main([*argv[:-1], str(tmp_path / "elsewhere")]) == 2
+    assert "elsewhere: no such file; with --calibrate" in capsys.readouterr().err
     assert cli.main(argv) == 0
     assert "2 of 2" in capsys.readouterr().out
     (here / "costs.json").write_text("")

@@ -37,6 +37,33 @@ def called(monkeypatch):
     return names
 
 
+@pytest.mark.parametrize("tau", [0.0, 0.3])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_int8_always_takes_its_op(monkeypatch, mixed, tau):
+    for batch_invariant in (None, False, True):
+        layer = layer_of(torch.float32)
+        layer.gate, layer.batch_invariant = DynamicK(tau), batch_invariant
+        layer.to_int8_()
+        give(layer, ALWAYS_DENSE)
+        names = called(monkeypatch)
+        for name in ("sparse_experts_int8", "dynamic_k_moe_int8"):
+            monkeypatch.setattr(ops, name, spied(names, name))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            layer(random_rows(33))
+        assert len([name for name in names if name.endswith("int8")]) == 1
+        assert "masked_dense" not in names
+
+
+def spied(names, name):
+    original = getattr(ops, name)
+
+    def run(*args, **kwargs):
+        names.append(name)
+        return original(*args, **kwargs)
+
+    return run
+
+
 # ---------------------------------------------------------------- both paths compute the same
 
 

@@ -50,6 +50,15 @@ def test_hoyer_has_finite_gradients_at_every_scale(scale):
     assert a.grad.isfinite().all()
 
 
+def test_hoyer_of_doubles():
+    a = torch.rand(3, 9, dtype=torch.float64, requires_grad=True)
+    h = square_hoyer(a)
+    torch.testing.assert_close(h, square_hoyer(a.float()))
+    h.sum().backward()
+    assert a.grad.dtype == torch.float64
+    assert a.grad.any()
+
+
 def test_hoyer_gradient_is_the_formulas():
     a = torch.rand(3, 9, dtype=torch.float64)
     a32 = a.float().requires_grad_()

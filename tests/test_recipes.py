@@ -15,13 +15,13 @@ pytest.importorskip("matplotlib")
 sys.path.append(str(Path(__file__).parent.parent / "bench/recipes"))
 
 import recipe
-from results import Saved, panels
+from results import Saved, best, kept_by, panels, working_tau
 from run import CPU, GPU, Effort, Run, from_command_line
 from run import TINY as TINY_EFFORT
 from sadmoe import DynamicK, FinetuneConfig
 from sadmoe.batches import evaluating
 from sadmoe.model_report import layer_heat
-from workload import Point, Workload, sweep
+from workload import Dense, Point, Workload, error_of_ratio, sweep
 
 MICRO = Effort(0.2, 2, 0.2, 0.2, 2, 0.2, 60, 1, 8, 4, 0.01, taus=(0.0, 0.1, 1.0), shares=(0.5, 0.2))
 
@@ -52,11 +52,12 @@ def small_routers(monkeypatch):
 
 
 def workload() -> Workload:
-    dense, (one, *_) = TINY["bert classifier"].model(), batches(1, 2)
+    dense, (one, other) = TINY["bert classifier"].model(), batches(2, 2)
     return Workload(
         title="a tiny model",
         dense=dense,
         train=batches(4, 1),
+        picks=[other],
         tests=[one],
         metric=likeness(dense),
         metric_name="likeness",
@@ -77,15 +78,25 @@ def test_a_recipe_runs_tells_all_of_it_and_is_not_trained_twice(tmp_path, small_
     recipe.run_recipe(workload(), start(tmp_path))
     found = json.loads((tmp_path / "tiny-micro.json").read_text())
     assert found["dense"] == 1
-    assert len(found["curves"]) == 8
+    assert len(found["curves"]) == 10
+    assert found["samples"] == {"train": 8, "picks": 2, "tests": 2}
+    assert found["dense_on_picks"] == 1
     for points in found["curves"].values():
         assert all(0 < point["share"] <= 1 for point in points)
         assert all(point["kept"] == pytest.approx(point["metric"]) for point in points)
+        assert all(0 < point["picked"] <= 1 for point in points)
     ours = next(iter(found["curves"].values()))
     assert [point["setting"] for point in ours] == ["tau 0", "tau 0.1", "tau 1"]
     assert ours[0]["flops"] == 1 > ours[2]["flops"]
+    assert ours[2]["picked"] != ours[2]["kept"]
+    one_model, tuned = (found["curves"][f"{name} static top-k"] for name in ("the same,", "fine-tuned with"))
+    settings = [p["setting"] for p in one_model]
+    assert settings == [p["setting"] for p in tuned]
+    assert {"top 50.0%", "top 20.0%"} < set(settings), "and the share that it was tuned for"
+    assert one_model[0]["metric"] != tuned[0]["metric"]
     assert all(point["gains"]["whole"] > 0 for point in ours)
-    assert found["seconds"].keys() >= {"controls", "sparsify", "s4 layers", "s2 routed", "MoEfication"}
+    steps = {"controls", "sparsify", "s4 layers", "s4 static", "s2 routed", "MoEfication s4"}
+    assert found["seconds"].keys() >= steps
     assert (tmp_path / "tiny-micro.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "tiny-micro.html").read_text()
     assert "a tiny model" in page
@@ -103,11 +114,14 @@ def test_a_recipe_runs_tells_all_of_it_and_is_not_trained_twice(tmp_path, small_
     assert "measured again" not in capsys.readouterr().out
     assert all(again["seconds"][step] > found["seconds"][step] for step in found["seconds"])  # of both starts
 
-    saved = Saved(start(tmp_path))
+    saved = Saved(workload(), start(tmp_path))
     (name, curve), *_ = saved.curves.items()
     assert saved.get(name, curve["of"]) == [Point(**point) for point in found["curves"][name]]
     assert saved.get(name, {**curve["of"], "model": 1}) is None
     assert "it is measured again" in capsys.readouterr().out
+    swapped = workload()
+    swapped.picks, swapped.tests = swapped.tests, swapped.picks
+    assert Saved(swapped, start(tmp_path)).get(name, curve["of"]) is None
 
 
 @pytest.mark.slow
@@ -116,7 +130,8 @@ def test_moefication_is_fine_tuned_where_no_step_before_was(tmp_path, small_rout
     recipe.run_recipe(workload(), run)
     found = json.loads((tmp_path / "tiny-micro.json").read_text())
     plain, tuned = (found["curves"][f"MoEfication, {kind}s = 2"] for kind in ("", "fine-tuned, "))
-    assert [p["setting"] for p in plain] == [p["setting"] for p in tuned] == ["top 50%", "top 20%"]
+    assert [p["setting"] for p in plain] == [p["setting"] for p in tuned]
+    assert {"top 50.0%", "top 20.0%"} < {p["setting"] for p in tuned}
     assert all(p["gains"]["whole"] > 0 for p in tuned)
     assert plain[0]["metric"] != tuned[0]["metric"]
 
@@ -130,7 +145,8 @@ def test_what_was_measured_before_a_failure_is_on_disk(tmp_path, small_routers, 
     with pytest.raises(RuntimeError, match="out of memory"):
         recipe.run_recipe(workload(), start(tmp_path))
     found = json.loads((tmp_path / "tiny-micro.json").read_text())
-    ours = ("sadmoe, dynamic k, s = 4", "the same, static top-k", "the same, oracle gate")
+    same = ("the same, static top-k", "the same, oracle gate")
+    ours = ("sadmoe, dynamic k, s = 4", *same, "fine-tuned with static top-k")
     assert list(found["curves"]) == [
         *ours,
         *("no fine-tuning, " + name for name in ("FFNs only, s = 4", "static top-k", "oracle gate")),
@@ -141,10 +157,13 @@ def test_what_was_measured_before_a_failure_is_on_disk(tmp_path, small_routers, 
 
 def test_a_curve_ends_where_most_is_lost():
     values, work = iter([0.7, 1.0, 0.76, 0.74, 0.9]), workload()
-    work.metric = lambda outputs: next(values) + 0 * len(list(outputs))
+    work.picks = []
+    work.metric = lambda outputs: next(values) if list(outputs) else 0.5
     model = converted("bert")
-    points = sweep(work, model, [(f"tau {t}", DynamicK(t)) for t in (0.0, 0.1, 0.2, 0.3, 0.4)], 1.0, 1e-3)
+    gates = [(f"tau {t}", DynamicK(t)) for t in (0.0, 0.1, 0.2, 0.3, 0.4)]
+    points = sweep(work, model, gates, Dense(picks=2.0, tests=1.0), 1e-3)
     assert [point.metric for point in points] == [0.7, 1.0, 0.76, 0.74]
+    assert {point.picked for point in points} == {0.25}
     assert ["whole" in point.gains for point in points] == [False, True, False, False], "nor is it timed"
     assert points[0].share == 1 > points[-1].share > 0
 
@@ -161,12 +180,43 @@ def test_what_has_lost_too_much_takes_no_room_in_the_pictures():
     work = workload()
     work.higher_is_better = False
     points = [
-        Point(f"tau {x}", 1, 0, x, x, 1 / kept, kept) for x, kept in ((1, 1.0), (0.5, 0.8), (0.4, 1e-6))
+        Point(f"tau {x}", 1, 0, x, x, 1 / kept, kept, kept) for x, kept in ((1, 1.0), (0.5, 0.8), (0.4, 1e-6))
     ]
     (panel,) = panels(work, {"ours": points}, 1.0)
     ours, dense = panel.series
     assert ours.labels == ["tau 1", "tau 0.5"]
     assert dense.is_level
+
+
+def test_a_setting_is_picked_by_other_data_than_it_is_told_of():
+    def point(setting: str, flops: float, kept: float, picked: float) -> Point:
+        return Point(setting, 1, 0, flops, flops, kept, kept, picked)
+
+    curve = [point("tau 0", 1, 1, 1), point("tau 0.1", 0.5, 0.97, 0.99), point("tau 0.2", 0.3, 0.99, 0.97)]
+    found = best({"ours": curve})
+    assert (found["99%"]["ours"]["setting"], found["99%"]["ours"]["kept"]) == ("tau 0.1", 0.97)
+    assert best({"ours": curve[2:]}) == {"99%": {"ours": None}, "98%": {"ours": None}}
+    assert working_tau({"ours": curve}) == 0.1
+
+
+def test_the_error_of_what_is_kept_is_that_of_the_same_samples():
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.rand(4000, generator=generator) < 0.8
+    worse = dense & (torch.rand(4000, generator=generator) < 0.9)
+    assert error_of_ratio(dense, dense) == 0
+    (count, wrong) = int(dense.sum()), int((dense & ~worse).sum())
+    kept = 1 - wrong / count
+    assert error_of_ratio(worse, dense) == pytest.approx((kept * (1 - kept) / count) ** 0.5, rel=1e-3)
+
+
+def test_what_is_right_gives_a_point_its_error():
+    work = workload()
+    work.right = lambda output, batch: output.logits[:, 0] > output.logits[:, 1]
+    model = converted("bert classifier")
+    (point,) = sweep(work, model, [("tau 0", DynamicK(0.0))], work.dense_values(), 0.0)
+    assert point.error is not None
+    assert kept_by({"kept": 0.9912, "error": 0.0031}) == "99.1% ± 0.3"
+    assert kept_by({"kept": 0.9912}) == "99.1%"
 
 
 def test_a_longer_run_has_files_and_a_state_of_its_own(monkeypatch, capsys):

@@ -110,8 +110,21 @@ class KilledAt(list):
         return super().__getitem__(i)
 
 
+@pytest.fixture
+def updates(monkeypatch):
+    """A list that gets longer with every update of weights."""
+    made, update = [], torch.optim.AdamW.step
+
+    def counted(self, *args, **kw):
+        made.append(1)
+        return update(self, *args, **kw)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    return made
+
+
 @pytest.mark.parametrize("step", [sparsify, finetune])
-def test_a_run_that_was_killed_ends_as_if_it_had_not_been(step, tmp_path):
+def test_a_run_that_was_killed_ends_as_if_it_had_not_been(step, tmp_path, updates):
     uninterrupted, dense = start(step)
     whole = step(uninterrupted, dense, None)
     for killed_at in (2, STEPS - 1):
@@ -120,15 +133,64 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(step, tmp_path):
         with pytest.raises(Killed):
             step(model, dense, folder, KilledAt(batches(), killed_at))
         assert same(state(model), before)
+        updates.clear()
         report = step(model, dense, folder)
+        assert len(updates) == STEPS - killed_at
         assert report.history == whole.history
         assert same(state(model), state(uninterrupted))
 
 
+class Shuffled:
+    """Batches in an order that torch's own random numbers say, and after `left` of them the end of the run."""
+
+    def __init__(self, left: int = 10**6):
+        self.loader = torch.utils.data.DataLoader(batches(), batch_size=None, shuffle=True)
+        self.left, self.seen = left, []
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self):
+        for batch in self.loader:
+            if len(self.seen) == self.left:
+                raise Killed
+            self.seen.append(batch["input_ids"].sum().item())
+            yield batch
+
+
+def test_shuffled_batches_come_again_as_they_came(tmp_path):
+    whole, data = start(sparsify)[0], Shuffled()
+    config = SparsifyConfig(
+        steps=13, objective="task", lr=1e-3
+    )  # with dropout, which draws between the batches
+
+    def run(model: nn.Module, data: Shuffled) -> None:
+        sadmoe.sparsify_(
+            model, data, config, loss=mean_square, progress=False, checkpoint=Checkpoint(tmp_path, every=0.0)
+        )
+
+    torch.manual_seed(1)
+    sadmoe.sparsify_(whole, data, config, loss=mean_square, progress=False)
+    seen = data.seen[5:]  # the first five tell how sparse the model is
+    assert len(seen) == 13
+    epochs = [seen[:5], seen[5:10]]
+    assert sorted(epochs[0]) == sorted(epochs[1])
+    assert epochs[0] != epochs[1]
+    model, again = start(sparsify)[0], Shuffled()
+    with pytest.raises(Killed):
+        run(model, Shuffled(left=5 + 8))
+    torch.manual_seed(2)
+    run(model, again)
+    assert again.seen[5:] == seen
+    assert same(state(model), state(whole))
+
+
 @pytest.mark.parametrize("step", [finetune_layers, fit_routers, replace_projections, convert])
-def test_layers_that_were_done_are_not_done_again(step, tmp_path, monkeypatch):
+def test_layers_that_were_done_are_not_done_again(step, tmp_path, monkeypatch, updates):
     uninterrupted, dense = start(step)
+    updates.clear()
     step(uninterrupted, dense, None)
+    of_all = len(updates)
     model, dense = start(step)
     name = f"sadmoe.{TRAINS[step]}"
     real, calls = vars(sys.modules[name.rpartition(".")[0]])[name.rpartition(".")[2]], []
@@ -139,14 +201,19 @@ def test_layers_that_were_done_are_not_done_again(step, tmp_path, monkeypatch):
             raise Killed
         return real(*args, **kw)
 
+    updates.clear()
     with monkeypatch.context() as patch:
         patch.setattr(name, counted)
         with pytest.raises(Killed):
             step(model, dense, Checkpoint(tmp_path))
+    of_one = len(updates)
+    assert 0 < of_one < of_all
     assert len(list(tmp_path.iterdir())) == 1
+    updates.clear()
     step(model, dense, Checkpoint(tmp_path))
+    assert len(updates) == of_all - of_one
     assert same(state(model), state(uninterrupted))
-    files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    files = list(tmp_path.iterdir())
     assert len(files) > 1
     assert all(".tmp" not in path.name for path in files)
 
@@ -302,7 +369,15 @@ def shared(spoil: bool = False) -> dict[str, nn.Module]:
     sadmoe.finetune_(model, batches(), config, teacher=dense, progress=False)
     layered = copy.deepcopy(model)
     sadmoe.finetune_layers_(layered, batches(), config, teacher=dense, batch_tokens=8, progress=False)
-    return {"sparsify": sparse, "finetune": model, "layers": layered}
+    dropped, settings["objective"] = copy.deepcopy(dense).train(), "task"  # with dropout
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return (
+            model(**batch).last_hidden_state[..., :5].square().mean()
+        )  # of all it would be that of a norm, a constant
+
+    sadmoe.sparsify_(dropped, batches(), SparsifyConfig(**settings), loss=loss, progress=False)
+    return {"sparsify": sparse, "finetune": model, "layers": layered, "dropped": dropped}
 
 
 def assert_close_states(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -326,7 +401,7 @@ def test_two_processes_do_what_one_does(tmp_path):
     for name, model in shared().items():
         first, second = (load_file(tmp_path / f"{name}.{rank}.safetensors") for rank in range(2))
         assert same(first, second)
-        start_of = dict(converted()[name != "sparsify"].state_dict())
+        start_of = dict(converted()[name not in ("sparsify", "dropped")].state_dict())
         moved = [key for key in first if not torch.equal(first[key], start_of[key])]
         assert len(moved) > 20
         still = [key for key in first if "pooler" in key]  # which no hidden state depends on
@@ -347,6 +422,13 @@ def test_accumulation_is_one_large_batch():
         model.config.attention_probs_dropout_prob = 0.0
         sadmoe.sparsify_(model, data, config, loss=mean_square, progress=False)
     assert_close_states(*(state(model) for model in models))
+
+
+def test_projections_are_replaced_in_one_process(monkeypatch):
+    monkeypatch.setattr("sadmoe.attention.place", lambda: (0, 2))
+    dense, _ = converted()
+    with pytest.raises(RuntimeError, match="trains in one process, and was called in a group of 2"):
+        replace_projections(dense, dense, None)
 
 
 def test_accumulate_must_suit_the_processes(monkeypatch):

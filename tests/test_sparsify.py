@@ -343,6 +343,13 @@ def test_logits_of_padding_alone_are_no_loss():
     assert objective(nothing) == 0
 
 
+def test_the_model_itself_cannot_teach_its_logits():
+    model = TINY["bert classifier"].model()
+    config = SparsifyConfig(steps=1, objective="distill_logits")
+    with pytest.raises(ValueError, match="teacher is the model that is trained itself: pass a copy"):
+        sparsify_(model, [TINY["bert classifier"].batch()], config, teacher=model, progress=False)
+
+
 def test_a_teacher_of_another_kind_is_refused():
     tiny = TINY["llama"]
     model, shorter = tiny.model(), tiny.model()

@@ -57,6 +57,7 @@ def trained(
     """The model after a Trainer's run, and the Trainer. scaled_by_model: whether the model is told how many labels the
     whole update has, by which it then divides its loss."""
     model = model_of(name)
+    of_trainer = {key: arguments.pop(key) for key in ("eval_dataset",) if key in arguments}
     settings = {
         "max_steps": STEPS,
         "per_device_train_batch_size": 4,
@@ -67,7 +68,7 @@ def trained(
     callbacks = [] if callback is None else [callback]
     data = Rows(n, causal=name == "llama")
     arguments_ = transformers.TrainingArguments(tmp_path, **settings)
-    trainer = transformers.Trainer(model, arguments_, train_dataset=data, callbacks=callbacks)
+    trainer = transformers.Trainer(model, arguments_, train_dataset=data, callbacks=callbacks, **of_trainer)
     if scaled_by_model is not None:
         trainer.model_accepts_loss_kwargs = scaled_by_model
     trainer.train(resume_from_checkpoint=arguments.get("resume_from_checkpoint"))
@@ -189,6 +190,14 @@ def test_evaluation_inside_training_has_no_penalty(tmp_path):
         key: value for entry in trainer.state.log_history for key, value in entry.items() if "loss" in key
     }
     assert losses["eval_loss"] < 10 < losses["train_loss"]
+
+
+def test_evaluation_inside_training_leaves_nothing_behind(tmp_path):
+    callbacks = [SparsityCallback(alpha=10.0, schedule="constant") for _ in range(2)]
+    plain, _ = trained(tmp_path / "plain", callbacks[0], max_steps=3)
+    between = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": Rows(8, causal=False)}
+    evaluated, _ = trained(tmp_path / "evaluated", callbacks[1], max_steps=3, **between)
+    assert states_differ(plain, evaluated) == []
 
 
 def test_a_loss_of_the_trainer_s_own_is_refused(tmp_path):

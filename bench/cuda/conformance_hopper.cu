@@ -26,8 +26,11 @@ const char* const kRight[] = {"hand_over",
                               "product_of_registers_bf16",
                               "product_of_registers_f16"};
 
-int say(const char* name, bool right) {
-  std::printf("%-24s %s\n", name, right ? "ok" : "WRONG NUMBERS");
+template <class Check>
+int say(const char* name, Check check) {
+  std::printf("%-24s ", name);
+  const bool right = check();
+  std::printf("%s\n", right ? "ok" : "WRONG NUMBERS");
   return !right;
 }
 
@@ -75,14 +78,14 @@ int check_hopper() {
   }
   for (const char* name : kRight)
     for (const HopperCase& c : kHopperCases)
-      if (!std::strcmp(c.name, name)) failed += say(name, passes(c));
+      if (!std::strcmp(c.name, name)) failed += say(name, [&] { return passes(c); });
   for (const int64_t s : {8, 24, 64, 88, 128, 172})
     for (const bool gated : {false, true})
       for (const sadmoe::DType dtype : {sadmoe::DType::bf16, sadmoe::DType::f16}) {
         char name[40];
         std::snprintf(name, sizeof name, "layer, s %d%s, %s", static_cast<int>(s), gated ? ", GLU" : "",
                       dtype == sadmoe::DType::bf16 ? "bf16" : "f16");
-        failed += say(name, same_bits(dtype, gated, s));
+        failed += say(name, [&] { return same_bits(dtype, gated, s); });
       }
   return failed;
 }

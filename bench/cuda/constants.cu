@@ -1,4 +1,7 @@
 // What the cost model (python/sadmoe/crossover.py) must know of a card, measured on it.
+#include <cstdio>
+#include <string>
+
 #include "constants.h"
 #include "layer.h"
 
@@ -75,10 +78,10 @@ double launch_gap() {
       200);
 }
 
-// Products of one expert that all tokens take: nothing is sparse, all is at hand. With and without those of sm_90a, in
-// `up` alone.
+// Products of one expert that all tokens take: nothing is sparse, all is at hand. Those of sm_90a are in `up` alone, beside which
+// a narrow way out takes little.
 double product_rate(sadmoe::DType dtype, bool hopper = false) {
-  Layer layer({8192, 2048, 2048, 1, 2048}, dtype, false, 1);
+  Layer layer({8192, 2048, hopper ? 64 : 2048, 1, 2048}, dtype, false, 1);
   layer.options.hopper = hopper, layer.options.crowd = 2;
   layer.mask(1);
   return layer.flops() / seconds([&](int i, cudaStream_t stream) { layer.run(i, stream); }, 4);
@@ -112,9 +115,10 @@ void measure_constants(const char* path) {
   must(cudaGetDeviceProperties(&card, 0), "cudaGetDeviceProperties");
   int clock = 0;
   must(cudaDeviceGetAttribute(&clock, cudaDevAttrClockRate, 0), "clock rate");
-  FILE* file = std::fopen(path, "w");
+  const std::string beside = std::string(path) + ".part";
+  FILE* file = std::fopen(beside.c_str(), "w");
   if (!file) {
-    std::fprintf(stderr, "bench_cuda: cannot write %s\n", path);
+    std::fprintf(stderr, "bench_cuda: cannot write %s\n", beside.c_str());
     std::exit(1);
   }
   const double memory = read_rate(size_t{1} << 30, 1, 4);
@@ -127,6 +131,10 @@ void measure_constants(const char* path) {
   std::fprintf(file, " \"products_16\": %.6g, \"products_32\": %.6g, \"products_16_hopper\": %.6g}\n",
                product_rate(sadmoe::DType::bf16), product_rate(sadmoe::DType::f32), product_rate(sadmoe::DType::bf16, true));
   std::fclose(file);
+  if (std::rename(beside.c_str(), path)) {
+    std::fprintf(stderr, "bench_cuda: cannot write %s\n", path);
+    std::exit(1);
+  }
 }
 
 }  // namespace bench

@@ -93,6 +93,7 @@ void time_layers() {
 }  // namespace bench
 
 int main(int count, char** words) {
+  std::setvbuf(stdout, nullptr, _IONBF, 0);  // what was said before a hang is kept
   const char* word = count > 1 ? words[1] : "";
   if (!std::strcmp(word, "conformance") && count == 2) return bench::check_conformance() ? 1 : 0;
   if (!std::strcmp(word, "constants") && count == 3) return bench::measure_constants(words[2]), 0;

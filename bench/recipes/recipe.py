@@ -69,6 +69,7 @@ class Recipe:
         self.fitted = work.train[:: run.effort.stride]
         self.r2: dict[str, float] = {}
         self.after: dict[str, float] = {}  # the metric, by step
+        self.share: dict[int, float] = {}  # of the experts that the budget lets run, by their size
 
     def sparse(self, sizes: Sequence[int]) -> nn.Module:
         """Dense still: projections are MLPs that split into experts of all sizes, activations ReLU and mostly zero;
@@ -94,11 +95,12 @@ class Recipe:
 
     def note(self, step: str, model: nn.Module) -> None:
         """What a step left of the metric, with every neuron on."""
-        self.after[step] = self.work.value(model)
+        self.after[step] = self.work.value(model, self.work.tests)
         print(f"{self.work.metric_name} after {step}: {self.after[step]:.4f}")
 
     def converted(self, sparse: nn.Module, size: int) -> nn.Module:
-        """The sparse model in experts of `size` neurons, fine-tuned to do with few of them."""
+        """The sparse model in experts of `size` neurons: each layer fine-tuned to do with few of them, and routers, and
+        a tau for the budget."""
         model, effort, work, run, name = copy.deepcopy(sparse), self.effort, self.work, self.run, f"s{size}"
         untrained = ConvertConfig(
             expert_size=size, cluster="activity", router=RouterConfig(width=ROUTER, steps=1),
@@ -118,9 +120,21 @@ class Recipe:
         self.route(model, f"{name} routers")
         with run.stage(f"{name} calibrate"):
             some = work.train[:: max(1, len(work.train) // CALIBRATED)]
-            tau = calibrate_(model, some, budget=effort.budget).tau
-            print(f"tau {tau:.4f} for {effort.budget:.0%} of the layers' FLOPs")
-        self.finetune(model, f"{name} routed", replace(ROUTED, seconds=effort.routed))
+            found = calibrate_(model, some, budget=effort.budget)
+            print(f"tau {found.tau:.4f}, {found.share:.1%} run, for {effort.budget:.0%} of the layers' FLOPs")
+        self.share[size] = found.share
+        return model
+
+    def routed(self, converted: nn.Module, size: int) -> nn.Module:
+        """The converted model, the whole of it fine-tuned under its dynamic k."""
+        model = copy.deepcopy(converted)
+        self.finetune(model, f"s{size} routed", replace(ROUTED, seconds=self.effort.routed))
+        return model
+
+    def static(self, converted: nn.Module, size: int) -> nn.Module:
+        """The converted model, fine-tuned as `routed`, but as many experts for every token as run there on average."""
+        model = top(copy.deepcopy(converted), self.share[size])
+        self.finetune(model, f"s{size} static", replace(ROUTED, seconds=self.effort.routed))
         return model
 
     def finetune(self, model: nn.Module, step: str, config: FinetuneConfig) -> None:
@@ -154,51 +168,59 @@ class Recipe:
 
     def moefied(self, sparse: nn.Module, size: int) -> nn.Module:
         """The sparse model by MoEfication."""
-        effort, checkpoint = self.effort, self.run.checkpoint("MoEfication")
-        with self.run.stage("MoEfication"):
+        effort, checkpoint = self.effort, self.run.checkpoint(f"MoEfication s{size}")
+        with self.run.stage(f"MoEfication s{size}"):
             return moefied(sparse, self.fitted, size, effort.routers, effort.tokens, checkpoint)
 
     def tuned(self, moefied: nn.Module) -> nn.Module:
         """MoEfication's own calibration, for as long as ours trains after `sparse`: as many experts as our budget."""
-        for layer in moe_layers(moefied).values():
-            layer.gate = TopK(max(1, round(self.effort.budget * layer.experts)))
         seconds = self.effort.layers + self.effort.routed
-        self.finetune(moefied, "MoEfication tuned", replace(ROUTED, seconds=seconds))
+        self.finetune(top(moefied, self.effort.budget), "MoEfication tuned", replace(ROUTED, seconds=seconds))
         return moefied
+
+
+def top(model: nn.Module, share: float) -> nn.Module:
+    """The model, with that share of the experts for every token in every layer."""
+    for layer in moe_layers(model).values():
+        layer.gate = TopK(max(1, round(share * layer.experts)))
+    return model
 
 
 def run_recipe(work: Workload, run: Run) -> None:
     """All of it: JSON, PNG and HTML named after the run, under run.out."""
     recipe, effort, (ours, *others) = Recipe(work, run), run.effort, run.sizes
     with run.stage("controls"):
-        dense = work.value(work.dense)
+        dense = work.dense_values()
         facts = {
-            "controls": controls(work, dense),
+            "controls": controls(work, dense.tests),
             "after": recipe.after,
             "router_r2": recipe.r2,
             "effort": asdict(effort),
         }
-    print(f"{work.title}: dense {work.metric_name} {dense:.4f}; {facts['controls']}")
+    print(f"{work.title}: dense {work.metric_name} {dense.tests:.4f}; {facts['controls']}")
     dynamic: list[tuple[str, Gate]] = [(f"tau {t:g}", DynamicK(t)) for t in effort.taus]
     oracle: list[tuple[str, Gate]] = [(f"tau {t:g}", DynamicK(t, true_norms=True)) for t in effort.taus if t]
-    static: list[tuple[str, Gate]] = [(f"top {s:.0%}", TopK(round(1000 * s))) for s in effort.shares]
-
     results = Results(work, run, dense, facts)
     sparse = recipe.sparse(run.sizes)
-    model = recipe.converted(sparse, ours)
+    converted = recipe.converted(sparse, ours)
+    shares = sorted({*effort.shares, round(recipe.share[ours], 3)}, reverse=True)
+    static: list[tuple[str, Gate]] = [(f"top {s:.1%}", TopK(round(1000 * s))) for s in shares]
+    model = recipe.routed(converted, ours)
     results.add(f"sadmoe, dynamic k, s = {ours}", model, dynamic, timed=True)
     results.add("the same, static top-k", model, static, timed=True)
     results.add("the same, oracle gate", model, oracle)
+    results.add("fine-tuned with static top-k", recipe.static(converted, ours), static, timed=True)
     untrained = recipe.untrained(ours)
     results.add(f"no fine-tuning, FFNs only, s = {ours}", untrained, dynamic, timed=True)
     results.add("no fine-tuning, static top-k", untrained, static)
     results.add("no fine-tuning, oracle gate", untrained, oracle)
-    last = run.sizes[-1]
-    theirs = recipe.moefied(sparse, last)
-    results.add(f"MoEfication, s = {last}", theirs, static, timed=True)
+    for size in run.sizes:
+        theirs = recipe.moefied(sparse, size)
+        results.add(f"MoEfication, s = {size}", theirs, static, timed=True)
     if not effort.sparsify:  # else what it was given was fine-tuned
-        results.add(f"MoEfication, fine-tuned, s = {last}", recipe.tuned(theirs), static, timed=True)
+        results.add(f"MoEfication, fine-tuned, s = {size}", recipe.tuned(theirs), static, timed=True)
     for size in others:
-        results.add(f"sadmoe, dynamic k, s = {size}", recipe.converted(sparse, size), dynamic, timed=True)
+        model = recipe.routed(recipe.converted(sparse, size), size)
+        results.add(f"sadmoe, dynamic k, s = {size}", model, dynamic, timed=True)
     print(results.table())
     print("\n" + ", ".join(str(run.file(kind)) for kind in ("json", "png", "html")))

@@ -1,7 +1,8 @@
 """What a recipe's curves come to: the table, the picture, the page, written anew after every curve."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from run import Run
 from sadmoe import DynamicK, moe_layers
-from sadmoe.batches import device_of, evaluating, run, to_device
+from sadmoe.batches import device_of, evaluating, run, samples_in, to_device
 from sadmoe.files import checksum
 from sadmoe.gates import Gate
 from sadmoe.masks import record_masks
@@ -17,8 +18,8 @@ from sadmoe.model_report import short_names
 from sadmoe.report import Heat, Page, Panel, Series, plot_curves, write_page
 from sadmoe.tables import format_table
 from sadmoe.timing import machine
-from torch import nn
-from workload import Point, Workload, inputs, sweep
+from torch import Tensor, nn
+from workload import Dense, Point, Workload, inputs, sweep
 
 KEPT = (0.99, 0.98)  # of the dense metric, at which savings are told
 SHOWN = 0.5  # of a curve's best: points that keep less are in no picture, whose scale they would take
@@ -27,18 +28,23 @@ SHOWN = 0.5  # of a curve's best: points that keep less are in no picture, whose
 class Results:
     """Curves as they come, and the files that tell of them."""
 
-    def __init__(self, work: Workload, run: Run, dense: float, facts: dict[str, Any]):
+    def __init__(self, work: Workload, run: Run, dense: Dense, facts: dict[str, Any]):
         self.work, self.run, self.dense = work, run, dense
         self.facts = {
             "title": work.title,
             "machine": machine(),
+            "commit": commit(),
+            "samples": {
+                part: sum(map(samples_in, getattr(work, part))) for part in ("train", "picks", "tests")
+            },
             "metric": work.metric_name,
-            "dense": dense,
+            "dense": dense.tests,
+            "dense_on_picks": dense.picks,
             "also": {f"{name} of dense": value(work.dense) for name, value in work.also.items()},
             **facts,
         }
         self.curves: dict[str, list[Point]] = {}
-        self.saved = Saved(run)
+        self.saved = Saved(work, run)
         self.heat: Heat | None = None
         self.histograms: dict[str, list[int]] = {}
 
@@ -88,7 +94,7 @@ class Results:
         found["curves"] = {name: [asdict(point) for point in points] for name, points in curves.items()}
         found["histograms"] = self.histograms  # by layer: tokens, by how many experts they run
         self.run.file("json").write_text(json.dumps(found, indent=1))
-        pictures(self.work, curves, self.dense, self.run.file("png"))
+        pictures(self.work, curves, self.dense.tests, self.run.file("png"))
         write_page(self.run.file("html"), self.page())
 
     def table(self) -> str:
@@ -109,10 +115,11 @@ class Results:
             },
             table=kept_table(best(self.curves)),
             notes=(
-                "Each row: the gate of fewest FLOPs that keeps that share of the dense metric.",
+                "Each row: the gate of fewest FLOPs that keeps that share of the dense metric on data beside the tests,"
+                " and what it keeps on the tests.",
                 f"The curves leave out gates that keep less than {SHOWN:.0%} of their best.", *self.work.notes
             ),
-            panels=panels(self.work, self.curves, self.dense),
+            panels=panels(self.work, self.curves, self.dense.tests),
             heats=[self.heat] if self.heat is not None else [],
             histograms=self.histograms,
         )  # fmt: skip
@@ -121,10 +128,11 @@ class Results:
 class Saved:
     """Curves of an earlier start of the same run, each with what it is of: model, gates, samples, machine."""
 
-    def __init__(self, run: Run):
+    def __init__(self, work: Workload, run: Run):
         self.path = run.state / "curves.json"
         device = torch.cuda.get_device_name() if run.device.startswith("cuda") else run.device
-        self.on = {"machine": machine(), "device": device, "tests": run.effort.tests}
+        samples = checksum({str(i): sample for i, sample in enumerate(_tensors([work.picks, work.tests]))})
+        self.on = {"machine": machine(), "device": device, "samples": samples}
         self.curves: dict[str, dict[str, Any]] = {}
         if self.path.exists():
             self.curves = json.loads(self.path.read_text())
@@ -135,7 +143,9 @@ class Saved:
         if found is None:
             return None
         if found["of"] != {**of, **self.on}:
-            print(f"{self.path} has this curve of another model, machine or gates: it is measured again")
+            print(
+                f"{self.path} has this curve of another model, machine, gates or tests: it is measured again"
+            )
             return None
         return [Point(**point) for point in found["points"]]
 
@@ -148,27 +158,43 @@ class Saved:
         beside.replace(self.path)
 
 
+def commit() -> str:
+    """Of this checkout, with what was not committed told."""
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    found = subprocess.run(words, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def _tensors(nest: Any) -> Iterator[Tensor]:
+    if isinstance(nest, Tensor):
+        yield nest
+    elif isinstance(nest, Mapping | Sequence) and not isinstance(nest, str):
+        for part in nest.values() if isinstance(nest, Mapping) else nest:
+            yield from _tensors(part)
+
+
 def listed(values: Mapping[str, float], digits: int) -> str:
     """Names and numbers in one line; "none" where there are none."""
     return ", ".join(f"{name} {value:.{digits}f}" for name, value in values.items()) or "none"
 
 
 def best(curves: dict[str, list[Point]]) -> dict[str, dict[str, Any]]:
-    """Of each curve the point of fewest FLOPs that keeps that much of the dense metric; null where none does."""
+    """Of each curve the point of fewest FLOPs that keeps that much of the dense metric on the picks; null where none
+    does."""
     found: dict[str, dict[str, Any]] = {}
     for share in KEPT:
         for name, points in curves.items():
-            enough = [point for point in points if point.kept >= share]
+            enough = [point for point in points if point.picked >= share]
             point = min(enough, key=lambda p: p.flops, default=None)
             found.setdefault(f"{share:.0%}", {})[name] = None if point is None else asdict(point)
     return found
 
 
 def working_tau(curves: dict[str, list[Point]]) -> float:
-    """Of the first curve: the tau of fewest FLOPs that keeps 98 %, else the one that keeps most."""
+    """Of the first curve: the tau of fewest FLOPs that keeps 98 % on the picks, else the one that keeps most."""
     points = next(iter(curves.values()))
-    enough = [p for p in points if p.kept >= KEPT[-1]]
-    chosen = min(enough, key=lambda p: p.flops) if enough else max(points, key=lambda p: p.kept)
+    enough = [p for p in points if p.picked >= KEPT[-1]]
+    chosen = min(enough, key=lambda p: p.flops) if enough else max(points, key=lambda p: p.picked)
     return float(chosen.setting.removeprefix("tau "))
 
 
@@ -178,6 +204,7 @@ def kept_table(kept: dict[str, dict[str, Any]]) -> tuple[tuple[str, ...], list[t
         "method",
         "of dense",
         "gate",
+        "kept on tests",
         "FLOPs saved",
         "of the layers",
         "k mean",
@@ -188,7 +215,7 @@ def kept_table(kept: dict[str, dict[str, Any]]) -> tuple[tuple[str, ...], list[t
     for share, by_curve in kept.items():
         for name, point in by_curve.items():
             if point is None:
-                rows.append((name, share, "none does", *[""] * 5))
+                rows.append((name, share, "none does", *[""] * 6))
                 continue
             gains = ", ".join(f"{timer} {gain:.2f}" for timer, gain in point["gains"].items())
             saved = (f"{1 - point['flops']:.1%}", f"{1 - point['ffn_flops']:.1%}")
@@ -197,6 +224,7 @@ def kept_table(kept: dict[str, dict[str, Any]]) -> tuple[tuple[str, ...], list[t
                     name,
                     share,
                     point["setting"],
+                    kept_by(point),
                     *saved,
                     f"{point['share']:.1%}",
                     f"{point['spread']:.1%}",
@@ -204,6 +232,12 @@ def kept_table(kept: dict[str, dict[str, Any]]) -> tuple[tuple[str, ...], list[t
                 )
             )
     return header, rows
+
+
+def kept_by(point: Mapping[str, Any]) -> str:
+    """What a point keeps of the dense metric on the tests, with its standard error where that is known."""
+    error = point.get("error")
+    return f"{point['kept']:.1%}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def panels(work: Workload, curves: dict[str, list[Point]], dense: float) -> list[Panel]:

@@ -160,10 +160,12 @@ def pixels(images: Tensor, size: int) -> Tensor:
 
 
 def python_docs() -> tuple[str, str]:
-    """Python's own documentation, from the standard library: a text to train on, and a fifth of it held out."""
+    """Python's own documentation, from the standard library: a text to train on, and of a fifth of its topics what the
+    others do not repeat."""
     texts = [text for _, text in sorted(topics.items())]
-    held_out = [text for i, text in enumerate(texts) if i % 5 == 0]
-    return "\n\n".join(text for i, text in enumerate(texts) if i % 5), "\n\n".join(held_out)
+    train = "\n\n".join(text for i, text in enumerate(texts) if i % 5)
+    held_out = (part for text in texts[::5] for part in text.split("\n\n"))
+    return train, "\n\n".join(part for part in held_out if part not in train)
 
 
 def brown_news(data: Path) -> str:
@@ -177,7 +179,8 @@ def brown_news(data: Path) -> str:
 
 
 def handbook(data: Path) -> list[tuple[str, str]]:
-    """Paragraphs of the Debian handbook, English and Brazilian Portuguese, where both have as many on a page."""
+    """Paragraphs of the Debian handbook, English and Brazilian Portuguese, where both have as many on a page, each
+    once."""
     folder = needed(data / "usr/share/doc/debian-handbook/html")
     pairs = []
     for page in sorted((folder / "en-US").glob("*.html")):
@@ -187,7 +190,7 @@ def handbook(data: Path) -> list[tuple[str, str]]:
             pairs += zip(ours, theirs, strict=True)
     return [
         (a, b)
-        for a, b in pairs
+        for a, b in dict.fromkeys(pairs)
         if 40 <= len(a) <= 400 and len(b) > 20 and a != b and 0.6 < len(b) / len(a) < 1.8
     ]
 

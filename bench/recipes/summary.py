@@ -1,8 +1,10 @@
 """What every recipe saved, by method, from the JSON files that the recipes wrote: the tables of bench/results.
 
-FLOPs saved: of the whole model / of the converted layers. --short: the table of README, a line a run, at the first
-share of the dense metric: FLOPs of the whole model saved, and times faster where that was timed, by the best size of
-experts.
+Of each method the setting of fewest FLOPs that keeps 99 or 98 % of the dense metric on data beside the tests ("picked
+on: apart"; in earlier files on the tests themselves), and what it keeps on the tests. FLOPs saved: of the whole model /
+of the converted layers. --short: the table of README, a line a run, at the first share of the dense metric: FLOPs of
+the whole model saved, and times faster where that was timed, by the best size of experts; what the tests keep, where
+the setting was picked apart.
 
 python bench/recipes/summary.py [--short] [bench/results/w1-cpu.json ...]
 """
@@ -12,13 +14,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from results import listed
+from results import kept_by, listed
 from sadmoe.tables import format_table
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 GROUPS = {  # columns of the short table, by how the names of their methods begin
     "dynamic k": "sadmoe, dynamic k",
     "static top-k": "the same, static top-k",
+    "tuned static": "fine-tuned with static top-k",
     "oracle": "the same, oracle gate",
     "no fine-tuning": "no fine-tuning, FFNs only",
     "MoEfication": "MoEfication",
@@ -34,7 +37,7 @@ def row(method: str, kept: dict[str, Any]) -> tuple[str, ...]:
             cells += ["none", "", "", ""]
             continue
         cells += [
-            point["setting"],
+            f"{point['setting']}: {kept_by(point)}",
             f"{1 - point['flops']:.1%} / {1 - point['ffn_flops']:.1%}",
             f"{point['share']:.1%} ± {100 * point['spread']:.1f}",
             ", ".join(f"{gain:.2f}" for gain in point["gains"].values()),
@@ -64,7 +67,8 @@ def short_row(name: str, found: dict[str, Any]) -> tuple[str, ...]:
             continue
         best = min(points, key=lambda point: point["flops"])
         gains = " and ".join(f"{gain:.2f}" for gain in best["gains"].values())
-        cells.append(f"{1 - best['flops']:.1%}" + (f", {gains}x" if gains else ""))
+        kept = f" ({kept_by(best)})" if "picked" in best else ""
+        cells.append(f"{1 - best['flops']:.1%}" + (f", {gains}x" if gains else "") + kept)
     return tuple(cells)
 
 
@@ -83,6 +87,8 @@ def main() -> None:
         found = json.loads(path.read_text())
         told = found["metric"]
         print(f"{path.stem}. {found['title']}. {told}: {listed(found['controls'], 4)}")
+        on = "apart" if "dense_on_picks" in found else "the tests"
+        print(f"settings picked on: {on}")
         if after := found.get("after"):
             print(f"every neuron on, after {listed(after, 4)}")
         if also := found.get("also"):
@@ -94,7 +100,7 @@ def main() -> None:
         print("faster: " + ", ".join(max(timers, key=len, default=[])))
         header = ["method"]
         for share in found["kept"]:
-            header += [f"{share} of dense", "FLOPs saved", "experts run", "faster"]
+            header += [f"{share} of dense: kept", "FLOPs saved", "experts run", "faster"]
         methods = next(iter(found["kept"].values()))
         print(format_table(tuple(header), [row(method, found["kept"]) for method in methods]) + "\n")
 

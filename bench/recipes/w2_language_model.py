@@ -85,7 +85,8 @@ def main() -> None:
     novels = austen(run.data, "prideprejudice", "sensesensibility")
     train = [batch for text in (docs, novels) for batch in blocks(tokenizer, text, count // 2)]
     held_out = (austen(run.data, "persuasion")[2000:], brown_news(run.data), held_out_docs)
-    tests = [batch for text in held_out for batch in blocks(tokenizer, text, least)]
+    told = [blocks(tokenizer, text, 2 * least) for text in held_out]
+    tests, picks = ([batch for text in told for batch in text[i::2]] for i in (0, 1))
     one = tests[0]["input_ids"].to(run.device)
     settings = {
         "max_new_tokens": NEW,
@@ -98,6 +99,7 @@ def main() -> None:
             title="W2: SmolLM2-135M",
             dense=model.to(run.device),
             train=train,
+            picks=picks,
             tests=tests,
             metric=BitsPerByte(tokenizer),
             metric_name="bits per byte",

@@ -24,10 +24,15 @@ WEIGHT = 1.0  # of the logits beside the hidden states
 EFFORTS = {"tiny": TINY, "cpu": replace(CPU, stride=6), "gpu": GPU}
 
 
+def right(logits: Tensor, batch: Any) -> Tensor:
+    """Which images' classes the model names."""
+    return logits.argmax(-1) == batch["labels"]
+
+
 def accuracy(outputs: Iterable[tuple[Tensor, Any]]) -> float:
     """Share of the images whose class the model names."""
-    right = torch.cat([logits.argmax(-1) == batch["labels"] for logits, batch in outputs])
-    return int(right.sum()) / len(right)
+    rights = torch.cat([right(logits, batch) for logits, batch in outputs])
+    return int(rights.sum()) / len(rights)
 
 
 def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
@@ -57,7 +62,9 @@ def heat(model: nn.Module, image: Tensor, patches: int) -> Heat:
 def on_fashion_mnist(title: str, model: nn.Module, side: int, patch: int, lr: float, run: Run) -> None:
     """The recipe on a classifier of images of side x side pixels, in patches of patch x patch, trained here first."""
     labelled = batches(*fashion_mnist(run.data, "train", run.effort.train), 64, side)
-    tests = batches(*fashion_mnist(run.data, "t10k", run.effort.tests), 200, side)
+    held_out = fashion_mnist(run.data, "t10k", 2 * run.effort.tests)
+    parts = batches(*held_out, min(200, run.effort.tests), side)
+    tests, picks = parts[::2], parts[1::2]
     dense = task_trained(model, labelled, cross_entropy, lr, run)
     one = tests[0]["pixel_values"][:64].to(run.device)
     run_recipe(
@@ -65,8 +72,10 @@ def on_fashion_mnist(title: str, model: nn.Module, side: int, patch: int, lr: fl
             title=title,
             dense=dense,
             train=[{"pixel_values": batch["pixel_values"]} for batch in labelled],
+            picks=picks,
             tests=tests,
             metric=accuracy,
+            right=right,
             metric_name="top-1",
             higher_is_better=True,
             heat=lambda model: heat(model, one[:1], side // patch),

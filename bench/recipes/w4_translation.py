@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from workload import Workload, inputs
 
 WEIGHT = 1.0  # of the logits beside the hidden states
-TESTS = 200  # pairs, of 1,695
+TESTS = 200  # pairs, of 1,695; as many to pick a setting on
 IGNORED = -100
 EFFORTS = {
     "tiny": TINY,
@@ -106,8 +106,9 @@ def main() -> None:
     model, tokenizer = translator()
     pairs = handbook(run.data)
     random.Random(0).shuffle(pairs)
-    train = batches(tokenizer, pairs[TESTS:][: effort.train], 24)
-    tests = batches(tokenizer, pairs[: min(TESTS, effort.tests)], 25)
+    count = min(TESTS, effort.tests)
+    train = batches(tokenizer, pairs[2 * TESTS :][: effort.train], 24)
+    picks, tests = (batches(tokenizer, pairs[i:][:count], 25) for i in (TESTS, 0))
     one = inputs(to_device(tests[len(tests) // 2], run.device))
     sentence = inputs(to_device(batches(tokenizer, pairs[:1], 1)[0], run.device))
     run_recipe(
@@ -115,6 +116,7 @@ def main() -> None:
             title="W4: a Marian translator with ReLU, English to Portuguese",
             dense=model.to(run.device),
             train=[inputs(batch) for batch in train],
+            picks=picks,
             tests=tests,
             metric=perplexity,
             metric_name="perplexity",

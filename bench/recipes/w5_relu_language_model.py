@@ -65,7 +65,8 @@ def main() -> None:
     text = austen(run.data, *NOVELS)
     tokenizer, model = own_tokenizer(text), untrained_opt()
     labelled = batches(tokenizer, text)[: run.effort.train // ROWS]
-    tests = blocks(tokenizer, austen(run.data, "persuasion")[2000:], max(1, run.effort.tests // 125))
+    held_out = blocks(tokenizer, austen(run.data, "persuasion")[2000:], 2 * max(1, run.effort.tests // 125))
+    tests, picks = held_out[::2], held_out[1::2]
     dense = task_trained(model, labelled, None, 1e-3, run)
     one = tests[0]["input_ids"].to(run.device)
     settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
@@ -74,6 +75,7 @@ def main() -> None:
             title="W5: a small OPT with ReLU, trained on five novels here",
             dense=dense,
             train=[{"input_ids": batch["input_ids"]} for batch in labelled],
+            picks=picks,
             tests=tests,
             metric=BitsPerByte(tokenizer),
             metric_name="bits per byte",

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from sadmoe import TopK, moe_layers
@@ -26,11 +26,12 @@ OF_USE = 0.9  # of the dense metric: where less is kept, nobody asks how fast it
 
 @dataclass
 class Workload:
-    """One model, its data, and what is asked of it. metric: of the pairs (output, batch) of all tests."""
+    """One model, its data, and what is asked of it. metric: of the pairs (output, batch) of all tests, or all picks."""
 
     title: str
     dense: nn.Module
     train: list[Any]  # batches, labels unused
+    picks: list[Any]  # neither trained on nor told of: on them a setting is chosen
     tests: list[Any]
     metric: Callable[[Iterable[tuple[Any, Any]]], float]
     metric_name: str
@@ -38,6 +39,9 @@ class Workload:
     heat: Callable[[nn.Module], Heat]
     timers: dict[str, Callable[[nn.Module], object]]  # name -> what is timed
     output_loss: OutputLoss | None = None
+    right: Callable[[Any, Any], Tensor] | None = (
+        None  # bool, of each sample; metric is then the share that is right
+    )
     also: dict[str, Callable[[nn.Module], float]] = field(default_factory=dict)  # of dense and of ours, once
     notes: tuple[str, ...] = ()
 
@@ -46,26 +50,49 @@ class Workload:
         return value / dense if self.higher_is_better else dense / value
 
     def value(
-        self, model: nn.Module, during: Callable[[Any], AbstractContextManager[Any]] = nullcontext
+        self,
+        model: nn.Module,
+        batches: list[Any],
+        during: Callable[[Any], AbstractContextManager[Any]] = nullcontext,
+        rights: list[Tensor] | None = None,
     ) -> float:
-        """The metric of a model. during: a context for each batch, in which the model runs and the metric does not."""
+        """The metric of a model. during: a context for each batch, in which the model runs and the metric does not.
+        rights: takes what is right."""
 
         def outputs() -> Iterator[tuple[Any, Any]]:
-            for batch in self.tests:
+            for batch in batches:
                 batch = to_device(batch, device_of(model))
                 with during(batch):
                     output = run(model, inputs(batch))
+                if rights is not None and self.right is not None:
+                    rights.append(self.right(output, batch))
                 yield output, batch
 
         with evaluating(model):
             return self.metric(outputs())
 
+    def dense_values(self) -> "Dense":
+        """The metric of the dense model."""
+        rights: list[Tensor] = []
+        on_tests = self.value(self.dense, self.tests, rights=rights)
+        return Dense(self.value(self.dense, self.picks), on_tests, rights)
+
+
+class Dense(NamedTuple):
+    """The metric of the dense model, on both. rights: see `Workload.value`, of the tests."""
+
+    picks: float
+    tests: float
+    rights: Sequence[Tensor] = ()
+
 
 @dataclass
 class Point:
-    """One gate of one curve. share: executed pairs; spread: standard deviation of a token's share, mean over layers.
-    ffn_flops, flops: of the converted layers, and of the whole model, over dense. gains: by timer; spreads: of the
-    times, distance of the quartiles over the median."""
+    """One gate of one curve, on the tests. share: executed pairs; spread: standard deviation of a token's share, mean
+    over layers. ffn_flops, flops: of the converted layers, and of the whole model, over dense. picked: what is kept of
+    the dense metric on the picks. error: one standard error of kept, where the metric is a share of the samples; the
+    same samples are right or wrong by both models. gains: by timer; spreads: of the times, distance of the quartiles
+    over the median; calls: timed."""
 
     setting: str
     share: float
@@ -74,12 +101,15 @@ class Point:
     flops: float
     metric: float
     kept: float
+    picked: float
+    error: float | None = None
     gains: dict[str, float] = field(default_factory=dict)
     spreads: dict[str, float] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
 
 
 def sweep(
-    work: Workload, model: nn.Module, gates: Sequence[tuple[str, Gate]], dense: float, timed: float
+    work: Workload, model: nn.Module, gates: Sequence[tuple[str, Gate]], dense: Dense, timed: float
 ) -> list[Point]:
     """The model under one gate after the other, which all layers get, until most is lost.
 
@@ -97,10 +127,11 @@ def sweep(
                 times = measure(
                     {"dense": lambda call=call: call(work.dense), "ours": lambda call=call: call(model)},
                     timed,
-                    least=3,
+                    least=5,
                 )
             point.gains[name] = times["dense"].median / times["ours"].median
             point.spreads[name] = max(time.spread for time in times.values())
+            point.calls[name] = times["ours"].calls
         points.append(point)
         print(
             f"  {setting}: share {point.share:.1%}, FLOPs {point.flops:.1%}, {work.metric_name} {point.metric:.4f}",
@@ -111,9 +142,9 @@ def sweep(
     return points
 
 
-def measured(work: Workload, model: nn.Module, setting: str, dense: float) -> Point:
+def measured(work: Workload, model: nn.Module, setting: str, dense: Dense) -> Point:
     """Cost and metric of the model as its gates stand."""
-    count, samples = FlopCount(model), sum(map(samples_in, work.tests))
+    count, samples, rights = FlopCount(model), sum(map(samples_in, work.tests)), list[Tensor]()
     with record_masks(model) as record:
 
         @contextmanager
@@ -121,11 +152,20 @@ def measured(work: Workload, model: nn.Module, setting: str, dense: float) -> Po
             with count, record.batch(batch):
                 yield
 
-        value = work.value(model, counted)
+        value = work.value(model, work.tests, counted, rights)
     report = cost_of_masks(model, record.layers, samples, count.flops / samples)
     spread = statistics.mean(_spread(counts.histogram) for counts in record.layers.values())
     ffns = report.executed / report.dense
-    return Point(setting, report.share, spread, ffns, report.of_dense, value, work.kept(value, dense))
+    kept, picked = work.kept(value, dense.tests), work.kept(work.value(model, work.picks), dense.picks)
+    error = error_of_ratio(torch.cat(rights), torch.cat(tuple(dense.rights))) if rights else None
+    return Point(setting, report.share, spread, ffns, report.of_dense, value, kept, picked, error)
+
+
+def error_of_ratio(ours: Tensor, dense: Tensor) -> float:
+    """One standard error of mean(ours) / mean(dense), both [N], of the same samples."""
+    ours, dense = ours.double(), dense.double()
+    left = ours - ours.mean() / dense.mean() * dense
+    return (left.std() / dense.mean() / len(left) ** 0.5).item()
 
 
 def inputs(batch: Batch) -> Batch:
@@ -142,16 +182,16 @@ def _spread(histogram: Tensor) -> float:
 
 def controls(work: Workload, dense: float) -> dict[str, float]:
     """What the metric says of the dense model without FFNs, with the best half of each token's neurons, and with the
-    half that is best on average."""
+    half that is best on average, over the picks."""
     sites, found = find_ffns(work.dense), {"dense": dense}
     sums: dict[str, Tensor] = {}
     with masked(sites, added_to(sums)):
-        work.value(work.dense)
+        work.value(work.dense, work.picks)
     for name, keep in (
         ("FFN off", lambda c, site: torch.zeros_like(c, dtype=torch.bool)),
         ("best half of the neurons of each token", lambda c, site: top_half(c)),
         ("the same half for all tokens", lambda c, site: top_half(sums[site.name]).expand_as(c)),
     ):
         with masked(sites, keep):
-            found[name] = work.value(work.dense)
+            found[name] = work.value(work.dense, work.tests)
     return found

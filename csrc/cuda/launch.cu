@@ -11,8 +11,9 @@
 namespace sadmoe::cuda {
 namespace {
 
-constexpr int64_t kMaskedRows = 1024;  // blocks for each piece of a row of masked_activation, each striding over the tokens
-constexpr int64_t kRowBlocks = 64;     // blocks an expert and strip, each striding over the tokens; the rest exits at once
+constexpr int64_t kMaskedRows = 1024;   // blocks for each piece of a row of masked_activation, each striding over the tokens
+constexpr int64_t kRowBlocks = 64;      // blocks an expert and strip, each striding over the tokens; the rest exits at once
+constexpr int64_t kMostBlocks = 65535;  // of one expert that all tokens take, as the router, whose every block has work
 
 // Whether the current device has the instructions of sm_90a, and may use them.
 int on_hopper(const Options& options, bool& is) {
@@ -26,7 +27,7 @@ int on_hopper(const Options& options, bool& is) {
 template <class Tile, bool kGated>
 int launch_up(Up p, int64_t first, int64_t last, void* stream) {
   p.first = first, p.strips = divide(last - first, Tile::columns);
-  const Grid grid{p.E * p.strips, std::min(divide(p.T, Tile::rows), kRowBlocks)};
+  const Grid grid{p.E * p.strips, std::min(divide(p.T, Tile::rows), p.starts ? kRowBlocks : kMostBlocks)};
   return launch(up<Tile, kGated>, grid, kThreads, shared_bytes<UpMemory<Tile, kGated>, kUpBlocks<kGated>>(), stream, p);
 }
 

@@ -18,7 +18,7 @@ struct ScanMemory {
 // starts, counted from the first token of each expert, and the totals. A lane an expert, a warp a share of the tiles.
 SADMOE_KERNEL(kScanThreads) plan_scan(Plan p) {
   SADMOE_SHARED(ScanMemory, memory);
-  constexpr int kWarps = kScanThreads / 32;
+  constexpr int kWarps = kScanThreads / 32, kAtOnce = 4;  // tiles whose words are on their way before a start is written
   const int lane = thread_index() % 32, warp = thread_index() / 32;
   const int64_t e = block_x() * 32 + lane, share = (p.tiles + kWarps - 1) / kWarps, begin = warp * share;
   const int64_t end = e >= p.E ? begin : begin + share < p.tiles ? begin + share : p.tiles;
@@ -28,9 +28,15 @@ SADMOE_KERNEL(kScanThreads) plan_scan(Plan p) {
   sync_block();
   int32_t start = 0;
   for (int w = 0; w < warp; ++w) start += memory.counts[w][lane];
-  for (int64_t i = begin; i < end; ++i) {
-    p.starts[i * p.E + e] = start;
-    start += p.tile_count(i, e);
+  for (int64_t i = begin; i < end; i += kAtOnce) {
+    int32_t counts[kAtOnce];
+    SADMOE_UNROLL
+    for (int j = 0; j < kAtOnce; ++j) counts[j] = i + j < end ? p.tile_count(i + j, e) : 0;
+    SADMOE_UNROLL
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (i + j < end) p.starts[(i + j) * p.E + e] = start;
+      start += counts[j];
+    }
   }
   if (warp == kWarps - 1 && e < p.E) p.totals()[e] = start;
 }

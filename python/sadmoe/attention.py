@@ -39,6 +39,7 @@ from sadmoe.tables import format_table
 from sadmoe.training import Checkpoint, LoopConfig
 from sadmoe.training.guards import seeded
 from sadmoe.training.loop import train
+from sadmoe.training.processes import place
 from sadmoe.training.resume import check_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -238,11 +239,16 @@ def replace_projections_(
     batches: as in `convert_`.   checkpoint: where to resume from after a kill, see `Checkpoint`.
     Source: arXiv 2310.04361, section 3.4, whose MLPs start at random.
     Raises ValueError and TypeError for wrong input, NotImplementedError where no projection can be replaced,
-    FloatingPointError where a loss is not finite.
+    RuntimeError in a process group of several, FloatingPointError where a loss is not finite.
     """
     config = ProjectionConfig() if config is None else check_config(config, ProjectionConfig)
     check_checkpoint(checkpoint)
     check_batches(batches)
+    if (world := place()[1]) > 1:
+        raise RuntimeError(
+            f"replace_projections_ trains in one process, and was called in a group of {world}: call it before the "
+            "group is made, or in one process that saves the model for the others"
+        )
     started = time.perf_counter()
     sites = find_projections(model, config.filter, batches=batches)
     by_name = {site.name: site for site in sites}

@@ -4,6 +4,7 @@ A *batch* is one call: a Mapping becomes model(**batch), a tuple or list model(*
 *batches* is a collection of them that can be gone through again and again: a list, a DataLoader.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,12 @@ from torch import Tensor, nn
 
 Batch = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
 Batches = Iterable[Batch]
+IGNORED = -100  # label of a token that counts in no loss
+# Keys and values of an attention to the encoder, by the names that BART, T5, BERT and their like give to both.
+_OF_ENCODER_STATES = re.compile(
+    r"(encoder_?at|enc(oder)?_?dec|cross_?at).*\.(k|v|kv|key|value)(_?proj|_?lin|_?layer)?(\.|$)",
+    re.IGNORECASE,
+)
 
 
 def run(model: nn.Module, batch: Batch) -> Any:
@@ -148,15 +155,19 @@ def real_rows(model: nn.Module, name: str, batch: Batch, x: Tensor) -> Tensor | 
     x [..., d] is what entered the module while the model ran `batch`; the result is bool [rows] for
     x.reshape(-1, d). A padding mask [B, T] applies where it has as many tokens as x: to [T, B, d], if B is not T, and
     to models that flatten [B, T, d] first. In an encoder-decoder, what is below a module named "decoder" answers to
-    "decoder_attention_mask"; where images come beside text, what is below one named after vision answers to no mask.
+    "decoder_attention_mask", or where there is none to "labels", whose padding is -100; but for keys and values of
+    cross-attention, which are made from the encoder's tokens. Where images come beside text, what is below a module
+    named after vision answers to no mask.
     """
     batch = _only(batch)
     sees = any(word in name for word in ("vision", "visual", "image"))
     if sees and isinstance(batch, Mapping) and "pixel_values" in batch and "input_ids" in batch:
         return None
     two_sided = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    decoder = two_sided and "decoder" in name.split(".")
+    decoder = two_sided and "decoder" in name.split(".") and not _OF_ENCODER_STATES.search(name)
     mask = _mask(batch, "decoder_attention_mask" if decoder else "attention_mask")
+    if mask is None and decoder:
+        mask = _labelled(batch)
     if mask is None or x.is_nested or mask.numel() != x[..., 0].numel():
         return None
     return mask_rows(mask, x.shape).to(x.device)
@@ -190,6 +201,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _only(batch: Batch) -> Any:
     """What a tuple of one holds, as the batches of a SentenceTransformer; else the batch."""
     return batch[0] if isinstance(batch, tuple | list) and len(batch) == 1 else batch
+
+
+def _labelled(batch: Batch) -> Tensor | None:
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    return labels != IGNORED if isinstance(labels, Tensor) and labels.dim() == 2 else None
 
 
 def _mask(batch: Batch, key: str) -> Tensor | None:

@@ -96,6 +96,10 @@ def _bench(arguments: argparse.Namespace) -> None:
     if arguments.json:
         check_files((arguments.json,), arguments.force)
     if arguments.cache:
+        if not cache_file(arguments.cache).exists():
+            raise FileNotFoundError(
+                f"--cache {arguments.cache}: no such file; with --calibrate, sadmoe bench measures and writes it"
+            )
         use_costs(read(cache_file(arguments.cache)).values())
     if arguments.batch_invariant:
         set_batch_invariant(model, arguments.batch_invariant == "yes")

@@ -76,9 +76,9 @@ def finetune_for_budget_(
     and calibration come on top.   dense: the model that is to be matched.   sparse: a copy of the model
     from just before `convert_`, needed where `sparsify_` or `replace_projections_` had made it another than dense.
     output_loss: see `finetune_`.
-    router: the training of the routers, which stay as wide as they are.   max_tokens: inputs of each layer to train on.
-    seed: of the order of batches and tokens.   checkpoint: where to resume from after a kill, a folder for each step
-    and budget, see `Checkpoint`. Runs in one process.
+    router: the training of the routers, which stay as wide as they are and take this seed.   max_tokens: inputs of each
+    layer to train on.   seed: of the order of batches and tokens.   checkpoint: where to resume from after a kill, a
+    folder for each step and budget, see `Checkpoint`. Runs in one process.
     Raises what the steps raise; after any error the model is as it was, its gates too.
     """
     check_budget(budget)
@@ -92,7 +92,8 @@ def finetune_for_budget_(
     layers = trainable_layers(model)
     check_reachable(budget, cost(model, shares=1.0))
     router = replace(check_config(router, RouterConfig), width=_router_width(model, layers), seed=seed)
-    some = list(islice(batches, 0, None, max(1, (length(batches) or 0) // CALIBRATED)))
+    count = length(batches)
+    some = list(islice(batches, 0, count or CALIBRATED, max(1, (count or 0) // CALIBRATED)))
 
     def of(step: str) -> dict[str, Any]:
         if checkpoint is None:

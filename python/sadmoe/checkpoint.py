@@ -5,12 +5,13 @@ The metadata key "sadmoe" is JSON:
   layers   name -> what `describe.describe` says of the layer there
   aliases  name -> the stored name it shares its tensor with (tied weights are stored once)
   crc32    stored name -> checksum of the tensor's bytes
+The key "sadmoe crc32" is the checksum of that JSON.
 """
 
 import copy
-import json
 import os
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +94,14 @@ def _everything(model: nn.Module) -> dict[str, Tensor]:
 
     Those are constants that a class computes when built, which it cannot do on the meta device.
     """
-    extra = [key for key in model.state_dict() if key.rpartition(".")[2] == "_extra_state"]
-    if extra:
-        raise NotImplementedError(f"{extra[0]} is extra state of a module, which safetensors cannot hold")
     tensors: dict[str, Tensor] = {}
     for named in (model.named_parameters, model.named_buffers):
         tensors |= {plain_name(name): tensor for name, tensor in named(remove_duplicate=False)}
+    if others := [key for key in model.state_dict() if plain_name(key) not in tensors]:
+        raise NotImplementedError(
+            f"{others[0]} is extra state of a module, neither a parameter nor a buffer (a quantised layer has such), "
+            "which cannot be kept: dequantise the layer, or save the model with torch.save"
+        )
     return tensors
 
 
@@ -143,7 +146,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise FileNotFoundError(f"no file {path}{hint}")
     check_safetensors(path)
     with safe_open(path, "pt") as file:
-        header = _checked_header((file.metadata() or {}).get(KEY), path)
+        header = _checked_header(file.metadata() or {}, path)
         # cloned, because the file is only mapped: whoever cut it short later would end the process
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     crc, aliases = header["crc32"], header["aliases"]
@@ -157,11 +160,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, tensors | {name: tensors[stored] for name, stored in aliases.items()}
 
 
-def _checked_header(text: str | None, path: Path) -> dict[str, Any]:
-    if text is None:
+def _checked_header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    if KEY not in metadata:
         raise SavedModelError(f"{path} is a safetensors file, but not one that sadmoe.save wrote")
     try:
-        header = json.loads(text)
+        header = files.header(metadata, KEY)
         version = header["format"]
         if version == FORMAT:
             kinds = {key: type(header[key]) for key in ("layers", "aliases", "crc32")}
@@ -196,10 +199,15 @@ def _rebuild_all(skeleton: nn.Module, layers: dict[str, Any], path: Path) -> Non
 
 def _check_same(skeleton: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     """Raises SavedModelError unless names and shapes are those of the model; of buffers that state_dict leaves out, a
-    forward may have changed the shape (tables of positions)."""
+    forward may have changed the shape (tables of positions), or made them."""
     wanted, lasting = _everything(skeleton), skeleton.state_dict()
-    problems = [f"{name} is in the file only" for name in sorted(tensors.keys() - wanted.keys())]
-    problems += [f"{name} is in the model only" for name in sorted(wanted.keys() - tensors.keys())]
+    made = {
+        f"{path}.{key}".lstrip(".")
+        for path, m in skeleton.named_modules()
+        for key in m._non_persistent_buffers_set
+    }
+    only = {"file": tensors.keys() - wanted.keys() - made, "model": wanted.keys() - tensors.keys() - made}
+    problems = [f"{name} is in the {side} only" for side, names in only.items() for name in sorted(names)]
     problems += [
         f"{name} is {list(tensors[name].shape)} in the file, {list(tensor.shape)} in the model"
         for name, tensor in wanted.items()
@@ -211,9 +219,12 @@ def _check_same(skeleton: nn.Module, tensors: dict[str, Tensor], path: Path) -> 
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Gives every parameter and buffer its value from the file; names that shared a tensor share it again."""
+    """Gives every parameter and buffer its value from the file; names that shared a tensor share it again. Buffers that
+    a forward makes are left to it where only one side has them."""
     made: dict[tuple[int, torch.device, bool], Tensor] = {}
     for name, old in _everything(model).items():
+        if name not in tensors:
+            continue
         owner, _, key = name.rpartition(".")
         value = tensors[name]
         device = torch.device("cpu") if old.is_meta else old.device

@@ -67,7 +67,7 @@ def describe_mlp(mlp: ProjectionMLP) -> dict[str, Any]:
 def describe_all(model: nn.Module) -> dict[str, Any]:
     """Name -> description of everything in the model that a dense one does not have. Compiled parts have the names that
     they had before."""
-    converted = {plain_name(name): describe(layer) for name, layer in moe_layers(model).items()}
+    converted = {name: describe(layer) for name, layer in moe_layers(model).items()}
     return converted | {plain_name(name): describe_mlp(mlp) for name, mlp in bare_mlps(model).items()}
 
 

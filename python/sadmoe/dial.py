@@ -49,6 +49,10 @@ def check_own_weights(model: nn.Module, layers: Mapping[str, DynamicKMoE]) -> No
                 "first (peft: merge_and_unload), or take it off"
             )
         for key, p in layer.named_parameters(recurse=False):
+            if p.is_meta:
+                raise ValueError(
+                    f"{name}.{key} is offloaded, so it is not here: load the model without offloading first"
+                )
             if type(p.data) is not Tensor:
                 raise ValueError(
                     f"{name}.{key} is a {type(p.data).__name__}: gather the model's weights first"

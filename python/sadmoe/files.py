@@ -30,7 +30,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], key: str, header: Any) -> N
     """Replaces the file at once. tensors: on the CPU, contiguous, no two in one storage.   header: goes under `key`."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(dict(tensors), beside, metadata={"format": "pt", key: json.dumps(header)})
+        text = json.dumps(header)
+        save_file(dict(tensors), beside, metadata={"format": "pt", key: text, _crc_key(key): _crc(text)})
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
@@ -40,13 +41,29 @@ def read(path: Path, key: str) -> tuple[dict[str, Tensor], Any]:
     """The tensors, and what is under `key`. Raises ValueError where the file is not one that `write` wrote with it."""
     try:
         with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})[key])
             # cloned, because the file is only mapped: whoever cut it short later would end the process
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, header  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return tensors, header(file.metadata() or {}, key)
     except KeyError as error:
         raise ValueError(f"it has no {error} in its metadata") from error
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"it is damaged: {error}") from error
+
+
+def header(metadata: Mapping[str, str], key: str) -> Any:
+    """What `write` was given. Raises KeyError where there is none, ValueError where it is not what was written."""
+    text = metadata[key]
+    if metadata.get(_crc_key(key), _crc(text)) != _crc(text):  # files of earlier versions have none
+        raise ValueError("the checksum of its metadata is wrong")
+    return json.loads(text)
+
+
+def _crc_key(key: str) -> str:
+    return f"{key} crc32"
+
+
+def _crc(text: str) -> str:
+    return str(zlib.crc32(text.encode()))
 
 
 def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -57,9 +74,11 @@ def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> int:
-    """Of names, dtypes, shapes and bits."""
+    """Of names, dtypes, shapes and bits; what else a state_dict holds does not count."""
     crc = 0
     for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            continue
         crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
         crc = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
     return crc

@@ -100,7 +100,13 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        rule = _RULES.get(func.overloadpacket.__name__.rstrip("_")) if func.namespace == "aten" else None
+        name = func.overloadpacket.__name__
+        if func.namespace == "aten" and name.startswith(
+            "_scaled_dot_product_"
+        ):  # nn.MultiheadAttention hides the call
+            self.count.add(_attention_op(args, kwargs))
+            return func(*args, **kwargs)
+        rule = _RULES.get(name.rstrip("_")) if func.namespace == "aten" else None
         if rule is None:
             with self:  # in inference mode, operations arrive whole that are made of others
                 out = func.decompose(*args, **kwargs)
@@ -118,6 +124,12 @@ def _attention(
         query.shape[-1] + value.shape[-1] + 3 + (attn_mask is not None or kwargs.get("attn_mask") is not None)
     )
     return scores * each
+
+
+def _attention_op(args: Any, kwargs: Any) -> int:
+    """Of what attention is on a device, with the mask fourth or by its name."""
+    masks = (*args[3:4], kwargs.get("attn_mask"), kwargs.get("attn_bias"))
+    return _attention(*args[:3], next((mask for mask in masks if isinstance(mask, Tensor)), None))
 
 
 def _product(left: int) -> Callable[[Any, Any], int]:
@@ -176,6 +188,7 @@ _RULES: dict[str, Callable[[Any, Any], int]] = {
     "addmm": _product(1),
     "baddbmm": _product(1),
     "mv": _product(0),
+    "_grouped_mm": _product(0),
     "convolution": _convolution,
     "native_layer_norm": _layer_norm,
     "_fused_rms_norm": _rms_norm,

@@ -73,7 +73,7 @@ class DynamicKMoE(nn.Module):
     the dense FFN: every expert runs, and the router is not asked.
 
     w_up, w_gate [E, s, d]; w_down [E, s, d_out]; b_up, b_gate [E, s]; b_out [d_out]; permutation [E * s]: the neuron
-    of the dense FFN that each slot holds. `dropout` acts on the output, in training only.
+    of the dense FFN that each slot holds. `dropout`, an nn.Dropout or None, acts on the output.
 
     batch_invariant: must a token's bits depend on nothing but the token? Where many experts run, computing all of them
     by torch's products and masking their neurons can be faster than the sparse op, and `paths` says where; but how
@@ -109,6 +109,7 @@ class DynamicKMoE(nn.Module):
     scale_gate: Tensor | None
     scale_down: Tensor | None
     scale_out: Tensor | None
+    dropout: nn.Dropout | None
 
     def __init__(
         self,
@@ -149,13 +150,13 @@ class DynamicKMoE(nn.Module):
         self.register_buffer("permutation", torch.arange(experts * expert_size, device=device))
         for name in ALL_SCALES:
             self.register_buffer(name, None)
-        self._frozen: frozenset[str] = (
-            frozenset()
-        )  # of the weights in int8, those that would not be trained as floats
+        # Of the weights in int8, those that would not be trained as floats.
+        self._frozen: frozenset[str] = frozenset()
         self._before_int8: tuple[torch.dtype, torch.dtype] | None = None  # dtypes of router and experts
         self.router = Router(d, experts, router_width, **kw)
         self.act = act
-        self.dropout = dropout
+        # A module, for whoever looks for such: to switch them off, or to leave them on in evaluation.
+        self.register_module("dropout", nn.Dropout(dropout) if dropout else None)
         self.gate: Gate = DynamicK(0.0) if gate is None else gate
         self.batch_invariant = batch_invariant
         self.expected_share: float | None = None
@@ -167,7 +168,7 @@ class DynamicKMoE(nn.Module):
         self.norms_hooks: list[Callable[[Tensor], None]] = []
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "gate" and not callable(getattr(value, "mask", None)):
+        if name == "gate" and not (callable(getattr(value, "mask", None)) and hasattr(value, "true_norms")):
             raise TypeError(
                 f"gate must be a DynamicK, a TopK or another Gate, got {value!r}: DynamicK(tau), or set_tau(model, tau)"
             )
@@ -191,7 +192,7 @@ class DynamicKMoE(nn.Module):
     @property
     def runs_all_experts(self) -> bool:
         """Whether it is the dense FFN: every expert runs for every token, and no router is asked."""
-        return isinstance(self.gate, DynamicK) and self.gate.tau == 0.0
+        return type(self.gate) is DynamicK and self.gate.tau == 0.0
 
     @property
     def is_int8(self) -> bool:
@@ -319,8 +320,8 @@ class DynamicKMoE(nn.Module):
             y = self.op_on_all(rows) if self._op_runs_all(rows) else self.dense(rows)
         else:
             y = self._selected(rows)
-        if self.training:
-            y = F.dropout(y, self.dropout)
+        if (dropout := self._modules["dropout"]) is not None:
+            y = dropout(y)
         return y if flat else y.reshape(*x.shape[:-1], y.shape[-1])
 
     def mask(self, x: Tensor) -> Tensor:
@@ -332,7 +333,7 @@ class DynamicKMoE(nn.Module):
     def takes_dense_path(self, x: Tensor) -> bool:
         """Whether `forward` would compute every expert of x [..., d] by torch's products, instead of the sparse op."""
         rows = x.reshape(-1, x.shape[-1])
-        if self.gate.true_norms:
+        if self.gate.true_norms or (self.keeps_hidden and not self.runs_all_experts):
             return True
         return not self._op_runs_all(rows) if self.runs_all_experts else self._choose(rows)[0]
 
@@ -371,17 +372,21 @@ class DynamicKMoE(nn.Module):
         """The experts that the gate picks, by the path that `_choose` says."""
         if self.keeps_hidden:
             return self._down(self._hidden(x, self.mask(x)))
+        gate = self.gate
         dense, mask = self._choose(x)
-        if isinstance(self.gate, DynamicK) and mask is None:
+        if type(gate) is DynamicK and mask is None:  # a gate made of it may have a rule of its own
             if dense:  # without a mask: on CUDA that is a launch less
-                return self._down(self._hidden(x, self.router(x), self.gate.tau))
-            return self._dynamic_k(x, self.gate.tau)
+                return self._down(self._hidden(x, self.router(x), gate.tau))
+            return self._dynamic_k(x, gate.tau)
         mask = self.mask(x) if mask is None else mask
         return self.masked_dense(x, mask) if dense else self._sparse(x, mask)
 
     def _dynamic_k(self, x: Tensor, tau: float) -> Tensor:
         router: Any = self._modules["router"]  # as an attribute it is slow, too
-        if "_hf_hook" in router.__dict__:  # accelerate brings its weights when it is called
+        own = router.__dict__
+        if (
+            "_hf_hook" in own or own["_forward_pre_hooks"] or own["_forward_hooks"]
+        ):  # such as accelerate's and pruning's
             return self._sparse(x, self.mask(x))
         v1, v2 = router.weights()
         if self.is_int8:

@@ -152,10 +152,15 @@ def _teachers(teacher: nn.Module, layers: dict[str, DynamicKMoE], batches: Batch
     wrong = [
         name
         for name, layer in layers.items()
-        if name not in sites or sites[name].dense().f != layer.experts * layer.expert_size
+        if name not in sites or not _as_large(sites[name].dense(), layer)
     ]
     if wrong:
         raise ValueError(
             f"teacher must be the dense model, but has no FFN like {', '.join(wrong)}; it has {', '.join(sites)}"
         )
     return [sites[name] for name in layers]
+
+
+def _as_large(dense: DenseFFN, layer: DynamicKMoE) -> bool:
+    shape = layer.shape
+    return (dense.d, dense.f, dense.d_out) == (shape.d, shape.experts * shape.expert_size, shape.d_out)

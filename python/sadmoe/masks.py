@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from sadmoe.batches import Batch, evaluating, real_rows, run
 from sadmoe.dial import Taus, converted_layers
-from sadmoe.gates import DynamicK
 from sadmoe.gradients import is_recomputed
 from sadmoe.layer import DynamicKMoE, only_input
 
@@ -82,7 +81,7 @@ class MaskRecord:
         counts.rows += len(rows)
         real = real_rows(self.model, name, self._batch, values) if self.skip_padding else None
         rows = rows if real is None else rows[real]
-        if isinstance(layer.gate, DynamicK) and layer.gate.tau == 0:
+        if layer.runs_all_experts:
             counts.histogram[-1] += len(rows)
             return
         with torch.no_grad():

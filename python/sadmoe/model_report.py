@@ -34,7 +34,7 @@ def report_page(model: nn.Module, data: Data, points: Sequence[Point], sentence:
     with record_masks(model) as record, evaluating(model):
         for batch in data.batches:
             with record.batch(batch):
-                run(model, batch)
+                run(model, to_device(batch, device_of(model)))
     tokens = sum(counts.tokens for counts in record.layers.values()) // len(layers)
     now = told([layer.gate for layer in layers.values()])
     parameters = sum(p.numel() for p in model.parameters())

@@ -106,8 +106,8 @@ class ShareHint:
         """The share under this gate, None where none has arrived."""
         if gate != self._gate:
             self._gate, self._calls, self._share, self._arriving = gate, 0, None, None
-        if self._arriving is not None:
-            arrived = self._arriving()
+        if (arriving := self._arriving) is not None:
+            arrived = arriving()
             if arrived is not None:
                 self._share, self._arriving = arrived, None
         return self._share

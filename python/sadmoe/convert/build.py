@@ -21,8 +21,7 @@ from sadmoe.routers import fit_router_
 from sadmoe.training.processes import place
 from sadmoe.training.resume import Checkpoint, read, write
 
-CLUSTERED = 1024  # tokens by whose activity neurons are clustered
-JUDGED = 1024  # tokens of each layer on which the report's share and error are measured
+LOOKED_AT = 1024  # tokens of a layer by whose activity neurons are clustered, and the report's share and error measured
 
 
 @dataclass
@@ -90,13 +89,20 @@ def build_all(
 def _build(site: FFNSite, inputs: Tensor, config: ConvertConfig, clock: Clock, progress: bool) -> Built:
     dense, config = site.dense(), config.of(site.adapter)
     experts = config.experts_of(dense.f)
+    some = _some(inputs, config.seed)
     with clock("partition"):
-        alike = _activity(dense, inputs) if config.cluster == "activity" else dense.first
+        alike = _activity(dense, some) if config.cluster == "activity" else dense.first
         labels = partition(alike, experts, seed=config.seed, restarts=config.restarts, progress=progress)
     with clock("routers"):
         layer = _layer(dense, slots(labels, experts), config)
         fit = fit_router_(layer, inputs, config.router, progress=progress)
-    return Built(site, dense, layer, fit.r2, len(inputs), inputs[:JUDGED].clone())
+    return Built(site, dense, layer, fit.r2, len(inputs), some)
+
+
+def _some(inputs: Tensor, seed: int) -> Tensor:
+    """LOOKED_AT rows, drawn anew: inputs come in the order of the batches, whose first ones may be of a kind."""
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed), device="cpu")
+    return inputs[order[:LOOKED_AT].to(inputs.device)]
 
 
 def _layer(dense: DenseFFN, order: Tensor, config: ConvertConfig) -> DynamicKMoE:
@@ -124,6 +130,7 @@ class _Saved:
             "router": asdict(config.router),
             **{name: getattr(config, name) for name in names},
             "act": dense.act,
+            "looked at": "at random",
             "model": self.model,
         }
 
@@ -149,8 +156,8 @@ class _Saved:
         write(self.checkpoint.file(self.site.name), tensors, self.run(), {"r2": one.r2, "tokens": one.tokens})
 
 
-def _activity(dense: DenseFFN, inputs: Tensor) -> Tensor:
+def _activity(dense: DenseFFN, some: Tensor) -> Tensor:
     """[f, tokens], 1 where a neuron is above 1 % of the token's largest: alike are neurons that fire together."""
     with torch.no_grad():
-        hidden = dense.hidden(inputs[:CLUSTERED]).abs()
+        hidden = dense.hidden(some).abs()
     return (hidden > 0.01 * hidden.amax(-1, keepdim=True)).t().to(torch.float32).contiguous()

@@ -134,7 +134,7 @@ def checked_sites(model: nn.Module, batches: Batches, config: ConvertConfig) -> 
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"model has no weights yet, {name} is on the meta device: load them first")
-        if parameter.isnan().any():
+        if type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.isnan().any():
             raise ValueError(f"model is broken: {name} has NaN")
     sites = find_ffns(model, config.filter, batches=batches)
     wrong = []
@@ -171,7 +171,7 @@ def _check_budget(sites: list[FFNSite], config: ConvertConfig, budget: float) ->
 
 
 def _judge(one: Built) -> LayerReport:
-    """The row of a layer at its present tau. The first rows of a sample are as random as all of it."""
+    """The row of a layer at its present tau."""
     layer, dense = one.layer, one.dense
     wanted = dense(one.sample).float()
     error = (layer(one.sample).float() - wanted).norm() / wanted.norm()

@@ -160,4 +160,5 @@ def dense_from_layer(layer: DynamicKMoE) -> DenseFFN:
             rows = weight.detach().flatten(0, 1)
             tensors[name] = torch.empty_like(rows).index_copy_(0, layer.permutation, rows)
     trainable = frozenset(n for n in TENSORS if layer.trains(n))
-    return DenseFFN(act=layer.act, dropout=layer.dropout, trainable=trainable, **tensors)
+    dropout = 0.0 if layer.dropout is None else layer.dropout.p
+    return DenseFFN(act=layer.act, dropout=dropout, trainable=trainable, **tensors)

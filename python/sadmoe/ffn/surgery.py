@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sadmoe.batches import plain_name
 from sadmoe.ffn.dense import TENSORS, DenseFFN, dense_from_layer
 from sadmoe.ffn.linears import fill_, strip_
 from sadmoe.ffn.paths import lookup, put
@@ -130,8 +131,8 @@ def hooked(model: nn.Module, site: FFNSite) -> list[str]:
 
 
 def moe_layers(model: nn.Module) -> dict[str, DynamicKMoE]:
-    """The converted layers of the model, by name, in its order."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, DynamicKMoE)}
+    """The converted layers of the model, by name, in its order. Parts that were compiled do not change the names."""
+    return {plain_name(name): m for name, m in model.named_modules() if isinstance(m, DynamicKMoE)}
 
 
 def replaced_module(layer: nn.Module) -> Any:

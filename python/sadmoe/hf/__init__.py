@@ -12,6 +12,7 @@ transformers is never imported from here: `register` waits until somebody else h
 
 import importlib
 import importlib.abc
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from torch import nn
 
 from sadmoe.convert import after_surgery
 
+logger = logging.getLogger(__name__)
 MODELS = "transformers.modeling_utils"  # every model imports it, and it has all that registering needs
 QUANTIZER = "sadmoe.hf.quantizer"
 EXPERTS = "sadmoe.hf.experts"
@@ -41,10 +43,15 @@ def register() -> None:
 def describe_to_transformers(model: nn.Module) -> None:
     """Makes every transformers model in `model` (itself, or a part) say in its config what is converted.
 
-    Called after each conversion, load and restoration: a model without converted FFNs says nothing again.
+    Called after each conversion, load and restoration: a model without converted FFNs says nothing again. What cannot
+    be described, such as a gate of the user's own, is for save_pretrained to refuse, and stops nothing else.
     """
-    if QUANTIZER in sys.modules:  # else there is no transformers model
+    if QUANTIZER not in sys.modules:  # there is no transformers model
+        return
+    try:
         importlib.import_module(QUANTIZER).describe_all(model)
+    except (NotImplementedError, ValueError) as error:
+        logger.warning("save_pretrained will refuse this model as it is now: %s", error)
 
 
 def _import_quantizer() -> None:

@@ -6,7 +6,7 @@ changes: the model's own top-k router still chooses, and `set_experts_tau` drops
 """
 
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ _TAU, _ACT = "sadmoe_tau", "sadmoe_act"  # in the __dict__ of an experts module
 
 Packed = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 # Beside the modules, not in them, where it would be saved and copied.
-_kept: WeakKeyDictionary[nn.Module, tuple[Any, Packed]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[nn.Module, tuple[list[ref[Tensor]], Any, Packed]] = WeakKeyDictionary()
 
 
 def set_experts_tau(model: nn.Module, tau: float) -> None:
@@ -119,11 +119,13 @@ def _packed(experts: Any) -> Packed:
         return _in_layout(experts, *sources)
     key = [(p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version, _some_of(p)) for p in sources]
     kept = _kept.get(experts)
-    if kept is None or kept[0] != key:
+    # What an adapter makes anew at every call may lie where the last one's did, but that one is gone.
+    same = kept is not None and all(ref() is p for ref, p in zip(kept[0], sources, strict=True))
+    if kept is None or not same or kept[1] != key:
         # Later calls may be others' than this one's: under inference_mode it would be of no use to any with gradients.
         with torch.inference_mode(False), torch.no_grad():
-            kept = _kept[experts] = (key, _in_layout(experts, *sources))
-    return kept[1]
+            kept = _kept[experts] = ([ref(p) for p in sources], key, _in_layout(experts, *sources))
+    return kept[2]
 
 
 def _some_of(weight: Tensor) -> list[float]:

@@ -48,6 +48,7 @@ class _SquareHoyer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor) -> Tensor:
+        a = a.float() if a.dtype == torch.float64 else a  # norms are never narrowed
         sums, roots = (
             torch.linalg.vector_norm(a, p, dim=-1, keepdim=True, dtype=torch.float32) for p in (1, 2)
         )

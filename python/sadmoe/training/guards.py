@@ -1,6 +1,6 @@
 """What training a model in place must give back: its tensors if it fails, its flags, the random state."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -45,7 +45,31 @@ def seeded(model: nn.Module, seed: int) -> Iterator[None]:
     tensors = (*model.parameters(), *model.buffers())
     devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
     with torch.random.fork_rng(devices):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every device
-        for index in devices:
-            torch.cuda.default_generators[index].manual_seed(seed)
+        _seed(devices, seed)
         yield
+
+
+def reseed(device: torch.device, seed: int, number: int) -> None:
+    """Random numbers, on the CPU and the device, go on as those of that batch."""
+    _seed([device.index or 0] if device.type == "cuda" else [], (seed + (number + 1) * 0x9E3779B9) % 2**32)
+
+
+def _seed(cuda_devices: Sequence[int], seed: int) -> None:
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every device
+    for index in cuda_devices:
+        torch.cuda.default_generators[index].manual_seed(seed)
+
+
+class Apart:
+    """A context in which the CPU's random numbers are a sequence of its own, which goes on from entry to entry."""
+
+    def __init__(self, seed: int):
+        self.state = torch.Generator().manual_seed(seed).get_state()
+
+    def __enter__(self) -> None:
+        self.outside = torch.get_rng_state()
+        torch.set_rng_state(self.state)
+
+    def __exit__(self, *exception: object) -> None:
+        self.state = torch.get_rng_state()
+        torch.set_rng_state(self.outside)

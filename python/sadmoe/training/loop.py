@@ -14,10 +14,12 @@ from tqdm.auto import tqdm
 from sadmoe.batches import Batch, Batches, device_of, to_device
 from sadmoe.training import processes
 from sadmoe.training.config import LoopConfig, Step
+from sadmoe.training.guards import Apart, reseed, seeded
 from sadmoe.training.objective import Objective
 from sadmoe.training.resume import Checkpoint, Saver
 
 PenaltyOf = Callable[[Any], Tensor]
+BIASES = ("b_up", "b_gate")  # of a converted layer, [E, s]
 
 
 def train(
@@ -36,7 +38,9 @@ def train(
 
     at(done) is called before each update with the share of the run that is over.   name: of the run, for its bar, its
     errors and `checkpoint`.
-    In a process group the batches of each update are shared out; every process must be given the same ones.
+    In a process group the batches of each update are shared out; every process must be given the same ones. Random
+    numbers, such as those of dropout, are drawn by the seed and the number of the batch: the same in one process or
+    several, and after a run was taken up again. The caller's go on where they were.
     Raises RuntimeError under torch.inference_mode, whose tensors cannot be trained; a no_grad around it is lifted.
     """
     if torch.is_inference_mode_enabled():
@@ -50,12 +54,16 @@ def train(
         saver = Saver(checkpoint, name, model, update.optimizer, {"config": asdict(config)}, penalty_of)
     history, before = update.resumed(saver)
     device, started = device_of(model), time.perf_counter() - before
-    with tqdm(
-        total=config.steps or math.ceil(config.seconds or 0),
-        unit="step" if config.steps else "s",
-        desc=name,
-        disable=not progress,
-    ) as bar:
+    with (
+        seeded(model, config.seed),
+        tqdm(
+            total=config.steps or math.ceil(config.seconds or 0),
+            initial=len(history) if config.steps else 0,
+            unit="step" if config.steps else "s",
+            desc=name,
+            disable=not progress,
+        ) as bar,
+    ):
 
         def elapsed() -> float:
             return time.perf_counter() - started
@@ -105,8 +113,9 @@ class _Update:
                 "rounding: give it the model in float32, under torch.autocast(..., torch.bfloat16)",
                 stacklevel=2,
             )
-        decayed = [p for p in self.parameters if p.dim() > 1]
-        rest = [p for p in self.parameters if p.dim() <= 1]
+        biases = {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2] in BIASES}
+        decayed = [p for p in self.parameters if p.dim() > 1 and id(p) not in biases]
+        rest = [p for p in self.parameters if p.dim() <= 1 or id(p) in biases]
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(
             [g for g in groups if g["params"]], lr=config.lr, weight_decay=config.weight_decay, fused=True
@@ -120,7 +129,6 @@ class _Update:
         history = [Step(*step) for step in state["history"]]
         for _ in range(len(history) * self.config.accumulate):
             next(self.stream)
-        saver.resume_random()
         return history, state["seconds"]
 
     def __call__(self, done: float, number: int) -> Step:
@@ -133,6 +141,7 @@ class _Update:
         for turn in range(self.config.accumulate):
             index, batch = next(self.stream)
             if turn % self.world == self.rank:
+                reseed(self.device, self.config.seed, number * self.config.accumulate + turn)
                 totals += self._backward(to_device(batch, self.device), index, alpha)
         processes.sum_([totals])
         value, penalty = totals.tolist()
@@ -181,8 +190,9 @@ def _done(config: LoopConfig, steps: int, seconds: float) -> float:
 
 
 def _endless(batches: Batches, seed: int) -> Iterator[tuple[int | None, Batch]]:
-    """The batches again and again: a list in a new order each time, with indices, anything else in its own, without."""
-    generator = torch.Generator().manual_seed(seed)
+    """The batches again and again: a list in a new order each time, with indices, anything else in its own, without.
+    What a DataLoader draws is not moved by what a model draws in between."""
+    generator, apart = torch.Generator().manual_seed(seed), Apart(seed)
     while True:
         if isinstance(batches, Sequence):
             yield from (
@@ -191,7 +201,14 @@ def _endless(batches: Batches, seed: int) -> Iterator[tuple[int | None, Batch]]:
             )
             continue
         gave = False
-        for batch in batches:
+        with apart:
+            iterator = iter(batches)
+        while True:
+            try:
+                with apart:
+                    batch = next(iterator)
+            except StopIteration:
+                break
             gave = True
             yield None, batch
         if not gave:

@@ -40,6 +40,7 @@ def task(model: nn.Module, loss: Loss | None) -> Objective:
 
 def distill_logits(model: nn.Module, dense: nn.Module) -> Objective:
     """KL(dense || model) of the logits at temperature 1, averaged over the real tokens (or samples)."""
+    _check_teacher(model, dense, [])
 
     def objective(batch: Batch, index: int | None = None) -> Tensor:
         with torch.no_grad():

@@ -1,7 +1,7 @@
 """What a training loop leaves on disk, so that a killed run goes on where it last saved.
 
 One safetensors file for each run, written beside its path and renamed, so that a kill leaves the old one or the new
-one. It holds the trained weights, buffers, AdamW's moments and the random state; its metadata key "sadmoe run" is JSON:
+one. It holds the trained weights, buffers and AdamW's moments; its metadata key "sadmoe run" is JSON:
   format   version of all this
   run      what the run is of: function, configuration, checksum of the weights it began with
   state    updates done, their history, seconds, what the penalty remembers
@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from sadmoe import files
-from sadmoe.batches import device_of
 from sadmoe.checks import check_fields
 from sadmoe.training.processes import place
 
-FORMAT = 1
+FORMAT = 2
 KEY = "sadmoe run"
 CHECKSUMS = ("weights", "model")  # what is known of a run by a checksum alone
 
@@ -124,7 +123,6 @@ class Saver:
         self.model, self.optimizer, self.memory = model, optimizer, memory
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.run = {"weights": files.checksum(self.trained), **config}
-        self.random: dict[str, Tensor] = {}
         self.saved = time.perf_counter()
 
     def resume(self) -> dict[str, Any] | None:
@@ -146,14 +144,7 @@ class Saver:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         if isinstance(self.memory, Stateful):
             self.memory.load_state_dict(state["memory"])
-        self.random = {key: tensors[key] for key in ("random", "random.cuda") if key in tensors}
         return state
-
-    def resume_random(self) -> None:
-        """Puts the random state back: last, because what comes before may use it."""
-        torch.set_rng_state(self.random["random"])
-        if "random.cuda" in self.random:
-            torch.cuda.set_rng_state(self.random["random.cuda"], device_of(self.model))
 
     def save(self, state: dict[str, Any], *, last: bool = False) -> None:
         """Writes if it is time, or at the last update."""
@@ -163,9 +154,6 @@ class Saver:
         tensors = {f"weights.{name}": t for name, t in everything.items()}
         for name, p in self.trained.items():
             tensors |= {f"{key}.{name}": t for key, t in self.optimizer.state.get(p, {}).items()}
-        tensors["random"] = torch.get_rng_state()
-        if device_of(self.model).type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(device_of(self.model))
         memory = self.memory.state_dict() if isinstance(self.memory, Stateful) else None
         write(self.path, tensors, self.run, {**state, "memory": memory})
         self.saved = time.perf_counter()
