@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import site
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -26,9 +27,24 @@ def _candidates() -> Iterator[Path]:
         return
     for key in ("platlib", "purelib"):  # in pip's isolated build these are still the target environment's
         yield Path(sysconfig.get_path(key)) / "torch"
+    if _sees_system_packages():  # which the isolated build does not
+        base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
+        for key in ("platlib", "purelib"):
+            yield Path(sysconfig.get_path(key, vars=base)) / "torch"
+    if sys.prefix == sys.base_prefix:
+        yield Path(site.getusersitepackages()) / "torch"
     spec = importlib.util.find_spec("torch")
     if spec and spec.origin:
         yield Path(spec.origin).parent
+
+
+def _sees_system_packages() -> bool:
+    """Whether this is a virtual environment that was made with --system-site-packages."""
+    try:
+        said = (Path(sys.prefix) / "pyvenv.cfg").read_text()
+    except OSError:
+        return False
+    return re.search(r"(?mi)^include-system-site-packages\s*=\s*true", said) is not None
 
 
 def find_torch() -> tuple[Path | None, list[str]]:

@@ -176,6 +176,7 @@ def test_a_decoder_answers_to_its_own_mask_only_beside_an_encoder():
         "decoder.block.0.layer.1.EncDecAttention.v",
         "decoder.encoder.layer.0.crossattention.self.key",
         "decoder.layer.0.encoder_decoder_attention.attention.value",
+        "decoder.transformer.h.0.crossattention.c_attn",
     ],
 )
 def test_keys_and_values_of_the_encoder_answer_to_its_mask(name):
@@ -183,7 +184,8 @@ def test_keys_and_values_of_the_encoder_answer_to_its_mask(name):
     model.config = SimpleNamespace(is_encoder_decoder=True)
     batch = {"attention_mask": MASK, "decoder_attention_mask": 1 - MASK}
     assert real_rows(model, name, batch, x).tolist() == MASK.bool().flatten().tolist()
-    for own in (name.rpartition(".")[0] + ".q_proj", "decoder.layers.0.self_attn.k_proj"):
+    others = ("decoder.layers.0.self_attn.k_proj", "encoder_decoder.decoder.layers.0.self_attn.k_proj")
+    for own in (name.rpartition(".")[0] + ".q_proj", *others):
         assert real_rows(model, own, batch, x).tolist() == (1 - MASK).bool().flatten().tolist()
 
 

@@ -121,7 +121,10 @@ def test_the_words_of_kernels_mean_what_the_emulator_takes_them_for(cuda):
     bench = os.environ.get("SADMOE_BENCH_CUDA")
     if bench is None:
         pytest.skip("SADMOE_BENCH_CUDA is not set: bench_cuda was not built")
-    result = subprocess.run([bench, "conformance"], capture_output=True, text=True, timeout=120)
+    try:
+        result = subprocess.run([bench, "conformance"], capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired as hung:
+        pytest.fail(f"it hangs after:\n{hung.output}")
     assert result.returncode == 0, result.stdout + result.stderr
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from converted import converted
+from sadmoe.convert import restore_
 from sadmoe.dial import check_own_weights, converted_layers, set_batch_invariant, set_tau, tau
 from sadmoe.gates import DynamicK, TopK
 from tiny_models import TINY, call
@@ -63,11 +64,23 @@ def test_compiled_parts_keep_their_layers_names():
     assert [layer.gate.tau for layer in converted_layers(model).values()] == [0.9, 0.2]
 
 
+def test_compiled_parts_are_restored():
+    for at in ("0", ""):
+        model, dense = converted("bert"), TINY["bert"].model()
+        compiled = torch.compile(model.encoder.layer[0] if at else model, backend="eager")
+        if at:
+            model.encoder.layer[0] = compiled
+        restore_(model if at else compiled)
+        batch = TINY["bert"].batch()
+        with torch.no_grad():
+            torch.testing.assert_close(call(model, batch), call(dense, batch))
+
+
 def test_weights_that_are_elsewhere_are_named():
     model = converted("user glu")
     (name, layer), *_ = converted_layers(model).items()
     layer.w_up = nn.Parameter(layer.w_up.to("meta"))
-    with pytest.raises(ValueError, match=rf"{name}\.w_up is offloaded, so it is not here"):
+    with pytest.raises(ValueError, match=rf"{name}\.w_up has no values here"):
         check_own_weights(model, converted_layers(model))
 
 

@@ -1,5 +1,6 @@
 """What a converted model needs to be loaded and run, beside the dense one."""
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,23 @@ def peak(folder: Path) -> int:
     result = subprocess.run([sys.executable, "-c", LOAD, str(folder)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return int(result.stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells the memory of a process")
+def test_calls_leave_nothing_behind():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    x, w = torch.zeros(1, 8), torch.zeros(1, 8, 8)
+    mask, v = torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 8)
+    experts = torch.ops.sadmoe.sparse_experts.default
+    moe = torch.ops.sadmoe.dynamic_k_moe.default
+    for calls in (2_000, 60_000):
+        before = resident()
+        for _ in range(calls):
+            experts(x, mask, w, w)
+            moe(x, v, v[:, :1], w, w)
+    assert resident() - before < 2 << 20  # 48 bytes a call would be 6 MB
 
 
 TOO_LARGE = """

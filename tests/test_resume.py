@@ -424,6 +424,21 @@ def test_accumulation_is_one_large_batch():
     assert_close_states(*(state(model) for model in models))
 
 
+def test_files_of_earlier_and_later_versions_say_what_to_do(tmp_path):
+    from sadmoe.training import resume
+
+    for version, advice in (
+        (resume.FORMAT - 1, "begin anew in an empty folder"),
+        (resume.FORMAT + 1, "update sadmoe"),
+    ):
+        header = {"format": version, "run": {}, "state": {}}
+        sadmoe.files.write(tmp_path / "run.safetensors", {"w": torch.zeros(1)}, resume.KEY, header)
+        with pytest.raises(
+            ValueError, match=f"has format {version}, this sadmoe reads {resume.FORMAT}: {advice}"
+        ):
+            resume.read(tmp_path / "run.safetensors", {})
+
+
 def test_projections_are_replaced_in_one_process(monkeypatch):
     monkeypatch.setattr("sadmoe.attention.place", lambda: (0, 2))
     dense, _ = converted()

@@ -1,4 +1,4 @@
-// bench_cuda conformance | constants FILE | layers | blocks: the CUDA kernels on a device, without torch.
+// bench_cuda conformance [sm_80 | sm_90a] | constants FILE | layers | blocks: the CUDA kernels on a device, without torch.
 #include <cstring>
 
 #include "conformance.h"
@@ -95,10 +95,15 @@ void time_layers() {
 int main(int count, char** words) {
   std::setvbuf(stdout, nullptr, _IONBF, 0);  // what was said before a hang is kept
   const char* word = count > 1 ? words[1] : "";
-  if (!std::strcmp(word, "conformance") && count == 2) return bench::check_conformance() ? 1 : 0;
+  if (!std::strcmp(word, "conformance")) {
+    const char* part = count > 2 ? words[2] : "";
+    if (count == 2) return bench::check_conformance() + bench::check_hopper() ? 1 : 0;
+    if (count == 3 && !std::strcmp(part, "sm_80")) return bench::check_conformance() ? 1 : 0;
+    if (count == 3 && !std::strcmp(part, "sm_90a")) return bench::check_hopper() ? 1 : 0;
+  }
   if (!std::strcmp(word, "constants") && count == 3) return bench::measure_constants(words[2]), 0;
   if (!std::strcmp(word, "layers") && count == 2) return bench::time_layers(), 0;
   if (!std::strcmp(word, "blocks") && count == 2) return bench::time_blocks(), 0;
-  std::fprintf(stderr, "usage: bench_cuda conformance | constants FILE | layers | blocks\n");
+  std::fprintf(stderr, "usage: bench_cuda conformance [sm_80 | sm_90a] | constants FILE | layers | blocks\n");
   return 2;
 }

@@ -37,7 +37,7 @@ from sadmoe import (
 from sadmoe.budget import LAYERS, ROUTED
 from sadmoe.gates import Gate
 from sadmoe.mixed import fast_training
-from sadmoe.training.guards import mode, seeded
+from sadmoe.training.guards import mode
 from sadmoe.training.loop import train
 from sadmoe.training.objective import task
 from torch import nn
@@ -52,7 +52,7 @@ def task_trained(model: nn.Module, batches: list[Any], loss: Any, lr: float, run
     """The dense model after training on its task: loss(model, batch) -> scalar."""
     model.to(run.device)
     config = SparsifyConfig(seconds=run.effort.task, alpha=0.0, lr=lr, weight_decay=0.05)
-    with run.stage("task"), mode(model, train=True), seeded(model, 0), fast_training(model):
+    with run.stage("task"), mode(model, train=True), fast_training(model):
         train(
             model, batches, config, task(model, loss), lambda batch: torch.zeros(()), True,
             checkpoint=run.checkpoint("task"),
@@ -210,6 +210,7 @@ def run_recipe(work: Workload, run: Run) -> None:
     results.add("the same, static top-k", model, static, timed=True)
     results.add("the same, oracle gate", model, oracle)
     results.add("fine-tuned with static top-k", recipe.static(converted, ours), static, timed=True)
+    del converted, model
     untrained = recipe.untrained(ours)
     results.add(f"no fine-tuning, FFNs only, s = {ours}", untrained, dynamic, timed=True)
     results.add("no fine-tuning, static top-k", untrained, static)
@@ -217,8 +218,8 @@ def run_recipe(work: Workload, run: Run) -> None:
     for size in run.sizes:
         theirs = recipe.moefied(sparse, size)
         results.add(f"MoEfication, s = {size}", theirs, static, timed=True)
-    if not effort.sparsify:  # else what it was given was fine-tuned
-        results.add(f"MoEfication, fine-tuned, s = {size}", recipe.tuned(theirs), static, timed=True)
+        if size == run.sizes[-1] and not effort.sparsify:  # else what it was given was fine-tuned
+            results.add(f"MoEfication, fine-tuned, s = {size}", recipe.tuned(theirs), static, timed=True)
     for size in others:
         model = recipe.routed(recipe.converted(sparse, size), size)
         results.add(f"sadmoe, dynamic k, s = {size}", model, dynamic, timed=True)

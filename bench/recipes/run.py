@@ -25,23 +25,13 @@ class Effort:
     tokens: int  # of each layer, for routers and layers
     stride: int  # they come from every stride-th batch of the training data
     train: int  # samples
-    tests: int  # samples, and as many to pick a setting on
+    tests: int  # samples at most, and as many to pick a setting on
     timed: float  # seconds of timing at each point
     share: float = 0.2  # of the experts, at which the penalty on their norms rests
     budget: float = 0.4  # FLOPs of the converted layers, for the tau at which the routed fine-tune runs
     taus: tuple[float, ...] = (0.0, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55)
-    shares: tuple[float, ...] = (
-        0.7,
-        0.6,
-        0.5,
-        0.4,
-        0.3,
-        0.25,
-        0.2,
-        0.15,
-        0.1,
-        0.05,
-    )  # of experts, for static top-k
+    # Of the experts, for static top-k.
+    shares: tuple[float, ...] = (0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)
 
     def training(self, sizes: int) -> float:
         """Seconds of training alone, for so many expert sizes, a static k, and MoEfication where it is fine-tuned."""

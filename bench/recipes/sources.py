@@ -160,8 +160,8 @@ def pixels(images: Tensor, size: int) -> Tensor:
 
 
 def python_docs() -> tuple[str, str]:
-    """Python's own documentation, from the standard library: a text to train on, and of a fifth of its topics what the
-    others do not repeat."""
+    """Python's own documentation, from the standard library: a text to train on, and the paragraphs of a fifth of its
+    topics that this text does not contain."""
     texts = [text for _, text in sorted(topics.items())]
     train = "\n\n".join(text for i, text in enumerate(texts) if i % 5)
     held_out = (part for text in texts[::5] for part in text.split("\n\n"))

@@ -1,8 +1,8 @@
-"""W3: ViT-S/14 (DINOv2's architecture) fine-tuned on Fashion-MNIST at 56 pixels; top-1 of the first test images.
+"""W3: ViT-S/14 (DINOv2's architecture) fine-tuned on Fashion-MNIST at 56 pixels; top-1 of 2,000 test images.
 
 bench/recipes/fetch.sh data && python bench/recipes/w3_image_classifier.py --data data [--effort tiny|cpu|gpu]
 
---effort cpu, the default, trains for 740 s and is meant to end within 40 minutes on two cores; tiny only shows that all
+--effort cpu, the default, trains for 870 s and is meant to end within 50 minutes on two cores; tiny only shows that all
 of it runs. What is done is told with the seconds since the start, and not done again after a kill.
 """
 

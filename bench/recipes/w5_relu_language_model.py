@@ -4,8 +4,8 @@ decoding. What a ReLU model gives without fine-tuning, which the pretrained mode
     bench/recipes/fetch.sh data && python bench/recipes/w5_relu_language_model.py --data data [--effort tiny|cpu|gpu]
 
 An OPT of 4 x 256 x 1024 with 4,096 words of its own, on five novels of Jane Austen; *Persuasion* is held out. --effort
-cpu, the default, trains it for 300 s and its FFNs for 160 s for each expert size; tiny only shows that all of it runs.
-What is done is told with the seconds since the start, and not done again after a kill.
+cpu, the default, trains it for 300 s, its FFNs for 160 s for each expert size, and 100 s for a static k; tiny only
+shows that all of it runs. What is done is told with the seconds since the start, and not done again after a kill.
 """
 
 from dataclasses import replace

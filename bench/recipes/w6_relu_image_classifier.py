@@ -4,8 +4,8 @@ fine-tuning, which the pretrained classifier of W3 does not have.
     bench/recipes/fetch.sh data && python bench/recipes/w6_relu_image_classifier.py --data data [--effort tiny|cpu|gpu]
 
 A ViT of 6 x 128 x 512 on images of 28 pixels in patches of 4. --effort cpu, the default, trains it for 240 s on all
-60,000 images, and its FFNs for 160 s for each expert size; tiny only shows that all of it runs. What is done is told
-with the seconds since the start, and not done again after a kill.
+60,000 images, its FFNs for 160 s for each expert size, and 100 s for a static k; tiny only shows that all of it runs.
+What is done is told with the seconds since the start, and not done again after a kill.
 """
 
 from dataclasses import replace

@@ -31,7 +31,7 @@ class Workload:
     title: str
     dense: nn.Module
     train: list[Any]  # batches, labels unused
-    picks: list[Any]  # neither trained on nor told of: on them a setting is chosen
+    picks: list[Any]  # neither trained on nor reported: on them a setting is chosen
     tests: list[Any]
     metric: Callable[[Iterable[tuple[Any, Any]]], float]
     metric_name: str
@@ -39,9 +39,8 @@ class Workload:
     heat: Callable[[nn.Module], Heat]
     timers: dict[str, Callable[[nn.Module], object]]  # name -> what is timed
     output_loss: OutputLoss | None = None
-    right: Callable[[Any, Any], Tensor] | None = (
-        None  # bool, of each sample; metric is then the share that is right
-    )
+    # (output, batch) -> bool, of each sample; metric is then the share that is right.
+    right: Callable[[Any, Any], Tensor] | None = None
     also: dict[str, Callable[[nn.Module], float]] = field(default_factory=dict)  # of dense and of ours, once
     notes: tuple[str, ...] = ()
 

@@ -1,11 +1,13 @@
 // Tensors to plain pointers: every check of an argument and every message, once, for all devices.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <new>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -77,6 +79,19 @@ inline Activation activation_of(const char* op, const std::string& act) {
   return Activation::none;
 }
 
+// A string argument, which is ours to free, first thing of all: what torch before 2.14 makes of one itself is never freed.
+inline std::string taken(StringHandle handle) {
+  struct Freed {
+    StringHandle handle;
+    ~Freed() { torch_delete_string(handle); }
+  } freed{handle};
+  size_t length;
+  const char* data;
+  TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  return {data, length};
+}
+
 // torch::stable::contiguous without its way through torch's dispatcher where there is nothing to do.
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
@@ -103,7 +118,12 @@ inline Tensor empty_beside(const Tensor& x, const std::vector<int64_t>& sizes, s
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &code));
   if (dtype) code = code_of(*dtype);
   AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), code, type, index, &made));
+  if (aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), code, type, index, &made) != AOTI_TORCH_SUCCESS) {
+    if (type == aoti_torch_device_type_cpu()) throw std::bad_alloc();  // as scratch does: MemoryError
+    std::ostringstream shape;
+    for (const int64_t n : sizes) shape << (shape.tellp() ? ", " : "") << n;
+    throw std::runtime_error("sadmoe: CUDA out of memory. A tensor [" + shape.str() + "] could not be allocated");
+  }
   return Tensor(made);
 }
 

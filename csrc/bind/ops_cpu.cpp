@@ -58,7 +58,8 @@ Tensor dynamic_k_select(const Tensor& scores, double tau) {
   return mask;
 }
 
-void masked_activation(Tensor up, const MaybeTensor& gate, const Tensor& choice, double tau, const std::string& act) {
+void masked_activation(Tensor up, const MaybeTensor& gate, const Tensor& choice, double tau, StringHandle act_handle) {
+  const std::string act = taken(act_handle);
   Arguments keep("_masked_activation_");
   MaskedActivation p = check_masked_activation(keep, up, gate, choice, tau, act);
   p.up = up.mutable_data_ptr();
@@ -86,7 +87,8 @@ Tensor run(Arguments& keep, Experts p, const Tensor& x, const Tensor& v1, const 
 }
 
 Tensor sparse_experts(const Tensor& x, const Tensor& mask, const Tensor& w_up, const Tensor& w_down, const MaybeTensor& b_up,
-                      const MaybeTensor& w_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out, const std::string& act) {
+                      const MaybeTensor& w_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out, StringHandle act_handle) {
+  const std::string act = taken(act_handle);
   const char* op = "sparse_experts";
   Arguments keep(op);
   return run(keep, check_arguments(keep, op, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act), x, mask);
@@ -94,7 +96,8 @@ Tensor sparse_experts(const Tensor& x, const Tensor& mask, const Tensor& w_up, c
 
 Tensor dynamic_k_moe(const Tensor& x, const Tensor& v1, const Tensor& v2, const Tensor& w_up, const Tensor& w_down,
                      const MaybeTensor& b_up, const MaybeTensor& w_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out,
-                     double tau, const std::string& act) {
+                     double tau, StringHandle act_handle) {
+  const std::string act = taken(act_handle);
   const char* op = "dynamic_k_moe";
   Arguments keep(op);
   return run(keep, check_arguments(keep, op, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act), x, v1, v2, tau);
@@ -103,7 +106,8 @@ Tensor dynamic_k_moe(const Tensor& x, const Tensor& v1, const Tensor& v2, const 
 Tensor sparse_experts_int8(const Tensor& x, const Tensor& mask, const Tensor& w_up, const Tensor& w_down, const Tensor& scale_up,
                            const Tensor& scale_down, const MaybeTensor& b_up, const MaybeTensor& w_gate,
                            const MaybeTensor& scale_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out,
-                           const MaybeTensor& scale_out, const std::string& act) {
+                           const MaybeTensor& scale_out, StringHandle act_handle) {
+  const std::string act = taken(act_handle);
   const char* op = "sparse_experts_int8";
   Arguments keep(op);
   const Experts p = check_int8_arguments(keep, op, x, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out,
@@ -114,7 +118,8 @@ Tensor sparse_experts_int8(const Tensor& x, const Tensor& mask, const Tensor& w_
 Tensor dynamic_k_moe_int8(const Tensor& x, const Tensor& v1, const Tensor& v2, const Tensor& w_up, const Tensor& w_down,
                           const Tensor& scale_up, const Tensor& scale_down, const MaybeTensor& b_up, const MaybeTensor& w_gate,
                           const MaybeTensor& scale_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out,
-                          const MaybeTensor& scale_out, double tau, const std::string& act) {
+                          const MaybeTensor& scale_out, double tau, StringHandle act_handle) {
+  const std::string act = taken(act_handle);
   const char* op = "dynamic_k_moe_int8";
   Arguments keep(op);
   const Experts p = check_int8_arguments(keep, op, x, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out,

@@ -78,7 +78,8 @@ Tensor dynamic_k_select(const Tensor& scores, double tau) {
   return mask;
 }
 
-void masked_activation(Tensor up, const MaybeTensor& gate, const Tensor& choice, double tau, const std::string& act) {
+void masked_activation(Tensor up, const MaybeTensor& gate, const Tensor& choice, double tau, StringHandle act_handle) {
+  const std::string act = taken(act_handle);
   const char* op = "_masked_activation_";
   Arguments keep(op);
   MaskedActivation p = check_masked_activation(keep, up, gate, choice, tau, act);
@@ -96,7 +97,8 @@ void check_size(const char* op, const Tensor& w_down) {
 }
 
 Tensor sparse_experts(const Tensor& x, const Tensor& mask, const Tensor& w_up, const Tensor& w_down, const MaybeTensor& b_up,
-                      const MaybeTensor& w_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out, const std::string& act) {
+                      const MaybeTensor& w_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out, StringHandle act_handle) {
+  const std::string act = taken(act_handle);
   const char* op = "sparse_experts";
   check_size(op, w_down);
   Arguments keep(op);
@@ -109,7 +111,8 @@ Tensor sparse_experts(const Tensor& x, const Tensor& mask, const Tensor& w_up, c
 
 Tensor dynamic_k_moe(const Tensor& x, const Tensor& v1, const Tensor& v2, const Tensor& w_up, const Tensor& w_down,
                      const MaybeTensor& b_up, const MaybeTensor& w_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out,
-                     double tau, const std::string& act) {
+                     double tau, StringHandle act_handle) {
+  const std::string act = taken(act_handle);
   const char* op = "dynamic_k_moe";
   check_size(op, w_down);
   Arguments keep(op);

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 Batch = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
 Batches = Iterable[Batch]
 IGNORED = -100  # label of a token that counts in no loss
-# Keys and values of an attention to the encoder, by the names that BART, T5, BERT and their like give to both.
+# Keys and values of an attention to the encoder, by the names that BART, T5, BERT, GPT-2 and their like give to the
+# attention and to its projections.
 _OF_ENCODER_STATES = re.compile(
-    r"(encoder_?at|enc(oder)?_?dec|cross_?at).*\.(k|v|kv|key|value)(_?proj|_?lin|_?layer)?(\.|$)",
+    r"(^|\.)[^.]*(encoder_?at|enc(oder)?_?dec|cross_?at)[^.]*(\.(self|attention))*"
+    r"\.(k|v|kv|key|value|c_attn)(_?proj|_?lin|_?layer)?(\.|$)",
     re.IGNORECASE,
 )
 
@@ -37,6 +39,11 @@ def run(model: nn.Module, batch: Batch) -> Any:
             f"a {type(model).__name__} cannot be called with the batch, {_said(batch)}: {error}. A batch is what the "
             "model is called with, without labels that it does not take"
         ) from error
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether it says so, as the models of transformers do."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -71,7 +78,7 @@ def answer(model: nn.Module, batch: Batch, *, skip_padding: bool = True) -> Tens
         output = output.get("logits", [value for key, value in output.items() if key != "loss"])
     while not isinstance(output, Tensor):
         output = next(part for part in output if not isinstance(part, Tensor) or part.dim() > 0)
-    side = "decoder" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else ""
+    side = "decoder" if is_encoder_decoder(model) else ""
     real = real_rows(model, side, batch, output) if skip_padding and output.dim() > 2 else None
     rows = output.reshape(-1, output.shape[-1]).float()
     return rows if real is None else rows[real]
@@ -163,8 +170,9 @@ def real_rows(model: nn.Module, name: str, batch: Batch, x: Tensor) -> Tensor | 
     sees = any(word in name for word in ("vision", "visual", "image"))
     if sees and isinstance(batch, Mapping) and "pixel_values" in batch and "input_ids" in batch:
         return None
-    two_sided = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    decoder = two_sided and "decoder" in name.split(".") and not _OF_ENCODER_STATES.search(name)
+    decoder = (
+        is_encoder_decoder(model) and "decoder" in name.split(".") and not _OF_ENCODER_STATES.search(name)
+    )
     mask = _mask(batch, "decoder_attention_mask" if decoder else "attention_mask")
     if mask is None and decoder:
         mask = _labelled(batch)

@@ -12,12 +12,11 @@ from sadmoe.batches import Batch, Batches, check_batches, device_of, evaluating,
 from sadmoe.cost import CostReport, cost_of_masks, cost_of_shares
 from sadmoe.dial import Filter, Taus, converted_layers, set_tau, tau
 from sadmoe.masks import record_masks
+from sadmoe.training.objective import Loss
 
 SMALLEST_TAU = 1e-6  # the working points of the paper lie between 1e-3 and 0.1
 EVALUATIONS = 12  # of the model on the batches, at most: by halves, leaves tau known to 1 %
 TOLERANCE = 0.002  # a cost this close under the budget, as a share of the dense cost, ends the search
-
-Loss = Callable[[nn.Module, Batch], Tensor]
 
 
 @dataclass(frozen=True)

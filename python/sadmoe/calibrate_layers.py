@@ -22,9 +22,10 @@ from sadmoe.batches import (
     length,
     to_device,
 )
-from sadmoe.calibrate import BudgetError, Calibration, Loss, TauSearch, check_budget
+from sadmoe.calibrate import BudgetError, Calibration, TauSearch, check_budget
 from sadmoe.cost import CostReport
 from sadmoe.dial import converted_layers, set_tau, tau
+from sadmoe.training.objective import Loss
 
 FACTORS = (0.0, 0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0)  # of the one tau, that a layer may get; 0 makes it dense
 Factors = Mapping[str, float]  # by layer

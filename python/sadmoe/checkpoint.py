@@ -10,7 +10,6 @@ The key "sadmoe crc32" is the checksum of that JSON.
 
 import copy
 import os
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
         raise ValueError(f"nothing to save: no FFN of this {type(model).__name__} is converted, see convert_")
     files.check_new(path, overwrite)
     tensors, aliases = _stored(_everything(model))
-    crc = {name: _crc32(tensor) for name, tensor in tensors.items()}
+    crc = {name: files.crc32(tensor) for name, tensor in tensors.items()}
     header = {"format": FORMAT, "layers": layers, "aliases": aliases, "crc32": crc}
     files.write(path, tensors, KEY, header)
 
@@ -97,7 +96,8 @@ def _everything(model: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for named in (model.named_parameters, model.named_buffers):
         tensors |= {plain_name(name): tensor for name, tensor in named(remove_duplicate=False)}
-    if others := [key for key in model.state_dict() if plain_name(key) not in tensors]:
+    held = {id(tensor) for tensor in tensors.values()}
+    if others := [key for key, value in model.state_dict(keep_vars=True).items() if id(value) not in held]:
         raise NotImplementedError(
             f"{others[0]} is extra state of a module, neither a parameter nor a buffer (a quantised layer has such), "
             "which cannot be kept: dequantise the layer, or save the model with torch.save"
@@ -131,10 +131,6 @@ def _stored(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
     return stored, aliases
 
 
-def _crc32(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The header and the tensors under all their names, checked as far as that goes without a model."""
     if not path.is_file():
@@ -153,7 +149,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if set(crc) != set(tensors) or not set(aliases.values()) <= set(tensors):
         raise SavedModelError(f"{path} is damaged: its list of tensors is not what it holds")
     for name, tensor in tensors.items():
-        if _crc32(tensor) != crc[name]:
+        if files.crc32(tensor) != crc[name]:
             raise SavedModelError(
                 f"{path} is damaged: the checksum of {name} is wrong; copy or save it again"
             )
@@ -202,9 +198,9 @@ def _check_same(skeleton: nn.Module, tensors: dict[str, Tensor], path: Path) -> 
     forward may have changed the shape (tables of positions), or made them."""
     wanted, lasting = _everything(skeleton), skeleton.state_dict()
     made = {
-        f"{path}.{key}".lstrip(".")
-        for path, m in skeleton.named_modules()
-        for key in m._non_persistent_buffers_set
+        plain_name(f"{name}.{key}".lstrip("."))
+        for name, module in skeleton.named_modules(remove_duplicate=False)
+        for key in module._non_persistent_buffers_set
     }
     only = {"file": tensors.keys() - wanted.keys() - made, "model": wanted.keys() - tensors.keys() - made}
     problems = [f"{name} is in the {side} only" for side, names in only.items() for name in sorted(names)]
@@ -224,6 +220,10 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     made: dict[tuple[int, torch.device, bool], Tensor] = {}
     for name, old in _everything(model).items():
         if name not in tensors:
+            if old.is_meta:
+                raise SavedModelError(
+                    f"{name} is not in the file, and has no value in this model: build it with weights"
+                )
             continue
         owner, _, key = name.rpartition(".")
         value = tensors[name]

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sadmoe.batches import is_encoder_decoder
 from sadmoe.texts import load_processor, load_tokenizer, padding, paragraphs, tokenized
 
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -53,7 +54,7 @@ def load_data(model: Any, folder: Path, path: Path, *, batch_size: int, max_leng
     if path.suffix == ".py":
         return _from_python(path, folder)
     takes, name = str(getattr(model, "main_input_name", "")), type(model).__name__
-    pairs = bool(getattr(model.config, "is_encoder_decoder", False))
+    pairs = is_encoder_decoder(model)
     if takes == "pixel_values" and not pairs:
         if not path.is_dir():
             raise ValueError(

@@ -51,7 +51,7 @@ def check_own_weights(model: nn.Module, layers: Mapping[str, DynamicKMoE]) -> No
         for key, p in layer.named_parameters(recurse=False):
             if p.is_meta:
                 raise ValueError(
-                    f"{name}.{key} is offloaded, so it is not here: load the model without offloading first"
+                    f"{name}.{key} has no values here (offloaded, or on the meta device): load the model whole first"
                 )
             if type(p.data) is not Tensor:
                 raise ValueError(

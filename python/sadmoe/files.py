@@ -41,9 +41,9 @@ def read(path: Path, key: str) -> tuple[dict[str, Tensor], Any]:
     """The tensors, and what is under `key`. Raises ValueError where the file is not one that `write` wrote with it."""
     try:
         with safe_open(path, "pt") as file:
+            found = header(file.metadata() or {}, key)
             # cloned, because the file is only mapped: whoever cut it short later would end the process
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            return tensors, header(file.metadata() or {}, key)
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, found  # noqa: SIM118
     except KeyError as error:
         raise ValueError(f"it has no {error} in its metadata") from error
     except (SafetensorError, ValueError) as error:
@@ -80,5 +80,10 @@ def checksum(tensors: Mapping[str, Tensor]) -> int:
         if not isinstance(tensor, Tensor):
             continue
         crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
-        crc = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
+        crc = crc32(tensor, crc)
     return crc
+
+
+def crc32(tensor: Tensor, start: int = 0) -> int:
+    """Of the bits of one tensor, going on from `start`."""
+    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, start)

@@ -101,9 +101,12 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if func.namespace == "aten" and name.startswith(
-            "_scaled_dot_product_"
-        ):  # nn.MultiheadAttention hides the call
+        # nn.MultiheadAttention hides the call from _Attention.
+        if (
+            func.namespace == "aten"
+            and name.startswith("_scaled_dot_product_")
+            and not name.endswith("_backward")
+        ):
             self.count.add(_attention_op(args, kwargs))
             return func(*args, **kwargs)
         rule = _RULES.get(name.rstrip("_")) if func.namespace == "aten" else None

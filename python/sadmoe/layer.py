@@ -171,8 +171,16 @@ class DynamicKMoE(nn.Module):
         if name == "gate" and not (callable(getattr(value, "mask", None)) and hasattr(value, "true_norms")):
             raise TypeError(
                 f"gate must be a DynamicK, a TopK or another Gate, got {value!r}: DynamicK(tau), or set_tau(model, tau)"
+                "; one of your own needs mask(scores) and true_norms"
             )
         super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a pickle; the first ones held dropout as a number."""
+        super().__setstate__(state)
+        if "dropout" in self.__dict__:
+            p = self.__dict__.pop("dropout")
+            self.register_module("dropout", nn.Dropout(p).train(self.training) if p else None)
 
     @property
     def experts(self) -> int:

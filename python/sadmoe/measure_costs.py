@@ -45,6 +45,7 @@ def calibrate_costs(
             f"{path} holds this model's shapes on this device already: measure them again with --force"
         )
     found = [measure_costs(layer, tokens, seconds=seconds) for layer in todo]
+    known = _read(path, force)  # again: another process may have written meanwhile
     measured.write(path, (known | {costs.key: costs for costs in found}).values())
     paths.use_costs(None)
     return found

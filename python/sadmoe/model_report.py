@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sadmoe.batches import Batch, device_of, evaluating, run, to_device
+from sadmoe.batches import Batch, device_of, evaluating, is_encoder_decoder, run, to_device
 from sadmoe.data import SHOWN, Data, words_of
 from sadmoe.dial import converted_layers
 from sadmoe.evaluate import Point, header
@@ -114,7 +114,7 @@ def layer_heat(heading: str, model: nn.Module, batch: Batch, labels: Sequence[st
     Layers that see other tokens are left out: in an encoder-decoder those of the decoder.
     """
     layers = converted_layers(model)
-    two_sided = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    two_sided = is_encoder_decoder(model)
     counts = {
         name: k.flatten()
         for name, k in experts_per_token(model, batch).items()

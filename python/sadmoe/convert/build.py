@@ -18,6 +18,7 @@ from sadmoe.inputs import stream_inputs
 from sadmoe.layer import DynamicKMoE
 from sadmoe.partition import partition, slots
 from sadmoe.routers import fit_router_
+from sadmoe.sparsify.penalty import SMALL
 from sadmoe.training.processes import place
 from sadmoe.training.resume import Checkpoint, read, write
 
@@ -130,7 +131,6 @@ class _Saved:
             "router": asdict(config.router),
             **{name: getattr(config, name) for name in names},
             "act": dense.act,
-            "looked at": "at random",
             "model": self.model,
         }
 
@@ -160,4 +160,4 @@ def _activity(dense: DenseFFN, some: Tensor) -> Tensor:
     """[f, tokens], 1 where a neuron is above 1 % of the token's largest: alike are neurons that fire together."""
     with torch.no_grad():
         hidden = dense.hidden(some).abs()
-    return (hidden > 0.01 * hidden.amax(-1, keepdim=True)).t().to(torch.float32).contiguous()
+    return (hidden > SMALL * hidden.amax(-1, keepdim=True)).t().to(torch.float32).contiguous()

@@ -168,18 +168,14 @@ def _activation(module: nn.Module) -> tuple[str | None, tuple[str, ...], str | N
     """Of a module that is all FFN: where its activation is, what it may be, or why it is refused."""
     children = activation_children(module)
     known = {n: a for n, a in children.items() if a is not None} or activation_attributes(module)
-    if len(known) == 1:
-        name, act = next(iter(known.items()))
-        others = [child for child in children if child != name]
-        kinds = ", ".join(f"{n} ({type(module.get_submodule(n)).__name__})" for n in others)
-        return (
-            name,
-            (act,),
-            f"{kinds} in it may do in training what a MoE layer would not" if others else None,
-        )
     if children and not known:
         return None, (), _unknown(module, children)
-    return None, ALL_ACTS, None
+    others = ", ".join(f"{n} ({type(module.get_submodule(n)).__name__})" for n in children if n not in known)
+    refusal = f"{others} in it may do in training what a MoE layer would not" if others else None
+    if len(known) == 1:
+        name, act = next(iter(known.items()))
+        return name, (act,), refusal
+    return None, ALL_ACTS, refusal
 
 
 def _unknown(module: nn.Module, children: Iterable[str]) -> str:

@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from sadmoe.batches import unwrapped
+
 
 def join(*paths: str) -> str:
     """One module path out of several, of which some may be empty."""
@@ -25,7 +27,7 @@ def lookup(block: nn.Module, path: str) -> tuple[dict[str, Any], str, Any]:
     An attribute hides a module of the same name, as in Python. Raises AttributeError where there is neither.
     """
     owner_path, _, name = path.rpartition(".")
-    owner = block.get_submodule(owner_path)
+    owner = unwrapped(block.get_submodule(owner_path))
     table: dict[str, Any] = owner.__dict__ if name in owner.__dict__ else owner._modules
     if name not in table:
         raise AttributeError(f"{type(owner).__name__} has no {name}")

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 EXPERTS = re.compile("expert|moe", re.IGNORECASE)  # in the name or the type of a module
 # How a class is named that is an attention: not a decoder, a block or an MLP that has a word of it in its name.
 ATTENTION = re.compile(r"(attention|attn)(output|module|pool[a-z]*|v?\d+)?$", re.IGNORECASE)
+# How a class is named that is an FFN.
+FFN = re.compile(r"mlp|ffn|feed_?forward|geglu|swiglu", re.IGNORECASE)
 TRIED_BATCHES = 8  # until one of them runs a block that a probe cannot run
 
 
@@ -59,6 +61,8 @@ def find_ffns(
     """
     sites, skipped = scan_ffns(model, filter, batches=batches)
     if sites:
+        if filter is None:
+            skipped = skipped + _overlooked(model, sites, skipped)
         if skipped:
             logger.warning("%d FFNs are not converted:\n%s", len(skipped), _listing(list(map(str, skipped))))
         return sites
@@ -108,6 +112,26 @@ def _scan(
                 skipped.append(Skipped(name, type(module).__name__, told))
             not_run += [name] if any(isinstance(reason, NotRun) for reason in reasons) else []
     return sites, skipped, not_run
+
+
+def _overlooked(model: nn.Module, sites: list[FFNSite], skipped: list[Skipped]) -> list[Skipped]:
+    """What is named as an FFN and has two linear layers or more, of which no adapter makes anything; the outermost."""
+    used = {id(linear) for site in sites for linear in (site.up, site.down, site.gate)}
+    told = [one.name for one in skipped]
+    found: list[Skipped] = []
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if not name or not FFN.search(kind) or EXPERTS.search(f"{name} {kind}"):
+            continue
+        if any(f"{name}.".startswith(f"{t}.") or f"{t}.".startswith(f"{name}.") for t in told):
+            continue
+        linears = {n: m for n, m in module.named_modules() if linear_shape(m) is not None}
+        shapes = [f"{n} {' -> '.join(map(str, linear_shape(m) or ()))}" for n, m in linears.items()]
+        if len(linears) > 1 and not used & {id(m) for m in linears.values()}:
+            reason = f"no pair of its linear layers is seen as d -> f -> d, f > d: {', '.join(shortened(shapes, 4))}"
+            found.append(Skipped(name, kind, reason))
+            told.append(name)
+    return found
 
 
 def _look_at(
@@ -183,7 +207,10 @@ class Uses:
                     raise Unsupported(f"{path}.{key} is tied with {', '.join(tied)}")
         if len(dtypes) > 1:
             kinds = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in dtypes))
-            raise Unsupported(f"its weights are of several kinds ({kinds}); cast or move them to one")
+            raise Unsupported(
+                f"its weights are of several kinds ({kinds}); cast or move them to one, such as "
+                "bfloat16: some models keep layers in float32 where they are loaded in float16"
+            )
 
 
 def _nothing_found(model: nn.Module, filter: Callable[[str], bool] | None) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sadmoe.batches import plain_name
+from sadmoe.batches import plain_name, unwrapped
 from sadmoe.ffn.dense import TENSORS, DenseFFN, dense_from_layer
 from sadmoe.ffn.linears import fill_, strip_
 from sadmoe.ffn.paths import lookup, put
@@ -104,7 +104,7 @@ def swap_out(model: nn.Module, name: str) -> None:
     if site.parts.at == "":
         _replace_everywhere(model, layer, removed[""])
         return
-    block = model.get_submodule(_block_name(name, site.parts))
+    block = unwrapped(model.get_submodule(_block_name(name, site.parts)))
     encoder = _encoder_around(model, block)
     put_back(block, removed)
     if encoder is not None and replaced.nested is not None and not _converted_in(encoder):
@@ -227,7 +227,9 @@ def _fill(site: FFNSite, dense: DenseFFN) -> None:
 def _encoder_around(model: nn.Module, block: nn.Module) -> nn.TransformerEncoder | None:
     """The nn.TransformerEncoder whose layer the block is: its nested-tensor path reads linear1.weight."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(layer is block for layer in module.layers):
+        if isinstance(module, nn.TransformerEncoder) and any(
+            unwrapped(layer) is block for layer in module.layers
+        ):
             return module
     return None
 

@@ -134,6 +134,8 @@ def describe_all(model: nn.Module) -> None:
     The config is a copy of its own: another model may hold the one it had.
     """
     models = _transformers_models(model)
+    if not models:
+        return
     if descriptions(model) or any(_says_converted(module) for module in models):
         own_configs(model)
         _describe_each(models)

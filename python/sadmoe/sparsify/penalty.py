@@ -64,8 +64,8 @@ class _SquareHoyer(torch.autograd.Function):
         of_entry = (-of_sum * sums / squares).masked_fill(
             roots < FLOOR, 0
         )  # below it the divisor is constant
-        wide = a if a.dtype == torch.bfloat16 else a.float()
-        return torch.addcmul(wide.sign() * of_sum.to(wide.dtype), wide, of_entry.to(wide.dtype)).to(a.dtype)
+        # Rounded at the end alone: near sum a^2 / sum |a| the two cancel.
+        return (a.sign() * of_sum).addcmul_(a, of_entry).to(a.dtype)
 
 
 def l1(a: Tensor) -> Tensor:

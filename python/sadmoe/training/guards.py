@@ -40,18 +40,19 @@ def mode(model: nn.Module, train: bool) -> Iterator[None]:
 
 
 @contextmanager
-def seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """torch's random state, on the CPU and where the model is, starts from `seed`; afterwards it is what it was."""
+def seeded(model: nn.Module, seed: int) -> Iterator[list[int]]:
+    """torch's random state, on the CPU and where the model is, starts from `seed`; afterwards it is what it was. Yields
+    the CUDA devices."""
     tensors = (*model.parameters(), *model.buffers())
     devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
     with torch.random.fork_rng(devices):
         _seed(devices, seed)
-        yield
+        yield devices
 
 
-def reseed(device: torch.device, seed: int, number: int) -> None:
-    """Random numbers, on the CPU and the device, go on as those of that batch."""
-    _seed([device.index or 0] if device.type == "cuda" else [], (seed + (number + 1) * 0x9E3779B9) % 2**32)
+def reseed(cuda_devices: Sequence[int], seed: int, number: int) -> None:
+    """Random numbers, on the CPU and those devices, go on as those of that batch."""
+    _seed(cuda_devices, (seed + (number + 1) * 0x9E3779B9) % 2**32)
 
 
 def _seed(cuda_devices: Sequence[int], seed: int) -> None:

@@ -40,7 +40,7 @@ def train(
     errors and `checkpoint`.
     In a process group the batches of each update are shared out; every process must be given the same ones. Random
     numbers, such as those of dropout, are drawn by the seed and the number of the batch: the same in one process or
-    several, and after a run was taken up again. The caller's go on where they were.
+    several, and after a run was taken up again. The caller's own random state is left as it was.
     Raises RuntimeError under torch.inference_mode, whose tensors cannot be trained; a no_grad around it is lifted.
     """
     if torch.is_inference_mode_enabled():
@@ -55,7 +55,7 @@ def train(
     history, before = update.resumed(saver)
     device, started = device_of(model), time.perf_counter() - before
     with (
-        seeded(model, config.seed),
+        seeded(model, config.seed) as update.cuda_devices,
         tqdm(
             total=config.steps or math.ceil(config.seconds or 0),
             initial=len(history) if config.steps else 0,
@@ -102,6 +102,7 @@ class _Update:
         self.name, self.config, self.stream = name, config, stream
         self.objective, self.penalty_of = objective, penalty_of
         self.device = device_of(model)
+        self.cuda_devices: list[int] = []  # on which random numbers are drawn
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError(
@@ -141,7 +142,7 @@ class _Update:
         for turn in range(self.config.accumulate):
             index, batch = next(self.stream)
             if turn % self.world == self.rank:
-                reseed(self.device, self.config.seed, number * self.config.accumulate + turn)
+                reseed(self.cuda_devices, self.config.seed, number * self.config.accumulate + turn)
                 totals += self._backward(to_device(batch, self.device), index, alpha)
         processes.sum_([totals])
         value, penalty = totals.tolist()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sadmoe.batches import Batch, real_rows, run, unwrapped
+from sadmoe.batches import Batch, is_encoder_decoder, real_rows, run, unwrapped
 from sadmoe.ffn import FFNSite
 from sadmoe.ffn.paths import is_module, join
 from sadmoe.gradients import is_recomputed
@@ -48,8 +48,7 @@ def distill_logits(model: nn.Module, dense: nn.Module) -> Objective:
         logits = _logits(run(model, batch))
         log_p, log_q = target.log_softmax(-1), logits.log_softmax(-1)
         kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-        decoder = "decoder" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else ""
-        real = real_rows(model, decoder, batch, logits)
+        real = real_rows(model, "decoder" if is_encoder_decoder(model) else "", batch, logits)
         return kl.mean() if real is None else kl.flatten()[real].sum() / max(int(real.sum()), 1)
 
     return objective

@@ -83,9 +83,9 @@ def read(path: Path, run: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"checkpoint: {path} is no saved run of sadmoe, or is damaged: {error}") from error
     if version != FORMAT:
-        raise ValueError(
-            f"checkpoint: {path} has format {version}, this sadmoe reads {FORMAT}: update sadmoe"
-        )
+        earlier = isinstance(version, int) and version < FORMAT
+        advice = "begin anew in an empty folder" if earlier else "update sadmoe"
+        raise ValueError(f"checkpoint: {path} has format {version}, this sadmoe reads {FORMAT}: {advice}")
     wanted = json.loads(json.dumps(run))
     if differing := [key for key in wanted.keys() | saved.keys() if wanted.get(key) != saved.get(key)]:
         told = "; ".join(_told(key, saved.get(key), wanted.get(key)) for key in sorted(differing))
