@@ -309,6 +309,109 @@ def test_an_activation_hidden_by_an_attribute_is_the_one_that_runs():
     assert_close(model(hidden(), hidden()), expected)
 
 
+# FFNs whose layers are in modules of their own
+
+
+class Projected(nn.Module):
+    """A linear layer and its activation, as diffusers has them: of a GLU in one, the gate second."""
+
+    def __init__(self, gated: bool):
+        super().__init__()
+        self.proj, self.gated = nn.Linear(D, 2 * F_ if gated else F_), gated
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.gated:
+            return F.gelu(self.proj(x), approximate="tanh")
+        up, gate = self.proj(x).chunk(2, dim=-1)
+        return up * F.gelu(gate)
+
+
+class InAList(nn.Module):
+    def __init__(self, gated: bool):
+        super().__init__()
+        self.net = nn.ModuleList([Projected(gated), nn.Dropout(0.0), nn.Linear(F_, D)])
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        for module in self.net:
+            x = module(x)
+        return x
+
+
+class GateInside(nn.Module):
+    """As CPM-Ant's: two linear layers and the activation in one module."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleDict({"gate": nn.Linear(D, F_), "up": nn.Linear(D, F_), "act": nn.SiLU()})
+        self.out = nn.Linear(F_, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.inner["act"](self.inner["gate"](x)) * self.inner["up"](x))
+
+
+class Wrapped(nn.Module):
+    """A linear layer inside a module that adds nothing, as in Gemma 4's towers."""
+
+    def __init__(self, n: int, m: int):
+        super().__init__()
+        self.linear = nn.Linear(n, m)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+class OfWrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.act, self.down = Wrapped(D, F_), nn.ReLU(), Wrapped(F_, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x)))
+
+
+@pytest.mark.parametrize(
+    ("make", "adapter", "act"),
+    [
+        (lambda: InAList(False), "whole_plain", "gelu_tanh"),
+        (lambda: InAList(True), "whole_fused", "gelu"),
+        (GateInside, "whole_gated", "silu"),
+        (OfWrapped, "whole_plain", "relu"),
+    ],
+    ids=["list", "list of a GLU", "two inside", "wrapped"],
+)
+def test_layers_in_modules_of_their_own_are_one_ffn(make, adapter, act):
+    torch.manual_seed(0)
+    model = nn.Sequential(Residual(make()), Residual(make())).eval()
+    before, expected = state(model), model(hidden())
+    sites = find_ffns(model)
+    assert [(site.name, site.adapter, site.act) for site in sites] == [
+        ("0.inner", adapter, act),
+        ("1.inner", adapter, act),
+    ]
+    convert(model)
+    assert_close(model(hidden()), expected)
+    again = nn.Sequential(Residual(make()), Residual(make())).eval()
+    for site in sites:
+        found = site_from_spec(again, site.name, spec(site))
+        assert (found.parts, found.act) == (site.parts, site.act)
+    restore(model)
+    assert_same_state(before, state(model))
+
+
+def test_a_module_around_an_ffn_is_not_taken_for_it():
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ffn = UserFFN()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.ffn(x)
+
+    sites, skipped = scan_ffns(nn.Sequential(Around(), nn.Sequential(UserFFN())))
+    assert [site.name for site in sites] == ["0.ffn", "1.0"]
+    assert skipped == []
+
+
 # Dropout
 
 

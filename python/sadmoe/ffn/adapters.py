@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sadmoe import reference
 from sadmoe.ffn.activations import activation_attributes, activation_children
 from sadmoe.ffn.linears import linear_shape
+from sadmoe.ffn.paths import join
 from sadmoe.ffn.probe import Call
 from sadmoe.ffn.projection import ProjectionMLP
 from sadmoe.ffn.sites import Parts
@@ -52,16 +53,16 @@ def projection(module: nn.Module) -> Iterator[Proposal]:
 
 def whole_plain(module: nn.Module) -> Iterator[Proposal]:
     """A module that is linear, activation, linear: the MoE layer takes its place (GPT-2, ViT, T5, timm)."""
-    linears = _linears(module)
-    if len(linears) == 2 and _only_ffn_children(module):
+    linears = _all_linears(module)
+    if len(linears) == 2:
         for up, down in _pairs(linears):
             yield from _whole(module, [Parts("", up, down)])
 
 
 def whole_gated(module: nn.Module) -> Iterator[Proposal]:
     """A module that is down(act(gate(x)) * up(x)): the MoE layer takes its place (Llama, Gemma, T5 v1.1)."""
-    linears = _linears(module)
-    if len(linears) == 3 and _only_ffn_children(module):
+    linears = _all_linears(module)
+    if len(linears) == 3:
         parts = [
             Parts("", up, down, gate)
             for gate, up, down in permutations(linears)
@@ -72,8 +73,8 @@ def whole_gated(module: nn.Module) -> Iterator[Proposal]:
 
 def whole_fused(module: nn.Module) -> Iterator[Proposal]:
     """The gated module with gate and up in one linear layer, in either order (timm, Phi-3, ModernBERT)."""
-    linears = _linears(module)
-    if len(linears) == 2 and _only_ffn_children(module):
+    linears = _all_linears(module)
+    if len(linears) == 2:
         parts = [
             Parts("", up, down, up, half)
             for up, down in permutations(linears)
@@ -157,17 +158,22 @@ def _call_pair_with_residual(block: nn.Module, parts: Parts, x: Tensor) -> Any:
 
 
 def _whole(module: nn.Module, proposals: list[Parts]) -> Iterator[Proposal]:
-    names = [name for name, _ in module.named_children()]
+    linears = _all_linears(module)
     for p in proposals:
-        likely = p.gate not in (None, p.up) or _in_order(names, p.up, p.down)
+        likely = p.gate not in (None, p.up) or _in_order(linears, p.up, p.down)
+        likely = likely and not any(
+            "." in path for path in linears
+        )  # else what is inside may be one, and is told of
         name, acts, refusal = _activation(module)
         yield Proposal(replace(p, activation=name), acts, (_call_once,), likely, refusal)
 
 
 def _activation(module: nn.Module) -> tuple[str | None, tuple[str, ...], str | None]:
     """Of a module that is all FFN: where its activation is, what it may be, or why it is refused."""
-    children = activation_children(module)
-    known = {n: a for n, a in children.items() if a is not None} or activation_attributes(module)
+    holders = {path: m for path, m in module.named_modules() if linear_shape(m) is None}
+    children = {join(p, n): act for p, m in holders.items() for n, act in activation_children(m).items()}
+    attributes = {join(p, n): act for p, m in holders.items() for n, act in activation_attributes(m).items()}
+    known = {n: a for n, a in children.items() if a is not None} or attributes
     if children and not known:
         return None, (), _unknown(module, children)
     others = ", ".join(f"{n} ({type(module.get_submodule(n)).__name__})" for n in children if n not in known)
@@ -203,6 +209,40 @@ def _out_of_reach(up: str, down: str) -> str:
 def _linears(module: nn.Module) -> dict[str, tuple[int, int]]:
     shapes = {name: linear_shape(child) for name, child in module.named_children()}
     return {name: shape for name, shape in shapes.items() if shape is not None}
+
+
+def _all_linears(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Those of a module that is all FFN, by path: it holds no more than them, dropouts, identities and at most one bare
+    other, itself or in modules and lists of them (diffusers' FeedForward). Else {}. What is all in one module of its
+    own is for that one to tell."""
+    if _only_ffn_children(module):
+        return _linears(module)
+    found = _linears_below(module)
+    tops = {path.partition(".")[0] for path in found}
+    lists = all(isinstance(module.get_submodule(top), (nn.ModuleList, nn.ModuleDict)) for top in tops)
+    return found if len(tops) > 1 or lists else {}
+
+
+def _linears_below(module: nn.Module) -> dict[str, tuple[int, int]]:
+    found: dict[str, tuple[int, int]] = {}
+    others = 0
+    waiting = [("", module)]
+    while waiting:
+        path, holder = waiting.pop(0)
+        if holder._parameters or holder._buffers:
+            return {}
+        for name, child in holder.named_children():
+            shape = linear_shape(child)
+            if shape is not None:
+                found[join(path, name)] = shape
+            elif next(child.children(), None) is not None:
+                waiting.append((join(path, name), child))
+            elif not isinstance(child, (nn.Dropout, nn.Identity)):
+                others += 1
+                waiting.append((join(path, name), child))
+        if len(found) > 3 or others > 1:
+            return {}
+    return found
 
 
 def _in_order(names: Iterable[str], first: str, second: str) -> bool:
