@@ -153,7 +153,7 @@ def _budgets() -> dict[str, Budget]:
     budgets = {
         "select": Budget(40, (r"SHFL\.BFLY",)),
         "plan_words": Budget(40, (r"SHFL\.BFLY",)),
-        "plan_scan": Budget(40, ("POPC",)),
+        "plan_scan": Budget(64, ("POPC",)),  # words of four tiles on their way: a block of 512 threads fits
         "plan_fill": Budget(40, (r"SHFL\.UP",)),
         "plan_decode": Budget(40, (r"SHFL\.UP",)),
     }

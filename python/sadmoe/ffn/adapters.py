@@ -161,9 +161,8 @@ def _whole(module: nn.Module, proposals: list[Parts]) -> Iterator[Proposal]:
     linears = _all_linears(module)
     for p in proposals:
         likely = p.gate not in (None, p.up) or _in_order(linears, p.up, p.down)
-        likely = likely and not any(
-            "." in path for path in linears
-        )  # else what is inside may be one, and is told of
+        # Of a module around others, what is inside may be an FFN, and is then told of.
+        likely = likely and not any("." in path for path in linears)
         name, acts, refusal = _activation(module)
         yield Proposal(replace(p, activation=name), acts, (_call_once,), likely, refusal)
 
