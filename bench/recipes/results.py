@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from sadmoe.model_report import short_names
 from sadmoe.report import Heat, Page, Panel, Series, plot_curves, write_page
 from sadmoe.tables import format_table
 from sadmoe.timing import machine
-from torch import Tensor, nn
+from torch import nn
+from torch.utils._pytree import tree_leaves
 from workload import Dense, Point, Workload, inputs, sweep
 
 KEPT = (0.99, 0.98)  # of the dense metric, at which savings are told
@@ -131,7 +132,7 @@ class Saved:
     def __init__(self, work: Workload, run: Run):
         self.path = run.state / "curves.json"
         device = torch.cuda.get_device_name() if run.device.startswith("cuda") else run.device
-        samples = checksum({str(i): sample for i, sample in enumerate(_tensors([work.picks, work.tests]))})
+        samples = checksum({str(i): sample for i, sample in enumerate(tree_leaves([work.picks, work.tests]))})
         self.on = {"machine": machine(), "device": device, "samples": samples}
         self.curves: dict[str, dict[str, Any]] = {}
         if self.path.exists():
@@ -163,14 +164,6 @@ def commit() -> str:
     words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     found = subprocess.run(words, capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
-
-
-def _tensors(nest: Any) -> Iterator[Tensor]:
-    if isinstance(nest, Tensor):
-        yield nest
-    elif isinstance(nest, Mapping | Sequence) and not isinstance(nest, str):
-        for part in nest.values() if isinstance(nest, Mapping) else nest:
-            yield from _tensors(part)
 
 
 def listed(values: Mapping[str, float], digits: int) -> str:
