@@ -21,7 +21,8 @@ from find_torch import required_torch  # noqa: E402
 
 
 def _tool(name: str) -> str:
-    found = shutil.which(name)
+    # Beside this Python too: its environment need not be activated.
+    found = shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
     if found is None:
         sys.exit(f"sadmoe: {name} was not found. pip install {name}, or let pip build in isolation.")
     return found
@@ -30,9 +31,11 @@ def _tool(name: str) -> str:
 def _environment() -> dict[str, str]:
     """The caller's, with nvcc's usual place as the last guess."""
     env = dict(os.environ)
-    home = env.get("CUDA_HOME") or env.get("CUDA_PATH") or "/usr/local/cuda"
-    nvcc = Path(home) / "bin/nvcc"
-    if "CUDACXX" not in env and nvcc.exists():
+    env.pop("DESTDIR", None)  # cmake --install would put everything below it
+    home = (
+        env.get("CUDA_HOME") or env.get("CUDA_PATH") or (None if shutil.which("nvcc") else "/usr/local/cuda")
+    )
+    if home and "CUDACXX" not in env and (nvcc := Path(home) / "bin/nvcc").exists():
         env["CUDACXX"] = str(nvcc)
     return env
 
@@ -60,7 +63,9 @@ class CMakeBuild(build_ext):
             )
         inplace = self.editable_mode or self.inplace
         out = ROOT / "python/sadmoe" if inplace else Path(self.build_lib).resolve() / "sadmoe"
-        build = Path(self.build_temp).resolve() / "cmake"
+        # Of an editable installation it stays, so that only what changed is compiled again.
+        kept = ROOT / "build" / f"editable-{sys.implementation.cache_tag}"
+        build = (kept if inplace else Path(self.build_temp).resolve()) / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         cmake, env = _tool("cmake"), _environment()
         configure = [
@@ -83,8 +88,8 @@ class CMakeBuild(build_ext):
             f"-DSADMOE_CUDA_ARCHS={env.get('SADMOE_CUDA_ARCHS', '')}",
             *shlex.split(env.get("SADMOE_CMAKE_ARGS", "")),
         ]
-        if not inplace:
-            configure.append("--fresh")  # a cache in build/ may come from another environment
+        # A cache may come from another environment, or from before there was an nvcc.
+        configure.append("-UCMAKE_CUDA_COMPILER" if inplace else "--fresh")
         jobs = env.get("MAX_JOBS") or str(os.cpu_count() or 1)
         for command in (
             configure,
@@ -94,7 +99,16 @@ class CMakeBuild(build_ext):
             subprocess.run(command, check=True, env=env)
 
     def get_outputs(self) -> list[str]:
-        return [str(path) for path in Path(self.build_lib, "sadmoe").glob("_*.so")]
+        return [str(path) for path in Path(self.build_lib, "sadmoe").glob("_*.so")] or list(
+            self.get_output_mapping()
+        )
+
+    def get_output_mapping(self) -> dict[str, str]:
+        """Of an editable installation: where each library would be in a wheel, and where it is."""
+        if not (self.editable_mode or self.inplace):
+            return {}
+        made = (ROOT / "python/sadmoe").glob("_*.so")
+        return {str(Path(self.build_lib, "sadmoe", path.name)): str(path) for path in made}
 
 
 setup(ext_modules=[Extension("sadmoe._ops", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -29,8 +29,8 @@ from command import command
 from cuda_timing import captured, graph_seconds
 from layer_problem import LayerShape, shape_of, tau_of_share
 from mask_kinds import clustered, recorded, recorded_shapes, skewed
-from sadmoe import ops, reference
-from sadmoe.crossover import CONSTANTS, Card, Layer, card_for, cards, choose
+from sadmoe import crossover, ops, reference
+from sadmoe.crossover import CONSTANTS, Card, card_for, cards, choose
 from torch import Tensor
 
 SIZES = {  # of experts, by layer
@@ -63,7 +63,7 @@ def problem(shape: LayerShape, T: int, share: float, mask: Tensor | None) -> Sim
     def normal(*size: int, scale: float) -> Tensor:
         return (torch.randn(*size, generator=g, device="cuda") * scale).bfloat16()
 
-    layer = Layer(d, d, E, s, ROUTER_WIDTH, gated)
+    layer = crossover.LayerShape(d, d, E, s, ROUTER_WIDTH, gated)
     read = 2 * share * layer.neurons * layer.neuron_width
     sets = min(MOST_SETS, int(COLD / read) + 1) if T <= 64 else 1
     p = SimpleNamespace(layer=layer, T=T, x=normal(T, d, scale=1), v1=normal(ROUTER_WIDTH, d, scale=d**-0.5))

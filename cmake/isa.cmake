@@ -14,6 +14,7 @@ function(add_isa_source target file)
       endif()
     endif()
   endif()
-  target_compile_options(${lib} PRIVATE ${optimised} -ffp-contract=off ${ARGN})
+  # Whatever CXXFLAGS says: NaN, and the order of sums, are results.
+  target_compile_options(${lib} PRIVATE ${optimised} -fno-fast-math -ffp-contract=off ${ARGN})
   target_sources(${target} PRIVATE $<TARGET_OBJECTS:${lib}>)
 endfunction()

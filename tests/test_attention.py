@@ -1,6 +1,7 @@
 """Projections of attention as MLPs: found, distilled, converted, counted, restored, saved."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import sadmoe
@@ -279,6 +280,40 @@ def test_what_cannot_be_replaced_says_why():
         find_projections(TINY["user module"].model())
     with pytest.raises(ValueError, match="8 are MLPs already"):
         find_projections(replaced("bert"))
+
+
+class ReadAttention(nn.Module):
+    """As Swin's and BEiT's: the weight of one projection is read, and it is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(24, 24), nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(nn.functional.linear(x, self.qkv.weight, self.qkv.bias))
+
+
+def test_projections_that_are_never_called_are_left_out(caplog):
+    model, batches = nn.Sequential(ReadAttention()), [torch.randn(2, 5, 24)]
+    report = replace_projections_(model, batches, SHORT, progress=False)
+    assert [fit.name for fit in report.layers] == ["0.proj"]
+    assert "1 projections are not replaced: 0.qkv: never called on these batches" in caplog.text
+    assert list(projection_mlps(model)) == ["0.proj"]
+    with pytest.raises(
+        NotImplementedError, match=r"no projection of this Sequential can be replaced: 0\.qkv"
+    ):
+        replace_projections_(
+            model, batches, replace(SHORT, filter=lambda name: "qkv" in name), progress=False
+        )
+
+
+def test_a_model_with_an_autocast_of_its_own_is_trained_on_what_its_projections_take():
+    """As accelerate prepares it."""
+    model, batches = TINY["bert"].model(), [TINY["bert"].batch()]
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    replace_projections_(model, batches, SHORT, progress=False)
+    sadmoe.convert_(model, batches, CONVERT, progress=False)
+    assert len(moe_layers(model)) == 10
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sadmoe.batches import (
+    answer,
     check_batches,
     device_of,
     evaluating,
@@ -159,6 +160,39 @@ def test_real_rows_are_unknown_when_the_mask_is_of_another_length():
     assert real_rows(Add(), "layers.0", (torch.zeros(2),), torch.zeros(2, 3, 5)) is None
 
 
+def test_the_answer_is_the_first_tensor_of_whatever_comes_out():
+    class Returns(nn.Module):
+        def __init__(self, make):
+            super().__init__()
+            self.make = make
+
+        def forward(self, x):
+            return self.make(x)
+
+    x = torch.ones(2, 3)
+    for make in (
+        lambda x: [{"boxes": 2 * x}],
+        lambda x: {"out": {"a": 2 * x}},
+        lambda x: (None, 7, x.sum(), [2 * x]),
+        lambda x: {"loss": x, "logits": 2 * x},
+        lambda x: {
+            "input_ids": x.long(),
+            "attention_mask": x,
+            "embedding": 2 * x,
+        },  # what it was given, and more
+    ):
+        assert torch.equal(answer(Returns(make), x), 2 * x)
+    for make in (
+        lambda x: None,
+        lambda x: [],
+        lambda x: {"out": "text"},
+        lambda x: (x.sum(),),
+        lambda x: (x,),
+    ):
+        with pytest.raises(TypeError, match=r"Returns returned .* with no tensor to compare"):
+            answer(Returns(make), x)
+
+
 def test_a_decoder_answers_to_its_own_mask_only_beside_an_encoder():
     model, x = Add(), torch.zeros(2, 3, 5)
     batch = {"attention_mask": MASK, "decoder_attention_mask": 1 - MASK}
@@ -167,6 +201,10 @@ def test_a_decoder_answers_to_its_own_mask_only_beside_an_encoder():
     assert real_rows(model, "decoder.block.0", batch, x).tolist() == (1 - MASK).bool().flatten().tolist()
     assert real_rows(model, "encoder.block.0", batch, x).tolist() == MASK.bool().flatten().tolist()
     assert real_rows(model, "decoder.block.0", {"attention_mask": MASK}, x) is None
+    around = nn.Module()  # such as a module of lightning
+    around.model = model
+    rows = real_rows(around, "model.decoder.block.0", batch, x)
+    assert rows.tolist() == (1 - MASK).bool().flatten().tolist()
 
 
 @pytest.mark.parametrize(

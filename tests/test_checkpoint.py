@@ -61,6 +61,23 @@ def test_of_compiled_parts_the_parts_are_saved(write, read, tmp_path):
     assert torch.equal(call(fresh, batch), call(converted("bert"), batch))
 
 
+def test_a_compiled_part_is_loaded_too(tmp_path):
+    model, fresh = (nn.Sequential(TINY["user glu"].build(), nn.Linear(24, 3)).eval() for _ in range(2))
+    convert_(
+        model,
+        [torch.randn(2, 5, 24)],
+        ConvertConfig(experts=6, router=RouterConfig(width=4, steps=2)),
+        progress=False,
+    )
+    save(model, tmp_path / "m.safetensors")
+    inner = fresh[1]
+    fresh[1] = torch.compile(inner, backend="eager")
+    load(fresh, tmp_path / "m.safetensors")
+    assert torch.equal(inner.weight, model[1].weight)
+    x = torch.randn(2, 5, 24)
+    assert torch.equal(fresh(x), model(x))
+
+
 def test_of_a_compiled_model_the_model_is_saved(tmp_path):
     model = converted("user glu")
     save(torch.compile(model), tmp_path / "m.safetensors")

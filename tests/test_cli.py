@@ -337,6 +337,11 @@ def test_projections_and_a_checkpoint_that_is_taken_up_again(folder, text, tmp_p
     assert converted(folder, text, second, *more) == 0
     one, two = (transformers.BertModel.from_pretrained(out) for out in (first, second))
     assert len(moe_layers(one)) == 5
+    assert converted(folder, text, tmp_path / "third", *more, "--max-length", "5000") == 2
+    assert (
+        "--max-length must be at most 512, the positions of this BertModel, got 5000"
+        in capsys.readouterr().err
+    )
     assert converted(folder, text, tmp_path / "third", *more, "--max-length", "5") == 2
     assert f"--checkpoint: {state} is of another run, of {{'batch_size'" in capsys.readouterr().err
     former = text.read_text()

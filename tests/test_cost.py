@@ -196,6 +196,16 @@ def test_a_layer_that_never_ran_is_named():
         cost(model, [TINY["bert"].batch()])
 
 
+class Nothing(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+def test_batches_of_nothing_are_named():
+    with pytest.raises(ValueError, match="batches gave nothing"):
+        cost(converted("bert"), torch.utils.data.DataLoader(Nothing()))
+
+
 def test_counting_leaves_the_model_as_it_was():
     model = converted("bert").train()
     cost(model, [TINY["bert"].batch()])

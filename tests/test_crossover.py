@@ -8,10 +8,18 @@ from pathlib import Path
 
 import pytest
 from sadmoe import crossover
-from sadmoe.crossover import Layer, card_for, cards, choose, dense_seconds, masked_seconds, sparse_seconds
+from sadmoe.crossover import (
+    LayerShape,
+    card_for,
+    cards,
+    choose,
+    dense_seconds,
+    masked_seconds,
+    sparse_seconds,
+)
 
-BERT = {s: Layer(768, 768, 3072 // s, s, 128) for s in (24, 64, 128)}
-GEMMA = Layer(2048, 2048, 128, 128, 128, gated=True)
+BERT = {s: LayerShape(768, 768, 3072 // s, s, 128) for s in (24, 64, 128)}
+GEMMA = LayerShape(2048, 2048, 128, 128, 128, gated=True)
 TOKENS = (1, 8, 64, 65, 512, 8192, 65536)
 SHARES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.9, 1.0)
 CARDS = list(cards().values())
@@ -54,7 +62,7 @@ def test_what_is_known_of_the_kernels_shows(card):
 
 
 def test_blocks_of_the_down_projection_grow_with_the_tokens_as_far_as_shared_memory_goes():
-    layer = Layer(2048, 2048, 128, 64, 128)
+    layer = LayerShape(2048, 2048, 128, 64, 128)
     tiles = {
         name: [crossover._down_tiles(layer, tokens, card) for tokens in (65, 256, 1024, 8192)]
         for name, card in cards().items()
@@ -85,7 +93,7 @@ def test_a_wrong_hint_costs_less_where_crowds_go_through_all_experts(name, layer
 @BY_CARD
 def test_experts_of_few_neurons_turn_where_computing_every_neuron_takes_no_longer(card, gated, bytes_each):
     for s, d in itertools.product((8, 16, 24, 32, 40, 48, 80, 104), (768, 2048)):
-        layer = Layer(d, d, 4 * d // s, s, 128, gated, bytes_each)
+        layer = LayerShape(d, d, 4 * d // s, s, 128, gated, bytes_each)
         one = dataclasses.replace(layer, experts=1, expert_size=layer.neurons)
         for tokens in (1024, 2048, 8192, 65536):
             turn = crossover._up_all_share(layer, tokens, card)

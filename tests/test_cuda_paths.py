@@ -14,7 +14,6 @@ from given_costs import ALWAYS_DENSE, HALF, by_hand, give, layer_of
 from problems import assert_as_good_as_torch, in_double
 from sadmoe import crossover, paths, reference
 from sadmoe.gates import DynamicK
-from sadmoe.layer import DynamicKMoE
 from sadmoe.measured import Costs
 
 
@@ -37,7 +36,7 @@ def test_the_model_knows_the_blocks_that_the_kernels_pick(name, bytes_each):
     for d_out, tokens in itertools.product(
         (64, 384, 768, 2048, 2560, 4096), (65, 100, 256, 512, 1000, 4096, 8192, 65536)
     ):
-        layer = crossover.Layer(512, d_out, 64, 32, 64, bytes_each=bytes_each)
+        layer = crossover.LayerShape(512, d_out, 64, 32, 64, bytes_each=bytes_each)
         picked = native.sadmoe_down_tiles(tokens, d_out, bytes_each, card.processors, card.shared_bytes)
         assert crossover._down_tiles(layer, tokens, card) == picked, (d_out, tokens)
 
@@ -49,7 +48,7 @@ def test_the_model_knows_the_blocks_that_the_kernels_pick(name, bytes_each):
 def test_the_model_knows_where_the_kernels_compute_every_neuron(name, bytes_each, gated, s):
     card, native = crossover.cards()[name], emulator()
     for experts, tokens, d in itertools.product((1, 24, 96, 512), (65, 256, 1000, 8192, 65536), (512, 514)):
-        layer = crossover.Layer(d, 512, experts, s, 64, gated, bytes_each)
+        layer = crossover.LayerShape(d, 512, experts, s, 64, gated, bytes_each)
         warpgroups = bool(card.hopper_16) and bytes_each == 2 and d % 8 == 0
         args = tokens, experts, s, bytes_each, gated, warpgroups, card.processors
         share = native.sadmoe_up_all_share(*args)
@@ -62,7 +61,7 @@ def test_the_model_knows_where_the_kernels_compute_every_neuron(name, bytes_each
 def test_the_model_knows_which_tokens_the_kernels_take_for_a_crowd(name, bytes_each, s):
     card, native = crossover.cards()[name], emulator()
     for d_out, tokens in itertools.product((60, 64, 768, 2048, 4096), (256, 300, 1000, 8192, 65536)):
-        layer = crossover.Layer(512, d_out, 64, s, 64, bytes_each=bytes_each)
+        layer = crossover.LayerShape(512, d_out, 64, s, 64, bytes_each=bytes_each)
         warpgroups = bool(card.hopper_16) and bytes_each == 2 and d_out % 8 == 0
         share = native.sadmoe_crowd_share(tokens, d_out, s, bytes_each, warpgroups, card.processors)
         assert crossover._crowd_share(layer, tokens, card) == pytest.approx(share), (d_out, tokens)
@@ -94,7 +93,7 @@ def card(monkeypatch):
 
 
 CUDA = torch.device("cuda", 0)
-WIDE = crossover.Layer(2048, 2048, 128, 128, 128, gated=True)
+WIDE = crossover.LayerShape(2048, 2048, 128, 128, 128, gated=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -141,7 +140,7 @@ def on_cuda(card, monkeypatch):
     layer = layer_of()
     layer.batch_invariant = False
     give(layer, HALF, CUDA)
-    monkeypatch.setattr(DynamicKMoE, "_runs_plainly", lambda self, x: True)
+    monkeypatch.setattr("sadmoe.layer.moe.runs_plainly", lambda x: True)
     mask = torch.arange(8).expand(50, 8) < 2
     monkeypatch.setattr(layer, "mask", lambda x: mask)
     return layer, card
@@ -190,7 +189,7 @@ def test_under_graph_capture_nothing_is_counted_and_what_arrived_is_seen(on_cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_on_cuda_the_default_needs_an_expected_share_where_shares_matter(card, monkeypatch, dtype):
     layer = layer_of(dtype)
-    monkeypatch.setattr(DynamicKMoE, "_runs_plainly", lambda self, x: True)
+    monkeypatch.setattr("sadmoe.layer.moe.runs_plainly", lambda x: True)
     x = OnCuda()
     x.dtype = dtype
     until = partial(layer._sparse_until, x)
@@ -208,7 +207,7 @@ def test_on_cuda_the_default_needs_an_expected_share_where_shares_matter(card, m
 
 def test_on_cuda_the_default_is_dense_with_few_tokens_of_a_small_layer(card):
     paths.use_costs([])
-    small = crossover.Layer(768, 768, 128, 24, 128)
+    small = crossover.LayerShape(768, 768, 128, 24, 128)
     worth = paths.WORTH["cuda"]
     for tokens in (65, 200, 512):
         assert paths.sparse_until(small, tokens, CUDA, torch.bfloat16, worth) < 1 / small.experts

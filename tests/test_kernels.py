@@ -195,12 +195,12 @@ def test_nan_and_infinity_stay_with_their_token_and_expert(backend, dtype):
     assert torch.equal(y[6], args[7]), "a token of no expert is the bias"
 
 
-@pytest.mark.parametrize("router_dtype", [None, *DTYPES], ids=str)
+@pytest.mark.parametrize("router_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("T", "d", "E"), [(0, 8, 3), (1, 40, 1), (7, 33, 150), (200, 64, 17)])
 def test_scores_are_as_good_as_torch(backend, T, d, E, dtype, router_dtype):
     x = experts_problem(T, d, 1, 1, dtype=dtype)[0]
-    v1, v2 = router_problem(d, E, dtype=router_dtype or dtype)
+    v1, v2 = router_problem(d, E, dtype=router_dtype)
     assert_scores_as_good_as_torch(backend.router_scores(x, v1, v2), x, v1, v2)
 
 
@@ -337,7 +337,8 @@ def test_tokens_that_do_not_fit_the_workspace_go_in_chunks(native):
 def test_few_tokens_have_the_bits_of_many(native, T, d, s, dtype):
     """The kernels of few tokens sum in the order of those of many: the shape of a call changes no result."""
     backend = Backend("emulator")
-    for tf32, gated in ((False, False), (False, True), (True, True)):
+    ways = [(False, False), (False, True), *([(True, True)] if dtype == torch.float32 else [])]
+    for tf32, gated in ways:
         x, _, *weights = experts_problem(T, d, 9, s, 35, gated=gated, dtype=dtype)
         routers = [router_problem(d, 9, dtype=v) for v in (dtype, torch.float16)]
         results = []

@@ -10,14 +10,14 @@ import torch
 from converted import converted, random_layer
 from sadmoe import cli, hf, measure_costs, measured, paths
 from sadmoe.bench import WHOLE, compare, random_batch, table
-from sadmoe.crossover import Layer
+from sadmoe.crossover import LayerShape
 from sadmoe.dial import converted_layers, set_tau
 from sadmoe.gates import DynamicK, TopK
 from sadmoe.measured import Costs, sparse_until
 from sadmoe.timing import Timing, measure
 from tiny_models import TINY
 
-LAYER = Layer(24, 24, 8, 5, 16, False, 4)
+LAYER = LayerShape(24, 24, 8, 5, 16, False, 4)
 CURVES = {1: ((0.25, 0.6), (0.5, 1.2)), 16: ((0.1, 0.5),)}
 ROW = Costs("a processor", "float32", LAYER, 2, CURVES, {1: 0.9, 64: 1.1})
 

@@ -9,7 +9,7 @@ from converted import converted, random_rows
 from given_costs import ALWAYS_DENSE, CPU, HALF, NEVER_DENSE, by_hand, give, layer_of
 from problems import assert_as_good_as_torch, in_double
 from sadmoe import measured, ops, paths, reference
-from sadmoe.crossover import Layer
+from sadmoe.crossover import LayerShape
 from sadmoe.dial import converted_layers, set_batch_invariant, set_tau
 from sadmoe.gates import DynamicK, TopK
 from sadmoe.layer import DynamicKMoE
@@ -313,7 +313,7 @@ def built_in(dtype, kernels="portable"):
     return Costs(f"some processor, kernels {kernels}, torch 2", dtype, SHAPE, 1, HALF, {1: 0.5})
 
 
-SHAPE = Layer(384, 384, 48, 32, 128)
+SHAPE = LayerShape(384, 384, 48, 32, 128)
 
 
 HERE = ops.cpu_isas()[0]
@@ -488,4 +488,6 @@ def test_a_card_that_no_kernel_is_built_for_computes_densely(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     card = torch.device("cuda", 7)
-    assert paths.sparse_until(Layer(768, 768, 48, 64, 128, False, 2), 512, card, torch.float16, 1.0) == 0.0
+    assert (
+        paths.sparse_until(LayerShape(768, 768, 48, 64, 128, False, 2), 512, card, torch.float16, 1.0) == 0.0
+    )

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -274,6 +275,61 @@ def test_a_folder_of_another_run_is_refused_and_says_what_differs(tmp_path):
         sparsify(model, dense, Checkpoint(tmp_path))  # no longer the model that it began with
 
 
+def test_what_is_not_of_the_loop_is_of_the_run_too(tmp_path):
+    def relu_or_gelu(act: str) -> None:
+        config = sadmoe.ProjectionConfig(act=act, steps=2, max_tokens=50)
+        model, folder = TINY["bert"].model(), Checkpoint(tmp_path / "projections")
+        sadmoe.replace_projections_(model, batches(), config, checkpoint=folder, progress=False)
+
+    relu_or_gelu("relu")
+    with pytest.raises(ValueError, match=r"is of another run: config\.act was relu, is gelu"):
+        relu_or_gelu("gelu")
+
+    config = SparsifyConfig(steps=1, lr=1e-3)
+    for only, frozen in (("0", False), ("1", False), ("0", True)):
+        model = TINY["bert"].model().requires_grad_(False)
+        model.encoder.layer.requires_grad_(True)
+        if frozen:
+            model.embeddings.word_embeddings.weight.data.add_(1.0)
+        train = partial(
+            sadmoe.sparsify_, model, batches(), config, filter=lambda name, only=only: f"layer.{only}." in name,
+            checkpoint=Checkpoint(tmp_path), progress=False,
+        )  # fmt: skip
+        if (only, frozen) == ("0", False):
+            train()
+            continue
+        what = "the weights it began with were others" if frozen else r"config.ffns was \['encoder.layer.0"
+        with pytest.raises(ValueError, match=f"is of another run: {what}"):
+            train()
+
+
+class Growing(nn.Module):
+    """A table that grows with what it is run on, as of M2M100."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.ffn = nn.Sequential(nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 24))
+        self.register_buffer("table", torch.zeros(1, 2, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] > self.table.shape[1]:
+            self.table = torch.arange(x.shape[1], dtype=x.dtype)[None, :, None]
+        return x + self.ffn(x + self.table[:, : x.shape[1]])
+
+
+def test_a_buffer_that_a_forward_makes_is_left_to_it(tmp_path):
+    def run() -> nn.Module:
+        model = Growing().eval()
+        config = SparsifyConfig(steps=2, lr=1e-3)
+        sadmoe.sparsify_(
+            model, [torch.ones(2, 5, 24)], config, checkpoint=Checkpoint(tmp_path), progress=False
+        )
+        return model
+
+    assert same(state(run()), state(run()))
+
+
 def test_a_damaged_file_is_refused(tmp_path):
     model, dense = start(sparsify)
     sparsify(copy.deepcopy(model), dense, Checkpoint(tmp_path))
@@ -364,7 +420,7 @@ def shared(spoil: bool = False) -> dict[str, nn.Module]:
         for one in (sparse, model):
             next(one.parameters()).data.add_(1.0)
     settings = {"steps": 4, "lr": 1e-3, "accumulate": 2}
-    sadmoe.sparsify_(sparse, batches(), SparsifyConfig(**settings), teacher=dense, progress=False)
+    sadmoe.sparsify_(sparse, batches(), SparsifyConfig(**settings), progress=False)  # its own teacher
     config = FinetuneConfig(**settings, share=0.01)  # so low that the penalty never rests
     sadmoe.finetune_(model, batches(), config, teacher=dense, progress=False)
     layered = copy.deepcopy(model)

@@ -8,7 +8,7 @@ import torch
 from sadmoe.ffn import find_ffns
 from sadmoe.ffn.activations import ACTIVATION_MODULES
 from sadmoe.sparsify import SparsifyConfig, measure_sparsity, sparsify_
-from sadmoe.training.objective import block_of, distill_hidden, distill_logits
+from sadmoe.training.objective import Kept, block_of, distill_hidden, distill_logits
 from tiny_models import TINY
 from torch import Tensor, nn
 from two_ffns import FF, D, data, mean_square, same, state, two_ffns
@@ -130,6 +130,15 @@ def test_flags_and_frozen_weights_stay_and_gradients_go():
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("objective", ["task", "distill_hidden"])
+def test_new_activations_have_the_flags_of_the_old_ones(training, objective):
+    model = two_ffns(nn.GELU).train(training)
+    run_sparsify(model, short(objective=objective), loss=mean_square if objective == "task" else None)
+    assert {site.act for site in find_ffns(model)} == {"relu"}
+    assert {module.training for module in model.modules()} == {training}
+
+
 @pytest.mark.parametrize("fail_at", [0, 1, 4])
 def test_a_failure_leaves_the_model_bit_for_bit_as_it_was(fail_at):
     model = two_ffns(nn.GELU)
@@ -247,11 +256,12 @@ def test_hidden_distillation_is_a_relative_error_without_padding():
     torch.testing.assert_close(got, torch.stack(want).mean())
 
 
-def test_a_torch_encoder_is_compared_with_its_padding():
+@pytest.mark.parametrize("objective", ["distill_hidden", "distill_logits"])
+def test_a_torch_encoder_is_compared_with_its_padding(objective):
     model, x = TINY["torch encoder"].model(), TINY["torch encoder"].batch()
     padding = torch.zeros(x.shape[:2], dtype=torch.bool)
     padding[1, 4:] = True  # what is left of it torch would make nested, in evaluation alone
-    config = short(steps=2, relu_swap=False)
+    config = short(steps=2, relu_swap=False, objective=objective)
     report = run_sparsify(model, config, [{"src": x, "src_key_padding_mask": padding}])
     assert report.history[0].objective == pytest.approx(0, abs=1e-6)  # the weights are the same
     assert torch.backends.mha.get_fastpath_enabled()
@@ -272,6 +282,18 @@ def test_the_dense_model_runs_once_a_batch_where_its_states_are_kept(kept_bytes,
     objective(batch, None)
     objective(batch, 8)
     assert len(calls) == runs + 2, "another batch, or one that is not known, is not the one kept"
+
+
+def test_what_is_kept_counts_the_tensors_inside_objects():
+    class Cache:
+        def __init__(self):
+            self.layers, self.itself = [(torch.ones(100), torch.ones(100))], self
+
+    kept = Kept(1000)
+    kept.get(1, Cache)
+    kept.get(2, Cache)
+    assert list(kept.results) == [1]
+    assert kept.free == 200
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "linear_warmup"])

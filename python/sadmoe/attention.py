@@ -35,7 +35,7 @@ from sadmoe.ffn.sites import Parts
 from sadmoe.inputs import held_out_and_batches, stream_inputs
 from sadmoe.reference import ACTIVATIONS
 from sadmoe.sparsify import SparsityLoss
-from sadmoe.tables import format_table
+from sadmoe.tables import format_table, shortened
 from sadmoe.training import Checkpoint, LoopConfig
 from sadmoe.training.guards import seeded
 from sadmoe.training.loop import train
@@ -254,17 +254,24 @@ def replace_projections_(
     by_name = {site.name: site for site in sites}
     stream = stream_inputs(
         model, sites, batches, max_tokens=config.max_tokens, max_bytes=config.max_bytes, seed=config.seed,
-        skip_padding=config.skip_padding, progress=progress,
+        skip_padding=config.skip_padding, skip_unreached=True, progress=progress,
     )  # fmt: skip
     built: dict[str, tuple[ProjectionMLP, ProjectionFit]] = {}
     with seeded(model, config.seed):
         for name, rows in tqdm(stream, "projections", len(sites), disable=not progress):
             built[name] = _distilled(by_name[name], rows, config, checkpoint)
             logger.info("%s", built[name][1])
+    never = [site.name for site in sites if site.name not in built]
+    told = f"{', '.join(shortened(never, 5))}: never called on these batches (a parent may read their weights itself)"
+    if not built:
+        raise NotImplementedError(f"no projection of this {type(model).__name__} can be replaced: {told}")
+    if never:
+        logger.warning("%d projections are not replaced: %s", len(never), told)
     with surgery(model):
-        for site in sites:
-            stand_in(model, site.name, built[site.name][0])
-    return ProjectionReport(tuple(built[s.name][1] for s in sites), time.perf_counter() - started)
+        for name, (mlp, _) in built.items():
+            stand_in(model, name, mlp)
+    fits = tuple(built[site.name][1] for site in sites if site.name in built)
+    return ProjectionReport(fits, time.perf_counter() - started)
 
 
 def _linears_of_attention(
@@ -316,8 +323,22 @@ def _distilled(
             return error(test).item(), (mlp.act(mlp.up(test["rows"])) == 0).float().mean().item()
 
     before = judged()[0]
+    about = {
+        field: getattr(config, field)
+        for field in ("act", "start", "batch_tokens", "max_tokens", "skip_padding")
+    }
     with SparsityLoss(mlp, _site_of(mlp)) as sparsity, torch.enable_grad():
-        train(mlp, batches, config.loop(), error, sparsity, False, checkpoint=checkpoint, name=site.name)
+        train(
+            mlp,
+            batches,
+            config.loop(),
+            error,
+            sparsity,
+            False,
+            checkpoint=checkpoint,
+            name=site.name,
+            about=about,
+        )
     fit = ProjectionFit(site.name, *shape, width, before, *judged())
     mlp.zero_grad(set_to_none=True)
     return mlp.to(weight.dtype).requires_grad_(weight.requires_grad), fit

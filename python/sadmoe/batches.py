@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 Batch = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
 Batches = Iterable[Batch]
@@ -42,8 +43,10 @@ def run(model: nn.Module, batch: Batch) -> Any:
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether it says so, as the models of transformers do."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    """Whether it, or a model inside it, says so, as those of transformers do."""
+    return any(
+        getattr(getattr(m, "config", None), "is_encoder_decoder", False) is True for m in model.modules()
+    )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -72,16 +75,37 @@ def _said(batch: Batch) -> str:
 
 def answer(model: nn.Module, batch: Batch, *, skip_padding: bool = True) -> Tensor:
     """What the model says of every real token, float32 [tokens, n], or of every sample [samples, n]: its logits, else
-    the first of its outputs that is no loss."""
+    the first floating-point tensor that it returns and was not given, but for a loss."""
     output = run(model, batch)
     if isinstance(output, Mapping):
         output = output.get("logits", [value for key, value in output.items() if key != "loss"])
     while not isinstance(output, Tensor):
-        output = next(part for part in output if not isinstance(part, Tensor) or part.dim() > 0)
+        output = _first_part(model, output, batch)
     side = "decoder" if is_encoder_decoder(model) else ""
     real = real_rows(model, side, batch, output) if skip_padding and output.dim() > 2 else None
     rows = output.reshape(-1, output.shape[-1]).float()
     return rows if real is None else rows[real]
+
+
+def _first_part(model: nn.Module, output: Any, batch: Batch) -> Any:
+    """Of a tuple, list or mapping, the first part that may hold an answer, or is one."""
+    given = {id(leaf) for leaf in tree_leaves(batch)}  # sentence-transformers hand them on
+    parts = output.values() if isinstance(output, Mapping) else output
+    if isinstance(output, tuple | list | Mapping):
+        for part in parts:
+            if isinstance(part, tuple | list | Mapping):
+                return part
+            if (
+                isinstance(part, Tensor)
+                and part.dim() > 0
+                and part.is_floating_point()
+                and id(part) not in given
+            ):
+                return part
+    raise TypeError(
+        f"{type(model).__name__} returned {type(output).__name__} with no tensor to compare: wrap it in a model that "
+        "returns its answer as a tensor"
+    )
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:
@@ -171,7 +195,7 @@ def real_rows(model: nn.Module, name: str, batch: Batch, x: Tensor) -> Tensor | 
     if sees and isinstance(batch, Mapping) and "pixel_values" in batch and "input_ids" in batch:
         return None
     decoder = (
-        is_encoder_decoder(model) and "decoder" in name.split(".") and not _OF_ENCODER_STATES.search(name)
+        "decoder" in name.split(".") and not _OF_ENCODER_STATES.search(name) and is_encoder_decoder(model)
     )
     mask = _mask(batch, "decoder_attention_mask" if decoder else "attention_mask")
     if mask is None and decoder:

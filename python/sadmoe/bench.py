@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sadmoe import reference
 from sadmoe.batches import device_of, evaluating, run, to_device
 from sadmoe.convert import restore_
 from sadmoe.dial import converted_layers
 from sadmoe.ffn import DenseFFN, dense_from_layer, has_originals
 from sadmoe.gates import DynamicK, Gate
+from sadmoe.hooks import hooks_on
 from sadmoe.layer import DynamicKMoE, only_input
 from sadmoe.masks import record_masks
 from sadmoe.tables import format_table
@@ -129,18 +129,15 @@ def _seen(model: nn.Module, layers: dict[str, DynamicKMoE], batch: Any, gates: G
     def keep(name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
         inputs[name] = only_input(args, kwargs)
 
-    hooks = [
-        layer.register_forward_pre_hook(partial(keep, name), with_kwargs=True)
-        for name, layer in layers.items()
-    ]
-    try:
-        with record_masks(model, skip_padding=False) as record:
-            run(model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    hooks = (
+        layer.register_forward_pre_hook(partial(keep, n), with_kwargs=True) for n, layer in layers.items()
+    )
+    with hooks_on(hooks), record_masks(model, skip_padding=False) as record:
+        run(model, batch)
     if missed := [name for name in layers if name not in inputs]:
-        raise ValueError(f"the input never reaches {', '.join(missed)}")
+        raise ValueError(
+            f"the first batch never reaches {', '.join(missed)}: give data whose first batch does"
+        )
     shares = {name: counts.share for name, counts in record.layers.items()}
     dense = {name: layer.takes_dense_path(inputs[name]) for name, layer in layers.items()}
     return _Seen(inputs, shares, dense)
@@ -197,14 +194,8 @@ def _compare_whole(
 
 def _linear(ffn: DenseFFN) -> Callable[[Tensor], Tensor]:
     """The FFN as a model runs it, by linear layers; DenseFFN itself holds w_down as the transpose."""
-    act, down = reference.ACTIVATIONS[ffn.act], ffn.w_down.T.contiguous()
-
-    def forward(x: Tensor) -> Tensor:
-        up = F.linear(x, ffn.w_up, ffn.b_up)
-        hidden = act(up) if ffn.w_gate is None else act(F.linear(x, ffn.w_gate, ffn.b_gate)) * up
-        return F.linear(hidden, down, ffn.b_out)
-
-    return forward
+    down = ffn.w_down.T.contiguous()
+    return lambda x: F.linear(ffn.hidden(x), down, ffn.b_out)
 
 
 def _set(layers: dict[str, DynamicKMoE], gates: Gates) -> None:

@@ -59,8 +59,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> None:
     model: of the class and sizes of the one saved; its own weights do not matter and may be on the meta
     device. It gets the file's weights as new parameters of the file's dtypes, each on the device of the one
     it replaces (the CPU for meta).
-    Raises SavedModelError, with the model as it was, where the file is damaged, foreign, newer than this
-    sadmoe, or of another model.
+    With the model as it was, raises ValueError where it is converted already, and SavedModelError where the file is
+    damaged, foreign, newer than this sadmoe, or of another model.
     """
     path = Path(path)
     model = unwrapped(model)
@@ -196,7 +196,7 @@ def _rebuild_all(skeleton: nn.Module, layers: dict[str, Any], path: Path) -> Non
 def _check_same(skeleton: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     """Raises SavedModelError unless names and shapes are those of the model; of buffers that state_dict leaves out, a
     forward may have changed the shape (tables of positions), or made them."""
-    wanted, lasting = _everything(skeleton), skeleton.state_dict()
+    wanted, lasting = _everything(skeleton), {plain_name(name) for name in skeleton.state_dict()}
     made = {
         plain_name(f"{name}.{key}".lstrip("."))
         for name, module in skeleton.named_modules(remove_duplicate=False)
@@ -234,6 +234,6 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             new = value.to(device)
             new = nn.Parameter(new, old.requires_grad) if trainable else new
             made[(id(value), device, trainable)] = new
-        module = model.get_submodule(owner)
+        module = unwrapped(model.get_submodule(owner))
         table: dict[str, Any] = module._parameters if trainable else module._buffers
         table[key] = new

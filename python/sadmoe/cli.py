@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from sadmoe import ops
@@ -55,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         told = f"the same command goes on from the last save in {saved}" if kept else "nothing was saved"
         print(f"sadmoe: interrupted; {told}", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, ImportError, NotImplementedError, FloatingPointError) as error:
+    except (
+        ValueError, TypeError, OSError, ImportError, NotImplementedError, FloatingPointError, SafetensorError
+    ) as error:  # fmt: skip
         print(f"sadmoe: error: {error}", file=sys.stderr)
         return 2
     return 0

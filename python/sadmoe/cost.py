@@ -136,6 +136,8 @@ def cost(
     converted layers; the executed shares are those of the real tokens (skip_padding=False: of all).
     shares: the executed share of every layer, in (0, 1], one for all or by name; nothing is run.
     A gate on true norms is charged as if a router had told it, so that oracles compare at equal selection.
+    Raises ValueError where nothing is converted, batches and shares are both given or both missing, batches never
+    reach a converted layer, or shares name other layers or are out of range.
     """
     converted_layers(model)
     if (batches is None) == (shares is None):
@@ -155,6 +157,8 @@ def cost(
             samples += samples_in(batch)
             with record.batch(batch):
                 run(model, batch)
+    if samples == 0:
+        raise ValueError("batches gave nothing: give at least one batch")
     return cost_of_masks(model, record.layers, samples, count.flops / samples)
 
 

@@ -57,7 +57,7 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerShape:
     """The shape of a converted layer; bytes_each of its weights: 2 or 4."""
 
     d: int
@@ -85,6 +85,9 @@ class Layer:
     @property
     def router_weights(self) -> int:
         return self.router_width * (self.d + self.experts)
+
+
+Layer = LayerShape  # its name in pickles of before
 
 
 def cards(path: Path = CONSTANTS) -> dict[str, Card]:
@@ -125,7 +128,7 @@ def card_for(capability: tuple[int, int], path: Path = CONSTANTS) -> Card:
     return card if card.capability[0] == capability[0] else replace(card, hopper_16=0.0)
 
 
-def dense_seconds(layer: Layer, tokens: int, card: Card) -> float:
+def dense_seconds(layer: LayerShape, tokens: int, card: Card) -> float:
     """The FFN by the library's dense products, activation apart."""
     work = 2 * tokens * layer.neurons * layer.neuron_width / card.dense(layer.bytes_each)
     weights = layer.neurons * layer.neuron_width * layer.bytes_each
@@ -133,7 +136,7 @@ def dense_seconds(layer: Layer, tokens: int, card: Card) -> float:
     return max(work, (weights + rows) / card.memory) + (2 * layer.inputs + 1) * card.launch
 
 
-def masked_seconds(layer: Layer, tokens: int, card: Card) -> float:
+def masked_seconds(layer: LayerShape, tokens: int, card: Card) -> float:
     """The same function as the sparse op, by dense products: router, and the rule on its scores with the activation.
 
     That is one pass, of a GLU too: ops.masked_activation_. What it saves there in memory is left out.
@@ -143,7 +146,7 @@ def masked_seconds(layer: Layer, tokens: int, card: Card) -> float:
     return dense_seconds(layer, tokens, card) + _router_seconds(layer, tokens, card) + scores - passes_less
 
 
-def sparse_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
+def sparse_seconds(layer: LayerShape, tokens: int, share: float, card: Card) -> float:
     """The op `dynamic_k_moe`, router included, at an executed share of pairs that are independent of each other."""
     if tokens <= DECODE_TOKENS:
         return _decode_seconds(layer, tokens, share, card)
@@ -153,7 +156,7 @@ def sparse_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float
 
 
 @lru_cache(maxsize=4096)
-def crossover(layer: Layer, tokens: int, card: Card, masked: bool = False, slack: float = 1.0) -> float:
+def crossover(layer: LayerShape, tokens: int, card: Card, masked: bool = False, slack: float = 1.0) -> float:
     """The largest executed share at which the sparse op is no slower than dense; 0 where it always is.
 
     masked: against dense products that leave out what the mask does, instead of the plain FFN.
@@ -171,7 +174,7 @@ def crossover(layer: Layer, tokens: int, card: Card, masked: bool = False, slack
     return low
 
 
-def choose(layer: Layer, tokens: int, share: float, card: Card, masked: bool = False) -> Way:
+def choose(layer: LayerShape, tokens: int, share: float, card: Card, masked: bool = False) -> Way:
     """The way that takes least time, so by the model never slower than dense.
 
     share: what is expected to be executed, in [0, 1], such as calibration found; an overestimate is safe. Raises
@@ -185,13 +188,13 @@ def choose(layer: Layer, tokens: int, share: float, card: Card, masked: bool = F
     return "decode" if tokens <= DECODE_TOKENS else "sparse"
 
 
-def _router_seconds(layer: Layer, tokens: int, card: Card) -> float:
+def _router_seconds(layer: LayerShape, tokens: int, card: Card) -> float:
     work = 2 * tokens * layer.router_weights / card.ours(layer.bytes_each)
     read = (tokens * layer.d + layer.router_weights) * layer.bytes_each + 8 * tokens * layer.experts
     return max(work, read / card.memory) + 2 * card.launch
 
 
-def _decode_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
+def _decode_seconds(layer: LayerShape, tokens: int, share: float, card: Card) -> float:
     """decode.cuh: every weight that some token needs once, all tokens along; x again for every block's neurons."""
     union = (1 - (1 - share) ** tokens) * layer.neurons
     read = (union * layer.neuron_width + layer.router_weights) * layer.bytes_each
@@ -218,12 +221,12 @@ def _slowest(work: float, l2: float, shared: float, rate: float, card: Card) -> 
     return max(work / rate, l2 / card.l2, by_shared)
 
 
-def _up_has_warpgroups(layer: Layer, card: Card) -> bool:
+def _up_has_warpgroups(layer: LayerShape, card: Card) -> bool:
     """Whether hopper_up.cuh takes the way in, else up.cuh."""
     return bool(card.hopper_16) and layer.bytes_each == 2 and layer.d % 8 == 0
 
 
-def _up_all_share(layer: Layer, tokens: int, card: Card) -> float:
+def _up_all_share(layer: LayerShape, tokens: int, card: Card) -> float:
     """The share from which every neuron is computed, as launch.cu has it for a chunk of tokens; above 1: never."""
     s, hopper = layer.expert_size, _up_has_warpgroups(layer, card)
     blocks = -(-tokens // _TILE) * -(-layer.neurons // (128 if hopper else _TILE))
@@ -243,7 +246,7 @@ def _up_all_share(layer: Layer, tokens: int, card: Card) -> float:
     return share if share <= _UP_ALL_WORTH else 2.0
 
 
-def _up_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
+def _up_seconds(layer: LayerShape, tokens: int, share: float, card: Card) -> float:
     """The products on the way in, and their activation. Of two kernels one finds nothing to do, as on the way out."""
     turn = _up_all_share(layer, tokens, card)
     if turn > 1:
@@ -254,13 +257,13 @@ def _up_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
     return max(fewest, every) + card.launch
 
 
-def _pairs_up_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
+def _pairs_up_seconds(layer: LayerShape, tokens: int, share: float, card: Card) -> float:
     """Of pairs alone, expert by expert."""
     seconds = _hopper_up_seconds if _up_has_warpgroups(layer, card) else _tiled_up_seconds
     return seconds(layer, tokens, share, card)
 
 
-def _tiled_up_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
+def _tiled_up_seconds(layer: LayerShape, tokens: int, share: float, card: Card) -> float:
     """up.cuh: strips of 64 neurons, and the last of an expert, of at most half as many, in tall tiles: launch.cu."""
     left = layer.expert_size % _TILE
     tall = left if 2 * left <= _TILE else 0
@@ -275,7 +278,7 @@ def _tiled_up_seconds(layer: Layer, tokens: int, share: float, card: Card) -> fl
 
 
 def _up_part_seconds(
-    layer: Layer, tokens: int, share: float, card: Card, neurons: int, tile: tuple[int, int]
+    layer: LayerShape, tokens: int, share: float, card: Card, neurons: int, tile: tuple[int, int]
 ) -> float:
     """So many neurons of every expert, by tiles of so many rows and columns that are computed whole."""
     each, (height, width) = tokens * share, tile
@@ -296,7 +299,7 @@ def _up_part_seconds(
     return slowest + waiting + card.launch
 
 
-def _hopper_up_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
+def _hopper_up_seconds(layer: LayerShape, tokens: int, share: float, card: Card) -> float:
     """hopper_up.cuh: rows of an expert's pairs by a strip of at most 128 of its neurons, one block a multiprocessor."""
     each = tokens * share
     strips = -(-layer.expert_size // 128)
@@ -319,7 +322,7 @@ def _hopper_up_seconds(layer: Layer, tokens: int, share: float, card: Card) -> f
     )
 
 
-def _down_tiles(layer: Layer, tokens: int, card: Card) -> int:
+def _down_tiles(layer: LayerShape, tokens: int, card: Card) -> int:
     """Tiles of tokens in a block of down.cuh, as launch.cu picks them."""
 
     def read(n: int) -> int:
@@ -335,7 +338,7 @@ def _down_tiles(layer: Layer, tokens: int, card: Card) -> int:
     return min(fit, key=read)
 
 
-def _crowd_share(layer: Layer, tokens: int, card: Card) -> float:
+def _crowd_share(layer: LayerShape, tokens: int, card: Card) -> float:
     """The share from which all experts are run takes the place of down.cuh, as launch.cu has it; above 1: never."""
     if tokens < _CROWD:
         return 2.0
@@ -348,17 +351,17 @@ def _crowd_share(layer: Layer, tokens: int, card: Card) -> float:
     return full * -(-blocks // card.processors) * card.processors / blocks
 
 
-def _down_has_warpgroups(layer: Layer, card: Card) -> bool:
+def _down_has_warpgroups(layer: LayerShape, card: Card) -> bool:
     """Whether hopper_down.cuh takes crowds, else crowd.cuh."""
     return bool(card.hopper_16) and layer.bytes_each == 2 and layer.d_out % 8 == 0
 
 
-def _crowd_blocks(layer: Layer, tokens: int, card: Card) -> int:
+def _crowd_blocks(layer: LayerShape, tokens: int, card: Card) -> int:
     rows = _CROWD if _down_has_warpgroups(layer, card) else _CROWD_ROWS[layer.bytes_each]
     return -(-tokens // rows) * -(-layer.d_out // _TILE)
 
 
-def _crowd_depth(layer: Layer, card: Card) -> int:
+def _crowd_depth(layer: LayerShape, card: Card) -> int:
     s = layer.expert_size
     if _down_has_warpgroups(layer, card):
         return 16 if s <= 16 else 32 if s <= 32 else -(-s // 64) * 64
@@ -366,7 +369,7 @@ def _crowd_depth(layer: Layer, card: Card) -> int:
     return -(-s // staged) * staged
 
 
-def _down_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
+def _down_seconds(layer: LayerShape, tokens: int, share: float, card: Card) -> float:
     """The products on the way out. Where there are two kernels both are launched, and one finds nothing to do.
 
     The time grows with the share, as crossover() needs it, though by the model the second may begin below the first.
@@ -379,7 +382,7 @@ def _down_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
     return max(fewest, crowds) + card.launch
 
 
-def _crowd_down_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
+def _crowd_down_seconds(layer: LayerShape, tokens: int, share: float, card: Card) -> float:
     """hopper_down.cuh or crowd.cuh: a block's tokens by 64 columns through all experts, their sums in registers."""
     blocks, depth = _crowd_blocks(layer, tokens, card), _crowd_depth(layer, card) * layer.experts
     waves = -(-blocks // card.processors) * card.processors / blocks
@@ -395,7 +398,7 @@ def _crowd_down_seconds(layer: Layer, tokens: int, share: float, card: Card) -> 
     return waves * (_slowest(work, l2, shared, rate, card) + adding) + card.launch
 
 
-def _compact_down_seconds(layer: Layer, tokens: int, share: float, card: Card) -> float:
+def _compact_down_seconds(layer: LayerShape, tokens: int, share: float, card: Card) -> float:
     """down.cuh: tokens by 64 columns, every expert added to float32 sums in shared memory, all in one pipeline."""
     n = _down_tiles(layer, tokens, card)
     each, blocks, strips = n * _TILE * share, -(-tokens // (n * _TILE)), -(-layer.d_out // _TILE)

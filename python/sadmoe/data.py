@@ -70,6 +70,11 @@ def load_data(model: Any, folder: Path, path: Path, *, batch_size: int, max_leng
     if path.is_dir():
         raise ValueError(f"--data: a {name} takes text, and {path} is a folder: give a file of text")
     tokenizer = load_tokenizer(folder)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < max_length:
+        raise ValueError(
+            f"--max-length must be at most {positions}, the positions of this {name}, got {max_length}"
+        )
     if pairs:
         return _pairs(path, model, tokenizer, batch_size, max_length)
     texts = paragraphs(path)

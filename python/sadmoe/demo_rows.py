@@ -17,6 +17,7 @@ from sadmoe.cost import cost, cost_of_masks
 from sadmoe.demo import Fidelity, embeddings, fidelity
 from sadmoe.dial import converted_layers, tau
 from sadmoe.ffn import FFNSite, find_ffns
+from sadmoe.hooks import hooks_on
 from sadmoe.masks import MaskRecord, record_masks
 from sadmoe.report import Series, plot_curves
 from sadmoe.tables import format_table
@@ -73,12 +74,8 @@ def masked(sites: Sequence[FFNSite], keep: Callable[[Tensor, FFNSite], Tensor]) 
         norms = site.dense().w_down.norm(dim=1)
         return lambda module, args: (args[0] * keep(args[0].abs() * norms, site), *args[1:])
 
-    handles = [site.down.register_forward_pre_hook(hook(site)) for site in sites]
-    try:
+    with hooks_on(site.down.register_forward_pre_hook(hook(site)) for site in sites):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def contributions(
@@ -167,18 +164,12 @@ def one_pass(
 ) -> tuple[float, float]:
     """Seconds inside the FFNs, each from the start of its first module to the end of its last, and of the model."""
     inside: list[float] = []
-    handles = [
-        first.register_forward_pre_hook(lambda *_: inside.append(-time.perf_counter())) for first, _ in ends
-    ]
-    handles += [last.register_forward_hook(lambda *_: inside.append(time.perf_counter())) for _, last in ends]
-    try:
-        with evaluating(model):
-            started = time.perf_counter()
-            run(model, batch)
-            return sum(inside), time.perf_counter() - started
-    finally:
-        for handle in handles:
-            handle.remove()
+    begins = (f.register_forward_pre_hook(lambda *_: inside.append(-time.perf_counter())) for f, _ in ends)
+    done = (last.register_forward_hook(lambda *_: inside.append(time.perf_counter())) for _, last in ends)
+    with hooks_on(begins), hooks_on(done), evaluating(model):
+        started = time.perf_counter()
+        run(model, batch)
+        return sum(inside), time.perf_counter() - started
 
 
 def table(rows: Sequence[Row]) -> str:

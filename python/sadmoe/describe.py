@@ -28,11 +28,8 @@ from sadmoe.gates import DynamicK, Gate, TopK
 from sadmoe.layer import DynamicKMoE
 
 RULES: dict[str, type] = {"dynamic_k": DynamicK, "top_k": TopK}
-INT8 = {
-    "int8",
-    "column_scales",
-    "rounded_router",
-}  # keys of a layer in int8; files of older versions lack the last two
+# Keys of a layer in int8; files of older versions lack the last two.
+INT8 = {"int8", "column_scales", "rounded_router"}
 
 
 def describe(layer: DynamicKMoE) -> dict[str, Any]:

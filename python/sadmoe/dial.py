@@ -80,13 +80,13 @@ def set_tau(model: nn.Module, tau: Taus, *, filter: Filter | None = None) -> Non
 
 
 def set_batch_invariant(model: nn.Module, value: bool | None, *, expected_share: float | None = None) -> None:
-    """Whether a token's bits may depend on other tokens, in every converted layer: see `DynamicKMoE`.
+    """Whether a token's bits must not depend on other tokens, in every converted layer: see `DynamicKMoE`.
 
-    True: never. None, the default: in 16 bits, where dense products are over 10 % faster (CUDA: 5 %, and without
-    expected_share at any share), and at tau = 0. False: wherever they are faster. expected_share: the executed share
-    in [0, 1] that decides on CUDA in place of that of earlier calls, such as calibration found; what was set before
-    goes. Takes effect at the next call; not saved with the model.
-    Raises ValueError where expected_share is out of range or nothing was converted.
+    True: they never do. None, the default: they may in 16 bits, where dense products are over 10 % faster (CUDA: 5 %,
+    and without expected_share at any share), and at tau = 0. False: wherever those are faster. expected_share: the
+    executed share in [0, 1] that decides on CUDA in place of that of earlier calls, such as calibration found; what was
+    set before goes. Takes effect at the next call; not saved with the model. Raises ValueError where expected_share is
+    out of range or nothing was converted.
     """
     if value is not None and not isinstance(value, bool):
         raise ValueError(f"value must be True, False or None, got {value!r}")

@@ -166,24 +166,27 @@ def _convolution(args: Any, out: Any) -> int:
     return x.numel() * weight[0].numel() if transposed else out.numel() * weight[0].numel()
 
 
-_ELEMENTWISE = (
-    *(
-        "add",
-        "sub",
-        "rsub",
-        "mul",
-        "div",
-        "exp",
-        "tanh",
-        "sigmoid",
-        "abs",
-        "gelu",
-        "silu",
-        "cumsum",
-        "embedding",
-    ),
-    *("eq", "ne", "lt", "le", "gt", "ge"),
-)
+_ELEMENTWISE = [
+    "add",
+    "sub",
+    "rsub",
+    "mul",
+    "div",
+    "exp",
+    "tanh",
+    "sigmoid",
+    "abs",
+    "gelu",
+    "silu",
+    "cumsum",
+    "embedding",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+]
 
 _RULES: dict[str, Callable[[Any, Any], int]] = {
     "mm": _product(0),

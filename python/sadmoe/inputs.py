@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from sadmoe.batches import (
     run,
     to_device,
 )
+from sadmoe.hooks import hooks_on
 
 
 class Site(Protocol):
@@ -72,6 +74,7 @@ def stream_inputs(
     max_bytes: int | None = None,
     seed: int = 0,
     skip_padding: bool = True,
+    skip_unreached: bool = False,
     progress: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields (name, inputs [n, d]) site after site: a uniform sample of at most max_tokens of the tokens.
@@ -79,7 +82,8 @@ def stream_inputs(
     The model runs over `batches` in eval mode without gradients, once for as many sites as fit in max_bytes
     together (at least one; None: no limit), so that inputs that were used can be freed before the next pass.
     Sites that see the same tokens sample the same ones. skip_padding: leave padding out (see
-    `batches.real_rows`). Raises ValueError where a site is never run.
+    `batches.real_rows`). skip_unreached: leave out sites that are never run; else they raise ValueError. Inputs come in
+    the dtype of the site's weights, where the model runs under an autocast of its own.
     """
     check_batches(batches)
     if max_tokens < 1:
@@ -90,11 +94,14 @@ def stream_inputs(
             model, max_tokens, math.inf if max_bytes is None else max_bytes, seed, skip_padding
         )
         samples = _one_pass(collector, waiting.values(), batches, progress)
-        if missed := [name for name in waiting if name not in samples and name not in collector.refused]:
+        missed = [name for name in waiting if name not in samples and name not in collector.refused]
+        if missed and not skip_unreached:
             raise ValueError(
-                f"the batches never reach {', '.join(missed)}: pass batches that run every FFN to convert, "
-                "or leave those out (ConvertConfig(filter=...))"
+                f"the batches never reach {', '.join(missed)}: pass batches that run every FFN, or leave out those "
+                "that they never run"
             )
+        for name in missed:
+            del waiting[name]
         for name in [name for name in waiting if name in samples]:
             del waiting[name]
             yield name, samples.pop(name).rows
@@ -177,19 +184,19 @@ class _Collector:
 def _one_pass(
     collector: _Collector, sites: Iterable[Site], batches: Batches, progress: bool
 ) -> dict[str, _Sample]:
-    def hook_for(name: str) -> Any:
-        return lambda module, args, kwargs: collector.see(
-            name, args[0] if args else next(iter(kwargs.values()))
-        )
+    def see(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        weight: Any = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            x = x.to(weight.dtype)
+        collector.see(name, x)
 
     device = device_of(collector.model)
-    hooks = [site.first.register_forward_pre_hook(hook_for(site.name), with_kwargs=True) for site in sites]
-    try:
-        with evaluating(collector.model):
-            for batch in tqdm(batches, "inputs", length(batches), disable=not progress):
-                collector.batch = to_device(batch, device)
-                run(collector.model, collector.batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    hooks = (
+        site.first.register_forward_pre_hook(partial(see, site.name), with_kwargs=True) for site in sites
+    )
+    with hooks_on(hooks), evaluating(collector.model):
+        for batch in tqdm(batches, "inputs", length(batches), disable=not progress):
+            collector.batch = to_device(batch, device)
+            run(collector.model, collector.batch)
     return collector.samples

@@ -28,9 +28,9 @@ class Int8Report:
 
 
 def quantize_experts_(model: nn.Module) -> Int8Report:
-    """Rounds the experts of a converted model to int8, in place, one scale a neuron and matrix and one a column of the
-    down projection, and routers in float32 to bfloat16; biases stay as they are, activations are rounded to 16 bits on
-    the way.
+    """Rounds the experts of a converted model to int8, in place, with a scale for each neuron in each matrix and for
+    each column of the down projection, and routers in float32 to bfloat16; biases stay as they are, activations are
+    rounded to 16 bits on the way.
 
     What few tokens take is mostly the reading of weights, so decoding gains most. On the CPU the ops multiply in whole
     numbers: dense torch at tau = 0 and the fast path of bf16 are not taken. On other devices weights are widened at

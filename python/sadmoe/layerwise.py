@@ -140,6 +140,7 @@ def _fit(
             penalty.at,
             checkpoint=checkpoint,
             name=name,
+            about={"batch_tokens": batch_tokens, "tokens": len(rows)},
         )
         penalty.at(1.0)
         with torch.no_grad():

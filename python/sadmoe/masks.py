@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sadmoe.batches import Batch, evaluating, real_rows, run
 from sadmoe.dial import Taus, converted_layers
 from sadmoe.gradients import is_recomputed
+from sadmoe.hooks import hooks_on
 from sadmoe.layer import DynamicKMoE, only_input
 
 
@@ -106,13 +107,12 @@ def record_masks(
     """
     record = MaskRecord(model, skip_padding, tau)
 
-    def hook_for(name: str) -> Any:
-        return lambda layer, args, kwargs: record.see(name, layer, only_input(args, kwargs))
+    def see(name: str, layer: DynamicKMoE, args: Any, kwargs: Any) -> None:
+        record.see(name, layer, only_input(args, kwargs))
 
     with ExitStack() as hooks:
         for name, layer in converted_layers(model).items():
-            hook = layer.register_forward_pre_hook(hook_for(name), with_kwargs=True)
-            hooks.callback(hook.remove)
+            hooks.enter_context(layer.register_forward_pre_hook(partial(see, name), with_kwargs=True))
             see_norms = partial(record.see_norms, name, layer)
             layer.norms_hooks.append(see_norms)
             hooks.callback(layer.norms_hooks.remove, see_norms)
@@ -126,18 +126,13 @@ def experts_per_token(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
 
-    def hook_for(name: str) -> Any:
-        def see(layer: DynamicKMoE, args: Any, kwargs: Any) -> None:
-            found[name] = layer.mask(only_input(args, kwargs)).sum(-1).cpu()
-
-        return see
+    def see(name: str, layer: DynamicKMoE, args: Any, kwargs: Any) -> None:
+        found[name] = layer.mask(only_input(args, kwargs)).sum(-1).cpu()
 
     layers = converted_layers(model)
-    hooks = [layer.register_forward_pre_hook(hook_for(n), with_kwargs=True) for n, layer in layers.items()]
-    try:
-        with evaluating(model):
-            run(model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    hooks = (
+        layer.register_forward_pre_hook(partial(see, n), with_kwargs=True) for n, layer in layers.items()
+    )
+    with hooks_on(hooks), evaluating(model):
+        run(model, batch)
     return {name: found[name] for name in layers if name in found}

@@ -93,9 +93,8 @@ def _costs(layer: DynamicKMoE, T: int, shares: Sequence[float], seconds: float) 
     masks: dict[float, Tensor] = {}
     for share in shares:
         mask = torch.rand(T, layer.experts, generator=g, device="cpu") < share
-        mask[torch.arange(T, device="cpu"), torch.randint(layer.experts, (T,), generator=g, device="cpu")] = (
-            True
-        )
+        one = torch.randint(layer.experts, (T,), generator=g, device="cpu")
+        mask[torch.arange(T, device="cpu"), one] = True
         masks[mask.float().mean().item()] = mask.to(device)
 
     def routed(way: Callable[[Tensor, Tensor], Tensor], mask: Tensor) -> None:

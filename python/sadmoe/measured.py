@@ -14,13 +14,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sadmoe.crossover import Layer
+from sadmoe.crossover import LayerShape
 
 FORMAT = 1
 BUILT_IN = Path(__file__).with_name("cpu_costs.json")
 
 Curve = tuple[tuple[float, float], ...]  # (executed share, cost), shares ascending in (0, 1]
-Key = tuple[str, str, Layer]
+Key = tuple[str, str, LayerShape]
 V = TypeVar("V")
 
 
@@ -30,12 +30,11 @@ class Costs:
 
     device: str
     dtype: str
-    layer: Layer
+    layer: LayerShape
     threads: int
     curves: Mapping[int, Curve]  # by T
-    every_expert: Mapping[int, float] = field(
-        default_factory=dict
-    )  # by T, the cost at tau = 0 where it was measured
+    # By T, the cost at tau = 0 where it was measured.
+    every_expert: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def key(self) -> Key:
@@ -129,7 +128,7 @@ def _costs(row: Mapping[str, Any]) -> Costs:
     if any(T < 1 or not 0 < cost < math.inf for T, cost in every_expert.items()):
         raise ValueError(f"the costs of every expert are no costs: {every_expert}")
     return Costs(
-        row["device"], row["dtype"], Layer(**row["layer"]), int(row["threads"]), curves, every_expert
+        row["device"], row["dtype"], LayerShape(**row["layer"]), int(row["threads"]), curves, every_expert
     )
 
 

@@ -26,9 +26,8 @@ __all__ = ["inertia", "partition", "slots"]
 
 logger = logging.getLogger(__name__)
 
-_GRID = (
-    2.0**25
-)  # of entries, and of squared distances: products stay below 2**53, costs below the solver's limit
+# Of entries, and of squared distances: products stay below 2**53, costs below the solver's limit.
+_GRID = 2.0**25
 _CHUNK = 2**22  # costs that are computed together: 32 MiB
 _TOLERANCE, _PATIENCE = 1e-4, 3  # stop where the best inertia gained less than this share, so often in a row
 

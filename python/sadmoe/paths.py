@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sadmoe import crossover, measured, ops
-from sadmoe.crossover import Layer
+from sadmoe.crossover import LayerShape
 from sadmoe.measured import Costs, Key
 from sadmoe.timing import processor
 
@@ -52,7 +52,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @lru_cache(maxsize=4096)
-def sparse_until(layer: Layer, tokens: int, device: torch.device, dtype: torch.dtype, slack: float) -> float:
+def sparse_until(
+    layer: LayerShape, tokens: int, device: torch.device, dtype: torch.dtype, slack: float
+) -> float:
     """The executed share up to which the sparse op takes at most `slack` times what the dense path takes.
 
     tokens >= 1. 1.0 on the CPU where nothing tells. Reads the user's file of measurements at the first call of a
@@ -71,7 +73,7 @@ def sparse_until(layer: Layer, tokens: int, device: torch.device, dtype: torch.d
 
 
 @lru_cache(maxsize=4096)
-def op_runs_all(layer: Layer, tokens: int, device: torch.device, dtype: torch.dtype) -> bool:
+def op_runs_all(layer: LayerShape, tokens: int, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the op runs every expert faster than torch's products, no router asked: at tau = 0.
 
     By what was measured on this device; on the CPU else by what came with sadmoe, if of these kernels and of a layer
@@ -157,12 +159,12 @@ def _table() -> dict[Key, Costs]:
     return _costs
 
 
-def _measured(layer: Layer, device: torch.device, dtype: torch.dtype) -> Costs | None:
+def _measured(layer: LayerShape, device: torch.device, dtype: torch.dtype) -> Costs | None:
     return _table().get((device_name(device), dtype_name(dtype), layer))
 
 
 @lru_cache(maxsize=256)
-def _nearest_built_in(layer: Layer, dtype: torch.dtype, alike: bool = False) -> Costs | None:
+def _nearest_built_in(layer: LayerShape, dtype: torch.dtype, alike: bool = False) -> Costs | None:
     """Of the measurements that came with sadmoe those of the likest shape; None where there are none of that dtype.
 
     In 16 bits, and where they must be alike, they count for the kernels they were measured with alone: the units of

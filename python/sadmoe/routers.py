@@ -93,7 +93,8 @@ def fit_router_(
     float32 from fresh weights and with its own random numbers: the result depends on layer, inputs and
     config. inputs [n, d]: tokens as they enter the dense FFN, n >= 2; a tenth is held out for the returned
     `RouterFit`. Source: arXiv 2310.04361, section 3; targets by Gram matrices, see
-    `DynamicKMoE.expert_norms`.
+    `DynamicKMoE.expert_norms`. Raises ValueError where inputs have another shape or dtype, or config another width than
+    the layer's router.
     """
     config = RouterConfig(width=layer.router.v1.shape[0]) if config is None else config
     _check_fit(layer, inputs, check_config(config, RouterConfig))

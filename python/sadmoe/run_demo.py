@@ -43,9 +43,7 @@ EMBEDDING = 10.0  # weight of the embedding's error, 1 - cosine, beside the hidd
 ROUTER_WIDTH = 96
 ROUTERS = replace(budget.ROUTERS, width=ROUTER_WIDTH)
 ROUTED_TOKENS = 60_000  # all of the text
-UNTRAINED = RouterConfig(
-    width=ROUTER_WIDTH, steps=1
-)  # of the conversion: routers are trained after the experts
+UNTRAINED = RouterConfig(width=ROUTER_WIDTH, steps=1)  # routers are trained after the experts
 FROZEN = ("embeddings", "attention.self", "attention.output.dense", "pooler")  # of BERT
 CLUSTERED = 6  # every sixth batch is enough to see which neurons fire together
 TAUS = (0.1, 0.3)

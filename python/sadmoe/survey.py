@@ -22,6 +22,7 @@ from sadmoe.cost import neuron_flops
 from sadmoe.ffn import FFNSite, Skipped, find_ffns, moe_layers, scan_ffns
 from sadmoe.ffn.linears import linear_shape
 from sadmoe.flops import FlopCount
+from sadmoe.hooks import hooks_on
 from sadmoe.sparsify import LayerSparsity, measure_sparsity
 from sadmoe.tables import format_table, shortened, si
 
@@ -160,14 +161,10 @@ def _count(
     def count(linear: nn.Module, args: Any, output: Tensor) -> None:
         rows[linear] += len(rows_of(output))
 
-    handles = [linear.register_forward_hook(count) for linear in linears]
-    try:
-        with evaluating(model), FlopCount(model) as counted:
-            for batch in batches:
-                run(model, to_device(batch, device_of(model)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = (linear.register_forward_hook(count) for linear in linears)
+    with hooks_on(hooks), evaluating(model), FlopCount(model) as counted:
+        for batch in batches:
+            run(model, to_device(batch, device_of(model)))
     return counted.flops, rows
 
 

@@ -34,10 +34,8 @@ def surgery(model: nn.Module) -> Iterator[None]:
         for module, attributes, tables in saved:
             module.__dict__.clear()
             module.__dict__.update(attributes)
-            for (
-                key,
-                table,
-            ) in tables.items():  # in place: the handle of a hook knows its table, not its module
+            # In place: the handle of a hook knows its table, not its module.
+            for key, table in tables.items():
                 attributes[key].clear()
                 attributes[key].update(table)
         _tell(model)

@@ -103,7 +103,8 @@ def in_block(module: nn.Module) -> Iterator[Proposal]:
         # Of a module that is all FFN the adapters before have told.
         told = len(linears) == 2 and _only_ffn_children(module)
         if not known and (children or len(linears) == 2) and not told:
-            named = children or _named_as_activations(module)
+            others = [n for n, child in module.named_children() if linear_shape(child) is None]
+            named = _named_as_activations(module, others)
             refusal = _unknown(module, named) if named else _out_of_reach(up, down)
             yield Proposal(Parts(up, up, down), (), calls, likely, refusal)
 
@@ -173,8 +174,8 @@ def _activation(module: nn.Module) -> tuple[str | None, tuple[str, ...], str | N
     children = {join(p, n): act for p, m in holders.items() for n, act in activation_children(m).items()}
     attributes = {join(p, n): act for p, m in holders.items() for n, act in activation_attributes(m).items()}
     known = {n: a for n, a in children.items() if a is not None} or attributes
-    if children and not known:
-        return None, (), _unknown(module, children)
+    if not known and (named := _named_as_activations(module, children)):
+        return None, (), _unknown(module, named)
     others = ", ".join(f"{n} ({type(module.get_submodule(n)).__name__})" for n in children if n not in known)
     refusal = f"{others} in it may do in training what a MoE layer would not" if others else None
     if len(known) == 1:
@@ -188,13 +189,14 @@ def _unknown(module: nn.Module, children: Iterable[str]) -> str:
     return f"its activation, {kinds}, is none of {', '.join(ALL_ACTS)}"
 
 
-def _named_as_activations(module: nn.Module) -> list[str]:
-    """Children that are no linear layers and are named as activations, which may have weights: PReLU, xIELU."""
+def _named_as_activations(module: nn.Module, paths: Iterable[str]) -> list[str]:
+    """Those of the paths at which is what is named as an activation, which may have weights: PReLU, xIELU, Mish."""
+    kinds = {path: type(module.get_submodule(path)) for path in paths}
+    named = re.compile("act|elu|swish|mish|sigmoid|tanh|soft|nonlin", re.IGNORECASE)
     return [
-        name
-        for name, child in module.named_children()
-        if linear_shape(child) is None
-        and re.search("act|elu", f"{name} {type(child).__name__}", re.IGNORECASE)
+        path
+        for path, kind in kinds.items()
+        if named.search(f"{path} {kind.__name__}") or kind.__module__ == "torch.nn.modules.activation"
     ]
 
 

@@ -15,6 +15,7 @@ from sadmoe.ffn.linears import linear_shape
 from sadmoe.ffn.quiet import quiet
 from sadmoe.ffn.sites import FFNSite, Parts, site_of_parts
 from sadmoe.ffn.surgery import put_back, take_apart
+from sadmoe.hooks import hooks_on
 
 Call = Callable[[nn.Module, Parts, Tensor], Any]
 TOLERANCE = 1e-5  # of the FFN's share in the output; float64 noise is 1e-13, gelu against gelu_tanh 1e-4
@@ -126,13 +127,15 @@ def _best(sites: list[FFNSite], denses: list[DenseFFN], scene: _Scene, x: Tensor
     events: list[_Event] = []
     y = _run(scene, x, events)
     outputs = [_run_with(scene, dense, x) for dense in denses]
-    without = _run_with(scene, lambda rows: rows.new_zeros(*rows.shape[:-1], denses[0].d_out), x)
+    bias = denses[0].b_out  # what no weight has a part in
+    nothing = x.new_zeros(denses[0].d_out) if bias is None else bias
+    without = _run_with(scene, lambda rows: nothing.expand(*rows.shape[:-1], -1), x)
     if any(o.shape != y.shape for o in outputs):
         raise Unsupported(
             f"its output is {list(y.shape)} where that of the FFN would make {list(outputs[0].shape)}"
         )
     if scene.parts.up not in [e.path for e in events]:
-        raise RuntimeError(f"{scene.parts.up} did not run")
+        raise Unsupported(f"{scene.parts.up} does not run in it")
     share = (y - without).abs().amax().item()
     errors = [(y - o).abs().amax().item() for o in outputs]
     best = min(range(len(sites)), key=errors.__getitem__)
@@ -142,8 +145,9 @@ def _best(sites: list[FFNSite], denses: list[DenseFFN], scene: _Scene, x: Tensor
             "it does not compute down(act(up(x))) or its gated form: off by "
             f"{errors[best] / share if share else 1:.1e} of its output with act = {tried}"
         )
-    if share == 0 and len(sites) > 1:
-        raise Unsupported("its output weights are all zero, so its activation cannot be told")
+    if share == 0 and (len(sites) > 1 or scene.parts.gate):
+        what = "gate" if scene.parts.gate else "activation"
+        raise Unsupported(f"its output weights are all zero, so its {what} cannot be told")
     site = sites[best]
     hidden, site.dropout = _dropouts(site.parts, scene.block, events)
     if hidden:
@@ -205,21 +209,16 @@ def _run(scene: _Scene, x: Tensor, events: list[_Event] | None = None) -> Tensor
     """The output of the scene with its floating-point weights and buffers in x's dtype."""
     tensors = {**dict(scene.named_parameters()), **dict(scene.named_buffers())}
     cast = {n: t.detach().to(x.dtype) for n, t in tensors.items() if t.is_floating_point()}
-    handles = []
     if events is None:
         return torch.func.functional_call(scene, cast, x)
     parts = scene.parts
-    for path, module in scene.block.named_modules():
-        if path in (parts.up, parts.gate, parts.down) or isinstance(module, nn.Dropout):
-            handles.append(
-                module.register_forward_pre_hook(lambda *_, path=path: events.append(_Event(path=path)))
-            )
-    try:
-        with _DropoutLog(events):
-            return torch.func.functional_call(scene, cast, x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    seen = (
+        module.register_forward_pre_hook(lambda *_, path=path: events.append(_Event(path=path)))
+        for path, module in scene.block.named_modules()
+        if path in (parts.up, parts.gate, parts.down) or isinstance(module, nn.Dropout)
+    )
+    with hooks_on(seen), _DropoutLog(events):
+        return torch.func.functional_call(scene, cast, x)
 
 
 def _run_with(scene: _Scene, ffn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

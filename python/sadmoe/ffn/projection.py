@@ -5,6 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from sadmoe.batches import plain_name
 from sadmoe.ffn.activations import ACTIVATION_MODULES, which_activation
 from sadmoe.ffn.linears import bias_of, linear_shape
 from sadmoe.ffn.paths import lookup, put
@@ -115,7 +116,7 @@ def put_back_projections(model: nn.Module) -> None:
         linear.to(like.device, like.dtype).train(mlp.training)
         if cast(Tensor, linear.weight).requires_grad != like.requires_grad:
             linear.requires_grad_(like.requires_grad)
-        put(model, name, linear)
+        put(model, plain_name(name), linear)
 
 
 def _without_original(model: nn.Module) -> list[str]:

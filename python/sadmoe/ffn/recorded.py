@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from sadmoe.batches import Batch, device_of, evaluating, run, to_device
 from sadmoe.ffn.probe import Call
 from sadmoe.ffn.sites import Parts
+from sadmoe.hooks import hooks_on
 
 
 def record_calls(model: nn.Module, names: Iterable[str], batch: Batch) -> dict[str, Call]:
@@ -20,25 +22,16 @@ def record_calls(model: nn.Module, names: Iterable[str], batch: Batch) -> dict[s
     """
     calls: dict[str, Call] = {}
 
-    def hook_for(name: str) -> Any:
-        def see(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if name in calls:
-                return
-            with suppress(Exception):  # of a foreign argument, which then cannot be given again
-                calls[name] = _again(copy.deepcopy((args, kwargs)))
+    def see(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if name in calls:
+            return
+        with suppress(Exception):  # of a foreign argument, which then cannot be given again
+            calls[name] = _again(copy.deepcopy((args, kwargs)))
 
-        return see
-
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True)
-        for name in names
-    ]
-    try:
-        with evaluating(model):
-            run(model, to_device(batch, device_of(model)))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    modules = ((name, model.get_submodule(name)) for name in names)
+    hooks = (m.register_forward_pre_hook(partial(see, name), with_kwargs=True) for name, m in modules)
+    with hooks_on(hooks), evaluating(model):
+        run(model, to_device(batch, device_of(model)))
     return calls
 
 

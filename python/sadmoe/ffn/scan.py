@@ -5,7 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import accumulate, islice
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ EXPERTS = re.compile("expert|moe", re.IGNORECASE)  # in the name or the type of 
 ATTENTION = re.compile(r"(attention|attn)(output|module|pool[a-z]*|v?\d+)?$", re.IGNORECASE)
 # How a class is named that is an FFN.
 FFN = re.compile(r"mlp|ffn|feed_?forward|geglu|swiglu", re.IGNORECASE)
+PAIR = "d -> f and f -> d, f > d, with an activation alone between them"
 TRIED_BATCHES = 8  # until one of them runs a block that a probe cannot run
 
 
@@ -128,7 +129,7 @@ def _overlooked(model: nn.Module, sites: list[FFNSite], skipped: list[Skipped]) 
         linears = {n: m for n, m in module.named_modules() if linear_shape(m) is not None}
         shapes = [f"{n} {' -> '.join(map(str, linear_shape(m) or ()))}" for n, m in linears.items()]
         if len(linears) > 1 and not used & {id(m) for m in linears.values()}:
-            reason = f"no pair of its linear layers is seen as d -> f -> d, f > d: {', '.join(shortened(shapes, 4))}"
+            reason = f"none of its linear layers, {', '.join(shortened(shapes, 4))}, are seen as {PAIR}"
             found.append(Skipped(name, kind, reason))
             told.append(name)
     return found
@@ -144,11 +145,13 @@ def _look_at(
     """The FFNs in one module, and why its other proposals were refused."""
     sites: list[FFNSite] = []
     reasons: list[Unsupported] = []
+
+    def wanted(proposal: Proposal) -> bool:
+        return filter is None or filter(join(name, proposal.parts.at))
+
     for adapter, propose in ADAPTERS.items():
         for proposal in propose(module):
             parts = proposal.parts
-            if filter is not None and not filter(join(name, parts.at)):
-                continue
             if any({parts.up, parts.down} & {s.parts.up, s.parts.down} for s in sites):
                 continue
             try:
@@ -156,10 +159,11 @@ def _look_at(
                 ways = (*proposal.calls, recorded) if recorded and parts.at else proposal.calls
                 sites.append(verify(module, name, parts, adapter, proposal.acts, ways))
             except Unsupported as reason:
-                reasons += [reason] if proposal.likely else []
+                reasons += [reason] if proposal.likely and wanted(proposal) else []
         if sites:
             break
-    return sites, reasons
+    # What the filter leaves alone is looked at too, lest its linear layers be paired with another's.
+    return [site for site in sites if filter is None or filter(site.name)], reasons
 
 
 @dataclass
@@ -196,10 +200,11 @@ class Uses:
             reason = why_not_plain(linear)
             if reason is not None:
                 raise Unsupported(f"{path} {reason}")
-            owner = block.get_submodule(path.rpartition(".")[0])
-            others = [n for i, n in self.parents[id(linear)].items() if i != id(owner)]
-            if others:
-                raise Unsupported(f"{path} is a child of {', '.join(others)} too")
+            for part in accumulate(path.split("."), join):  # and the modules between
+                owner = block.get_submodule(part.rpartition(".")[0])
+                others = [n for i, n in self.parents[id(block.get_submodule(part))].items() if i != id(owner)]
+                if others:
+                    raise Unsupported(f"{part} is a child of {', '.join(others)} too")
             for key, p in linear.named_parameters(recurse=False):
                 dtypes.add((p.dtype, p.device))
                 tied = [owner for owner in self.owners[id(p)] if owner != join(name, path, key)]
@@ -240,10 +245,7 @@ def _nothing_found(model: nn.Module, filter: Callable[[str], bool] | None) -> st
         if stacked
         else ""
     )
-    return (
-        f"{head}: it has no module with linear layers d -> f and f -> d, f > d, and an activation. {advice}"
-        f"Seen:\n{_listing(seen)}"
-    )
+    return f"{head}: none of its modules is seen to hold {PAIR}. {advice}Seen:\n{_listing(seen)}"
 
 
 def _listing(lines: list[str]) -> str:

@@ -198,10 +198,11 @@ def _block_of(model: nn.Module, site: FFNSite) -> nn.Module:
 
 
 def _replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """A module that several parents share is replaced in all of them."""
+    """A module that several parents share is replaced in all of them; if it was compiled, with its wrapper, which would
+    go on to run what it was made of."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child is old:
+            if child is not None and name != "_orig_mod" and unwrapped(child) is old:
                 parent._modules[name] = new
 
 

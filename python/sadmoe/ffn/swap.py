@@ -126,9 +126,8 @@ def _swap_configs(model: nn.Module, old: set[str], act: str) -> None:
 def _config_changes(config: Any, old: set[str], act: str) -> dict[str, str]:
     values = {value for name in old for value in CONFIG_VALUES[name]}
     changes = {key: CONFIG_VALUES[act][0] for key in CONFIG_KEYS if getattr(config, key, None) in values}
-    t5 = getattr(
-        config, "feed_forward_proj", None
-    )  # T5 derives dense_act_fn from it whenever a config is read
+    # T5 derives dense_act_fn from it whenever a config is read.
+    t5 = getattr(config, "feed_forward_proj", None)
     if isinstance(t5, str) and "dense_act_fn" in changes:
         value = "gelu_python" if act == "gelu" else changes["dense_act_fn"]  # it reads gated-gelu as tanh
         changes["feed_forward_proj"] = f"gated-{value}" if t5.startswith("gated-") else value

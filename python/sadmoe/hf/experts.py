@@ -76,7 +76,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         y = y + b_down[pairs.where(here, 0)]
     if getattr(self, "has_post_expert_norm", False):  # transformers 5.0 knows no such norms
         y = self.post_expert_norm(y)
-    weighted = y.float().view(*weights.shape, -1) * (weights * here.view_as(weights)).unsqueeze(-1)
+    weighted = y.float().view(*weights.shape, y.shape[-1]) * (weights * here.view_as(weights)).unsqueeze(-1)
     return weighted.sum(1).to(hidden_states.dtype)
 
 

@@ -59,9 +59,8 @@ class SadmoeQuantizer(HfQuantizer):
     A model that has it is not quantized in any other sense: it trains, casts, compiles and moves as before.
     """
 
-    requires_calibration = (
-        True  # so a dense checkpoint cannot be converted on the way in: convert_ needs batches
-    )
+    # So a dense checkpoint cannot be converted on the way in: convert_ needs batches.
+    requires_calibration = True
 
     @property
     def is_trainable(self) -> bool:

@@ -25,8 +25,9 @@ ARGUMENTS = {  # of each op, by position
 def _cast(name: str, value: Any, device: str) -> Any:
     if name in KEPT:
         return value
-    floats = isinstance(value, Tensor) and value.is_floating_point() and value.device.type == device
-    return value.to(torch.get_autocast_dtype(device)) if floats else value
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == torch.float64:
+        return value  # as of torch's own ops
+    return value.to(torch.get_autocast_dtype(device)) if value.device.type == device else value
 
 
 def cast_all(name: str, args: tuple[Any, ...], device: str) -> list[Any]:

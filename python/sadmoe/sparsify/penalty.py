@@ -27,6 +27,7 @@ from sadmoe.batches import (
 )
 from sadmoe.ffn import FFNSite, find_ffns
 from sadmoe.gradients import is_recomputed
+from sadmoe.hooks import hooks_on
 
 Penalty = Literal["hoyer", "l1"]
 FLOOR = 3e-8  # activations below it fade to none: root of the 1e-15 that the paper's code adds to sum a^2
@@ -61,9 +62,8 @@ class _SquareHoyer(torch.autograd.Function):
         a, sums, roots = ctx.saved_tensors
         squares = roots.clamp(min=FLOOR).square()
         of_sum = 2 * grad.unsqueeze(-1) * sums / squares
-        of_entry = (-of_sum * sums / squares).masked_fill(
-            roots < FLOOR, 0
-        )  # below it the divisor is constant
+        # Below the floor the divisor is constant.
+        of_entry = (-of_sum * sums / squares).masked_fill(roots < FLOOR, 0)
         # Rounded at the end alone: near sum a^2 / sum |a| the two cancel.
         return (a.sign() * of_sum).addcmul_(a, of_entry).to(a.dtype)
 
@@ -90,7 +90,8 @@ class SparsityLoss:
     the gate's. It is computed in float32, also under autocast. Works with gradient checkpointing that is not
     reentrant. Source: arXiv 2310.04361, section 3.1.
 
-    sites: the FFNs that are penalised, from `find_ffns`; all of the model's if None.
+    sites: the FFNs that are penalised, from `find_ffns`; all of the model's if None. Raises ValueError where there are
+    none, or the penalty is unknown.
     """
 
     def __init__(
@@ -212,8 +213,8 @@ class LayerSparsity:
 def measure_sparsity(
     model: nn.Module, batches: Batches, sites: Sequence[FFNSite] | None = None
 ) -> list[LayerSparsity]:
-    """The sparsity of every FFN over `batches`, padding left out; in eval mode, the model is left as it
-    was.
+    """The sparsity of every FFN over `batches`, in the order of the sites, padding left out; in eval mode, the model is
+    left as it was.
 
     It reads what the activation gives out, so it is right for GELU and SiLU too, which are hardly ever
     exactly 0.
@@ -221,9 +222,8 @@ def measure_sparsity(
     """
     check_batches(batches)
     sites = find_ffns(model, batches=batches) if sites is None else sites
-    counts = {
-        site.name: torch.zeros(3, dtype=torch.float64, device="cpu") for site in sites
-    }  # pairs, zero, small
+    # Of each: pairs, zero, small.
+    counts = {site.name: torch.zeros(3, dtype=torch.float64, device="cpu") for site in sites}
     current: dict[str, Any] = {}
 
     def count(site: FFNSite, module: nn.Module, args: Any, output: Tensor) -> None:
@@ -236,15 +236,11 @@ def measure_sparsity(
                 [a.numel(), int((a == 0).sum()), int(small.sum())], device="cpu"
             )
 
-    handles = [site.first.register_forward_hook(partial(count, site)) for site in sites]
-    try:
-        with evaluating(model):
-            for batch in batches:
-                current["batch"] = to_device(batch, device_of(model))
-                run(model, current["batch"])
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = (site.first.register_forward_hook(partial(count, site)) for site in sites)
+    with hooks_on(hooks), evaluating(model):
+        for batch in batches:
+            current["batch"] = to_device(batch, device_of(model))
+            run(model, current["batch"])
     if missed := [name for name, (pairs, *_) in counts.items() if pairs == 0]:
         raise ValueError(
             f"the batches never reach {', '.join(missed)}: pass batches that run every FFN, or fewer sites"

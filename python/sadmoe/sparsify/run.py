@@ -15,7 +15,7 @@ from sadmoe.ffn import FFNSite, find_ffns, swap_activations_
 from sadmoe.reference import RECTIFIERS
 from sadmoe.sparsify.config import SparsifyConfig
 from sadmoe.sparsify.penalty import LayerSparsity, SparsityLoss, measure_sparsity
-from sadmoe.training import Checkpoint, Step
+from sadmoe.training import Checkpoint, Step, processes
 from sadmoe.training.guards import all_or_nothing, mode, seeded
 from sadmoe.training.loop import train
 from sadmoe.training.objective import Loss, Objective, distill_hidden, distill_logits, task
@@ -108,11 +108,8 @@ def sparsify_(
         raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")
     sites = find_ffns(model, filter, batches=batches)
     started = time.perf_counter()
-    with (
-        all_or_nothing(model) as undo,
-        mode(model, train=config.objective == "task"),
-        seeded(model, config.seed),
-    ):
+    with all_or_nothing(model) as undo, seeded(model, config.seed):
+        processes.as_first_([*model.parameters(), *model.buffers()])  # the teacher is a copy of it
         sample = list(islice(batches, MEASURED_BATCHES))
         before = measure_sparsity(model, sample, sites)
         dense = None
@@ -123,10 +120,14 @@ def sparsify_(
             dense_acts = [site for site in sites if site.act not in RECTIFIERS]
             undo.append(swap_activations_(model, dense_acts, "relu"))
         objective = _objective(model, dense, config, sites, loss)
-        with SparsityLoss(model, sites, penalty=config.penalty, displacement=config.displacement) as sparsity:
+        with (
+            mode(model, train=config.objective == "task"),
+            SparsityLoss(model, sites, penalty=config.penalty, displacement=config.displacement) as sparsity,
+        ):
             history = train(
-                model, batches, config, objective, sparsity, progress, checkpoint=checkpoint, name="sparsify"
-            )
+                model, batches, config, objective, sparsity, progress, checkpoint=checkpoint, name="sparsify",
+                about={"ffns": [site.name for site in sites]},
+            )  # fmt: skip
         after = measure_sparsity(model, sample, sites)
     report = SparsifyReport(before, after, history, time.perf_counter() - started)
     logger.info("sparsified %d FFNs: %.1f %% of the activations are exactly 0", len(sites), 100 * report.zero)

@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple
 from typing import Any
 
@@ -33,11 +33,13 @@ def train(
     *,
     checkpoint: Checkpoint | None = None,
     name: str = "training",
+    about: Mapping[str, Any] | None = None,
 ) -> list[Step]:
     """Minimises objective(batch, index) + alpha * penalty_of(batch) by the config's schedule.
 
     at(done) is called before each update with the share of the run that is over.   name: of the run, for its bar, its
-    errors and `checkpoint`.
+    errors and `checkpoint`.   about: what else makes it another run, as JSON has it, so that its checkpoint is not
+    taken.
     In a process group the batches of each update are shared out; every process must be given the same ones. Random
     numbers, such as those of dropout, are drawn by the seed and the number of the batch: the same in one process or
     several, and after a run was taken up again. The caller's own random state is left as it was.
@@ -51,7 +53,8 @@ def train(
     update = _Update(name, model, config, objective, penalty_of, _endless(batches, config.seed))
     saver = None
     if checkpoint is not None:
-        saver = Saver(checkpoint, name, model, update.optimizer, {"config": asdict(config)}, penalty_of)
+        run = {"config": {**asdict(config), **(about or {})}}
+        saver = Saver(checkpoint, name, model, update.optimizer, run, penalty_of)
     history, before = update.resumed(saver)
     device, started = device_of(model), time.perf_counter() - before
     with (
@@ -187,7 +190,8 @@ def _done(config: LoopConfig, steps: int, seconds: float) -> float:
     if config.steps is not None:
         return (steps + 0.5) / config.steps if steps < config.steps else 1.0
     assert config.seconds is not None
-    return max(seconds / config.seconds, 1e-3) if steps == 0 else seconds / config.seconds
+    share = seconds / config.seconds
+    return min(max(share, 1e-3), 0.999) if steps == 0 else share  # one update at least
 
 
 def _endless(batches: Batches, seed: int) -> Iterator[tuple[int | None, Batch]]:

@@ -14,6 +14,7 @@ from sadmoe.batches import Batch, is_encoder_decoder, real_rows, run, unwrapped
 from sadmoe.ffn import FFNSite
 from sadmoe.ffn.paths import is_module, join
 from sadmoe.gradients import is_recomputed
+from sadmoe.hooks import hooks_on
 
 Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> scalar; it runs the model itself
 # Runs the model on a batch and says how far off it is. The index is the same whenever the same batch comes; None where
@@ -43,9 +44,10 @@ def distill_logits(model: nn.Module, dense: nn.Module) -> Objective:
     _check_teacher(model, dense, [])
 
     def objective(batch: Batch, index: int | None = None) -> Tensor:
-        with torch.no_grad():
-            target = _logits(run(dense, batch))
-        logits = _logits(run(model, batch))
+        with padded():
+            with torch.no_grad():
+                target = _logits(run(dense, batch))
+            logits = _logits(run(model, batch))
         log_p, log_q = target.log_softmax(-1), logits.log_softmax(-1)
         kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
         real = real_rows(model, "decoder" if is_encoder_decoder(model) else "", batch, logits)
@@ -139,8 +141,17 @@ class Kept:
 
 def _bytes(result: Any) -> int:
     """Of memory that the tensors inside hold alive; what several of them share counts once."""
-    storages = [leaf.untyped_storage() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    storages, objects = {}, [result]
+    seen: set[int] = set()
+    while objects:
+        for leaf in tree_leaves(objects.pop()):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+            elif hasattr(leaf, "__dict__") and id(leaf) not in seen:  # such as a cache of keys and values
+                seen.add(id(leaf))
+                objects.append(list(vars(leaf).values()))
+    return sum(storages.values())
 
 
 def block_of(model: nn.Module, site: FFNSite) -> str:
@@ -165,12 +176,8 @@ def outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[T
         if not is_recomputed():
             seen[name].append(output if isinstance(output, Tensor) else output[0])
 
-    handles = [model.get_submodule(name).register_forward_hook(partial(record, name)) for name in names]
-    try:
+    with hooks_on(model.get_submodule(name).register_forward_hook(partial(record, name)) for name in names):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """What a training loop leaves on disk, so that a killed run goes on where it last saved.
 
 One safetensors file for each run, written beside its path and renamed, so that a kill leaves the old one or the new
-one. It holds the trained weights, buffers and AdamW's moments; its metadata key "sadmoe run" is JSON:
+one. It holds the trained weights, the buffers that a state_dict has, and AdamW's moments; its metadata key "sadmoe run"
+is JSON:
   format   version of all this
   run      what the run is of: function, configuration, checksum of the weights it began with
   state    updates done, their history, seconds, what the penalty remembers
@@ -22,7 +23,7 @@ from sadmoe import files
 from sadmoe.checks import check_fields
 from sadmoe.training.processes import place
 
-FORMAT = 2
+FORMAT = 3
 KEY = "sadmoe run"
 CHECKSUMS = ("weights", "model")  # what is known of a run by a checksum alone
 
@@ -122,7 +123,8 @@ class Saver:
         self.path, self.every = checkpoint.file(name), checkpoint.every
         self.model, self.optimizer, self.memory = model, optimizer, memory
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.run = {"weights": files.checksum(self.trained), **config}
+        here = {n: p for n, p in model.named_parameters() if not p.is_meta}
+        self.run = {"weights": files.checksum(here), **config}
         self.saved = time.perf_counter()
 
     def resume(self) -> dict[str, Any] | None:
@@ -132,7 +134,7 @@ class Saver:
             return None
         tensors, state = found
         with torch.no_grad():
-            for name, target in {**self.trained, **dict(self.model.named_buffers())}.items():
+            for name, target in self._state().items():
                 target.copy_(tensors[f"weights.{name}"])
         order = [p for group in self.optimizer.param_groups for p in group["params"]]
         names = {id(p): name for name, p in self.trained.items()}
@@ -150,10 +152,15 @@ class Saver:
         """Writes if it is time, or at the last update."""
         if place()[0] != 0 or not (last or time.perf_counter() - self.saved >= self.every):
             return
-        everything = {**self.trained, **dict(self.model.named_buffers())}
-        tensors = {f"weights.{name}": t for name, t in everything.items()}
+        tensors = {f"weights.{name}": t for name, t in self._state().items()}
         for name, p in self.trained.items():
             tensors |= {f"{key}.{name}": t for key, t in self.optimizer.state.get(p, {}).items()}
         memory = self.memory.state_dict() if isinstance(self.memory, Stateful) else None
         write(self.path, tensors, self.run, {**state, "memory": memory})
         self.saved = time.perf_counter()
+
+    def _state(self) -> dict[str, Tensor]:
+        """What training changes, by name. Buffers that no state_dict has, such as tables of positions, are made anew by
+        a forward pass, in whatever size it needs."""
+        lasting = self.model.state_dict(keep_vars=True)
+        return {**self.trained, **{n: b for n, b in self.model.named_buffers() if n in lasting}}

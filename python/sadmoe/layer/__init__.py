@@ -1,0 +1,7 @@
+"""The layer that replaces an FFN."""
+
+from sadmoe.layer.experts import ALL_SCALES, SCALES, Experts
+from sadmoe.layer.moe import DynamicKMoE, only_input
+from sadmoe.layer.router import Router
+
+__all__ = ["ALL_SCALES", "SCALES", "DynamicKMoE", "Experts", "Router", "only_input"]

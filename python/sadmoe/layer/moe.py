@@ -1,0 +1,280 @@
+"""The module that replaces an FFN: a router and a gate, which choose experts for each token, and the way these run."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sadmoe import ops, paths
+from sadmoe.crossover import LayerShape
+from sadmoe.gates import DynamicK, Gate
+from sadmoe.gradients import is_recomputed
+from sadmoe.layer.experts import Experts, runs_plainly
+from sadmoe.layer.held import held
+from sadmoe.layer.router import Router
+
+
+class DynamicKMoE(Experts):
+    """A dense FFN cut into E experts of s neurons, of which each token runs those its router picks.
+
+    Equivalent in torch: `reference.sparse_experts(x, gate.mask(router(x)), ...)`. With `gate = DynamicK(0.0)` it is
+    the dense FFN: every expert runs, and the router is not asked.
+
+    Weights: see `Experts`. `dropout`, an nn.Dropout or None, acts on the output.
+
+    batch_invariant: must a token's bits depend on nothing but the token? Where many experts run, computing all of them
+    by torch's products and masking their neurons can be faster than the sparse op, and `paths` says where; but how
+    torch's products round differs with the number of tokens.
+      True   yes: always the op, also at tau = 0.
+      None   the default: yes in float32 at tau > 0. In 16 bits dense runs where it is over 10 % faster (CUDA: 5 %).
+             What decides is the same from run to run: on the CPU the mask of the call, on CUDA `expected_share`, for
+             the share of this call would have to be waited for. Without it dense runs there only where it wins at any
+             share, as with few tokens in small layers.
+      False  no: dense wherever it is faster. On CUDA by the share of earlier calls, from whenever it has arrived.
+    At tau = 0 it runs torch's products, or the op where that was measured to be faster, as it mostly is on the CPU;
+    with True or int8 always the op. With gradients, and in graphs of torch.compile and torch.export, it is always the
+    op at tau > 0 (but for `keeps_hidden`), and torch at tau = 0 (but for True and int8). Gates on true norms compute
+    all experts. `expected_share`: the executed share in [0, 1] that decides on CUDA instead of that of earlier calls,
+    so also under graph capture. Neither is saved with the model.
+
+    keeps_hidden: True while it is trained by `finetune_`. Every expert is computed, as the backward pass has to, and
+    what it computed is kept until then; the op's backward pass computes it again.
+
+    After `to_int8_` the op of int8 runs at every tau, whatever batch_invariant says, and a router in float32 has become
+    bfloat16.
+    """
+
+    dropout: nn.Dropout | None
+
+    def __init__(
+        self,
+        d: int,
+        experts: int,
+        expert_size: int,
+        act: str,
+        *,
+        router_width: int = 128,
+        d_out: int | None = None,
+        gated: bool = False,
+        bias: Collection[str] = (),
+        dropout: float = 0.0,
+        gate: Gate | None = None,
+        batch_invariant: bool | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        """bias: which of "b_up", "b_gate", "b_out" exist. Weights start uninitialised: they are copied or loaded."""
+        kw: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(d, experts, expert_size, act, d_out=d_out, gated=gated, bias=bias, **kw)
+        self._before_int8: tuple[torch.dtype, torch.dtype] | None = None  # dtypes of router and experts
+        self.router = Router(d, experts, router_width, **kw)
+        # A module, for whoever looks for such: to switch them off, or to leave them on in evaluation.
+        self.register_module("dropout", nn.Dropout(dropout) if dropout else None)
+        self.gate: Gate = DynamicK(0.0) if gate is None else gate
+        self.batch_invariant = batch_invariant
+        self.expected_share: float | None = None
+        self._share_hint = paths.ShareHint()
+        self._shapes: dict[torch.dtype, LayerShape] = {}
+        self.keeps_hidden = False
+        self.check_nan = False
+        # They see the norms [..., E] of a gate on true norms.
+        self.norms_hooks: list[Callable[[Tensor], None]] = []
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "gate" and not (callable(getattr(value, "mask", None)) and hasattr(value, "true_norms")):
+            raise TypeError(
+                f"gate must be a DynamicK, a TopK or another Gate, got {value!r}: DynamicK(tau), or set_tau(model, tau)"
+                "; one of your own needs mask(scores) and true_norms"
+            )
+        super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a pickle; the first ones held dropout as a number."""
+        super().__setstate__(state)
+        if "dropout" in self.__dict__:
+            p = self.__dict__.pop("dropout")
+            self.register_module("dropout", nn.Dropout(p).train(self.training) if p else None)
+
+    @property
+    def shape(self) -> LayerShape:
+        """Its sizes, as the costs of paths are looked up by."""
+        (E, s, d), bytes_each = self.w_up.shape, self.w_up.dtype.itemsize
+        gated, r = self.w_gate is not None, self.router.v1.shape[0]
+        return LayerShape(d, self.w_down.shape[2], E, s, r, gated, bytes_each)
+
+    @property
+    def runs_all_experts(self) -> bool:
+        """Whether it is the dense FFN: every expert runs for every token, and no router is asked."""
+        return type(self.gate) is DynamicK and self.gate.tau == 0.0
+
+    @torch.no_grad()
+    def to_int8_(self, *, column_scales: bool = True, rounded_router: bool = True) -> None:
+        """Rounds the experts' weights to int8, in place: see `Experts.to_int8_`.
+
+        rounded_router: a router in float32, up to half of the bytes that a token then needs, becomes bfloat16; scores
+        are float32 all the same.
+        """
+        super().to_int8_(column_scales=column_scales)
+        assert self.scale_up is not None
+        self._before_int8 = self.router.v1.dtype, self.scale_up.dtype
+        if rounded_router and self.router.v1.dtype == torch.float32:
+            self.router.cast_(torch.bfloat16)
+
+    @torch.no_grad()
+    def to_float_(self) -> None:
+        """Undoes `to_int8_`, in place, but for its rounding. Raises ValueError where the experts are not int8.
+
+        The router gets the dtype that it had, or where it was loaded so, that of the experts.
+        """
+        super().to_float_()
+        of_router, of_experts = self._before_int8 or (None, None)
+        cast_since = of_experts != self.w_up.dtype
+        self.router.cast_(self.w_up.dtype if cast_since or of_router is None else of_router)
+        self._before_int8 = None
+
+    def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
+        """x [..., d] -> [..., d_out]; x by whatever name the FFN was called with."""
+        if x is None or named:
+            x = only_input(() if x is None else (x,), named)
+        flat = x.dim() == 2
+        rows = x if flat else x.reshape(-1, x.shape[-1])
+        gate = self.gate
+        if self.check_nan and rows.isnan().any():
+            raise ValueError(
+                "DynamicKMoE: x has NaN, for which no expert can be chosen; an earlier layer made it"
+            )
+        if gate.true_norms:
+            y = self._by_true_norms(rows, x.shape[:-1])
+        elif self.runs_all_experts:
+            y = self.op_on_all(rows) if self._op_runs_all(rows) else self.dense(rows)
+        else:
+            y = self._selected(rows)
+        if (dropout := self._modules["dropout"]) is not None:
+            y = dropout(y)
+        return y if flat else y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def mask(self, x: Tensor) -> Tensor:
+        """The experts that `forward` runs: x [..., d] -> bool [..., E]."""
+        rows = x.reshape(-1, x.shape[-1])
+        scores = self.expert_norms(rows) if self.gate.true_norms else self.router(rows)
+        return self.gate.mask(scores).reshape(*x.shape[:-1], self.experts)
+
+    def takes_dense_path(self, x: Tensor) -> bool:
+        """Whether `forward` would compute every expert of x [..., d] by torch's products, instead of the sparse op."""
+        rows = x.reshape(-1, x.shape[-1])
+        if self.gate.true_norms or (self.keeps_hidden and not self.runs_all_experts):
+            return True
+        return not self._op_runs_all(rows) if self.runs_all_experts else self._choose(rows)[0]
+
+    def _selected(self, x: Tensor) -> Tensor:
+        """The experts that the gate picks, by the path that `_choose` says."""
+        if self.keeps_hidden:
+            return self._down(self._hidden(x, self.mask(x)))
+        gate = self.gate
+        dense, mask = self._choose(x)
+        if type(gate) is DynamicK and mask is None:  # a gate made of it may have a rule of its own
+            if dense:  # without a mask: on CUDA that is a launch less
+                return self._down(self._hidden(x, self.router(x), gate.tau))
+            return self._dynamic_k(x, gate.tau)
+        mask = self.mask(x) if mask is None else mask
+        return self.masked_dense(x, mask) if dense else self._sparse(x, mask)
+
+    def _dynamic_k(self, x: Tensor, tau: float) -> Tensor:
+        router: Any = self._modules["router"]  # as an attribute it is slow, too
+        own = router.__dict__
+        # Hooks of the router, such as accelerate's and pruning's, run only where it is called.
+        if "_hf_hook" in own or own["_forward_pre_hooks"] or own["_forward_hooks"]:
+            return self._sparse(x, self.mask(x))
+        v1, v2 = router.weights()
+        if self.is_int8:
+            return ops.dynamic_k_moe_int8(x, v1, v2, *self.int8_weights(), tau=tau, act=self.act)
+        return ops.dynamic_k_moe(x, v1, v2, *self.expert_weights(), tau=tau, act=self.act)
+
+    def _op_runs_all(self, x: Tensor) -> bool:
+        """Whether x [T, d] goes through every expert by the op, instead of torch's products."""
+        if self.keeps_hidden:
+            return False
+        if self.batch_invariant or self.is_int8:
+            return True
+        if not runs_plainly(x) or (dtype := self._dtype_of_products(x)) is None:
+            return False
+        return paths.op_runs_all(self._shape_in(dtype), len(x), x.device, dtype)
+
+    def _choose(self, x: Tensor) -> tuple[bool, Tensor | None]:
+        """Whether x [T, d] takes the dense path, and its mask where that had to be known. Waits for no CUDA device."""
+        until = self._sparse_until(x)
+        if until >= 1.0:
+            return False, None
+        if x.device.type == "cpu":  # counted before it is run: the choice is a function of this call
+            mask = self.mask(x)
+            return mask.sum().item() > until * mask.numel(), mask
+        if self.expected_share is not None:
+            return self.expected_share > until, None
+        share, counted = self._share_hint.read(self.gate), None
+        if until > 0.0 and self._share_hint.wanted():
+            counted = self.mask(x)
+            self._share_hint.send(counted)
+        return share is None or share > until, counted  # unknown: dense, at worst as slow as dense
+
+    def _sparse_until(self, x: Tensor) -> float:
+        """The executed share up to which the op runs for so many tokens of that device and dtype; 1: always."""
+        if self.batch_invariant or self.is_int8 or torch.compiler.is_compiling():
+            return 1.0
+        unasked = self.batch_invariant is None
+        if unasked and x.dtype.itemsize > 2 and not torch._C._is_any_autocast_enabled():
+            return 1.0  # at once: the checks below take time and would not change the answer
+        if not runs_plainly(x) or (dtype := self._dtype_of_products(x)) is None:
+            return 1.0
+        if unasked and dtype.itemsize > 2:
+            return 1.0
+        slack = paths.WORTH[x.device.type] if unasked else 1.0
+        until = paths.sparse_until(self._shape_in(dtype), len(x), x.device, dtype, slack)
+        if unasked and x.device.type == "cuda" and self.expected_share is None:
+            any_share = until * self.experts < 1  # all that is known of it: a token runs one expert at least
+            return 0.0 if any_share else 1.0
+        return until
+
+    def _dtype_of_products(self, x: Tensor) -> torch.dtype | None:
+        """What torch multiplies x in; None where it refuses, as x is not of the weights' dtype."""
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+            return torch.get_autocast_dtype(x.device.type)
+        return x.dtype if x.dtype == held(self, "w_up").dtype else None
+
+    def _shape_in(self, dtype: torch.dtype) -> LayerShape:
+        if dtype not in self._shapes:  # every call asks: it takes 7 µs
+            self._shapes[dtype] = replace(self.shape, bytes_each=dtype.itemsize)
+        return self._shapes[dtype]
+
+    def _by_true_norms(self, x: Tensor, tokens: torch.Size) -> Tensor:
+        """Every expert is computed to know its norm, so this path is plain torch; gradients hold the mask constant.
+
+        x [T, d] -> [T, d_out]. tokens: their shape in what entered, which the hooks are shown.
+        """
+        hidden = self._hidden(x)
+        norms = self._norms(hidden)
+        if self.norms_hooks and not is_recomputed():
+            for hook in self.norms_hooks:
+                hook(norms.reshape(*tokens, -1))
+        return self._down(self._kept(hidden, self.gate.mask(norms.detach())))
+
+    def extra_repr(self) -> str:
+        d_out = self.w_down.shape[2]
+        return (
+            f"d={self.w_up.shape[2]}, experts={self.experts}, expert_size={self.expert_size}, act={self.act}"
+            + (", gated" if self.w_gate is not None else "")
+            + (", int8" if self.is_int8 else "")
+            + (f", d_out={d_out}" if d_out != self.w_up.shape[2] else "")
+            + f", gate={self.gate}"
+        )
+
+
+def only_input(args: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    """What a converted layer is called with, by place or by any name: for hooks."""
+    given = (*args, *named.values())
+    if len(given) != 1:
+        raise TypeError(
+            f"a converted FFN takes one tensor [..., d], and was called with {len(given)} arguments"
+        )
+    return given[0]
