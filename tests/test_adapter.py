@@ -8,8 +8,9 @@ import torch
 from sadmoe import SavedModelError, load_adapter, restore_, save_adapter
 from sadmoe.ffn import moe_layers
 from safetensors.torch import load_file, save_file
+from states import same, state
 from tiny_models import TINY, call
-from torch import Tensor, nn
+from torch import nn
 
 NAMES = ["bert", "gpt2", "llama", "t5", "vit", "phi3", "torch encoder", "user glu"]
 
@@ -22,14 +23,6 @@ def converted(name: str, projections: bool) -> nn.Module:
     config = sadmoe.ConvertConfig(expert_size=4, tau=0.2, router=sadmoe.RouterConfig(steps=2, width=4))
     sadmoe.convert_(model, [batch], config, progress=False)
     return model
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("name", NAMES)

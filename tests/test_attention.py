@@ -16,6 +16,7 @@ from sadmoe import (
 )
 from sadmoe.attention import start_low_rank_
 from sadmoe.ffn import ProjectionMLP, empty_mlp, find_ffns, moe_layers, projection_mlps
+from states import same, state
 from tiny_models import TINY, call, tokens
 from torch import Tensor, nn
 
@@ -31,14 +32,6 @@ FAMILIES = {  # the (d, d_out) of the projections of one block
 }
 SHORT = ProjectionConfig(steps=3, multiple=4)
 CONVERT = ConvertConfig(expert_size=4, tau=0.2, router=RouterConfig(steps=2, width=4))
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def replaced(name: str, config: ProjectionConfig = SHORT) -> nn.Module:

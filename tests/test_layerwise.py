@@ -12,6 +12,7 @@ from sadmoe.finetune import FinetuneConfig
 from sadmoe.gates import DynamicK
 from sadmoe.layerwise import finetune_layers_
 from sadmoe.routers import RouterConfig
+from states import state
 from tiny_models import TINY, D, Residual
 from torch import Tensor, nn
 
@@ -55,10 +56,6 @@ def short(**kw) -> FinetuneConfig:
 
 def tune(dense: nn.Module, model: nn.Module, config: FinetuneConfig, **kw):
     return finetune_layers_(model, data(), config, teacher=dense, batch_tokens=64, progress=False, **kw)
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def missed(dense: nn.Module, model: nn.Module, tau: float) -> float:

@@ -14,6 +14,7 @@ import sadmoe
 import torch
 from sadmoe import Checkpoint, ConvertConfig, FinetuneConfig, RouterConfig, SparsifyConfig
 from safetensors import safe_open
+from states import same, state
 from tiny_models import TINY, tokens
 from torch import Tensor, nn
 
@@ -83,14 +84,6 @@ def start(step) -> tuple[nn.Module, nn.Module]:
     return (
         (copy.deepcopy(dense), dense) if step in (sparsify, replace_projections, convert) else (model, dense)
     )
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 class Killed(Exception):

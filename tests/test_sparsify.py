@@ -9,9 +9,10 @@ from sadmoe.ffn import find_ffns
 from sadmoe.ffn.activations import ACTIVATION_MODULES
 from sadmoe.sparsify import SparsifyConfig, measure_sparsity, sparsify_
 from sadmoe.training.objective import Kept, block_of, distill_hidden, distill_logits
+from states import same, state
 from tiny_models import TINY
 from torch import Tensor, nn
-from two_ffns import FF, D, data, mean_square, same, state, two_ffns
+from two_ffns import FF, D, data, mean_square, two_ffns
 
 
 def short(**kw) -> SparsifyConfig:

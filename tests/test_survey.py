@@ -5,9 +5,10 @@ import sadmoe
 import torch
 from converted import converted
 from sadmoe.sparsify import measure_sparsity
+from states import same, state
 from tiny_models import TINY
 from torch import nn
-from two_ffns import D, data, same, state, two_ffns
+from two_ffns import D, data, two_ffns
 
 
 class AttentionBlock(nn.Module):

@@ -32,11 +32,3 @@ def data(n: int = 3) -> list[Tensor]:
 
 def mean_square(model: nn.Module, batch: Tensor) -> Tensor:
     return (model(batch) - batch).square().mean()
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

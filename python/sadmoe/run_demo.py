@@ -56,25 +56,25 @@ def run_demo(out: Path, *, seconds: float = SECONDS, progress: bool = True) -> s
     seconds: of training.   Raises ImportError where the demo's extras are not installed.
     """
     matplotlib_pyplot()
-    clock = Clock()
+    laps = Laps()
     dense, tokenizer = minilm()
     train, held_out = split(topics())
     train += long_topics()
     tests = tokenized(tokenizer, by_length(tokenizer, held_out), batch_size=32)
     rows, wanted = controls(dense, tests)
-    clock.lap("controls")
-    model, solved, told = converted(dense, tokenizer, train, seconds, clock, progress)
+    laps.lap("controls")
+    model, solved, told = converted(dense, tokenizer, train, seconds, laps, progress)
     rounded = copy.deepcopy(model)
     quantize_experts_(rounded)
     ways = [Way(CONVERTED, model, value) for value in sorted({0.0, *TAUS, solved})]
     ways.append(Way("converted, experts in int8", rounded, solved))
     rows += sweep(dense, ways, tests, wanted)
-    clock.lap("table")
+    laps.lap("table")
 
     text = "\n\n".join(
         (
             f"MiniLM-L6, {len(train)} paragraphs to train on, {len(held_out)} held out, "
-            f"{torch.get_num_threads()} threads\n{clock}",
+            f"{torch.get_num_threads()} threads\n{laps}",
             told,
             table(rows),
             f"saved with tau = {solved:.4f}, for {BUDGET:.1%} of the FFNs' FLOPs, in {out / 'model'}; reloaded, "
@@ -91,7 +91,7 @@ def run_demo(out: Path, *, seconds: float = SECONDS, progress: bool = True) -> s
     return text
 
 
-class Clock:
+class Laps:
     """Where the time went. Prints as one line."""
 
     def __init__(self) -> None:
@@ -108,7 +108,7 @@ class Clock:
 
 
 def converted(
-    dense: nn.Module, tokenizer: Any, texts: Sequence[str], seconds: float, clock: Clock, progress: bool
+    dense: nn.Module, tokenizer: Any, texts: Sequence[str], seconds: float, laps: Laps, progress: bool
 ) -> tuple[nn.Module, float, str]:
     """The recipe: a copy of `dense` made sparse, converted, and taught to do with few experts; the tau that is set;
     and what to tell of it.
@@ -127,23 +127,23 @@ def converted(
     train_ffns_(model)
     with fast_training(model, dense):
         sparsified = sparsify_(model, more, scaled(SPARSIFY), progress=progress)
-    clock.lap("sparsify")
+    laps.lap("sparsify")
     teacher = copy.deepcopy(model)
     config = ConvertConfig(expert_size=EXPERT_SIZE, cluster="activity", router=UNTRAINED, max_tokens=8192)
     convert_(model, batches[::CLUSTERED], config, progress=progress)
-    clock.lap("convert")
+    laps.lap("convert")
     with fast_training(model, teacher):
         finetune_layers_(model, batches, scaled(LAYERS), teacher=teacher, batch_tokens=768, progress=progress)
-    clock.lap("layers")
+    laps.lap("layers")
     with fast_training(model):
         fits = fit_routers_(model, batches, ROUTERS, max_tokens=ROUTED_TOKENS, progress=progress)
-    clock.lap("routers")
+    laps.lap("routers")
     calibrate_(model, batches[::8], budget=BUDGET, progress=progress)
     with fast_training(model, dense):
         finetune_(model, more, scaled(ROUTED), teacher=dense, output_loss=embedding_error, progress=progress)
-    clock.lap("routed")
+    laps.lap("routed")
     solved = calibrate_(model, batches[::4], budget=BUDGET, progress=progress).tau
-    clock.lap("calibrate")
+    laps.lap("calibrate")
     r2 = " ".join(f"{fit.r2:.2f}" for fit in fits.values())
     return (
         model,
