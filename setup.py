@@ -63,9 +63,7 @@ class CMakeBuild(build_ext):
             )
         inplace = self.editable_mode or self.inplace
         out = ROOT / "python/sadmoe" if inplace else Path(self.build_lib).resolve() / "sadmoe"
-        # Of an editable installation it stays, so that only what changed is compiled again.
-        kept = ROOT / "build" / f"editable-{sys.implementation.cache_tag}"
-        build = (kept if inplace else Path(self.build_temp).resolve()) / "cmake"
+        build = Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         cmake, env = _tool("cmake"), _environment()
         configure = [
@@ -88,8 +86,8 @@ class CMakeBuild(build_ext):
             f"-DSADMOE_CUDA_ARCHS={env.get('SADMOE_CUDA_ARCHS', '')}",
             *shlex.split(env.get("SADMOE_CMAKE_ARGS", "")),
         ]
-        # A cache may come from another environment, or from before there was an nvcc.
-        configure.append("-UCMAKE_CUDA_COMPILER" if inplace else "--fresh")
+        if not inplace:
+            configure.append("--fresh")  # a cache in build/ may come from another environment
         jobs = env.get("MAX_JOBS") or str(os.cpu_count() or 1)
         for command in (
             configure,

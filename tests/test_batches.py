@@ -182,6 +182,9 @@ def test_the_answer_is_the_first_tensor_of_whatever_comes_out():
         },  # what it was given, and more
     ):
         assert torch.equal(answer(Returns(make), x), 2 * x)
+    features = {"attention_mask": x}
+    extended = Returns(lambda given: given.update(embedding=2 * x) or given)  # as sentence-transformers do
+    assert torch.equal(answer(extended, [features]), 2 * x)
     for make in (
         lambda x: None,
         lambda x: [],

@@ -553,27 +553,15 @@ class Masked(nn.Sequential):
         return x
 
 
-def test_a_block_that_does_more_than_its_halves_leaves_the_model_as_it_was():
+def test_a_block_that_does_more_than_its_halves_is_refused(caplog):
+    """As the model calls it: a probe knows no mask, and its halves by themselves are an FFN."""
     model = Masked(Squared(lambda h: h), Squared(lambda h: h**2)).eval()
-    before = fingerprint(model)
-    with pytest.raises(
-        NotImplementedError, match=r"answers otherwise .* of 1.inter, every expert on.*filter="
-    ):
-        convert(model, [rows()])
-    assert fingerprint(model) == before
     wanted = model(rows())
-    convert(model, [rows()], filter=lambda name: name.startswith("0"))
-    assert list(moe_layers(model)) == ["0.inter"]
-    torch.testing.assert_close(model(rows()), wanted)
-
-
-def test_a_model_that_does_not_answer_twice_alike_is_not_compared(caplog):
-    model, calls = Masked(Squared(lambda h: h)).eval(), count()
-    model.register_forward_hook(lambda module, args, y: y + next(calls))
     with caplog.at_level(logging.WARNING):
         convert(model, [rows()])
-    assert "does not answer twice alike" in caplog.text
     assert list(moe_layers(model)) == ["0.inter"]
+    assert "1 (Squared): it does not compute down(act(up(x)))" in caplog.text
+    torch.testing.assert_close(model(rows()), wanted)
 
 
 def test_inference_mode_around_it_changes_nothing():
@@ -610,7 +598,7 @@ def test_hooks_that_will_not_run_are_warned_of():
     model, other = tiny.model(), tiny.model()
     config = ConvertConfig(expert_size=6, router=RouterConfig(steps=1))
     mlp = model.get_submodule(find_ffns(model)[0].name)
-    handle = mlp.register_forward_hook(lambda module, args, output: None)
+    handle = mlp.register_forward_hook(lambda module, args, output: output * 0)
     mlp.down_proj.register_forward_pre_hook(lambda module, args: None)
     name = find_ffns(model)[0].name
     with pytest.warns(UserWarning, match=rf"^{name}, {name}.down_proj: their hooks will not run"):
@@ -618,14 +606,6 @@ def test_hooks_that_will_not_run_are_warned_of():
     restore_(model)
     assert list(mlp._forward_hooks.values())
     handle.remove()
-    mlp.register_forward_hook(lambda module, args, output: output * 0)
-    with (
-        pytest.warns(UserWarning, match="their hooks will not run"),
-        pytest.raises(
-            NotImplementedError, match=rf"answers otherwise .* {name}, every expert on.* remove their hooks"
-        ),
-    ):
-        convert_(model, [tiny.batch()], config, progress=False)
     other.register_forward_hook(lambda *_: None)  # of what stays
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

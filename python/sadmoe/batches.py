@@ -76,31 +76,27 @@ def _said(batch: Batch) -> str:
 def answer(model: nn.Module, batch: Batch, *, skip_padding: bool = True) -> Tensor:
     """What the model says of every real token, float32 [tokens, n], or of every sample [samples, n]: its logits, else
     the first floating-point tensor that it returns and was not given, but for a loss."""
+    given = tree_leaves(batch)  # sentence-transformers return the batch itself, with more in it
     output = run(model, batch)
     if isinstance(output, Mapping):
         output = output.get("logits", [value for key, value in output.items() if key != "loss"])
     while not isinstance(output, Tensor):
-        output = _first_part(model, output, batch)
+        output = _first_part(model, output, given)
     side = "decoder" if is_encoder_decoder(model) else ""
     real = real_rows(model, side, batch, output) if skip_padding and output.dim() > 2 else None
     rows = output.reshape(-1, output.shape[-1]).float()
     return rows if real is None else rows[real]
 
 
-def _first_part(model: nn.Module, output: Any, batch: Batch) -> Any:
-    """Of a tuple, list or mapping, the first part that may hold an answer, or is one."""
-    given = {id(leaf) for leaf in tree_leaves(batch)}  # sentence-transformers hand them on
+def _first_part(model: nn.Module, output: Any, given: list[Any]) -> Any:
+    """Of a tuple, list or mapping, the first part that may hold an answer, or is one and was not given."""
     parts = output.values() if isinstance(output, Mapping) else output
     if isinstance(output, tuple | list | Mapping):
         for part in parts:
             if isinstance(part, tuple | list | Mapping):
                 return part
-            if (
-                isinstance(part, Tensor)
-                and part.dim() > 0
-                and part.is_floating_point()
-                and id(part) not in given
-            ):
+            new = isinstance(part, Tensor) and not any(part is leaf for leaf in given)
+            if new and part.dim() > 0 and part.is_floating_point():
                 return part
     raise TypeError(
         f"{type(model).__name__} returned {type(output).__name__} with no tensor to compare: wrap it in a model that "

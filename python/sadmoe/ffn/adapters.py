@@ -31,7 +31,8 @@ class Proposal:
 
     likely: its first linear layer comes first among the children. Only then is it worth a word if it is
     refused: the other way round, every bottleneck f -> d -> f looks like an FFN.   refusal: why it cannot be
-    converted, where structure alone tells.
+    converted, where structure alone tells.   halves: ways to call what holds the FFN without the module, which prove
+    less: what the module does between them is not seen.
     """
 
     parts: Parts
@@ -39,6 +40,7 @@ class Proposal:
     calls: tuple[Call, ...]
     likely: bool
     refusal: str | None = None
+    halves: tuple[Call, ...] = ()
 
 
 Adapter = Callable[[nn.Module], Iterator[Proposal]]
@@ -129,7 +131,8 @@ def in_pair(module: nn.Module) -> Iterator[Proposal]:
                 yield Proposal(parts, acts, (_call_once,), likely)
         else:
             parts = Parts(a, f"{a}.{up}", f"{b}.{down}", activation=activation, removed=(f"{b}.{down}",))
-            yield Proposal(parts, acts, (_call_once, _call_pair_with_residual, _call_pair), likely, refusal)
+            halves = (_call_pair_with_residual, _call_pair)
+            yield Proposal(parts, acts, (_call_once,), likely, refusal, halves)
 
 
 ADAPTERS: dict[str, Adapter] = {

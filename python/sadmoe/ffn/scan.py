@@ -5,7 +5,8 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate, islice
+from functools import partial
+from itertools import accumulate, chain, islice
 
 import torch
 from torch import nn
@@ -97,21 +98,21 @@ def scan_ffns(
 def _scan(
     model: nn.Module, filter: Callable[[str], bool] | None, calls: Mapping[str, Call]
 ) -> tuple[list[FFNSite], list[Skipped], list[str]]:
-    """The same, with other ways to call some modules, by name; and the modules that could not be run."""
+    """The same, with other ways to call some modules, by name; and the modules that could not be run whole."""
     uses, sites, skipped = Uses(model), [], []
     done: set[str] = set()
     not_run: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, DynamicKMoE) or any(name == d or name.startswith(f"{d}.") for d in done):
             continue
-        found, reasons = _look_at(module, name, uses, filter, calls.get(name))
+        found, reasons, unsure = _look_at(module, name, uses, filter, calls.get(name))
         sites += found
         done |= {site.name for site in found}
         if reasons and not found:
             told = "; ".join(dict.fromkeys(map(str, reasons)))
             if not ATTENTION.search(type(module).__name__):  # whose queries may be wider than the model
                 skipped.append(Skipped(name, type(module).__name__, told))
-            not_run += [name] if any(isinstance(reason, NotRun) for reason in reasons) else []
+        not_run += [name] if unsure else []
     return sites, skipped, not_run
 
 
@@ -141,29 +142,54 @@ def _look_at(
     uses: "Uses",
     filter: Callable[[str], bool] | None,
     recorded: Call | None,
-) -> tuple[list[FFNSite], list[Unsupported]]:
-    """The FFNs in one module, and why its other proposals were refused."""
+) -> tuple[list[FFNSite], list[Unsupported], bool]:
+    """The FFNs in one module, why its other proposals were refused, and whether a recorded call would tell more."""
     sites: list[FFNSite] = []
     reasons: list[Unsupported] = []
+    unsure = False
 
     def wanted(proposal: Proposal) -> bool:
         return filter is None or filter(join(name, proposal.parts.at))
 
-    for adapter, propose in ADAPTERS.items():
-        for proposal in propose(module):
+    proposals = {adapter: list(propose(module)) for adapter, propose in ADAPTERS.items()}
+    if not any(map(wanted, chain(*proposals.values()))):
+        return [], [], False
+    for adapter, several in proposals.items():
+        for proposal in several:
             parts = proposal.parts
             if any({parts.up, parts.down} & {s.parts.up, s.parts.down} for s in sites):
                 continue
             try:
                 uses.check(module, name, proposal)
-                ways = (*proposal.calls, recorded) if recorded and parts.at else proposal.calls
-                sites.append(verify(module, name, parts, adapter, proposal.acts, ways))
+                site, whole = _proved(module, name, adapter, proposal, recorded)
+                sites.append(site)
+                unsure |= wanted(proposal) and not whole
             except Unsupported as reason:
-                reasons += [reason] if proposal.likely and wanted(proposal) else []
+                if proposal.likely and wanted(proposal):
+                    reasons.append(reason)
+                    unsure |= isinstance(reason, NotRun)
         if sites:
             break
     # What the filter leaves alone is looked at too, lest its linear layers be paired with another's.
-    return [site for site in sites if filter is None or filter(site.name)], reasons
+    return (
+        [site for site in sites if filter is None or filter(site.name)],
+        reasons,
+        unsure and recorded is None,
+    )
+
+
+def _proved(
+    module: nn.Module, name: str, adapter: str, proposal: Proposal, recorded: Call | None
+) -> tuple[FFNSite, bool]:
+    """The site, and whether it was proved by the whole module: else by its halves alone. Raises Unsupported."""
+    again = (recorded,) if recorded and proposal.parts.at else ()
+    prove = partial(verify, module, name, proposal.parts, adapter, proposal.acts)
+    try:
+        return prove((*proposal.calls, *again)), True
+    except NotRun:
+        if not proposal.halves:
+            raise
+    return prove(proposal.halves), False
 
 
 @dataclass

@@ -123,7 +123,8 @@ class Saver:
         self.path, self.every = checkpoint.file(name), checkpoint.every
         self.model, self.optimizer, self.memory = model, optimizer, memory
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        here = {n: p for n, p in model.named_parameters() if not p.is_meta}
+        # Also what is frozen, but for what has no bits of its own: on meta, or a quantised kind of tensor.
+        here = {n: p for n, p in model.named_parameters() if not p.is_meta and type(p.data) is Tensor}
         self.run = {"weights": files.checksum(here), **config}
         self.saved = time.perf_counter()
 
