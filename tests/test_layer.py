@@ -1,6 +1,7 @@
 """The layer: any leading shape, its gates, its true norms, its dense path."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -377,3 +378,12 @@ def test_gradients_of_each_sample_by_torch_func():
         layer(x).square().sum().backward()
         torch.testing.assert_close(of_samples["w_up"][i], layer.w_up.grad, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(of_samples["w_down"][i], layer.w_down.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("sadmoe.layer", "DynamicKMoE"), ("sadmoe.layer", "Router"), ("sadmoe.crossover", "Layer")],
+)
+def test_pickles_of_before_find_their_classes(module, name):
+    """By the names that they had: protocol 0 writes them as text."""
+    assert isinstance(pickle.loads(f"c{module}\n{name}\n.".encode()), type)
