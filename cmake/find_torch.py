@@ -29,12 +29,8 @@ def _candidates() -> Iterator[Path]:
         yield Path(sysconfig.get_path(key)) / "torch"
     if _sees_system_packages():  # which the isolated build does not
         base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
-        schemes = {
-            sysconfig.get_default_scheme(),
-            "posix_prefix",
-            "posix_local",
-            "deb_system",
-        }  # the last two: Debian's
+        # The last two are Debian's.
+        schemes = {sysconfig.get_default_scheme(), "posix_prefix", "posix_local", "deb_system"}
         for scheme in sorted(schemes & set(sysconfig.get_scheme_names())):
             for key in ("platlib", "purelib"):
                 yield Path(sysconfig.get_path(key, scheme, vars=base)) / "torch"
