@@ -2,7 +2,7 @@
 
     bench_cuda constants raw.json && python bench/cuda_constants.py raw.json constants.json
 
-The result has the form of python/sadmoe/gpu_constants.json: `sadmoe.crossover.cards(path)` reads it.
+The result has the form of python/sadmoe/crossover/gpu_constants.json: `sadmoe.crossover.cards(path)` reads it.
 """
 
 import argparse

@@ -16,6 +16,8 @@ from sadmoe.crossover import (
     dense_seconds,
     masked_seconds,
     sparse_seconds,
+    way_in,
+    way_out,
 )
 
 BERT = {s: LayerShape(768, 768, 3072 // s, s, 128) for s in (24, 64, 128)}
@@ -64,7 +66,7 @@ def test_what_is_known_of_the_kernels_shows(card):
 def test_blocks_of_the_down_projection_grow_with_the_tokens_as_far_as_shared_memory_goes():
     layer = LayerShape(2048, 2048, 128, 64, 128)
     tiles = {
-        name: [crossover._down_tiles(layer, tokens, card) for tokens in (65, 256, 1024, 8192)]
+        name: [way_out.down_tiles(layer, tokens, card) for tokens in (65, 256, 1024, 8192)]
         for name, card in cards().items()
     }
     assert tiles["H100"] == sorted(tiles["H100"])
@@ -78,12 +80,12 @@ def test_blocks_of_the_down_projection_grow_with_the_tokens_as_far_as_shared_mem
 def test_a_wrong_hint_costs_less_where_crowds_go_through_all_experts(name, layer):
     """All experts of every token, taken for few."""
     card = cards()[name]
-    alone = crossover._compact_down_seconds(layer, 8192, 1.0, card)
-    assert crossover._down_seconds(layer, 8192, 1.0, card) < (0.55 if card.hopper_16 else 0.85) * alone
+    alone = way_out.compact_down_seconds(layer, 8192, 1.0, card)
+    assert way_out.down_seconds(layer, 8192, 1.0, card) < (0.55 if card.hopper_16 else 0.85) * alone
     for tokens in (256, 512, 1024, 2048, 8192, 65536):
-        turn = crossover._crowd_share(layer, tokens, card)
-        alone = crossover._compact_down_seconds(layer, tokens, min(turn, 1.0), card)
-        crowd = crossover._crowd_down_seconds(layer, tokens, min(turn, 1.0), card)
+        turn = way_out.crowd_share(layer, tokens, card)
+        alone = way_out.compact_down_seconds(layer, tokens, min(turn, 1.0), card)
+        crowd = way_out.crowd_down_seconds(layer, tokens, min(turn, 1.0), card)
         assert turn > 1 or crowd < 1.25 * alone, tokens
     assert crowd == pytest.approx(alone, rel=0.1)
 
@@ -96,17 +98,17 @@ def test_experts_of_few_neurons_turn_where_computing_every_neuron_takes_no_longe
         layer = LayerShape(d, d, 4 * d // s, s, 128, gated, bytes_each)
         one = dataclasses.replace(layer, experts=1, expert_size=layer.neurons)
         for tokens in (1024, 2048, 8192, 65536):
-            turn = crossover._up_all_share(layer, tokens, card)
-            every = crossover._pairs_up_seconds(one, tokens, 1.0, card)
+            turn = way_in.up_all_share(layer, tokens, card)
+            every = way_in.pairs_up_seconds(one, tokens, 1.0, card)
             if turn > 1:
-                assert every > 0.8 * crossover._pairs_up_seconds(layer, tokens, 1.0, card), (s, d, tokens)
+                assert every > 0.8 * way_in.pairs_up_seconds(layer, tokens, 1.0, card), (s, d, tokens)
                 continue
-            of_pairs = crossover._pairs_up_seconds(layer, tokens, turn, card)
+            of_pairs = way_in.pairs_up_seconds(layer, tokens, turn, card)
             assert 0.8 < every / of_pairs < 1.25, (s, d, tokens)
-            assert crossover._up_seconds(layer, tokens, 1.0, card) < 1.25 * every + card.launch
+            assert way_in.up_seconds(layer, tokens, 1.0, card) < 1.25 * every + card.launch
     bert = dataclasses.replace(BERT[24], bytes_each=bytes_each)
-    alone = crossover._pairs_up_seconds(bert, 8192, 1.0, card)
-    assert crossover._up_seconds(bert, 8192, 1.0, card) < 0.8 * alone, "a wrong hint costs less"
+    alone = way_in.pairs_up_seconds(bert, 8192, 1.0, card)
+    assert way_in.up_seconds(bert, 8192, 1.0, card) < 0.8 * alone, "a wrong hint costs less"
 
 
 def test_fp32_has_its_own_rates():

@@ -13,6 +13,7 @@ from converted import random_rows
 from given_costs import ALWAYS_DENSE, HALF, by_hand, give, layer_of
 from problems import assert_as_good_as_torch, in_double
 from sadmoe import crossover, paths, reference
+from sadmoe.crossover import way_in, way_out
 from sadmoe.gates import DynamicK
 from sadmoe.measured import Costs
 
@@ -38,7 +39,7 @@ def test_the_model_knows_the_blocks_that_the_kernels_pick(name, bytes_each):
     ):
         layer = crossover.LayerShape(512, d_out, 64, 32, 64, bytes_each=bytes_each)
         picked = native.sadmoe_down_tiles(tokens, d_out, bytes_each, card.processors, card.shared_bytes)
-        assert crossover._down_tiles(layer, tokens, card) == picked, (d_out, tokens)
+        assert way_out.down_tiles(layer, tokens, card) == picked, (d_out, tokens)
 
 
 @pytest.mark.parametrize("s", [1, 8, 16, 24, 32, 40, 60, 64, 80, 88, 104, 128, 172, 176, 512])
@@ -52,7 +53,7 @@ def test_the_model_knows_where_the_kernels_compute_every_neuron(name, bytes_each
         warpgroups = bool(card.hopper_16) and bytes_each == 2 and d % 8 == 0
         args = tokens, experts, s, bytes_each, gated, warpgroups, card.processors
         share = native.sadmoe_up_all_share(*args)
-        assert crossover._up_all_share(layer, tokens, card) == pytest.approx(share), (experts, tokens, d)
+        assert way_in.up_all_share(layer, tokens, card) == pytest.approx(share), (experts, tokens, d)
 
 
 @pytest.mark.parametrize("s", [1, 8, 16, 17, 24, 32, 33, 64, 65, 88, 128, 172, 300])
@@ -64,7 +65,7 @@ def test_the_model_knows_which_tokens_the_kernels_take_for_a_crowd(name, bytes_e
         layer = crossover.LayerShape(512, d_out, 64, s, 64, bytes_each=bytes_each)
         warpgroups = bool(card.hopper_16) and bytes_each == 2 and d_out % 8 == 0
         share = native.sadmoe_crowd_share(tokens, d_out, s, bytes_each, warpgroups, card.processors)
-        assert crossover._crowd_share(layer, tokens, card) == pytest.approx(share), (d_out, tokens)
+        assert way_out.crowd_share(layer, tokens, card) == pytest.approx(share), (d_out, tokens)
 
 
 class Card:

@@ -1,4 +1,4 @@
-// What the cost model (python/sadmoe/crossover.py) must know of a card, measured on it.
+// What the cost model (python/sadmoe/crossover) must know of a card, measured on it.
 #include <cstdio>
 #include <string>
 
