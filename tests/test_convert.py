@@ -11,13 +11,14 @@ import sadmoe
 import sadmoe.convert.build as build
 import sadmoe.convert.recipe as recipe
 import torch
-from sadmoe.convert import ConvertConfig, after_surgery, convert_, restore_, surgery
+from sadmoe.convert import ConvertConfig, convert_, restore_
 from sadmoe.cost import cost
 from sadmoe.dial import tau
 from sadmoe.ffn import FFNNotFoundError, find_ffns, moe_layers
 from sadmoe.inputs import collect_inputs
 from sadmoe.masks import record_masks
 from sadmoe.routers import RouterConfig
+from sadmoe.undo import after_surgery, surgery
 from tiny_models import TINY, UserFFN, call
 from torch import Tensor, nn
 

@@ -557,9 +557,9 @@ def test_a_transformers_that_is_too_old_is_a_warning_and_not_an_error(monkeypatc
 
 
 def test_registering_again_changes_nothing():
-    before = list(sadmoe.convert.after_surgery), list(sys.meta_path)
+    before = list(sadmoe.undo.after_surgery), list(sys.meta_path)
     sadmoe.hf.register()
-    assert (list(sadmoe.convert.after_surgery), list(sys.meta_path)) == before
+    assert (list(sadmoe.undo.after_surgery), list(sys.meta_path)) == before
 
 
 def test_a_module_further_out_may_initialise_what_was_replaced(tmp_path):

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from sadmoe import files
 from sadmoe.batches import plain_name, unwrapped
 from sadmoe.checkpoint import SavedModelError
-from sadmoe.convert import surgery
 from sadmoe.describe import describe_all, rebuild
 from sadmoe.ffn import (
     FFNSite,
@@ -35,6 +34,7 @@ from sadmoe.ffn import (
 from sadmoe.ffn.dense import TENSORS, DenseFFN
 from sadmoe.ffn.linears import bias_of, linear_shape, weight_rows
 from sadmoe.layer import DynamicKMoE
+from sadmoe.undo import surgery
 
 FORMAT = 1
 KEY = "sadmoe adapter"

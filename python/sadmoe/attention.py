@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 
 from sadmoe.batches import Batches, check_batches
 from sadmoe.checks import check_config, check_fields, check_filter
-from sadmoe.convert import surgery
 from sadmoe.ffn import (
     ATTENTION,
     FFNSite,
@@ -41,6 +40,7 @@ from sadmoe.training.guards import seeded
 from sadmoe.training.loop import train
 from sadmoe.training.processes import place
 from sadmoe.training.resume import check_checkpoint
+from sadmoe.undo import surgery
 
 logger = logging.getLogger(__name__)
 CHUNK = 4096  # tokens whose targets are computed at once

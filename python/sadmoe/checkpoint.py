@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from sadmoe import files
 from sadmoe.batches import plain_name, unwrapped
-from sadmoe.convert import surgery
 from sadmoe.describe import describe_all, match_activations, rebuild
+from sadmoe.undo import surgery
 
 FORMAT = 1
 KEY = "sadmoe"

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sadmoe.convert import surgery
 from sadmoe.dial import check_own_weights, converted_layers
 from sadmoe.layer import ALL_SCALES, SCALES, DynamicKMoE
 from sadmoe.tables import format_table
+from sadmoe.undo import surgery
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from sadmoe.checks import check_config
 from sadmoe.convert.build import Built, Clock, build_all
 from sadmoe.convert.config import ConvertConfig
 from sadmoe.convert.report import ConversionReport, LayerReport
-from sadmoe.convert.undo import surgery
 from sadmoe.cost import layer_cost
 from sadmoe.dial import check_own_weights, tau
 from sadmoe.ffn import (
@@ -33,6 +32,7 @@ from sadmoe.ffn.dense import TENSORS
 from sadmoe.gates import DynamicK
 from sadmoe.tables import shortened
 from sadmoe.training.resume import Checkpoint, check_checkpoint
+from sadmoe.undo import surgery
 
 
 def convert_(

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import nn
 
-from sadmoe.convert import after_surgery
+from sadmoe.undo import after_surgery
 
 logger = logging.getLogger(__name__)
 MODELS = "transformers.modeling_utils"  # every model imports it, and it has all that registering needs
