@@ -11,7 +11,7 @@ PYTHON = ROOT / "python/sadmoe"
 ROOMS = [  # a room imports only rooms above it
     {"reference", "tables", "files", "outputs", "checks", "hooks", "undo"},
     {"gradients"},
-    {"ops", "_partition"},
+    {"passes", "ops", "_partition"},
     {"gates", "crossover", "timing", "rounding"},
     {"measured"},
     {"paths"},

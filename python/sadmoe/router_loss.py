@@ -1,7 +1,6 @@
 """The routers' regression as a term of a training loss of the user's own. Source: arXiv 2310.04361, section 3."""
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,14 +11,14 @@ from torch.utils.hooks import RemovableHandle
 from sadmoe import reference
 from sadmoe.batches import real_rows, rows_of
 from sadmoe.dial import trainable_layers
-from sadmoe.gradients import is_recomputed
 from sadmoe.layer import DynamicKMoE, only_input
+from sadmoe.passes import PassesLoss
 from sadmoe.routers import RouterConfig
 
 EQUAL = 1e-9  # of a layer's SSE: an SST below it is rounding, of norms that are all equal
 
 
-class RouterLoss:
+class RouterLoss(PassesLoss):
     """How badly the routers predict their experts' output norms, from the forward pass of the user's own loop.
 
         with RouterLoss(model) as routers, sadmoe.tau(model, 0.0):
@@ -44,35 +43,34 @@ class RouterLoss:
     target_power is not in (0, 2].
     """
 
+    _called = "routers"
+
     def __init__(self, model: nn.Module, *, target_power: float = 1.0):
+        super().__init__()
         RouterConfig(target_power=target_power)  # checks it
         self.model = model
         self.layers = trainable_layers(model)
         self.target_power = target_power
         self.weights = [v for layer in self.layers.values() for v in layer.router.parameters()]
         self._asked = [v.requires_grad for v in self.weights]
-        self._handles: list[RemovableHandle] = []
-        self._seen: dict[str, list[Tensor]] = defaultdict(list)
 
     def __enter__(self) -> "RouterLoss":
-        if self._handles:
-            raise RuntimeError("this RouterLoss is entered already: one `with` around the loop is enough")
+        super().__enter__()
         self._asked = [v.requires_grad for v in self.weights]
         for v in self.weights:
             v.requires_grad_()
-        self._handles = [
-            layer.register_forward_pre_hook(partial(self._record, name), with_kwargs=True)
-            for name, layer in self.layers.items()
-        ]
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._seen.clear()
+        super().__exit__(*exc)
         for v, asked in zip(self.weights, self._asked, strict=True):
             v.requires_grad_(asked)
+
+    def _hooks(self) -> Iterator[RemovableHandle]:
+        return (
+            layer.register_forward_pre_hook(partial(self._record, name), with_kwargs=True)
+            for name, layer in self.layers.items()
+        )
 
     def __call__(self, batch: Mapping[str, Any] | None = None) -> Tensor:
         """The mean over layers of 1 - R²: a scalar, float32; 0 where no layer says anything.
@@ -81,15 +79,7 @@ class RouterLoss:
         an encoder-decoder also "decoder_attention_mask"). None: all are.
         Raises RuntimeError where no pass came before.
         """
-        seen, self._seen = self._seen, defaultdict(list)
-        if not self._handles:
-            raise RuntimeError(
-                "enter RouterLoss before the model runs: with RouterLoss(model) as routers: ..."
-            )
-        if not seen:
-            raise RuntimeError(
-                "RouterLoss has seen no forward pass since it was last called: run the model first"
-            )
+        seen = self._taken()
         parts = [
             _unexplained(
                 layer, torch.cat([self._rows(name, batch, x) for x in seen[name]]), self.target_power
@@ -101,13 +91,8 @@ class RouterLoss:
         told = around > EQUAL * errors.detach()
         return (errors * told / around.where(told, 1)).sum() / told.sum().clamp(min=1)
 
-    def forget(self) -> None:
-        """Drops what passes since the last call left, as after an evaluation."""
-        self._seen.clear()
-
     def _record(self, name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
-        if not is_recomputed():
-            self._seen[name].append(only_input(args, kwargs).detach())
+        self._note(name, only_input(args, kwargs).detach())
 
     def _rows(self, name: str, batch: Mapping[str, Any] | None, x: Tensor) -> Tensor:
         real = None if batch is None else real_rows(self.model, name, batch, x)

@@ -1,8 +1,7 @@
 """How active the neurons of an FFN are: the penalty that makes them fewer, and the measure (arXiv
 2310.04361, 3.1)."""
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -26,8 +25,8 @@ from sadmoe.batches import (
     to_device,
 )
 from sadmoe.ffn import FFNSite, find_ffns
-from sadmoe.gradients import is_recomputed
 from sadmoe.hooks import hooks_on
+from sadmoe.passes import PassesLoss
 
 Penalty = Literal["hoyer", "l1"]
 FLOOR = 3e-8  # activations below it fade to none: root of the 1e-15 that the paper's code adds to sum a^2
@@ -76,7 +75,7 @@ def l1(a: Tensor) -> Tensor:
 PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {"hoyer": square_hoyer, "l1": l1}
 
 
-class SparsityLoss:
+class SparsityLoss(PassesLoss):
     """The sparsity term of a training loss, taken from the forward pass of the user's own loop.
 
         with SparsityLoss(model) as sparsity:
@@ -94,6 +93,8 @@ class SparsityLoss:
     none, or the penalty is unknown.
     """
 
+    _called = "sparsity"
+
     def __init__(
         self,
         model: nn.Module,
@@ -102,6 +103,7 @@ class SparsityLoss:
         penalty: Penalty = "hoyer",
         displacement: float = -10.0,
     ):
+        super().__init__()
         if penalty not in PENALTIES:
             raise ValueError(f"penalty must be one of {', '.join(PENALTIES)}, got {penalty!r}")
         self.model = model
@@ -112,20 +114,9 @@ class SparsityLoss:
             )
         self.penalty = penalty
         self.displacement = displacement
-        self._handles: list[RemovableHandle] = []
-        self._seen: dict[str, list[Tensor]] = defaultdict(list)
 
-    def __enter__(self) -> "SparsityLoss":
-        if self._handles:
-            raise RuntimeError("this SparsityLoss is entered already: one `with` around the loop is enough")
-        self._handles = [site.first.register_forward_hook(partial(self._record, site)) for site in self.sites]
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._seen.clear()
+    def _hooks(self) -> Iterator[RemovableHandle]:
+        return (site.first.register_forward_hook(partial(self._record, site)) for site in self.sites)
 
     def __call__(self, batch: Batch | None = None, *, mask: Tensor | None = None) -> Tensor:
         """The penalty of the passes since the last call: a scalar, float32, in the autograd graph of those
@@ -139,8 +130,8 @@ class SparsityLoss:
         """
         if isinstance(batch, Tensor) and batch.dtype == torch.bool:
             raise TypeError("batch is a bool tensor, which is what tells real tokens: give it as mask=")
-        seen, self._seen = self._seen, defaultdict(list)
-        self._check(seen)
+        seen = self._taken()
+        self._check_gradient(seen)
         means = [
             torch.stack([self._mean(site, values, batch, mask) for values in seen[site.name]]).mean()
             for site in self.sites
@@ -148,27 +139,12 @@ class SparsityLoss:
         ]
         return torch.stack(means).mean()
 
-    def forget(self) -> None:
-        """Drops what passes since the last call left, as after an evaluation."""
-        self._seen.clear()
-
     def _record(self, site: FFNSite, module: nn.Module, args: Any, output: Tensor) -> None:
         z = site.pre_activation(output)
         a = z.relu() if site.act in reference.RECTIFIERS else (z.float() - self.displacement).clamp(min=0)
-        values = PENALTIES[self.penalty](a) / z.shape[-1]
-        # In backward, checkpointing runs the module again: the same operations are due, but they count once.
-        if not is_recomputed():
-            self._seen[site.name].append(values)
+        self._note(site.name, PENALTIES[self.penalty](a) / z.shape[-1])
 
-    def _check(self, seen: Mapping[str, list[Tensor]]) -> None:
-        if not self._handles:
-            raise RuntimeError(
-                "enter SparsityLoss before the model runs: with SparsityLoss(model) as sparsity: ..."
-            )
-        if not seen:
-            raise RuntimeError(
-                "SparsityLoss has seen no forward pass since it was last called: run the model first"
-            )
+    def _check_gradient(self, seen: Mapping[str, list[Tensor]]) -> None:
         trained = any(p.requires_grad for site in self.sites for p in site.first.parameters())
         if (
             torch.is_grad_enabled()

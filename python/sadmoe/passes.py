@@ -1,0 +1,67 @@
+"""Loss terms that are taken from the forward passes of the user's own loop."""
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import ClassVar, TypeVar
+
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from sadmoe.gradients import is_recomputed
+from sadmoe.hooks import hooks_on
+
+Loss = TypeVar("Loss", bound="PassesLoss")
+
+
+class PassesLoss(ABC):
+    """A loss term of what hooks noted in the passes since it was last called. They are on inside its `with`."""
+
+    _called: ClassVar[str]  # in a message: with ...(model) as what
+
+    def __init__(self) -> None:
+        self._entered: ExitStack | None = None
+        self._seen: dict[str, list[Tensor]] = defaultdict(list)
+
+    @abstractmethod
+    def _hooks(self) -> Iterator[RemovableHandle]:
+        """Puts the hooks on their modules, each as it is asked for."""
+
+    def __enter__(self: Loss) -> Loss:
+        name = type(self).__name__
+        if self._entered:
+            raise RuntimeError(f"this {name} is entered already: one `with` around the loop is enough")
+        entered = ExitStack()
+        entered.enter_context(hooks_on(self._hooks()))
+        self._entered = entered
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        entered, self._entered = self._entered, None
+        self._seen.clear()
+        if entered:
+            entered.close()
+
+    def forget(self) -> None:
+        """Drops what passes since the last call left, as after an evaluation."""
+        self._seen.clear()
+
+    def _note(self, name: str, value: Tensor) -> None:
+        """What a module said. In backward, checkpointing runs it again: the same operations are due, but count once."""
+        if not is_recomputed():
+            self._seen[name].append(value)
+
+    def _taken(self) -> dict[str, list[Tensor]]:
+        """What was noted since the last call, by name. Raises RuntimeError where that is nothing."""
+        name = type(self).__name__
+        if not self._entered:
+            raise RuntimeError(
+                f"enter {name} before the model runs: with {name}(model) as {self._called}: ..."
+            )
+        if not self._seen:
+            raise RuntimeError(
+                f"{name} has seen no forward pass since it was last called: run the model first"
+            )
+        seen, self._seen = self._seen, defaultdict(list)
+        return seen
