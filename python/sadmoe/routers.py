@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +17,7 @@ from sadmoe.files import checksum
 from sadmoe.inputs import Place, collect_inputs, stream_inputs
 from sadmoe.layer import DynamicKMoE
 from sadmoe.training.guards import all_or_nothing
-from sadmoe.training.processes import place
-from sadmoe.training.resume import Checkpoint, check_checkpoint, read, write
+from sadmoe.training.resume import Checkpoint, Kept, check_checkpoint
 
 __all__ = ["RouterConfig", "RouterFit", "collect_inputs", "fit_router_", "fit_routers_", "stream_inputs"]
 
@@ -143,12 +141,13 @@ def fit_routers_(
     }
     whole = 0 if checkpoint is None else checksum(_all_but_routers(model))
     told = {"max_tokens": max_tokens, "skip_padding": skip_padding, "model": whole}
-    saved = {
-        name: _Saved(checkpoint, name, layer, {"config": asdict(configs[name]), **told})
-        for name, layer in layers.items()
-    }
+    kept = {name: Kept(checkpoint, name, {"config": asdict(configs[name]), **told}) for name in layers}
     with all_or_nothing(nn.ModuleList(layer.router for layer in layers.values())), tau(model, 0.0):
-        fits = {name: fit for name, one in saved.items() if (fit := one.load_()) is not None}
+        fits = {}
+        for name, layer in layers.items():
+            if found := kept[name].load():
+                layer.router.load_state_dict(found[0])
+                fits[name] = RouterFit(**found[1])
         sites = [Place(name, layer) for name, layer in layers.items() if name not in fits]
         stream = stream_inputs(
             model,
@@ -161,38 +160,13 @@ def fit_routers_(
         )
         for name, x in stream:
             fits[name] = fit_router_(layers[name], x, configs[name], progress=progress)
-            saved[name].save(fits[name])
+            kept[name].save(layers[name].router.state_dict(), asdict(fits[name]))
     return {name: fits[name] for name in layers}
 
 
 def _for_width(config: RouterConfig | None, width: int, free: bool) -> RouterConfig:
     config = RouterConfig() if config is None else check_config(config, RouterConfig)
     return replace(config, width=width) if free else config
-
-
-@dataclass
-class _Saved:
-    """A router that was fitted, on disk: it takes seconds, so that is how often `fit_routers_` saves.
-
-    run: what the router is a function of, but for the batches.
-    """
-
-    checkpoint: Checkpoint | None
-    name: str
-    layer: DynamicKMoE
-    run: dict[str, Any]
-
-    def load_(self) -> RouterFit | None:
-        """Puts the saved router into the layer, if there is one."""
-        found = None if self.checkpoint is None else read(self.checkpoint.file(self.name), self.run)
-        if found is None:
-            return None
-        self.layer.router.load_state_dict(found[0])
-        return RouterFit(**found[1])
-
-    def save(self, fit: RouterFit) -> None:
-        if self.checkpoint is not None and place()[0] == 0:
-            write(self.checkpoint.file(self.name), self.layer.router.state_dict(), self.run, asdict(fit))
 
 
 def _all_but_routers(model: nn.Module) -> dict[str, Tensor]:

@@ -19,8 +19,7 @@ from sadmoe.layer import DynamicKMoE
 from sadmoe.partition import partition, slots
 from sadmoe.routers import fit_router_
 from sadmoe.sparsify.penalty import SMALL
-from sadmoe.training.processes import place
-from sadmoe.training.resume import Checkpoint, read, write
+from sadmoe.training.resume import Checkpoint, Kept
 
 LOOKED_AT = 1024  # tokens of a layer by whose activity neurons are clustered, and the report's share and error measured
 
@@ -61,8 +60,8 @@ def build_all(
 ) -> list[Built]:
     """The layers in the order of the sites, those in the checkpoint loaded. Inputs are let go when a layer is built."""
     whole = 0 if checkpoint is None else checksum(dict(model.state_dict()))
-    saved = {site.name: _Saved(checkpoint, site, config, whole) for site in sites}
-    built = {name: layer for name, one in saved.items() if (layer := one.load()) is not None}
+    kept = {site.name: Kept(checkpoint, site.name, _run(site, config, whole)) for site in sites}
+    built = {site.name: _again(site, config, *found) for site in sites if (found := kept[site.name].load())}
     by_name = {site.name: site for site in sites if site.name not in built}
     stream = stream_inputs(
         model,
@@ -83,7 +82,7 @@ def build_all(
                 "more batches, or leave it out by ConvertConfig(filter=...)"
             )
         built[name] = _build(by_name[name], inputs, config, clock, progress)
-        saved[name].save(built[name])
+        kept[name].save(*_to_keep(built[name]))
     return [built[site.name] for site in sites]
 
 
@@ -113,47 +112,33 @@ def _layer(dense: DenseFFN, order: Tensor, config: ConvertConfig) -> DynamicKMoE
         return layer_from_dense(dense, order, config.experts_of(dense.f), config.router.width, config.gate)
 
 
-@dataclass
-class _Saved:
-    """A layer that was built, on disk: the order of its neurons, its router, and what its report is made from."""
+# What is kept of a layer that was built: the order of its neurons, its router, and what its report is made from.
 
-    checkpoint: Checkpoint | None
-    site: FFNSite
-    config: ConvertConfig
-    model: int  # checksum of all that makes what enters the layer
 
-    def run(self) -> dict[str, Any]:
-        """What all that is a function of, but for the batches."""
-        dense, config = self.site.dense(), self.config.of(self.site.adapter)
-        names = ("cluster", "restarts", "seed", "max_tokens", "skip_padding")
-        return {
-            "experts": config.experts_of(dense.f),
-            "router": asdict(config.router),
-            **{name: getattr(config, name) for name in names},
-            "act": dense.act,
-            "model": self.model,
-        }
+def _run(site: FFNSite, config: ConvertConfig, model: int) -> dict[str, Any]:
+    """What that is a function of, but for the batches.   model: checksum of all that makes what enters the layer."""
+    dense, config = site.dense(), config.of(site.adapter)
+    names = ("cluster", "restarts", "seed", "max_tokens", "skip_padding")
+    return {
+        "experts": config.experts_of(dense.f),
+        "router": asdict(config.router),
+        **{name: getattr(config, name) for name in names},
+        "act": dense.act,
+        "model": model,
+    }
 
-    def load(self) -> Built | None:
-        """The layer, if it was saved."""
-        if self.checkpoint is None:
-            return None
-        found = read(self.checkpoint.file(self.site.name), self.run())
-        if found is None:
-            return None
-        tensors, state = found
-        dense = self.site.dense()
-        device = dense.w_up.device
-        layer = _layer(dense, tensors["permutation"].to(device), self.config.of(self.site.adapter))
-        layer.router.load_state_dict({name: tensors[name] for name in ("v1", "v2")})
-        return Built(self.site, dense, layer, state["r2"], state["tokens"], tensors["sample"].to(device))
 
-    def save(self, one: Built) -> None:
-        if self.checkpoint is None or place()[0] != 0:
-            return
-        tensors = {"permutation": one.layer.permutation, "sample": one.sample}
-        tensors |= one.layer.router.state_dict()
-        write(self.checkpoint.file(self.site.name), tensors, self.run(), {"r2": one.r2, "tokens": one.tokens})
+def _to_keep(one: Built) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {"permutation": one.layer.permutation, "sample": one.sample, **one.layer.router.state_dict()}
+    return tensors, {"r2": one.r2, "tokens": one.tokens}
+
+
+def _again(site: FFNSite, config: ConvertConfig, tensors: dict[str, Tensor], state: dict[str, Any]) -> Built:
+    dense = site.dense()
+    device = dense.w_up.device
+    layer = _layer(dense, tensors["permutation"].to(device), config.of(site.adapter))
+    layer.router.load_state_dict({name: tensors[name] for name in ("v1", "v2")})
+    return Built(site, dense, layer, state["r2"], state["tokens"], tensors["sample"].to(device))
 
 
 def _activity(dense: DenseFFN, some: Tensor) -> Tensor:

@@ -108,6 +108,27 @@ def _told(key: str, saved: Any, wanted: Any) -> str:
     return f"{key} was {saved}, is {wanted}"
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What one part of a long step comes to, on disk: a file of its own, nothing without a checkpoint.
+
+    run: what it is a function of, but for the batches.
+    """
+
+    checkpoint: Checkpoint | None
+    name: str
+    run: dict[str, Any]
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and state, if they were saved."""
+        return None if self.checkpoint is None else read(self.checkpoint.file(self.name), self.run)
+
+    def save(self, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        """By the first process."""
+        if self.checkpoint is not None and place()[0] == 0:
+            write(self.checkpoint.file(self.name), tensors, self.run, state)
+
+
 class Saver:
     """Saves a training loop when it is time, and brings it back."""
 
