@@ -1,4 +1,13 @@
-"""Settings of every test: one thread, so that small problems are not lost in the cost of waking threads."""
+"""Settings of every test: one thread, so that small problems are not lost in the cost of waking threads; no network;
+nothing that was measured on this machine. Fixtures of modules and other processes have them too."""
+
+import os
+import shutil
+import tempfile
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sadmoe-tests-")  # where costs of layers would be
 
 import backends
 import pytest
@@ -68,8 +77,12 @@ def cuda():
 
 
 @pytest.fixture(autouse=True)
-def no_measurements(monkeypatch, tmp_path_factory):
-    """No layer chooses its path by what was measured on this machine, nor by what an earlier test made up."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+def as_alone():
+    """Random numbers as in a test that runs alone; no layer chooses its path by costs that an earlier one made up."""
+    torch.manual_seed(0)
     yield
     paths.use_costs(None)
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)

@@ -118,7 +118,8 @@ def test_an_mlp_costs_what_its_projection_did(d, d_out):
 
 
 def test_the_paper_s_width():
-    assert ProjectionConfig(multiple=1).width_of(768, 768) == 384
+    for ratio, width in ((1.0, 384), (0.5, 192), (2.0, 768)):
+        assert ProjectionConfig(ratio=ratio, multiple=1).width_of(768, 768) == width
 
 
 def test_training_lowers_the_error_and_sparsity_costs_some_of_it():

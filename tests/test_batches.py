@@ -8,6 +8,7 @@ from sadmoe.batches import (
     check_batches,
     device_of,
     evaluating,
+    is_encoder_decoder,
     length,
     padding_mask,
     real_rows,
@@ -196,11 +197,27 @@ def test_the_answer_is_the_first_tensor_of_whatever_comes_out():
             answer(Returns(make), x)
 
 
+def encoder_decoder():
+    model = Add()
+    model.config, model.decoder = SimpleNamespace(is_encoder_decoder=True), nn.Identity()
+    return model
+
+
+def test_an_encoder_taken_out_of_an_encoder_decoder_answers_to_its_mask():
+    around, x = nn.Module(), torch.zeros(2, 3, 5)
+    around.encoder = Add()
+    around.encoder.config = SimpleNamespace(is_encoder_decoder=True)  # the whole one's
+    batch = {"attention_mask": MASK, "labels": torch.full((2, 3), -100)}
+    assert real_rows(around, "encoder.layers.0", batch, x).tolist() == MASK.bool().flatten().tolist()
+    assert not is_encoder_decoder(around)
+    assert is_encoder_decoder(encoder_decoder())
+
+
 def test_a_decoder_answers_to_its_own_mask_only_beside_an_encoder():
     model, x = Add(), torch.zeros(2, 3, 5)
     batch = {"attention_mask": MASK, "decoder_attention_mask": 1 - MASK}
     assert real_rows(model, "model.decoder.layers.0", batch, x).tolist() == MASK.bool().flatten().tolist()
-    model.config = SimpleNamespace(is_encoder_decoder=True)
+    model = encoder_decoder()
     assert real_rows(model, "decoder.block.0", batch, x).tolist() == (1 - MASK).bool().flatten().tolist()
     assert real_rows(model, "encoder.block.0", batch, x).tolist() == MASK.bool().flatten().tolist()
     assert real_rows(model, "decoder.block.0", {"attention_mask": MASK}, x) is None
@@ -221,8 +238,7 @@ def test_a_decoder_answers_to_its_own_mask_only_beside_an_encoder():
     ],
 )
 def test_keys_and_values_of_the_encoder_answer_to_its_mask(name):
-    model, x = Add(), torch.zeros(2, 3, 5)
-    model.config = SimpleNamespace(is_encoder_decoder=True)
+    model, x = encoder_decoder(), torch.zeros(2, 3, 5)
     batch = {"attention_mask": MASK, "decoder_attention_mask": 1 - MASK}
     assert real_rows(model, name, batch, x).tolist() == MASK.bool().flatten().tolist()
     others = ("decoder.layers.0.self_attn.k_proj", "encoder_decoder.decoder.layers.0.self_attn.k_proj")
@@ -231,8 +247,7 @@ def test_keys_and_values_of_the_encoder_answer_to_its_mask(name):
 
 
 def test_a_decoder_without_a_mask_answers_to_the_padding_of_its_labels():
-    model, x = Add(), torch.zeros(2, 3, 5)
-    model.config = SimpleNamespace(is_encoder_decoder=True)
+    model, x = encoder_decoder(), torch.zeros(2, 3, 5)
     batch = {"attention_mask": MASK, "labels": torch.tensor([[5, 6, -100], [7, -100, -100]])}
     real = [True, True, False, True, False, False]
     assert real_rows(model, "decoder.layers.0.fc1", batch, x).tolist() == real

@@ -56,6 +56,29 @@ def test_the_budget_is_met_and_the_model_is_nearer_to_the_dense_one_than_by_cali
     assert f"tau {report.calibration.tau:.4f} executes" in told
 
 
+def test_every_argument_reaches_the_step_that_it_is_for(model, dense, monkeypatch):
+    def loss(output, wanted, batch):
+        return (output.last_hidden_state - wanted.last_hidden_state).square().mean()
+
+    given = {}
+    for name in ("finetune_layers_", "fit_routers_", "finetune_"):
+        step = getattr(budget, name)
+
+        def noted(model, batches, config, *args, name=name, step=step, **settings):
+            given[name] = config, settings
+            return step(model, batches, config, *args, **settings)
+
+        monkeypatch.setattr(budget, name, noted)
+    router = sadmoe.RouterConfig(width=99, steps=7)
+    finetuned(model, dense, seconds=0.5, router=router, max_tokens=50, seed=3, output_loss=loss)
+    layers, routers, whole = (given[name] for name in ("finetune_layers_", "fit_routers_", "finetune_"))
+    assert (layers[0].seconds, layers[0].share, layers[0].seed) == (pytest.approx(0.15), BUDGET / 2, 3)
+    assert (whole[0].seconds, whole[0].seed) == (pytest.approx(0.35), 3)
+    assert (routers[0].steps, routers[0].width, routers[0].seed) == (7, 4, 3)
+    assert layers[1]["max_tokens"] == routers[1]["max_tokens"] == 50
+    assert whole[1]["output_loss"] is loss
+
+
 def test_an_error_in_the_last_step_leaves_weights_routers_and_gates(model, dense, monkeypatch):
     for layer in moe_layers(model).values():
         layer.gate = TopK(3)

@@ -140,14 +140,29 @@ def test_what_is_read_is_not_replaced(folder, text, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "wrong", [("--expert-size", "7"), ("--budget", "3"), ("--tau", "0.1", "--budget", "0.3")]
+    ("wrong", "told"),
+    [
+        (("--expert-size", "7"), "expert_size"),
+        (("--budget", "3"), "budget must be in (0, 1]"),
+        (("--tau", "0.1", "--budget", "0.3"), "give tau, or budget"),
+        ((), "the disk is full"),
+    ],
 )
-def test_a_failure_leaves_what_was_there(folder, text, tmp_path, capsys, wrong):
+def test_a_failure_leaves_what_was_there(folder, text, tmp_path, capsys, monkeypatch, wrong, told):
     out = tmp_path / "moe"
     assert converted(folder, text, out, "--tau", "0.1") == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def half_saved(model, folder, **settings):
+        (folder / "config.json").write_text("half")
+        raise OSError("the disk is full")
+
+    if not wrong:
+        monkeypatch.setattr(transformers.BertModel, "save_pretrained", half_saved)
     assert converted(folder, text, out, "--force", *wrong) == 2
+    assert told in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["moe", "text.txt"]
 
 
 def interrupted_in(folder):
@@ -309,6 +324,18 @@ def test_any_model_takes_the_batches_of_a_python_file(whisper, tmp_path, capsys)
 def test_a_mark_of_the_byte_order_is_no_part_of_the_first_pair(pairs):
     pairs.write_text("\ufeff" + pairs.read_text(), encoding="utf-8")  # as some editors begin a file
     assert _lines_of_pairs(pairs, "t5")[0] == ["experts run", "few tokens choose them"]
+
+
+def test_the_shortest_texts_and_pairs_come_first(folder, t5, tmp_path):
+    data = tmp_path / "data.txt"
+    data.write_text("tokens choose few experts\n\nrun\n\nfew tokens\n\n")
+    found = load_data(texts.load_bare_model(folder), folder, data, batch_size=1, max_length=8).batches
+    assert [batch["input_ids"].shape[1] for batch in found] == [3, 4, 6]
+    data.write_text("tokens choose few experts\trun\nrun\tfew tokens\n")
+    found = load_data(texts.load_bare_model(t5), t5, data, batch_size=1, max_length=8).batches
+    lengths = [batch["input_ids"].shape[1] for batch in found]
+    assert lengths == sorted(lengths)
+    assert lengths[0] < lengths[1]
 
 
 def test_what_an_encoder_decoder_reads(t5, pairs):
@@ -508,11 +535,16 @@ def test_a_mistake_is_one_line_and_exit_status_2(folder, text, tmp_path, monkeyp
 
 
 def test_help_teaches(capsys):
-    for argv in (["--help"], ["demo", "--help"], ["convert", "--help"], ["evaluate", "--help"]):
+    for command, word in {
+        "": "examples:",
+        "demo": "--seconds",
+        "convert": "--budget",
+        "evaluate": "--tau",
+    }.items():
         with pytest.raises(SystemExit) as stop:
-            cli.main(argv)
+            cli.main([*command.split(), "--help"])
         assert stop.value.code == 0
-    assert "examples:" in capsys.readouterr().out
+        assert word in capsys.readouterr().out
     assert cli.main(["info"]) == 0
     told = capsys.readouterr().out
     assert "cpu kernels" in told

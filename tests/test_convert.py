@@ -102,12 +102,39 @@ def test_routers_are_fitted_on_what_the_dense_model_computes(monkeypatch):
 
 
 def test_inputs_that_do_not_fit_together_come_in_passes_and_give_the_same_layers():
+    states, passes = [], []
+    for max_bytes in (2**30, 1):
+        model, batches = model_and_batches("bert")
+        runs = count()
+        model.register_forward_pre_hook(lambda *_, runs=runs: next(runs) and None)
+        with pytest.warns(UserWarning, match="hooks"):
+            convert(model, batches, max_bytes=max_bytes)
+        passes.append(next(runs))
+        states.append(model.state_dict())
+    assert passes[1] == passes[0] + 1, "of two layers each had its own"
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_padding_counts_as_tokens_where_it_is_not_skipped(skip):
     model, batches = model_and_batches("bert")
-    convert(model, batches)
-    again, _ = model_and_batches("bert")
-    convert(again, batches, max_bytes=1)
-    a, b = model.state_dict(), again.state_dict()
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    mask = batches[0]["attention_mask"]
+    assert int(mask.sum()) < mask.numel()
+    report = convert(model, batches, skip_padding=skip)
+    assert report.tokens == (int(mask.sum()) if skip else mask.numel())
+
+
+def test_partitions_begin_as_often_as_asked(monkeypatch):
+    given = []
+
+    def noted(rows, experts, **settings):
+        given.append(settings)
+        return partition(rows, experts, **settings)
+
+    partition = build.partition
+    monkeypatch.setattr(build, "partition", noted)
+    convert(*model_and_batches(), restarts=3, seed=5)
+    assert [(one["restarts"], one["seed"]) for one in given] == [(3, 5)]
 
 
 def test_a_budget_is_met_and_reported():

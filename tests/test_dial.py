@@ -1,4 +1,5 @@
 import pytest
+import sadmoe
 import torch
 from converted import converted
 from sadmoe.convert import restore_
@@ -144,6 +145,15 @@ def test_a_model_that_was_not_converted_is_refused():
         set_tau(nn.Linear(2, 2), 0.5)
     with pytest.raises(ValueError, match="no converted layer"), tau(nn.Linear(2, 2), 0.5):
         pass
+
+
+def test_batch_invariance_is_not_saved_with_the_model(tmp_path):
+    model = converted("bert")
+    set_batch_invariant(model, False)
+    sadmoe.save(model, tmp_path / "model")
+    again = TINY["bert"].model()
+    sadmoe.load(again, tmp_path / "model")
+    assert {layer.batch_invariant for layer in converted_layers(again).values()} == {None}
 
 
 @pytest.mark.parametrize("value", ["no", 1, 0.0])

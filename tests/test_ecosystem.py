@@ -1,5 +1,7 @@
 """Converted models in what people run models with: generate, pipelines, sentence-transformers, PEFT, torch.compile."""
 
+import copy
+import functools
 import json
 
 import pytest
@@ -15,11 +17,16 @@ ROUTER = sadmoe.RouterConfig(steps=2, width=4)
 SMALL = {"height": 16, "width": 16}
 
 
-def full(name: str, tau: float = 0.2) -> nn.Module:
-    """A tiny model with FFNs and projections of attention converted."""
+def full(name: str) -> nn.Module:
+    """A tiny model with FFNs and projections of attention converted, tau 0.2."""
+    return copy.deepcopy(fully_converted(name))
+
+
+@functools.cache
+def fully_converted(name: str) -> nn.Module:
     model, batch = TINY[name].model(), TINY[name].batch()
     sadmoe.replace_projections_(model, [batch], sadmoe.ProjectionConfig(steps=2, multiple=4), progress=False)
-    config = sadmoe.ConvertConfig(expert_size=4, tau=tau, router=ROUTER)
+    config = sadmoe.ConvertConfig(expert_size=4, tau=0.2, router=ROUTER)
     sadmoe.convert_(model, [batch], config, progress=False)
     return model
 
@@ -60,10 +67,20 @@ def test_a_cached_step_gives_the_logits_of_the_whole_text(name):
     torch.testing.assert_close(rest, whole[:, 5:], rtol=1e-4, atol=1e-4)
 
 
-def test_sampling_and_beams_run():
+@pytest.mark.parametrize("settings", [{"do_sample": True}, {"num_beams": 3}], ids=["sampling", "beams"])
+def test_sampling_and_beams_give_the_tokens_of_the_model_that_was_saved(settings, tmp_path):
     model = full("llama")
-    for settings in ({"do_sample": True}, {"num_beams": 3}):
-        assert model.generate(**tokens(), max_new_tokens=4, min_new_tokens=4, **settings).shape == (2, 13)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    found = []
+    for one, cache in ((model, True), (again, True), (again, False)):
+        torch.manual_seed(1)
+        found.append(
+            one.generate(**tokens(), max_new_tokens=4, min_new_tokens=4, use_cache=cache, **settings)
+        )
+    assert found[0].shape == (2, 13)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 # ---------------------------------------------------------------- pipelines and sentence-transformers
@@ -127,12 +144,15 @@ def test_a_pipeline_classifies_text(tmp_path):
 
 
 def test_a_pipeline_generates_text_from_a_saved_model(tmp_path):
-    full("gpt2").save_pretrained(tmp_path)
-    tokenizer(tmp_path).save_pretrained(tmp_path)
+    model, names = full("gpt2"), tokenizer(tmp_path)
+    model.save_pretrained(tmp_path)
+    names.save_pretrained(tmp_path)
     pipe = transformers.pipeline("text-generation", model=str(tmp_path), device="cpu")
     assert len(sadmoe.moe_layers(pipe.model)) == 6
-    (found,) = pipe("w1 w2", max_new_tokens=3, do_sample=False)
-    assert found["generated_text"].startswith("w1 w2")
+    (found,) = pipe("w1 w2", max_new_tokens=3, do_sample=False, return_tensors=True)
+    ids = names("w1 w2", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    wanted = model.generate(ids, max_new_tokens=3, do_sample=False)
+    assert found["generated_token_ids"][-3:] == wanted[0, -3:].tolist()
 
 
 def test_sentence_transformers_loads_encodes_and_saves_a_converted_encoder(tmp_path):

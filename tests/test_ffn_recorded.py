@@ -1,5 +1,7 @@
 """Blocks that a probe of hidden states cannot run: proved by the call that the model makes of them on a batch."""
 
+import threading
+
 import pytest
 import torch
 from sadmoe.adapter import load_adapter, save_adapter
@@ -76,3 +78,136 @@ def test_what_the_batch_disproves_is_refused():
     model = Windows()
     model.blocks[1] = Twice()
     assert [site.name for site in find_ffns(model, batches=[torch.randn(2, 14, 24)])] == ["blocks.0.fc1"]
+
+
+class Halves(nn.Module):
+    """Two modules in the way of BERT's: what is done between and around them is the block's own."""
+
+    def __init__(self, **names):
+        super().__init__()
+        for name in names or {"": None}:
+            setattr(self, f"{name}inter", nn.Sequential(nn.Linear(24, 60), nn.ReLU()))
+            setattr(self, f"{name}out", nn.Sequential(nn.Linear(60, 24), nn.Dropout()))
+
+
+class Around(nn.Module):
+    """A model of one block, and how it calls it."""
+
+    def __init__(self, block, call):
+        super().__init__()
+        self.block, self.call = block, call
+
+    def forward(self, x):
+        return self.call(self.block, x)
+
+
+def found(block, call, batch=None):
+    batch = torch.randn(2, 7, 24) if batch is None else batch
+    return [site.name for site in find_ffns(Around(block, call).eval(), batches=[batch])]
+
+
+def test_an_ffn_that_only_some_calls_run_is_proved_by_one_that_does():
+    class TwoWays(Halves):
+        def forward(self, x, queries=0):
+            if not queries:
+                return x + self.t_out(self.t_inter(x))
+            first, rest = x[:, :queries], x[:, queries:]
+            return torch.cat(
+                [first + self.q_out(self.q_inter(first)), rest + self.t_out(self.t_inter(rest))], 1
+            )
+
+    assert found(TwoWays(t_=0, q_=0), lambda block, x: block(x, queries=3)) == [
+        "block.t_inter",
+        "block.q_inter",
+    ]
+
+
+def test_an_ffn_that_no_call_runs_is_told_of_beside_one_that_is_found(caplog):
+    class OneWay(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act, self.fc1, self.fc2 = nn.ReLU(), nn.Linear(24, 60), nn.Linear(60, 24)
+            self.other1, self.other2 = nn.Linear(24, 96), nn.Linear(96, 24)
+
+        def forward(self, x):
+            return x + self.fc2(self.act(self.fc1(x)))
+
+    assert found(OneWay(), lambda block, x: block(x)) == ["block.fc1"]
+    assert "block (OneWay): run on a probe [1, 8, 24], its other1 does not run" in caplog.text
+
+
+def test_all_that_a_block_returns_is_compared():
+    class Second(Halves):
+        def forward(self, x, z, mask):
+            return x, z + self.out(self.inter(z) ** 2 * mask)
+
+    class Plain(Halves):
+        def forward(self, x, z, mask):
+            return {"x": x, "deeper": (z + self.out(self.inter(z)) * mask,)}
+
+    def call(block, x):
+        return block(x, x, torch.ones(1))
+
+    with pytest.raises(NotImplementedError, match=r"does not compute down\(act\(up\(x\)\)\)"):
+        found(Second(), call)
+    assert found(Plain(), call) == ["block.inter"]
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_a_block_whose_output_does_not_depend_on_the_ffn_proves_nothing(squared):
+    class ReZero(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.act, self.fc2 = nn.Linear(24, 60), nn.ReLU(), nn.Linear(60, 24)
+            self.scale = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x):
+            h = self.act(self.fc1(x))
+            return x + self.scale * self.fc2(h**2 if squared else h)
+
+    block = ReZero()
+    with pytest.raises(NotImplementedError, match="nothing that it returned depends on its fc2"):
+        found(block, lambda block, x: block(x))
+    nn.init.ones_(block.scale)
+    if squared:
+        with pytest.raises(NotImplementedError, match=r"does not compute down\(act\(up\(x\)\)\)"):
+            found(block, lambda block, x: block(x))
+    else:
+        assert found(block, lambda block, x: block(x)) == ["block.fc1"]
+
+
+def test_rows_that_are_not_finite_are_left_out():
+    class Attends(Halves):
+        def forward(self, x, bias):
+            a = (x @ x.mT + bias).softmax(-1) @ x
+            return a + self.out(self.inter(a))
+
+    bias = torch.zeros(2, 1, 7)
+    bias[1] = -torch.inf
+    assert found(Attends(), lambda block, x: block(x, bias)) == ["block.inter"]
+
+
+def test_a_block_may_write_to_what_the_ffn_gives():
+    class Adds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.act, self.fc2 = nn.Linear(24, 60), nn.GELU(), nn.Linear(60, 24)
+
+        def forward(self, x):
+            h = self.fc2(self.act(self.fc1(x)))
+            h += x
+            return h
+
+    assert found(Adds(), lambda block, x: block(x)) == ["block.fc1"]
+
+
+def test_halves_alone_are_told_of_where_no_call_can_be_made_again(caplog):
+    class Locked(Halves):
+        def forward(self, x, mask, lock):
+            with lock:
+                return x + self.out(self.inter(x)) * mask
+
+    lock = threading.Lock()  # which cannot be copied
+    assert found(Locked(), lambda block, x: block(x, torch.ones(1), lock)) == ["block.inter"]
+    assert "1 FFNs are proved by their two modules alone" in caplog.text
+    assert "with the dense one: block.inter" in caplog.text

@@ -142,15 +142,21 @@ def test_no_tokens_give_no_rows():
         assert experts(torch.zeros(0, d), none, torch.zeros(0, 2)).shape == (0, d)
 
 
-def test_the_way_back():
+def test_the_way_back_and_forth(tmp_path):
     model = stock("mixtral")
     ours = on_sadmoe(model, 1.0)
-    assert not torch.allclose(logits(ours), logits(model))
+    at_one = logits(ours)
+    assert not torch.allclose(at_one, logits(model))
     ours.set_experts_implementation("eager")
     assert torch.equal(logits(ours), logits(model))
     assert not any(isinstance(value, Tensor | tuple) for m in ours.modules() for value in vars(m).values()), (
         "nothing of ours is copied or saved with it"
     )
+    ours.set_experts_implementation("sadmoe")
+    assert torch.equal(logits(ours), at_one), "tau acts again"
+    ours.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, experts_implementation="sadmoe").eval()
+    torch.testing.assert_close(logits(again), logits(model))
 
 
 def test_weights_that_change_are_noticed():

@@ -268,6 +268,7 @@ def test_an_unknown_device_answers_through_the_reference_with_one_warning():
         UserWarning, match="sadmoe::sparse_experts has no kernel for cpu and runs in plain torch"
     ):
         first = slow(*args)
+    torch.testing.assert_close(first, ops.sparse_experts(*args))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(slow(*args), first)

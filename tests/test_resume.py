@@ -1,18 +1,23 @@
 """Long steps that are killed and go on, and steps that several processes share."""
 
 import copy
+import functools
 import json
 import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 import sadmoe
 import torch
+from clock import Clock
+from processes import run_together
 from sadmoe import Checkpoint, ConvertConfig, FinetuneConfig, RouterConfig, SparsifyConfig
+from sadmoe.training import resume
 from safetensors import safe_open
 from states import same, state
 from tiny_models import TINY, tokens
@@ -28,6 +33,11 @@ def batches(n: int = 5) -> list[dict[str, Tensor]]:
 
 def converted() -> tuple[nn.Module, nn.Module]:
     """A dense model, and the same converted."""
+    return copy.deepcopy(converted_once())
+
+
+@functools.cache
+def converted_once() -> tuple[nn.Module, nn.Module]:
     dense = TINY["bert"].model()
     model = copy.deepcopy(dense)
     config = ConvertConfig(experts=6, tau=0.2, router=RouterConfig(steps=2, width=4))
@@ -243,14 +253,31 @@ def test_a_conversion_that_is_loaded_says_what_the_first_one_did(tmp_path):
     assert not sadmoe.moe_layers(model)
 
 
-def test_seconds_go_on_where_they_were(tmp_path):
+def test_seconds_go_on_where_they_were(tmp_path, monkeypatch):
     dense, _ = converted()
-    config = SparsifyConfig(seconds=0.2, lr=1e-3)
-    folder = Checkpoint(tmp_path, every=0.0)
-    first, second = copy.deepcopy(dense), copy.deepcopy(dense)
-    report = sadmoe.sparsify_(first, batches(), config, checkpoint=folder, progress=False)
-    again = sadmoe.sparsify_(second, batches(), config, checkpoint=folder, progress=False)
-    assert again.history == report.history
+    config = SparsifyConfig(seconds=40.0, lr=1e-3)
+
+    def run(model: nn.Module, checkpoint: Checkpoint | None, data: list) -> sadmoe.SparsifyReport:
+        monkeypatch.setattr("sadmoe.training.loop.time", Clock(1.0))
+        return sadmoe.sparsify_(model, data, config, checkpoint=checkpoint, progress=False)
+
+    whole = run(copy.deepcopy(dense), Checkpoint(tmp_path / "whole", every=0.0), batches())
+    folder = Checkpoint(tmp_path / "killed", every=0.0)
+    with pytest.raises(Killed):
+        run(copy.deepcopy(dense), folder, KilledAt(batches(), len(whole.history) // 2))
+    again = run(copy.deepcopy(dense), folder, batches())
+    assert abs(len(again.history) - len(whole.history)) <= 1
+    assert again.history[: len(whole.history) // 2] == whole.history[: len(whole.history) // 2]
+
+
+@pytest.mark.parametrize(("every", "saves"), [(0.0, STEPS + 1), (25.0, 3), (1e9, 1)])
+def test_it_saves_no_more_often_than_asked(every, saves, tmp_path, monkeypatch):
+    made, write = [], resume.write
+    monkeypatch.setattr(resume, "time", Clock(10.0))
+    monkeypatch.setattr(resume, "write", lambda *args: made.append(1) or write(*args))
+    model, dense = start(sparsify)
+    sparsify(model, dense, Checkpoint(tmp_path, every=every))
+    assert len(made) == saves
 
 
 def test_a_folder_of_another_run_is_refused_and_says_what_differs(tmp_path):
@@ -392,6 +419,7 @@ def test_a_kill_dash_nine_loses_at_most_an_interval(step, writes, tmp_path):
 WORKER = """
     import sys
     import test_resume, torch
+    from pathlib import Path
     from safetensors.torch import save_file
 
     rank = int(sys.argv[1])
@@ -400,8 +428,21 @@ WORKER = """
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     for name, model in test_resume.shared(spoil=rank == 1).items():
         save_file(test_resume.state(model), f"{sys.argv[2]}/{name}.{rank}.safetensors")
+    model = test_resume.killed_and_gone_on(Path(sys.argv[2]) / "kept")
+    save_file(test_resume.state(model), f"{sys.argv[2]}/resumed.{rank}.safetensors")
     torch.distributed.destroy_process_group()
 """
+SHARED = {"steps": 4, "lr": 1e-3, "accumulate": 2}
+
+
+def killed_and_gone_on(folder: Path) -> nn.Module:
+    """As `shared` sparsifies, but killed after two updates and begun again, and at last only loaded."""
+    config, checkpoint = SparsifyConfig(**SHARED), Checkpoint(folder, every=0.0)
+    for data in (KilledAt(batches(), 4), batches(), KilledAt(batches(), 0)):
+        model = copy.deepcopy(converted()[0])
+        with suppress(Killed):
+            sadmoe.sparsify_(model, data, config, checkpoint=checkpoint, progress=False)
+    return model
 
 
 def shared(spoil: bool = False) -> dict[str, nn.Module]:
@@ -412,7 +453,7 @@ def shared(spoil: bool = False) -> dict[str, nn.Module]:
     if spoil:
         for one in (sparse, model):
             next(one.parameters()).data.add_(1.0)
-    settings = {"steps": 4, "lr": 1e-3, "accumulate": 2}
+    settings = dict(SHARED)
     sadmoe.sparsify_(sparse, batches(), SparsifyConfig(**settings), progress=False)  # its own teacher
     config = FinetuneConfig(**settings, share=0.01)  # so low that the penalty never rests
     sadmoe.finetune_(model, batches(), config, teacher=dense, progress=False)
@@ -441,12 +482,10 @@ def assert_close_states(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def test_two_processes_do_what_one_does(tmp_path):
     from safetensors.torch import load_file
 
-    code = textwrap.dedent(WORKER)
-    workers = [
-        subprocess.Popen([sys.executable, "-c", code, str(rank), str(tmp_path)], cwd=Path(__file__).parent)
-        for rank in range(2)
-    ]
-    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+    assert run_together(WORKER, 2, str(tmp_path)) == [0, 0]
+    kept = [load_file(tmp_path / f"{name}.0.safetensors") for name in ("sparsify", "resumed")]
+    assert same(*kept)
+    assert same(kept[1], load_file(tmp_path / "resumed.1.safetensors"))
     for name, model in shared().items():
         first, second = (load_file(tmp_path / f"{name}.{rank}.safetensors") for rank in range(2))
         assert same(first, second)
@@ -474,7 +513,6 @@ def test_accumulation_is_one_large_batch():
 
 
 def test_files_of_earlier_and_later_versions_say_what_to_do(tmp_path):
-    from sadmoe.training import resume
 
     for version, advice in (
         (resume.FORMAT - 1, "begin anew in an empty folder"),

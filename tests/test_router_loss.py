@@ -152,3 +152,18 @@ def test_what_cannot_be_is_named():
             routers()
         with pytest.raises(RuntimeError, match="entered already"):
             routers.__enter__()
+
+
+def test_an_entry_that_fails_leaves_no_hook_and_no_flag():
+    model = converted("bert")
+    for v in (routers := sadmoe.RouterLoss(model)).weights:
+        v.requires_grad_(False)
+    with torch.inference_mode():
+        routers.weights.append(torch.zeros(1))  # which can never ask for a gradient
+    with pytest.raises(RuntimeError, match="inference tensor"), routers:
+        pass
+    del routers.weights[-1]
+    assert not any(v.requires_grad for v in routers.weights)
+    assert not any(layer._forward_pre_hooks for layer in sadmoe.moe_layers(model).values())
+    with routers:
+        assert all(v.requires_grad for v in routers.weights)

@@ -5,6 +5,7 @@ from dataclasses import FrozenInstanceError, dataclass
 
 import pytest
 import torch
+from clock import Clock
 from sadmoe.ffn import find_ffns
 from sadmoe.ffn.activations import ACTIVATION_MODULES
 from sadmoe.sparsify import SparsifyConfig, measure_sparsity, sparsify_
@@ -220,11 +221,30 @@ def test_devices_that_the_model_is_not_on_are_not_seeded(monkeypatch):
     run_sparsify(model, short(steps=1))
 
 
-def test_seconds_end_the_run():
-    report = run_sparsify(two_ffns(), short(steps=None, seconds=0.2))
-    assert report.history
-    assert report.history[-1].lr < 0.3 * max(step.lr for step in report.history)
-    assert report.seconds < 5
+def test_seconds_end_the_run(monkeypatch):
+    monkeypatch.setattr("sadmoe.training.loop.time", Clock(1.0))
+    report = run_sparsify(two_ffns(), short(steps=None, seconds=20.0, warmup=0.0))
+    assert 5 < len(report.history) < 20
+    rates = [step.lr for step in report.history]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < 0.3 * rates[0]
+
+
+@pytest.mark.parametrize(("scale", "clipped"), [(1e4, True), (1e-6, False)])
+def test_long_gradients_are_clipped(monkeypatch, scale, clipped):
+    norms, step = [], torch.optim.AdamW.step
+
+    def noted(optimizer, *args):
+        gradients = [
+            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+        norms.append(torch.cat([g.flatten() for g in gradients]).norm().item())
+        return step(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    config = short(steps=3, objective="task", alpha=0.0, grad_clip=0.5)
+    run_sparsify(two_ffns(), config, loss=lambda model, batch: scale * mean_square(model, batch))
+    assert all(norm == pytest.approx(0.5, rel=1e-3) if clipped else 0 < norm < 0.4 for norm in norms)
 
 
 def test_it_reaches_every_kind_of_model_it_finds():

@@ -2,15 +2,12 @@
 
 import copy
 import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import sadmoe
 import torch
 from ports import free_port
+from processes import run_together
 from tiny_models import TINY, tokens
 from torch import Tensor, nn
 
@@ -117,6 +114,25 @@ def test_a_run_that_failed_adds_nothing_to_the_loss_of_later_calls(tmp_path):
     callback.stop()
     assert torch.equal(model(**batch).loss, loss)
     assert all(not module._forward_hooks for module in model.modules())
+
+
+def test_the_ffns_and_the_penalty_are_those_asked_for(tmp_path):
+    seen = {}
+
+    class Looks(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen["acts"] = [site.act for site in sadmoe.find_ffns(model)]
+
+    names = [site.name for site in sadmoe.find_ffns(model_of("bert classifier"))]
+    for penalty in ("hoyer", "l1"):
+        model = model_of("bert classifier")
+        for layer in model.bert.encoder.layer:
+            layer.intermediate.intermediate_act_fn = nn.GELU()
+        callback = SparsityCallback(penalty=penalty, filter=lambda name: name == names[1])
+        routed(tmp_path, [callback, Looks()], model, max_steps=1).train()
+        assert seen["acts"] == ["gelu", "relu"]
+        seen[penalty] = callback.last
+    assert seen["hoyer"] != seen["l1"]
 
 
 def test_with_alpha_zero_it_changes_nothing(tmp_path):
@@ -269,6 +285,14 @@ def routed_alike(folder, **settings) -> nn.Module:
     return model
 
 
+def test_accumulated_batches_fit_routers_as_one_large_one(tmp_path):
+    whole = routed_alike(tmp_path)
+    parts = routed_alike(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert len(states_differ(whole, routed_model())) == 4  # v1 and v2 of two layers
+    for (name, p), q in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_routers_alone_are_fitted_without_labels(tmp_path, checkpointing):
     model, callback = routed_model("bert"), RouterCallback()
@@ -400,7 +424,7 @@ WORKER = """
     from safetensors.torch import save_file
 
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
+    folder = Path(sys.argv[2])
     settings = test_trainer.PLAIN_SGD | {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}
     callback = test_trainer.SparsityCallback(alpha=5.0, schedule="constant")
     model, trainer = test_trainer.trained(folder, callback, "llama", **settings)
@@ -418,13 +442,12 @@ WORKER = """
 def test_two_processes_do_what_one_does(tmp_path):
     from safetensors.torch import load_file
 
-    port, workers = free_port(), []
-    for rank in ("0", "1"):
-        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-        places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, "-c", textwrap.dedent(WORKER), str(tmp_path)]
-        workers.append(subprocess.Popen(command, cwd=Path(__file__).parent, env=os.environ | places))
-    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+    places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+    def place(rank: int) -> dict[str, str]:
+        return os.environ | places | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+
+    assert run_together(WORKER, 2, str(tmp_path), env=place) == [0, 0]
     two = load_file(tmp_path / "model.safetensors")
     one, _ = trained(tmp_path, SparsityCallback(alpha=5.0, schedule="constant"), "llama", **PLAIN_SGD)
     assert len(states_differ(one, model_of("llama"))) > 10

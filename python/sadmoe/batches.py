@@ -43,9 +43,13 @@ def run(model: nn.Module, batch: Batch) -> Any:
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether it, or a model inside it, says so, as those of transformers do."""
+    """Whether it, or a model inside it, says so, as those of transformers do, and has a decoder: an encoder taken out
+    of one has the whole one's config."""
     return any(
-        getattr(getattr(m, "config", None), "is_encoder_decoder", False) is True for m in model.modules()
+        name.endswith("decoder")
+        for m in model.modules()
+        if getattr(getattr(m, "config", None), "is_encoder_decoder", False) is True
+        for name, _ in m.named_modules()
     )
 
 

@@ -2,15 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack
-from typing import ClassVar, TypeVar
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from sadmoe.gradients import is_recomputed
-from sadmoe.hooks import hooks_on
 
 Loss = TypeVar("Loss", bound="PassesLoss")
 
@@ -21,27 +18,27 @@ class PassesLoss(ABC):
     _called: ClassVar[str]  # in a message: with ...(model) as what
 
     def __init__(self) -> None:
-        self._entered: ExitStack | None = None
+        self._entered: AbstractContextManager[Any] | None = None
         self._seen: dict[str, list[Tensor]] = defaultdict(list)
 
     @abstractmethod
-    def _hooks(self) -> Iterator[RemovableHandle]:
-        """Puts the hooks on their modules, each as it is asked for."""
+    def _watching(self) -> AbstractContextManager[Any]:
+        """Inside, hooks give what they see to `_note`."""
 
     def __enter__(self: Loss) -> Loss:
         name = type(self).__name__
         if self._entered:
             raise RuntimeError(f"this {name} is entered already: one `with` around the loop is enough")
-        entered = ExitStack()
-        entered.enter_context(hooks_on(self._hooks()))
-        self._entered = entered
+        watching = self._watching()
+        watching.__enter__()
+        self._entered = watching
         return self
 
     def __exit__(self, *exc: object) -> None:
         entered, self._entered = self._entered, None
         self._seen.clear()
         if entered:
-            entered.close()
+            entered.__exit__(None, None, None)
 
     def forget(self) -> None:
         """Drops what passes since the last call left, as after an evaluation."""

@@ -1,16 +1,17 @@
 """The routers' regression as a term of a training loss of the user's own. Source: arXiv 2310.04361, section 3."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from sadmoe import reference
 from sadmoe.batches import real_rows, rows_of
 from sadmoe.dial import trainable_layers
+from sadmoe.hooks import hooks_on
 from sadmoe.layer import DynamicKMoE, only_input
 from sadmoe.passes import PassesLoss
 from sadmoe.routers import RouterConfig
@@ -52,25 +53,22 @@ class RouterLoss(PassesLoss):
         self.layers = trainable_layers(model)
         self.target_power = target_power
         self.weights = [v for layer in self.layers.values() for v in layer.router.parameters()]
-        self._asked = [v.requires_grad for v in self.weights]
 
-    def __enter__(self) -> "RouterLoss":
-        super().__enter__()
-        self._asked = [v.requires_grad for v in self.weights]
-        for v in self.weights:
-            v.requires_grad_()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        super().__exit__(*exc)
-        for v, asked in zip(self.weights, self._asked, strict=True):
-            v.requires_grad_(asked)
-
-    def _hooks(self) -> Iterator[RemovableHandle]:
-        return (
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        asked = [v.requires_grad for v in self.weights]
+        hooks = (
             layer.register_forward_pre_hook(partial(self._record, name), with_kwargs=True)
             for name, layer in self.layers.items()
         )
+        try:
+            for v in self.weights:
+                v.requires_grad_()
+            with hooks_on(hooks):
+                yield
+        finally:
+            for v, before in zip(self.weights, asked, strict=True):
+                v.requires_grad_(before)
 
     def __call__(self, batch: Mapping[str, Any] | None = None) -> Tensor:
         """The mean over layers of 1 - R²: a scalar, float32; 0 where no layer says anything.

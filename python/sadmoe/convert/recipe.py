@@ -121,6 +121,8 @@ def _check_runs(model: nn.Module, batches: Batches) -> None:
     with evaluating(model):
         try:
             run(model, to_device(batch, device_of(model)))
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # whatever a foreign forward raises; the dense model ran the same batch
             raise NotImplementedError(
                 f"this {type(model).__name__} does not run with MoE layers in the place of its FFNs: "

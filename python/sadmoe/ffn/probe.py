@@ -1,8 +1,9 @@
 """Proof by running: a module does, on a random probe, what the formula of an FFN says its parts do."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -27,7 +28,11 @@ class Unsupported(Exception):
 
 
 class NotRun(Unsupported):
-    """It could not be run on a probe: it takes more than hidden states, or other shapes of them."""
+    """No call that was tried could tell: it takes more than hidden states, or other shapes of them."""
+
+
+class _Unseen(Exception):
+    """A call ran, and says nothing of the FFN."""
 
 
 @dataclass(frozen=True)
@@ -53,21 +58,38 @@ class _DropoutLog(TorchFunctionMode):
 
 
 class _Scene(nn.Module):
-    """One way to call a block, as a module, so that its weights can be exchanged for float64 ones."""
+    """One way to call a block, as a module, so that its weights can be exchanged for float64 ones. It gives all
+    floating-point tensors that the block returns."""
 
     def __init__(self, block: nn.Module, parts: Parts, call: Call):
         super().__init__()
         self.block, self.parts, self.call = block, parts, call
         self.training = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> list[Tensor]:
         y = self.call(self.block, self.parts, x)
         if self.parts.at == "" and not isinstance(y, Tensor):
             raise Unsupported(f"it returns a {type(y).__name__}, where a MoE layer returns a tensor")
-        y = y[0] if isinstance(y, (tuple, list)) else y
-        if not isinstance(y, Tensor):
-            raise Unsupported(f"its output is a {type(y).__name__}, not a tensor")
-        return y
+        found = list(_floats(y))
+        if not found:
+            raise _Unseen(f"it returned a {type(y).__name__} without a tensor of floating-point numbers")
+        return found
+
+
+def _floats(output: Any) -> Iterator[Tensor]:
+    """The floating-point tensors in it, of tuples, lists, mappings and dataclasses."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+        return
+    if isinstance(output, Mapping):
+        parts: Iterable[Any] = output.values()
+    elif is_dataclass(output):
+        parts = (getattr(output, field.name) for field in fields(output))
+    else:
+        parts = output if isinstance(output, tuple | list) else ()
+    for part in parts:
+        yield from _floats(part)
 
 
 class _StandIn(nn.Module):
@@ -87,7 +109,7 @@ def verify(
     """The site, if `block` computes the same when `DenseFFN`'s formula takes the place of the parts.
 
     name: path of the block.   acts: the activations it may have; the one that fits best is the site's.
-    calls: ways to call the block, tried in order. Raises NotRun where all of them raise an error.
+    calls: ways to call the block, tried in order. Raises NotRun where all of them raise an error, or show nothing.
     The model is left as it was, and no random state is used. Raises Unsupported with the reason.
     """
     sites = [site_of_parts(block, name, parts, adapter, act) for act in acts]
@@ -107,6 +129,8 @@ def verify(
             except Exception as raised:  # whatever a foreign forward raises becomes the reason
                 error = error or raised
     first_line = str(error).strip().split("\n")[0]
+    if isinstance(error, _Unseen):
+        raise NotRun(f"run on a probe [1, {PROBE_ROWS}, {denses[0].d}], {first_line}")
     between = _of_neurons(block, denses[0].f)
     raise NotRun(
         (f"{between} works on its {denses[0].f} neurons, which only an activation may; " if between else "")
@@ -126,18 +150,20 @@ def _of_neurons(block: nn.Module, f: int) -> str | None:
 def _best(sites: list[FFNSite], denses: list[DenseFFN], scene: _Scene, x: Tensor) -> FFNSite:
     events: list[_Event] = []
     y = _run(scene, x, events)
+    if scene.parts.up not in [e.path for e in events]:
+        raise _Unseen(f"its {scene.parts.up} does not run")
     outputs = [_run_with(scene, dense, x) for dense in denses]
     bias = denses[0].b_out  # what no weight has a part in
     nothing = x.new_zeros(denses[0].d_out) if bias is None else bias
-    without = _run_with(scene, lambda rows: nothing.expand(*rows.shape[:-1], -1), x)
-    if any(o.shape != y.shape for o in outputs):
-        raise Unsupported(
-            f"its output is {list(y.shape)} where that of the FFN would make {list(outputs[0].shape)}"
-        )
-    if scene.parts.up not in [e.path for e in events]:
-        raise Unsupported(f"{scene.parts.up} does not run in it")
-    share = (y - without).abs().amax().item()
-    errors = [(y - o).abs().amax().item() for o in outputs]
+    without = _run_with(scene, lambda rows: nothing.repeat(*rows.shape[:-1], 1), x)
+    for ours, theirs in zip_longest(outputs[0], y):
+        if ours is None or theirs is None or ours.shape != theirs.shape:
+            made, wanted = ("nothing" if one is None else list(one.shape) for one in (ours, theirs))
+            raise Unsupported(f"its output is {wanted} where that of the FFN would make {made}")
+    share = _distance(y, without)
+    errors = [_distance(y, o) for o in outputs]
+    if share == 0 and scene.parts.at and denses[0].w_down.any():
+        raise _Unseen(f"nothing that it returned depends on its {scene.parts.down}")
     best = min(range(len(sites)), key=errors.__getitem__)
     if not errors[best] <= TOLERANCE * share:  # a NaN fails too
         tried = ", ".join(site.act for site in sites)
@@ -153,6 +179,18 @@ def _best(sites: list[FFNSite], denses: list[DenseFFN], scene: _Scene, x: Tensor
     if hidden:
         site.parts = replace(site.parts, removed=site.parts.removed + hidden)
     return site
+
+
+def _distance(a: list[Tensor], b: list[Tensor]) -> float:
+    """The largest |a - b| of numbers that are finite; inf where only one is."""
+
+    def of(x: Tensor, y: Tensor) -> float:
+        finite = x.isfinite()
+        if not torch.equal(finite, y.isfinite()):
+            return math.inf
+        return (x - y)[finite].abs().amax().item() if finite.any() else 0.0
+
+    return max(map(of, a, b))
 
 
 def _dropouts(parts: Parts, block: nn.Module, events: list[_Event]) -> tuple[tuple[str, ...], float]:
@@ -205,7 +243,7 @@ def _probe_input(dense: DenseFFN, dtype: torch.dtype) -> Tensor:
     return (x * scale.unsqueeze(1) / (spread or 1.0)).unsqueeze(0)
 
 
-def _run(scene: _Scene, x: Tensor, events: list[_Event] | None = None) -> Tensor:
+def _run(scene: _Scene, x: Tensor, events: list[_Event] | None = None) -> list[Tensor]:
     """The output of the scene with its floating-point weights and buffers in x's dtype."""
     tensors = {**dict(scene.named_parameters()), **dict(scene.named_buffers())}
     cast = {n: t.detach().to(x.dtype) for n, t in tensors.items() if t.is_floating_point()}
@@ -221,10 +259,10 @@ def _run(scene: _Scene, x: Tensor, events: list[_Event] | None = None) -> Tensor
         return torch.func.functional_call(scene, cast, x)
 
 
-def _run_with(scene: _Scene, ffn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _run_with(scene: _Scene, ffn: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
     """The output of the scene with `ffn` in the place of its FFN."""
     if scene.parts.at == "":
-        return ffn(x)
+        return [ffn(x)]
     removed = take_apart(scene.block, scene.parts, _StandIn(ffn))
     try:
         return _run(scene, x)

@@ -4,7 +4,7 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import accumulate, chain, islice
 
@@ -18,7 +18,7 @@ from sadmoe.ffn.linears import linear_shape, why_not_plain
 from sadmoe.ffn.paths import join
 from sadmoe.ffn.probe import Call, NotRun, Unsupported, verify
 from sadmoe.ffn.recorded import record_calls
-from sadmoe.ffn.sites import FFNSite
+from sadmoe.ffn.sites import FFNSite, Parts
 from sadmoe.ffn.surgery import moe_layers
 from sadmoe.layer import DynamicKMoE
 from sadmoe.tables import shortened
@@ -82,38 +82,53 @@ def scan_ffns(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_filter(filter)
-    sites, skipped, not_run = _scan(model, filter, {})
-    if not not_run or batches is None:
-        return sites, skipped
+    found = _scan(model, filter, {})
+    if not found.unsure or batches is None:
+        return found.sites, found.skipped
     calls: dict[str, Call] = {}
+    left = found.unsure
     for batch in islice(batches, TRIED_BATCHES):  # one may reach what another does not
-        calls |= record_calls(model, not_run, batch)
-        not_run = [name for name in not_run if name not in calls]
-        if not not_run:
+        calls |= record_calls(model, left, batch)
+        left = [name for name in left if name not in calls]
+        if not left:
             break
-    sites, skipped, _ = _scan(model, filter, calls)
-    return sites, skipped
+    found = _scan(model, filter, calls)
+    if found.by_halves:
+        logger.warning(
+            "%d FFNs are proved by their two modules alone, for the call of the block around them could not be made "
+            "again; compare the converted model at tau = 0 with the dense one: %s",
+            len(found.by_halves),
+            ", ".join(shortened(found.by_halves, 4)),
+        )
+    return found.sites, found.skipped
 
 
-def _scan(
-    model: nn.Module, filter: Callable[[str], bool] | None, calls: Mapping[str, Call]
-) -> tuple[list[FFNSite], list[Skipped], list[str]]:
-    """The same, with other ways to call some modules, by name; and the modules that could not be run whole."""
-    uses, sites, skipped = Uses(model), [], []
+@dataclass
+class _Found:
+    """What a scan found.
+
+    by_halves: names of the sites that were proved without what is between and around their two modules.
+    unsure: the modules of which another call would tell more.
+    """
+
+    sites: list[FFNSite] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    by_halves: list[str] = field(default_factory=list)
+    unsure: list[str] = field(default_factory=list)
+
+
+def _scan(model: nn.Module, filter: Callable[[str], bool] | None, calls: Mapping[str, Call]) -> _Found:
+    """Looks at every module, at some with another way to call them, by name."""
+    uses, all_ = Uses(model), _Found()
     done: set[str] = set()
-    not_run: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, DynamicKMoE) or any(name == d or name.startswith(f"{d}.") for d in done):
             continue
-        found, reasons, unsure = _look_at(module, name, uses, filter, calls.get(name))
-        sites += found
-        done |= {site.name for site in found}
-        if reasons and not found:
-            told = "; ".join(dict.fromkeys(map(str, reasons)))
-            if not ATTENTION.search(type(module).__name__):  # whose queries may be wider than the model
-                skipped.append(Skipped(name, type(module).__name__, told))
-        not_run += [name] if unsure else []
-    return sites, skipped, not_run
+        found = _look_at(module, name, uses, filter, calls.get(name))
+        done |= {site.name for site in found.sites}
+        for one in fields(_Found):
+            getattr(all_, one.name).extend(getattr(found, one.name))
+    return all_
 
 
 def _overlooked(model: nn.Module, sites: list[FFNSite], skipped: list[Skipped]) -> list[Skipped]:
@@ -142,40 +157,48 @@ def _look_at(
     uses: "Uses",
     filter: Callable[[str], bool] | None,
     recorded: Call | None,
-) -> tuple[list[FFNSite], list[Unsupported], bool]:
-    """The FFNs in one module, why its other proposals were refused, and whether a recorded call would tell more."""
+) -> _Found:
+    """The FFNs in one module, and what of its other linear layers only looks like one."""
     sites: list[FFNSite] = []
-    reasons: list[Unsupported] = []
-    unsure = False
+    refused: list[tuple[Parts, Unsupported]] = []
+    by_halves: list[str] = []
 
     def wanted(proposal: Proposal) -> bool:
         return filter is None or filter(join(name, proposal.parts.at))
 
     proposals = {adapter: list(propose(module)) for adapter, propose in ADAPTERS.items()}
     if not any(map(wanted, chain(*proposals.values()))):
-        return [], [], False
+        return _Found()
     for adapter, several in proposals.items():
         for proposal in several:
-            parts = proposal.parts
-            if any({parts.up, parts.down} & {s.parts.up, s.parts.down} for s in sites):
+            if any(_overlap(proposal.parts, site.parts) for site in sites):
                 continue
             try:
                 uses.check(module, name, proposal)
                 site, whole = _proved(module, name, adapter, proposal, recorded)
                 sites.append(site)
-                unsure |= wanted(proposal) and not whole
+                if wanted(proposal) and not whole:
+                    by_halves.append(site.name)
             except Unsupported as reason:
                 if proposal.likely and wanted(proposal):
-                    reasons.append(reason)
-                    unsure |= isinstance(reason, NotRun)
+                    refused.append((proposal.parts, reason))
         if sites:
             break
-    # What the filter leaves alone is looked at too, lest its linear layers be paired with another's.
-    return (
+    reasons = [why for parts, why in refused if not any(_overlap(parts, site.parts) for site in sites)]
+    kind, told = type(module).__name__, "; ".join(dict.fromkeys(map(str, reasons)))
+    told = "" if ATTENTION.search(kind) else told  # whose queries may be wider than the model
+    return _Found(
+        # What the filter leaves alone is looked at too, lest its linear layers be paired with another's.
         [site for site in sites if filter is None or filter(site.name)],
-        reasons,
-        unsure and recorded is None,
+        [Skipped(name, kind, told)] if told else [],
+        by_halves,
+        [name] if by_halves or any(isinstance(why, NotRun) for why in reasons) else [],
     )
+
+
+def _overlap(a: Parts, b: Parts) -> bool:
+    """Whether a linear layer has a part in both."""
+    return bool({a.up, a.gate, a.down} & {b.up, b.gate, b.down} - {None})
 
 
 def _proved(

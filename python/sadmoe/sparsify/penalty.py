@@ -1,7 +1,8 @@
 """How active the neurons of an FFN are: the penalty that makes them fewer, and the measure (arXiv
 2310.04361, 3.1)."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -9,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.hooks import RemovableHandle
 
 from sadmoe import reference
 from sadmoe.batches import (
@@ -115,8 +115,8 @@ class SparsityLoss(PassesLoss):
         self.penalty = penalty
         self.displacement = displacement
 
-    def _hooks(self) -> Iterator[RemovableHandle]:
-        return (site.first.register_forward_hook(partial(self._record, site)) for site in self.sites)
+    def _watching(self) -> AbstractContextManager[Any]:
+        return hooks_on(site.first.register_forward_hook(partial(self._record, site)) for site in self.sites)
 
     def __call__(self, batch: Batch | None = None, *, mask: Tensor | None = None) -> Tensor:
         """The penalty of the passes since the last call: a scalar, float32, in the autograd graph of those
