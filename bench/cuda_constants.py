@@ -30,7 +30,7 @@ def constants(raw: dict, source: str) -> dict:
     measured = {name: raw[name] for name in table if name in raw} | dense
     for bits in (16, 32):
         measured[f"ours_{bits}"] = raw[f"products_{bits}"] / dense[f"dense_{bits}"]
-    if table["hopper_16"]["value"]:
+    if table["hopper_16"]["value"] and "products_16_hopper" in raw:
         measured["hopper_16"] = raw["products_16_hopper"] / dense["dense_16"]
     for name, value in measured.items():
         table[name] |= {"value": value, "source": source, "measured": True}

@@ -2,6 +2,7 @@
 
     python bench/cuda_peers.py [--constants constants.json] [--layers 768x3072 4096x11008-glu] [--tokens 1 8 ...]
                                [--shares 0.25] [--masks independent skewed] [--recorded FILE] [--json FILE]
+                               [--no-hopper] [--go-on]
 
 bf16, graphs of several calls; where tokens are few, each with weights of its own, as many as L2 does not hold (at
 most 64 sets, which small layers at small shares do not fill). The times of sadmoe and masked, dense products with a
@@ -14,11 +15,15 @@ sadmoe's time; floor: the least the card could take over sadmoe's time; auto: ti
 sadmoe.crossover if it may choose (set_batch_invariant(False)), the op or products with a mask, over plain dense;
 peer: the faster of grouped_mm and Triton over that way. A peer that fails is n/a, and why stands below. The file has
 the spread as well: from the first tenth to the last, over the median. cuda_goals.py says which aims it reaches.
+
+--no-hopper: without the kernels of sm_90a, where they fail. A cell in which the device fails ends the run, with status
+3 and its rows written; --go-on begins after it.
 """
 
 import argparse
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -216,22 +221,35 @@ def recorded_kinds(
         yield f"recorded {name}", mask.float().mean().item(), mask
 
 
-def cells(args: argparse.Namespace, card: Card, reasons: set[str]) -> Iterator[dict]:
-    """Measures and tells the grid."""
+def cells(args: argparse.Namespace) -> Iterator[tuple[dict, int, Tensor | None]]:
+    """The grid: what a cell is of, its tokens, and its mask, if that is no router's."""
     tables = [([shape_of(name, s) for s in SIZES[name]], kinds) for name in args.layers]
     if args.recorded:
         tables += [([shape], recorded_kinds) for shape in recorded_shapes(args.recorded)]
     for shapes, kinds_of in tables:
-        print(f"\n{shapes[0].name}\n{HEADER}")
         tokens = args.tokens or [IMAGES] * (shapes[0].d <= NARROW) + TOKENS
         for T, shape in itertools.product(tokens, shapes):
             for masks, share, mask in kinds_of(shape, T, args):
-                p = problem(shape, T, share, mask)
-                if p.mask.any():
-                    cell = {"layer": shape.name, "s": shape.s, "masks": masks, "asked": share}
-                    row = cell | measured(p, card, reasons)
-                    print(line(row), flush=True)
-                    yield row
+                yield {"layer": shape, "s": shape.s, "masks": masks, "asked": share}, T, mask
+
+
+def measured_cell(
+    cell: dict, T: int, mask: Tensor | None, card: Card, reasons: set[str]
+) -> tuple[dict | None, bool]:
+    """Its row, None where it failed, or nothing runs under its mask; and whether the device is still there."""
+    shape = cell["layer"]
+    try:
+        p = problem(shape, T, cell["asked"], mask)
+        return (cell | {"layer": shape.name} | measured(p, card, reasons) if p.mask.any() else None), True
+    except Exception as failure:
+        told = f"{shape.name}, s {shape.s}, {T} tokens, {cell['masks']}, {cell['asked']:.0%}"
+        reasons.add(f"{told}: {type(failure).__name__}: {str(failure).splitlines()[0][:160]}")
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except Exception:
+        return None, False
+    return None, True
 
 
 def card_of(path: Path | None) -> Card:
@@ -249,23 +267,38 @@ def main() -> None:
     parser.add_argument("--masks", nargs="+", choices=["independent", *MASKS], default=["independent"])
     parser.add_argument("--recorded", type=Path, help="masks that record_masks.py wrote")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--no-hopper", action="store_true")
+    parser.add_argument("--go-on", action="store_true", help="after the last cell that --json has tried")
     args = parser.parse_args()
     if not args.layers and not args.recorded:
         parser.error("--layers without a name leaves only the layers of --recorded FILE, which is not given")
     card = card_of(args.constants)
     machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, bf16"
     print(f"# {machine}; not measured of the cost model: {', '.join(card.unmeasured) or 'nothing'}")
-    rows, reasons = [], set()
-    with torch.inference_mode():
-        for row in cells(args, card, reasons):
+    if args.no_hopper:
+        torch.ops.sadmoe._use_hopper(False)
+    before = json.loads(args.json.read_text()) if args.go_on and args.json.exists() else {}
+    rows, tried, reasons = before.get("rows", []), before.get("tried", 0), set(before.get("reasons", []))
+    layer, alive = None, True
+    for number, (cell, T, mask) in enumerate(cells(args), 1):
+        if number <= tried or not alive:
+            continue
+        if cell["layer"].name != layer:
+            layer = cell["layer"].name
+            print(f"\n{layer}\n{HEADER}")
+        with torch.inference_mode():
+            row, alive = measured_cell(cell, T, mask, card, reasons)
+        if row:
+            print(line(row), flush=True)
             rows.append(row)
-            if args.json:
-                part = args.json.with_suffix(".part")  # whoever is cut off leaves a whole file
-                part.write_text(
-                    json.dumps({"machine": machine, "command": command(), "rows": rows}, indent=1)
-                )
-                part.replace(args.json)
+        if args.json:
+            part = args.json.with_suffix(".part")  # whoever is cut off leaves a whole file
+            told = {"machine": machine, "command": command(), "tried": number, "reasons": sorted(reasons)}
+            part.write_text(json.dumps({**told, "rows": rows}, indent=1))
+            part.replace(args.json)
     print("\nTimes in us, medians.", *sorted(reasons), sep="\n")
+    if not alive:
+        sys.exit(3)
 
 
 if __name__ == "__main__":

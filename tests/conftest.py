@@ -27,6 +27,8 @@ def _with_options_as_found(name):
     backend = backends.backend_of(name)
     if name == "emulator":
         _as_found(backends.emulator())
+    else:
+        backend.use_hopper(True)
     yield backend
     if name == "emulator":
         _as_found(backends.emulator())
@@ -74,6 +76,8 @@ def native():
 def cuda():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    if "cuda: yes" in ops.build_info():
+        torch.ops.sadmoe._use_hopper(backends.HOPPER)
 
 
 @pytest.fixture(autouse=True)

@@ -31,6 +31,8 @@ sadmoe::cuda::Workspace workspace(const sadmoe::ExpertsShape& shape, DType dtype
 
 }  // namespace
 
+bool hopper_allowed = true;
+
 void fill(const Buffer& buffer, DType dtype, float scale, unsigned seed) {
   fill_numbers<<<1024, 256>>>(buffer.as<void>(), dtype, buffer.bytes() / size_of(dtype), scale, seed);
   must(cudaGetLastError(), "fill");
@@ -52,6 +54,7 @@ Layer::Layer(const sadmoe::ExpertsShape& shape, DType dtype, bool gated, int set
       starts_(workspace(shape, dtype).starts * 4),
       rows_(workspace(shape, dtype).rows * 4),
       h_(workspace(shape, dtype).h * size_of(dtype)) {
+  options.hopper = hopper_allowed;
   fill(x_, dtype, 1, 1);
   for (int i = 0; i < sets * 3; ++i) {  // up, gate, down of every set
     const bool absent = i % 3 == 1 && !gated;

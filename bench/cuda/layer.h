@@ -9,6 +9,9 @@ namespace bench {
 void fill(const Buffer& buffer, sadmoe::DType dtype, float scale, unsigned seed);
 void choose(const Buffer& mask, float share, unsigned seed);
 
+// Whether the kernels of sm_90a may run, where there are some: for a device on which they have failed.
+extern bool hopper_allowed;
+
 // `sets` copies of the weights, so that they can be cold in L2; x, y, mask and scratch are shared by all.
 class Layer {
  public:

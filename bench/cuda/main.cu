@@ -47,7 +47,7 @@ void print_header() {
 bool is_hopper() {
   int major = 0;
   must(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "capability");
-  return major == 9;
+  return hopper_allowed && major == 9;
 }
 
 // By how many tokens a block of `down` takes: what launch.cu chooses, and each; where all go through all experts; and where every
@@ -94,6 +94,7 @@ void time_layers() {
 
 int main(int count, char** words) {
   std::setvbuf(stdout, nullptr, _IONBF, 0);  // what was said before a hang is kept
+  if (count > 1 && !std::strcmp(words[1], "--no-hopper")) bench::hopper_allowed = false, --count, ++words;
   const char* word = count > 1 ? words[1] : "";
   if (!std::strcmp(word, "conformance")) {
     const char* part = count > 2 ? words[2] : "";
@@ -104,6 +105,6 @@ int main(int count, char** words) {
   if (!std::strcmp(word, "constants") && count == 3) return bench::measure_constants(words[2]), 0;
   if (!std::strcmp(word, "layers") && count == 2) return bench::time_layers(), 0;
   if (!std::strcmp(word, "blocks") && count == 2) return bench::time_blocks(), 0;
-  std::fprintf(stderr, "usage: bench_cuda conformance [sm_80 | sm_90a] | constants FILE | layers | blocks\n");
+  std::fprintf(stderr, "usage: bench_cuda [--no-hopper] conformance [sm_80 | sm_90a] | constants FILE | layers | blocks\n");
   return 2;
 }
