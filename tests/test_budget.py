@@ -31,7 +31,8 @@ def model(dense):
 
 
 def finetuned(model, dense, **settings):
-    settings = {"budget": BUDGET, "seconds": 3.0, **settings}
+    short = sadmoe.RouterConfig(steps=20, width=4, target_power=0.5)
+    settings = {"budget": BUDGET, "seconds": 3.0, "router": short, **settings}
     return sadmoe.finetune_for_budget_(model, text_batches(), dense=dense, progress=False, **settings)
 
 
@@ -45,7 +46,7 @@ def test_the_budget_is_met_and_the_model_is_nearer_to_the_dense_one_than_by_cali
     plain = copy.deepcopy(model)
     sadmoe.fit_routers_(plain, text_batches(), sadmoe.RouterConfig(width=4, steps=300))
     sadmoe.calibrate_(plain, text_batches(), budget=BUDGET)
-    report = finetuned(model, dense)
+    report = finetuned(model, dense, router=budget.ROUTERS)
     found = cost(model, text_batches())
     assert report.calibration.budget == found.executed / found.dense <= BUDGET
     assert list(report.routers) == [fit.name for fit in report.layers] == list(moe_layers(model))

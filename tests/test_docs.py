@@ -31,7 +31,9 @@ def test_every_block_runs(page, tmp_path):
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, str(ROOT / "tests/run_blocks.py"), "--bash", str(page)]
-    run = subprocess.run(command, cwd=tmp_path, env=os.environ | places, capture_output=True, text=True)
+    run = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | places, capture_output=True, text=True, timeout=900
+    )
     assert run.returncode == 0, run.stdout + run.stderr
 
 

@@ -427,8 +427,27 @@ def test_devices_without_a_kernel_widen_the_weights(gated):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sadmoe::{name}", "CompositeExplicitAutograd")
     if gated:
         experts[6] = None
-        with pytest.raises(ValueError, match="w_gate and scale_gate need each other"):
+        with pytest.raises(RuntimeError, match="w_gate and scale_gate need each other"):
             fallback.sparse_experts_widened(x, mask, *experts)
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong"),
+    [
+        (2, lambda w_up: w_up.to(torch.uint8)),
+        (4, lambda scale_up: scale_up[:, :1]),
+        (11, lambda scale_out: scale_out[:1]),
+    ],
+    ids=["weights", "scales", "scales of columns"],
+)
+def test_devices_without_a_kernel_refuse_what_kernels_refuse(place, wrong):
+    problem = int8_problem(T=9, d=12, E=3, s=4, gated=True)
+    problem[place] = wrong(problem[place])
+    with pytest.raises(RuntimeError):
+        ops.sparse_experts_int8(*problem)
+    told = r"weights must be int8 \[E, s, n\] with scales \[E, s\] and \[n\], got"
+    with pytest.raises(RuntimeError, match=told):
+        fallback.sparse_experts_widened(*problem)
 
 
 def test_there_is_nothing_to_calibrate(model, tmp_path):

@@ -122,9 +122,9 @@ inline Tensor empty_beside(const Tensor& x, const std::vector<int64_t>& sizes, s
     if (type == aoti_torch_device_type_cpu()) throw std::bad_alloc();  // as scratch does: MemoryError
     std::ostringstream shape;
     for (const int64_t n : sizes) shape << (shape.tellp() ? ", " : "") << n;
-    throw std::runtime_error(
-        "sadmoe: CUDA out of memory, or an earlier kernel failed (CUDA_LAUNCH_BLOCKING=1 tells): a tensor [" + shape.str() +
-        "] could not be allocated");
+    // "CUDA out of memory.", with the stop, is what finders of batch sizes look for.
+    throw std::runtime_error("sadmoe: CUDA out of memory. A tensor [" + shape.str() +
+                             "] could not be allocated, or an earlier kernel failed (CUDA_LAUNCH_BLOCKING=1 tells)");
   }
   return Tensor(made);
 }

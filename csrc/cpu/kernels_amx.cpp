@@ -1,5 +1,5 @@
-// AMX-BF16 and AMX-INT8, over AVX512-BF16: Intel since Sapphire Rapids. Only bf16 in experts that are not too small, and int8 in
-// experts with many rows, differ from that.
+// AMX-BF16 and AMX-INT8, over AVX512-BF16: Intel since Sapphire Rapids. Only the router in bf16, bf16 in
+// experts that are not too small, and int8 in experts with many rows, differ from that.
 #include "cpu/int_tiles_amx.h"
 #include "cpu/tiles_amx.h"
 

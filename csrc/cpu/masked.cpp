@@ -3,7 +3,6 @@
 #include "cpu/isa.h"
 #include "cpu/moe.h"
 #include "cpu/scratch.h"
-#include "plan.h"
 
 namespace sadmoe::cpu {
 namespace {
@@ -24,37 +23,26 @@ void activate(const MaskedActivation& p, int64_t t, int64_t j, int64_t n, float*
   k.narrow[int(p.dtype)](up, from, n);
 }
 
-// Which experts one token chose.
-class Chosen {
- public:
-  Chosen(const Choice& choice, int64_t t, int64_t E)
-      : mask_(choice.mask ? reinterpret_cast<const uint8_t*>(choice.mask) + t * E : nullptr),
-        scores_(choice.mask ? nullptr : choice.scores + t * E) {
-    if (mask_) return;
-    float best = 0;
-    for (int64_t e = 0; e < E; ++e) best = larger(scores_[e], best);
-    threshold_ = threshold_of(best, choice.tau);
-  }
-  bool operator[](int64_t e) const { return mask_ ? mask_[e] != 0 : reaches(scores_[e], threshold_); }  // any byte but 0 is true
-
- private:
-  const uint8_t* mask_;
-  const float* scores_;
-  float threshold_ = 0;
-};
+// Which experts one token chose: by the mask, any byte of which but 0 is true, or by the rule, into scratch [E].
+const uint8_t* chosen(const MaskedActivation& p, int64_t t, bool* scratch) {
+  const bool* mask = p.choice.mask ? p.choice.mask + t * p.E : scratch;
+  if (mask == scratch) kernels().select({p.E, p.choice.scores + t * p.E, p.choice.tau, scratch});
+  return reinterpret_cast<const uint8_t*>(mask);
+}
 
 }  // namespace
 
 void masked_activation(const MaskedActivation& p, const Threads& threads) {
   const int64_t neurons = p.E * p.s, bytes = size_of(p.dtype);
   threads.parallel_for(p.T, kGrain / neurons + 1, [&](int64_t t0, int64_t t1) {
-    const bool halves = p.dtype != DType::f32;
-    const Floats up(halves ? neurons : 0), gate(halves && p.gate ? neurons : 0);
+    const bool widened = p.dtype != DType::f32;
+    const Floats up(widened ? neurons : 0), gate(widened && p.gate ? neurons : 0);
+    const Buffer<bool> by_scores(p.choice.mask ? 0 : p.E);
     for (int64_t t = t0; t < t1; ++t) {
-      const Chosen chosen(p.choice, t, p.E);
+      const uint8_t* runs = chosen(p, t, by_scores.get());
       for (int64_t e = 0, end = 0; e < p.E; e = end) {  // experts side by side, all chosen or none
-        const bool run = chosen[e];
-        while (end < p.E && chosen[end] == run) ++end;
+        const bool run = runs[e] != 0;
+        while (end < p.E && (runs[end] != 0) == run) ++end;
         if (run)
           activate(p, t, e * p.s, (end - e) * p.s, up.get(), gate.get());
         else

@@ -17,10 +17,10 @@ namespace {
 constexpr int64_t kBlock = 512, kSmallestBlock = 64, kLargestBlock = 2048;
 // Floats of activations that a thread's block may need where every expert runs; one that has grown, as many as dense has.
 constexpr int64_t kHidden = 1 << 22;
-constexpr int64_t kFewRows = 32;    // of an expert, on average: below it the time is spent fetching weights
-constexpr int64_t kRows = 64;       // of an expert, on average, for which blocks grow where weights come from memory:
-constexpr int64_t kNear = 1 << 25;  // bytes of weights that a last-level cache may hold from one block to the next
-constexpr int64_t kSums = 1 << 16;  // sums of y that near caches hold, beside weights that are used once
+constexpr int64_t kFewRows = 32;     // of an expert, on average: below it the time is spent fetching weights
+constexpr int64_t kWantedRows = 64;  // of an expert, on average, for which blocks grow where weights come from memory:
+constexpr int64_t kNear = 1 << 25;   // bytes of weights that a last-level cache may hold from one block to the next
+constexpr int64_t kSums = 1 << 16;   // sums of y that near caches hold, beside weights that are used once
 // Up to this many tokens a thread, threads share every token and split the weights: more where each has kBroad columns of y.
 constexpr int64_t kShared = 32, kSharedIfBroad = 128, kBroad = 128;
 // Experts of a token that are summed in one chain: in one of hundreds, rounding errs more than in torch's product.
@@ -39,7 +39,7 @@ int64_t grown_block(const Experts& p, const bool* mask) {
   const int64_t least = block_tokens(p), all = p.shape.T * p.shape.E;
   const auto* bytes = reinterpret_cast<const uint8_t*>(mask);  // see BlockPlan
   const int64_t pairs = all - std::count(bytes, bytes + all, uint8_t{0});
-  return std::clamp(kRows * all / std::max<int64_t>(pairs, 1), least, kLargestBlock);
+  return std::clamp(kWantedRows * all / std::max<int64_t>(pairs, 1), least, kLargestBlock);
 }
 
 // Rows of activations in 16 bits, for weights in int8.

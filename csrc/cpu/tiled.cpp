@@ -10,9 +10,9 @@ namespace {
 constexpr int64_t kStripEntries = 8192;  // floats of y in the first-level cache
 constexpr int64_t kSmallestExpert = 16;  // neurons: 8 leave most of a tile empty, and gained nothing
 
-constexpr int64_t kRows = 16;  // of a tile
+constexpr int64_t kTileRows = 16;  // of a tile
 
-int64_t whole_tiles(int64_t n) { return (n + kRows - 1) / kRows * kRows; }
+int64_t whole_tiles(int64_t n) { return (n + kTileRows - 1) / kTileRows * kTileRows; }
 
 // Whether so many matrices of m rows stay as they lie, and the n rows that they are multiplied with are turned: the fewer tiles.
 bool better_turned(int64_t n, int64_t m, int64_t matrices = 1) { return whole_tiles(n) < matrices * whole_tiles(m); }
@@ -76,7 +76,7 @@ class TiledBlock {
 
  private:
   // All tokens fit into a tile, and are turned at once, for every expert.
-  bool few() const { return T_ <= kRows; }
+  bool few() const { return T_ <= kTileRows; }
 
   void up_expert(int64_t a, bf16* x, bf16* w, float* h, float* gate, int64_t ld) {
     const int64_t e = plan_.active[a], n = plan_.count(e);

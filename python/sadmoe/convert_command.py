@@ -35,8 +35,8 @@ def add_convert(commands: Any) -> None:
         "convert",
         help="convert a transformers model of a local folder",
         description="Converts every FFN of a model and saves the result, which transformers loads after "
-        "`import sadmoe`. Without --sparsify and --finetune nothing is fine-tuned: a model with GELU or SiLU then "
-        "loses quality below a budget of about 0.9.",
+        "`import sadmoe`. Without --sparsify and --finetune nothing is fine-tuned: a model with GELU then "
+        "loses quality below a budget of about 0.9, one with SiLU at any.",
     )
     add_model(command, dense=True)
     add_data(command)

@@ -113,7 +113,17 @@ def masked_activation_(up: Tensor, gate: Tensor | None, choice: Tensor, tau: flo
 
 
 def dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype, scale_out: Tensor | None = None) -> Tensor:
-    """Experts' weights [E, s, n] in int8 by the scale of every neuron, [E, s], and of every column, [n], as floats."""
+    """Experts' weights [E, s, n] in int8 by the scale of every neuron, [E, s], and of every column, [n], as floats.
+    Raises RuntimeError, as kernels do, where they are not int8, or scales of other shapes."""
+    wanted = weight.shape[:2], weight.shape[2:]
+    if (
+        weight.dtype != torch.int8
+        or (scale.shape, (wanted[1] if scale_out is None else scale_out.shape)) != wanted
+    ):
+        raise RuntimeError(
+            f"weights must be int8 [E, s, n] with scales [E, s] and [n], got {weight.dtype} {list(weight.shape)}, "
+            f"{list(scale.shape)} and {None if scale_out is None else list(scale_out.shape)}"
+        )
     rows = weight.float() * scale.float().unsqueeze(-1)
     return (rows if scale_out is None else rows * scale_out.float()).to(dtype)
 
@@ -133,7 +143,7 @@ def dequantized_experts(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """w_up, w_down, b_up, w_gate, b_gate, b_out as floats, from what `sparse_experts_int8` takes."""
     if (w_gate is None) != (scale_gate is None):
-        raise ValueError("w_gate and scale_gate need each other")
+        raise RuntimeError("w_gate and scale_gate need each other")
     up, down = dequantized(w_up, scale_up, dtype), dequantized(w_down, scale_down, dtype, scale_out)
     gate = None if w_gate is None or scale_gate is None else dequantized(w_gate, scale_gate, dtype)
     return up, down, b_up, gate, b_gate, b_out

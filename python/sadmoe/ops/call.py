@@ -1,6 +1,6 @@
 """How a Python function calls its op: past rules that the call does not need, or by plain torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -30,9 +30,8 @@ def run(op: torch._ops.OpOverload, *args: Any) -> Tensor:
         return op(*args)
 
 
-def _in_plain_torch(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> Tensor:
-    """The op by `reference`, its arguments checked and cast as the op does."""
-    name, device = op._schema.name.removeprefix("sadmoe::"), args[0].device.type
+def check_values(name: str, args: Iterable[Any]) -> None:
+    """Raises RuntimeError, as kernels do, where tau is out of range, or act unknown."""
     for value in args:
         if isinstance(value, str) and value not in reference.ACTIVATIONS:
             raise RuntimeError(
@@ -42,6 +41,22 @@ def _in_plain_torch(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> Tensor:
             raise RuntimeError(
                 f"{name}: tau must be in [0, 1] (0: every expert, 1: the top expert), got {value}"
             )
+
+
+def check_devices(*arguments: Any) -> None:
+    """Raises RuntimeError where they are on several. Beside one meta tensor, torch asks for no more than shapes, and
+    would return what no kernel has written; beside one on a device without a kernel, for what plain torch does."""
+    devices = {str(value.device) for value in arguments if isinstance(value, Tensor)}
+    if len(devices) > 1:
+        raise RuntimeError(
+            f"all tensors of an op of sadmoe must be on one device, got {' and '.join(sorted(devices))}"
+        )
+
+
+def _in_plain_torch(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> Tensor:
+    """The op by `reference`, tau and act checked, and tensors cast, as the op does."""
+    name, device = op._schema.name.removeprefix("sadmoe::"), args[0].device.type
+    check_values(name, args)
     if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
         return BY_TORCH[name](*args)
     with torch.autocast(device, enabled=False):

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, library
 
 from sadmoe import reference
-from sadmoe.ops.call import BY_TORCH
+from sadmoe.ops.call import BY_TORCH, check_devices, check_values
 from sadmoe.ops.functions import dynamic_k_select, router_scores, sparse_experts
 
 IN_TORCH = "runs in plain torch, every expert computed: right, not fast"
@@ -16,11 +16,15 @@ WIDENED = "widens the weights at every call: right, not fast"
 
 
 def with_one_warning(name: str, function: Callable[..., Tensor], how: str) -> Callable[..., Tensor]:
-    """The function, which says at its first call on a device how it does without a kernel."""
+    """The function, which checks what kernels check of its values, and says at its first call on a device how it does
+    without one."""
     warned: set[str] = set()
 
     @wraps(function)
     def fallback(*args: Any, **kwargs: Any) -> Tensor:
+        values = (*args, *kwargs.values())
+        check_devices(*values)
+        check_values(name, values)
         device = args[0].device.type
         if device not in warned:
             warned.add(device)

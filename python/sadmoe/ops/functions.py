@@ -70,7 +70,7 @@ def dynamic_k_moe(
     tau: float = 0.0,
     act: str = "relu",
 ) -> Tensor:
-    """`sparse_experts(x, dynamic_k_select(router_scores(x, v1, v2), tau), ...)` in one pass over the tokens.
+    """`sparse_experts(x, dynamic_k_select(router_scores(x, v1, v2), tau), ...)` in one call.
 
     Gradients reach x and the experts with the mask held constant; v1 and v2 get none (train them on `router_scores`).
     """

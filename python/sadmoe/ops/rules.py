@@ -9,24 +9,16 @@ from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
 from sadmoe import gradients
+from sadmoe.ops.call import check_devices
 from sadmoe.ops.compiled import OPS
 from sadmoe.ops.functions import dynamic_k_select, router_scores
 
 # Shapes, for meta tensors, torch.compile and torch.export.
 
 
-def _check_devices(*arguments: Any) -> None:
-    """Beside one meta tensor, torch asks for no more than shapes, and would return what no kernel has written."""
-    devices = {str(value.device) for value in arguments if isinstance(value, Tensor)}
-    if len(devices) > 1:
-        raise RuntimeError(
-            f"all tensors of an op of sadmoe must be on one device, got {' and '.join(sorted(devices))}"
-        )
-
-
 @library.register_fake("sadmoe::router_scores")
 def _router_scores_shape(x: Tensor, v1: Tensor, v2: Tensor) -> Tensor:
-    _check_devices(x, v1, v2)
+    check_devices(x, v1, v2)
     return x.new_empty((x.shape[0], v2.shape[0]), dtype=torch.float32)
 
 
@@ -38,7 +30,7 @@ def _dynamic_k_select_shape(scores: Tensor, tau: float) -> Tensor:
 @library.register_fake("sadmoe::sparse_experts")
 @library.register_fake("sadmoe::sparse_experts_int8")
 def _sparse_experts_shape(x: Tensor, mask: Tensor, w_up: Tensor, w_down: Tensor, *rest: Any) -> Tensor:
-    _check_devices(x, mask, w_up, w_down, *rest)
+    check_devices(x, mask, w_up, w_down, *rest)
     return x.new_empty((x.shape[0], w_down.shape[2]))
 
 
@@ -47,7 +39,7 @@ def _sparse_experts_shape(x: Tensor, mask: Tensor, w_up: Tensor, w_down: Tensor,
 def _dynamic_k_moe_shape(
     x: Tensor, v1: Tensor, v2: Tensor, w_up: Tensor, w_down: Tensor, *rest: Any
 ) -> Tensor:
-    _check_devices(x, v1, v2, w_up, w_down, *rest)
+    check_devices(x, v1, v2, w_up, w_down, *rest)
     return x.new_empty((x.shape[0], w_down.shape[2]))
 
 
