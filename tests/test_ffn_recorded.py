@@ -187,6 +187,20 @@ def test_rows_that_are_not_finite_are_left_out():
     assert found(Attends(), lambda block, x: block(x, bias)) == ["block.inter"]
 
 
+def test_a_block_that_divides_by_what_the_ffn_gives_is_not_proved_by_that():
+    class Divides(Halves):
+        def forward(self, x):
+            h = self.out(self.inter(x) ** 2)
+            return torch.cat([x, h / h.abs().amax(-1, keepdim=True)])
+
+    block = Divides()
+    block.out[0].bias = None  # without the FFN it is 0 / 0
+    with pytest.raises(
+        NotImplementedError, match=r"does not compute down\(act\(up\(x\)\)\)|nothing that it returned"
+    ):
+        found(block, lambda block, x: block(x))
+
+
 def test_a_block_may_write_to_what_the_ffn_gives():
     class Adds(nn.Module):
         def __init__(self):

@@ -161,10 +161,10 @@ def _best(sites: list[FFNSite], denses: list[DenseFFN], scene: _Scene, x: Tensor
             made, wanted = ("nothing" if one is None else list(one.shape) for one in (ours, theirs))
             raise Unsupported(f"its output is {wanted} where that of the FFN would make {made}")
     share = _distance(y, without)
-    errors = [_distance(y, o) for o in outputs]
-    if share == 0 and scene.parts.at and denses[0].w_down.any():
-        raise _Unseen(f"nothing that it returned depends on its {scene.parts.down}")
+    errors = [_distance(y, o) if _finite_alike(y, o) else math.inf for o in outputs]
     best = min(range(len(sites)), key=errors.__getitem__)
+    if share == errors[best] == 0 and scene.parts.at and denses[0].w_down.any():
+        raise _Unseen(f"nothing that it returned depends on its {scene.parts.down}")
     if not errors[best] <= TOLERANCE * share:  # a NaN fails too
         tried = ", ".join(site.act for site in sites)
         raise Unsupported(
@@ -182,15 +182,18 @@ def _best(sites: list[FFNSite], denses: list[DenseFFN], scene: _Scene, x: Tensor
 
 
 def _distance(a: list[Tensor], b: list[Tensor]) -> float:
-    """The largest |a - b| of numbers that are finite; inf where only one is."""
+    """The largest |a - b| where both are finite."""
 
     def of(x: Tensor, y: Tensor) -> float:
-        finite = x.isfinite()
-        if not torch.equal(finite, y.isfinite()):
-            return math.inf
-        return (x - y)[finite].abs().amax().item() if finite.any() else 0.0
+        apart = (x - y).abs()
+        finite = apart.isfinite()
+        return apart[finite].amax().item() if finite.any() else 0.0
 
     return max(map(of, a, b))
+
+
+def _finite_alike(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x.isfinite(), y.isfinite()) for x, y in zip(a, b, strict=True))
 
 
 def _dropouts(parts: Parts, block: nn.Module, events: list[_Event]) -> tuple[tuple[str, ...], float]:
