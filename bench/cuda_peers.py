@@ -16,8 +16,8 @@ sadmoe.crossover if it may choose (set_batch_invariant(False)), the op or produc
 peer: the faster of grouped_mm and Triton over that way. A peer that fails is n/a, and why stands below. The file has
 the spread as well: from the first tenth to the last, over the median. cuda_goals.py says which aims it reaches.
 
---no-hopper: without the kernels of sm_90a, where they fail. A cell in which the device fails ends the run, with status
-3 and its rows written; --go-on begins after it.
+--no-hopper: without the kernels of sm_90a, where they fail. A cell that fails has a row without times, and the exit
+status is 1; one in which the device fails ends the run, with status 3 and its rows written: --go-on begins after it.
 """
 
 import argparse
@@ -236,20 +236,23 @@ def cells(args: argparse.Namespace) -> Iterator[tuple[dict, int, Tensor | None]]
 def measured_cell(
     cell: dict, T: int, mask: Tensor | None, card: Card, reasons: set[str]
 ) -> tuple[dict | None, bool]:
-    """Its row, None where it failed, or nothing runs under its mask; and whether the device is still there."""
+    """Its row, without times where it failed, None where nothing runs under its mask; and whether the device is still
+    there."""
     shape = cell["layer"]
+    cell = cell | {"layer": shape.name}
     try:
         p = problem(shape, T, cell["asked"], mask)
-        return (cell | {"layer": shape.name} | measured(p, card, reasons) if p.mask.any() else None), True
+        return (cell | measured(p, card, reasons) if p.mask.any() else None), True
     except Exception as failure:
         told = f"{shape.name}, s {shape.s}, {T} tokens, {cell['masks']}, {cell['asked']:.0%}"
-        reasons.add(f"{told}: {type(failure).__name__}: {str(failure).splitlines()[0][:160]}")
+        reasons.add(f"FAILED {told}: {type(failure).__name__}: {str(failure)[:160]!r}")
+        row = cell | {"T": T, "share": cell["asked"], "union": 1.0, "seconds": {}, "spread": {}}
     try:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
     except Exception:
-        return None, False
-    return None, True
+        return row, False
+    return row, True
 
 
 def card_of(path: Path | None) -> Card:
@@ -297,8 +300,8 @@ def main() -> None:
             part.write_text(json.dumps({**told, "rows": rows}, indent=1))
             part.replace(args.json)
     print("\nTimes in us, medians.", *sorted(reasons), sep="\n")
-    if not alive:
-        sys.exit(3)
+    failed = any(reason.startswith("FAILED") for reason in reasons)
+    sys.exit(3 if not alive else int(failed))
 
 
 if __name__ == "__main__":

@@ -122,6 +122,22 @@ def test_an_ffn_that_only_some_calls_run_is_proved_by_one_that_does():
     ]
 
 
+def test_an_ffn_in_two_modules_that_the_model_never_runs_is_left_out(caplog):
+    class OneWay(Halves):
+        def forward(self, x):
+            return x + self.t_out(self.t_inter(x))
+
+    assert found(OneWay(t_=0, q_=0), lambda block, x: block(x)) == ["block.t_inter"]
+    assert "block (OneWay): run on a probe [1, 8, 24], its q_inter.0 does not run" in caplog.text
+
+
+def test_weights_that_are_not_finite_prove_nothing():
+    model = nn.Sequential(nn.Sequential(nn.Linear(24, 60), nn.ReLU(), nn.Linear(60, 24)))
+    nn.init.constant_(model[0][0].weight, torch.nan)
+    with pytest.raises(NotImplementedError, match="nothing that it returns is finite"):
+        find_ffns(model)
+
+
 def test_an_ffn_that_no_call_runs_is_told_of_beside_one_that_is_found(caplog):
     class OneWay(nn.Module):
         def __init__(self):

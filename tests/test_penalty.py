@@ -1,5 +1,7 @@
 """The penalty of sparsity enforcement, as a loss term, and the measure of it."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -299,3 +301,12 @@ def test_the_measure_names_ffns_that_never_run():
     model = Half()
     with pytest.raises(ValueError, match=r"never reach blocks.1.inner"):
         measure_sparsity(model, data(1), find_ffns(model))
+
+
+def test_a_model_inside_it_is_copied():
+    model = two_ffns()
+    with SparsityLoss(model) as sparsity:
+        model(data()[0])
+        again = copy.deepcopy(model)
+        assert sparsity() > 0
+    assert torch.equal(again(data()[0]), model(data()[0]))

@@ -40,6 +40,10 @@ class PassesLoss(ABC):
         if entered:
             entered.__exit__(None, None, None)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies of a model whose hooks lead here: not entered, nothing seen."""
+        return {**self.__dict__, "_entered": None, "_seen": defaultdict(list)}
+
     def forget(self) -> None:
         """Drops what passes since the last call left, as after an evaluation."""
         self._seen.clear()

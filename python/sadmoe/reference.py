@@ -118,6 +118,7 @@ def dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype, scale_out: Te
     wanted = weight.shape[:2], weight.shape[2:]
     if (
         weight.dtype != torch.int8
+        or weight.dim() != 3
         or (scale.shape, (wanted[1] if scale_out is None else scale_out.shape)) != wanted
     ):
         raise RuntimeError(

@@ -28,11 +28,22 @@ class Unsupported(Exception):
 
 
 class NotRun(Unsupported):
-    """No call that was tried could tell: it takes more than hidden states, or other shapes of them."""
+    """No call that was tried could tell: it takes more than hidden states, or other shapes of them.
+
+    idle: whether the block ran in the last of them, without the FFN.
+    """
+
+    def __init__(self, why: str, idle: bool):
+        super().__init__(why)
+        self.idle = idle
 
 
 class _Unseen(Exception):
     """A call ran, and says nothing of the FFN."""
+
+
+class _Idle(_Unseen):
+    """For the FFN did not run in it."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +126,7 @@ def verify(
     sites = [site_of_parts(block, name, parts, adapter, act) for act in acts]
     if any(p.is_meta for p in block.parameters()):
         raise Unsupported("its weights are on the meta device, so it cannot be run; load them first")
-    error: Exception | None = None
+    errors: list[Exception] = []
     for dtype in (torch.float64, torch.float32):  # float32 for devices and modules that insist on it
         cast = sites[0].dense().to(dtype)
         denses = [replace(cast, act=act) for act in acts]
@@ -127,14 +138,16 @@ def verify(
             except Unsupported:
                 raise
             except Exception as raised:  # whatever a foreign forward raises becomes the reason
-                error = error or raised
+                errors.append(raised)
+    error, idle = errors[0], isinstance(errors[-1], _Idle)
     first_line = str(error).strip().split("\n")[0]
     if isinstance(error, _Unseen):
-        raise NotRun(f"run on a probe [1, {PROBE_ROWS}, {denses[0].d}], {first_line}")
+        raise NotRun(f"run on a probe [1, {PROBE_ROWS}, {denses[0].d}], {first_line}", idle)
     between = _of_neurons(block, denses[0].f)
     raise NotRun(
         (f"{between} works on its {denses[0].f} neurons, which only an activation may; " if between else "")
-        + f"run on a probe [1, {PROBE_ROWS}, {denses[0].d}] it raised {type(error).__name__}: {first_line}"
+        + f"run on a probe [1, {PROBE_ROWS}, {denses[0].d}] it raised {type(error).__name__}: {first_line}",
+        idle,
     )
 
 
@@ -151,7 +164,7 @@ def _best(sites: list[FFNSite], denses: list[DenseFFN], scene: _Scene, x: Tensor
     events: list[_Event] = []
     y = _run(scene, x, events)
     if scene.parts.up not in [e.path for e in events]:
-        raise _Unseen(f"its {scene.parts.up} does not run")
+        raise _Idle(f"its {scene.parts.up} does not run")
     outputs = [_run_with(scene, dense, x) for dense in denses]
     bias = denses[0].b_out  # what no weight has a part in
     nothing = x.new_zeros(denses[0].d_out) if bias is None else bias
@@ -160,12 +173,14 @@ def _best(sites: list[FFNSite], denses: list[DenseFFN], scene: _Scene, x: Tensor
         if ours is None or theirs is None or ours.shape != theirs.shape:
             made, wanted = ("nothing" if one is None else list(one.shape) for one in (ours, theirs))
             raise Unsupported(f"its output is {wanted} where that of the FFN would make {made}")
+    if not any(one.isfinite().any() for one in y):
+        raise Unsupported("nothing that it returns is finite")
     share = _distance(y, without)
     errors = [_distance(y, o) if _finite_alike(y, o) else math.inf for o in outputs]
     best = min(range(len(sites)), key=errors.__getitem__)
     if share == errors[best] == 0 and scene.parts.at and denses[0].w_down.any():
         raise _Unseen(f"nothing that it returned depends on its {scene.parts.down}")
-    if not errors[best] <= TOLERANCE * share:  # a NaN fails too
+    if not errors[best] <= TOLERANCE * share:
         tried = ", ".join(site.act for site in sites)
         raise Unsupported(
             "it does not compute down(act(up(x))) or its gated form: off by "

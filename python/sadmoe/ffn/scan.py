@@ -56,12 +56,22 @@ def find_ffns(
 
     filter: takes the name of a site (the module path where the MoE layer would go), False leaves it alone.
     batches: what the model is called with. A block around an FFN that a probe cannot run, as it takes more than hidden
-    states, is run as the model runs it on the first of them that reaches it, of eight; without, it is not found.
+    states, is run as the model runs it on the first of them that reaches it, of eight. Where that cannot be, an FFN in
+    two modules is proved by these alone, and a warning says so; another is not found.
     The model is left as it was. Modules that look like an FFN and cannot be converted are logged as a
     warning. Raises FFNNotFoundError (a ValueError) where nothing looks like an FFN, NotImplementedError where
     all that does cannot be converted; both list what was seen.
     """
-    sites, skipped = scan_ffns(model, filter, batches=batches)
+    found = _all_of(model, filter, batches)
+    sites, skipped = found.sites, found.skipped
+    if found.by_halves:
+        logger.warning(
+            "%d FFNs are proved by their two modules alone, as no call of the block around could be made%s; compare "
+            "the converted model at tau = 0 with the dense one: %s",
+            len(found.by_halves),
+            " (give find_ffns batches)" if batches is None else " again",
+            ", ".join(shortened(found.by_halves, 4)),
+        )
     if sites:
         if filter is None:
             skipped = skipped + _overlooked(model, sites, skipped)
@@ -79,12 +89,17 @@ def scan_ffns(
     model: nn.Module, filter: Callable[[str], bool] | None = None, *, batches: Batches | None = None
 ) -> tuple[list[FFNSite], list[Skipped]]:
     """`find_ffns` without errors and warnings: the sites, and what only looks like one, with the reason."""
+    found = _all_of(model, filter, batches)
+    return found.sites, found.skipped
+
+
+def _all_of(model: nn.Module, filter: Callable[[str], bool] | None, batches: Batches | None) -> "_Found":
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_filter(filter)
     found = _scan(model, filter, {})
     if not found.unsure or batches is None:
-        return found.sites, found.skipped
+        return found
     calls: dict[str, Call] = {}
     left = found.unsure
     for batch in islice(batches, TRIED_BATCHES):  # one may reach what another does not
@@ -92,15 +107,7 @@ def scan_ffns(
         left = [name for name in left if name not in calls]
         if not left:
             break
-    found = _scan(model, filter, calls)
-    if found.by_halves:
-        logger.warning(
-            "%d FFNs are proved by their two modules alone, for the call of the block around them could not be made "
-            "again; compare the converted model at tau = 0 with the dense one: %s",
-            len(found.by_halves),
-            ", ".join(shortened(found.by_halves, 4)),
-        )
-    return found.sites, found.skipped
+    return _scan(model, filter, calls)
 
 
 @dataclass
@@ -209,8 +216,8 @@ def _proved(
     prove = partial(verify, module, name, proposal.parts, adapter, proposal.acts)
     try:
         return prove((*proposal.calls, *again)), True
-    except NotRun:
-        if not proposal.halves:
+    except NotRun as reason:
+        if not proposal.halves or (again and reason.idle):  # nor does the model run it
             raise
     return prove(proposal.halves), False
 
