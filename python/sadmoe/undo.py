@@ -1,5 +1,6 @@
 """Changing the modules of a model so that a failure leaves nothing behind."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,11 +19,12 @@ def surgery(model: nn.Module) -> Iterator[None]:
     buffers, hooks, flags and other attributes again: the same objects. Tensors are not copied, so the block
     must not write to them. It is out of torch.inference_mode, whose tensors can never be trained.
     """
+    tables = {key for key, value in nn.Module().__dict__.items() if isinstance(value, dict)}
     saved = [
         (
             module,
             dict(module.__dict__),
-            {k: dict(v) for k, v in module.__dict__.items() if isinstance(v, dict)},
+            {k: dict(v) for k, v in module.__dict__.items() if k in tables or type(v) in (dict, OrderedDict)},
         )
         for module in model.modules()
     ]
@@ -31,13 +33,14 @@ def surgery(model: nn.Module) -> Iterator[None]:
             yield
         _tell(model)
     except BaseException:
-        for module, attributes, tables in saved:
+        for module, attributes, mappings in saved:
             module.__dict__.clear()
             module.__dict__.update(attributes)
-            # In place: the handle of a hook knows its table, not its module.
-            for key, table in tables.items():
+            # In place: the handle of a hook knows its table, not its module. No mappings of other types, such as an
+            # output that a model keeps: they may refuse it, and hold nothing of torch's.
+            for key, former in mappings.items():
                 attributes[key].clear()
-                attributes[key].update(table)
+                attributes[key].update(former)
         _tell(model)
         raise
 
