@@ -3,14 +3,15 @@
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 
 def check_folder(folder: Path, force: bool, reads: Sequence[Path] = ()) -> None:
-    """Raises an error unless `folder` may be written: absent or empty, or with `force` what sadmoe wrote, and nothing
-    of what the command `reads` is in it. Changes nothing."""
+    """Raises an error unless `folder` can be written: absent or empty, or with `force` what sadmoe wrote, and nothing
+    of what the command `reads` is in it. Leaves all as it is."""
     if inside := [path for path in reads if path.resolve().is_relative_to(folder.resolve())]:
         where = "is" if inside[0].resolve() == folder.resolve() else f"would hold {inside[0]}, which is"
         raise ValueError(
@@ -22,15 +23,19 @@ def check_folder(folder: Path, force: bool, reads: Sequence[Path] = ()) -> None:
     if not above.is_dir():
         raise NotADirectoryError(f"{folder} cannot be written: {above} is a file")
     if not folder.exists() or not any(folder.iterdir()):
+        _check_writable(above, folder)
         return
     if not force:
         raise FileExistsError(f"{folder} is not empty: choose another folder, or replace it with --force")
     if not _is_ours(folder):
         raise FileExistsError(f"{folder} was not written by sadmoe, so --force does not replace it")
+    if folder.resolve().is_mount():
+        raise ValueError(f"{folder} is a mount, which --force cannot replace: write to a folder inside it")
+    _check_writable(folder.resolve().parent, folder)
 
 
 def check_files(paths: Sequence[Path], force: bool) -> None:
-    """Raises an error unless each of them may be written: absent, or with `force` a file, in a folder that is there."""
+    """Raises an error unless each of them can be written: absent, or with `force` a file, in a folder that is there."""
     for path in paths:
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder, and a file is to be written: choose another name")
@@ -40,6 +45,18 @@ def check_files(paths: Sequence[Path], force: bool) -> None:
             raise FileNotFoundError(
                 f"{path} cannot be written, for there is no folder {path.parent}: make it first"
             )
+        if not path.exists():
+            _check_writable(path.parent, path)
+        elif not os.access(path, os.W_OK):
+            raise PermissionError(f"{path} cannot be written: Permission denied")
+
+
+def _check_writable(place: Path, wanted: Path) -> None:
+    """Raises PermissionError, or what else the system says, where nothing can be made in the folder `place`."""
+    try:
+        tempfile.TemporaryDirectory(dir=place).cleanup()
+    except OSError as error:
+        raise type(error)(f"{wanted} cannot be written: {error.strerror} in {place}") from error
 
 
 @contextmanager
