@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from sadmoe import cli, convert_command, moe_layers, texts
 from sadmoe.data import _lines_of_pairs, load_data
 from sadmoe.outputs import replaced
 from sadmoe.report import Series, plot_curves
+from sadmoe.routers import RouterConfig
 
 transformers = pytest.importorskip("transformers")
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "experts", "run", "few", "tokens", "choose", "them"]
@@ -30,6 +32,18 @@ def bert(path, **sizes):
     (path / "vocab.txt").write_text("\n".join(WORDS))
     transformers.BertTokenizer(vocab=str(path / "vocab.txt")).save_pretrained(path)
     return path
+
+
+@dataclass(frozen=True)
+class Quick(RouterConfig):
+    steps: int = 20
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_routers():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert_command, "RouterConfig", Quick)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +127,84 @@ def test_nothing_is_overwritten_without_force(folder, text, tmp_path, capsys):
     assert (out / "config.json").read_bytes() == before
     assert converted(folder, text, out, "--tau", "0.2", "--force") == 0
     assert (out / "config.json").read_bytes() != before
+
+
+def test_where_nothing_can_be_written_it_says_so_before_it_trains(
+    folder, text, tmp_path, capsys, monkeypatch
+):
+    def refused(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    out = tmp_path / "moe"
+    assert converted(folder, text, out, "--tau", "0.1") == 0
+    monkeypatch.setattr(convert_command, "load_bare_model", lambda *_: pytest.fail("it was loaded"))
+    with monkeypatch.context() as patch:
+        patch.setattr("sadmoe.outputs.tempfile.TemporaryDirectory", refused)
+        for wanted, place in ((tmp_path / "some/folder", tmp_path), (out, tmp_path)):
+            capsys.readouterr()
+            assert converted(folder, text, wanted, "--force") == 2
+            assert f"{wanted} cannot be written: Permission denied in {place}" in capsys.readouterr().err
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
+    assert converted(folder, text, out, "--force") == 2
+    assert "is a mount, which --force cannot replace: write to a folder inside it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [("--finetune", "0.2"), ("--sparsify", "0.2")])
+def test_16_bits_are_trained_in_float32(folder, text, tmp_path, capsys, monkeypatch, more):
+    half, out, dtypes = tmp_path / "half", tmp_path / "moe", []
+    model, tokenizer = texts.load_model(folder)
+    model.bfloat16().save_pretrained(half)
+    tokenizer.save_pretrained(half)
+    for name in ("finetune_for_budget_", "sparsify_", "convert_"):
+        step = getattr(convert_command, name)
+
+        def noted(model, *args, name=name, step=step, **settings):
+            dtypes.append((name, next(model.parameters()).dtype))
+            return step(model, *args, **settings)
+
+        monkeypatch.setattr(convert_command, name, noted)
+    assert converted(half, text, out, "--budget", "0.8", "--router-width", "4", *more) == 0
+    assert "is bfloat16: trained and saved in float32" in capsys.readouterr().out
+    steps = ["convert_", "finetune_for_budget_"] if "--finetune" in more else ["sparsify_", "convert_"]
+    assert dtypes == [(step, torch.float32) for step in steps]
+    saved = transformers.BertModel.from_pretrained(out, dtype=torch.bfloat16)
+    assert {p.dtype for p in saved.parameters()} == {torch.bfloat16}
+    assert converted(half, text, tmp_path / "untrained", "--tau", "0.2") == 0
+    untrained = texts.load_bare_model(tmp_path / "untrained")
+    assert {p.dtype for p in untrained.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("device", "told"),
+    [("gpu", "--device gpu: "), ("cuda", "sees no CUDA device here"), ("cpu:x", "--device cpu:x: ")],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_device_that_is_none_is_told_in_a_line(folder, capsys, device, told):
+    assert cli.main(["bench", "--model", str(folder), "--device", device]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert told in line
+
+
+def test_roberta_s_first_positions_are_no_token_s(text, tmp_path, capsys):
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.RobertaConfig(vocab_size=50, max_position_embeddings=20, pad_token_id=1, **shape)
+    transformers.RobertaModel(config).save_pretrained(tmp_path / "model")
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    transformers.BertTokenizer(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "model")
+    assert converted(tmp_path / "model", text, tmp_path / "out", "--max-length", "19") == 2
+    assert (
+        "--max-length must be at most 18, the positions of this RobertaModel, got 19"
+        in capsys.readouterr().err
+    )
+
+
+def test_a_tokenizer_of_another_model_is_refused(text, tmp_path, capsys):
+    folder = bert(tmp_path / "model")
+    (tmp_path / "vocab.txt").write_text("\n".join([*WORDS[:5], "more", *WORDS[5:]]))
+    transformers.BertTokenizer(vocab=str(tmp_path / "vocab.txt")).save_pretrained(folder)
+    assert converted(folder, text, tmp_path / "out") == 2
+    told = f"gives token {len(WORDS)}, and this BertModel knows {len(WORDS)} tokens, from 0"
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("config", [None, "{}", '{"model_type": "bert"}', "no json"])

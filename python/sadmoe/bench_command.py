@@ -87,14 +87,13 @@ def _bench(arguments: argparse.Namespace) -> None:
             raise ValueError(
                 f"--calibrate measures layers at shares of its own: leave out {', '.join(given)}"
             )
-    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {arguments.device}: torch {torch.__version__} sees no CUDA device here")
-    model = load_bare_model(arguments.model).to(arguments.device)
+    device = _device(arguments.device)
+    if arguments.json:
+        check_files((arguments.json,), arguments.force)
+    model = load_bare_model(arguments.model).to(device)
     model = model.to(getattr(torch, arguments.dtype)) if arguments.dtype else model
     if arguments.calibrate:
         return _calibrate(arguments, model)
-    if arguments.json:
-        check_files((arguments.json,), arguments.force)
     if arguments.cache:
         if not cache_file(arguments.cache).exists():
             raise FileNotFoundError(
@@ -112,6 +111,19 @@ def _bench(arguments: argparse.Namespace) -> None:
     if arguments.json:
         numbers = {"machine": machine(), "rows": [asdict(row) for row in rows]}
         arguments.json.write_text(json.dumps(numbers, indent=1))
+
+
+def _device(name: str) -> torch.device:
+    """Raises ValueError where there is none of that name."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: torch {torch.__version__} sees no CUDA device here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: there are {torch.cuda.device_count()}, numbered from 0")
+    return device
 
 
 def _calibrate(arguments: argparse.Namespace, model: Any) -> None:

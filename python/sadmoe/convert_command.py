@@ -20,6 +20,7 @@ from sadmoe.ffn import FFNNotFoundError
 from sadmoe.int8 import quantize_experts_
 from sadmoe.options import add_common, add_data, add_model, data_of, positive, positive_number
 from sadmoe.outputs import check_folder, replaced
+from sadmoe.paths import dtype_name
 from sadmoe.routers import RouterConfig
 from sadmoe.sparsify import SparsifyConfig, sparsify_
 from sadmoe.texts import load_bare_model
@@ -96,6 +97,12 @@ def _convert(arguments: argparse.Namespace) -> None:
     state = () if arguments.checkpoint is None else (arguments.checkpoint,)
     check_folder(arguments.out, arguments.force, reads=(arguments.model, arguments.data, *state))
     model = load_bare_model(arguments.model)
+    dtype = next(model.parameters()).dtype
+    if _trains(arguments) and dtype.itemsize == 2:
+        print(
+            f"the model is {dtype_name(dtype)}: trained and saved in float32; from_pretrained(dtype=...) rounds it"
+        )
+        model.float()
     data = data_of(arguments, model)
     _check_cuts(model, data, arguments)
     if arguments.checkpoint is not None:
@@ -107,6 +114,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         print(convert_(model, data.batches, config, checkpoint=_checkpoint(arguments, "convert")))
     else:
         _convert_finetuned(model, dense, data, arguments)
+        print(cost(model, data.batches))
     if arguments.int8:
         print(quantize_experts_(model))
     with replaced(arguments.out):
@@ -139,6 +147,11 @@ def _conversion(arguments: argparse.Namespace) -> ConvertConfig:
         projection_router=RouterConfig(width=PROJECTION_ROUTER) if arguments.projections else None,
         seed=arguments.seed,
     )
+
+
+def _trains(arguments: argparse.Namespace) -> bool:
+    """Whether weights are trained, which 16 bits are too few for."""
+    return bool(arguments.projections or arguments.sparsify is not None or arguments.finetune is not None)
 
 
 def _compares_with_dense(arguments: argparse.Namespace) -> bool:
@@ -201,7 +214,6 @@ def _convert_finetuned(
             checkpoint=_checkpoint(arguments, "finetune"),
         )
     )
-    print(cost(model, data.batches))
 
 
 def _check_same_data(arguments: argparse.Namespace) -> None:

@@ -70,18 +70,47 @@ def load_data(model: Any, folder: Path, path: Path, *, batch_size: int, max_leng
     if path.is_dir():
         raise ValueError(f"--data: a {name} takes text, and {path} is a folder: give a file of text")
     tokenizer = load_tokenizer(folder)
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < max_length:
+    positions = _positions(model)
+    if positions is not None and positions < max_length:
         raise ValueError(
             f"--max-length must be at most {positions}, the positions of this {name}, got {max_length}"
         )
     if pairs:
-        return _pairs(path, model, tokenizer, batch_size, max_length)
+        return _pairs(path, folder, model, tokenizer, batch_size, max_length)
     texts = paragraphs(path)
     (first,) = tokenized(tokenizer, texts[:1], max_length=min(max_length, SHOWN))
     ordered = sorted(texts, key=len)
     batches = tokenized(tokenizer, ordered, batch_size=batch_size, max_length=max_length)
+    _check_tokens(model, folder, batches)
     return Data(batches, tokenizer, "text", first)
+
+
+def _check_tokens(model: Any, folder: Path, batches: Sequence[Batch]) -> None:
+    """Raises ValueError where the model has no embedding of one."""
+    try:
+        known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:  # it has none, but hashes
+        return
+    largest = max(int(batch["input_ids"].max()) for batch in batches)
+    if known is not None and largest >= known:
+        raise ValueError(
+            f"the tokenizer of {folder} gives token {largest}, and this {type(model).__name__} knows {known} tokens, "
+            "from 0: put the tokenizer that belongs to the model there"
+        )
+
+
+def _positions(model: Any) -> int | None:
+    """How many tokens of a text the model has positions for, None where it does not say. RoBERTa's first are no
+    token's."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions <= 0:
+        return None
+    skipped = (
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    )
+    return positions - max(skipped, default=0)
 
 
 def _from_python(path: Path, folder: Path) -> Data:
@@ -101,7 +130,7 @@ def _from_python(path: Path, folder: Path) -> Data:
     return Data(batches, load_processor(folder), "python")
 
 
-def _pairs(path: Path, model: Any, tokenizer: Any, batch_size: int, max_length: int) -> Data:
+def _pairs(path: Path, folder: Path, model: Any, tokenizer: Any, batch_size: int, max_length: int) -> Data:
     start = getattr(model.config, "decoder_start_token_id", None)
     if start is None:
         raise ValueError(
@@ -122,7 +151,9 @@ def _pairs(path: Path, model: Any, tokenizer: Any, batch_size: int, max_length: 
 
     ordered = sorted(pairs, key=lambda pair: len(pair[0]))
     parts = (ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size))
-    return Data([batch(part, max_length) for part in parts], tokenizer, "pairs", batch(pairs[:1], SHOWN))
+    batches = [batch(part, max_length) for part in parts]
+    _check_tokens(model, folder, batches)
+    return Data(batches, tokenizer, "pairs", batch(pairs[:1], SHOWN))
 
 
 def _lines_of_pairs(path: Path, name: str) -> list[list[str]]:
