@@ -72,7 +72,7 @@ def test_a_budget_is_met_closely_by_the_smallest_tau(model, batches, budget):
         model, found.tau / 1.02
     ):  # a step of the search below it, the budget is passed or nearly used up
         below = cost(model, batches)
-    assert below.executed / below.dense > budget - calibrate.TOLERANCE - 0.01
+    assert below.executed / below.dense > budget - 0.012
 
 
 def test_a_budget_of_one_is_the_dense_model(model, batches):
@@ -107,7 +107,7 @@ def test_a_loss_increase_is_used_up_by_the_largest_tau(model, batches):
     assert increase > 0
     found = calibrate_(model, batches, max_loss_increase=increase, loss=distance)
     assert gates(model) == [DynamicK(found.tau)] * 2
-    assert found.evaluations <= calibrate.EVALUATIONS
+    assert found.evaluations <= 12
     assert found.loss <= found.loss_at_zero * (1 + increase)
     with tau(model, found.tau * 1.02), torch.no_grad():  # a step of the search further, it is passed
         beyond = sum(drift(model, batch).item() for batch in batches) / len(batches)
@@ -138,6 +138,21 @@ def test_tokens_count_once_where_the_loss_runs_the_dense_model_too(model, batche
     assert found.tau == 0.0
     with tau(model, 0.0):
         assert [one.calls for one in found.cost.layers] == [one.calls for one in cost(model, batches).layers]
+
+
+@pytest.mark.parametrize("goal", [{"budget": 0.7}, {"max_loss_increase": 0.1}])
+def test_a_loss_may_take_of_a_batch_what_the_model_does_not(model, batches, goal):
+    def loss(model, batch):
+        inputs, wanted = batch
+        return 1 + F.mse_loss(call(model, inputs), wanted)
+
+    with torch.no_grad(), tau(model, 0.0):
+        labelled = [(batch, call(model, batch)) for batch in batches]
+    found = calibrate_(model, labelled, loss=loss, **goal)
+    assert found.loss_at_zero == pytest.approx(1.0)
+    assert found.loss > 1.0
+    if "budget" in goal:
+        assert found.tau == calibrate_(model, batches, **goal).tau
 
 
 def test_the_model_s_own_loss_is_the_default():

@@ -88,6 +88,15 @@ def test_a_loss_of_one_s_own_decides(model):
     assert found.cost.layers[0].share > found.cost.layers[1].share
 
 
+def test_a_loss_may_take_of_a_batch_what_the_model_does_not(model):
+    labelled = [(batch, 1.0) for batch in text_batches()]
+    found = calibrate_layers_(
+        model, labelled, budget=0.6, loss=lambda model, batch: distance(model, batch[0])
+    )
+    alone = calibrate_layers_(model, text_batches(), budget=0.6, loss=distance)
+    assert (found.taus, found.budget) == (alone.taus, alone.budget)
+
+
 def test_a_budget_of_one_is_the_dense_model(model):
     found = calibrate_layers_(model, text_batches(), budget=1.0)
     assert set(found.taus.values()) == {0.0}

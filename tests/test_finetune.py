@@ -9,6 +9,7 @@ from sadmoe import finetune
 from sadmoe.gates import DynamicK
 from tiny_models import TINY
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,22 @@ def test_the_penalty_makes_experts_fewer(converted):
     assert shares[0] < shares[1]
     assert report.history[-1].penalty < report.history[0].penalty
     assert "updates in" in str(report)
+
+
+def test_reentrant_checkpointing_which_leaves_the_penalty_no_gradient_is_an_error(converted):
+    model, config = copy.deepcopy(converted[1]), sadmoe.FinetuneConfig(steps=1, share=0.2)
+    layers = sadmoe.moe_layers(model)
+    x = torch.randn(2, 9, 24, requires_grad=True)
+    for reentrant in (False, True):
+        with finetune.ExpertPenalty(model, layers, config, 0.3) as penalty:
+            penalty.at(1.0)
+            for layer in layers.values():
+                checkpoint(layer, x, use_reentrant=reentrant)
+            if reentrant:
+                with pytest.raises(RuntimeError, match=r"no gradient for the penalty.*use_reentrant"):
+                    penalty(None)
+            else:
+                assert penalty(None).requires_grad
 
 
 def test_without_the_penalty_it_follows_the_dense_model(converted):

@@ -112,17 +112,31 @@ def test_calls_add_up_and_a_shared_layer_counts_every_call():
     assert (record.layers[name].rows, record.layers[name].pairs) == (2 * once[name][0], 2 * once[name][1])
 
 
-def test_calls_under_another_tau_can_be_left_out():
+@pytest.mark.parametrize("value", [0.0, 0.3])
+def test_calls_under_other_gates_can_be_left_out(value):
     model, batch = converted("bert"), TINY["bert"].batch()
-    set_tau(model, 0.3)
+    set_tau(model, value)
     expected = recorded(model, batch)
-    with record_masks(model, tau=0.3) as record, record.batch(batch), torch.no_grad():
+    with record_masks(model, same_gates=True) as record, record.batch(batch), torch.no_grad():
         call(model, batch)
         with tau(model, 0.0):
             call(model, batch)
     for name, counts in record.layers.items():
         assert counts.rows == expected[name].rows
         assert torch.equal(counts.histogram, expected[name].histogram)
+
+
+def test_a_compiled_model_that_has_run_is_counted():
+    model, batch = converted("bert"), TINY["bert"].batch()
+    set_tau(model, 0.3)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        call(compiled, batch)
+    found = recorded(compiled, batch)
+    assert {name.removeprefix("_orig_mod."): counts.pairs for name, counts in found.items()} == {
+        name: counts.pairs for name, counts in recorded(model, batch).items()
+    }
+    assert all(counts.pairs for counts in found.values())
 
 
 def test_nothing_stays_behind_also_after_an_error():

@@ -175,8 +175,8 @@ def length(batches: Batches) -> int | None:
 
 
 def padding_mask(batch: Batch) -> Tensor | None:
-    """bool [B, T], True for real tokens: "attention_mask" of a Mapping, or of a tuple of one, where it is a 2-D tensor;
-    else None."""
+    """bool [B, T], True for real tokens: "attention_mask" of a Mapping, or of one that a tuple begins with, where it is
+    a 2-D tensor; else None."""
     return _mask(batch, "attention_mask")
 
 
@@ -231,8 +231,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _only(batch: Batch) -> Any:
-    """What a tuple of one holds, as the batches of a SentenceTransformer; else the batch."""
-    return batch[0] if isinstance(batch, tuple | list) and len(batch) == 1 else batch
+    """What a tuple of one holds, as the batches of a SentenceTransformer, or the mapping that one begins with, beside
+    what a loss compares with; else the batch."""
+    if isinstance(batch, tuple | list) and batch and (len(batch) == 1 or isinstance(batch[0], Mapping)):
+        return batch[0]
+    return batch
 
 
 def _labelled(batch: Batch) -> Tensor | None:

@@ -61,7 +61,7 @@ def calibrate_(
     labels. It may compare with the dense model, run under `tau(model, 0.0)`: as 1 plus a distance,
     for max_loss_increase needs a loss above 0 at tau = 0. It is averaged over batches.
     With a budget it is only measured, and only where it is given. The model runs in eval mode without gradients, at
-    most 12 times over the batches, 13 with a loss. filter: of a layer's name; False leaves its gate as it is, also in
+    most 12 times over the batches. filter: of a layer's name; False leaves its gate as it is, also in
     `loss_at_zero`, and its cost out. skip_padding: as in `cost`.
     Raises ValueError where no tau meets the budget, or the loss gives nothing to compare with; then the gates
     are as they were.
@@ -167,21 +167,17 @@ class TauSearch:
 
     def at(self, value: float) -> Calibration:
         """Runs the batches with that tau; the gates come back."""
-        device, samples, losses, taus = device_of(self.model), 0, [], self.taus(value)
-        loss = self.loss
-        with tau(self.model, taus, filter=self.filter), evaluating(self.model):
-            if loss is not None and value == 0:  # what it runs of the dense model could not be told from this
-                losses = [_scalar(loss(self.model, to_device(batch, device))) for batch in self.batches]
-                loss = None
-            with record_masks(self.model, skip_padding=self.skip_padding, tau=taus) as record:
+        device, samples, losses = device_of(self.model), 0, []
+        with tau(self.model, self.taus(value), filter=self.filter), evaluating(self.model):
+            with record_masks(self.model, skip_padding=self.skip_padding, same_gates=True) as record:
                 for batch in self.batches:
                     batch = to_device(batch, device)
                     samples += samples_in(batch)
                     with record.batch(batch):
-                        if loss is None:
+                        if self.loss is None:
                             run(self.model, batch)
                         else:
-                            losses.append(_scalar(loss(self.model, batch)))
+                            losses.append(_scalar(self.loss(self.model, batch)))
             report = cost_of_masks(self.model, record.layers, samples, filter=self.filter)
         self.evaluations += 1
         self.bar.update()

@@ -71,9 +71,9 @@ def calibrate_layers_(
     check_budget(budget)
     measured = Drift(skip_padding) if loss is None else loss
 
-    def search(factors: Factors, loss: Loss | None = None) -> TauSearch:
+    def search(factors: Factors, runs: Loss | None = loss) -> TauSearch:
         taus = partial(_taus, factors)
-        return TauSearch(model, batches, loss, skip_padding, tqdm(disable=True), taus)
+        return TauSearch(model, batches, runs, skip_padding, tqdm(disable=True), taus)
 
     def solved(factors: Factors) -> Calibration:
         found = search(factors).by_cost(budget)

@@ -16,6 +16,7 @@ from sadmoe.checks import check_config
 from sadmoe.dial import trainable_layers
 from sadmoe.ffn import site_of
 from sadmoe.gates import DynamicK
+from sadmoe.gradients import no_gradient_for_the_penalty
 from sadmoe.layer import DynamicKMoE
 from sadmoe.sparsify.penalty import square_hoyer
 from sadmoe.training.config import LoopConfig, Step
@@ -194,6 +195,9 @@ class ExpertPenalty:
         for layer in self.layers.values():
             layer.gate = gate
 
+    def _trained(self) -> bool:
+        return any(p.requires_grad for layer in self.layers.values() for p in layer.parameters(recurse=False))
+
     def __call__(self, batch: Any) -> Tensor:
         values, shares = [], []
         for name, norms in self.seen.items():
@@ -209,4 +213,6 @@ class ExpertPenalty:
         now = mean_over_processes(torch.stack(shares).mean().item() if shares else self.share, device)
         self.share = self.decay * self.share + (1 - self.decay) * now
         mean = torch.stack(values).mean() if values else torch.zeros((), device=device)
+        if values and torch.is_grad_enabled() and not mean.requires_grad and self._trained():
+            raise no_gradient_for_the_penalty()
         return mean if self.share > self.config.share else mean.detach()

@@ -33,6 +33,14 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
+def no_gradient_for_the_penalty() -> RuntimeError:
+    """Of a forward pass that should have left one."""
+    return RuntimeError(
+        "the forward pass left no gradient for the penalty: it ran under no_grad, or with reentrant checkpointing (set "
+        "gradient_checkpointing_kwargs={'use_reentrant': False})"
+    )
+
+
 def is_recomputed() -> bool:
     """Whether this forward is that of gradient checkpointing, run again in backward: hooks that record have seen it."""
     return torch._C._current_graph_task_id() != -1

@@ -1,6 +1,6 @@
 """Which experts a model runs, counted while it runs."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sadmoe.batches import Batch, evaluating, real_rows, run
-from sadmoe.dial import Taus, converted_layers
+from sadmoe.dial import converted_layers
 from sadmoe.gradients import is_recomputed
 from sadmoe.hooks import hooks_on
 from sadmoe.layer import DynamicKMoE, only_input
@@ -47,12 +47,14 @@ class LayerMasks:
 class MaskRecord:
     """What `record_masks` counts: `layers`, by name."""
 
-    def __init__(self, model: nn.Module, skip_padding: bool, tau: Taus | None):
-        self.model, self.skip_padding, self.tau = model, skip_padding, tau
+    def __init__(self, model: nn.Module, skip_padding: bool, same_gates: bool):
+        self.model, self.skip_padding = model, skip_padding
+        layers = converted_layers(model)
         self.layers = {
             name: LayerMasks(torch.zeros(layer.experts + 1, dtype=torch.int64, device="cpu"))
-            for name, layer in converted_layers(model).items()
+            for name, layer in layers.items()
         }
+        self._gates = {name: layer.gate for name, layer in layers.items()} if same_gates else {}
         self._batch: Batch = ()
 
     @contextmanager
@@ -74,8 +76,7 @@ class MaskRecord:
         self._count(name, layer, norms.detach(), layer.gate.mask)
 
     def _count(self, name: str, layer: DynamicKMoE, values: Tensor, mask: Callable[[Tensor], Tensor]) -> None:
-        wanted = self.tau.get(name) if isinstance(self.tau, Mapping) else self.tau
-        if is_recomputed() or (wanted is not None and getattr(layer.gate, "tau", None) != wanted):
+        if is_recomputed() or layer.gate is not self._gates.get(name, layer.gate):
             return
         rows = values.reshape(-1, values.shape[-1])
         counts = self.layers[name]
@@ -92,7 +93,7 @@ class MaskRecord:
 
 @contextmanager
 def record_masks(
-    model: nn.Module, *, skip_padding: bool = True, tau: Taus | None = None
+    model: nn.Module, *, skip_padding: bool = True, same_gates: bool = False
 ) -> Iterator[MaskRecord]:
     """Counts, inside the with block, the experts that every converted layer runs for every token.
 
@@ -102,15 +103,18 @@ def record_masks(
                     model(**batch)
         record.layers["encoder.layer.0.intermediate"].share
 
-    A router is evaluated once more for it: not for timing. skip_padding: see `batches.real_rows`.
-    tau: count only calls under this tau (or these, by layer), so that the dense model may run in between.
+    A router is evaluated once more for it: not for timing. What torch.compile made runs as it was before,
+    in the whole process: do not enter it from compiled code.
+    skip_padding: see `batches.real_rows`.   same_gates: count only calls under the gates that the layers have at first,
+    so that the model may run under `tau(model, 0.0)` in between.
     """
-    record = MaskRecord(model, skip_padding, tau)
+    record = MaskRecord(model, skip_padding, same_gates)
 
     def see(name: str, layer: DynamicKMoE, args: Any, kwargs: Any) -> None:
         record.see(name, layer, only_input(args, kwargs))
 
     with ExitStack() as hooks:
+        hooks.enter_context(torch.compiler.set_stance("force_eager"))  # which runs no hook that is new to it
         for name, layer in converted_layers(model).items():
             hooks.enter_context(layer.register_forward_pre_hook(partial(see, name), with_kwargs=True))
             see_norms = partial(record.see_norms, name, layer)

@@ -25,8 +25,10 @@ from sadmoe.batches import (
     to_device,
 )
 from sadmoe.ffn import FFNSite, find_ffns
+from sadmoe.gradients import no_gradient_for_the_penalty
 from sadmoe.hooks import hooks_on
 from sadmoe.passes import PassesLoss
+from sadmoe.training.objective import Loss
 
 Penalty = Literal["hoyer", "l1"]
 FLOOR = 3e-8  # activations below it fade to none: root of the 1e-15 that the paper's code adds to sum a^2
@@ -151,10 +153,7 @@ class SparsityLoss(PassesLoss):
             and trained
             and not any(v.requires_grad for vs in seen.values() for v in vs)
         ):
-            raise RuntimeError(
-                "the forward pass left no gradient for the penalty: it ran under no_grad, or "
-                "with reentrant checkpointing (set gradient_checkpointing_kwargs={'use_reentrant': False})"
-            )
+            raise no_gradient_for_the_penalty()
 
     def _mean(self, site: FFNSite, values: Tensor, batch: Batch | None, mask: Tensor | None) -> Tensor:
         if mask is None:
@@ -187,14 +186,15 @@ class LayerSparsity:
 
 
 def measure_sparsity(
-    model: nn.Module, batches: Batches, sites: Sequence[FFNSite] | None = None
+    model: nn.Module, batches: Batches, sites: Sequence[FFNSite] | None = None, *, loss: Loss | None = None
 ) -> list[LayerSparsity]:
     """The sparsity of every FFN over `batches`, in the order of the sites, padding left out; in eval mode, the model is
     left as it was.
 
     It reads what the activation gives out, so it is right for GELU and SiLU too, which are hardly ever
     exactly 0.
-    sites: from `find_ffns`; all of the model's if None. Raises ValueError where an FFN is never run.
+    sites: from `find_ffns`; all of the model's if None.   loss: runs the model in the place of a plain call, as in
+    `sparsify_`, where a batch holds more than the model takes. Raises ValueError where an FFN is never run.
     """
     check_batches(batches)
     sites = find_ffns(model, batches=batches) if sites is None else sites
@@ -216,7 +216,7 @@ def measure_sparsity(
     with hooks_on(hooks), evaluating(model):
         for batch in batches:
             current["batch"] = to_device(batch, device_of(model))
-            run(model, current["batch"])
+            (run if loss is None else loss)(model, current["batch"])
     if missed := [name for name, (pairs, *_) in counts.items() if pairs == 0]:
         raise ValueError(
             f"the batches never reach {', '.join(missed)}: pass batches that run every FFN, or fewer sites"

@@ -111,7 +111,7 @@ def sparsify_(
     with all_or_nothing(model) as undo, seeded(model, config.seed):
         processes.as_first_([*model.parameters(), *model.buffers()])  # the teacher is a copy of it
         sample = list(islice(batches, MEASURED_BATCHES))
-        before = measure_sparsity(model, sample, sites)
+        before = measure_sparsity(model, sample, sites, loss=loss)
         dense = None
         if config.objective != "task":
             dense = copy.deepcopy(model).requires_grad_(False) if teacher is None else teacher
@@ -128,7 +128,7 @@ def sparsify_(
                 model, batches, config, objective, sparsity, progress, checkpoint=checkpoint, name="sparsify",
                 about={"ffns": [site.name for site in sites]},
             )  # fmt: skip
-        after = measure_sparsity(model, sample, sites)
+        after = measure_sparsity(model, sample, sites, loss=loss)
     report = SparsifyReport(before, after, history, time.perf_counter() - started)
     logger.info("sparsified %d FFNs: %.1f %% of the activations are exactly 0", len(sites), 100 * report.zero)
     return report
