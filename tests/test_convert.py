@@ -2,6 +2,7 @@ import json
 import logging
 import math
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from itertools import count
@@ -17,6 +18,7 @@ from sadmoe.dial import tau
 from sadmoe.ffn import FFNNotFoundError, find_ffns, moe_layers
 from sadmoe.inputs import collect_inputs
 from sadmoe.masks import record_masks
+from sadmoe.partition import partition, slots
 from sadmoe.routers import RouterConfig
 from sadmoe.undo import after_surgery, surgery
 from tiny_models import TINY, UserFFN, call
@@ -58,6 +60,47 @@ def test_at_tau_zero_the_converted_model_is_the_dense_one(name):
     torch.testing.assert_close(call(model, batches[0]), before, rtol=1e-4, atol=1e-5)
 
 
+class Refusing(OrderedDict):
+    """As the outputs of transformers, and diffusers' configs."""
+
+    def update(self, *args, **kwargs):
+        raise TypeError("cannot be updated")
+
+
+def test_a_failure_leaves_mappings_that_refuse_to_be_changed():
+    model, batches = model_and_batches("bert")
+    kept = model.kept = Refusing()
+    kept["seen"] = 1
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match="expert_size"):
+        convert(model, batches, expert_size=7)
+
+    def fails():
+        with surgery(model):
+            model.kept = None
+            raise NotImplementedError("ConvertConfig")
+
+    with pytest.raises(NotImplementedError, match="ConvertConfig"):
+        fails()
+    assert model.kept is kept
+    assert dict(kept) == {"seen": 1}
+    assert fingerprint(model) == before
+
+
+def test_batches_that_end_for_good_are_an_error():
+    class Once:
+        def __init__(self, batches):
+            self.left = iter(batches)
+
+        def __iter__(self):
+            return self.left
+
+    model, batches = model_and_batches("user glu")
+    with pytest.raises(ValueError, match="gave nothing when they were gone through again"):
+        convert(model, Once(batches), tau=0.1)
+    assert not moe_layers(model)
+
+
 def test_the_same_seed_gives_the_same_bits_whatever_the_global_one():
     states = []
     for seed in (1, 2):
@@ -69,6 +112,26 @@ def test_the_same_seed_gives_the_same_bits_whatever_the_global_one():
     assert gates == other_gates
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("cluster", ["weights", "activity"])
+def test_experts_are_the_partition_of_what_the_config_names(cluster):
+    model, batches = model_and_batches("user glu")
+    sites, rows = find_ffns(model), {}
+    inputs = collect_inputs(model, sites, batches, max_tokens=100, seed=3)
+    for site in sites:
+        dense, x = site.dense(), build._some(inputs[site.name], seed=3)
+        assert dense.w_gate is not None
+        linear = nn.functional.linear
+        h = nn.functional.silu(linear(x, dense.w_gate, dense.b_gate)) * linear(x, dense.w_up, dense.b_up)
+        fires = h.abs() > 0.01 * h.abs().amax(-1, keepdim=True)
+        found = dense.w_gate if cluster == "weights" else fires.T.float()
+        rows[site.name] = found.detach().clone()
+    convert(model, batches, cluster=cluster, seed=3)
+    for name, layer in moe_layers(model).items():
+        assert torch.equal(
+            layer.permutation, slots(partition(rows[name], layer.experts, seed=3), layer.experts)
+        )
 
 
 def test_another_seed_gives_another_partition():

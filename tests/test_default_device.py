@@ -21,6 +21,22 @@ def adam_stays_at_home():
     return True
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_routers_are_trained_in_float32_whatever_the_default_dtype(dtype):
+    batches, found = data(), []
+    for default in (torch.float32, dtype):
+        model = two_ffns(nn.ReLU)
+        torch.set_default_dtype(default)
+        try:
+            sadmoe.convert_(
+                model, batches, sadmoe.ConvertConfig(experts=6, tau=0.1, router=ROUTER), progress=False
+            )
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append([p for layer in sadmoe.moe_layers(model).values() for p in layer.router.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("cluster", ["weights", "activity"])
 def test_another_default_device_is_no_hindrance(cluster):
     if not adam_stays_at_home():

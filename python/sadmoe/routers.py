@@ -225,7 +225,7 @@ def _power_of_two(scale: Tensor) -> float:
 
 def _fresh(weight: Tensor, generator: torch.Generator) -> Tensor:
     """torch's initialisation of a linear layer, in float32, from the given random numbers."""
-    fresh = torch.empty(weight.shape, device="cpu")
+    fresh = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
     nn.init.kaiming_uniform_(fresh, a=5**0.5, generator=generator)
     return fresh.to(weight.device).requires_grad_()
 

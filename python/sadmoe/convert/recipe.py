@@ -116,8 +116,13 @@ def restore_(model: nn.Module, *, projections: bool = True) -> None:
 
 
 def _check_runs(model: nn.Module, batches: Batches) -> None:
-    """Raises NotImplementedError where the converted model does not run: an FFN was called as no MoE layer can be."""
-    batch = next(iter(batches))
+    """Raises NotImplementedError where the converted model does not run: an FFN was called as no MoE layer can be.
+    ValueError where there is no batch left to run it on."""
+    batch = next(iter(batches), None)
+    if batch is None:
+        raise ValueError(
+            "batches gave nothing when they were gone through again: pass a list, or a DataLoader that begins anew"
+        )
     with evaluating(model):
         try:
             run(model, to_device(batch, device_of(model)))
