@@ -16,8 +16,8 @@
 //     number, and then those sums; so are, on CUDA without TF32, every 16 products of a depth.
 //   - With x in bf16, units that multiply bf16 (tensor cores, AMX, AVX512-BF16) round h to it; elsewhere h stays float32.
 //   - An int8 row stands for itself times its neuron's scale, which multiplies sums and h instead. On the CPU a row of x, and of
-//     h of one expert, is rounded to 16 bits with a step of its own, and multiplied with int8 in whole numbers, without further
-//     rounding; scale_out, if there is one, then multiplies the columns of y, before b_out is added.
+//     h of one expert, is rounded to 16 bits with a step of its own, and multiplied with int8 in whole numbers; a sum is exact,
+//     and rounded as it becomes float32; scale_out, if there is one, then multiplies the columns of y, before b_out is added.
 #pragma once
 #include <cstdint>
 

@@ -6,10 +6,10 @@ import warnings
 import pytest
 import torch
 from backends import DTYPES
-from problems import experts_problem, router_problem
+from problems import assert_as_good_as_torch, experts_problem, in_double, router_problem
 from sadmoe import ops, reference
 from sadmoe.ops import fallback
-from torch import library
+from torch import Tensor, library
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -81,6 +81,21 @@ def test_gradients_are_the_reference_s_with_the_mask_held(gated, bias, act):
         close = {"rtol": 1e-5, "atol": 2e-6 * w.abs().max().item()}
         torch.testing.assert_close(s, w, **close)
         torch.testing.assert_close(f, w, **close)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_in_16_bits_are_as_good_as_torch_s(dtype, gated):
+    args = experts_problem(200, 32, 4, 8, 24, gated=gated, dtype=dtype)
+
+    def gradients(run, args):
+        leaves = [a.clone().requires_grad_() if a is not None and a.dtype != torch.bool else a for a in args]
+        run(*leaves, act="gelu").sum().backward()
+        return [a.grad for a in leaves if a is not None and a.dtype != torch.bool]
+
+    ours, torch_s = gradients(ops.sparse_experts, args), gradients(reference.sparse_experts, args)
+    for found in zip(ours, torch_s, gradients(reference.sparse_experts, in_double(args)), strict=True):
+        assert_as_good_as_torch(*found)
 
 
 @pytest.mark.parametrize("act", reference.ACTIVATIONS)
@@ -243,6 +258,25 @@ def test_experts_that_did_not_run_leave_no_nan_in_gradients(act, gated):
     assert y.isfinite().all()
     y.sum().backward()
     assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("make", [Tensor.to_sparse, Tensor.to_mkldnn], ids=["sparse", "mkldnn"])
+def test_tensors_that_are_not_plain_are_refused(make):
+    x, mask, *weights = experts_problem()
+    made = make(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match="sparse_experts: tensors must be strided, and not quantized"):
+            ops.sparse_experts(made, mask, *weights)
+
+
+def test_a_dtype_that_torch_s_stable_interface_does_not_name_is_told_of():
+    x, mask, *weights = experts_problem()
+    strange = torch.zeros(x.shape, dtype=torch.float8_e8m0fnu)
+    with pytest.raises(
+        RuntimeError, match="sparse_experts: x must be float32, bfloat16 or float16, got a dtype"
+    ):
+        ops.sparse_experts(strange, mask, *weights)
 
 
 def test_compiles_whole_with_any_number_of_tokens():

@@ -43,6 +43,25 @@ struct ShapeOf {
   }
 };
 
+// Nothing for a dtype that torch's stable ABI has no name for.
+inline std::optional<ScalarType> scalar_type_of(const Tensor& t) {
+  try {
+    return t.scalar_type();
+  } catch (const std::exception&) {
+    return std::nullopt;
+  }
+}
+
+// Prints as BFloat16.
+struct DtypeOf {
+  const Tensor& tensor;
+
+  friend std::ostream& operator<<(std::ostream& to, DtypeOf dtype) {
+    const std::optional<ScalarType> type = scalar_type_of(dtype.tensor);
+    return to << (type ? torch::headeronly::toString(*type) : "a dtype that is not known here");
+  }
+};
+
 inline void check_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> want,
                         const char* letters) {
   bool same = t.dim() == static_cast<int64_t>(want.size());
@@ -55,17 +74,11 @@ inline void check_shape(const char* op, const char* name, const Tensor& t, std::
 }
 
 inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::f32;
-    case ScalarType::BFloat16:
-      return DType::bf16;
-    case ScalarType::Half:
-      return DType::f16;
-    default:
-      check(false, op, name, " must be float32, bfloat16 or float16, got ", torch::headeronly::toString(t.scalar_type()));
-      return DType::f32;
-  }
+  const std::optional<ScalarType> type = scalar_type_of(t);
+  if (type == ScalarType::Float) return DType::f32;
+  if (type == ScalarType::BFloat16) return DType::bf16;
+  check(type == ScalarType::Half, op, name, " must be float32, bfloat16 or float16, got ", DtypeOf{t});
+  return DType::f16;
 }
 
 inline Activation activation_of(const char* op, const std::string& act) {
@@ -140,22 +153,23 @@ class Arguments {
   explicit Arguments(const char* op) : op_(op) {}
 
   View add(const char* name, const Tensor& t) {
+    const DType dtype = dtype_of(op_, name, t);
     kept_.push_back({name, as_contiguous(t)});
-    return {kept_.back().tensor.const_data_ptr(), dtype_of(op_, name, t)};
+    return {kept_.back().tensor.const_data_ptr(), dtype};
   }
   View add(const char* name, const MaybeTensor& t) { return t ? add(name, *t) : View{}; }
 
   // The same, of x's dtype, or that of another.
   View add_like(const char* name, const Tensor& t, const Tensor& x, const char* name_of_x = "x") {
-    check(t.scalar_type() == x.scalar_type(), op_, name, " must have ", name_of_x, "'s dtype, ",
-          torch::headeronly::toString(x.scalar_type()), ", got ", torch::headeronly::toString(t.scalar_type()));
+    check(scalar_type_of(t) == scalar_type_of(x), op_, name, " must have ", name_of_x, "'s dtype, ", DtypeOf{x}, ", got ",
+          DtypeOf{t});
     return add(name, t);
   }
   View add_like(const char* name, const MaybeTensor& t, const Tensor& x) { return t ? add_like(name, *t, x) : View{}; }
 
   // Weights of experts in int8, and their scales [E, s] of any floating dtype.
   View add_int8(const char* name, const Tensor& t) {
-    check(t.scalar_type() == ScalarType::Char, op_, name, " must be int8, got ", torch::headeronly::toString(t.scalar_type()));
+    check(scalar_type_of(t) == ScalarType::Char, op_, name, " must be int8, got ", DtypeOf{t});
     kept_.push_back({name, as_contiguous(t)});
     return {kept_.back().tensor.const_data_ptr(), DType::i8};
   }
@@ -165,7 +179,7 @@ class Arguments {
   }
 
   const bool* add_mask(const char* name, const Tensor& t) {
-    check(t.scalar_type() == ScalarType::Bool, op_, name, " must be bool, got ", torch::headeronly::toString(t.scalar_type()));
+    check(scalar_type_of(t) == ScalarType::Bool, op_, name, " must be bool, got ", DtypeOf{t});
     kept_.push_back({name, as_contiguous(t)});
     return static_cast<const bool*>(kept_.back().tensor.const_data_ptr());
   }
@@ -196,8 +210,7 @@ inline void check_router_experts(const char* op, const Tensor& v2, int64_t E) {
 
 inline void check_scores(const char* op, const Tensor& scores) {
   check(scores.dim() == 2 && scores.size(1) >= 1, op, "scores must be [T, E] with E >= 1, got ", ShapeOf{scores});
-  check(scores.scalar_type() == ScalarType::Float, op, "scores must be float32, got ",
-        torch::headeronly::toString(scores.scalar_type()));
+  check(scalar_type_of(scores) == ScalarType::Float, op, "scores must be float32, got ", DtypeOf{scores});
 }
 
 inline float check_tau(const char* op, double tau) {
@@ -235,9 +248,9 @@ inline MaskedActivation check_masked_activation(Arguments& keep, const Tensor& u
   const DType dtype = dtype_of(op, "up", up);
   const View of_gate = gate ? keep.add_like("gate", *gate, up, "up") : View{};
   const int64_t E = choice.size(1);
-  const bool scores = choice.scalar_type() == ScalarType::Float;
-  check(scores || choice.scalar_type() == ScalarType::Bool, op, "choice must be a bool mask or float32 scores, got ",
-        torch::headeronly::toString(choice.scalar_type()));
+  const std::optional<ScalarType> type = scalar_type_of(choice);
+  const bool scores = type == ScalarType::Float;
+  check(scores || type == ScalarType::Bool, op, "choice must be a bool mask or float32 scores, got ", DtypeOf{choice});
   Choice chosen;
   if (scores)
     chosen = {nullptr, static_cast<const float*>(keep.add("choice", choice).data), check_tau(op, tau)};

@@ -36,9 +36,10 @@ Tensor router_scores(const Tensor& x, const Tensor& v1, const Tensor& v2) {
   const char* op = "router_scores";
   const RouterShape shape = check_router(op, x, v1, v2);
   Arguments keep(op);
+  const View rows = keep.add("x", x);
+  const Router router = router_of(keep, v1, v2, 0);
   Tensor scores = empty_beside(x, {shape.T, shape.E}, ScalarType::Float);
-  cpu::router_scores(keep.add("x", x), router_of(keep, v1, v2, 0), shape, static_cast<float*>(scores.mutable_data_ptr()),
-                     torch_threads());
+  cpu::router_scores(rows, router, shape, static_cast<float*>(scores.mutable_data_ptr()), torch_threads());
   return scores;
 }
 
@@ -137,7 +138,8 @@ std::string cpu_isas() { return join(cpu::supported_isas()); }
 
 std::string cpu_isa() { return cpu::kernels().isa; }
 
-void use_cpu_isa(std::string isa) {
+void use_cpu_isa(StringHandle handle) {
+  const std::string isa = taken(handle);
   check(cpu::use_isa(isa), "_use_cpu_isa", "this processor does not run the '", isa, "' kernels; it runs auto, ", cpu_isas());
 }
 

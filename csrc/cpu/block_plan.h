@@ -11,7 +11,8 @@
 namespace sadmoe::cpu {
 
 struct BlockPlan {
-  std::vector<int32_t> offsets, rows, active;
+  std::vector<int64_t> offsets;
+  std::vector<int32_t> rows, active;
 
   int64_t pairs() const { return offsets.back(); }
   int64_t count(int64_t e) const { return offsets[e + 1] - offsets[e]; }

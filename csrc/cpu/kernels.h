@@ -88,8 +88,8 @@ struct Tiles {
 };
 
 constexpr int64_t kTile = 512;  // entries
-inline int64_t left_size(int64_t n, int64_t k) { return (n + 15) / 16 * ((k + 31) / 32) * kTile; }
-inline int64_t right_size(int64_t k, int64_t m) { return left_size(m, k); }
+[[gnu::always_inline]] inline int64_t left_size(int64_t n, int64_t k) { return (n + 15) / 16 * ((k + 31) / 32) * kTile; }
+[[gnu::always_inline]] inline int64_t right_size(int64_t k, int64_t m) { return left_size(m, k); }
 
 // Products of bf16 by a unit that sums those of two neighbours, in float32: weights and rows are taken as they are.
 struct Halves {

@@ -51,7 +51,6 @@ class IntRows {
   void quantize(int64_t first, int64_t n, const float* x) {
     kernels().quantize({n, d_, ld_, x, rows_.get() + first * ld_, steps_.get() + first});
   }
-  int64_t ld() const { return ld_; }
   const int16_t* row(int64_t i) const { return rows_.get() + i * ld_; }
   const float* steps() const { return steps_.get(); }
 

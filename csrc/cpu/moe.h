@@ -7,7 +7,7 @@
 
 namespace sadmoe::cpu {
 
-// Runs body(begin, end) over parts of [0, n), each at least `grain` long but for the last, on the caller's thread pool.
+// Runs body(begin, end) over parts of [0, n), of about `grain` or more, on the caller's thread pool.
 using ParallelFor = std::function<void(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body)>;
 
 struct Threads {

@@ -59,7 +59,7 @@ class TiledBlock {
   void down(int64_t begin, int64_t end, const AsFloat& b_out) {
     const int64_t strip = std::clamp(kStripEntries / T_ / 32 * 32, int64_t{32}, (end - begin + 31) / 32 * 32);
     const Floats y(T_ * strip);
-    const Buffer<bf16> w(right_size(s_.s, strip));
+    const Buffer<bf16> w(w_.laid_out() ? 0 : right_size(s_.s, strip));
     bf16* out = static_cast<bf16*>(p_.y) + begin_ * s_.d_out;
     for (int64_t c = begin; c < end; c += strip) {
       const int64_t columns = std::min(strip, end - c);

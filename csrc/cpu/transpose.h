@@ -28,10 +28,6 @@ inline void transpose_four(const float* from, int64_t ld_from, float* to, int64_
 // bytes, is fetched meanwhile, in its order, as memory gives it fastest.
 inline void transpose_rows(const float* from, int64_t rows, int64_t columns, float* to, int64_t ld, const void* next,
                            int64_t bytes) {
-  const auto plainly = [&](int64_t r0, int64_t c0) {
-    for (int64_t c = c0; c < columns; ++c)
-      for (int64_t r = r0; r < rows; ++r) to[c * ld + r] = from[r * columns + c];
-  };
   const char* ahead = static_cast<const char*>(next);
   const char* const end = ahead + bytes;
   int64_t c = 0;
@@ -39,7 +35,8 @@ inline void transpose_rows(const float* from, int64_t rows, int64_t columns, flo
     for (int line = 0; line < 4 && ahead < end; ++line, ahead += kLine) __builtin_prefetch(ahead);
     for (int64_t r = 0; r < rows; r += 4) transpose_four(from + r * columns + c, columns, to + c * ld + r, ld);
   }
-  plainly(0, c);
+  for (; c < columns; ++c)
+    for (int64_t r = 0; r < rows; ++r) to[c * ld + r] = from[r * columns + c];
 }
 
 }  // namespace sadmoe::cpu

@@ -1,10 +1,11 @@
 """Every op in plain torch, for devices without a kernel and for `call`."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor, library
 
 from sadmoe import reference
@@ -25,6 +26,7 @@ def with_one_warning(name: str, function: Callable[..., Tensor], how: str) -> Ca
         values = (*args, *kwargs.values())
         check_devices(*values)
         check_values(name, values)
+        _check_layouts(name, values)
         device = args[0].device.type
         if device not in warned:
             warned.add(device)
@@ -35,6 +37,16 @@ def with_one_warning(name: str, function: Callable[..., Tensor], how: str) -> Ca
         return function(*args, **kwargs)
 
     return fallback
+
+
+def _check_layouts(name: str, values: Iterable[Any]) -> None:
+    """Of the CPU, all that comes here: tensors that are not plain."""
+    for value in values:
+        if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_quantized):
+            found = value.dtype if value.is_quantized else value.layout
+            raise RuntimeError(
+                f"sadmoe::{name}: tensors must be strided, and not quantized by torch, got {found}"
+            )
 
 
 def sparse_experts_widened(
