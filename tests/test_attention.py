@@ -110,6 +110,15 @@ def test_they_become_ffns_are_converted_and_come_back_bit_for_bit(family):
     assert torch.equal(call(model, batch), dense)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mlps_of_full_rank_leave_the_model_what_it_was(family):
+    model, batch = TINY[family].model(), TINY[family].batch()
+    dense = call(model, batch)
+    config = ProjectionConfig(ratio=9.0, multiple=2, steps=1, lr=1e-12)  # half of the width is at least d_out
+    replace_projections_(model, [batch], config, progress=False)
+    torch.testing.assert_close(call(model, batch), dense, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(("d", "d_out"), [(768, 768), (384, 384), (576, 192), (768, 2304), (24, 12)])
 def test_an_mlp_costs_what_its_projection_did(d, d_out):
     width = ProjectionConfig(multiple=1).width_of(d, d_out)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import sadmoe
 import torch
+from clock import Clock
 from sadmoe import budget, moe_layers
 from sadmoe.cost import cost
 from sadmoe.gates import DynamicK, TopK
@@ -13,6 +14,12 @@ from tiny_models import TINY, call
 
 pytest.importorskip("transformers")
 BUDGET = 0.6
+
+
+@pytest.fixture(autouse=True)
+def seconds_of_updates(monkeypatch):
+    """A second of training is 50 readings of the clock: as many updates on any machine."""
+    monkeypatch.setattr("sadmoe.training.loop.time", Clock(0.02))
 
 
 @pytest.fixture(scope="module")

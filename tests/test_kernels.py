@@ -241,6 +241,27 @@ def test_selection_is_the_rule_bit_for_bit(backend, tau):
         assert torch.equal(backend.dynamic_k_select(scores, tau), reference.dynamic_k_select(scores, tau))
 
 
+@pytest.mark.parametrize(
+    ("scores", "tau", "runs"),
+    [
+        ([3, 3, 1, 0], 1.0, [1, 1, 0, 0]),
+        ([3, 3, 1, 0], 0.0, [1, 1, 1, 1]),
+        ([0, 0, 0, 0], 1.0, [1, 1, 1, 1]),
+        ([4, 2, 1.9, 0], 0.5, [1, 1, 0, 0]),
+        ([torch.inf, 1, 0, torch.inf], 0.3, [1, 0, 0, 1]),
+        ([torch.inf, 1, 0, 0], 0.0, [1, 1, 1, 1]),
+        ([torch.nan, 1, 0.2, 0], 0.3, [0, 1, 0, 0]),
+        ([-1, 2, 0.7, 0.5], 0.3, [0, 1, 1, 0]),
+        ([5], 1.0, [1]),
+    ],
+)
+def test_the_rule_by_hand(backend, scores, tau, runs):
+    for select in (reference.dynamic_k_select, backend.dynamic_k_select):
+        assert select(torch.tensor([scores], dtype=torch.float32), tau).tolist() == [
+            [bool(run) for run in runs]
+        ]
+
+
 def test_selection_keeps_its_promises(backend):
     scores = torch.rand(200, 13, generator=torch.Generator().manual_seed(0))
     scores[::7] = 0

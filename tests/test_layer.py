@@ -158,6 +158,14 @@ def test_the_error_is_bounded_by_the_skipped_norms():
         assert (error <= (6 - mask.sum(1)) * tau * norms.amax(1) + 1e-5).all()
 
 
+def test_no_tokens_give_gradients_of_zero():
+    layer = make_layer(gate=DynamicK(0.4), bias=("b_up", "b_out"))
+    layer(tokens(0, 20)).sum().backward()
+    gradients = {name: p.grad for name, p in layer.named_parameters() if not name.startswith("router")}
+    assert gradients.keys() == {"w_up", "w_down", "b_up", "b_out"}
+    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in gradients.values())
+
+
 def test_a_small_oracle_tau_drops_only_silent_experts():
     layer = make_layer(act="relu", bias=("b_up", "b_out"), experts=15, expert_size=2)
     with torch.no_grad():
@@ -182,14 +190,22 @@ def test_top_k_runs_exactly_k_and_all_of_them_at_e():
         TopK(2.7)
 
 
-def test_permuting_the_experts_changes_nothing_but_rounding():
+@pytest.mark.parametrize("true_norms", [False, True])
+def test_top_k_runs_those_of_the_largest_scores(true_norms):
+    layer, x = make_layer(gate=TopK(2, true_norms)), tokens(50, 20)
+    scores, ran = layer.expert_norms(x) if true_norms else layer.router(x), layer.mask(x)
+    least, beyond = scores.masked_fill(~ran, torch.inf).amin(-1), scores.masked_fill(ran, 0).amax(-1)
+    assert (least >= beyond).all()
+
+
+def test_permuting_experts_and_their_neurons_changes_nothing_but_rounding():
     layer = make_layer(gated=True, bias=("b_up", "b_gate", "b_out"))
     layer.gate = DynamicK(0.4)
     other = copy.deepcopy(layer)
-    order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+    order, neurons = (torch.randperm(n, generator=torch.Generator().manual_seed(0)) for n in (6, 5))
     with torch.no_grad():
         for name in ("w_up", "w_down", "w_gate", "b_up", "b_gate"):
-            getattr(other, name).copy_(getattr(layer, name)[order])
+            getattr(other, name).copy_(getattr(layer, name)[order][:, neurons])
         other.router.v2.copy_(layer.router.v2[order])
     x = tokens(40, 20)
     assert torch.equal(other.mask(x), layer.mask(x)[:, order])

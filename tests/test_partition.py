@@ -141,13 +141,16 @@ def test_a_signal_ends_it():
     def interrupt(*_: object) -> None:
         raise Interrupted
 
+    def interrupted() -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        assign(cost)
+
     # Every row wants the same expert, so nearly all have to search: seconds of work.
     cost = np.outer(np.arange(8192, dtype=np.int32), np.arange(2048, dtype=np.int32))
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
         with pytest.raises(Interrupted):
-            assign(cost)
+            interrupted()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

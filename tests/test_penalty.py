@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from sadmoe.ffn import find_ffns
 from sadmoe.ffn.activations import ACTIVATION_MODULES
-from sadmoe.sparsify import SparsityLoss, measure_sparsity, square_hoyer
+from sadmoe.sparsify import SparsifyConfig, SparsityLoss, measure_sparsity, square_hoyer
 from tiny_models import TINY, UserGLU, hidden
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -118,14 +118,16 @@ def test_every_neuron_equally_active_gives_one():
         assert sparsity().item() == pytest.approx(1)
 
 
-def test_gelu_that_is_pushed_below_the_displacement_costs_nothing():
+@pytest.mark.parametrize(("pushed_to", "costs"), [(-11.0, 0.0), (-9.0, 1.0)])
+def test_gelu_costs_nothing_below_minus_10(pushed_to, costs):
     model = two_ffns(nn.GELU)
     for block in model:
         nn.init.zeros_(block.inner.expand.weight)
-        nn.init.constant_(block.inner.expand.bias, -11.0)
+        nn.init.constant_(block.inner.expand.bias, pushed_to)
     with SparsityLoss(model) as sparsity:
         model(hidden())
-        assert sparsity().item() == 0
+        assert sparsity().item() == pytest.approx(costs)
+    assert SparsifyConfig(steps=1).displacement == -10.0
 
 
 def test_padding_counts_nowhere():
