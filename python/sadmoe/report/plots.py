@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+COLOURS = 10  # of matplotlib, after which they come again with other marks
+MARKS = "oD^v"
+
 
 @dataclass(frozen=True)
 class Series:
@@ -27,18 +30,19 @@ class Series:
 
 
 def plot_curves(path: Path, panels: Sequence[tuple[str, str, str, Sequence[Series]]], title: str) -> None:
-    """Writes a picture of panels side by side, each (heading, x label, y label, series); a name has one colour in all.
-    Needs matplotlib."""
+    """Writes a picture of panels side by side, each (heading, x label, y label, series); a name has one colour and
+    mark in all. Needs matplotlib."""
     pyplot = matplotlib_pyplot()
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(6.2 * len(panels), 4.6), squeeze=False, layout="constrained"
     )
-    colours: dict[str, str] = {}
+    looks: dict[str, int] = {}
     for axis, (heading, x_label, y_label, series) in zip(axes[0], panels, strict=True):
         for one in series:
-            colour = colours.setdefault(one.name, f"C{len(colours)}")
-            look = "--" if one.is_level else "o-" if one.line else "s"
-            axis.plot(one.x, one.y, look, label=one.name, markersize=5, color=colour)
+            again, colour = divmod(looks.setdefault(one.name, len(looks)), COLOURS)
+            mark = MARKS[again % len(MARKS)]
+            look = "--" if one.is_level else f"{mark}-" if one.line else "s"
+            axis.plot(one.x, one.y, look, label=one.name, markersize=5, color=f"C{colour}")
             for x, y, label in zip(one.x, one.y, one.labels, strict=False):
                 axis.annotate(
                     label, (x, y), textcoords="offset points", xytext=(5, -11), fontsize=8, color="0.35"
