@@ -8,14 +8,14 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sadmoe.batches import Batches, check_batches
-from sadmoe.checks import check_config, check_fields, check_filter
+from sadmoe.checks import check_choice, check_config, check_fields, check_filter
 from sadmoe.ffn import (
     ATTENTION,
     FFNSite,
@@ -84,14 +84,7 @@ class ProjectionConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.start not in get_args(Start):
-            raise ValueError(
-                f"ProjectionConfig: start must be one of {', '.join(get_args(Start))}, got {self.start!r}"
-            )
-        if self.act not in ACTIVATIONS:
-            raise ValueError(
-                f"ProjectionConfig: act must be one of {', '.join(ACTIVATIONS)}, got {self.act!r}"
-            )
+        check_choice("ProjectionConfig: act", self.act, ACTIVATIONS)
         if self.act == "relu2" and self.start == "low_rank":
             raise ValueError(
                 "ProjectionConfig: act='relu2' is not linear for either sign, as start='low_rank' needs it: "

@@ -1,6 +1,6 @@
 """What is checked of arguments that many functions take: configs by their fields' types, filters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import fields
 from operator import index
@@ -20,14 +20,17 @@ def check_config(config: Any, kind: type[Config]) -> Config:
 
 
 def check_fields(config: Any) -> None:
-    """Raises TypeError where a field of a config dataclass is not of the type that it is declared with. Numbers of
-    NumPy and torch become Python's, which JSON and generators take."""
+    """Raises TypeError where a field of a config dataclass is not of the type that it is declared with, and ValueError
+    where it is none of a Literal's. Numbers of NumPy and torch become Python's, which JSON and generators take."""
     for field in fields(config):
         value = getattr(config, field.name)
         union = get_origin(field.type) is Union or isinstance(field.type, UnionType)
         kinds = get_args(field.type) if union else (field.type,)
         if any(_is(value, kind) for kind in kinds):
             continue
+        for kind in kinds:
+            if get_origin(kind) is Literal:
+                check_choice(f"{type(config).__name__}: {field.name}", value, get_args(kind))
         for kind in (int, float):
             with suppress(TypeError, ValueError, RuntimeError):  # what tensors of several numbers raise
                 if kind in kinds and not isinstance(value, str):
@@ -38,6 +41,13 @@ def check_fields(config: Any) -> None:
             raise TypeError(f"{type(config).__name__}: {field.name} must be {wanted}, got {value!r}")
 
 
+def check_choice(what: str, value: Any, choices: Iterable[str]) -> None:
+    """Raises ValueError unless the value, which is said to be `what`, is one of them."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"{what} must be one of {', '.join(choices)}, got {value!r}")
+
+
 def check_filter(filter: Any) -> None:
     """Raises TypeError unless it is a function, or None."""
     if filter is not None and not callable(filter):
@@ -46,8 +56,8 @@ def check_filter(filter: Any) -> None:
 
 def _is(value: Any, kind: Any) -> bool:
     origin = get_origin(kind)
-    if origin is Literal:  # their configs say what they may be
-        return True
+    if origin is Literal:
+        return value in get_args(kind)
     if origin is Callable:
         return callable(value)
     if kind is float:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Literal
 
 from sadmoe.checks import check_fields
 from sadmoe.gates import DynamicK
@@ -55,10 +55,6 @@ class ConvertConfig:
             raise ValueError(
                 "ConvertConfig: give expert_size or experts, not both; "
                 f"got {self.expert_size} and {self.experts}"
-            )
-        if self.cluster not in get_args(Cluster):
-            raise ValueError(
-                f"ConvertConfig: cluster must be one of {', '.join(get_args(Cluster))}, got {self.cluster!r}"
             )
         if self.budget is not None and self.tau is not None:
             raise ValueError(

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sadmoe import reference
+from sadmoe.checks import check_choice
 from sadmoe.gates import Gate
 from sadmoe.layer import SCALES, DynamicKMoE
 from sadmoe.tables import divisors
@@ -38,8 +39,7 @@ class DenseFFN:
     trainable: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        if self.act not in reference.ACTIVATIONS:
-            raise ValueError(f"act must be one of {', '.join(reference.ACTIVATIONS)}, got {self.act!r}")
+        check_choice("act", self.act, reference.ACTIVATIONS)
         if self.w_up.dim() != 2 or self.w_down.dim() != 2:
             raise ValueError(
                 f"w_up must be [f, d] and w_down [f, d_out], got {list(self.w_up.shape)} "

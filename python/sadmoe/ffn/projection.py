@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sadmoe.batches import plain_name
+from sadmoe.checks import check_choice
 from sadmoe.ffn.activations import ACTIVATION_MODULES, which_activation
 from sadmoe.ffn.linears import bias_of, linear_shape
 from sadmoe.ffn.paths import lookup, put
@@ -33,8 +34,7 @@ class ProjectionMLP(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if act not in ACTIVATION_MODULES:
-            raise ValueError(f"act must be one of {', '.join(ACTIVATION_MODULES)}, got {act!r}")
+        check_choice("act", act, ACTIVATION_MODULES)
         self.up = nn.Linear(d, width, bias, device=device, dtype=dtype)
         self.act = ACTIVATION_MODULES[act]()
         self.down = nn.Linear(width, d_out, bias, device=device, dtype=dtype)

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sadmoe import reference
+from sadmoe.checks import check_choice
 from sadmoe.ffn.dense import DenseFFN
 from sadmoe.ffn.linears import bias_of, linear_shape, weight_rows, why_not_plain
 from sadmoe.ffn.paths import join, lookup
@@ -129,10 +130,7 @@ def site_from_spec(model: nn.Module, name: str, spec: dict[str, Any]) -> FFNSite
     if not isinstance(spec, dict) or set(spec) != keys:
         got = sorted(spec) if isinstance(spec, dict) else type(spec).__name__
         raise ValueError(f"{name}: spec must be a dict with {', '.join(sorted(keys))}, got {got}")
-    if spec["act"] not in reference.ACTIVATIONS:
-        raise ValueError(
-            f"{name}: act must be one of {', '.join(reference.ACTIVATIONS)}, got {spec['act']!r}"
-        )
+    check_choice(f"{name}: act", spec["act"], reference.ACTIVATIONS)
     parts = _parts_from_spec(name, spec)
     if parts.at and name != parts.at and not name.endswith(f".{parts.at}"):
         raise ValueError(f"{name}: the name must end with {parts.at!r}, where its block holds the layer")

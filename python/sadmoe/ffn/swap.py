@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from sadmoe import reference
+from sadmoe.checks import check_choice
 from sadmoe.ffn.activations import ACTIVATION_MODULES, activation_children, which_activation
 from sadmoe.ffn.configs import configs_in, own_configs
 from sadmoe.ffn.paths import join, lookup
@@ -50,8 +51,7 @@ def swap_activations_(model: nn.Module, sites: Sequence[FFNSite], act: str = "re
     swap of arXiv 2310.04361, section 3.
     Raises NotImplementedError, with nothing changed, where a forward calls its activation as a function.
     """
-    if act not in ACTIVATION_MODULES:
-        raise ValueError(f"act must be one of {', '.join(ACTIVATION_MODULES)}, got {act!r}")
+    check_choice("act", act, ACTIVATION_MODULES)
     todo = [site for site in sites if site.act != act]
     fixed = [site.name for site in todo if site.parts.activation is None]
     if fixed:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from sadmoe import ops, reference
+from sadmoe.checks import check_choice
 from sadmoe.gradients import without_autocast
 from sadmoe.layer.held import held
 from sadmoe.rounding import column_scales as scales_of_columns
@@ -59,8 +60,7 @@ class Experts(nn.Module):
     ):
         """bias: which of "b_up", "b_gate", "b_out" exist. Weights start uninitialised: they are copied or loaded."""
         super().__init__()
-        if act not in reference.ACTIVATIONS:
-            raise ValueError(f"act must be one of {', '.join(reference.ACTIVATIONS)}, got {act!r}")
+        check_choice("act", act, reference.ACTIVATIONS)
         unknown = set(bias) - {"b_up", "b_gate", "b_out"}
         if unknown:
             raise ValueError(f"bias may name b_up, b_gate and b_out, got {', '.join(sorted(unknown))}")

@@ -24,6 +24,7 @@ from sadmoe.batches import (
     run,
     to_device,
 )
+from sadmoe.checks import check_choice
 from sadmoe.ffn import FFNSite, find_ffns
 from sadmoe.gradients import no_gradient_for_the_penalty
 from sadmoe.hooks import hooks_on
@@ -106,8 +107,7 @@ class SparsityLoss(PassesLoss):
         displacement: float = -10.0,
     ):
         super().__init__()
-        if penalty not in PENALTIES:
-            raise ValueError(f"penalty must be one of {', '.join(PENALTIES)}, got {penalty!r}")
+        check_choice("penalty", penalty, PENALTIES)
         self.model = model
         self.sites = find_ffns(model) if sites is None else list(sites)
         if not self.sites:
