@@ -19,7 +19,7 @@ import sadmoe.hf
 from converted import converted
 from sadmoe import SavedModelError, load, moe_layers, restore_, save, set_tau
 from sadmoe.gates import DynamicK, TopK
-from sadmoe.hf.quantizer import SadmoeConfig, SadmoeQuantizer, _check_loaded
+from sadmoe.hf.quantizer import SadmoeConfig, SadmoeQuantizer, _check_loaded, _found_in
 from tiny_models import TINY, call
 
 NAMES = [
@@ -514,6 +514,31 @@ def test_a_model_quantized_by_others_keeps_its_quantizer_and_says_so(caplog):
     assert (
         "BertModel is quantized by Other: save_pretrained will not save that it was converted" in caplog.text
     )
+
+
+def test_a_config_of_a_converted_model_may_be_given(tmp_path):
+    model = converted("bert")
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, config=model.config)
+    assert list(moe_layers(again)) == list(moe_layers(model))
+
+
+@pytest.mark.parametrize(
+    ("saved", "here"),
+    [
+        ("encoder.0.mlp", "bert.encoder.0.mlp"),
+        ("bert.encoder.0.mlp", "encoder.0.mlp"),
+        ("model.language_model.layers.0.mlp", "model.layers.0.mlp"),
+        ("language_model.layers.0.mlp", "layers.0.mlp"),
+    ],
+)
+def test_layers_are_found_by_the_names_that_they_have_in_a_part(saved, here):
+    model = nn.Module()
+    model.base_model_prefix = "bert"
+    model.named_modules = lambda: [(here, nn.Module())]
+    assert _found_in(model, {saved: "what it is"}) == {here: "what it is"}
+    with pytest.raises(SavedModelError, match="does not fit this Module"):
+        _found_in(model, {f"other.{saved}": "what it is"})
 
 
 def test_sadmoe_may_be_imported_before_transformers(tmp_path):

@@ -148,6 +148,18 @@ def test_bars_are_as_high_as_tokens_are_many():
     assert many.text == "200-200 experts: 100.0% of the tokens"
 
 
+@pytest.mark.parametrize("experts", [6, 192, 511])
+def test_the_line_of_the_mean_is_in_the_middle_of_its_bar(experts):
+    counts = [0] * (experts + 1)
+    group = -(-len(counts) // 57)
+    counts[3 * group : 4 * group] = [5] * group  # all of one bar
+    svg = ElementTree.fromstring(bars(counts))
+    (bar,) = svg.iter("rect")
+    (mean,) = (path for path in svg.iter("path") if path.get("class") == "mean")
+    middle = float(bar.get("x")) + (float(bar.get("width")) + 0.6) / 2
+    assert float(re.match(r"M([\d.]+),", mean.get("d"))[1]) == pytest.approx(middle, abs=0.35)
+
+
 def test_a_heat_map_shows_each_share():
     svg = ElementTree.fromstring(heat([[0.1, 1.0]], ["layer"], ["a", "b"], "of it"))
     assert re.findall(r"--v:([0-9.]+)", ElementTree.tostring(svg, "unicode")) == ["0.1000", "1.0000"]
@@ -171,6 +183,18 @@ def test_evaluate_measures_and_puts_the_gates_back():
     assert one.error > sparse.error > 0
     assert {layer.gate.tau for layer in sadmoe.moe_layers(model).values()} == {0.7}
     assert "error to tau 0" in table([sparse])
+
+
+@pytest.mark.parametrize("ruled_out", [torch.finfo(torch.float32).min, float("-inf")])
+def test_logits_that_a_model_rules_out_are_no_perfect_fidelity(ruled_out):
+    model, batch = converted("bert"), TINY["bert"].batch()
+    model.register_forward_hook(
+        lambda m, args, output: output.last_hidden_state.index_fill(-1, torch.tensor([3]), ruled_out)
+    )
+    with pytest.raises(ValueError, match="give the model without its head"):
+        evaluate(model, [batch], [0.0, 0.3])
+    with pytest.raises(ValueError, match="loss must be finite on the batches, got nan"):
+        sadmoe.calibrate_layers_(model, [batch], budget=0.9)
 
 
 def test_evaluate_beside_the_dense_model(monkeypatch):

@@ -9,6 +9,7 @@ from itertools import product
 from statistics import fmean
 from typing import TypeGuard
 
+import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -115,8 +116,10 @@ class Drift:
             with tau(model, 0.0):
                 self.of = batch, answer(model, batch, skip_padding=self.skip_padding)
         wanted = self.of[1]
-        wrong = answer(model, batch, skip_padding=self.skip_padding) - wanted
-        return wrong.square().sum() / wanted.square().sum()
+        wrong, size = answer(model, batch, skip_padding=self.skip_padding) - wanted, wanted.square().sum()
+        return wrong.square().sum() / size.where(
+            size.isfinite(), torch.nan
+        )  # not finite: refused, see `solved`
 
 
 @dataclass(frozen=True)

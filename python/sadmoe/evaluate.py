@@ -144,6 +144,11 @@ def _errors(base: _Variant, variants: Sequence[_Variant], batches: Batches, prog
         raise ValueError(
             "all outputs that errors would be relative to are 0: the model or the batches are empty"
         )
+    if not math.isfinite(size):
+        raise ValueError(
+            "outputs that errors would be relative to are not finite, or as large as what some models put in the place "
+            "of logits that they rule out: give the model without its head, as AutoModel loads it"
+        )
     return [math.sqrt(one / size) for one in wrong]
 
 

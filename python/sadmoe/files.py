@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,9 +27,14 @@ def check_new(path: Path, overwrite: bool) -> None:
         )
 
 
+def beside_of(path: Path) -> Path:
+    """Where to write what then takes the place of the file: a name that no other writer has."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+
+
 def write(path: Path, tensors: Mapping[str, Tensor], key: str, header: Any) -> None:
     """Replaces the file at once. tensors: on the CPU, contiguous, no two in one storage.   header: goes under `key`."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = beside_of(path)
     try:
         text = json.dumps(header)
         save_file(dict(tensors), beside, metadata={"format": "pt", key: text, _crc_key(key): _crc(text)})

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sadmoe.crossover import LayerShape
+from sadmoe.files import beside_of
 
 FORMAT = 1
 BUILT_IN = Path(__file__).with_name("cpu_costs.json")
@@ -81,7 +82,7 @@ def write(path: Path, rows: Iterable[Costs]) -> None:
     table = [_plain(row) for row in rows]
     text = json.dumps({"format": FORMAT, "crc32": _crc32(table), "rows": table}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = beside_of(path)
     try:
         beside.write_text(text + "\n")
         beside.replace(path)

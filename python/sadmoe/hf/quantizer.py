@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import mmap
+import re
 import sys
 from functools import wraps
 from pathlib import Path
@@ -23,6 +24,7 @@ from sadmoe.ffn import bare_mlps, moe_layers, own_configs, projection_mlps, repl
 from sadmoe.ffn.paths import join
 
 logger = logging.getLogger(__name__)
+_LANGUAGE = re.compile(r"^(model\.)?language_model\.")
 CACHE_LINE = 64  # bytes, to which torch aligns what it allocates
 
 METHOD = "sadmoe"
@@ -50,6 +52,10 @@ class SadmoeConfig(QuantizationConfigMixin):
         self.quant_method: Any = METHOD
         self.format = format
         self.layers = layers
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of the dict in config.json, which from_pretrained(config=...) takes it for."""
+        return getattr(self, key, default)
 
 
 @register_quantizer(METHOD)
@@ -193,7 +199,8 @@ def _found_in(model: Any, layers: dict[str, Any]) -> dict[str, Any]:
     """The layers by their names in this model, which may be a part of the model saved, or have it as a part.
 
     As for weights: BertForMaskedLM calls "bert.encoder" what BertModel calls "encoder", and an encoder alone
-    can be loaded from an encoder-decoder. Raises SavedModelError where the model has none of them.
+    can be loaded from an encoder-decoder, the language model from one of images and text. Raises SavedModelError where
+    the model has none of them.
     """
     prefix = f"{model.base_model_prefix}."
     names = {name for name, _ in model.named_modules()}
@@ -201,6 +208,7 @@ def _found_in(model: Any, layers: dict[str, Any]) -> dict[str, Any]:
         layers,
         {prefix + name: description for name, description in layers.items()},
         {name.removeprefix(prefix): description for name, description in layers.items()},
+        {_LANGUAGE.sub(r"\1", name): description for name, description in layers.items()},
     ]
     found = max(({n: d for n, d in way.items() if n in names} for way in renamed), key=len)
     if not found:

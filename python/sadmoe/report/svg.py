@@ -117,7 +117,7 @@ def bars(counts: Sequence[int]) -> str:
             )
     if total:
         mean = sum(k * count for k, count in enumerate(counts)) / total
-        x = (mean / group + 0.5) * step
+        x = (mean + 0.5) / group * step
         parts.append(f'<path class="mean" d="M{x:.1f},0V{height}"/>')
     parts.append(f'<path class="axis" d="M0,{height}H{width}"/><text x="0" y="{height + 12}">0</text>')
     parts.append(f'<text x="{width}" y="{height + 12}" text-anchor="end">{experts}</text></svg>')
