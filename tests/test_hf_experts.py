@@ -13,6 +13,7 @@ from torch.torch_version import TorchVersion
 
 transformers = pytest.importorskip("transformers")
 
+from sadmoe.flops import count_flops
 from sadmoe.hf.experts import experts_forward, set_experts_tau
 from transformers.integrations.moe import use_experts_implementation
 
@@ -50,6 +51,17 @@ def on_sadmoe(model: nn.Module, tau: float | None = None) -> nn.Module:
     else:
         set_experts_tau(model, tau)
     return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_experts_cost_what_they_compute(name):
+    dense = stock(name)
+    wanted = count_flops(dense, tokens())  # and the activations, which are few
+    grouped = copy.deepcopy(dense)
+    grouped.set_experts_implementation("grouped_mm")
+    for model in (on_sadmoe(dense), grouped):
+        assert count_flops(model, tokens()) == pytest.approx(wanted, rel=0.03)
+    assert count_flops(on_sadmoe(dense, 0.9), tokens()) < 0.98 * wanted
 
 
 def logits(model: nn.Module) -> torch.Tensor:

@@ -1,10 +1,11 @@
 """Counting what a model computes, by the rule of the paper's evaluation code (arXiv 2310.04361, appendix B).
 
 One multiply-add is one FLOP. Matrix products and convolutions count their multiply-adds; the bias of a linear
-layer is free. Elementwise arithmetic, exp, tanh, sigmoid, GELU, SiLU, comparisons, cumulative sums,
-embeddings: 1 per output element. Mean and sum: 1 per input element. Softmax: 2 per element. Layer norm: 5 per
-element, 4 without weights. Attention: two products, 3 per score and 1 more where a mask is added. ReLU,
-powers, roots, copies and everything else: nothing.
+layer is free. Ops of sadmoe outside converted layers, as in mixtures of experts, count executed pairs.
+Elementwise arithmetic, exp, tanh, sigmoid, GELU, SiLU, comparisons, cumulative sums, embeddings: 1 per output
+element. Mean and sum: 1 per input element. Softmax: 2 per element. Layer norm: 5 per element, 4 without weights.
+Attention: two products, 3 per score and 1 more where a mask is added. ReLU, powers, roots, copies and everything
+else: nothing.
 """
 
 import math
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from sadmoe.batches import Batch, device_of, evaluating, run, to_device
 from sadmoe.layer import DynamicKMoE
@@ -42,8 +44,13 @@ class FlopCount:
 
     def add(self, flops: int) -> None:
         """Counts that many, unless inside something that is counted as a whole or not at all."""
-        if not self._paused:
+        if not self.is_paused:
             self.flops += flops
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether nothing is counted."""
+        return self._paused > 0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -109,14 +116,25 @@ class _Operations(TorchDispatchMode):
         ):
             self.count.add(_attention_op(args, kwargs))
             return func(*args, **kwargs)
-        rule = _RULES.get(name.rstrip("_")) if func.namespace == "aten" else None
+        rule = _rule_of(func)
         if rule is None:
             with self:  # in inference mode, operations arrive whole that are made of others
                 out = func.decompose(*args, **kwargs)
             return func(*args, **kwargs) if out is NotImplemented else out
         out = func(*args, **kwargs)
-        self.count.add(rule(args, out))
+        if not self.count.is_paused:
+            self.count.add(rule(args, out))
         return out
+
+
+def _rule_of(func: Any) -> Callable[[Any, Any], int] | None:
+    """What an operation counts, of its arguments and result; None of one that is nothing, or made of others."""
+    name = func.overloadpacket.__name__
+    if func.namespace == "aten":
+        return _RULES.get(name.rstrip("_"))
+    if func.namespace == "sadmoe" and (formula := flop_registry.get(func.overloadpacket)):
+        return lambda args, out: formula(*args, out_val=out) // 2  # torch counts two a multiply-add
+    return _product(0) if (func.namespace, name) == ("transformers", "grouped_mm_fallback") else None
 
 
 def _attention(
