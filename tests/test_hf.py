@@ -516,6 +516,31 @@ def test_a_model_quantized_by_others_keeps_its_quantizer_and_says_so(caplog):
     )
 
 
+def test_tensors_of_the_caller_s_that_are_mapped_and_changed_stay_as_they_are(tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=64,
+        intermediate_size=1024,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        hidden_act="relu",
+    )
+    model = transformers.BertModel(config).eval()
+    router = sadmoe.RouterConfig(width=8, steps=2)
+    batches = [{"input_ids": torch.arange(9)[None]}]
+    sadmoe.convert_(model, batches, sadmoe.ConvertConfig(tau=0.1, router=router), progress=False)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            tensor.mul_(0.5)
+    kept = {name: tensor.clone() for name, tensor in tensors.items()}
+    loaded = transformers.BertModel.from_pretrained(None, config=model.config, state_dict=tensors)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in tensors.items())
+    (layer,) = moe_layers(loaded).values()
+    assert torch.equal(layer.w_up, kept["encoder.layer.0.intermediate.w_up"])
+
+
 def test_a_config_of_a_converted_model_may_be_given(tmp_path):
     model = converted("bert")
     model.save_pretrained(tmp_path)

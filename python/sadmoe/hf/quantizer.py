@@ -97,8 +97,12 @@ class SadmoeQuantizer(HfQuantizer):
         return caller.f_locals.get("state_dict") if caller.f_code.co_name == "save_pretrained" else None, {}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        for file in kwargs.get("checkpoint_files") or ():
+        files = kwargs.get("checkpoint_files") or ()
+        for file in files:
             check_safetensors(Path(file))
+        self._from_files = bool(
+            files
+        )  # and not from tensors of the caller's, which may be mapped, and changed since
         config: Any = self.quantization_config
         layers = _found_in(model, config.layers)
         try:
@@ -115,7 +119,7 @@ class SadmoeQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         _hide_replaced(model)
         _check_loaded(model, self._shapes)
-        _align(model)
+        _align(model, _mapped_files() if self._from_files else [])
         for layer in moe_layers(model).values():
             # as it was made: transformers lets all that it loads ask for gradients
             layer.router.requires_grad_(False)
@@ -276,10 +280,9 @@ def _replaced_parts(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     return [(layer, *part) for layer, ffn in whole if ffn is not None for part in ffn.named_children()]
 
 
-def _align(model: nn.Module) -> None:
+def _align(model: nn.Module, files: list[range]) -> None:
     """Copies the weights of converted layers that do not start at a cache line, as those mapped from a file: vectors
-    that straddle two lines cost the kernels a fifth of their speed. One tensor at a time."""
-    files = _mapped_files()
+    that straddle two lines cost the kernels a fifth of their speed. One tensor at a time; what was mapped is let go."""
     for tensor in _layer_tensors(model).values():
         if tensor.device.type == "cpu" and tensor.data_ptr() % CACHE_LINE:
             mapped, tensor.data = tensor.data, tensor.data.clone()
