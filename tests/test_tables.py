@@ -1,5 +1,14 @@
+import json
+
 import pytest
-from sadmoe.tables import divisors, format_table, si
+from sadmoe.tables import divisors, format_table, si, to_json
+
+
+def test_json_has_null_for_what_it_has_no_word_for():
+    made = to_json({"rows": [{"error": float("nan"), "gain": float("inf")}, (1.5, None)]})
+    assert json.loads(made, parse_constant=pytest.fail) == {
+        "rows": [{"error": None, "gain": None}, [1.5, None]]
+    }
 
 
 def test_columns_are_aligned_first_left_others_right():

@@ -1,7 +1,6 @@
 """`sadmoe bench`: a converted model timed beside dense, and the measurements by which its layers choose."""
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from sadmoe.measured import cache_file, read
 from sadmoe.options import add_common, add_data, add_model, data_of
 from sadmoe.outputs import check_files
 from sadmoe.paths import dtype_name, use_costs
+from sadmoe.tables import to_json
 from sadmoe.texts import load_bare_model
 from sadmoe.timing import machine
 
@@ -110,7 +110,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     print(f"{machine()}, {dtype_name(next(model.parameters()).dtype)}, {arguments.device}\n\n{table(rows)}")
     if arguments.json:
         numbers = {"machine": machine(), "rows": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(numbers, indent=1))
+        arguments.json.write_text(to_json(numbers))
 
 
 def _device(name: str) -> torch.device:

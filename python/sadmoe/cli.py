@@ -1,7 +1,6 @@
 """The command line: `sadmoe demo | survey | convert | evaluate | report | bench | info`, thin over the API."""
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from sadmoe.outputs import check_files, check_folder
 from sadmoe.report import write_page
 from sadmoe.run_demo import SECONDS, run_demo
 from sadmoe.survey import survey
+from sadmoe.tables import to_json
 from sadmoe.texts import load_bare_model
 
 EPILOG = """\
@@ -206,7 +206,7 @@ def _report(arguments: argparse.Namespace) -> None:
     points = evaluate(model, data.batches, sorted(arguments.tau), dense=dense, progress=True)
     print(table(points))
     made = report_page(model, data, points, arguments.sentence)
-    numbers.write_text(json.dumps([asdict(point) for point in points], indent=1))
+    numbers.write_text(to_json([asdict(point) for point in points]))
     write_page(page, made)
     print(f"\n{page}, and the numbers in {numbers}")
 

@@ -1,7 +1,6 @@
 """`sadmoe demo`: the whole method on a real model and real text, as one table."""
 
 import copy
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -32,6 +31,7 @@ from sadmoe.outputs import replaced
 from sadmoe.report import matplotlib_pyplot
 from sadmoe.routers import RouterConfig, fit_routers_
 from sadmoe.sparsify import SparsifyConfig, sparsify_
+from sadmoe.tables import to_json
 from sadmoe.texts import tokenized
 
 SECONDS = 198.0  # of training, two thirds of the whole demo on two cores
@@ -85,7 +85,7 @@ def run_demo(out: Path, *, seconds: float = SECONDS, progress: bool = True) -> s
     with replaced(out):
         out.mkdir(parents=True, exist_ok=True)
         check_reload(model, tokenizer, out / "model", tests[:2])
-        (out / "demo.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        (out / "demo.json").write_text(to_json([asdict(row) for row in rows]))
         (out / "demo.txt").write_text(text + "\n")
         picture(rows, out / "demo.png")
     return text

@@ -1,6 +1,22 @@
-"""Numbers and rows for people."""
+"""Numbers and rows, for people and in files."""
 
+import json
+import math
 from collections.abc import Sequence
+from typing import Any
+
+
+def to_json(value: Any, indent: int = 1) -> str:
+    """As JSON; a number that is not finite, which it has no word for, becomes null."""
+    return json.dumps(_finite(value), indent=indent)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,12 +1,10 @@
 """What a conversion made of each layer, as values, a table and JSON."""
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
-from sadmoe.tables import format_table
+from sadmoe.tables import format_table, to_json
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class ConversionReport:
     def to_json(self) -> str:
         """All fields and the totals, as JSON; a number that is not finite becomes null."""
         totals = {"share": self.share, "r2": self.r2, "error": self.error}
-        return json.dumps(_finite(asdict(self) | totals), indent=2)
+        return to_json(asdict(self) | totals, indent=2)
 
     def _mean(self, value: Callable[[LayerReport], float]) -> float:
         known = [(value(row), row.weights) for row in self.layers if math.isfinite(value(row))]
@@ -93,11 +91,3 @@ def _cells(row: LayerReport) -> tuple[str, ...]:
         f"{row.share:.1%}",
         f"{row.error:.1e}",
     )
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
