@@ -16,21 +16,14 @@ void on_torch_threads(int64_t n, int64_t grain, const std::function<void(int64_t
   if (n <= 0) return;
   std::exception_ptr error;
   std::mutex error_mutex;
-  const auto part = [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
     try {
       body(begin, end);
     } catch (...) {
       const std::lock_guard<std::mutex> lock(error_mutex);
       if (!error) error = std::current_exception();
     }
-  };
-  try {
-    torch::stable::parallel_for(0, n, grain, part);
-  } catch (const std::exception& torch_s) {  // of whose own errors its interface leaves the text
-    if (!error && std::string(torch_s.what()).find("bad_alloc") != std::string::npos)
-      error = std::make_exception_ptr(std::bad_alloc());
-    if (!error) throw;
-  }
+  });
   if (error) std::rethrow_exception(error);
 }
 
