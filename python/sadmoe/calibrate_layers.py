@@ -116,10 +116,10 @@ class Drift:
             with tau(model, 0.0):
                 self.of = batch, answer(model, batch, skip_padding=self.skip_padding)
         wanted = self.of[1]
-        wrong, size = answer(model, batch, skip_padding=self.skip_padding) - wanted, wanted.square().sum()
-        return wrong.square().sum() / size.where(
-            size.isfinite(), torch.nan
-        )  # not finite: refused, see `solved`
+        wrong = answer(model, batch, skip_padding=self.skip_padding) - wanted
+        size = wanted.square().sum()
+        size = size.where(size.isfinite(), torch.nan)  # so that no loss comes of it, which is refused
+        return wrong.square().sum() / size
 
 
 @dataclass(frozen=True)
