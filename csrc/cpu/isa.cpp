@@ -14,6 +14,9 @@ namespace sadmoe::cpu {
 namespace {
 
 bool runs_portable() { return true; }
+#if defined(__aarch64__)
+bool runs_neon() { return true; }
+#endif
 #if defined(__x86_64__)
 bool runs_f16c() {  // by hand: clang knows its name since 18
   static const bool found = [] {
