@@ -14,7 +14,7 @@ from sadmoe import (
     replace_projections_,
     restore_,
 )
-from sadmoe.attention import start_low_rank_
+from sadmoe.attention import scan_projections, start_low_rank_
 from sadmoe.ffn import ProjectionMLP, empty_mlp, find_ffns, moe_layers, projection_mlps
 from states import same, state
 from tiny_models import TINY, call, tokens
@@ -283,6 +283,27 @@ def test_what_cannot_be_replaced_says_why():
         find_projections(TINY["user module"].model())
     with pytest.raises(ValueError, match="8 are MLPs already"):
         find_projections(replaced("bert"))
+
+
+def test_what_lies_in_a_wrapped_projection_is_none():
+    class Adapted(nn.Module):
+        """As PEFT's: a linear layer with a low-rank one beside it."""
+
+        def __init__(self, base: nn.Linear):
+            super().__init__()
+            self.in_features, self.out_features = base.in_features, base.out_features
+            self.base_layer, self.lora = base, nn.Linear(base.in_features, base.out_features)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base_layer(x) + self.lora(x)
+
+    model = TINY["bert"].model()
+    for name in [name for name, _ in model.named_modules() if name.endswith("attention.self")]:
+        attention = model.get_submodule(name)
+        attention.query = Adapted(attention.query)
+    found, refused = scan_projections(model)
+    assert [site.name for site in found if ".query" in site.name] == []
+    assert len([line for line in refused if ".query: query is a Adapted;" in line]) == len(refused) > 0
 
 
 class ReadAttention(nn.Module):

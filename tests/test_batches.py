@@ -33,6 +33,23 @@ class Endless(IterableDataset):
 ONE = torch.ones(2)
 
 
+def test_a_module_that_does_more_than_set_a_flag_is_told_the_mode_that_it_comes_back_to():
+    class Merged(nn.Linear):
+        """As loralib's: in evaluation an adapter is added to the weight."""
+
+        def train(self, mode: bool = True) -> nn.Module:
+            if mode != self.training:
+                self.weight.data += -1.0 if mode else 1.0
+            return super().train(mode)
+
+    model = nn.Sequential(Merged(3, 3), nn.Dropout().eval())
+    before = model[0].weight.clone()
+    with evaluating(model):
+        assert not torch.allclose(model[0].weight, before)
+    torch.testing.assert_close(model[0].weight, before)
+    assert [m.training for m in model] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("batch", "sum_"),
     [({"a": ONE, "b": ONE}, 2), (UserDict(a=ONE, b=ONE), 2), ((ONE, ONE), 2), ([ONE, 3], 4), (ONE, 11)],

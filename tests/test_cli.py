@@ -169,6 +169,14 @@ def test_16_bits_are_trained_in_float32(folder, text, tmp_path, capsys, monkeypa
     assert dtypes == [(step, torch.float32) for step in steps]
     saved = transformers.BertModel.from_pretrained(out, dtype=torch.bfloat16)
     assert {p.dtype for p in saved.parameters()} == {torch.bfloat16}
+    with monkeypatch.context() as patched:
+        patched.setattr(cli, "evaluate", lambda model, batches, taus, dense: [model, dense])
+        patched.setattr(cli, "table", lambda both: {next(m.parameters()).dtype for m in both})
+        beside = ["--model", str(out), "--data", str(text), "--dense", str(half)]
+        assert cli.main(["evaluate", *beside]) == 0  # or one of them would be timed in slower products
+    said = capsys.readouterr().out
+    assert "the dense model is bfloat16: run in float32, as the other" in said
+    assert said.endswith("{torch.float32}\n")
     assert converted(half, text, tmp_path / "untrained", "--tau", "0.2") == 0
     untrained = texts.load_bare_model(tmp_path / "untrained")
     assert {p.dtype for p in untrained.parameters()} == {torch.bfloat16}

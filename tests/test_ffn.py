@@ -214,6 +214,35 @@ def test_hooks_do_not_fire_and_modes_stay_mixed():
     assert fired == ["linear", "module"]
 
 
+class Positions(nn.Module):
+    """Keeps a table of positions in a buffer, how long it is in an attribute, and one by dtype in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(D, 60), nn.ReLU(), nn.Linear(60, D)
+        self.register_buffer("table", torch.zeros(99, D), persistent=False)
+        self.known = 0
+        self.by_device: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.known < x.shape[1]:
+            self.known = x.shape[1]
+            self.table[: self.known] = torch.arange(self.known).unsqueeze(1) / 10
+        if str(x.device) not in self.by_device:
+            self.by_device[str(x.device)] = torch.ones(D, dtype=x.dtype)
+        x = x + self.table[: x.shape[1]] + self.by_device[str(x.device)]
+        return x + self.down(self.act(self.up(x)))
+
+
+def test_what_a_block_keeps_of_a_call_is_not_kept_of_a_probe():
+    block = Positions()
+    fresh = copy.deepcopy(block)
+    assert [site.name for site in find_ffns(nn.Sequential(block))] == ["0.up"]
+    assert (block.known, block.by_device) == (0, {})
+    x = hidden()
+    assert torch.equal(block(x), fresh(x))
+
+
 def test_finding_works_under_autocast_and_on_weights_that_share_a_device_context():
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
         model = nn.Sequential(UserFFN(F.gelu)).to_empty(device="cpu")

@@ -280,6 +280,35 @@ def test_a_loss_on_the_outputs_is_added_to_the_hidden_states(converted):
     assert more - plain == pytest.approx(extra.item(), rel=1e-5)
 
 
+def test_logits_are_held_to_the_teacher_s_at_real_tokens():
+    tiny = TINY["llama"]
+    teacher, batches = tiny.model(), [tiny.batch()]
+    batches[0]["attention_mask"] = torch.ones_like(batches[0]["input_ids"])
+    batches[0]["attention_mask"][0, 3:] = 0
+    model = copy.deepcopy(teacher)
+    sadmoe.convert_(
+        model,
+        batches,
+        sadmoe.ConvertConfig(expert_size=10, tau=0.5, router=sadmoe.RouterConfig(steps=2, width=4)),
+        progress=False,
+    )
+
+    def by_hand(output, wanted, batch):
+        ours, theirs = (o.logits.float().softmax(-1) for o in (output, wanted))
+        kl = (theirs * (theirs / ours).log()).sum(-1)
+        return kl[batch["attention_mask"].bool()].mean()
+
+    found = {}
+    for loss in ("logits", by_hand, None):
+        config = sadmoe.FinetuneConfig(steps=1, tau=None)
+        report = sadmoe.finetune_(
+            copy.deepcopy(model), batches, config, teacher=teacher, output_loss=loss, progress=False
+        )
+        found[loss] = report.history[0].objective
+    assert found["logits"] == pytest.approx(found[by_hand], rel=1e-5)
+    assert found["logits"] > found[None] * 1.001
+
+
 def test_wrong_settings_are_named(converted):
     teacher, model, batches = converted
     for settings, message in (
@@ -298,6 +327,10 @@ def test_wrong_settings_are_named(converted):
         sadmoe.finetune_(model, batches, config, teacher=teacher, loss=lambda m, b: 0)
     with pytest.raises(ValueError, match=r"output_loss compares .*: give it as teacher"):
         sadmoe.finetune_(model, batches, config, output_loss=lambda y, t, b: 0)
+    with pytest.raises(ValueError, match="output_loss must be one of logits, got 'logit'"):
+        sadmoe.finetune_(model, batches, config, teacher=teacher, output_loss="logit")
+    with pytest.raises(ValueError, match=r"the logits of a model .* this one gives BaseModelOutput"):
+        sadmoe.finetune_(model, batches, config, teacher=teacher, output_loss="logits", progress=False)
 
 
 class Wrapper(torch.nn.Module):

@@ -202,6 +202,28 @@ def test_an_encoder_loads_alone(tmp_path):
     assert list(encoder.config.quantization_config.layers) == [TINY["t5"].names[0]]
 
 
+def test_a_model_under_wrappers_that_checkpoint_activations_is_saved_as_without(tmp_path):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+    tiny = TINY["bert"]
+    dense, batch = tiny.model(), tiny.batch()
+    model = copy.deepcopy(dense)
+    apply_activation_checkpointing(model, check_fn=lambda m: type(m).__name__ == "BertLayer")
+    router = sadmoe.RouterConfig(steps=2, width=4)
+    sadmoe.convert_(model, [batch], sadmoe.ConvertConfig(experts=4, tau=0.2, router=router), progress=False)
+    assert list(moe_layers(model)) == ["encoder.layer.0.intermediate", "encoder.layer.1.intermediate"]
+    model.save_pretrained(tmp_path)
+    save(model, tmp_path / "moe.safetensors")
+    again, ours = type(dense).from_pretrained(tmp_path), copy.deepcopy(dense)
+    load(ours, tmp_path / "moe.safetensors")
+    with torch.no_grad():
+        wanted = model(**batch).last_hidden_state
+        assert torch.equal(again(**batch).last_hidden_state, wanted)
+        assert torch.equal(ours(**batch).last_hidden_state, wanted)
+        restore_(model)
+        assert torch.equal(model(**batch).last_hidden_state, dense(**batch).last_hidden_state)
+
+
 def test_a_part_saves_itself(tmp_path):
     model = described("bert classifier")
     model.bert.save_pretrained(tmp_path)
@@ -424,6 +446,16 @@ def dense_weights(path: Path) -> None:
     (path / "dense" / "model.safetensors").replace(path / "model.safetensors")
 
 
+def of_another_model(path: Path) -> None:
+    """Under other names, none of which a layer has."""
+    weights = load_file(path / "model.safetensors")
+    save_file(
+        {f"other.{key}": tensor for key, tensor in weights.items()},
+        path / "model.safetensors",
+        {"format": "pt"},
+    )
+
+
 def newer(path: Path) -> None:
     edit_config(path, lambda config: config.update(format=2))
 
@@ -457,6 +489,7 @@ def other_sizes(path: Path) -> None:
             lacks_a_tensor,
             r"the weights are incomplete: encoder\.layer\.0\.intermediate\.w_up is not in the file",
         ),
+        (of_another_model, r"the weights are incomplete: encoder\.layer\.0\.intermediate\.w_up and 13 more"),
         (
             dense_weights,
             r"the weights are incomplete: encoder\.layer\.0\.intermediate\.w_up and 13 more are not",
@@ -490,7 +523,7 @@ def test_weights_of_another_shape_are_refused(tmp_path):
     model = described("bert")  # where transformers leaves it to the quantizer
     wrong = {"encoder.layer.0.intermediate.w_up": torch.Size([1, 2, 3])}
     with pytest.raises(SavedModelError, match=r"intermediate\.w_up is \[6, 10, 24\], not \[1, 2, 3\]"):
-        _check_loaded(model, wrong)
+        _check_loaded(model, wrong, from_files=False)
 
 
 def test_a_dense_checkpoint_is_not_converted_on_the_way_in(tmp_path):

@@ -50,6 +50,32 @@ def test_float16_inputs_of_large_norm_are_judged_in_float32():
     assert all(fit.error > 0 for fit in fits)
 
 
+def test_a_teacher_of_another_dtype_will_do():
+    dense, model = pair()
+    wide = copy.deepcopy(model)
+    fits = tune(dense, model, short(steps=3))
+    teacher, batches = copy.deepcopy(dense).double(), [x.double() for x in data()]
+    others = finetune_layers_(wide, batches, short(steps=3), teacher=teacher, batch_tokens=64, progress=False)
+    assert {p.dtype for p in wide.parameters()} == {torch.float32}
+    assert [fit.error for fit in others] == pytest.approx([fit.error for fit in fits], rel=1e-3)
+
+
+def test_a_frozen_layer_is_measured_alone():
+    dense, model = pair()
+    first, second = converted_layers(model).values()
+    first.requires_grad_(False)
+    before = {name: copy.deepcopy(layer.state_dict()) for name, layer in converted_layers(model).items()}
+    fits = tune(dense, model, short(steps=3))
+    assert [len(fit.history) for fit in fits] == [0, 3]
+    assert fits[0].error > 0
+    assert "0 updates" in str(fits[0])
+    assert all(torch.equal(value, first.state_dict()[key]) for key, value in before["0.inner"].items())
+    assert not torch.equal(second.w_up, before["1.inner"]["w_up"])
+    second.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter of a converted layer requires a gradient"):
+        tune(dense, model, short(steps=3))
+
+
 def short(**kw) -> FinetuneConfig:
     return FinetuneConfig(**({"steps": 40, "lr": 5e-3} | kw))
 

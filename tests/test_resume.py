@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -295,6 +295,22 @@ def test_a_folder_of_another_run_is_refused_and_says_what_differs(tmp_path):
         sparsify(model, dense, Checkpoint(tmp_path))  # no longer the model that it began with
 
 
+def test_a_run_by_the_gates_is_of_their_settings(tmp_path):
+    dense, model = converted()
+    config = FinetuneConfig(steps=2, tau=None)
+    for tau, refused in ((0.1, False), (0.9, True), (0.1, False)):
+        one = copy.deepcopy(model)
+        sadmoe.set_tau(one, tau)
+        with (
+            pytest.raises(ValueError, match=r"of another run: config.gates.*tau=0.1")
+            if refused
+            else nullcontext()
+        ):
+            sadmoe.finetune_(
+                one, batches(), config, teacher=dense, checkpoint=Checkpoint(tmp_path), progress=False
+            )
+
+
 def test_what_is_not_of_the_loop_is_of_the_run_too(tmp_path):
     def relu_or_gelu(act: str) -> None:
         config = sadmoe.ProjectionConfig(act=act, steps=2, max_tokens=50)
@@ -444,6 +460,8 @@ WORKER = """
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     for name, model in test_resume.shared(spoil=rank == 1).items():
         save_file(test_resume.state(model), f"{sys.argv[2]}/{name}.{rank}.safetensors")
+    with test_resume.pytest.raises(RuntimeError, match="found a run of [02] updates, and others not"):
+        test_resume.killed_and_gone_on(Path(sys.argv[2]) / f"own {rank}")
     model = test_resume.killed_and_gone_on(Path(sys.argv[2]) / "kept")
     save_file(test_resume.state(model), f"{sys.argv[2]}/resumed.{rank}.safetensors")
     torch.distributed.destroy_process_group()

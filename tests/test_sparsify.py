@@ -11,7 +11,7 @@ from sadmoe.ffn.activations import ACTIVATION_MODULES
 from sadmoe.sparsify import SparsifyConfig, measure_sparsity, sparsify_
 from sadmoe.training.objective import Kept, block_of, distill_hidden, distill_logits
 from states import same, state
-from tiny_models import TINY
+from tiny_models import TINY, tokens
 from torch import Tensor, nn
 from two_ffns import FF, D, data, mean_square, two_ffns
 
@@ -67,6 +67,20 @@ def test_a_loss_may_take_of_a_batch_what_the_model_does_not():
         progress=False,
     )  # fmt: skip
     assert report.history[-1].objective < report.history[0].objective
+
+
+def test_a_loss_runs_a_model_whose_blocks_a_probe_cannot():
+    """DeBERTa's output layer takes more than hidden states: the model is run to see what."""
+    sizes = {"hidden_size": 24, "intermediate_size": 60, "num_hidden_layers": 1, "num_attention_heads": 4}
+    transformers = pytest.importorskip("transformers")
+    model = transformers.DebertaV2Model(transformers.DebertaV2Config(vocab_size=50, **sizes))
+    batches = [(tokens(), torch.zeros(24))]
+    config = SparsifyConfig(steps=1, objective="task")
+    report = sparsify_(
+        model, batches, config, progress=False,
+        loss=lambda model, batch: (model(**batch[0]).last_hidden_state[:, 0] - batch[1]).square().mean(),
+    )  # fmt: skip
+    assert len(report.after) == 1
 
 
 def test_batches_that_end_for_good_are_an_error():
@@ -352,6 +366,7 @@ def test_schedules_are_the_papers():
         ({}, "give steps or seconds"),
         ({"steps": 1, "seconds": 1.0}, "give steps or seconds"),
         ({"steps": 0}, "steps must be above 0, got 0"),
+        ({"seconds": float("inf")}, "seconds must be finite, got inf"),
         ({"seconds": -1.0}, "seconds must be above 0"),
         ({"steps": 1, "lr": 0.0}, "lr must be above 0"),
         ({"steps": 1, "grad_clip": 0.0}, "grad_clip must be above 0"),
@@ -383,7 +398,8 @@ def test_wrong_calls_are_named():
         run_sparsify(model, short(), iter(data()))
     bert = TINY["bert"]
     with pytest.raises(
-        ValueError, match=r'"distill_logits" needs a model that returns a Tensor or .logits, got BaseM'
+        ValueError,
+        match=r"the logits of a model are a Tensor that it returns, or \.logits; this one gives BaseM",
     ):
         run_sparsify(bert.model(), short(objective="distill_logits"), [bert.batch()])
     with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):

@@ -221,6 +221,29 @@ def test_a_loss_of_the_trainer_s_own_is_refused(tmp_path):
         trained(tmp_path, SparsityCallback(alpha=1.0), label_smoothing_factor=0.1)
 
 
+def test_a_loss_of_one_s_own_that_leaves_the_term_out_is_refused(tmp_path, monkeypatch):
+    def of_logits(trainer, model, inputs, **kwargs):
+        labels = inputs["labels"]
+        return nn.functional.cross_entropy(model(**inputs).logits, labels)
+
+    monkeypatch.setattr(transformers.Trainer, "compute_loss", of_logits)
+    with pytest.raises(ValueError, match=r"SparsityCallback adds .* that was not trained on: a compute_loss"):
+        trained(tmp_path, SparsityCallback(alpha=1.0))
+
+
+def test_passes_of_modules_inside_between_steps_leave_nothing_behind(tmp_path):
+    class Embeds(SparsityCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            super().on_step_end(args, state, control, **kwargs)
+            with torch.no_grad():
+                model.bert(torch.arange(12).view(2, 6))
+
+    callbacks = [kind(alpha=10.0, schedule="constant") for kind in (SparsityCallback, Embeds)]
+    plain, embedded = (trained(tmp_path / str(i), one, max_steps=3)[0] for i, one in enumerate(callbacks))
+    assert callbacks[0].last == callbacks[1].last
+    assert states_differ(plain, embedded) == []
+
+
 def test_wrong_settings_are_named():
     with pytest.raises(ValueError, match="penalty must be one of hoyer, l1, got 'l2'"):
         SparsityCallback(penalty="l2")

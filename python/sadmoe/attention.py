@@ -278,11 +278,12 @@ def _linears_of_attention(
             taken |= {id(linear) for linear in linears}
     inside = [n for n, m in model.named_modules() if n and ATTENTION.search(type(m).__name__)]
     mlps = [n for n, m in model.named_modules() if isinstance(m, ProjectionMLP)]
-    found = []
+    found: list[tuple[str, nn.Module, nn.Module]] = []
     for name, module in model.named_modules():
         below = any(name.startswith(f"{path}.") for path in inside)
         ours = any(name.startswith(f"{path}.") for path in mlps)
-        if below and not ours and linear_shape(module) is not None and id(module) not in taken:
+        part = bool(found) and name.startswith(f"{found[-1][0]}.")  # of a linear layer: an adapter's matrices
+        if below and not ours and not part and linear_shape(module) is not None and id(module) not in taken:
             found.append((name, model.get_submodule(name.rpartition(".")[0]), module))
     return found
 

@@ -16,6 +16,10 @@ from torch.utils._pytree import tree_leaves
 Batch = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
 Batches = Iterable[Batch]
 IGNORED = -100  # label of a token that counts in no loss
+WRAPPERS = (
+    "_orig_mod",
+    "_checkpoint_wrapped_module",
+)  # names of the one child of torch.compile's and checkpoint's
 # Keys and values of an attention to the encoder, by the names that BART, T5, BERT, GPT-2 and their like give to the
 # attention and to its projections.
 _OF_ENCODER_STATES = re.compile(
@@ -54,13 +58,16 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The original module of a compiled one; any other model as it is."""
-    return getattr(model, "_orig_mod", model)
+    """The original module of one in `WRAPPERS`; any other model as it is."""
+    for name in WRAPPERS:
+        if name in model._modules:
+            return unwrapped(model._modules[name])  # type: ignore[arg-type]
+    return model
 
 
 def plain_name(name: str) -> str:
-    """The path of a module or tensor as it was before parts of the model were compiled."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    """The path of a module or tensor as it was before parts of the model were wrapped."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _raised_by_the_call(error: TypeError) -> bool:
@@ -220,14 +227,23 @@ def rows_of(x: Tensor) -> Tensor:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; afterwards every module's training flag is what it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    with mode(model, train=False), torch.no_grad():
+        yield
+
+
+@contextmanager
+def mode(model: nn.Module, train: bool) -> Iterator[None]:
+    """Every module in training (or evaluation) mode; afterwards each is what it was."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.train(train)
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
-        for module in training:
-            module.training = True
+        for module, flag in flags:
+            if module.training != flag and type(module).train is not nn.Module.train:
+                module.train(flag)  # it may do more: take an adapter out of a weight again
+        for module, flag in flags:
+            module.training = flag
 
 
 def _only(batch: Batch) -> Any:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -22,7 +22,7 @@ from sadmoe.layerwise import LayerFit, finetune_layers_
 from sadmoe.mixed import fast_training
 from sadmoe.routers import RouterConfig, RouterFit, fit_routers_
 from sadmoe.training import Checkpoint
-from sadmoe.training.guards import all_or_nothing
+from sadmoe.training.guards import all_or_nothing, seeded
 from sadmoe.training.objective import OutputLoss
 from sadmoe.training.resume import check_checkpoint
 
@@ -59,7 +59,7 @@ def finetune_for_budget_(
     seconds: float,
     dense: nn.Module,
     sparse: nn.Module | None = None,
-    output_loss: OutputLoss | None = None,
+    output_loss: OutputLoss | Literal["logits"] | None = None,
     router: RouterConfig = ROUTERS,
     max_tokens: int = 20_000,
     seed: int = 0,
@@ -75,7 +75,7 @@ def finetune_for_budget_(
     budget: executed FLOPs of the converted layers over their dense FLOPs, in (0, 1].   seconds: of training; routers
     and calibration come on top.   dense: the model that is to be matched.   sparse: a copy of the model
     from just before `convert_`, needed where `sparsify_` or `replace_projections_` had made it another than dense.
-    output_loss: see `finetune_`.
+    output_loss: of the last step, see `finetune_`; "logits" for classifiers and language models.
     router: the training of the routers, which stay as wide as they are and take this seed.   max_tokens: inputs of each
     layer to train on.   seed: of the order of batches and tokens.   checkpoint: where to resume from after a kill, a
     folder for each step and budget, see `Checkpoint`. Runs in one process.
@@ -93,7 +93,8 @@ def finetune_for_budget_(
     check_reachable(budget, cost(model, shares=1.0))
     router = replace(check_config(router, RouterConfig), width=_router_width(model, layers), seed=seed)
     count = length(batches)
-    some = list(islice(batches, 0, count or CALIBRATED, max(1, (count or 0) // CALIBRATED)))
+    with seeded(model, seed):  # the same ones when a killed run is taken up again
+        some = list(islice(batches, 0, count or CALIBRATED, max(1, (count or 0) // CALIBRATED)))
 
     def of(step: str) -> dict[str, Any]:
         if checkpoint is None:

@@ -22,6 +22,7 @@ from sadmoe.ffn import moe_layers
 from sadmoe.model_report import report_page
 from sadmoe.options import add_common, add_data, add_model, data_of, positive_number
 from sadmoe.outputs import check_files, check_folder
+from sadmoe.paths import dtype_name
 from sadmoe.report import write_page
 from sadmoe.run_demo import SECONDS, run_demo
 from sadmoe.survey import survey
@@ -218,4 +219,11 @@ def _models(arguments: argparse.Namespace) -> tuple[nn.Module, nn.Module | None]
         raise ValueError(
             f"--dense: {arguments.dense} holds a converted model, and the one it was made from is wanted"
         )
-    return load_bare_model(arguments.model), dense
+    model = load_bare_model(arguments.model)
+    dtypes = {m: next(m.parameters()).dtype for m in (model, dense) if m is not None}
+    if dense is not None and dtypes[dense] != dtypes[model]:  # convert trains in float32, and saves so
+        print(
+            f"the dense model is {dtype_name(dtypes[dense])}: run in {dtype_name(dtypes[model])}, as the other"
+        )
+        dense.to(dtypes[model])
+    return model, dense

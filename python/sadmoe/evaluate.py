@@ -147,7 +147,8 @@ def _errors(base: _Variant, variants: Sequence[_Variant], batches: Batches, prog
     if not math.isfinite(size):
         raise ValueError(
             "outputs that errors would be relative to are not finite, or as large as what some models put in the place "
-            "of logits that they rule out: give the model without its head, as AutoModel loads it"
+            "of logits that they rule out: give the model without its head, as AutoModel loads it, or on the command "
+            "line a folder that such a model was saved to"
         )
     return [math.sqrt(one / size) for one in wrong]
 

@@ -4,23 +4,23 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sadmoe.batches import Batches, check_batches, device_of, real_rows, rows_of
-from sadmoe.checks import check_config
+from sadmoe.batches import Batches, check_batches, device_of, mode, real_rows, rows_of
+from sadmoe.checks import check_choice, check_config
 from sadmoe.dial import trainable_layers
 from sadmoe.ffn import site_of
-from sadmoe.gates import DynamicK
+from sadmoe.gates import DynamicK, Gate
 from sadmoe.gradients import no_gradient_for_the_penalty
 from sadmoe.layer import DynamicKMoE
 from sadmoe.sparsify.penalty import square_hoyer
 from sadmoe.training.config import LoopConfig, Step
-from sadmoe.training.guards import all_or_nothing, mode, seeded
+from sadmoe.training.guards import all_or_nothing, seeded
 from sadmoe.training.loop import train
 from sadmoe.training.objective import Loss, OutputLoss, distill_hidden, task
 from sadmoe.training.processes import mean_over_processes, place
@@ -87,7 +87,7 @@ def finetune_(
     *,
     teacher: nn.Module | None = None,
     loss: Loss | None = None,
-    output_loss: OutputLoss | None = None,
+    output_loss: OutputLoss | Literal["logits"] | None = None,
     checkpoint: Checkpoint | None = None,
     progress: bool = True,
 ) -> FinetuneReport:
@@ -100,7 +100,8 @@ def finetune_(
 
     The objective is the relative error of the hidden states of `teacher`, the dense model, after every block (see
     `sparsify_`), or loss(model, batch) -> scalar, or without both the model's own `.loss`. To the first,
-    output_loss(model's output, teacher's output, batch) -> scalar is added: what the outputs are used for.
+    output_loss(model's output, teacher's output, batch) -> scalar is added: what the outputs are used for. "logits" is
+    KL(teacher || model) of the logits, mean over the real tokens or samples, for classifiers and language models.
     checkpoint: where to resume from after a kill, see `Checkpoint`.
     Raises ValueError and TypeError for wrong input, FloatingPointError where the loss is not finite. Whatever is
     raised, the model is as it was before, bit for bit.
@@ -111,6 +112,8 @@ def finetune_(
     layers = trainable_layers(model)
     if teacher is not None and loss is not None:
         raise ValueError("give teacher or loss, not both: the objective is one of them")
+    if isinstance(output_loss, str):
+        check_choice("output_loss", output_loss, ("logits",))
     if output_loss is not None and teacher is None:
         raise ValueError("output_loss compares with the dense model's output: give it as teacher")
     started = time.perf_counter()
@@ -130,8 +133,9 @@ def finetune_(
         run = partial(run, checkpoint=checkpoint, name="finetune")
         share = None
         if config.tau is None:
+            gates = {name: _said(layer.gate) for name, layer in layers.items()}
             with hidden_kept(layers):
-                history = run(penalty_of=no_penalty)
+                history = run(penalty_of=no_penalty, about={"gates": gates})
         else:
             with ExpertPenalty(model, layers, config, config.tau) as penalty:
                 history = run(penalty_of=penalty, at=penalty.at)
@@ -139,6 +143,11 @@ def finetune_(
     report = FinetuneReport(history, share, time.perf_counter() - started)
     logger.info("fine-tuned %d converted FFNs: %s", len(layers), report)
     return report
+
+
+def _said(gate: Gate) -> str:
+    """Its rule and settings, of a gate of the user's own at least the class."""
+    return repr(gate) if is_dataclass(gate) else type(gate).__name__
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sadmoe.batches import Batches, check_batches
+from sadmoe.batches import Batches, check_batches, mode
 from sadmoe.checks import check_config
 from sadmoe.dial import trainable_layers
 from sadmoe.ffn import DenseFFN, FFNSite, find_ffns
@@ -20,7 +20,7 @@ from sadmoe.finetune import ExpertPenalty, FinetuneConfig
 from sadmoe.inputs import held_out_and_batches, stream_inputs
 from sadmoe.layer import DynamicKMoE
 from sadmoe.training.config import Step
-from sadmoe.training.guards import all_or_nothing, mode, seeded
+from sadmoe.training.guards import all_or_nothing, seeded
 from sadmoe.training.loop import train
 from sadmoe.training.resume import Checkpoint, check_checkpoint
 
@@ -70,7 +70,8 @@ def finetune_layers_(
     batch_tokens: in each update.   max_tokens: inputs of a layer to train on, of which a tenth is held out.
     max_bytes: of inputs held together, see `stream_inputs`.
     checkpoint: where to resume from after a kill, a file for each layer, see `Checkpoint`.
-    Raises ValueError where `teacher` has no FFN of a layer's name and sizes. After any error the model is as it was.
+    A layer that is frozen is measured alone. Raises ValueError where all are, or where `teacher` has no FFN of a
+    layer's name and sizes. After any error the model is as it was.
     """
     check_config(config, FinetuneConfig)
     check_checkpoint(checkpoint)
@@ -83,8 +84,11 @@ def finetune_layers_(
         raise ValueError(f"max_tokens must be at least 2, to hold some out, got {max_tokens}")
     layers = trainable_layers(model)
     sites = _teachers(teacher, layers, batches)
+    trained = sum(map(_trains, layers.values()))
+    if not trained:
+        raise ValueError("no parameter of a converted layer requires a gradient, so there is none to train")
     if config.seconds is not None:
-        config = replace(config, seconds=config.seconds / len(layers))
+        config = replace(config, seconds=config.seconds / trained)
     fits = []
     with all_or_nothing(model), mode(model, train=False), seeded(model, config.seed):
         for name, rows in stream_inputs(
@@ -119,6 +123,7 @@ def _fit(
     started = time.perf_counter()
     rows = rows[torch.randperm(len(rows), device=rows.device)]
     targets = torch.cat([dense(part) for part in rows.split(CHUNK)])
+    rows = rows.to(layer.w_up.dtype)  # the teacher's may be another
     # Of the residual sum, token by token.
     scale = rows.float().square().sum(-1) + targets.float().square().sum(-1)
     scale = scale.clamp(min=max(SMALL * scale.mean().item(), torch.finfo(scale.dtype).tiny))
@@ -130,22 +135,21 @@ def _fit(
 
     assert config.tau is not None
     with ExpertPenalty(layer, {name: layer}, config, config.tau) as penalty:
-        history = train(
-            layer,
-            batches,
-            config,
-            error,
-            penalty,
-            progress,
-            penalty.at,
-            checkpoint=checkpoint,
-            name=name,
-            about={"batch_tokens": batch_tokens, "tokens": len(rows)},
-        )
+        history = []
+        if _trains(layer):
+            about = {"batch_tokens": batch_tokens, "tokens": len(rows)}
+            history = train(
+                layer, batches, config, error, penalty, progress, penalty.at, checkpoint=checkpoint, name=name,
+                about=about,
+            )  # fmt: skip
         penalty.at(1.0)
         with torch.no_grad():
             missed, share = error(test).item(), layer.mask(test["rows"]).float().mean().item()
     return LayerFit(name, missed, share, history, time.perf_counter() - started)
+
+
+def _trains(layer: DynamicKMoE) -> bool:
+    return any(p.requires_grad for p in layer.parameters(recurse=False))
 
 
 def _teachers(teacher: nn.Module, layers: dict[str, DynamicKMoE], batches: Batches) -> list[FFNSite]:

@@ -19,6 +19,19 @@ def surgery(model: nn.Module) -> Iterator[None]:
     buffers, hooks, flags and other attributes again: the same objects. Tensors are not copied, so the block
     must not write to them. It is out of torch.inference_mode, whose tensors can never be trained.
     """
+    put_back = snapshot(model)
+    try:
+        with torch.inference_mode(False):
+            yield
+        _tell(model)
+    except BaseException:
+        put_back()
+        _tell(model)
+        raise
+
+
+def snapshot(model: nn.Module) -> Callable[[], None]:
+    """A function that gives every module of the model what it holds now: attributes, and what is in its mappings."""
     tables = {key for key, value in nn.Module().__dict__.items() if isinstance(value, dict)}
     saved = [
         (
@@ -28,11 +41,8 @@ def surgery(model: nn.Module) -> Iterator[None]:
         )
         for module in model.modules()
     ]
-    try:
-        with torch.inference_mode(False):
-            yield
-        _tell(model)
-    except BaseException:
+
+    def put_back() -> None:
         for module, attributes, mappings in saved:
             module.__dict__.clear()
             module.__dict__.update(attributes)
@@ -41,8 +51,8 @@ def surgery(model: nn.Module) -> Iterator[None]:
             for key, former in mappings.items():
                 attributes[key].clear()
                 attributes[key].update(former)
-        _tell(model)
-        raise
+
+    return put_back
 
 
 def _tell(model: nn.Module) -> None:

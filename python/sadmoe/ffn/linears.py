@@ -33,6 +33,8 @@ def why_not_plain(module: nn.Module) -> str | None:
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
         of = f" and dtype {weight.dtype}" if isinstance(weight, Tensor) else ""
         return f"has a weight of type {type(weight).__name__}{of}, not a float nn.Parameter"
+    if sorted(weight.shape) != sorted(linear_shape(module) or ()):
+        return f"has a weight of shape {list(weight.shape)}, not {linear_shape(module)} (sharded? gather it first)"
     bias: Any = getattr(module, "bias", None)
     if bias is not None and type(bias) is not nn.Parameter:
         return f"has a bias of type {type(bias).__name__}, not an nn.Parameter (pruned? prune.remove it)"

@@ -17,6 +17,7 @@ from sadmoe.ffn.quiet import quiet
 from sadmoe.ffn.sites import FFNSite, Parts, site_of_parts
 from sadmoe.ffn.surgery import put_back, take_apart
 from sadmoe.hooks import hooks_on
+from sadmoe.undo import snapshot
 
 Call = Callable[[nn.Module, Parts, Tensor], Any]
 TOLERANCE = 1e-5  # of the FFN's share in the output; float64 noise is 1e-13, gelu against gelu_tanh 1e-4
@@ -262,7 +263,16 @@ def _probe_input(dense: DenseFFN, dtype: torch.dtype) -> Tensor:
 
 
 def _run(scene: _Scene, x: Tensor, events: list[_Event] | None = None) -> list[Tensor]:
-    """The output of the scene with its floating-point weights and buffers in x's dtype."""
+    """The output of the scene with its floating-point weights and buffers in x's dtype. What modules keep of a call,
+    such as a table of positions, is forgotten: part of it lies in buffers, which are copies here."""
+    put_back = snapshot(scene)
+    try:
+        return _called(scene, x, events)
+    finally:
+        put_back()
+
+
+def _called(scene: _Scene, x: Tensor, events: list[_Event] | None) -> list[Tensor]:
     tensors = {**dict(scene.named_parameters()), **dict(scene.named_buffers())}
     cast = {n: t.detach().to(x.dtype) for n, t in tensors.items() if t.is_floating_point()}
     if events is None:

@@ -1,7 +1,7 @@
 """The calls that a model makes of its modules, to be made again."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -15,7 +15,9 @@ from sadmoe.ffn.sites import Parts
 from sadmoe.hooks import hooks_on
 
 
-def record_calls(model: nn.Module, names: Iterable[str], batch: Batch) -> dict[str, Call]:
+def record_calls(
+    model: nn.Module, names: Iterable[str], batch: Batch, runner: Callable[[nn.Module, Batch], Any] = run
+) -> dict[str, Call]:
     """A call of each of these modules while the model runs a batch, as a way to call it: the first that can be kept.
 
     The arguments are kept as they were, caches too, and given in the dtype of the probe.
@@ -31,7 +33,7 @@ def record_calls(model: nn.Module, names: Iterable[str], batch: Batch) -> dict[s
     modules = ((name, model.get_submodule(name)) for name in names)
     hooks = (m.register_forward_pre_hook(partial(see, name), with_kwargs=True) for name, m in modules)
     with hooks_on(hooks), evaluating(model):
-        run(model, to_device(batch, device_of(model)))
+        runner(model, to_device(batch, device_of(model)))
     return calls
 
 

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import accumulate, chain, islice
+from typing import Any
 
 import torch
 from torch import nn
 
-from sadmoe.batches import Batches
+from sadmoe.batches import Batches, run
 from sadmoe.checks import check_filter
 from sadmoe.ffn.adapters import ADAPTERS, Proposal
 from sadmoe.ffn.linears import linear_shape, why_not_plain
@@ -50,7 +51,11 @@ class Skipped:
 
 
 def find_ffns(
-    model: nn.Module, filter: Callable[[str], bool] | None = None, *, batches: Batches | None = None
+    model: nn.Module,
+    filter: Callable[[str], bool] | None = None,
+    *,
+    batches: Batches | None = None,
+    loss: Callable[[nn.Module, Any], Any] | None = None,
 ) -> list[FFNSite]:
     """Every FFN of the model, in order, found by structure and proved by running it on a random probe.
 
@@ -58,11 +63,12 @@ def find_ffns(
     batches: what the model is called with. A block around an FFN that a probe cannot run, as it takes more than hidden
     states, is run as the model runs it on the first of them that reaches it, of eight. Where that cannot be, an FFN in
     two modules is proved by these alone, and a warning says so; another is not found.
+    loss: (model, batch) -> anything, where the model is not called with a batch as it is, but by this.
     The model is left as it was. Modules that look like an FFN and cannot be converted are logged as a
     warning. Raises FFNNotFoundError (a ValueError) where nothing looks like an FFN, NotImplementedError where
     all that does cannot be converted; both list what was seen.
     """
-    found = _all_of(model, filter, batches)
+    found = _all_of(model, filter, batches, loss)
     sites, skipped = found.sites, found.skipped
     if found.by_halves:
         logger.warning(
@@ -85,15 +91,18 @@ def find_ffns(
     raise FFNNotFoundError(_nothing_found(model, filter))
 
 
-def scan_ffns(
-    model: nn.Module, filter: Callable[[str], bool] | None = None, *, batches: Batches | None = None
-) -> tuple[list[FFNSite], list[Skipped]]:
+def scan_ffns(model: nn.Module, *, batches: Batches | None = None) -> tuple[list[FFNSite], list[Skipped]]:
     """`find_ffns` without errors and warnings: the sites, and what only looks like one, with the reason."""
-    found = _all_of(model, filter, batches)
+    found = _all_of(model, None, batches)
     return found.sites, found.skipped
 
 
-def _all_of(model: nn.Module, filter: Callable[[str], bool] | None, batches: Batches | None) -> "_Found":
+def _all_of(
+    model: nn.Module,
+    filter: Callable[[str], bool] | None,
+    batches: Batches | None,
+    loss: Callable[[nn.Module, Any], Any] | None = None,
+) -> "_Found":
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_filter(filter)
@@ -103,7 +112,7 @@ def _all_of(model: nn.Module, filter: Callable[[str], bool] | None, batches: Bat
     calls: dict[str, Call] = {}
     left = found.unsure
     for batch in islice(batches, TRIED_BATCHES):  # one may reach what another does not
-        calls |= record_calls(model, left, batch)
+        calls |= record_calls(model, left, batch, run if loss is None else loss)
         left = [name for name in left if name not in calls]
         if not left:
             break

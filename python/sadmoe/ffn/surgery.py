@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sadmoe.batches import plain_name, unwrapped
+from sadmoe.batches import WRAPPERS, plain_name, unwrapped
 from sadmoe.ffn.dense import TENSORS, DenseFFN, dense_from_layer
 from sadmoe.ffn.linears import fill_, strip_
 from sadmoe.ffn.paths import lookup, put
@@ -202,7 +202,7 @@ def _replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> Non
     go on to run what it was made of."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child is not None and name != "_orig_mod" and unwrapped(child) is old:
+            if child is not None and name not in WRAPPERS and unwrapped(child) is old:
                 parent._modules[name] = new
 
 

@@ -100,9 +100,8 @@ class SadmoeQuantizer(HfQuantizer):
         files = kwargs.get("checkpoint_files") or ()
         for file in files:
             check_safetensors(Path(file))
-        self._from_files = bool(
-            files
-        )  # and not from tensors of the caller's, which may be mapped, and changed since
+        # and not from tensors of the caller's, which may be mapped, and changed since
+        self._from_files = bool(files)
         config: Any = self.quantization_config
         layers = _found_in(model, config.layers)
         try:
@@ -118,7 +117,7 @@ class SadmoeQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         _hide_replaced(model)
-        _check_loaded(model, self._shapes)
+        _check_loaded(model, self._shapes, self._from_files)
         _align(model, _mapped_files() if self._from_files else [])
         for layer in moe_layers(model).values():
             # as it was made: transformers lets all that it loads ask for gradients
@@ -309,11 +308,12 @@ def _let_go(tensor: torch.Tensor, files: list[range]) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), size, mmap.MADV_DONTNEED)
 
 
-def _check_loaded(model: nn.Module, shapes: dict[str, torch.Size]) -> None:
+def _check_loaded(model: nn.Module, shapes: dict[str, torch.Size], from_files: bool) -> None:
     """Raises SavedModelError where weights of a converted layer were not in the file, or of other shapes.
 
     transformers marks what it loaded, fills in what it did not with random numbers and a report, and (5.0)
-    leaves the shapes of a quantized model to its quantizer. What a device_map puts elsewhere until it runs has no mark.
+    leaves the shapes of a quantized model to its quantizer. What a device_map puts elsewhere until it runs has no mark;
+    nor has anything that is loaded in a way of its own, unless from files, none of which then fits the layers.
     """
     tensors = _layer_tensors(model)
     elsewhere = {name for name, module in model.named_modules() if hasattr(module, "_hf_hook")}
@@ -325,7 +325,7 @@ def _check_loaded(model: nn.Module, shapes: dict[str, torch.Size]) -> None:
         and not tensor.is_meta
         and name.rpartition(".")[0] not in elsewhere
     ]
-    if marks and missing:
+    if missing and (marks or (from_files and len(missing) == len(tensors))):
         more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
         raise SavedModelError(f"the weights are incomplete: {missing[0]}{more} not in the file")
     for name, shape in shapes.items():

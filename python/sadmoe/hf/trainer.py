@@ -44,6 +44,10 @@ class AddedLoss(TrainerCallback):
         self.last: Tensor | None = None
         self._in_step = False
         self._passes = 1  # of the step
+        self._added, self._trained_on = (
+            0,
+            0,
+        )  # terms of the step, and those of them that a backward pass reached
         self._arguments: Any = None
         self._term: Term | None = None
         self._handles: list[RemovableHandle] = []
@@ -76,11 +80,20 @@ class AddedLoss(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From here on passes in training are the step's."""
         self._in_step = True
+        self._added = self._trained_on = 0
+        if self._term is not None:
+            self._term.forget()  # passes of modules inside, between steps
         self._passes = _passes_of_step(args, state, kwargs.get("train_dataloader"))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Adds nothing to what the model says outside a step, so also after a run that failed between two."""
+        """Adds nothing to what the model says outside a step, so also after a run that failed between two. Raises
+        ValueError where the loss with the term in it was not what was trained on."""
         self._in_step = False
+        if self._added and not self._trained_on:
+            raise ValueError(
+                f"{type(self).__name__} adds to the loss that the model returns, and that was not trained on: a "
+                "compute_loss of your own makes another; add SparsityLoss or RouterLoss to that one, without a callback"
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leaves the model as any other."""
@@ -114,11 +127,18 @@ class AddedLoss(TrainerCallback):
             loss = None
         term = self._term(kwargs)
         self.last = term.detach()
-        total = self.with_term(loss, self.alpha / self._divisor(kwargs) * term)
+        scaled = self.alpha / self._divisor(kwargs) * term
+        if scaled.requires_grad and not torch.compiler.is_compiling():
+            self._added += 1
+            scaled.register_hook(self._reached)
+        total = self.with_term(loss, scaled)
         if isinstance(output, Mapping):
             output["loss"] = total  # type: ignore[index]
             return output
         return (total, *(output if loss is None else output[1:]))
+
+    def _reached(self, gradient: Tensor) -> None:
+        self._trained_on += 1
 
     def _divisor(self, kwargs: dict[str, Any]) -> float:
         """By what the Trainer would have divided a mean, where the model has done so already for its own loss."""

@@ -9,14 +9,14 @@ from itertools import islice
 
 from torch import nn
 
-from sadmoe.batches import Batches, check_batches, refuse_compiled
+from sadmoe.batches import Batches, check_batches, mode, refuse_compiled
 from sadmoe.checks import check_config
 from sadmoe.ffn import FFNSite, find_ffns, swap_activations_
 from sadmoe.reference import RECTIFIERS
 from sadmoe.sparsify.config import SparsifyConfig
 from sadmoe.sparsify.penalty import LayerSparsity, SparsityLoss, measure_sparsity
 from sadmoe.training import Checkpoint, Step, processes
-from sadmoe.training.guards import all_or_nothing, mode, seeded
+from sadmoe.training.guards import all_or_nothing, seeded
 from sadmoe.training.loop import train
 from sadmoe.training.objective import Loss, Objective, distill_hidden, distill_logits, task
 from sadmoe.training.resume import check_checkpoint
@@ -106,7 +106,7 @@ def sparsify_(
         raise ValueError('teacher is used by the distilling objectives, got objective="task"')
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")
-    sites = find_ffns(model, filter, batches=batches)
+    sites = find_ffns(model, filter, batches=batches, loss=loss)
     started = time.perf_counter()
     with all_or_nothing(model) as undo, seeded(model, config.seed):
         processes.as_first_([*model.parameters(), *model.buffers()])  # the teacher is a copy of it

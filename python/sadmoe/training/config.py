@@ -1,5 +1,6 @@
 """What can be chosen about a training loop, and what is noted of each of its updates."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,6 +52,9 @@ class LoopConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 self._refuse(f"{name} must be above 0, got {value}")
+        for name in ("seconds", "lr", "alpha"):
+            if getattr(self, name) == math.inf:
+                self._refuse(f"{name} must be finite, got inf")
         if self.accumulate < 1:
             self._refuse(f"accumulate must be at least 1, got {self.accumulate}")
         for name in ("alpha", "weight_decay"):

@@ -1,4 +1,4 @@
-"""What training a model in place must give back: its tensors if it fails, its flags, the random state."""
+"""What training a model in place must give back: its tensors if it fails, the random state."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,18 +25,6 @@ def all_or_nothing(model: nn.Module) -> Iterator[list[Callable[[], None]]]:
         raise
     finally:
         model.zero_grad(set_to_none=True)
-
-
-@contextmanager
-def mode(model: nn.Module, train: bool) -> Iterator[None]:
-    """Every module in training (or evaluation) mode; afterwards each is what it was."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.train(train)
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
 
 
 @contextmanager

@@ -57,6 +57,11 @@ def train(
         saver = Saver(checkpoint, name, model, update.optimizer, run, penalty_of)
     history, before = update.resumed(saver)
     device, started = device_of(model), time.perf_counter() - before
+    if not processes.is_same(len(history), device):
+        raise RuntimeError(
+            f"checkpoint: this process found a run of {len(history)} updates, and others not: give a folder that all "
+            "processes see"
+        )
     with (
         seeded(model, config.seed) as update.cuda_devices,
         tqdm(

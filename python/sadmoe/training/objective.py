@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,31 +40,44 @@ def task(model: nn.Module, loss: Loss | None) -> Objective:
 
 
 def distill_logits(model: nn.Module, dense: nn.Module) -> Objective:
-    """KL(dense || model) of the logits at temperature 1, averaged over the real tokens (or samples)."""
+    """What `logits_kl` gives, of the whole output."""
     _check_teacher(model, dense, [])
+    distance = logits_kl(model)
 
     def objective(batch: Batch, index: int | None = None) -> Tensor:
         with padded():
             with torch.no_grad():
-                target = _logits(run(dense, batch))
-            logits = _logits(run(model, batch))
-        log_p, log_q = target.log_softmax(-1), logits.log_softmax(-1)
-        kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-        real = real_rows(model, "decoder" if is_encoder_decoder(model) else "", batch, logits)
-        return kl.mean() if real is None else kl.flatten()[real].sum() / max(int(real.sum()), 1)
+                wanted = run(dense, batch)
+            return distance(run(model, batch), wanted, batch)
 
     return objective
+
+
+def logits_kl(model: nn.Module) -> OutputLoss:
+    """KL(dense || model) of the logits at temperature 1, averaged over the real tokens (or samples)."""
+    side = "decoder" if is_encoder_decoder(model) else ""
+
+    def distance(output: Any, wanted: Any, batch: Batch) -> Tensor:
+        logits, target = _logits(output), _logits(wanted)
+        kl = F.kl_div(logits.log_softmax(-1), target.log_softmax(-1), reduction="none", log_target=True).sum(
+            -1
+        )
+        real = real_rows(model, side, batch, logits)
+        return kl.mean() if real is None else kl.flatten()[real].sum() / max(int(real.sum()), 1)
+
+    return distance
 
 
 def distill_hidden(
     model: nn.Module,
     dense: nn.Module,
     sites: Sequence[FFNSite],
-    output_loss: OutputLoss | None = None,
+    output_loss: OutputLoss | Literal["logits"] | None = None,
     *,
     kept_bytes: int = 0,
 ) -> Objective:
-    """Mean over blocks of |h - h_dense|^2 / |h_dense|^2, the norms over the real tokens together, + output_loss.
+    """Mean over blocks of |h - h_dense|^2 / |h_dense|^2, the norms over the real tokens together, + output_loss, of
+    which "logits" is `logits_kl`.
 
     h is what leaves the block that the FFN sits in: the nearest module around it that is an entry of a
     ModuleList or Sequential, else the FFN's last linear layer. kept_bytes: of what the dense model gave, kept for when
@@ -73,11 +86,13 @@ def distill_hidden(
     names = list(dict.fromkeys(block_of(model, site) for site in sites))
     _check_teacher(model, dense, names)
     kept = Kept(kept_bytes)
+    by_logits = isinstance(output_loss, str)
+    distance: OutputLoss | None = logits_kl(model) if isinstance(output_loss, str) else output_loss
 
     def dense_states(batch: Batch) -> tuple[dict[str, list[Tensor]], Any]:
         with torch.no_grad(), padded(), outputs(dense, names) as targets:
             output = run(dense, batch)
-        return targets, output if output_loss is not None else None
+        return targets, _logits(output) if by_logits else output if distance is not None else None
 
     def objective(batch: Batch, index: int | None = None) -> Tensor:
         targets, wanted = kept.get(index, lambda: dense_states(batch))
@@ -102,7 +117,7 @@ def distill_hidden(
             for h, t in zip(hidden[name], targets[name], strict=True)
         ]
         error = torch.stack(errors).mean()
-        return error if output_loss is None else error + output_loss(given, wanted, batch)
+        return error if distance is None else error + distance(given, wanted, batch)
 
     return objective
 
@@ -204,8 +219,8 @@ def _logits(output: Any) -> Tensor:
     logits = output if isinstance(output, Tensor) else _field(output, "logits")
     if not isinstance(logits, Tensor):
         raise ValueError(
-            f'objective "distill_logits" needs a model that returns a Tensor or .logits, '
-            f'got {type(output).__name__}: use objective="distill_hidden"'
+            f"the logits of a model are a Tensor that it returns, or .logits; this one gives {type(output).__name__}: "
+            "leave out what asks for them (of sparsify_ the objective, of fine-tuning output_loss)"
         )
     return logits.float()
 

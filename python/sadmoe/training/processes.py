@@ -42,6 +42,15 @@ def mean_over_processes(value: float, device: torch.device) -> float:
     return total.item() / world
 
 
+def is_same(value: float, device: torch.device) -> bool:
+    """Whether all processes have the same value."""
+    if place()[1] == 1:
+        return True
+    bounds = torch.tensor([value, -value], dtype=torch.float64, device=device)
+    distributed.all_reduce(bounds, distributed.ReduceOp.MAX)
+    return bool(bounds[0] == -bounds[1])
+
+
 def of_first(value: float, device: torch.device) -> float:
     """The first process's value: clocks differ, and all must stop at the same update."""
     if place()[1] == 1:
