@@ -66,26 +66,14 @@ class CMakeBuild(build_ext):
         build = Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         cmake, env = _tool("cmake"), _environment()
-        configure = [
-            *(
-                cmake,
-                "-S",
-                str(ROOT),
-                "-B",
-                str(build),
-                "-G",
-                "Ninja",
-                f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}",
-            ),
-            *(
-                "-DCMAKE_BUILD_TYPE=Release",
-                f"-DCMAKE_INSTALL_PREFIX={out}",
-                f"-DPython3_EXECUTABLE={sys.executable}",
-            ),
-            *(f"-DSADMOE_TORCH_DIR={required_torch()}", f"-DSADMOE_CUDA={_cuda_choice()}"),
+        configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
+        configure += [f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", f"-DCMAKE_INSTALL_PREFIX={out}"]
+        configure += [f"-DPython3_EXECUTABLE={sys.executable}", f"-DSADMOE_TORCH_DIR={required_torch()}"]
+        configure += [
+            f"-DSADMOE_CUDA={_cuda_choice()}",
             f"-DSADMOE_CUDA_ARCHS={env.get('SADMOE_CUDA_ARCHS', '')}",
-            *shlex.split(env.get("SADMOE_CMAKE_ARGS", "")),
         ]
+        configure += shlex.split(env.get("SADMOE_CMAKE_ARGS", ""))
         if not inplace:
             configure.append("--fresh")  # a cache in build/ may come from another environment
         jobs = env.get("MAX_JOBS") or str(os.cpu_count() or 1)

@@ -38,12 +38,12 @@ from sadmoe import (
 )
 from sadmoe.batches import evaluating, real_rows
 from sadmoe.demo import embeddings, fidelity, minilm, split, topics
-from sadmoe.demo_rows import embedded_with
+from sadmoe.demo.recipe import embedding_error
+from sadmoe.demo.rows import embedded_with
 from sadmoe.dial import converted_layers
 from sadmoe.masks import record_masks
 from sadmoe.mixed import fast_training
 from sadmoe.report import Series, plot_curves
-from sadmoe.run_demo import embedding_error
 from sadmoe.tables import format_table
 from sadmoe.texts import load_model, tokenized
 from sadmoe.timing import machine
@@ -243,7 +243,7 @@ def main() -> None:
     tests = tokenized(tokenizer, held_out, batch_size=32)[::3]
     wanted = embeddings(dense, tests)
     build = partial(converted, dense, batches, args.size)
-    base = load_model(args.model)[0].eval() if args.model else build()
+    base = load_model(args.model) if args.model else build()
 
     def changed(change: Callable[[nn.Module, Batches], None] | None = None) -> nn.Module:
         model = copy.deepcopy(base)

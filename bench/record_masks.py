@@ -18,7 +18,7 @@ from layer_problem import LayerShape
 from sadmoe.demo import topics
 from sadmoe.dial import converted_layers
 from sadmoe.layer import DynamicKMoE
-from sadmoe.texts import load_model, paragraphs, tokenized
+from sadmoe.texts import load_model, load_tokenizer, paragraphs, tokenized
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -71,7 +71,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.expert_sizes and args.tau is not None:
         parser.error("--tau is the model's as it is: experts of other sizes take the tau of --budget")
-    model, tokenizer = load_model(args.model)
+    model, tokenizer = load_model(args.model), load_tokenizer(args.model)
     if not converted_layers(model):
         raise SystemExit(f"{args.model} has no converted layer: sadmoe convert, or sadmoe demo, writes one")
     if args.tau is not None:

@@ -37,10 +37,11 @@ def model(dense):
     return model
 
 
-def finetuned(model, dense, **settings):
+def finetuned(model, dense, batches=None, **settings):
     short = sadmoe.RouterConfig(steps=20, width=4, target_power=0.5)
     settings = {"budget": BUDGET, "seconds": 3.0, "router": short, **settings}
-    return sadmoe.finetune_for_budget_(model, text_batches(), dense=dense, progress=False, **settings)
+    batches = text_batches() if batches is None else batches
+    return sadmoe.finetune_for_budget_(model, batches, dense=dense, progress=False, **settings)
 
 
 def error(model, dense):
@@ -120,6 +121,18 @@ def test_another_budget_leaves_what_is_kept_of_the_first(model, dense, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {f"{s} {b}" for s in steps for b in (0.6, 0.8)}
 
 
+def test_a_loader_that_draws_others_goes_on_with_the_tau_of_before(model, dense, tmp_path, monkeypatch):
+    again, folder = copy.deepcopy(model), sadmoe.Checkpoint(tmp_path)
+    generator = torch.Generator()
+    drawn = torch.utils.data.DataLoader(text_batches(), batch_size=None, shuffle=True, generator=generator)
+    first = finetuned(model, dense, drawn, seconds=0.5, checkpoint=folder)
+    monkeypatch.setattr(
+        budget, "calibrate_", lambda model, *_, **__: sadmoe.set_tau(model, 0.9) or first.calibration
+    )
+    finetuned(again, dense, drawn, seconds=0.5, checkpoint=folder)  # or the last step would be of another run
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+
+
 def test_oracles_and_loaders_do(model, dense):
     for layer in moe_layers(model).values():
         layer.gate = DynamicK(0.1, true_norms=True)
@@ -152,6 +165,8 @@ def test_with_projections_it_is_taught_by_what_was_converted(dense):
         ({"budget": 0.01}, "budget 0.01 is below what one expert"),
         ({"budget": 1.5}, r"budget must be in \(0, 1\]"),
         ({"seconds": 0.0}, "seconds must be above 0, got 0.0"),
+        ({"output_loss": "logit"}, "output_loss must be one of logits, got 'logit'"),
+        ({"output_loss": "logits"}, "the logits of a model are .* this one gives BaseModelOutput"),
     ],
 )
 def test_wrong_numbers_are_refused(model, dense, kw, text):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from sadmoe import cli, convert_command, moe_layers, texts
+from sadmoe import cli, moe_layers, texts
+from sadmoe.cli import convert as convert_command
 from sadmoe.data import _lines_of_pairs, load_data
 from sadmoe.outputs import replaced
 from sadmoe.report import Series, plot_curves
@@ -137,7 +138,7 @@ def test_where_nothing_can_be_written_it_says_so_before_it_trains(
 
     out = tmp_path / "moe"
     assert converted(folder, text, out, "--tau", "0.1") == 0
-    monkeypatch.setattr(convert_command, "load_bare_model", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(convert_command, "load_model", lambda *_: pytest.fail("it was loaded"))
     with monkeypatch.context() as patch:
         patch.setattr("sadmoe.outputs.tempfile.TemporaryDirectory", refused)
         for wanted, place in ((tmp_path / "some/folder", tmp_path), (out, tmp_path)):
@@ -152,7 +153,7 @@ def test_where_nothing_can_be_written_it_says_so_before_it_trains(
 @pytest.mark.parametrize("more", [("--finetune", "0.2"), ("--sparsify", "0.2")])
 def test_16_bits_are_trained_in_float32(folder, text, tmp_path, capsys, monkeypatch, more):
     half, out, dtypes = tmp_path / "half", tmp_path / "moe", []
-    model, tokenizer = texts.load_model(folder)
+    model, tokenizer = texts.load_model(folder), texts.load_tokenizer(folder)
     model.bfloat16().save_pretrained(half)
     tokenizer.save_pretrained(half)
     for name in ("finetune_for_budget_", "sparsify_", "convert_"):
@@ -178,7 +179,7 @@ def test_16_bits_are_trained_in_float32(folder, text, tmp_path, capsys, monkeypa
     assert "the dense model is bfloat16: run in float32, as the other" in said
     assert said.endswith("{torch.float32}\n")
     assert converted(half, text, tmp_path / "untrained", "--tau", "0.2") == 0
-    untrained = texts.load_bare_model(tmp_path / "untrained")
+    untrained = texts.load_model(tmp_path / "untrained")
     assert {p.dtype for p in untrained.parameters()} == {torch.bfloat16}
 
 
@@ -430,17 +431,17 @@ def test_a_mark_of_the_byte_order_is_no_part_of_the_first_pair(pairs):
 def test_the_shortest_texts_and_pairs_come_first(folder, t5, tmp_path):
     data = tmp_path / "data.txt"
     data.write_text("tokens choose few experts\n\nrun\n\nfew tokens\n\n")
-    found = load_data(texts.load_bare_model(folder), folder, data, batch_size=1, max_length=8).batches
+    found = load_data(texts.load_model(folder), folder, data, batch_size=1, max_length=8).batches
     assert [batch["input_ids"].shape[1] for batch in found] == [3, 4, 6]
     data.write_text("tokens choose few experts\trun\nrun\tfew tokens\n")
-    found = load_data(texts.load_bare_model(t5), t5, data, batch_size=1, max_length=8).batches
+    found = load_data(texts.load_model(t5), t5, data, batch_size=1, max_length=8).batches
     lengths = [batch["input_ids"].shape[1] for batch in found]
     assert lengths == sorted(lengths)
     assert lengths[0] < lengths[1]
 
 
 def test_what_an_encoder_decoder_reads(t5, pairs):
-    model = texts.load_bare_model(t5)
+    model = texts.load_model(t5)
     data = load_data(model, t5, pairs, batch_size=2, max_length=8)
     names = {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask"}
     assert names <= data.first.keys()
@@ -555,7 +556,7 @@ def test_images_are_read_by_batches_and_turned_as_they_were_taken(vit, tmp_path)
     wide.save(tmp_path / "photos/0.jpg", exif=turned)
     wide.save(tmp_path / "photos/1.jpg")
     seen = []
-    model = texts.load_bare_model(vit).bfloat16()
+    model = texts.load_model(vit).bfloat16()
     data = load_data(model, vit, tmp_path / "photos", batch_size=2, max_length=8)
     processor = data.batches.processor
     object.__setattr__(
@@ -680,7 +681,7 @@ def test_a_tokenizer_is_given_back_as_it_was(folder):
 def test_texts_are_paragraphs_in_batches(folder, text, tmp_path):
     found = texts.paragraphs(text)
     assert found[:2] == ["experts run", "few tokens choose them"]
-    _, tokenizer = texts.load_model(folder)
+    tokenizer = texts.load_tokenizer(folder)
     first, *_ = texts.tokenized(tokenizer, found, batch_size=2)
     assert first["input_ids"].shape == (2, 6)
     assert (first["attention_mask"] == 0).sum() == 2

@@ -243,6 +243,21 @@ def test_what_a_block_keeps_of_a_call_is_not_kept_of_a_probe():
     assert torch.equal(block(x), fresh(x))
 
 
+def test_a_scripted_module_beside_an_ffn_is_left_alone():
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.act, self.down = nn.Linear(D, 60), torch.jit.script(nn.ReLU()), nn.Linear(60, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.down(self.act(self.up(x)))
+
+    model = nn.Sequential(Beside())
+    wanted = model(hidden())
+    convert(model)
+    assert_close(model(hidden()), wanted)
+
+
 def test_finding_works_under_autocast_and_on_weights_that_share_a_device_context():
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
         model = nn.Sequential(UserFFN(F.gelu)).to_empty(device="cpu")

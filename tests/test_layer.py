@@ -1,7 +1,6 @@
 """The layer: any leading shape, its gates, its true norms, its dense path."""
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -258,18 +257,6 @@ def test_wrong_settings_are_named():
         DynamicK(1.5)
 
 
-def test_a_pickle_of_before_dropout_was_a_module_is_read():
-    layer = make_layer()
-    state = layer.__getstate__() if hasattr(layer, "__getstate__") else layer.__dict__
-    old = {**state, "_modules": {k: v for k, v in layer._modules.items() if k != "dropout"}, "dropout": 0.25}
-    again = DynamicKMoE.__new__(DynamicKMoE)
-    again.__setstate__(copy.deepcopy(old))
-    assert again.dropout.p == 0.25
-    x = tokens(6, 20)
-    with torch.no_grad():
-        assert torch.equal(again.eval()(x), layer.eval()(x))
-
-
 def test_compiles_and_exports_whole_with_a_dynamic_number_of_tokens():
     layer = make_layer(bias=("b_up", "b_out"))
     layer.gate = DynamicK(0.4)
@@ -394,12 +381,3 @@ def test_gradients_of_each_sample_by_torch_func():
         layer(x).square().sum().backward()
         torch.testing.assert_close(of_samples["w_up"][i], layer.w_up.grad, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(of_samples["w_down"][i], layer.w_down.grad, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [("sadmoe.layer", "DynamicKMoE"), ("sadmoe.layer", "Router"), ("sadmoe.crossover", "Layer")],
-)
-def test_pickles_of_before_find_their_classes(module, name):
-    """By the names that they had: protocol 0 writes them as text."""
-    assert isinstance(pickle.loads(f"c{module}\n{name}\n.".encode()), type)

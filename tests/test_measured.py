@@ -14,7 +14,7 @@ from sadmoe.crossover import LayerShape
 from sadmoe.dial import converted_layers, set_tau
 from sadmoe.gates import DynamicK, TopK
 from sadmoe.measured import Costs, sparse_until
-from sadmoe.timing import Timing, measure
+from sadmoe.timing import Timing, measure, processor
 from tiny_models import TINY
 
 LAYER = LayerShape(24, 24, 8, 5, 16, False, 4)
@@ -357,3 +357,14 @@ def test_calls_past_their_patience_end_the_measuring(monkeypatch):
     timings = measure({"a": lambda: None, "b": lambda: None}, seconds=400.0, patience=1.0)
     assert [timing.calls for timing in timings.values()] == [1, 1]
     assert next(clock) < 20
+
+
+def test_processors_have_names_of_their_own(tmp_path, monkeypatch):
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\nflags\t: a b\n" * 2)
+    assert processor(info) == "Some CPU @ 2 GHz"
+    monkeypatch.setattr("platform.processor", lambda: "")
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    info.write_text("processor\t: 0\nCPU implementer\t: 0x41\nCPU variant\t: 0x3\nCPU part\t: 0xd0c\n" * 2)
+    assert processor(info) == "aarch64 0x41 0xd0c"
+    assert processor(tmp_path / "missing") == "aarch64"

@@ -108,13 +108,11 @@ def test_accuracy_is_the_share_that_is_right(script):
 
 def test_the_same_logits_cost_nothing_and_others_do():
     batch = {"decoder_attention_mask": torch.ones(2, 3)}
-    for script, shape, of in (
-        (w1_movie_polarity, (2, 5), lambda x: SimpleNamespace(logits=x)),
-        (w2_language_model, (2, 3, 5), lambda x: SimpleNamespace(logits=x)),
-        (w3_image_classifier, (2, 5), lambda x: x),
-        (w4_translation, (2, 3, 5), lambda x: x),
+    for script, of in (
+        (w2_language_model, lambda x: SimpleNamespace(logits=x)),
+        (w4_translation, lambda x: x),
     ):
-        a, b = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
+        a, b = torch.randn(2, 2, 3, 5, generator=torch.Generator().manual_seed(1))
         assert script.same_logits(of(a), of(a), batch).item() == pytest.approx(0, abs=1e-6)
         assert script.same_logits(of(a), of(b), batch) > 0.1 * script.WEIGHT
 

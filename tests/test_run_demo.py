@@ -5,7 +5,8 @@ import re
 
 import pytest
 import torch
-from sadmoe import cli, demo, run_demo
+from sadmoe import cli, demo
+from sadmoe.demo import recipe as run_demo
 from sadmoe.dial import converted_layers
 
 transformers = pytest.importorskip("transformers")

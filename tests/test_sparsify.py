@@ -9,7 +9,7 @@ from clock import Clock
 from sadmoe.ffn import find_ffns
 from sadmoe.ffn.activations import ACTIVATION_MODULES
 from sadmoe.sparsify import SparsifyConfig, measure_sparsity, sparsify_
-from sadmoe.training.objective import Kept, block_of, distill_hidden, distill_logits
+from sadmoe.training.objective import Remembered, block_of, distill_hidden, distill_logits
 from states import same, state
 from tiny_models import TINY, tokens
 from torch import Tensor, nn
@@ -336,7 +336,7 @@ def test_what_is_kept_counts_the_tensors_inside_objects():
         def __init__(self):
             self.layers, self.itself = [(torch.ones(100), torch.ones(100))], self
 
-    kept = Kept(1000)
+    kept = Remembered(1000)
     kept.get(1, Cache)
     kept.get(2, Cache)
     assert list(kept.results) == [1]

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from recipe import run_recipe, task_trained
 from run import CPU, GPU, TINY, from_command_line
 from sadmoe.batches import to_device
@@ -21,7 +20,6 @@ from torch import Tensor
 from workload import Workload, inputs
 
 SENTENCE = "A film of rare charm that, for all its talk, never once forgets to be funny."
-WEIGHT = 1.0  # of the logits beside the hidden states
 
 
 def batches(tokenizer: Any, labelled: list[tuple[str, int]], size: int) -> list[dict[str, Tensor]]:
@@ -41,12 +39,6 @@ def accuracy(outputs: Iterable[tuple[Any, Any]]) -> float:
     """Share of the labels that the model gives."""
     rights = torch.cat([right(output, batch) for output, batch in outputs])
     return int(rights.sum()) / len(rights)
-
-
-def same_logits(output: Any, wanted: Any, batch: Any) -> Tensor:
-    """KL of the model's classes to the dense model's."""
-    ours, theirs = (o.logits.float().log_softmax(-1) for o in (output, wanted))
-    return WEIGHT * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
 def main() -> None:
@@ -71,7 +63,7 @@ def main() -> None:
             higher_is_better=True,
             heat=lambda model: sentence_heat("Experts of each token", model, tokenizer, SENTENCE),
             timers={"4 batches of 64 sentences": lambda model: [model(**batch) for batch in timed]},
-            output_loss=same_logits,
+            output_loss="logits",
             notes=("Two sentences of one review may be in both train and test: compare with dense only.",),
         ),
         run,

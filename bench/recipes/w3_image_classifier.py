@@ -20,7 +20,6 @@ from sources import fashion_mnist, pixels, vit_small
 from torch import Tensor, nn
 from workload import Workload
 
-WEIGHT = 1.0  # of the logits beside the hidden states
 EFFORTS = {"tiny": TINY, "cpu": replace(CPU, stride=6), "gpu": GPU}
 
 
@@ -37,12 +36,6 @@ def accuracy(outputs: Iterable[tuple[Tensor, Any]]) -> float:
 
 def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch["pixel_values"]), batch["labels"])
-
-
-def same_logits(output: Tensor, wanted: Tensor, batch: Any) -> Tensor:
-    """KL of the model's classes to the dense model's."""
-    ours, theirs = (logits.float().log_softmax(-1) for logits in (output, wanted))
-    return WEIGHT * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
 def batches(images: Tensor, labels: Tensor, size: int, side: int) -> list[dict[str, Tensor]]:
@@ -80,7 +73,7 @@ def on_fashion_mnist(title: str, model: nn.Module, side: int, patch: int, lr: fl
             higher_is_better=True,
             heat=lambda model: heat(model, one[:1], side // patch),
             timers={"64 images": lambda model: model(one)},
-            output_loss=same_logits,
+            output_loss="logits",
         ),
         run,
     )

@@ -4,13 +4,13 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from sadmoe import TopK, moe_layers
 from sadmoe.batches import Batch, device_of, evaluating, run, samples_in, to_device
 from sadmoe.cost import cost_of_masks
-from sadmoe.demo_rows import added_to, masked, top_half
+from sadmoe.demo.rows import added_to, masked, top_half
 from sadmoe.ffn import find_ffns
 from sadmoe.flops import FlopCount
 from sadmoe.gates import Gate
@@ -38,7 +38,7 @@ class Workload:
     higher_is_better: bool
     heat: Callable[[nn.Module], Heat]
     timers: dict[str, Callable[[nn.Module], object]]  # name -> what is timed
-    output_loss: OutputLoss | None = None
+    output_loss: OutputLoss | Literal["logits"] | None = None
     # (output, batch) -> bool, of each sample; metric is then the share that is right.
     right: Callable[[Any, Any], Tensor] | None = None
     also: dict[str, Callable[[nn.Module], float]] = field(default_factory=dict)  # of dense and of ours, once

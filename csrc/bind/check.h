@@ -260,9 +260,10 @@ inline MaskedActivation check_masked_activation(Arguments& keep, const Tensor& u
 }
 
 // The experts without y, which the caller allocates: [T, d_out] of x's dtype.
-inline Experts check_arguments(Arguments& keep, const char* op, const Tensor& x, const Tensor& w_up, const Tensor& w_down,
+inline Experts check_arguments(Arguments& keep, const Tensor& x, const Tensor& w_up, const Tensor& w_down,
                                const MaybeTensor& b_up, const MaybeTensor& w_gate, const MaybeTensor& b_gate,
                                const MaybeTensor& b_out, const std::string& act) {
+  const char* op = keep.op();
   Experts p;
   p.shape = check_experts(op, x, w_up, w_down, b_up, w_gate, b_gate, b_out);
   p.act = activation_of(op, act);
@@ -277,10 +278,11 @@ inline Experts check_arguments(Arguments& keep, const char* op, const Tensor& x,
 }
 
 // The same of int8 weights and their scales.
-inline Experts check_int8_arguments(Arguments& keep, const char* op, const Tensor& x, const Tensor& w_up, const Tensor& w_down,
+inline Experts check_int8_arguments(Arguments& keep, const Tensor& x, const Tensor& w_up, const Tensor& w_down,
                                     const Tensor& scale_up, const Tensor& scale_down, const MaybeTensor& b_up,
                                     const MaybeTensor& w_gate, const MaybeTensor& scale_gate, const MaybeTensor& b_gate,
                                     const MaybeTensor& b_out, const MaybeTensor& scale_out, const std::string& act) {
+  const char* op = keep.op();
   Experts p;
   p.shape = check_experts(op, x, w_up, w_down, b_up, w_gate, b_gate, b_out);
   check(w_gate.has_value() == scale_gate.has_value(), op, "w_gate and scale_gate need each other");

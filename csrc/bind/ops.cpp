@@ -30,10 +30,11 @@ STABLE_TORCH_LIBRARY(sadmoe, m) {
   m.def("_cpu_isa() -> str");
   m.def("_use_cpu_isa(str isa) -> ()");
   m.def("_allow_tf32(bool allow) -> ()");
-  m.def("_use_hopper(bool use) -> ()");       // for tests
-  m.def("_use_up_all(float share) -> ()");    // for tests and benches
-  m.def("_use_crowd(float share) -> ()");     // likewise
-  m.def("_use_down_tiles(int tiles) -> ()");  // for tests and benches
+  // For tests and benches.
+  m.def("_use_hopper(bool use) -> ()");
+  m.def("_use_up_all(float share) -> ()");
+  m.def("_use_crowd(float share) -> ()");
+  m.def("_use_down_tiles(int tiles) -> ()");
 }
 
 namespace {

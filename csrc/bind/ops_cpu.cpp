@@ -90,18 +90,16 @@ Tensor run(Arguments& keep, Experts p, const Tensor& x, const Tensor& v1, const 
 Tensor sparse_experts(const Tensor& x, const Tensor& mask, const Tensor& w_up, const Tensor& w_down, const MaybeTensor& b_up,
                       const MaybeTensor& w_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out, StringHandle act_handle) {
   const std::string act = taken(act_handle);
-  const char* op = "sparse_experts";
-  Arguments keep(op);
-  return run(keep, check_arguments(keep, op, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act), x, mask);
+  Arguments keep("sparse_experts");
+  return run(keep, check_arguments(keep, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act), x, mask);
 }
 
 Tensor dynamic_k_moe(const Tensor& x, const Tensor& v1, const Tensor& v2, const Tensor& w_up, const Tensor& w_down,
                      const MaybeTensor& b_up, const MaybeTensor& w_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out,
                      double tau, StringHandle act_handle) {
   const std::string act = taken(act_handle);
-  const char* op = "dynamic_k_moe";
-  Arguments keep(op);
-  return run(keep, check_arguments(keep, op, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act), x, v1, v2, tau);
+  Arguments keep("dynamic_k_moe");
+  return run(keep, check_arguments(keep, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act), x, v1, v2, tau);
 }
 
 Tensor sparse_experts_int8(const Tensor& x, const Tensor& mask, const Tensor& w_up, const Tensor& w_down, const Tensor& scale_up,
@@ -109,10 +107,9 @@ Tensor sparse_experts_int8(const Tensor& x, const Tensor& mask, const Tensor& w_
                            const MaybeTensor& scale_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out,
                            const MaybeTensor& scale_out, StringHandle act_handle) {
   const std::string act = taken(act_handle);
-  const char* op = "sparse_experts_int8";
-  Arguments keep(op);
-  const Experts p = check_int8_arguments(keep, op, x, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out,
-                                         scale_out, act);
+  Arguments keep("sparse_experts_int8");
+  const Experts p =
+      check_int8_arguments(keep, x, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, scale_out, act);
   return run(keep, p, x, mask);
 }
 
@@ -121,10 +118,9 @@ Tensor dynamic_k_moe_int8(const Tensor& x, const Tensor& v1, const Tensor& v2, c
                           const MaybeTensor& scale_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out,
                           const MaybeTensor& scale_out, double tau, StringHandle act_handle) {
   const std::string act = taken(act_handle);
-  const char* op = "dynamic_k_moe_int8";
-  Arguments keep(op);
-  const Experts p = check_int8_arguments(keep, op, x, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out,
-                                         scale_out, act);
+  Arguments keep("dynamic_k_moe_int8");
+  const Experts p =
+      check_int8_arguments(keep, x, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, scale_out, act);
   return run(keep, p, x, v1, v2, tau);
 }
 

@@ -102,7 +102,7 @@ Tensor sparse_experts(const Tensor& x, const Tensor& mask, const Tensor& w_up, c
   const char* op = "sparse_experts";
   check_size(op, w_down);
   Arguments keep(op);
-  Experts p = check_arguments(keep, op, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act);
+  Experts p = check_arguments(keep, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act);
   check_shape(op, "mask", mask, {p.shape.T, p.shape.E}, "[T, E]");
   const Choice choice{keep.add_mask("mask", mask)};
   OnDevice device(keep, x);
@@ -116,7 +116,7 @@ Tensor dynamic_k_moe(const Tensor& x, const Tensor& v1, const Tensor& v2, const 
   const char* op = "dynamic_k_moe";
   check_size(op, w_down);
   Arguments keep(op);
-  Experts p = check_arguments(keep, op, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act);
+  Experts p = check_arguments(keep, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act);
   const RouterShape shape = check_router(op, x, v1, v2);
   check_router_experts(op, v2, p.shape.E);
   const Router router = router_of(keep, v1, v2, check_tau(op, tau));

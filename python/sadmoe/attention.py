@@ -31,7 +31,7 @@ from sadmoe.ffn.linears import bias_of, linear_shape, weight_rows
 from sadmoe.ffn.probe import Unsupported
 from sadmoe.ffn.scan import Uses
 from sadmoe.ffn.sites import Parts
-from sadmoe.inputs import held_out_and_batches, stream_inputs
+from sadmoe.inputs import Place, held_out_and_batches, stream_inputs
 from sadmoe.reference import ACTIVATIONS
 from sadmoe.sparsify import SparsityLoss
 from sadmoe.tables import format_table, shortened
@@ -155,17 +155,9 @@ class ProjectionReport:
         return f"{format_table(header, rows)}\n{len(self.layers)} projections in {self.seconds:.0f} s"
 
 
-@dataclass(frozen=True)
-class ProjectionSite:
-    """A projection of attention: its path in the model, and the linear layer there."""
-
-    name: str
-    first: nn.Module
-
-
 def find_projections(
     model: nn.Module, filter: Callable[[str], bool] | None = None, *, batches: Batches | None = None
-) -> list[ProjectionSite]:
+) -> list[Place]:
     """The linear layers of attention, in the model's order: Q, K, V (or all in one) and O.
 
     Those are the plain linear layers below a module whose class is named an attention (BertSelfAttention), and no part
@@ -192,7 +184,7 @@ def find_projections(
 
 def scan_projections(
     model: nn.Module, filter: Callable[[str], bool] | None = None, *, batches: Batches | None = None
-) -> tuple[list[ProjectionSite], list[str]]:
+) -> tuple[list[Place], list[str]]:
     """`find_projections` without errors and warnings: the sites, and of each that is none a line with the reason."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -207,7 +199,7 @@ def scan_projections(
             if isinstance(parent, nn.MultiheadAttention):
                 raise Unsupported("nn.MultiheadAttention reads its weights itself and never calls it")
             uses.check(parent, path, Proposal(Parts(child, child, child), (), (), True))
-            found.append(ProjectionSite(name, linear))
+            found.append(Place(name, linear))
         except Unsupported as reason:
             refused.append(f"{name}: {reason}")
     return found, refused
@@ -289,7 +281,7 @@ def _linears_of_attention(
 
 
 def _distilled(
-    site: ProjectionSite, rows: Tensor, config: ProjectionConfig, checkpoint: Checkpoint | None
+    site: Place, rows: Tensor, config: ProjectionConfig, checkpoint: Checkpoint | None
 ) -> tuple[ProjectionMLP, ProjectionFit]:
     """The MLP of one projection, trained in float32, in the dtype of the projection at the end."""
     if len(rows) < 2:

@@ -13,7 +13,7 @@ from sadmoe.batches import Batches, check_batches, length
 from sadmoe.calibrate import Calibration, calibrate_, check_budget, check_reachable
 from sadmoe.checks import check_config
 from sadmoe.cost import cost
-from sadmoe.dial import trainable_layers
+from sadmoe.dial import set_tau, trainable_layers
 from sadmoe.ffn import moe_layers, projection_mlps
 from sadmoe.finetune import FinetuneConfig, FinetuneReport, finetune_
 from sadmoe.gates import DynamicK, Gate
@@ -23,8 +23,8 @@ from sadmoe.mixed import fast_training
 from sadmoe.routers import RouterConfig, RouterFit, fit_routers_
 from sadmoe.training import Checkpoint
 from sadmoe.training.guards import all_or_nothing, seeded
-from sadmoe.training.objective import OutputLoss
-from sadmoe.training.resume import check_checkpoint
+from sadmoe.training.objective import OutputLoss, check_output_loss
+from sadmoe.training.resume import Kept, check_checkpoint
 
 # Each layer by itself, on true norms, then the whole model by its routers: in this part of the time that there is.
 LAYERS_PART, LAYERS = 0.3, FinetuneConfig(seconds=1.0, tau=0.07, ramp=0.0, alpha=0.02, share=0.2, lr=1e-3)
@@ -95,6 +95,7 @@ def finetune_for_budget_(
     count = length(batches)
     with seeded(model, seed):  # the same ones when a killed run is taken up again
         some = list(islice(batches, 0, count or CALIBRATED, max(1, (count or 0) // CALIBRATED)))
+    check_output_loss(output_loss, dense, some[0])
 
     def of(step: str) -> dict[str, Any]:
         if checkpoint is None:
@@ -116,7 +117,13 @@ def finetune_for_budget_(
                 **of("layers"),
             )
         fits = fit_routers_(model, batches, router, max_tokens=max_tokens, **of("routers"))
-        calibrate_(model, some, budget=budget)
+        first = Kept(
+            of("whole")["checkpoint"], "tau", {"budget": float(budget)}
+        )  # a loader may draw others for `some`
+        if found := first.load():
+            set_tau(model, found[1]["tau"])
+        else:
+            first.save({}, {"tau": calibrate_(model, some, budget=budget).tau})
         with fast_training(model, dense):
             whole = finetune_(
                 model,
@@ -126,8 +133,8 @@ def finetune_for_budget_(
                 output_loss=output_loss,
                 **of("whole"),
             )
-        found = calibrate_(model, some, budget=budget, progress=progress)
-    return BudgetReport(alone, fits, whole, found)
+        last = calibrate_(model, some, budget=budget, progress=progress)
+    return BudgetReport(alone, fits, whole, last)
 
 
 def _router_width(model: nn.Module, layers: Mapping[str, DynamicKMoE]) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sadmoe.batches import Batches, check_batches, device_of, mode, real_rows, rows_of
-from sadmoe.checks import check_choice, check_config
+from sadmoe.checks import check_config
 from sadmoe.dial import trainable_layers
 from sadmoe.ffn import site_of
 from sadmoe.gates import DynamicK, Gate
@@ -22,7 +22,7 @@ from sadmoe.sparsify.penalty import square_hoyer
 from sadmoe.training.config import LoopConfig, Step
 from sadmoe.training.guards import all_or_nothing, seeded
 from sadmoe.training.loop import train
-from sadmoe.training.objective import Loss, OutputLoss, distill_hidden, task
+from sadmoe.training.objective import Loss, OutputLoss, check_output_loss, distill_hidden, task
 from sadmoe.training.processes import mean_over_processes, place
 from sadmoe.training.resume import Checkpoint, check_checkpoint
 
@@ -112,10 +112,10 @@ def finetune_(
     layers = trainable_layers(model)
     if teacher is not None and loss is not None:
         raise ValueError("give teacher or loss, not both: the objective is one of them")
-    if isinstance(output_loss, str):
-        check_choice("output_loss", output_loss, ("logits",))
     if output_loss is not None and teacher is None:
         raise ValueError("output_loss compares with the dense model's output: give it as teacher")
+    if teacher is not None:
+        check_output_loss(output_loss, teacher)
     started = time.perf_counter()
     with (
         all_or_nothing(model),

@@ -35,7 +35,7 @@ class Site(Protocol):
 
 
 class Place(NamedTuple):
-    """A site by its name and module."""
+    """A site by its name and module, such as a projection of attention."""
 
     name: str
     first: nn.Module

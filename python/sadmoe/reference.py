@@ -164,37 +164,15 @@ def sparse_experts_int8(
     b_out: Tensor | None = None,
     scale_out: Tensor | None = None,
     act: str = "relu",
+    *,
+    by: Callable[..., Tensor] = sparse_experts,
 ) -> Tensor:
     """`sparse_experts` of weights in int8, each neuron's times its scale: scale_up, scale_down, scale_gate [E, s]; the
-    columns of w_down times scale_out [d_out] as well, if it is given."""
+    columns of w_down times scale_out [d_out] as well, if it is given. by: what computes it of the widened weights."""
     experts = dequantized_experts(
         x.dtype, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, scale_out
     )
-    return sparse_experts(x, mask, *experts, act)
-
-
-def dynamic_k_moe_int8(
-    x: Tensor,
-    v1: Tensor,
-    v2: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    scale_up: Tensor,
-    scale_down: Tensor,
-    b_up: Tensor | None = None,
-    w_gate: Tensor | None = None,
-    scale_gate: Tensor | None = None,
-    b_gate: Tensor | None = None,
-    b_out: Tensor | None = None,
-    scale_out: Tensor | None = None,
-    tau: float = 0.0,
-    act: str = "relu",
-) -> Tensor:
-    """router_scores, dynamic_k_select and sparse_experts_int8 in one: [T, d] -> [T, d_out]."""
-    mask = dynamic_k_select(router_scores(x, v1, v2), tau)
-    return sparse_experts_int8(
-        x, mask, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, scale_out, act
-    )
+    return by(x, mask, *experts, act)
 
 
 def linear_of_experts(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

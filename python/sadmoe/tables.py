@@ -44,7 +44,7 @@ def si(number: float) -> str:
     return f"{number:.3g}"
 
 
-def divisors(n: int, most: int = 16) -> str:
-    """What divides n, the smallest first, for a message: 1, 2, 3, 6."""
+def divisors(n: int) -> str:
+    """What divides n, the smallest 16 first, for a message: 1, 2, 3, 6."""
     found = [i for i in range(1, n + 1) if n % i == 0]
-    return ", ".join(map(str, found[:most])) + (", ..." if len(found) > most else "")
+    return ", ".join(map(str, found[:16])) + (", ..." if len(found) > 16 else "")

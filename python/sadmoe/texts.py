@@ -26,12 +26,7 @@ def paragraphs(path: Path) -> list[str]:
     return found
 
 
-def load_model(folder: Path) -> tuple[nn.Module, Any]:
-    """`load_bare_model` and its tokenizer."""
-    return load_bare_model(folder), load_tokenizer(folder)
-
-
-def load_bare_model(folder: Path) -> nn.Module:
+def load_model(folder: Path) -> nn.Module:
     """A transformers model in eval mode, of the class its config names, from local files alone."""
     try:
         import transformers

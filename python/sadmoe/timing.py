@@ -89,12 +89,15 @@ def _timing(values: list[float]) -> Timing:
     return Timing(median, (high - low) / median, len(values))
 
 
-def processor() -> str:
+def processor(info: Path = Path("/proc/cpuinfo")) -> str:
     """The processor's name."""
-    info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+
+    def told(key: str) -> str:
+        return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
+
+    numbers = f"{told('CPU implementer')} {told('CPU part')}"  # by which Arm's are known
+    return told("model name") or f"{platform.processor() or platform.machine()} {numbers}".strip()
 
 
 def machine() -> str:

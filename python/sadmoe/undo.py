@@ -37,7 +37,11 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
         (
             module,
             dict(module.__dict__),
-            {k: dict(v) for k, v in module.__dict__.items() if k in tables or type(v) in (dict, OrderedDict)},
+            {
+                key: dict(value)
+                for key, value in module.__dict__.items()  # of a scripted module these are no dicts
+                if isinstance(value, dict) and (key in tables or type(value) in (dict, OrderedDict))
+            },
         )
         for module in model.modules()
     ]

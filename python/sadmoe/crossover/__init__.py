@@ -7,8 +7,6 @@ r router width. Times in seconds. Nothing here runs on the device or waits for i
 
 from sadmoe.crossover.card import CONSTANTS, Card, card_for, cards, oldest
 from sadmoe.crossover.choice import (
-    DECODE_TOKENS,
-    Way,
     choose,
     crossover,
     dense_seconds,
@@ -17,15 +15,10 @@ from sadmoe.crossover.choice import (
 )
 from sadmoe.crossover.shape import LayerShape
 
-Layer = LayerShape  # its name in pickles of before
-
 __all__ = [
     "CONSTANTS",
-    "DECODE_TOKENS",
     "Card",
-    "Layer",
     "LayerShape",
-    "Way",
     "card_for",
     "cards",
     "choose",

@@ -55,18 +55,18 @@ def cards(path: Path = CONSTANTS) -> dict[str, Card]:
     return found
 
 
-def oldest(path: Path = CONSTANTS) -> tuple[int, int]:
+def oldest() -> tuple[int, int]:
     """The least compute capability of a card that is known, below which there are no kernels."""
-    return min(card.capability for card in cards(path).values())
+    return min(card.capability for card in cards().values())
 
 
 @lru_cache
-def card_for(capability: tuple[int, int], path: Path = CONSTANTS) -> Card:
+def card_for(capability: tuple[int, int]) -> Card:
     """The card of that compute capability, or the one before it, less the products that only its generation has.
 
     Raises ValueError below the first.
     """
-    known = sorted(cards(path).values(), key=lambda card: card.capability)
+    known = sorted(cards().values(), key=lambda card: card.capability)
     fitting = [card for card in known if card.capability <= capability]
     if not fitting:
         raise ValueError(

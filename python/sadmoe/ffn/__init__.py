@@ -1,5 +1,6 @@
 """FFNs of a model: found by structure, read as values, replaced by MoE layers and put back."""
 
+from sadmoe.ffn.activation_swap import activation_at, swap_activations_
 from sadmoe.ffn.adapters import ADAPTERS
 from sadmoe.ffn.configs import own_configs
 from sadmoe.ffn.dense import DenseFFN, dense_from_layer, layer_from_dense
@@ -17,7 +18,6 @@ from sadmoe.ffn.projection import (
 from sadmoe.ffn.scan import ATTENTION, FFNNotFoundError, Skipped, find_ffns, scan_ffns
 from sadmoe.ffn.sites import FFNSite, Parts, site_from_spec, spec
 from sadmoe.ffn.surgery import hooked, moe_layers, replaced_module, site_of, swap_in, swap_out
-from sadmoe.ffn.swap import activation_at, swap_activations_
 
 __all__ = [
     "ADAPTERS",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sadmoe import reference
 from sadmoe.ffn.activations import activation_attributes, activation_children
 from sadmoe.ffn.linears import linear_shape
-from sadmoe.ffn.paths import join
+from sadmoe.ffn.lookup import join
 from sadmoe.ffn.probe import Call
 from sadmoe.ffn.projection import ProjectionMLP
 from sadmoe.ffn.sites import Parts

@@ -16,7 +16,7 @@ from sadmoe.batches import Batches, run
 from sadmoe.checks import check_filter
 from sadmoe.ffn.adapters import ADAPTERS, Proposal
 from sadmoe.ffn.linears import linear_shape, why_not_plain
-from sadmoe.ffn.paths import join
+from sadmoe.ffn.lookup import join
 from sadmoe.ffn.probe import Call, NotRun, Unsupported, verify
 from sadmoe.ffn.recorded import record_calls
 from sadmoe.ffn.sites import FFNSite, Parts

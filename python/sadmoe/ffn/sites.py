@@ -9,7 +9,7 @@ from sadmoe import reference
 from sadmoe.checks import check_choice
 from sadmoe.ffn.dense import DenseFFN
 from sadmoe.ffn.linears import bias_of, linear_shape, weight_rows, why_not_plain
-from sadmoe.ffn.paths import join, lookup
+from sadmoe.ffn.lookup import join, lookup
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sadmoe.batches import WRAPPERS, plain_name, unwrapped
 from sadmoe.ffn.dense import TENSORS, DenseFFN, dense_from_layer
 from sadmoe.ffn.linears import fill_, strip_
-from sadmoe.ffn.paths import lookup, put
+from sadmoe.ffn.lookup import lookup, put
 from sadmoe.ffn.sites import FFNSite, Parts
 from sadmoe.layer import DynamicKMoE
 

@@ -49,7 +49,7 @@ def describe_to_transformers(model: nn.Module) -> None:
     if QUANTIZER not in sys.modules:  # there is no transformers model
         return
     try:
-        importlib.import_module(QUANTIZER).describe_all(model)
+        importlib.import_module(QUANTIZER).describe_in_configs(model)
     except (NotImplementedError, ValueError) as error:
         logger.warning("save_pretrained will refuse this model as it is now: %s", error)
 

@@ -18,10 +18,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sadmoe.checkpoint import FORMAT, SavedModelError, check_safetensors
 from sadmoe.convert import restore_
-from sadmoe.describe import describe_all as descriptions
-from sadmoe.describe import match_activations, rebuild
+from sadmoe.describe import describe_all, match_activations, rebuild
 from sadmoe.ffn import bare_mlps, moe_layers, own_configs, projection_mlps, replaced_module, site_of
-from sadmoe.ffn.paths import join
+from sadmoe.ffn.lookup import join
 
 logger = logging.getLogger(__name__)
 _LANGUAGE = re.compile(r"^(model\.)?language_model\.")
@@ -136,7 +135,7 @@ class SadmoeQuantizer(HfQuantizer):
         return model if dtype is None else model.to(dtype)
 
 
-def describe_all(model: nn.Module) -> None:
+def describe_in_configs(model: nn.Module) -> None:
     """Gives each transformers model in `model` the config and the quantizer its converted layers ask for.
 
     The config is a copy of its own: another model may hold the one it had.
@@ -144,7 +143,7 @@ def describe_all(model: nn.Module) -> None:
     models = _transformers_models(model)
     if not models:
         return
-    if descriptions(model) or any(_says_converted(module) for module in models):
+    if describe_all(model) or any(_says_converted(module) for module in models):
         own_configs(model)
         _describe_each(models)
 
@@ -156,7 +155,7 @@ def _describe_before_saving() -> None:
 
     @wraps(save)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        describe_all(self)
+        describe_in_configs(self)
         return save(self, *args, **kwargs)
 
     PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
@@ -171,7 +170,7 @@ def _describe_each(models: list[Any]) -> None:
 
 
 def _describe(model: Any) -> None:
-    layers = descriptions(model)
+    layers = describe_all(model)
     ours = isinstance(getattr(model, "hf_quantizer", None), SadmoeQuantizer)
     if layers and not ours and getattr(model, "hf_quantizer", None) is not None:
         logger.warning(

@@ -12,8 +12,8 @@ from sadmoe import ops, reference
 from sadmoe.checks import check_choice
 from sadmoe.gradients import without_autocast
 from sadmoe.layer.held import held
-from sadmoe.rounding import column_scales as scales_of_columns
-from sadmoe.rounding import to_int8
+from sadmoe.layer.rounding import column_scales as scales_of_columns
+from sadmoe.layer.rounding import to_int8
 
 SCALES = {"w_up": "scale_up", "w_gate": "scale_gate", "w_down": "scale_down"}  # of weights in int8
 ALL_SCALES = (*SCALES.values(), "scale_out")

@@ -90,13 +90,6 @@ class DynamicKMoE(Experts):
             )
         super().__setattr__(name, value)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a pickle; the first ones held dropout as a number."""
-        super().__setstate__(state)
-        if "dropout" in self.__dict__:
-            p = self.__dict__.pop("dropout")
-            self.register_module("dropout", nn.Dropout(p).train(self.training) if p else None)
-
     @property
     def shape(self) -> LayerShape:
         """Its sizes, as the costs of paths are looked up by."""
@@ -171,7 +164,7 @@ class DynamicKMoE(Experts):
     def _selected(self, x: Tensor) -> Tensor:
         """The experts that the gate picks, by the path that `_choose` says."""
         if self.keeps_hidden:
-            return self._down(self._hidden(x, self.mask(x)))
+            return self.masked_dense(x, self.mask(x))
         gate = self.gate
         dense, mask = self._choose(x)
         if type(gate) is DynamicK and mask is None:  # a gate made of it may have a rule of its own

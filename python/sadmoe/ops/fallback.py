@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -49,26 +49,8 @@ def _check_layouts(name: str, values: Iterable[Any]) -> None:
             )
 
 
-def sparse_experts_widened(
-    x: Tensor,
-    mask: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    scale_up: Tensor,
-    scale_down: Tensor,
-    b_up: Tensor | None = None,
-    w_gate: Tensor | None = None,
-    scale_gate: Tensor | None = None,
-    b_gate: Tensor | None = None,
-    b_out: Tensor | None = None,
-    scale_out: Tensor | None = None,
-    act: str = "relu",
-) -> Tensor:
-    """`sparse_experts_int8` by `sparse_experts`: the weights become floats first."""
-    experts = reference.dequantized_experts(
-        x.dtype, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, scale_out
-    )
-    return sparse_experts(x, mask, *experts, act)
+# `sparse_experts_int8` by `sparse_experts`: the weights become floats first.
+sparse_experts_widened = partial(reference.sparse_experts_int8, by=sparse_experts)
 
 
 def dynamic_k_moe_widened(

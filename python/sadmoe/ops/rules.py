@@ -9,6 +9,7 @@ from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
 from sadmoe import gradients
+from sadmoe.ops.autocast import ARGUMENTS
 from sadmoe.ops.call import check_devices
 from sadmoe.ops.compiled import OPS
 from sadmoe.ops.functions import dynamic_k_select, router_scores
@@ -112,77 +113,21 @@ def _executed(mask: Tensor) -> int:
     return int(mask.sum()) if has_data else mask.numel()
 
 
-@register_flop_formula(OPS.router_scores, get_raw=True)
-def _router_flops(x: Tensor, v1: Tensor, v2: Tensor, *args: Any, **kwargs: Any) -> int:
-    return 2 * x.shape[0] * v1.shape[0] * (v1.shape[1] + v2.shape[0])
+def _flops_of(name: str) -> Callable[..., int]:
+    def formula(*args: Any, **kwargs: Any) -> int:
+        given = dict(zip(ARGUMENTS[name], args, strict=False)) | kwargs
+        flops, mask = 0, given.get("mask")
+        if "v1" in given:
+            x, v1, v2 = given["x"], given["v1"], given["v2"]
+            flops = 2 * x.shape[0] * v1.shape[0] * (v1.shape[1] + v2.shape[0])
+            if "w_up" in given:
+                mask = dynamic_k_select(router_scores(x, v1, v2), given.get("tau", 0.0))
+        if mask is None:
+            return flops
+        return flops + _pairs_flops(_executed(mask), given["w_up"], given["w_down"], given.get("w_gate"))
+
+    return formula
 
 
-@register_flop_formula(OPS.sparse_experts, get_raw=True)
-def _experts_flops(
-    x: Tensor,
-    mask: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    b_up: Any = None,
-    w_gate: Any = None,
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    return _pairs_flops(_executed(mask), w_up, w_down, w_gate)
-
-
-@register_flop_formula(OPS.sparse_experts_int8, get_raw=True)
-def _int8_experts_flops(
-    x: Tensor,
-    mask: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    scale_up: Any,
-    scale_down: Any,
-    b_up: Any = None,
-    w_gate: Any = None,
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    return _experts_flops(x, mask, w_up, w_down, w_gate=w_gate)
-
-
-@register_flop_formula(OPS.dynamic_k_moe, get_raw=True)
-def _moe_flops(
-    x: Tensor,
-    v1: Tensor,
-    v2: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    b_up: Any = None,
-    w_gate: Any = None,
-    b_gate: Any = None,
-    b_out: Any = None,
-    tau: float = 0.0,
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    pairs = _executed(dynamic_k_select(router_scores(x, v1, v2), tau))
-    return _router_flops(x, v1, v2) + _pairs_flops(pairs, w_up, w_down, w_gate)
-
-
-@register_flop_formula(OPS.dynamic_k_moe_int8, get_raw=True)
-def _int8_moe_flops(
-    x: Tensor,
-    v1: Tensor,
-    v2: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    scale_up: Any,
-    scale_down: Any,
-    b_up: Any = None,
-    w_gate: Any = None,
-    scale_gate: Any = None,
-    b_gate: Any = None,
-    b_out: Any = None,
-    scale_out: Any = None,
-    tau: float = 0.0,
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    return _moe_flops(x, v1, v2, w_up, w_down, w_gate=w_gate, tau=tau)
+for _name in ARGUMENTS:
+    register_flop_formula(getattr(OPS, _name), get_raw=True)(_flops_of(_name))

@@ -10,9 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sadmoe.batches import Batch, is_encoder_decoder, real_rows, run, unwrapped
+from sadmoe.batches import (
+    Batch,
+    device_of,
+    evaluating,
+    is_encoder_decoder,
+    real_rows,
+    run,
+    to_device,
+    unwrapped,
+)
+from sadmoe.checks import check_choice
 from sadmoe.ffn import FFNSite
-from sadmoe.ffn.paths import is_module, join
+from sadmoe.ffn.lookup import is_module, join
 from sadmoe.gradients import is_recomputed
 from sadmoe.hooks import hooks_on
 
@@ -21,6 +31,17 @@ Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> scalar; it runs t
 # that is not known.
 Objective = Callable[[Batch, int | None], Tensor]
 OutputLoss = Callable[[Any, Any, Any], Tensor]  # (model's output, dense model's output, batch) -> scalar
+
+
+def check_output_loss(
+    output_loss: OutputLoss | str | None, teacher: nn.Module, batch: Batch | None = None
+) -> None:
+    """Raises ValueError where it is a word that means nothing, or "logits", and of the batch the teacher gives none."""
+    if isinstance(output_loss, str):
+        check_choice("output_loss", output_loss, ("logits",))
+        if batch is not None:
+            with evaluating(teacher):
+                _logits(run(teacher, to_device(batch, device_of(teacher))))
 
 
 def task(model: nn.Module, loss: Loss | None) -> Objective:
@@ -85,7 +106,7 @@ def distill_hidden(
     """
     names = list(dict.fromkeys(block_of(model, site) for site in sites))
     _check_teacher(model, dense, names)
-    kept = Kept(kept_bytes)
+    kept = Remembered(kept_bytes)
     by_logits = isinstance(output_loss, str)
     distance: OutputLoss | None = logits_kl(model) if isinstance(output_loss, str) else output_loss
 
@@ -136,7 +157,7 @@ def _check_teacher(model: nn.Module, teacher: nn.Module, blocks: Sequence[str]) 
             )
 
 
-class Kept:
+class Remembered:
     """Results by index, kept as long as all their tensors together fit in `limit` bytes."""
 
     def __init__(self, limit: int):

@@ -10,7 +10,7 @@ from sadmoe import reference
 from sadmoe.checks import check_choice
 from sadmoe.ffn.activations import ACTIVATION_MODULES, activation_children, which_activation
 from sadmoe.ffn.configs import configs_in, own_configs
-from sadmoe.ffn.paths import join, lookup
+from sadmoe.ffn.lookup import join, lookup
 from sadmoe.ffn.sites import FFNSite
 from sadmoe.ffn.surgery import FAST_PATH, put_back
 

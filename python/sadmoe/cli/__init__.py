@@ -15,19 +15,19 @@ from torch import nn
 
 from sadmoe import ops
 from sadmoe.bench import random_batch
-from sadmoe.bench_command import add_bench
-from sadmoe.convert_command import add_convert
+from sadmoe.cli.bench import add_bench
+from sadmoe.cli.convert import add_convert
+from sadmoe.cli.options import add_common, add_data, add_model, data_of, positive_number
+from sadmoe.demo.recipe import SECONDS, run_demo
 from sadmoe.evaluate import evaluate, table
 from sadmoe.ffn import moe_layers
 from sadmoe.model_report import report_page
-from sadmoe.options import add_common, add_data, add_model, data_of, positive_number
 from sadmoe.outputs import check_files, check_folder
 from sadmoe.paths import dtype_name
 from sadmoe.report import write_page
-from sadmoe.run_demo import SECONDS, run_demo
 from sadmoe.survey import survey
 from sadmoe.tables import to_json
-from sadmoe.texts import load_bare_model
+from sadmoe.texts import load_model
 
 EPILOG = """\
 examples:
@@ -182,7 +182,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _survey(arguments: argparse.Namespace) -> None:
-    model = load_bare_model(arguments.model)
+    model = load_model(arguments.model)
     if arguments.data:
         print(survey(model, data_of(arguments, model).batches))
     else:
@@ -214,12 +214,12 @@ def _report(arguments: argparse.Namespace) -> None:
 
 def _models(arguments: argparse.Namespace) -> tuple[nn.Module, nn.Module | None]:
     """Those of --model and --dense."""
-    dense = None if arguments.dense is None else load_bare_model(arguments.dense)
+    dense = None if arguments.dense is None else load_model(arguments.dense)
     if dense is not None and moe_layers(dense):
         raise ValueError(
             f"--dense: {arguments.dense} holds a converted model, and the one it was made from is wanted"
         )
-    model = load_bare_model(arguments.model)
+    model = load_model(arguments.model)
     dtypes = {m: next(m.parameters()).dtype for m in (model, dense) if m is not None}
     if dense is not None and dtypes[dense] != dtypes[model]:  # convert trains in float32, and saves so
         print(

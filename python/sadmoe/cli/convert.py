@@ -13,17 +13,17 @@ from torch import nn
 
 from sadmoe.attention import ProjectionConfig, replace_projections_
 from sadmoe.budget import finetune_for_budget_
+from sadmoe.cli.options import add_common, add_data, add_model, data_of, positive, positive_number
 from sadmoe.convert import ConvertConfig, checked_sites, convert_
 from sadmoe.cost import cost
 from sadmoe.data import Data
 from sadmoe.ffn import FFNNotFoundError
 from sadmoe.int8 import quantize_experts_
-from sadmoe.options import add_common, add_data, add_model, data_of, positive, positive_number
 from sadmoe.outputs import check_folder, replaced
 from sadmoe.paths import dtype_name
 from sadmoe.routers import RouterConfig
 from sadmoe.sparsify import SparsifyConfig, sparsify_
-from sadmoe.texts import load_bare_model
+from sadmoe.texts import load_model
 from sadmoe.training import Checkpoint
 
 BUDGET = 0.5  # where neither it nor tau is given
@@ -85,7 +85,8 @@ def add_convert(commands: Any) -> None:
     command.add_argument(
         "--int8",
         action="store_true",
-        help="round the experts' weights to int8, routers to 16 bits: faster on CPUs with AVX2 or AVX-512",
+        help="round the experts' weights to int8, routers to 16 bits: a quarter of the bytes; faster with AVX-512, and "
+        "with AVX2 for few tokens",
     )
     command.add_argument("--seed", type=int, default=0)
     add_common(command)
@@ -96,7 +97,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     _check(arguments)
     state = () if arguments.checkpoint is None else (arguments.checkpoint,)
     check_folder(arguments.out, arguments.force, reads=(arguments.model, arguments.data, *state))
-    model = load_bare_model(arguments.model)
+    model = load_model(arguments.model)
     dtype = next(model.parameters()).dtype
     if _trains(arguments) and dtype.itemsize == 2:
         print(
