@@ -35,6 +35,7 @@ from sadmoe import (
     convert_,
     finetune_,
     fit_routers_,
+    ops,
 )
 from sadmoe.batches import evaluating, real_rows
 from sadmoe.demo import embeddings, fidelity, minilm, split, topics
@@ -127,10 +128,24 @@ def centred(model: nn.Module, batches: Batches, skipping: float = 0.0) -> None:
     for name, layer in converted_layers(model).items():
         mean = seen(model, name, layer, batches, lambda x, y, layer=layer: layer._hidden(x))
         layer.b_out.data += mean @ layer.w_down.flatten(0, 1)
-        plain = layer._hidden
-        layer._hidden = lambda x, plain=plain, mean=mean: plain(x) - mean  # type: ignore[method-assign]
+        layer._hidden = partial(off_mean, layer, layer._hidden, mean)  # type: ignore[method-assign]
         layer.keeps_hidden = True  # computed by `_hidden`, not by the op
     refitted(model, batches)
+
+
+def off_mean(
+    layer: DynamicKMoE,
+    plain: Callable[[Tensor], Tensor],
+    mean: Tensor,
+    x: Tensor,
+    choice: Any = None,
+    tau: float = 0.0,
+) -> Tensor:
+    """A layer's `_hidden`, of what its neurons differ by from their means."""
+    hidden = plain(x) - mean
+    if choice is None:
+        return hidden
+    return layer._kept(hidden, choice if choice.dtype == torch.bool else ops.dynamic_k_select(choice, tau))
 
 
 Setting = Callable[[nn.Module, float], nn.Module]

@@ -50,7 +50,6 @@ from layer_problem import (
     weights,
     with_mask,
 )
-from layers_plot import draw
 from mask_kinds import clustered, recorded, skewed
 from sadmoe import ops, paths
 from sadmoe.measure_costs import measure_costs
@@ -339,6 +338,8 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
     ops.use_cpu_isa(args.isas[0])
+    if args.out:
+        from layers_plot import draw  # needs matplotlib: told now, not after hours
     title, rows, say = machine(), [], Printed()
     say(f"# {title}\nTimes in ms: median and distance of the quartiles.")
     with torch.inference_mode():

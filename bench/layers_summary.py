@@ -85,8 +85,11 @@ def main() -> None:
     heads += "   int8  avx512   avx2  portable     of_ideal     of_floor"
     for kind, same in kinds(rows):
         print(f"{kind:36}{heads}")
-        for name, found in groups(same):
+        told = list(groups(same))
+        for name, found in told:
             print(f"{name}   {line(found)}")
+        if others := len(same) - sum(len(found) for _, found in told):
+            print(f"and {others} cells of other numbers of tokens")
 
 
 if __name__ == "__main__":

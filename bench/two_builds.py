@@ -14,6 +14,7 @@ import argparse
 import json
 import shlex
 import subprocess
+import zlib
 from pathlib import Path
 
 from layer_problem import shape_of
@@ -50,11 +51,13 @@ def main() -> None:
 
 
 def build(commit: str, folder: Path) -> Path:
-    """The program of both, in BUILD/before/COMMIT."""
+    """The program of both, in a folder of BUILD/before."""
     name = _run("git", "-C", ROOT, "rev-parse", "--short", commit).stdout.decode().strip()
     _run("cmake", "--build", folder, "-t", "kernel_test", "two_builds")
-    before = folder / "before" / name
     commands = _commands(folder)
+    before = (
+        folder / "before" / f"{name}-{zlib.crc32(repr(sorted(commands.items())).encode()):08x}"
+    )  # by these flags
     earlier = [before / (Path(file).name + ".o") for file in commands]
     if not all(each.exists() for each in earlier):
         before.mkdir(parents=True, exist_ok=True)

@@ -295,3 +295,12 @@ def test_evaluating_gives_every_training_flag_back():
         raise KeyError
     assert [module.training for module in model.modules()] == before
     assert torch.is_grad_enabled()
+
+
+def test_a_model_that_fills_up_to_a_window_has_no_more_real_tokens_than_the_batch():
+    model = nn.Identity()
+    model.config = SimpleNamespace(attention_window=[8, 8])
+    batch = {"attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]])}
+    assert real_rows(model, "layer", batch, torch.zeros(2, 8, 5)).view(2, 8).sum(1).tolist() == [3, 1]
+    model.config = SimpleNamespace()
+    assert real_rows(model, "layer", batch, torch.zeros(2, 8, 5)) is None

@@ -585,6 +585,45 @@ def once_only():
     return step
 
 
+def test_what_is_mostly_cut_is_told(folder, tmp_path, caplog):
+    model, data = texts.load_model(folder), tmp_path / "lines.txt"
+    for blank, told in (("", 0), ("\n\n", 1)):  # one text a line, and a blank line somewhere
+        data.write_text("\n".join(["experts run few tokens"] * 50) + blank + "choose them\n" * 50)
+        load_data(model, folder, data, batch_size=8, max_length=16)
+        assert len(caplog.records) == told
+    assert "of its 2 texts 2 are cut after 16 tokens" in caplog.text
+
+
+def test_images_that_cannot_be_read_are_named(vit, tmp_path):
+    images = pytest.importorskip("PIL.Image")
+    images.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    (tmp_path / "._a.png").write_bytes(b"of another system")
+    (tmp_path / "folder.png").mkdir()
+    model = texts.load_model(vit)
+    data = load_data(model, vit, tmp_path, batch_size=1, max_length=8)
+    assert len(data.batches) == 1
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"b\.png cannot be read as an image"):
+        list(load_data(model, vit, tmp_path, batch_size=1, max_length=8).batches)
+    images.new("I;16", (20, 20)).save(tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"b\.png has more than 8 bits a pixel"):
+        list(load_data(model, vit, tmp_path, batch_size=1, max_length=8).batches)
+
+
+def test_a_python_file_may_import_what_lies_beside_it(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.path", list(sys.path))
+    (tmp_path / "beside_the_data.py").write_text("import torch\nids = torch.ones(1, 4, dtype=torch.long)\n")
+    (tmp_path / "data.py").write_text("from beside_the_data import ids\nbatches = [{'input_ids': ids}]\n")
+    data = load_data(texts.load_model(folder), folder, tmp_path / "data.py", batch_size=1, max_length=8)
+    assert data.batches[0]["input_ids"].shape == (1, 4)
+
+
+def test_random_tokens_are_no_more_than_there_are_positions(tmp_path, capsys):
+    bert(tmp_path / "short", max_position_embeddings=16)
+    assert cli.main(["survey", "--model", str(tmp_path / "short")]) == 0
+    assert "of random input" in capsys.readouterr().out
+
+
 def test_data_of_another_kind_is_refused(folder, vit, t5, whisper, text, pairs, photos, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for model, data, message in (

@@ -18,6 +18,7 @@ from sadmoe.training.loop import train
 from torch import Tensor, nn
 
 WIDTH = 128  # of the router, as in that paper's re-implementation
+PROJECTION_WIDTH = 32  # of one of attention's projections, which that paper does not have: ours
 
 
 class ActivityRouter(nn.Module):
@@ -39,8 +40,10 @@ def moefied(
     checkpoint: where the routers are saved, to be taken up again after a kill.
     """
     model = copy.deepcopy(dense)
-    router = RouterConfig(width=WIDTH, steps=1)
-    config = ConvertConfig(expert_size=expert_size, router=router, max_tokens=min(tokens, 8192))
+    config = ConvertConfig(
+        expert_size=expert_size, router=RouterConfig(width=WIDTH, steps=1),
+        projection_router=RouterConfig(width=PROJECTION_WIDTH, steps=1), max_tokens=min(tokens, 8192),
+    )  # fmt: skip
     convert_(model, batches, config, progress=False)
     layers = moe_layers(model)
     sites = [Place(name, layer) for name, layer in layers.items()]

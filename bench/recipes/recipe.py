@@ -173,9 +173,9 @@ class Recipe:
             return moefied(sparse, self.fitted, size, effort.routers, effort.tokens, checkpoint)
 
     def tuned(self, moefied: nn.Module) -> nn.Module:
-        """MoEfication's own calibration, for as long as ours trains after `sparse`: as many experts as our budget."""
-        seconds = self.effort.layers + self.effort.routed
-        self.finetune(top(moefied, self.effort.budget), "MoEfication tuned", replace(ROUTED, seconds=seconds))
+        """MoEfication's own calibration, for as long as ours trains after `sparse`, and by as many experts."""
+        seconds, share = self.effort.layers + self.effort.routed, self.share[self.run.sizes[0]]
+        self.finetune(top(moefied, share), "MoEfication tuned", replace(ROUTED, seconds=seconds))
         return moefied
 
 

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from sadmoe.flops import FlopCount
 from sadmoe.gates import Gate
 from sadmoe.masks import record_masks
 from sadmoe.report import Heat
-from sadmoe.timing import measure
+from sadmoe.timing import measure, waiting
 from sadmoe.training.objective import OutputLoss
 from torch import Tensor, nn
 
@@ -123,11 +124,9 @@ def sweep(
         point = measured(work, model, setting, dense)
         for name, call in work.timers.items() if timed and point.kept >= OF_USE else ():
             with evaluating(model):
-                times = measure(
-                    {"dense": lambda call=call: call(work.dense), "ours": lambda call=call: call(model)},
-                    timed,
-                    least=5,
-                )
+                both = {"dense": partial(call, work.dense), "ours": partial(call, model)}
+                on = device_of(model)
+                times = measure({who: waiting(one, on) for who, one in both.items()}, timed, least=5)
             point.gains[name] = times["dense"].median / times["ours"].median
             point.spreads[name] = max(time.spread for time in times.values())
             point.calls[name] = times["ours"].calls

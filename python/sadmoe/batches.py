@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -207,6 +208,14 @@ def real_rows(model: nn.Module, name: str, batch: Batch, x: Tensor) -> Tensor | 
     mask = _mask(batch, "decoder_attention_mask" if decoder else "attention_mask")
     if mask is None and decoder:
         mask = _labelled(batch)
+    if (
+        mask is not None
+        and x.dim() == 3
+        and getattr(getattr(model, "config", None), "attention_window", None)
+    ):
+        mask = F.pad(
+            mask, (0, max(0, x.shape[1] - mask.shape[-1]))
+        )  # Longformer fills up to its window by itself
     if mask is None or x.is_nested or mask.numel() != x[..., 0].numel():
         return None
     return mask_rows(mask, x.shape).to(x.device)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sadmoe.batches import device_of, evaluating, run, to_device
 from sadmoe.convert import restore_
+from sadmoe.data import positions_of
 from sadmoe.dial import converted_layers
 from sadmoe.ffn import DenseFFN, dense_from_layer, has_originals
 from sadmoe.gates import DynamicK, Gate
@@ -69,7 +70,8 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def random_batch(model: nn.Module, samples: int, length: int) -> dict[str, Tensor]:
-    """What a transformers model is called with, at random: [samples, length] token ids, or as many images.
+    """What a transformers model is called with, at random: [samples, length] token ids, fewer where it has not as many
+    positions, or as many images.
 
     Raises NotImplementedError where the model takes something else.
     """
@@ -84,6 +86,7 @@ def random_batch(model: nn.Module, samples: int, length: int) -> dict[str, Tenso
         raise NotImplementedError(
             f"{type(model).__name__} takes neither token ids nor images, so no random input can be made for it"
         )
+    length = min(length, positions_of(model) or length)
     ids = torch.randint(config.vocab_size, (samples, length), generator=generator, device="cpu")
     decoder = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **decoder}

@@ -117,9 +117,8 @@ def finetune_for_budget_(
                 **of("layers"),
             )
         fits = fit_routers_(model, batches, router, max_tokens=max_tokens, **of("routers"))
-        first = Kept(
-            of("whole")["checkpoint"], "tau", {"budget": float(budget)}
-        )  # a loader may draw others for `some`
+        # Once: when a killed run is taken up again, a loader may draw others for `some`.
+        first = Kept(of("whole")["checkpoint"], "tau", {"budget": float(budget)})
         if found := first.load():
             set_tau(model, found[1]["tau"])
         else:

@@ -1,7 +1,9 @@
 """What a transformers model of a folder is run on, as the batches that it takes: text, pairs of texts, images, or
 what a Python file of the user's makes."""
 
+import logging
 import runpy
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +14,9 @@ import torch
 from torch import Tensor
 
 from sadmoe.batches import is_encoder_decoder
-from sadmoe.texts import load_processor, load_tokenizer, padding, paragraphs, tokenized
+from sadmoe.texts import load_processor, load_tokenizer, padding, paragraphs, read_text, tokenized
 
+logger = logging.getLogger(__name__)
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 SHOWN = 40  # tokens of the first text: what a heat map has room for
 
@@ -70,7 +73,7 @@ def load_data(model: Any, folder: Path, path: Path, *, batch_size: int, max_leng
     if path.is_dir():
         raise ValueError(f"--data: a {name} takes text, and {path} is a folder: give a file of text")
     tokenizer = load_tokenizer(folder)
-    positions = _positions(model)
+    positions = positions_of(model)
     if positions is not None and positions < max_length:
         raise ValueError(
             f"--max-length must be at most {positions}, the positions of this {name}, got {max_length}"
@@ -82,7 +85,24 @@ def load_data(model: Any, folder: Path, path: Path, *, batch_size: int, max_leng
     ordered = sorted(texts, key=len)
     batches = tokenized(tokenizer, ordered, batch_size=batch_size, max_length=max_length)
     _check_tokens(model, folder, batches)
+    _tell_of_cuts(tokenizer, ordered, batches, max_length)
     return Data(batches, tokenizer, "text", first)
+
+
+def _tell_of_cuts(tokenizer: Any, texts: Sequence[str], batches: Sequence[Batch], max_length: int) -> None:
+    """A warning where most of the text is left out, such as of one text a line with a blank line somewhere."""
+    rows = [row for batch in batches for row in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    cut = [
+        (text, ids) for text, (ids, real) in zip(texts, rows, strict=True) if int(real.sum()) == max_length
+    ]
+    kept = tokenizer.batch_decode([ids for _, ids in cut], skip_special_tokens=True)
+    left_out = sum(max(0, len(text) - len(part)) for (text, _), part in zip(cut, kept, strict=True))
+    if left_out > 0.5 * sum(map(len, texts)):
+        logger.warning(
+            "--data: of its %d texts %d are cut after %d tokens (--max-length), and most of what they say is left out; "
+            "a text goes to the next blank line, or to the end of its line where the file has no blank line",
+            len(texts), len(cut), max_length,
+        )  # fmt: skip
 
 
 def _check_tokens(model: Any, folder: Path, batches: Sequence[Batch]) -> None:
@@ -99,7 +119,7 @@ def _check_tokens(model: Any, folder: Path, batches: Sequence[Batch]) -> None:
         )
 
 
-def _positions(model: Any) -> int | None:
+def positions_of(model: Any) -> int | None:
     """How many tokens of a text the model has positions for, None where it does not say. RoBERTa's first are no
     token's."""
     positions = getattr(model.config, "max_position_embeddings", None)
@@ -115,6 +135,8 @@ def _positions(model: Any) -> int | None:
 
 def _from_python(path: Path, folder: Path) -> Data:
     try:
+        # As of a script: for modules beside it, also those that are imported when batches are read.
+        sys.path.insert(0, str(path.resolve().parent))
         batches = runpy.run_path(str(path)).get("batches")
         if callable(batches):
             batches = batches()
@@ -158,7 +180,7 @@ def _pairs(path: Path, folder: Path, model: Any, tokenizer: Any, batch_size: int
 
 def _lines_of_pairs(path: Path, name: str) -> list[list[str]]:
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         pair = [part.strip() for part in line.rstrip("\r").split("\t")]
         if pair == [""]:
             continue
@@ -174,7 +196,10 @@ def _lines_of_pairs(path: Path, name: str) -> list[list[str]]:
 
 
 def _images(path: Path, folder: Path, batch_size: int, dtype: torch.dtype) -> Data:
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGES)
+    found = (
+        file for file in path.rglob("*") if file.suffix.lower() in IMAGES and not file.name.startswith("._")
+    )
+    files = sorted(file for file in found if not file.is_dir())
     if not files:
         raise ValueError(
             f"--data: {path} holds no image, by the names {', '.join('*' + end for end in IMAGES)}"
@@ -206,10 +231,26 @@ class _Images(Sequence[Batch]):
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
-        from transformers.image_utils import load_image
-
         if not -len(self) <= i < len(self):
             raise IndexError(i)
         start = (i % len(self)) * self.size
-        images = [load_image(str(file)) for file in self.files[start : start + self.size]]
+        images = [_image(file) for file in self.files[start : start + self.size]]
         return {"pixel_values": self.processor(images, return_tensors="pt")["pixel_values"].to(self.dtype)}
+
+
+def _image(file: Path) -> Any:
+    """In colours of 8 bits, turned as it was taken. Raises ValueError where it cannot be read, or has finer ones."""
+    from PIL import Image
+    from transformers.image_utils import load_image
+
+    try:
+        with Image.open(file) as image:
+            fine = image.mode.startswith("I") or image.mode == "F"
+        if not fine:
+            return load_image(str(file))
+    except Exception as error:  # whatever a decoder raises
+        raise ValueError(f"--data: {file} cannot be read as an image: {error}") from error
+    raise ValueError(
+        f"--data: {file} has more than 8 bits a pixel, of which only the lowest would be left: make images of 8 bits, "
+        "or give a Python file that makes batches of them"
+    )

@@ -27,7 +27,7 @@ def count_flops(model: nn.Module, batch: Batch) -> int:
     """FLOPs of model(batch) in eval mode, all samples and padding included, without its converted layers.
 
     So for a dense model that is all of it. `batch` is moved to where the model is, and the model really runs,
-    which on the meta device costs no arithmetic.
+    which on the meta device costs no arithmetic; there masks say nothing, so sadmoe's ops count every expert.
     """
     with evaluating(model), FlopCount(model) as count:
         run(model, to_device(batch, device_of(model)))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ def check_folder(folder: Path, force: bool, reads: Sequence[Path] = ()) -> None:
     if not above.is_dir():
         raise NotADirectoryError(f"{folder} cannot be written: {above} is a file")
     if not folder.exists() or not any(folder.iterdir()):
-        _check_writable(above, folder)
+        check_writable(above, folder)
         return
     if not force:
         raise FileExistsError(f"{folder} is not empty: choose another folder, or replace it with --force")
@@ -31,7 +32,7 @@ def check_folder(folder: Path, force: bool, reads: Sequence[Path] = ()) -> None:
         raise FileExistsError(f"{folder} was not written by sadmoe, so --force does not replace it")
     if folder.resolve().is_mount():
         raise ValueError(f"{folder} is a mount, which --force cannot replace: write to a folder inside it")
-    _check_writable(folder.resolve().parent, folder)
+    check_writable(folder.resolve().parent, folder)
 
 
 def check_files(paths: Sequence[Path], force: bool) -> None:
@@ -46,12 +47,12 @@ def check_files(paths: Sequence[Path], force: bool) -> None:
                 f"{path} cannot be written, for there is no folder {path.parent}: make it first"
             )
         if not path.exists():
-            _check_writable(path.parent, path)
+            check_writable(path.parent, path)
         elif not os.access(path, os.W_OK):
             raise PermissionError(f"{path} cannot be written: Permission denied")
 
 
-def _check_writable(place: Path, wanted: Path) -> None:
+def check_writable(place: Path, wanted: Path) -> None:
     """Raises PermissionError, or what else the system says, where nothing can be made in the folder `place`."""
     try:
         tempfile.TemporaryDirectory(dir=place).cleanup()
@@ -64,7 +65,7 @@ def replaced(folder: Path) -> Iterator[None]:
     """Inside, `folder` is absent or empty and may be written. Whatever is raised, it is as it was; else what was there
     goes. An empty one stays the same folder: somebody may be in it."""
     folder = folder.resolve()
-    former = folder.with_name(f".{folder.name}.{os.getpid()}.former")
+    former = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.former")
     empty = folder.exists() and not any(folder.iterdir())
     if folder.exists() and not empty:
         folder.rename(former)

@@ -12,12 +12,17 @@ BLANK_LINES = re.compile(r"\n\s*\n")
 TOKENIZER_FILES = ("*token*", "*vocab*", "merges.txt", "*.model", "*.bpe*")
 
 
-def paragraphs(path: Path) -> list[str]:
-    """The paragraphs of a text file: parts between blank lines, or its lines where it has no blank ones."""
+def read_text(path: Path) -> str:
+    """What is in a file of text, in UTF-8, without a mark of the byte order."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+
+
+def paragraphs(path: Path) -> list[str]:
+    """The paragraphs of a text file: parts between blank lines, or its lines where it has no blank ones."""
+    text = read_text(path)
     parts = BLANK_LINES.split(text.strip())
     found = [" ".join(part.split()) for part in (parts if len(parts) > 1 else text.splitlines())]
     found = [part for part in found if part]

@@ -12,7 +12,7 @@ from sadmoe.cli.options import add_common, add_data, add_model, data_of
 from sadmoe.dial import set_batch_invariant
 from sadmoe.measure_costs import TOKENS, calibrate_costs, costs_table
 from sadmoe.measured import cache_file, read
-from sadmoe.outputs import check_files
+from sadmoe.outputs import check_files, check_writable
 from sadmoe.paths import dtype_name, use_costs
 from sadmoe.tables import to_json
 from sadmoe.texts import load_model
@@ -128,6 +128,8 @@ def _device(name: str) -> torch.device:
 
 def _calibrate(arguments: argparse.Namespace, model: Any) -> None:
     path = cache_file(arguments.cache)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(path.parent, path)
     found = calibrate_costs(
         model, path, tokens=arguments.tokens, seconds=arguments.seconds, force=arguments.force
     )
@@ -136,4 +138,9 @@ def _calibrate(arguments: argparse.Namespace, model: Any) -> None:
         layer = costs.layer
         shape = f"d {layer.d}, {layer.experts} experts of {layer.expert_size}{', GLU' if layer.gated else ''}"
         print(f"\n{shape}, {costs.dtype}\n{costs_table(costs)}")
-    print(f"\nwrote {path}: layers of these shapes decide by it on this machine")
+    reader = (
+        f"sadmoe bench --cache {arguments.cache} decides"
+        if arguments.cache
+        else "layers of these shapes decide"
+    )
+    print(f"\nwrote {path}: {reader} by it on this machine")

@@ -44,10 +44,8 @@ class AddedLoss(TrainerCallback):
         self.last: Tensor | None = None
         self._in_step = False
         self._passes = 1  # of the step
-        self._added, self._trained_on = (
-            0,
-            0,
-        )  # terms of the step, and those of them that a backward pass reached
+        self._added = 0  # terms of the step
+        self._trained_on = 0  # those of them that a backward pass reached
         self._arguments: Any = None
         self._term: Term | None = None
         self._handles: list[RemovableHandle] = []

@@ -80,9 +80,8 @@ def logits_kl(model: nn.Module) -> OutputLoss:
 
     def distance(output: Any, wanted: Any, batch: Batch) -> Tensor:
         logits, target = _logits(output), _logits(wanted)
-        kl = F.kl_div(logits.log_softmax(-1), target.log_softmax(-1), reduction="none", log_target=True).sum(
-            -1
-        )
+        log_p, log_q = target.log_softmax(-1), logits.log_softmax(-1)
+        kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
         real = real_rows(model, side, batch, logits)
         return kl.mean() if real is None else kl.flatten()[real].sum() / max(int(real.sum()), 1)
 
