@@ -302,5 +302,6 @@ def test_a_model_that_fills_up_to_a_window_has_no_more_real_tokens_than_the_batc
     model.config = SimpleNamespace(attention_window=[8, 8])
     batch = {"attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]])}
     assert real_rows(model, "layer", batch, torch.zeros(2, 8, 5)).view(2, 8).sum(1).tolist() == [3, 1]
+    assert real_rows(model, "layer", batch, torch.zeros(8, 2, 5)).view(8, 2).sum(0).tolist() == [3, 1]
     model.config = SimpleNamespace()
     assert real_rows(model, "layer", batch, torch.zeros(2, 8, 5)) is None

@@ -592,6 +592,21 @@ def test_what_is_mostly_cut_is_told(folder, tmp_path, caplog):
         load_data(model, folder, data, batch_size=8, max_length=16)
         assert len(caplog.records) == told
     assert "of its 2 texts 2 are cut after 16 tokens" in caplog.text
+    data.write_text("experts run few tokens\n" * 9 + "run " * 20)  # one of ten
+    load_data(model, folder, data, batch_size=8, max_length=16)
+    assert len(caplog.records) == 1
+
+
+def test_a_tokenizer_without_a_padding_mask_will_do(tmp_path):
+    bert(tmp_path)
+    tokenizer = transformers.BertTokenizer(
+        vocab=str(tmp_path / "vocab.txt"), model_input_names=["input_ids", "token_type_ids"]
+    )
+    tokenizer.save_pretrained(tmp_path)
+    data = tmp_path / "text.txt"
+    data.write_text("experts run\nfew tokens choose them\n")
+    found = load_data(texts.load_model(tmp_path), tmp_path, data, batch_size=2, max_length=8)
+    assert "attention_mask" not in found.batches[0]
 
 
 def test_images_that_cannot_be_read_are_named(vit, tmp_path):
@@ -606,7 +621,7 @@ def test_images_that_cannot_be_read_are_named(vit, tmp_path):
     with pytest.raises(ValueError, match=r"b\.png cannot be read as an image"):
         list(load_data(model, vit, tmp_path, batch_size=1, max_length=8).batches)
     images.new("I;16", (20, 20)).save(tmp_path / "b.png")
-    with pytest.raises(ValueError, match=r"b\.png has more than 8 bits a pixel"):
+    with pytest.raises(ValueError, match=r"b\.png has more than 8 bits a colour"):
         list(load_data(model, vit, tmp_path, batch_size=1, max_length=8).batches)
 
 

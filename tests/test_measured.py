@@ -211,6 +211,13 @@ def test_every_shape_is_measured_once_kept_beside_others_and_again_only_by_force
     assert len(measured.read(user)) == 3
 
 
+def test_where_nothing_can_be_written_nothing_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure_costs, "measure", lambda *_, **__: pytest.fail("it was measured"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        measure_costs.calibrate_costs(converted("bert"), tmp_path / "file" / "costs.json", **QUICK)
+
+
 def test_a_damaged_file_is_measured_again_only_by_force(user):
     user.parent.mkdir(parents=True)
     user.write_text("{}")

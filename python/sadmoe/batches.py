@@ -208,14 +208,10 @@ def real_rows(model: nn.Module, name: str, batch: Batch, x: Tensor) -> Tensor | 
     mask = _mask(batch, "decoder_attention_mask" if decoder else "attention_mask")
     if mask is None and decoder:
         mask = _labelled(batch)
-    if (
-        mask is not None
-        and x.dim() == 3
-        and getattr(getattr(model, "config", None), "attention_window", None)
-    ):
-        mask = F.pad(
-            mask, (0, max(0, x.shape[1] - mask.shape[-1]))
-        )  # Longformer fills up to its window by itself
+    fills_up = getattr(getattr(model, "config", None), "attention_window", None)
+    if mask is not None and x.dim() == 3 and fills_up:  # Longformer, to its window
+        tokens = x.shape[1] if x.shape[0] == mask.shape[0] else x.shape[0]
+        mask = F.pad(mask, (0, max(0, tokens - mask.shape[-1])))
     if mask is None or x.is_nested or mask.numel() != x[..., 0].numel():
         return None
     return mask_rows(mask, x.shape).to(x.device)

@@ -95,7 +95,7 @@ def finetune_for_budget_(
     count = length(batches)
     with seeded(model, seed):  # the same ones when a killed run is taken up again
         some = list(islice(batches, 0, count or CALIBRATED, max(1, (count or 0) // CALIBRATED)))
-    check_output_loss(output_loss, dense, some[0])
+    check_output_loss(output_loss, dense, some[0] if some else None)
 
     def of(step: str) -> dict[str, Any]:
         if checkpoint is None:

@@ -91,16 +91,17 @@ def load_data(model: Any, folder: Path, path: Path, *, batch_size: int, max_leng
 
 def _tell_of_cuts(tokenizer: Any, texts: Sequence[str], batches: Sequence[Batch], max_length: int) -> None:
     """A warning where most of the text is left out, such as of one text a line with a blank line somewhere."""
-    rows = [row for batch in batches for row in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-    cut = [
-        (text, ids) for text, (ids, real) in zip(texts, rows, strict=True) if int(real.sum()) == max_length
-    ]
-    kept = tokenizer.batch_decode([ids for _, ids in cut], skip_special_tokens=True)
-    left_out = sum(max(0, len(text) - len(part)) for (text, _), part in zip(cut, kept, strict=True))
-    if left_out > 0.5 * sum(map(len, texts)):
+    masks = [mask for batch in batches for mask in batch.get("attention_mask", ())]
+    kept = [int(mask.sum()) for mask in masks]
+    cut = [text for text, count in zip(texts, kept, strict=bool(kept)) if count == max_length]
+    if not cut:
+        return
+    whole = tokenizer(cut, truncation=False, verbose=False)["input_ids"]
+    left_out = sum(map(len, whole)) - max_length * len(cut)
+    if left_out > sum(kept):
         logger.warning(
-            "--data: of its %d texts %d are cut after %d tokens (--max-length), and most of what they say is left out; "
-            "a text goes to the next blank line, or to the end of its line where the file has no blank line",
+            "--data: of its %d texts %d are cut after %d tokens (--max-length), which leaves most of it out; a text "
+            "goes to the next blank line, or to the end of its line where the file has no blank line",
             len(texts), len(cut), max_length,
         )  # fmt: skip
 
@@ -251,6 +252,6 @@ def _image(file: Path) -> Any:
     except Exception as error:  # whatever a decoder raises
         raise ValueError(f"--data: {file} cannot be read as an image: {error}") from error
     raise ValueError(
-        f"--data: {file} has more than 8 bits a pixel, of which only the lowest would be left: make images of 8 bits, "
-        "or give a Python file that makes batches of them"
+        f"--data: {file} has more than 8 bits a colour, and all above 255 would be white: make images of 8 bits, or "
+        "give a Python file that makes batches of them"
     )

@@ -11,6 +11,7 @@ from sadmoe import measured, ops, paths
 from sadmoe.dial import converted_layers
 from sadmoe.layer import DynamicKMoE
 from sadmoe.measured import Costs, Curve
+from sadmoe.outputs import check_writable
 from sadmoe.tables import format_table
 from sadmoe.timing import measure, waiting
 
@@ -44,6 +45,8 @@ def calibrate_costs(
         raise FileExistsError(
             f"{path} holds this model's shapes on this device already: measure them again with --force"
         )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(path.parent, path)
     found = [measure_costs(layer, tokens, seconds=seconds) for layer in todo]
     known = _read(path, force)  # again: another process may have written meanwhile
     measured.write(path, (known | {costs.key: costs for costs in found}).values())

@@ -12,7 +12,7 @@ from sadmoe.cli.options import add_common, add_data, add_model, data_of
 from sadmoe.dial import set_batch_invariant
 from sadmoe.measure_costs import TOKENS, calibrate_costs, costs_table
 from sadmoe.measured import cache_file, read
-from sadmoe.outputs import check_files, check_writable
+from sadmoe.outputs import check_files
 from sadmoe.paths import dtype_name, use_costs
 from sadmoe.tables import to_json
 from sadmoe.texts import load_model
@@ -128,8 +128,6 @@ def _device(name: str) -> torch.device:
 
 def _calibrate(arguments: argparse.Namespace, model: Any) -> None:
     path = cache_file(arguments.cache)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    check_writable(path.parent, path)
     found = calibrate_costs(
         model, path, tokens=arguments.tokens, seconds=arguments.seconds, force=arguments.force
     )
