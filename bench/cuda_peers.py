@@ -17,7 +17,8 @@ peer: the faster of grouped_mm and Triton over that way. A peer that fails is n/
 the spread as well: from the first tenth to the last, over the median. cuda_goals.py says which aims it reaches.
 
 --no-hopper: without the kernels of sm_90a, where they fail. A cell that fails has a row without times, and the exit
-status is 1; one in which the device fails ends the run, with status 3 and its rows written: --go-on begins after it.
+status is 1; one in which the device fails ends the run, with status 3 and its rows written. --go-on begins after the
+last cell that the same command has tried, if it was cut off or its device failed.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -149,6 +151,8 @@ def usable(
             reasons.add(f"grouped_mm: more than {MOST_BYTES >> 30} GiB of gathered rows")
             continue
         try:
+            torch.cuda.empty_cache()  # what a peer leaves unwritten is NaN, and not what the one before it wrote
+            torch.full_like(p.x, torch.nan)
             error = ((peer(p, 0).float() - truth).norm() / truth.norm()).item()
             if peer is not dense and not error < 0.01:
                 raise ArithmeticError(f"relative error {error:.2g}")
@@ -255,8 +259,17 @@ def measured_cell(
     return row, True
 
 
-def card_of(path: Path | None) -> Card:
-    return next(iter(cards(path).values())) if path else card_for(torch.cuda.get_device_capability())
+def card_of(path: Path | None, hopper: bool) -> Card:
+    card = next(iter(cards(path).values())) if path else card_for(torch.cuda.get_device_capability())
+    return card if hopper else replace(card, hopper_16=0.0)
+
+
+def told_before(path: Path | None, call: str) -> dict:
+    """What that command has written there, if it did not come to its end."""
+    if path is None or not path.exists():
+        return {}
+    told = json.loads(path.read_text())
+    return {} if told.get("done") or told.get("command") != call else told
 
 
 def main() -> None:
@@ -271,18 +284,31 @@ def main() -> None:
     parser.add_argument("--recorded", type=Path, help="masks that record_masks.py wrote")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--no-hopper", action="store_true")
-    parser.add_argument("--go-on", action="store_true", help="after the last cell that --json has tried")
+    parser.add_argument(
+        "--go-on", action="store_true", help="after the last cell that --json has tried, if not all"
+    )
     args = parser.parse_args()
     if not args.layers and not args.recorded:
         parser.error("--layers without a name leaves only the layers of --recorded FILE, which is not given")
-    card = card_of(args.constants)
+    card = card_of(args.constants, hopper=not args.no_hopper)
     machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, bf16"
     print(f"# {machine}; not measured of the cost model: {', '.join(card.unmeasured) or 'nothing'}")
     if args.no_hopper:
         torch.ops.sadmoe._use_hopper(False)
-    before = json.loads(args.json.read_text()) if args.go_on and args.json.exists() else {}
+    call = command().replace(" --go-on", "")
+    before = told_before(args.json, call) if args.go_on else {}
     rows, tried, reasons = before.get("rows", []), before.get("tried", 0), set(before.get("reasons", []))
     layer, alive = None, True
+
+    def write(done: bool) -> None:
+        if args.json is None:
+            return
+        told = {"machine": machine, "command": call, "tried": tried, "done": done}
+        told |= {"reasons": sorted(reasons), "rows": rows}
+        part = args.json.with_suffix(".part")  # whoever is cut off leaves a whole file
+        part.write_text(json.dumps(told, indent=1))
+        part.replace(args.json)
+
     for number, (cell, T, mask) in enumerate(cells(args), 1):
         if number <= tried or not alive:
             continue
@@ -294,11 +320,9 @@ def main() -> None:
         if row:
             print(line(row), flush=True)
             rows.append(row)
-        if args.json:
-            part = args.json.with_suffix(".part")  # whoever is cut off leaves a whole file
-            told = {"machine": machine, "command": command(), "tried": number, "reasons": sorted(reasons)}
-            part.write_text(json.dumps({**told, "rows": rows}, indent=1))
-            part.replace(args.json)
+        tried = number
+        write(done=False)
+    write(done=alive)
     print("\nTimes in us, medians.", *sorted(reasons), sep="\n")
     failed = any(reason.startswith("FAILED") for reason in reasons)
     sys.exit(3 if not alive else int(failed))

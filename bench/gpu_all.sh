@@ -15,8 +15,8 @@
 # rest every step has a share, and what those before it left of theirs: a step that takes longer is cut off, and said, for a next
 # call to name; of what is to be right that is a failure, for it may hang. Tables are written row by row, what tells most first.
 # What was built and found stays in build/gpu, or where that cannot be written in a folder of its own, where the next call goes on.
-# OUT gets few files, after every step: the tables, and results.tar.gz of everything that was found so far. Where a call may last
-# ten minutes: BUDGET=560 with the first three steps, then with raw 768x3072 4096x11008-glu goals, then with others.
+# OUT gets few files, after every step and twice a minute: the tables, and results.tar.gz of everything that was found so far.
+# Where a call may last ten minutes: BUDGET=560 with the first three steps, then with raw 768x3072 4096x11008-glu goals, then with others.
 #
 # Needs nvcc >= 12.4 (PATH, CUDACXX or CUDA_HOME), a torch with CUDA, cmake, ninja, pybind11, pytest. Installs nothing. Exit
 # status: how many steps failed; 2: wrong arguments, 98: the build failed, 99: no CUDA device.
@@ -40,7 +40,7 @@ build=$root/build/gpu
 mkdir -p "$build" 2>/dev/null && [ -w "$build" ] || build=${TMPDIR:-/tmp}/sadmoe-gpu-$UID
 results=$build/results bench=$build/bench_cuda no_hopper=$(cat "$build/no_hopper" 2>/dev/null)
 mkdir -p "$results"
-export PYTHONPATH=$build/site TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export PYTHONPATH=$build/site${PYTHONPATH:+:$PYTHONPATH} SADMOE_NEEDS_CUDA=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export CUDACXX=${CUDACXX:-$(command -v nvcc || echo "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc")}
 failed=() cut=()
 declare -A shares=([tests]=220 [conformance]=30 [conformance-hopper]=0 [memcheck]=60 [memcheck-torch]=70 [racecheck]=60 [racecheck-hopper]=30
@@ -55,7 +55,10 @@ done
 
 hand_over() {
   find "$results" -name '*.json' ! -name raw.json -exec cp {} "$out" \;
-  tar -czf "$out/results.tar.gz" -C "$build" results
+  local part
+  part=$(mktemp "$build/part.XXXXXX")
+  tar -czf "$part" -C "$build" results 2>/dev/null # files may grow meanwhile
+  mv "$part" "$out/results.tar.gz"
 }
 # step NAME COMMAND...: in its share of the time.
 step() {
@@ -67,11 +70,14 @@ step() {
   fi
   run "$left" "$name" "$@"
 }
-# run SECONDS NAME COMMAND...: its output to NAME.txt, its end to the screen.
+# run SECONDS NAME COMMAND...: its output to NAME.txt, its end to the screen; what it has found is handed over meanwhile.
 run() {
-  local left=$1 name=$2 start=$SECONDS status=0
+  local left=$1 name=$2 start=$SECONDS status=0 keeper
   shift 2
+  while sleep 30; do hand_over; done >/dev/null 2>&1 &
+  keeper=$!
   timeout -k 5 "$left" "$@" >"$results/$name.txt" 2>&1 || status=$?
+  kill "$keeper" && wait "$keeper" 2>/dev/null
   local said="FAILED ($status)"
   case $status in
     0) said=ok ;;
@@ -104,16 +110,16 @@ compile() {
     cmake --install "$build" --prefix "$build/site/sadmoe" &&
     "$python" -c 'import sadmoe; print(sadmoe.__file__, sadmoe.build_info())'
 }
-# peers NAME OPTION...: to NAME.json.
+# peers NAME OPTION...: to NAME.json, from where a call that was cut off stopped.
 peers() {
   local name=$1 constants=()
   if [ -s "$results/constants.json" ]; then constants=(--constants "$results/constants.json"); fi
-  local call=("$python" bench/cuda_peers.py $no_hopper "${constants[@]}" "${@:2}" --json "$results/$name.json") again status=0
+  local call=("$python" bench/cuda_peers.py $no_hopper "${constants[@]}" "${@:2}" --json "$results/$name.json" --go-on) again status=0
   "${call[@]}" || status=$?
   for again in 1 2 3; do # 3: the device failed, and a new process finds it as new
     if [ "$status" != 3 ]; then break; fi
     status=0
-    "${call[@]}" --go-on || status=$?
+    "${call[@]}" || status=$?
   done
   return "$status"
 }
@@ -130,7 +136,7 @@ sanitize() {
   case $1 in
     racecheck) "${check[@]}" "$bench" conformance sm_80 ;;
     racecheck-hopper) "${check[@]}" "$bench" conformance sm_90a ;;
-    racecheck-torch) check+=(--kernel-regex-exclude kns=hopper) ;;&
+    racecheck-torch) check+=(--kernel-name-exclude kns=hopper) ;;&
     *-torch) # which probes the driver for functions that it may lack: no error
       PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${check[@]}" --report-api-errors no "$python" -m pytest tests/test_kernels.py -m cuda \
         -p no:cacheprovider -k "every_activation or one_hot or (three_stages and 150-10) or (neighbours and 9-35) or tokens_of_a_block" ;;

@@ -63,6 +63,8 @@ class Backend:
         op = getattr(getattr(torch.ops, self.namespace), name)
 
         def run(*args, **kwargs):
+            if self.name == "cuda":
+                poison_memory()
             return op(
                 *(a.to(self.device) if isinstance(a, torch.Tensor) else a for a in args), **kwargs
             ).cpu()
@@ -123,6 +125,20 @@ def set_options(
     native.sadmoe_set_options(hidden_bytes, decode_tokens, tf32, hopper, up_all, crowd, down_tiles)
 
 
+def no_device():
+    """Skips, or fails where a device must be there: what tests nothing has not passed."""
+    (pytest.fail if "SADMOE_NEEDS_CUDA" in os.environ else pytest.skip)("no CUDA device")
+
+
+def poison_memory():
+    """Leaves torch's allocator on the device with memory that is NaN in every dtype: a kernel that leaves its output
+    unwritten would find there what the same call before it has written."""
+    torch.cuda.empty_cache()
+    small = [torch.full((1 << 19,), 0xFF, dtype=torch.uint8, device="cuda") for _ in range(4)]
+    large = torch.full((18 << 20,), 0xFF, dtype=torch.uint8, device="cuda")
+    del small, large
+
+
 def backend_of(name):
     """An instruction set of the CPU, "emulator" or "cuda"; skips where there is none."""
     if name == "emulator":
@@ -130,7 +146,7 @@ def backend_of(name):
     elif name != "cuda":
         ops.use_cpu_isa(name)
     elif not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+        no_device()
     elif "cuda: yes" not in ops.build_info():
         pytest.skip(f"built without CUDA kernels ({ops.build_info()})")
     return Backend(name)

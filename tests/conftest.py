@@ -75,7 +75,7 @@ def native():
 @pytest.fixture
 def cuda():
     if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+        backends.no_device()
     if "cuda: yes" in ops.build_info():
         torch.ops.sadmoe._use_hopper(backends.HOPPER)
 

@@ -178,15 +178,23 @@ def test_real_rows_are_unknown_when_the_mask_is_of_another_length():
     assert real_rows(Add(), "layers.0", (torch.zeros(2),), torch.zeros(2, 3, 5)) is None
 
 
+class Returns(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def forward(self, *args, **named):
+        return self.make(*args, **named)
+
+
+def test_a_span_is_answered_by_both_its_ends_at_real_tokens():
+    start, end = torch.arange(6.0).view(2, 3), torch.arange(6.0, 12.0).view(2, 3)
+    model = Returns(lambda attention_mask: {"loss": None, "start_logits": start, "end_logits": end})
+    expected = torch.stack([start[MASK.bool()], end[MASK.bool()]], dim=-1)
+    assert torch.equal(answer(model, {"attention_mask": MASK}), expected)
+
+
 def test_the_answer_is_the_first_tensor_of_whatever_comes_out():
-    class Returns(nn.Module):
-        def __init__(self, make):
-            super().__init__()
-            self.make = make
-
-        def forward(self, x):
-            return self.make(x)
-
     x = torch.ones(2, 3)
     for make in (
         lambda x: [{"boxes": 2 * x}],

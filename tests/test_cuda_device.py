@@ -5,9 +5,9 @@ import subprocess
 
 import pytest
 import torch
-from backends import BY_SHAPE, NEVER
+from backends import BY_SHAPE, NEVER, poison_memory
 from converted import random_rows
-from given_costs import layer_of
+from given_costs import HALF, give, layer_of
 from problems import experts_problem, router_problem
 from sadmoe import ops
 
@@ -20,6 +20,13 @@ def test_a_tensor_on_another_device_is_named(cuda):
         RuntimeError, match="all tensors must be on one device: b_up is on the CPU, x on cuda:0"
     ):
         ops.sparse_experts(*args)
+
+
+@pytest.mark.cuda
+def test_memory_that_an_op_is_given_is_nan(cuda):
+    poison_memory()
+    for size in (3, 10_000, 200_000, 4_000_000):
+        assert torch.empty(size, device="cuda").isnan().all(), size
 
 
 @pytest.fixture
@@ -63,6 +70,37 @@ def test_a_captured_layer_replays_with_other_tokens(crowds, T):
             x.copy_(random_rows(T, 64, seed))
             graph.replay()
             assert torch.equal(y, layer(x)), seed
+
+
+@pytest.mark.cuda
+def test_a_layer_is_captured_on_the_stream_that_warmed_it_up(cuda):
+    layer = layer_of(torch.bfloat16, d=64, experts=16, expert_size=16).cuda()
+    layer.batch_invariant = False
+    x = random_rows(100, 64).bfloat16().cuda()
+    give(layer, HALF, x.device)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.stream(stream):
+        for _ in range(3):
+            wanted = layer(x)
+        with torch.cuda.graph(graph, stream=stream):
+            y = layer(x)
+        graph.replay()
+        stream.synchronize()
+        torch.testing.assert_close(y, wanted, rtol=0.05, atol=0.05)
+        for _ in range(3):
+            torch.zeros(
+                3
+            ).pin_memory()  # fails where pinned memory was given back while the graph was captured
+
+
+@pytest.mark.cuda
+def test_a_layer_that_counts_its_share_runs_under_another_default_device(cuda):
+    layer = layer_of(torch.bfloat16, d=64, experts=16, expert_size=16).cuda()
+    layer.batch_invariant = False
+    x = random_rows(100, 64).bfloat16().cuda()
+    give(layer, HALF, x.device)
+    with torch.no_grad(), torch.device("cuda"):
+        assert layer(x).shape == x.shape
 
 
 @pytest.mark.cuda

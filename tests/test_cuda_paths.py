@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import pickle
+import weakref
 from functools import partial
 
 import pytest
@@ -12,7 +13,7 @@ from backends import emulator
 from converted import random_rows
 from given_costs import ALWAYS_DENSE, HALF, by_hand, give, layer_of
 from problems import assert_as_good_as_torch, in_double
-from sadmoe import crossover, paths, reference
+from sadmoe import crossover, ops, paths, reference
 from sadmoe.crossover import way_in, way_out
 from sadmoe.gates import DynamicK
 from sadmoe.measured import Costs
@@ -75,6 +76,7 @@ class Card:
         self.capturing, self.counted = False, []
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a card")
+        monkeypatch.setattr(ops, "runs_kernels", lambda device: True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
         monkeypatch.setattr(paths, "_on_its_way", self.send)
         paths.device_name.cache_clear()
@@ -168,6 +170,22 @@ def test_on_cuda_another_tau_has_another_share(on_cuda):
     assert choices(layer, 1) == [(True, True)]
 
 
+def test_on_cuda_taus_that_take_turns_are_each_remembered(on_cuda):
+    layer, card = on_cuda
+    for tau in (0.3, 0.6):
+        layer.gate = DynamicK(tau)
+        assert choices(layer, 1) == [(True, True)]
+        card.arrive()
+    for tau in (0.3, 0.6, 0.3):
+        layer.gate = DynamicK(tau)
+        assert choices(layer, 1) == [(False, False)]
+    for tau in torch.linspace(0.1, 0.9, paths.ShareHint.GATES).tolist():
+        layer.gate = DynamicK(tau)
+        choices(layer, 1)
+    layer.gate = DynamicK(0.3)
+    assert choices(layer, 1) == [(True, True)], "of long ago"
+
+
 def test_an_expected_share_takes_the_place_of_earlier_calls(on_cuda):
     layer, card = on_cuda
     for share, dense in ((0.4, False), (0.6, True)):
@@ -185,6 +203,25 @@ def test_under_graph_capture_nothing_is_counted_and_what_arrived_is_seen(on_cuda
     card.arrive()
     card.capturing = True
     assert choices(layer, 1) == [(False, False)]
+
+
+def test_under_graph_capture_no_pinned_memory_is_given_back(on_cuda, monkeypatch):
+    """torch would record an event in the graph for it, and later fail to ask for it."""
+    layer, card = on_cuda
+    choices(layer, 1)
+    arriving = weakref.ref(layer._share_hint._counts[0].arriving)
+    card.arrive()
+    card.arrive = None
+    card.capturing = True
+    for tau in torch.linspace(0.1, 0.9, 2 * paths.ShareHint.GATES).tolist():
+        layer.gate = DynamicK(tau)
+        choices(layer, 1)
+    layer.gate = DynamicK(0.3)
+    assert choices(layer, 2) == [(False, False)] * 2
+    assert arriving() is not None
+    card.capturing = False
+    assert choices(layer, 1) == [(False, False)]
+    assert arriving() is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -10,6 +10,7 @@ from sadmoe.gates import DynamicK
 from tiny_models import TINY
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from two_ffns import KeepsTable, data, mean_square, two_ffns
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +126,15 @@ def test_a_failure_leaves_the_model_as_it_was(converted):
         )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(layer.norms_hooks for layer in sadmoe.moe_layers(model).values())
+
+
+@pytest.mark.parametrize("taught", [True, False])
+def test_a_table_that_a_model_keeps_in_evaluation_mode_holds_no_graph(taught):
+    teacher = nn.Sequential(KeepsTable(), *two_ffns())
+    model = copy.deepcopy(teacher)
+    sadmoe.convert_(model, data(), sadmoe.ConvertConfig(experts=4, tau=0.2), progress=False)
+    config, how = sadmoe.FinetuneConfig(steps=3), {"teacher": teacher} if taught else {"loss": mean_square}
+    assert len(sadmoe.finetune_(model.train(), data(), config, **how, progress=False).history) == 3
 
 
 def test_a_loss_of_one_s_own_is_the_objective(converted):
@@ -246,7 +256,9 @@ def test_the_ramp_says_when_the_threshold_is_whole(converted):
         model = copy.deepcopy(model)
         layer = next(iter(sadmoe.moe_layers(model).values()))
         taus = seen.setdefault(ramp, [])
-        layer.register_forward_pre_hook(lambda m, args, taus=taus: taus.append(m.gate.tau))
+        layer.register_forward_pre_hook(
+            lambda m, args, taus=taus: taus.append(m.gate.tau) if torch.is_grad_enabled() else None
+        )
         config = sadmoe.FinetuneConfig(steps=4, tau=0.2, ramp=ramp)
         sadmoe.finetune_(model, batches, config, teacher=teacher, progress=False)
     assert seen[0.0] == [0.2] * 4

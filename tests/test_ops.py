@@ -7,7 +7,7 @@ import pytest
 import torch
 from backends import DTYPES
 from problems import assert_as_good_as_torch, experts_problem, in_double, router_problem
-from sadmoe import ops, reference
+from sadmoe import crossover, ops, reference
 from sadmoe.ops import fallback
 from torch import Tensor, library
 from torch.utils.flop_counter import FlopCounterMode
@@ -306,6 +306,53 @@ def test_an_unknown_device_answers_through_the_reference_with_one_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(slow(*args), first)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_gpu_without_kernels_computes_in_plain_torch_and_says_so_once(monkeypatch, grad):
+    x, mask, *weights = experts_problem()
+    v1, v2 = router_problem(x.shape[1], mask.shape[1])
+    scores = ops.router_scores(x, v1, v2)
+    up = torch.randn(len(x), mask.shape[1] * 4)
+    wanted, activated = ops.dynamic_k_moe(x, v1, v2, *weights, tau=0.3), up.clone()
+    ops.masked_activation_(activated, None, scores, 0.3, "relu")
+
+    for module in (ops.call, ops.functions):
+        monkeypatch.setattr(module, "lacks_kernels", lambda x: True)
+    fresh = {
+        name: fallback.with_one_warning(name, by_torch, fallback.IN_TORCH)
+        for name, by_torch in ops.call.BY_TORCH.items()
+    }
+    monkeypatch.setattr(ops.call, "WITH_WARNING", fresh)
+    with torch.set_grad_enabled(grad):
+        x.requires_grad_(grad)
+        with pytest.warns(
+            UserWarning, match="sadmoe::dynamic_k_moe has no kernel for cpu and runs in plain torch"
+        ):
+            y = ops.dynamic_k_moe(x, v1, v2, *weights, tau=0.3)
+        torch.testing.assert_close(y, wanted)
+        assert y.requires_grad == grad
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(ops.dynamic_k_moe(x, v1, v2, *weights, tau=0.3), y)
+    ops.masked_activation_(up, None, scores, 0.3, "relu")
+    torch.testing.assert_close(up, activated)
+    with pytest.raises(RuntimeError, match=r"tau must be in \[0, 1\]"):
+        ops.dynamic_k_moe(x, v1, v2, *weights, tau=1.3)
+
+
+def test_kernels_run_on_gpus_that_are_not_older_than_they(monkeypatch):
+    answers = []
+    for index, capability in enumerate([(7, 5), (8, 0), (12, 0)], 30):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        answers.append(ops.runs_kernels(torch.device("cuda", index)))
+    built = "cuda: yes" in ops.build_info()
+    assert answers == [False, built, built]
+    assert min(card.capability for card in crossover.cards().values()) == ops.call.OLDEST
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert (
+        fallback._described(torch.device("cuda", 30)) == "a GPU of compute capability 7.5, only from 8.0 on,"
+    )
 
 
 def test_an_unknown_instruction_set_lists_what_runs():

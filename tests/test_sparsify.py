@@ -13,7 +13,7 @@ from sadmoe.training.objective import Remembered, block_of, distill_hidden, dist
 from states import same, state
 from tiny_models import TINY, tokens
 from torch import Tensor, nn
-from two_ffns import FF, D, data, mean_square, two_ffns
+from two_ffns import FF, D, KeepsTable, data, mean_square, two_ffns
 
 
 def short(**kw) -> SparsifyConfig:
@@ -38,6 +38,13 @@ def test_the_penalty_falls_and_the_report_says_so(objective, swap):
     assert measure_sparsity(model, data()) == report.after
     assert {site.act for site in find_ffns(model)} == {"relu" if swap else "gelu"}
     assert (report.zero > 0.3) == swap
+
+
+@pytest.mark.parametrize("objective", ["task", "distill_hidden", "distill_logits"])
+def test_a_table_that_a_model_keeps_in_evaluation_mode_holds_no_graph(objective):
+    model = nn.Sequential(KeepsTable(), *two_ffns(nn.GELU)).train()
+    loss = mean_square if objective == "task" else None
+    assert len(run_sparsify(model, short(objective=objective), loss=loss).history) == 6
 
 
 @pytest.mark.parametrize("swap", [True, False])

@@ -25,6 +25,25 @@ def two_ffns(act: type[nn.Module] = nn.ReLU, make=Plain) -> nn.Module:
     return nn.Sequential(*blocks).eval()
 
 
+class KeepsTable(nn.Module):
+    """Adds a table of positions, made of a parameter, which it keeps in evaluation mode, as timm's TinyViT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.kept = nn.Parameter(torch.ones(D)), {}
+
+    def train(self, mode: bool = True) -> nn.Module:
+        self.kept = {} if mode else self.kept
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return x + 2 * self.places
+        if not self.kept:
+            self.kept["table"] = 2 * self.places
+        return x + self.kept["table"]
+
+
 def data(n: int = 3) -> list[Tensor]:
     generator = torch.Generator().manual_seed(5)
     return [torch.randn(4, 7, D, generator=generator) for _ in range(n)]

@@ -21,8 +21,24 @@ __global__ void fill_numbers(void* data, DType dtype, size_t n, float scale, uns
     if (dtype == DType::f16) static_cast<__half*>(data)[i] = __float2half_rn(v);
   }
 }
-__global__ void fill_mask(bool* data, size_t n, float share, unsigned seed) {
-  for (size_t i = blockIdx.x * size_t{256} + threadIdx.x; i < n; i += gridDim.x * size_t{256}) data[i] = uniform(i, seed) < share;
+constexpr unsigned kMaskSeed = 7;
+
+__global__ void fill_mask(bool* data, size_t n, float share) {
+  for (size_t i = blockIdx.x * size_t{256} + threadIdx.x; i < n; i += gridDim.x * size_t{256})
+    data[i] = uniform(i, kMaskSeed) < share;
+}
+// Those `chosen` of a token's E experts whose numbers are the least.
+__global__ void fill_mask_of_each(bool* data, size_t n, size_t E, size_t chosen) {
+  for (size_t i = blockIdx.x * size_t{256} + threadIdx.x; i < n; i += gridDim.x * size_t{256}) {
+    const size_t first = i / E * E;
+    const float own = uniform(i, kMaskSeed);
+    size_t before = 0;
+    for (size_t other = first; other < first + E; ++other) {
+      const float number = uniform(other, kMaskSeed);
+      before += number < own || (number == own && other < i);
+    }
+    data[i] = before < chosen;
+  }
 }
 
 sadmoe::cuda::Workspace workspace(const sadmoe::ExpertsShape& shape, DType dtype) {
@@ -36,11 +52,6 @@ bool hopper_allowed = true;
 void fill(const Buffer& buffer, DType dtype, float scale, unsigned seed) {
   fill_numbers<<<1024, 256>>>(buffer.as<void>(), dtype, buffer.bytes() / size_of(dtype), scale, seed);
   must(cudaGetLastError(), "fill");
-}
-
-void choose(const Buffer& mask, float share, unsigned seed) {
-  fill_mask<<<1024, 256>>>(mask.as<bool>(), mask.bytes(), share, seed);
-  must(cudaDeviceSynchronize(), "choose");
 }
 
 Layer::Layer(const sadmoe::ExpertsShape& shape, DType dtype, bool gated, int sets)
@@ -64,6 +75,16 @@ Layer::Layer(const sadmoe::ExpertsShape& shape, DType dtype, bool gated, int set
   must(cudaDeviceSynchronize(), "a layer");
 }
 
+void Layer::mask(float share) const {
+  fill_mask<<<1024, 256>>>(mask_.as<bool>(), mask_.bytes(), share);
+  must(cudaDeviceSynchronize(), "mask");
+}
+
+void Layer::mask_of_each(int64_t experts) const {
+  fill_mask_of_each<<<1024, 256>>>(mask_.as<bool>(), mask_.bytes(), shape_.E, experts);
+  must(cudaDeviceSynchronize(), "mask_of_each");
+}
+
 void Layer::run(int set, cudaStream_t stream) const {
   const Buffer* weights = &weights_[set % (weights_.size() / 3) * 3];
   sadmoe::Experts p{};
@@ -79,6 +100,7 @@ void Layer::run(int set, cudaStream_t stream) const {
 }
 
 std::vector<uint16_t> Layer::result() const {
+  for (const Buffer* written : {&y_, &h_}) must(cudaMemset(written->as<void>(), 0xff, written->bytes()), "cudaMemset");
   run(0, nullptr);
   std::vector<uint16_t> y(y_.bytes() / sizeof(uint16_t));
   must(cudaMemcpy(y.data(), y_.as<void>(), y_.bytes(), cudaMemcpyDeviceToHost), "y");

@@ -1,13 +1,19 @@
 // A layer of random numbers on the device, run through csrc/cuda/launch.h.
 #pragma once
+#include <cmath>
+
 #include "cuda/launch.h"
 #include "device_timer.h"
 
 namespace bench {
 
-// Numbers of about unit variance times `scale`, and a mask of which `share` is set. The same in every run.
+// Numbers of about unit variance times `scale`. The same in every run.
 void fill(const Buffer& buffer, sadmoe::DType dtype, float scale, unsigned seed);
-void choose(const Buffer& mask, float share, unsigned seed);
+
+constexpr double kCold = 200e6;  // bytes that L2 does not hold
+
+// How many of each token's E experts are that share: one at least.
+inline int64_t experts_of(float share, int64_t E) { return std::max<int64_t>(1, std::lround(share * static_cast<float>(E))); }
 
 // Whether the kernels of sm_90a may run, where there are some: for a device on which they have failed.
 extern bool hopper_allowed;
@@ -16,9 +22,10 @@ extern bool hopper_allowed;
 class Layer {
  public:
   Layer(const sadmoe::ExpertsShape& shape, sadmoe::DType dtype, bool gated, int sets);
-  void mask(float share) { choose(mask_, share, 7); }
+  void mask(float share) const;              // of all pairs, by chance: a token may have none
+  void mask_of_each(int64_t experts) const;  // so many of every token
   void run(int set, cudaStream_t stream) const;
-  std::vector<uint16_t> result() const;  // y, run once, as 16 bits
+  std::vector<uint16_t> result() const;  // y, run once, as 16 bits, NaN where it was not written
   double weight_bytes() const;           // of one set
   double flops() const;                  // of all pairs
   sadmoe::cuda::Options options;

@@ -21,17 +21,19 @@ const Shape kShapes[] = {{"768 x 3072, s 24", 768, 128, 24, false},         {"76
 const int64_t kTokens[] = {1, 2, 4, 8, 16, 64, 512, 2048, 8192};
 const float kShares[] = {0.05f, 0.1f, 0.25f, 0.5f, 1.0f};
 
-// Weights sets of more than L2 holds, within reason.
-int sets_of(const Shape& shape) {
+// So many sets of weights that what T tokens read of each, if every one chooses that share, is together more than L2 holds.
+int cold_sets(const Shape& shape, int64_t T, float share) {
   const double bytes = 2.0 * static_cast<double>(shape.E * shape.s * shape.d) * (shape.gated ? 3 : 2);
-  return std::clamp(static_cast<int>(200e6 / bytes) + 1, 1, 24);
+  const double chosen = static_cast<double>(experts_of(share, shape.E)) / static_cast<double>(shape.E);
+  return static_cast<int>(kCold / (bytes * (1 - std::pow(1 - chosen, T)))) + 1;
 }
 
-void time_layer(Layer& layer, const char* name, int64_t T) {
+void time_layer(Layer& layer, const char* name, const Shape& shape, int64_t T) {
   std::printf("%-36s %6lld                ", name, static_cast<long long>(T));
   for (const float share : kShares) {
-    layer.mask(share);
-    const double time = seconds([&](int i, cudaStream_t stream) { layer.run(i, stream); }, T > 1000 ? 4 : 20, 15);
+    layer.mask_of_each(experts_of(share, shape.E));
+    const int calls = std::max(T > 1000 ? 4 : 20, cold_sets(shape, T, share));
+    const double time = seconds([&](int i, cudaStream_t stream) { layer.run(i, stream); }, calls, 15);
     std::printf(" %10.1f", time * 1e6);
   }
   std::printf("\n");
@@ -41,7 +43,7 @@ void time_layer(Layer& layer, const char* name, int64_t T) {
 void print_header() {
   std::printf("%-36s %6s  us at a share of", "bf16, router not included", "T");
   for (const float share : kShares) std::printf(" %9.0f%%", share * 100);
-  std::printf("\n");
+  std::printf("\nof every token's experts, one at least\n");
 }
 
 bool is_hopper() {
@@ -58,22 +60,22 @@ void time_blocks() {
   for (const Shape& shape : kShapes)
     for (const int64_t T : {512, 2048, 8192}) {
       Layer layer({T, shape.d, shape.d, shape.E, shape.s}, sadmoe::DType::bf16, shape.gated, 1);
-      time_layer(layer, shape.name, T);
+      time_layer(layer, shape.name, shape, T);
       for (int i = 0; i < 3; ++i) {
         layer.options.down_tiles = 1 << i, layer.options.up_all = layer.options.crowd = 2;
-        time_layer(layer, names[i], T);
+        time_layer(layer, names[i], shape, T);
       }
       layer.options.down_tiles = 0, layer.options.crowd = 0;
-      if (is_hopper()) time_layer(layer, "  256, through all experts, sm_90a", T);
+      if (is_hopper()) time_layer(layer, "  256, through all experts, sm_90a", shape, T);
       layer.options.crowd = 2, layer.options.up_all = 0;
       const bool every = shape.s % 8 == 0;  // else never
-      if (every && is_hopper()) time_layer(layer, "  every neuron on the way in, sm_90a", T);
+      if (every && is_hopper()) time_layer(layer, "  every neuron on the way in, sm_90a", shape, T);
       layer.options.hopper = false;
-      if (every) time_layer(layer, "  every neuron on the way in, sm_80", T);
+      if (every) time_layer(layer, "  every neuron on the way in, sm_80", shape, T);
       layer.options.up_all = 2, layer.options.crowd = 0;
-      time_layer(layer, "  128, through all experts, sm_80", T);
+      time_layer(layer, "  128, through all experts, sm_80", shape, T);
       layer.options.crowd = 2;
-      if (is_hopper()) time_layer(layer, "  by what tokens chose, sm_80", T);
+      if (is_hopper()) time_layer(layer, "  by what tokens chose, sm_80", shape, T);
     }
 }
 
@@ -82,10 +84,10 @@ void time_layers() {
   print_header();
   for (const Shape& shape : kShapes)
     for (const int64_t T : kTokens) {
-      Layer layer({T, shape.d, shape.d, shape.E, shape.s}, sadmoe::DType::bf16, shape.gated, sets_of(shape));
-      time_layer(layer, shape.name, T);
+      Layer layer({T, shape.d, shape.d, shape.E, shape.s}, sadmoe::DType::bf16, shape.gated, cold_sets(shape, T, kShares[0]));
+      time_layer(layer, shape.name, shape, T);
       layer.options.hopper = false;
-      if (is_hopper() && T > layer.options.decode_tokens) time_layer(layer, "  without the kernels of sm_90a", T);
+      if (is_hopper() && T > layer.options.decode_tokens) time_layer(layer, "  without the kernels of sm_90a", shape, T);
     }
 }
 

@@ -22,7 +22,10 @@ cuda::Options options;
 
 void check_launch(int code, const char* op) {
   constexpr int kNoKernelImage = 209;  // cudaErrorNoKernelImageForDevice
-  const char* why = code == kNoKernelImage ? "; sadmoe.build_info() says for which architectures it was built, 8.0 at least" : "";
+  const char* why = code == kNoKernelImage
+                        ? "; kernels are for 8.0 and later, of those that sadmoe.build_info() names; where they "
+                          "were left out (SADMOE_CUDA=off pip install .) plain torch runs"
+                        : "";
   check(code == 0, op, "CUDA error ", code, ": ", cuda::error_string(code), why);
 }
 

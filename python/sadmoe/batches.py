@@ -7,6 +7,7 @@ A *batch* is one call: a Mapping becomes model(**batch), a tuple or list model(*
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 Batch = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
 Batches = Iterable[Batch]
+SPAN = ("start_logits", "end_logits")  # [B, T] each, of a model that answers with a part of the text
 IGNORED = -100  # label of a token that counts in no loss
 WRAPPERS = (
     "_orig_mod",
@@ -87,10 +89,13 @@ def _said(batch: Batch) -> str:
 
 def answer(model: nn.Module, batch: Batch, *, skip_padding: bool = True) -> Tensor:
     """What the model says of every real token, float32 [tokens, n], or of every sample [samples, n]: its logits, else
-    the first floating-point tensor that it returns and was not given, but for a loss."""
+    those of where a span starts and ends side by side, else the first floating-point tensor that it returns and was
+    not given, but for a loss."""
     given = tree_leaves(batch)  # sentence-transformers return the batch itself, with more in it
     output = run(model, batch)
-    if isinstance(output, Mapping):
+    if isinstance(output, Mapping) and all(output.get(key) is not None for key in SPAN):
+        output = torch.stack([output[key] for key in SPAN], dim=-1)
+    elif isinstance(output, Mapping):
         output = output.get("logits", [value for key, value in output.items() if key != "loss"])
     while not isinstance(output, Tensor):
         output = _first_part(model, output, given)
@@ -234,6 +239,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; afterwards every module's training flag is what it was."""
     with mode(model, train=False), torch.no_grad():
         yield
+
+
+def settle(model: nn.Module, batches: Batches) -> None:
+    """One batch without gradients, before a model is trained in evaluation mode: what it keeps from its first pass
+    there, such as the attention biases of timm's TinyViT and EfficientFormer, then holds on to no graph."""
+    for batch in islice(batches, 1):
+        with torch.no_grad():
+            run(model, to_device(batch, device_of(model)))
 
 
 @contextmanager

@@ -118,11 +118,10 @@ def compare(
 
 @dataclass(frozen=True)
 class _Seen:
-    """What one run of the model showed: by layer its input [..., d], its executed share, and whether it was dense."""
+    """What one run of the model showed: by layer its input [..., d], and its executed share."""
 
     inputs: dict[str, Tensor]
     shares: dict[str, float]
-    dense: dict[str, bool]
 
 
 def _seen(model: nn.Module, layers: dict[str, DynamicKMoE], batch: Any, gates: Gates) -> _Seen:
@@ -142,8 +141,7 @@ def _seen(model: nn.Module, layers: dict[str, DynamicKMoE], batch: Any, gates: G
             f"the first batch never reaches {', '.join(missed)}: give data whose first batch does"
         )
     shares = {name: counts.share for name, counts in record.layers.items()}
-    dense = {name: layer.takes_dense_path(inputs[name]) for name, layer in layers.items()}
-    return _Seen(inputs, shares, dense)
+    return _Seen(inputs, shares)
 
 
 def _compare_layer(
@@ -187,11 +185,13 @@ def _compare_whole(
     variants["dense"] = partial(run, original, batch)
     device = device_of(model)
     times = measure({key: waiting(call, device) for key, call in variants.items()}, seconds)
-    for i, (tau, _) in enumerate(settings):
+    for i, (tau, gates) in enumerate(settings):
+        _set(layers, gates)
         rows = {name: x[..., 0].numel() for name, x in seen[i].inputs.items()}
         pairs = sum(seen[i].shares[name] * rows[name] * layer.experts for name, layer in layers.items())
         share = pairs / sum(rows[name] * layer.experts for name, layer in layers.items())
-        dense = sum(seen[i].dense.values())
+        # On CUDA it takes some calls to know the share by which a path is taken: asked after what was timed.
+        dense = sum(layer.takes_dense_path(seen[i].inputs[name]) for name, layer in layers.items())
         yield Row(WHOLE, tau, max(rows.values()), share, times["dense"], times[str(i)], len(layers), dense)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sadmoe.batches import Batches, check_batches, device_of, mode, real_rows, rows_of
+from sadmoe.batches import Batches, check_batches, device_of, mode, real_rows, rows_of, settle
 from sadmoe.checks import check_config
 from sadmoe.dial import trainable_layers
 from sadmoe.ffn import site_of
@@ -128,6 +128,7 @@ def finetune_(
         else:
             sites = [site_of(layer, name) for name, layer in layers.items()]
             objective = distill_hidden(model, teacher, sites, output_loss, kept_bytes=config.kept_bytes)
+            settle(model, batches)
         loop = config if config.tau is not None else replace(config, alpha=0.0)
         run = partial(train, model, batches, loop, objective, progress=progress)
         run = partial(run, checkpoint=checkpoint, name="finetune")

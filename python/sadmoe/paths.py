@@ -8,6 +8,7 @@ costs that came with sadmoe.
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -62,10 +63,9 @@ def sparse_until(
     """
     found = _measured(layer, device, dtype)
     if found is None and device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < crossover.oldest():
-            return 0.0  # no kernels are built for it: the op is plain torch, which computes every expert too
-        card = crossover.card_for(capability)
+        if not ops.runs_kernels(device):
+            return 0.0  # the op is plain torch, which computes every expert too
+        card = crossover.card_for(torch.cuda.get_device_capability(device))
         return crossover.crossover(layer, tokens, card, masked=True, slack=slack)
     if found is None:
         found = _nearest_built_in(layer, dtype)
@@ -87,43 +87,57 @@ def op_runs_all(layer: LayerShape, tokens: int, device: torch.device, dtype: tor
 
 
 class ShareHint:
-    """The executed share of an earlier call on a CUDA device, brought to the host without waiting for the device.
+    """The executed share of an earlier call under the same gate on a CUDA device, brought to the host without waiting
+    for the device.
 
     Under graph capture nothing is counted, but what has arrived is seen: capture begins with a wait for the device, so
     a graph is made by the share of the calls that warmed it up.
     """
 
     EVERY = 16  # calls; counting adds two small kernels to one that is counted
+    GATES = 8  # that are remembered
 
     def __init__(self) -> None:
-        self._gate: Any = None
-        self._calls = 0
-        self._share: float | None = None
-        self._arriving: Callable[[], float | None] | None = None
+        self._counts: list[_Count] = []  # that of the last call first
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return ShareHint, ()  # a copy of a layer learns its own
 
     def read(self, gate: Any) -> float | None:
         """The share under this gate, None where none has arrived."""
-        if gate != self._gate:
-            self._gate, self._calls, self._share, self._arriving = gate, 0, None, None
-        if (arriving := self._arriving) is not None:
-            arrived = arriving()
-            if arrived is not None:
-                self._share, self._arriving = arrived, None
-        return self._share
+        if not self._counts or self._counts[0].gate != gate:
+            count = next((one for one in self._counts if one.gate == gate), _Count(gate))
+            self._counts = [count, *(one for one in self._counts if one is not count)]
+        count = self._counts[0]
+        if count.arriving is not None and (arrived := count.arriving()) is not None:
+            count.share = arrived
+            # Not under capture, which the event would belong to that torch records when pinned memory is given back.
+            if not _capturing():
+                count.arriving = None
+        return count.share
 
     def wanted(self) -> bool:
-        """Whether this call should be counted: `send` its mask. Asked once a call."""
-        if self._arriving is not None or _capturing():
+        """Whether this call, whose gate `read` was given, should be counted: `send` its mask. Asked once a call."""
+        count = self._counts[0]
+        if count.arriving is not None or _capturing():
             return False
-        self._calls += 1
-        return self._share is None or self._calls % self.EVERY == 0
+        del self._counts[self.GATES :]
+        count.calls += 1
+        return count.share is None or count.calls % self.EVERY == 0
 
     def send(self, mask: Tensor) -> None:
         """Starts to count mask [T, E]."""
-        self._arriving = _on_its_way(mask)
+        self._counts[0].arriving = _on_its_way(mask)
+
+
+@dataclass
+class _Count:
+    """What is known of the calls under one gate, and what returns the share that is on its way."""
+
+    gate: Any
+    calls: int = 0
+    share: float | None = None
+    arriving: Callable[[], float | None] | None = None
 
 
 def _capturing() -> bool:
@@ -134,7 +148,7 @@ def _on_its_way(mask: Tensor) -> Callable[[], float | None]:
     """What returns the share of the mask once the device has counted it, None before."""
     pairs = mask.numel()
     with torch.cuda.device(mask.device):
-        count = torch.full((), NOT_YET, dtype=torch.int64, pin_memory=True)
+        count = torch.full((), NOT_YET, dtype=torch.int64, device="cpu", pin_memory=True)
         count.copy_(mask.sum(), non_blocking=True)  # seen in memory: capture forbids to ask events
 
     def arrived() -> float | None:

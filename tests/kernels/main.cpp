@@ -32,6 +32,7 @@ constexpr Shape kShapes[] = {
     {1100, 9, 3, 17, 35, 4},  {120, 8, 17, 9, 400, 4},  {20, 2501, 2, 17, 5, 3}, {360, 140, 2, 5, 5, 3},
     {1, 9, 5, 6, 601, 3},     {200, 530, 2, 35, 21, 3}, {90, 7, 2, 519, 139, 3}, {170, 129, 2, 130, 140, 3},
     {100, 3, 65, 2, 150, 40}, {20, 96, 3, 48, 40, 33},  {16, 64, 3, 32, 40, 64}, {100, 64, 3, 96, 40, 128},
+    {60, 20, 3, 100, 70, 4},
 };
 constexpr DType kDtypes[] = {DType::f32, DType::bf16, DType::f16};
 constexpr const char* kDtypeNames[] = {"float32", "bfloat16", "float16"};
@@ -95,8 +96,8 @@ class Test {
   }
 
  private:
-  // y for a mask from outside: right, and the same bits in the parts of three threads, of a token without its neighbours, and
-  // with int8 by tiles as without.
+  // y for a mask from outside: right, and the same bits in the parts of three threads, of a token without its neighbours or
+  // beside one of NaN, and with int8 by tiles as without.
   void given_mask(const Layer& layer, const std::unique_ptr<bool[]>& mask) {
     const auto truth = layer.output<double>(mask.get()), plain = layer.output<float>(mask.get());
     std::map<std::string, std::vector<double>> found;
@@ -112,6 +113,17 @@ class Test {
       });
       judge(isa, "sparse_experts of a token alone", layer,
             std::equal(alone.begin(), alone.begin() + d_out, y.begin() + t * d_out) ? 0 : INFINITY);
+      if (t > 0) {
+        std::vector<unsigned char> x(layer.shape.T * layer.shape.d * format(layer.kind.dtype).bytes);
+        const auto beside = output(layer, [&](Experts p) {
+          std::memcpy(x.data(), p.x.data, x.size());
+          std::memset(x.data(), 0xff, x.size() / layer.shape.T);  // NaN in every dtype
+          p.x.data = x.data();
+          cpu::sparse_experts(p, mask.get(), threads(1));
+        });
+        judge(isa, "sparse_experts beside a token of NaN", layer,
+              std::equal(beside.begin() + d_out, beside.end(), y.begin() + d_out) ? 0 : INFINITY);
+      }
       found[isa] = y;
     });
     for (const char* isa : {"amx", kTrapped})

@@ -19,6 +19,7 @@ from sadmoe.cost import cost
 from sadmoe.data import Data
 from sadmoe.ffn import FFNNotFoundError
 from sadmoe.int8 import quantize_experts_
+from sadmoe.mixed import fast_training
 from sadmoe.outputs import check_folder, replaced
 from sadmoe.paths import dtype_name
 from sadmoe.routers import RouterConfig
@@ -181,7 +182,8 @@ def _prepare(model: nn.Module, dense: nn.Module | None, data: Data, arguments: a
     if arguments.sparsify is not None:
         sparsify = SparsifyConfig(seconds=arguments.sparsify, seed=arguments.seed)
         follow = _checkpoint(arguments, "sparsify")
-        print(sparsify_(model, data.batches, sparsify, teacher=dense, checkpoint=follow))
+        with fast_training(*(one for one in (model, dense) if one is not None)):
+            print(sparsify_(model, data.batches, sparsify, teacher=dense, checkpoint=follow))
 
 
 def _convert_finetuned(

@@ -5,7 +5,7 @@ with its source and whether it was measured. Letters as everywhere: T tokens, d 
 r router width. Times in seconds. Nothing here runs on the device or waits for it.
 """
 
-from sadmoe.crossover.card import CONSTANTS, Card, card_for, cards, oldest
+from sadmoe.crossover.card import CONSTANTS, Card, card_for, cards
 from sadmoe.crossover.choice import (
     choose,
     crossover,
@@ -25,6 +25,5 @@ __all__ = [
     "crossover",
     "dense_seconds",
     "masked_seconds",
-    "oldest",
     "sparse_seconds",
 ]

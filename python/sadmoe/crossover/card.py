@@ -55,11 +55,6 @@ def cards(path: Path = CONSTANTS) -> dict[str, Card]:
     return found
 
 
-def oldest() -> tuple[int, int]:
-    """The least compute capability of a card that is known, below which there are no kernels."""
-    return min(card.capability for card in cards().values())
-
-
 @lru_cache
 def card_for(capability: tuple[int, int]) -> Card:
     """The card of that compute capability, or the one before it, less the products that only its generation has.

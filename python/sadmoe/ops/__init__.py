@@ -7,6 +7,7 @@ which a layer's dense path works in place where nothing of that is asked for.
 
 from sadmoe.ops import autocast, fallback, rules  # noqa: F401  (they register what they have)
 from sadmoe.ops.build import allow_tf32, build_info, cpu_isa, cpu_isas, use_cpu_isa
+from sadmoe.ops.call import runs_kernels
 from sadmoe.ops.functions import (
     DTYPES,
     dynamic_k_moe,
@@ -29,6 +30,7 @@ __all__ = [
     "dynamic_k_select",
     "masked_activation_",
     "router_scores",
+    "runs_kernels",
     "sparse_experts",
     "sparse_experts_int8",
     "use_cpu_isa",

@@ -1,6 +1,7 @@
 """How a Python function calls its op: past rules that the call does not need, or by plain torch."""
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,24 +11,41 @@ from torch.autograd import forward_ad
 from sadmoe import reference
 from sadmoe.ops.autocast import ARGUMENTS, cast_all
 
-BY_TORCH: dict[str, Callable[..., Tensor]] = {}  # every op, by name, in plain torch: `fallback` fills it
+# Every op, by name, in plain torch, and the same with a warning: `fallback` fills them.
+BY_TORCH: dict[str, Callable[..., Tensor]] = {}
+WITH_WARNING: dict[str, Callable[..., Tensor]] = {}
+OLDEST = (8, 0)  # compute capability of a GPU that kernels are built for
 
 
 def run(op: torch._ops.OpOverload, *args: Any) -> Tensor:
     """The op; without gradients, past its rule for them.
 
     The rule is Python: with cold caches, calling it only to learn that no gradient is wanted takes longer than a kernel
-    with one token. Inside the transforms of torch.func and forward-mode gradients, but for graphs of torch.compile, it
-    is plain torch, every expert computed.
+    with one token. Inside the transforms of torch.func and forward-mode gradients, and on GPUs without kernels, but for
+    graphs of torch.compile, it is plain torch, every expert computed.
     """
     if torch.compiler.is_compiling():
         return op(*args)
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-        return _in_plain_torch(op, args)
+        return _in_plain_torch(op, args, BY_TORCH)
+    if lacks_kernels(args[0]):
+        return _in_plain_torch(op, args, WITH_WARNING)
     if torch.is_grad_enabled():
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+def lacks_kernels(x: Tensor) -> bool:
+    """Whether x is on a GPU that no kernel runs on."""
+    return type(x) is Tensor and x.is_cuda and not runs_kernels(x.device)
+
+
+@lru_cache
+def runs_kernels(device: torch.device) -> bool:
+    """Whether kernels were built for CUDA, and that CUDA device is not older than they are."""
+    built = torch._C._dispatch_has_kernel_for_dispatch_key("sadmoe::sparse_experts", "CUDA")
+    return built and torch.cuda.get_device_capability(device) >= OLDEST
 
 
 def check_values(name: str, args: Iterable[Any]) -> None:
@@ -53,11 +71,13 @@ def check_devices(*arguments: Any) -> None:
         )
 
 
-def _in_plain_torch(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> Tensor:
+def _in_plain_torch(
+    op: torch._ops.OpOverload, args: tuple[Any, ...], functions: dict[str, Callable[..., Tensor]]
+) -> Tensor:
     """The op by `reference`, tau and act checked, and tensors cast, as the op does."""
     name, device = op._schema.name.removeprefix("sadmoe::"), args[0].device.type
     check_values(name, args)
     if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
-        return BY_TORCH[name](*args)
+        return functions[name](*args)
     with torch.autocast(device, enabled=False):
-        return BY_TORCH[name](*(cast_all(name, args, device) if name in ARGUMENTS else args))
+        return functions[name](*(cast_all(name, args, device) if name in ARGUMENTS else args))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, library
 
 from sadmoe import reference
-from sadmoe.ops.call import BY_TORCH, check_devices, check_values
+from sadmoe.ops.call import BY_TORCH, OLDEST, WITH_WARNING, check_devices, check_values
 from sadmoe.ops.functions import dynamic_k_select, router_scores, sparse_experts
 
 IN_TORCH = "runs in plain torch, every expert computed: right, not fast"
@@ -27,7 +27,7 @@ def with_one_warning(name: str, function: Callable[..., Tensor], how: str) -> Ca
         check_devices(*values)
         check_values(name, values)
         _check_layouts(name, values)
-        device = args[0].device.type
+        device = _described(args[0].device)
         if device not in warned:
             warned.add(device)
             warnings.warn(
@@ -37,6 +37,12 @@ def with_one_warning(name: str, function: Callable[..., Tensor], how: str) -> Ca
         return function(*args, **kwargs)
 
     return fallback
+
+
+def _described(device: torch.device) -> str:
+    if device.type != "cuda" or (found := torch.cuda.get_device_capability(device)) >= OLDEST:
+        return device.type
+    return "a GPU of compute capability {}.{}, only from {}.{} on,".format(*found, *OLDEST)
 
 
 def _check_layouts(name: str, values: Iterable[Any]) -> None:
@@ -90,4 +96,5 @@ _rules = library.Library("sadmoe", "IMPL")
 _rules.impl("_masked_activation_", reference.masked_activation_, "CompositeExplicitAutograd")
 for _name, _by_torch in BY_TORCH.items():
     _how = WIDENED if _name.endswith("_int8") else IN_TORCH
-    _rules.impl(_name, with_one_warning(_name, _by_torch, _how), "CompositeExplicitAutograd")
+    WITH_WARNING[_name] = with_one_warning(_name, _by_torch, _how)
+    _rules.impl(_name, WITH_WARNING[_name], "CompositeExplicitAutograd")

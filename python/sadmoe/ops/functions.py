@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from sadmoe.ops.call import run
+from sadmoe import reference
+from sadmoe.ops.call import lacks_kernels, run
 from sadmoe.ops.compiled import OPS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels take
@@ -134,5 +135,8 @@ def masked_activation_(up: Tensor, gate: Tensor | None, choice: Tensor, tau: flo
     reach tau: up becomes act(up), or of a GLU act(gate) * up, and 0 of experts not chosen, also where it was NaN.
     up is contiguous, gate of its dtype; computed in float32, rounded once.
     """
+    if lacks_kernels(up):
+        reference.masked_activation_(up, gate, choice, tau, act)
+        return
     with torch._C._AutoDispatchBelowAutograd():
         _MASKED_ACTIVATION_(up, gate, choice, tau, act)

@@ -9,7 +9,7 @@ from itertools import islice
 
 from torch import nn
 
-from sadmoe.batches import Batches, check_batches, mode, refuse_compiled
+from sadmoe.batches import Batches, check_batches, mode, refuse_compiled, settle
 from sadmoe.checks import check_config
 from sadmoe.ffn import FFNSite, find_ffns, swap_activations_
 from sadmoe.reference import RECTIFIERS
@@ -120,14 +120,15 @@ def sparsify_(
             dense_acts = [site for site in sites if site.act not in RECTIFIERS]
             undo.append(swap_activations_(model, dense_acts, "relu"))
         objective = _objective(model, dense, config, sites, loss)
-        with (
-            mode(model, train=config.objective == "task"),
-            SparsityLoss(model, sites, penalty=config.penalty, displacement=config.displacement) as sparsity,
-        ):
-            history = train(
-                model, batches, config, objective, sparsity, progress, checkpoint=checkpoint, name="sparsify",
-                about={"ffns": [site.name for site in sites]},
-            )  # fmt: skip
+        with mode(model, train=config.objective == "task"):
+            if dense is not None:
+                settle(model, sample)
+            penalty = SparsityLoss(model, sites, penalty=config.penalty, displacement=config.displacement)
+            with penalty:
+                history = train(
+                    model, batches, config, objective, penalty, progress, checkpoint=checkpoint, name="sparsify",
+                    about={"ffns": [site.name for site in sites]},
+                )  # fmt: skip
         after = measure_sparsity(model, sample, sites, loss=loss)
     report = SparsifyReport(before, after, history, time.perf_counter() - started)
     logger.info("sparsified %d FFNs: %.1f %% of the activations are exactly 0", len(sites), 100 * report.zero)
