@@ -18,13 +18,14 @@ the spread as well: from the first tenth to the last, over the median. cuda_goal
 
 --no-hopper: without the kernels of sm_90a, where they fail. A cell that fails has a row without times, and the exit
 status is 1; one in which the device fails ends the run, with status 3 and its rows written. --go-on begins after the
-last cell that the same command has tried, if it was cut off or its device failed.
+last cell that the same command has tried with the same kernels, if it was cut off or its device failed.
 """
 
 import argparse
 import itertools
 import json
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -264,12 +265,18 @@ def card_of(path: Path | None, hopper: bool) -> Card:
     return card if hopper else replace(card, hopper_16=0.0)
 
 
-def told_before(path: Path | None, call: str) -> dict:
-    """What that command has written there, if it did not come to its end."""
+def told_before(path: Path | None, told: dict) -> dict:
+    """What was written there by a run that tells the same of itself and did not come to its end."""
     if path is None or not path.exists():
         return {}
-    told = json.loads(path.read_text())
-    return {} if told.get("done") or told.get("command") != call else told
+    before = json.loads(path.read_text())
+    return {} if before.get("done") or any(before.get(key) != told[key] for key in told) else before
+
+
+def checksum(constants: Path | None) -> int:
+    """Of the kernels, and of the constants by which ways are chosen."""
+    files = [*Path(ops.__file__).parents[1].glob("_ops*"), *([] if constants is None else [constants])]
+    return zlib.crc32(b"".join(file.read_bytes() for file in files))
 
 
 def main() -> None:
@@ -295,18 +302,21 @@ def main() -> None:
     print(f"# {machine}; not measured of the cost model: {', '.join(card.unmeasured) or 'nothing'}")
     if args.no_hopper:
         torch.ops.sadmoe._use_hopper(False)
-    call = command().replace(" --go-on", "")
-    before = told_before(args.json, call) if args.go_on else {}
+    told = {
+        "machine": machine,
+        "command": command().replace(" --go-on", ""),
+        "build": checksum(args.constants),
+    }
+    before = told_before(args.json, told) if args.go_on else {}
     rows, tried, reasons = before.get("rows", []), before.get("tried", 0), set(before.get("reasons", []))
     layer, alive = None, True
 
     def write(done: bool) -> None:
         if args.json is None:
             return
-        told = {"machine": machine, "command": call, "tried": tried, "done": done}
-        told |= {"reasons": sorted(reasons), "rows": rows}
+        more = {"tried": tried, "done": done, "reasons": sorted(reasons), "rows": rows}
         part = args.json.with_suffix(".part")  # whoever is cut off leaves a whole file
-        part.write_text(json.dumps(told, indent=1))
+        part.write_text(json.dumps(told | more, indent=1))
         part.replace(args.json)
 
     for number, (cell, T, mask) in enumerate(cells(args), 1):

@@ -40,6 +40,7 @@ build=$root/build/gpu
 mkdir -p "$build" 2>/dev/null && [ -w "$build" ] || build=${TMPDIR:-/tmp}/sadmoe-gpu-$UID
 results=$build/results bench=$build/bench_cuda no_hopper=$(cat "$build/no_hopper" 2>/dev/null)
 mkdir -p "$results"
+rm -f "$build"/part.*
 export PYTHONPATH=$build/site${PYTHONPATH:+:$PYTHONPATH} SADMOE_NEEDS_CUDA=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export CUDACXX=${CUDACXX:-$(command -v nvcc || echo "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc")}
 failed=() cut=()
@@ -74,7 +75,7 @@ step() {
 run() {
   local left=$1 name=$2 start=$SECONDS status=0 keeper
   shift 2
-  while sleep 30; do hand_over; done >/dev/null 2>&1 &
+  while sleep 30 && kill -0 $$; do hand_over; done >/dev/null 2>&1 & # not when this script is gone
   keeper=$!
   timeout -k 5 "$left" "$@" >"$results/$name.txt" 2>&1 || status=$?
   kill "$keeper" && wait "$keeper" 2>/dev/null

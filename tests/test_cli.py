@@ -150,6 +150,20 @@ def test_where_nothing_can_be_written_it_says_so_before_it_trains(
     assert "is a mount, which --force cannot replace: write to a folder inside it" in capsys.readouterr().err
 
 
+def test_models_are_made_sparse_as_is_fast_on_a_cpu(folder, text, tmp_path, monkeypatch):
+    step, seen = convert_command.sparsify_, []
+
+    def noted(model, *args, **settings):
+        seen.append(model.config._attn_implementation)
+        return step(model, *args, **settings)
+
+    monkeypatch.setattr(convert_command, "sparsify_", noted)
+    out = tmp_path / "moe"
+    assert converted(folder, text, out, "--tau", "0.2", "--router-width", "4", "--sparsify", "0.2") == 0
+    assert seen == ["eager"]
+    assert texts.load_model(out).config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize("more", [("--finetune", "0.2"), ("--sparsify", "0.2")])
 def test_16_bits_are_trained_in_float32(folder, text, tmp_path, capsys, monkeypatch, more):
     half, out, dtypes = tmp_path / "half", tmp_path / "moe", []

@@ -205,7 +205,7 @@ def test_under_graph_capture_nothing_is_counted_and_what_arrived_is_seen(on_cuda
     assert choices(layer, 1) == [(False, False)]
 
 
-def test_under_graph_capture_no_pinned_memory_is_given_back(on_cuda, monkeypatch):
+def test_under_graph_capture_no_pinned_memory_is_given_back(on_cuda):
     """torch would record an event in the graph for it, and later fail to ask for it."""
     layer, card = on_cuda
     choices(layer, 1)

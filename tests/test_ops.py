@@ -1,5 +1,6 @@
 """The ops on the CPU: gradients, threads, and all that torch asks of a well-made op. Their values: test_kernels.py."""
 
+import itertools
 import sys
 import warnings
 
@@ -343,16 +344,21 @@ def test_a_gpu_without_kernels_computes_in_plain_torch_and_says_so_once(monkeypa
 
 def test_kernels_run_on_gpus_that_are_not_older_than_they(monkeypatch):
     answers = []
-    for index, capability in enumerate([(7, 5), (8, 0), (12, 0)], 30):
+    for index, (built, capability) in enumerate(
+        itertools.product([True, False], [(7, 5), (8, 0), (12, 0)]), 30
+    ):
+        monkeypatch.setattr(ops.call, "_built_for_cuda", lambda built=built: built)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        answers.append(ops.runs_kernels(torch.device("cuda", index)))
-    built = "cuda: yes" in ops.build_info()
-    assert answers == [False, built, built]
+        device = torch.device("cuda", index)
+        answers.append((ops.runs_kernels(device), ops.call.is_too_old(device)))
+    without = (False, False)  # the op has its gradients and FLOPs there, in plain torch
+    assert answers == [(False, True), (True, False), (True, False), without, without, without]
     assert min(card.capability for card in crossover.cards().values()) == ops.call.OLDEST
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert (
         fallback._described(torch.device("cuda", 30)) == "a GPU of compute capability 7.5, only from 8.0 on,"
     )
+    assert fallback._described(torch.device("cuda", 33)) == "cuda"
 
 
 def test_an_unknown_instruction_set_lists_what_runs():

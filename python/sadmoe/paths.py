@@ -61,10 +61,10 @@ def sparse_until(
     tokens >= 1. 1.0 on the CPU where nothing tells. Reads the user's file of measurements at the first call of a
     process, and raises ValueError where it is damaged. Waits for no device.
     """
+    if device.type == "cuda" and not ops.runs_kernels(device):
+        return 0.0  # the op is plain torch, which computes every expert too
     found = _measured(layer, device, dtype)
     if found is None and device.type == "cuda":
-        if not ops.runs_kernels(device):
-            return 0.0  # the op is plain torch, which computes every expert too
         card = crossover.card_for(torch.cuda.get_device_capability(device))
         return crossover.crossover(layer, tokens, card, masked=True, slack=slack)
     if found is None:
@@ -79,6 +79,8 @@ def op_runs_all(layer: LayerShape, tokens: int, device: torch.device, dtype: tor
     By what was measured on this device; on the CPU else by what came with sadmoe, if of these kernels and of a layer
     much alike. tokens >= 1. Raises ValueError as `sparse_until` does.
     """
+    if device.type == "cuda" and not ops.runs_kernels(device):
+        return False
     found, most = _measured(layer, device, dtype), 1.0
     if found is None and device.type == "cpu":
         found, most = _nearest_built_in(layer, dtype, alike=True), SURE

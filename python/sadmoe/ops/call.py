@@ -21,8 +21,8 @@ def run(op: torch._ops.OpOverload, *args: Any) -> Tensor:
     """The op; without gradients, past its rule for them.
 
     The rule is Python: with cold caches, calling it only to learn that no gradient is wanted takes longer than a kernel
-    with one token. Inside the transforms of torch.func and forward-mode gradients, and on GPUs without kernels, but for
-    graphs of torch.compile, it is plain torch, every expert computed.
+    with one token. Inside the transforms of torch.func and forward-mode gradients, and on GPUs that are older than the
+    kernels, but for graphs of torch.compile, it is plain torch, every expert computed.
     """
     if torch.compiler.is_compiling():
         return op(*args)
@@ -37,15 +37,23 @@ def run(op: torch._ops.OpOverload, *args: Any) -> Tensor:
 
 
 def lacks_kernels(x: Tensor) -> bool:
-    """Whether x is on a GPU that no kernel runs on."""
-    return type(x) is Tensor and x.is_cuda and not runs_kernels(x.device)
+    """Whether x is on a GPU that the kernels, which were built, do not run on; were they not, the op finds its way."""
+    return type(x) in (Tensor, torch.nn.Parameter) and x.is_cuda and is_too_old(x.device)
 
 
 @lru_cache
+def is_too_old(device: torch.device) -> bool:
+    """Whether kernels were built for CUDA, and that CUDA device is older than they are."""
+    return _built_for_cuda() and torch.cuda.get_device_capability(device) < OLDEST
+
+
 def runs_kernels(device: torch.device) -> bool:
     """Whether kernels were built for CUDA, and that CUDA device is not older than they are."""
-    built = torch._C._dispatch_has_kernel_for_dispatch_key("sadmoe::sparse_experts", "CUDA")
-    return built and torch.cuda.get_device_capability(device) >= OLDEST
+    return _built_for_cuda() and not is_too_old(device)
+
+
+def _built_for_cuda() -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key("sadmoe::sparse_experts", "CUDA")
 
 
 def check_values(name: str, args: Iterable[Any]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, library
 
 from sadmoe import reference
-from sadmoe.ops.call import BY_TORCH, OLDEST, WITH_WARNING, check_devices, check_values
+from sadmoe.ops.call import BY_TORCH, OLDEST, WITH_WARNING, check_devices, check_values, is_too_old
 from sadmoe.ops.functions import dynamic_k_select, router_scores, sparse_experts
 
 IN_TORCH = "runs in plain torch, every expert computed: right, not fast"
@@ -27,21 +27,20 @@ def with_one_warning(name: str, function: Callable[..., Tensor], how: str) -> Ca
         check_devices(*values)
         check_values(name, values)
         _check_layouts(name, values)
-        device = _described(args[0].device)
-        if device not in warned:
-            warned.add(device)
-            warnings.warn(
-                f"sadmoe::{name} has no kernel for {device} and {how}",
-                stacklevel=2,
-            )
+        device = args[0].device
+        if device.type not in warned:
+            warned.add(device.type)
+            what = device.type if how == WIDENED else _described(device)
+            warnings.warn(f"sadmoe::{name} has no kernel for {what} and {how}", stacklevel=2)
         return function(*args, **kwargs)
 
     return fallback
 
 
 def _described(device: torch.device) -> str:
-    if device.type != "cuda" or (found := torch.cuda.get_device_capability(device)) >= OLDEST:
+    if device.type != "cuda" or not is_too_old(device):
         return device.type
+    found = torch.cuda.get_device_capability(device)
     return "a GPU of compute capability {}.{}, only from {}.{} on,".format(*found, *OLDEST)
 
 
