@@ -1,7 +1,7 @@
 """Layers with costs that a test makes up, by which they choose their path."""
 
 import torch
-from converted import random_layer
+from converted import random_layer, random_rows
 from sadmoe import paths, reference
 from sadmoe.gates import DynamicK
 from sadmoe.measured import Costs
@@ -21,6 +21,15 @@ def layer_of(dtype=torch.float32, tau=0.3, **kw):
     layer = random_layer(gate=DynamicK(tau), **kw).to(dtype).eval()
     give(layer, ALWAYS_DENSE)
     return layer
+
+
+def choosing_on_cuda():
+    """A layer on a CUDA device that chooses its path by the share of earlier calls, and tokens for it."""
+    layer = layer_of(torch.bfloat16, d=64, experts=16, expert_size=16).cuda()
+    layer.batch_invariant = False
+    x = random_rows(100, 64).bfloat16().cuda()
+    give(layer, HALF, x.device)
+    return layer, x
 
 
 def by_hand(layer, x):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from backends import BY_SHAPE, NEVER, poison_memory
 from converted import random_rows
-from given_costs import HALF, give, layer_of
+from given_costs import choosing_on_cuda, layer_of
 from problems import experts_problem, router_problem
 from sadmoe import ops
 
@@ -74,10 +74,7 @@ def test_a_captured_layer_replays_with_other_tokens(crowds, T):
 
 @pytest.mark.cuda
 def test_a_layer_is_captured_on_the_stream_that_warmed_it_up(cuda):
-    layer = layer_of(torch.bfloat16, d=64, experts=16, expert_size=16).cuda()
-    layer.batch_invariant = False
-    x = random_rows(100, 64).bfloat16().cuda()
-    give(layer, HALF, x.device)
+    layer, x = choosing_on_cuda()
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.stream(stream):
         for _ in range(3):
@@ -88,17 +85,13 @@ def test_a_layer_is_captured_on_the_stream_that_warmed_it_up(cuda):
         stream.synchronize()
         torch.testing.assert_close(y, wanted, rtol=0.05, atol=0.05)
         for _ in range(3):
-            torch.zeros(
-                3
-            ).pin_memory()  # fails where pinned memory was given back while the graph was captured
+            # Fails where pinned memory was given back while the graph was captured.
+            torch.zeros(3).pin_memory()
 
 
 @pytest.mark.cuda
 def test_a_layer_that_counts_its_share_runs_under_another_default_device(cuda):
-    layer = layer_of(torch.bfloat16, d=64, experts=16, expert_size=16).cuda()
-    layer.batch_invariant = False
-    x = random_rows(100, 64).bfloat16().cuda()
-    give(layer, HALF, x.device)
+    layer, x = choosing_on_cuda()
     with torch.no_grad(), torch.device("cuda"):
         assert layer(x).shape == x.shape
 

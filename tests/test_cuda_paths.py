@@ -11,7 +11,7 @@ import pytest
 import torch
 from backends import emulator
 from converted import random_rows
-from given_costs import ALWAYS_DENSE, HALF, by_hand, give, layer_of
+from given_costs import ALWAYS_DENSE, HALF, by_hand, choosing_on_cuda, give, layer_of
 from problems import assert_as_good_as_torch, in_double
 from sadmoe import crossover, ops, paths, reference
 from sadmoe.crossover import way_in, way_out
@@ -264,10 +264,7 @@ def test_a_copied_or_pickled_layer_learns_its_own_share(on_cuda):
 
 @pytest.mark.cuda
 def test_on_a_real_card_nothing_waits_and_both_paths_agree(cuda):
-    layer = layer_of(torch.bfloat16, d=64, experts=16, expert_size=16).cuda()
-    layer.batch_invariant = False
-    x = random_rows(100, 64).bfloat16().cuda()
-    give(layer, HALF, x.device)
+    layer, x = choosing_on_cuda()
     with torch.no_grad():
         layer(x)
         torch.cuda.synchronize()
