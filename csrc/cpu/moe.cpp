@@ -73,25 +73,31 @@ Form form_of(const Experts& p, const Kernels& k) {
 class ChainEnds {
  public:
   ChainEnds() = default;
-  ChainEnds(const BlockPlan& plan, int64_t T) {
+  ChainEnds(const BlockPlan& plan, int64_t T) : has_(T) {
     std::vector<int32_t> length(T);
     for (const int32_t e : plan.active) {
       for (const int32_t* t = plan.rows_of(e); t != plan.rows_of(e + 1); ++t)
-        if (++length[*t] == kChain) length[*t] = 0, tokens_.push_back(*t);
-      ends_.push_back(tokens_.size());
+        if (++length[*t] == kChain) length[*t] = 0, all_.push_back({*t, !has_[*t]}), has_[*t] = 1;
+      ends_.push_back(all_.size());
     }
   }
 
-  bool any() const { return !tokens_.empty(); }
+  bool any() const { return !all_.empty(); }
+  bool any_of(int64_t t) const { return any() && has_[t]; }  // of the token t
   template <class Body>
-  void for_each(size_t a, const Body& body) const {  // of the active expert a
+  void for_each(size_t a, const Body& body) const {  // body(token, whether it is its first), of the active expert a
     if (!any()) return;
-    for (size_t i = a > 0 ? ends_[a - 1] : 0; i < ends_[a]; ++i) body(tokens_[i]);
+    for (size_t i = a > 0 ? ends_[a - 1] : 0; i < ends_[a]; ++i) body(all_[i].token, all_[i].first);
   }
 
  private:
-  std::vector<int32_t> tokens_;
+  struct End {
+    int32_t token;
+    bool first;
+  };
+  std::vector<End> all_;
   std::vector<size_t> ends_;
+  std::vector<char> has_;
 };
 
 // The tokens of one block with everything they need on the way from x to y. A part of the work (hidden units, scores,
@@ -154,8 +160,7 @@ class Block {
   void down(int64_t begin, int64_t end, const AsFloat& b_out, const AsFloat& scale_out) {
     const float* begins_with = scale_out.get() ? nullptr : b_out.get();
     const int64_t strip = std::min(end - begin, columns_together());
-    const bool several = chain_ends_.any();
-    const Floats sums(T_ * strip), before(several ? T_ * strip : 0),
+    const Floats sums(T_ * strip), before(chain_ends_.any() ? T_ * strip : 0),
         partial(form_ == Form::floats && strip > k_.strip ? T_ * strip : 0);
     for (int64_t c = begin; c < end; c += strip) {
       const int64_t columns = std::min(strip, end - c);
@@ -163,11 +168,10 @@ class Block {
         float* row = sums.get() + t * strip;
         begins_with ? std::copy_n(begins_with + c, columns, row) : std::fill_n(row, columns, 0.0f);
       }
-      if (several) std::fill_n(before.get(), T_ * strip, -0.0f);  // which adds nothing, also to a sum of -0
-      const auto end_chain = [&](int64_t t) {
-        float* __restrict sum = sums.get() + t * strip;
-        float* __restrict total = before.get() + t * strip;
-        for (int64_t i = 0; i < columns; ++i) total[i] += sum[i], sum[i] = 0;
+      const auto end_chain = [&](int64_t t, bool first) {
+        float *sum = sums.get() + t * strip, *total = before.get() + t * strip;
+        first ? void(std::copy_n(sum, columns, total)) : add(columns, sum, total);
+        std::fill_n(sum, columns, 0.0f);
       };
       const auto weights = [&](int64_t e) { return at(p_.w_down, e * s_.s * s_.d_out + c).data; };
       for (size_t a = 0; a < plan_.active.size(); ++a) {
@@ -178,8 +182,8 @@ class Block {
         chain_ends_.for_each(a, end_chain);
       }
       for (int64_t t = 0; t < T_; ++t) {
-        if (several) end_chain(t);
-        float* result = (several ? before : sums).get() + t * strip;
+        float* result = sums.get() + t * strip;
+        if (chain_ends_.any_of(t)) add(columns, before.get() + t * strip, result);
         if (scale_out.get()) scale(columns, scale_out.from(c), b_out.from(c), result);
         k_.narrow[int(p_.x.dtype)](result, y_ + (t * s_.d_out + c) * size_of(p_.x.dtype), columns);
       }
@@ -187,6 +191,11 @@ class Block {
   }
 
  private:
+  // to = from + to
+  static void add(int64_t columns, const float* __restrict from, float* __restrict to) {
+    for (int64_t c = 0; c < columns; ++c) to[c] += from[c];
+  }
+
   // y = y scale + bias, if there is one
   static void scale(int64_t columns, const float* __restrict by, const float* __restrict bias, float* __restrict y) {
     for (int64_t c = 0; c < columns; ++c) y[c] *= by[c];

@@ -59,4 +59,5 @@ class TopK:
         if self.k > scores.shape[-1]:
             raise ValueError(f"k must be at most the number of experts, {scores.shape[-1]}, got {self.k}")
         mask = torch.zeros_like(scores, dtype=torch.bool)
-        return mask.scatter_(-1, scores.topk(self.k, dim=-1).indices, True)
+        chosen = scores.topk(self.k, dim=-1, sorted=False).indices  # in order it takes up to twice as long
+        return mask.scatter_(-1, chosen, True)
