@@ -285,6 +285,23 @@ def test_a_compiled_layer_follows_tau_and_an_exported_one_keeps_it():
             assert torch.equal(exported(x), first), tau
 
 
+def test_at_torch_s_limit_a_compiled_layer_runs_uncompiled_or_raises():
+    layer, x = make_layer(gate=DynamicK(0.2)), tokens(16, 20)
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=2):
+        for tau in (0.2, 0.4, 0.6, 0.8):
+            layer.gate = DynamicK(tau)
+            assert torch.equal(torch.compile(layer, backend="aot_eager")(x), layer(x))
+        torch._dynamo.reset()
+        whole = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        for tau in (0.2, 0.4):
+            layer.gate = DynamicK(tau)
+            whole(x)
+        layer.gate = DynamicK(0.6)
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            whole(x)
+    torch._dynamo.reset()
+
+
 def test_hooks_of_the_router_see_what_it_says():
     layer, x, seen = make_layer(gate=DynamicK(0.4)), tokens(6, 20), []
     with torch.no_grad():

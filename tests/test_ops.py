@@ -61,6 +61,24 @@ def test_many_experts_of_a_token_are_summed_alike_for_any_number_of_threads(isa)
     assert all(torch.equal(y, found[0][: len(y)]) for y in found)
 
 
+@pytest.mark.parametrize("copies", [1, 40])  # one wide strip of columns; narrow ones
+def test_experts_of_a_token_are_summed_in_chains_of_16(isa, copies):
+    counts = torch.tensor([0, 1, 15, 16, 17, 31, 32, 33, 47, 48, 50]).repeat(copies)
+    x, _, *weights, b_out = experts_problem(len(counts), 24, 50, 5, 150)
+    order = torch.rand(len(counts), 50, generator=torch.Generator().manual_seed(5)).argsort(1)
+    mask = order < counts[:, None]
+    sums, before, ran = b_out.repeat(len(counts), 1), torch.zeros(len(counts), 150), torch.zeros_like(counts)
+    for e in range(50):
+        only = torch.zeros_like(mask)
+        only[:, e] = mask[:, e]
+        sums += ops.sparse_experts(x, only, *weights)
+        ran += mask[:, e]
+        ended = mask[:, e] & (ran % 16 == 0)
+        before[ended] += sums[ended]
+        sums[ended] = 0
+    assert torch.equal(ops.sparse_experts(x, mask, *weights, b_out), before + sums)
+
+
 @pytest.mark.parametrize("act", reference.ACTIVATIONS)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("bias", [False, True])

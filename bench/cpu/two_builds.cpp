@@ -88,7 +88,7 @@ class Layers {
     held_.emplace_back(data);
     for (int64_t i = 0; i < n; ++i) {
       const int small = static_cast<int>(i * 7 % 13) - 6;
-      const float value = static_cast<float>(small) / 64;
+      const float value = static_cast<float>(small) / 61;  // no power of two: sums round
       uint32_t bits;
       std::memcpy(&bits, &value, sizeof bits);
       if (dtype == DType::i8)

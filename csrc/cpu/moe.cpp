@@ -73,31 +73,31 @@ Form form_of(const Experts& p, const Kernels& k) {
 class ChainEnds {
  public:
   ChainEnds() = default;
-  ChainEnds(const BlockPlan& plan, int64_t T) : has_(T) {
-    std::vector<int32_t> length(T);
+  ChainEnds(const BlockPlan& plan, int64_t T) : experts_(T) {
     for (const int32_t e : plan.active) {
       for (const int32_t* t = plan.rows_of(e); t != plan.rows_of(e + 1); ++t)
-        if (++length[*t] == kChain) length[*t] = 0, all_.push_back({*t, !has_[*t]}), has_[*t] = 1;
-      ends_.push_back(all_.size());
+        if (const int64_t n = ++experts_[*t]; n % kChain == 0) ends_.push_back({*t, n == kChain});
+      offsets_.push_back(ends_.size());
     }
   }
 
-  bool any() const { return !all_.empty(); }
-  bool any_of(int64_t t) const { return any() && has_[t]; }  // of the token t
+  bool any() const { return !ends_.empty(); }
+  bool any_of(int64_t t) const { return any() && experts_[t] >= kChain; }
+  // body(token, whether it is the token's first end), for those of the active expert a
   template <class Body>
-  void for_each(size_t a, const Body& body) const {  // body(token, whether it is its first), of the active expert a
+  void for_each(size_t a, const Body& body) const {
     if (!any()) return;
-    for (size_t i = a > 0 ? ends_[a - 1] : 0; i < ends_[a]; ++i) body(all_[i].token, all_[i].first);
+    for (size_t i = a > 0 ? offsets_[a - 1] : 0; i < offsets_[a]; ++i) body(ends_[i].token, ends_[i].is_first);
   }
 
  private:
   struct End {
     int32_t token;
-    bool first;
+    bool is_first;
   };
-  std::vector<End> all_;
-  std::vector<size_t> ends_;
-  std::vector<char> has_;
+  std::vector<End> ends_;
+  std::vector<size_t> offsets_;   // in ends_, after each active expert
+  std::vector<int32_t> experts_;  // of each token
 };
 
 // The tokens of one block with everything they need on the way from x to y. A part of the work (hidden units, scores,
@@ -168,9 +168,12 @@ class Block {
         float* row = sums.get() + t * strip;
         begins_with ? std::copy_n(begins_with + c, columns, row) : std::fill_n(row, columns, 0.0f);
       }
-      const auto end_chain = [&](int64_t t, bool first) {
+      const auto end_chain = [&](int64_t t, bool is_first) {
         float *sum = sums.get() + t * strip, *total = before.get() + t * strip;
-        first ? void(std::copy_n(sum, columns, total)) : add(columns, sum, total);
+        if (is_first)  // nothing is there yet
+          std::copy_n(sum, columns, total);
+        else
+          add(columns, sum, total);
         std::fill_n(sum, columns, 0.0f);
       };
       const auto weights = [&](int64_t e) { return at(p_.w_down, e * s_.s * s_.d_out + c).data; };
@@ -191,7 +194,7 @@ class Block {
   }
 
  private:
-  // to = from + to
+  // to += from
   static void add(int64_t columns, const float* __restrict from, float* __restrict to) {
     for (int64_t c = 0; c < columns; ++c) to[c] += from[c];
   }

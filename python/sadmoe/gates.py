@@ -45,7 +45,7 @@ class DynamicK:
 
 @dataclass(frozen=True)
 class TopK:
-    """The k experts of the largest score for every token (MoEfication's rule); ties by torch.topk's order."""
+    """The k experts of the largest score for every token (MoEfication's rule); ties as torch.topk breaks them."""
 
     k: int
     true_norms: bool = False
