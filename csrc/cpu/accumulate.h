@@ -134,7 +134,7 @@ void accumulate(const Accumulate& p) {
   }
   constexpr int64_t kNear = 16 * 1024;  // bytes of the neurons of a row alone
   const bool short_rows = 4 * p.columns * int64_t(sizeof(W)) <= kNear;
-  const int64_t turn = p.n > 2 ? 16 : p.n > 1 ? 8 : short_rows ? 4 : 2;
+  const int64_t turn = p.n > 2 ? p.turn : p.n > 1 ? 8 : short_rows ? 4 : 2;
   accumulate_in_turns<Vec, W>(p, p.columns <= kStrip ? p.m : turn);
 }
 

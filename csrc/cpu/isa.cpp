@@ -2,11 +2,13 @@
 
 #include <atomic>
 
+#if defined(__linux__)
+#include <unistd.h>
+#endif
 #if defined(__x86_64__)
 #include <cpuid.h>
 #if defined(__linux__)
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
 #endif
 
@@ -92,6 +94,15 @@ const Kernels& kernels() {
   static const Kernels& best = fastest();
   const Kernels* one = chosen.load();
   return one ? *one : best;
+}
+
+int64_t near_cache() {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  static const int64_t found = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+#else
+  constexpr int64_t found = 0;
+#endif
+  return found > 0 ? found : 32 * 1024;  // what most have
 }
 
 }  // namespace sadmoe::cpu

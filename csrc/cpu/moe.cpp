@@ -23,6 +23,8 @@ constexpr int64_t kNear = 1 << 25;   // bytes of weights that a last-level cache
 constexpr int64_t kSums = 1 << 16;   // sums of y that near caches hold, beside weights that are used once
 // Up to this many tokens a thread, threads share every token and split the weights: more where each has kBroad columns of y.
 constexpr int64_t kShared = 32, kSharedIfBroad = 128, kBroad = 128;
+// Neurons that a few rows take at once on the way out: with their columns they stay in the first-level cache.
+int64_t neurons_a_turn() { return near_cache() >= 48 * 1024 ? 32 : 16; }
 // Experts of a token that are summed in one chain: in one of hundreds, rounding errs more than in torch's product.
 constexpr int64_t kChain = 16;
 
@@ -181,7 +183,7 @@ class Block {
         const int64_t e = plan_.active[a], first = plan_.offsets[e];
         const void* next = a + 1 < plan_.active.size() ? weights(plan_.active[a + 1]) : nullptr;
         accumulate_({plan_.count(e), s_.s, columns, ld_h_, s_.d_out, strip, hidden(first), plan_.rows_of(e), weights(e),
-                     sums.get(), partial.get(), next, form_ == Form::ints ? int_h_.steps() + first : nullptr});
+                     sums.get(), partial.get(), next, form_ == Form::ints ? int_h_.steps() + first : nullptr, neurons_a_turn()});
         chain_ends_.for_each(a, end_chain);
       }
       for (int64_t t = 0; t < T_; ++t) {
