@@ -1,11 +1,12 @@
 """Whole models, dense beside converted, at fixed executed shares: MiniLM, SmolLM2 and DINOv2, where their packages are.
 
-    python bench/models.py [--models minilm smollm2 vit] [--shares 0.25 0.5] [--int8] [--threads 1] [--json FILE]
+    python bench/models.py [--models minilm smollm2 vit] [--shares 0.25 0.5] [--packed] [--int8] [--threads 1]
+                           [--json FILE]
 
 It is time that is measured, not quality: the models are converted without fine-tuning, with routers trained for a few
 steps, and every layer's tau is solved for the share on the scores of its own inputs. So the outputs are of no use, and
-the masks less clustered and less skewed than those of a fine-tuned model. --int8: beside it with experts in int8. The
-executed share printed is that of the timed inputs; that of a decode is of its prompt. Models take turns.
+the masks less clustered and less skewed than those of a fine-tuned model. --packed, --int8: beside it with experts
+packed, in int8. The executed share printed is that of the timed inputs; that of a decode is of its prompt. Models take turns.
 bench/recipes/fetch.sh brings the packages.
 """
 
@@ -22,7 +23,7 @@ import torch
 from command import command
 from layer_problem import ROUTER_WIDTH, tau_of_share
 from recipes import sources
-from sadmoe import ConvertConfig, convert_, quantize_experts_
+from sadmoe import ConvertConfig, convert_, pack_experts_, quantize_experts_
 from sadmoe.demo import minilm, topics
 from sadmoe.dial import converted_layers
 from sadmoe.gates import DynamicK
@@ -167,13 +168,14 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5])
+    parser.add_argument("--packed", action="store_true")
     parser.add_argument("--int8", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     title = machine()
-    columns = ["dense", "sadmoe"] + ["int8"] * args.int8
+    columns = ["dense", "sadmoe"] + ["packed"] * args.packed + ["int8"] * args.int8
     print(
         f"# {title}, float32\n{'model':8} {'call':20}  share{''.join(f'{name:>17}' for name in columns)}  faster"
     )
@@ -185,6 +187,10 @@ def main() -> None:
             print(f"{name} is left out: {missing}", file=sys.stderr)
             continue
         models = {"sadmoe": converted(workload)}
+        if args.packed:
+            models["packed"] = copy.deepcopy(models["sadmoe"])
+            if not pack_experts_(models["packed"]):
+                raise SystemExit("--packed: no layer gains by it on this processor")
         if args.int8:
             models["int8"] = copy.deepcopy(models["sadmoe"])
             quantize_experts_(models["int8"])

@@ -1,13 +1,13 @@
 """The CPU kernels of an earlier commit beside those of the tree, in one process, in turns: what a change of them gains.
 
     python bench/two_builds.py COMMIT BUILD [--layers 768x3072 ...] [--s 32] [--tokens 1 8 64] [--share 0.25]
-                               [--dtypes float32 bfloat16 int8] [--rounds 41] [--core 0]
+                               [--dtypes float32 bfloat16 int8] [--rounds 41] [--core 0] [--isa avx2] [--packed]
 
 BUILD: a folder that CMake configured with -G Ninja -DSADMOE_KERNEL_TEST=ON; its target kernel_test is built. The
 earlier kernels are compiled by its commands into a namespace of their own, once a commit, in BUILD/before. A layer's
 experts run one thread, by an independent mask, layer after layer, with weights from memory. The ratio is the time now
 over the time before: on a machine shared with others it tells a twentieth where two processes differ by a third. Last,
-whether both gave the same bits.
+whether both gave the same bits. --packed: now the experts are packed, so COMMIT HEAD tells what that gains.
 """
 
 import argparse
@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "int8"])
     parser.add_argument("--rounds", type=int, default=41)
     parser.add_argument("--core", type=int, default=0)
+    parser.add_argument("--isa", default="auto")
+    parser.add_argument("--packed", action="store_true")
     arguments = parser.parse_args()
     program = build(arguments.commit, arguments.build.resolve())
     cells = [
@@ -46,8 +48,13 @@ def main() -> None:
         for tokens in arguments.tokens
         for dtype in arguments.dtypes
     ]
-    words = [str(word) for cell in cells for word in cell]
-    subprocess.run(["taskset", "-c", str(arguments.core), program, str(arguments.rounds), *words], check=True)
+    words = [
+        arguments.rounds,
+        arguments.isa,
+        int(arguments.packed),
+        *(word for cell in cells for word in cell),
+    ]
+    subprocess.run(["taskset", "-c", str(arguments.core), program, *map(str, words)], check=True)
 
 
 def build(commit: str, folder: Path) -> Path:

@@ -8,8 +8,8 @@
 //   h[t, e, j]   = act(x[t] . w_gate[e, j] + b_gate[e, j]) * (x[t] . w_up[e, j] + b_up[e, j])       GLU
 //   y[t]         = b_out + sum over e with mask[t, e], ascending, of (sum over j of h[t, e, j] w_down[e, j])
 //
-// Every matrix is row-major with one neuron a row, so up and down projection both stream whole neurons. What results are, to the
-// last bit:
+// Every matrix is row-major with one neuron a row, so up and down projection both stream whole neurons; but on the CPU w_up and
+// w_gate may be packed, each expert's neurons side by side [E, d, s]. What results are, to the last bit:
 //   - The result of a token is the same whatever its neighbours, their order, and the thread count.
 //   - Sums are float32. Tensor cores cut them off instead of rounding; the router's are as exact as others (cuda/tile.cuh).
 //   - With x and weights in float32 every 16 experts are summed by themselves, on the CPU of those of a token, on CUDA by their
@@ -53,7 +53,8 @@ struct Router {  // v1 [r, d], v2 [E, r]
   float tau;
 };
 
-// w_up, w_gate [E, s, d], w_down [E, s, d_out]: of x's dtype, or i8   b_up, b_gate [E, s], b_out [d_out]: of x's dtype
+// w_up, w_gate [E, s, d], or packed [E, d, s], w_down [E, s, d_out]: of x's dtype, or not packed i8   b_up, b_gate [E, s], b_out
+// [d_out]: of x's dtype
 struct Experts {
   ExpertsShape shape;
   View x, w_up, b_up, w_gate, b_gate, w_down, b_out;
@@ -61,6 +62,7 @@ struct Experts {
   void* y;                                // [T, d_out], x's dtype
   View scale_up, scale_gate, scale_down;  // [E, s], where w_up, w_gate, w_down are int8
   View scale_out;                         // [d_out], or absent
+  bool packed = false;
 };
 
 // Who chose whom: a mask, or, where it is null, who reaches tau.

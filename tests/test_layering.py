@@ -27,7 +27,7 @@ ROOMS = [  # a room imports only rooms above it
     {"layerwise", "calibrate_layers"},
     {"budget"},
     {"convert", "describe"},
-    {"attention", "checkpoint", "int8"},
+    {"attention", "checkpoint", "int8", "packed"},
     {"adapter", "survey"},
     {"hf"},
     {"report", "texts"},
@@ -99,7 +99,7 @@ def test_an_instruction_set_file_includes_only_its_template():
         waiting += headers - reached
         reached |= headers
     tiles = {"tile_unit", "tiles_amx", "int_tiles_amx"}
-    algorithms = {"table", "ahead", "project", "accumulate", "activate", "quantize"}
+    algorithms = {"table", "ahead", "project", "packed", "accumulate", "activate", "quantize"}
     vectors = {"vec_avx512", "half", "unroll", "widen"}
     names = {f"cpu/{name}.h" for name in {"kernels", *tiles, *algorithms, *vectors}}
     assert reached == names | {"cpu/kernels.inc"}

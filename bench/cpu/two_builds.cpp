@@ -1,7 +1,7 @@
 // A layer by the CPU kernels of two builds, in turns: see bench/two_builds.py, which compiles those of the one that was before
 // into the namespace cpu_before.
 //
-//   two_builds ROUNDS D F S GLU T SHARE DTYPE   [D F S ...]
+//   two_builds ROUNDS ISA PACKED D F S GLU T SHARE DTYPE   [D F S ...]
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/isa.h"
 #include "cpu/kernels.h"
 #include "cpu/moe.h"
 
@@ -19,6 +20,7 @@ namespace sadmoe::cpu_before {
 struct Threads;
 const Threads& one_thread();
 void sparse_experts(const Experts& experts, const bool* mask, const Threads& threads);
+bool use_isa(const std::string& isa);
 }  // namespace sadmoe::cpu_before
 
 namespace sadmoe::bench {
@@ -112,10 +114,14 @@ double quantile(std::vector<double> values, double q) {
   return values[static_cast<size_t>(q * static_cast<double>(values.size() - 1))];
 }
 
-void compare(const Cell& c, int rounds) {
+// packed: now the weights are taken for packed ones, which changes the results and not the time.
+void compare(const Cell& c, int rounds, bool packed) {
   const Layers layers(c);
   const auto before = [](const Experts& e, const bool* mask) { cpu_before::sparse_experts(e, mask, cpu_before::one_thread()); };
-  const auto now = [](const Experts& e, const bool* mask) { cpu::sparse_experts(e, mask, cpu::one_thread()); };
+  const auto now = [&](Experts e, const bool* mask) {
+    e.packed = packed && !c.int8();
+    cpu::sparse_experts(e, mask, cpu::one_thread());
+  };
   layers.timed(before);
   const std::vector<char> wanted = layers.result();
   layers.timed(now);
@@ -138,12 +144,15 @@ void compare(const Cell& c, int rounds) {
 
 int main(int count, char** words) {
   using sadmoe::bench::Cell;
-  constexpr int kWords = 7;
-  if (count < 2 + kWords || (count - 2) % kWords) return std::fputs("run it by bench/two_builds.py\n", stderr), 2;
+  constexpr int kFirst = 4, kWords = 7;
+  if (count < kFirst + kWords || (count - kFirst) % kWords) return std::fputs("run it by bench/two_builds.py\n", stderr), 2;
+  const std::string isa = words[2];
+  if (!sadmoe::cpu::use_isa(isa) || !sadmoe::cpu_before::use_isa(isa))
+    return std::fprintf(stderr, "this processor does not run the %s kernels\n", isa.c_str()), 2;
   std::printf("%-14s %4s %5s %6s %-9s %9s %9s %7s  %s\n", "layer", "s", "T", "share", "dtype", "before us", "now us", "ratio",
               "quartiles");
-  for (char** w = words + 2; w < words + count; w += kWords)
+  for (char** w = words + kFirst; w < words + count; w += kWords)
     sadmoe::bench::compare(
         {std::atoll(w[0]), std::atoll(w[1]), std::atoll(w[2]), !std::strcmp(w[3], "1"), std::atoll(w[4]), std::atof(w[5]), w[6]},
-        std::atoi(words[1]));
+        std::atoi(words[1]), !std::strcmp(words[3], "1"));
 }

@@ -108,6 +108,12 @@ inline std::string taken(StringHandle handle) {
 // torch::stable::contiguous without its way through torch's dispatcher where there is nothing to do.
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
+// Whether weights [E, s, d] lie as [E, d, s], each expert's neurons side by side, and not just as well in their own order.
+inline bool is_packed(const Tensor& w) {
+  const int64_t E = w.size(0), s = w.size(1), d = w.size(2);
+  return !w.is_contiguous() && w.stride(1) == 1 && w.stride(2) == s && (E == 1 || w.stride(0) == s * d);
+}
+
 // torch's number of a dtype of results.
 inline int32_t code_of(ScalarType dtype) {
   switch (dtype) {
@@ -147,25 +153,28 @@ struct Argument {
   Tensor tensor;
 };
 
-// Contiguous tensors that outlive the pointers given to the kernels.
+// Tensors, contiguous or packed, that outlive the pointers given to the kernels.
 class Arguments {
  public:
   explicit Arguments(const char* op) : op_(op) {}
 
-  View add(const char* name, const Tensor& t) {
+  // packed: it is, and stays so.
+  View add(const char* name, const Tensor& t, bool packed = false) {
     const DType dtype = dtype_of(op_, name, t);
-    kept_.push_back({name, as_contiguous(t)});
+    kept_.push_back({name, packed ? t : as_contiguous(t)});
     return {kept_.back().tensor.const_data_ptr(), dtype};
   }
   View add(const char* name, const MaybeTensor& t) { return t ? add(name, *t) : View{}; }
 
   // The same, of x's dtype, or that of another.
-  View add_like(const char* name, const Tensor& t, const Tensor& x, const char* name_of_x = "x") {
+  View add_like(const char* name, const Tensor& t, const Tensor& x, const char* name_of_x = "x", bool packed = false) {
     check(scalar_type_of(t) == scalar_type_of(x), op_, name, " must have ", name_of_x, "'s dtype, ", DtypeOf{x}, ", got ",
           DtypeOf{t});
-    return add(name, t);
+    return add(name, t, packed);
   }
-  View add_like(const char* name, const MaybeTensor& t, const Tensor& x) { return t ? add_like(name, *t, x) : View{}; }
+  View add_like(const char* name, const MaybeTensor& t, const Tensor& x, bool packed = false) {
+    return t ? add_like(name, *t, x, "x", packed) : View{};
+  }
 
   // Weights of experts in int8, and their scales [E, s] of any floating dtype.
   View add_int8(const char* name, const Tensor& t) {
@@ -259,19 +268,20 @@ inline MaskedActivation check_masked_activation(Arguments& keep, const Tensor& u
   return {T, E, neurons / E, dtype, nullptr, of_gate.data, chosen, activation_of(op, act)};
 }
 
-// The experts without y, which the caller allocates: [T, d_out] of x's dtype.
+// The experts without y, which the caller allocates: [T, d_out] of x's dtype. takes_packed: its kernels do.
 inline Experts check_arguments(Arguments& keep, const Tensor& x, const Tensor& w_up, const Tensor& w_down,
                                const MaybeTensor& b_up, const MaybeTensor& w_gate, const MaybeTensor& b_gate,
-                               const MaybeTensor& b_out, const std::string& act) {
+                               const MaybeTensor& b_out, const std::string& act, bool takes_packed = false) {
   const char* op = keep.op();
   Experts p;
   p.shape = check_experts(op, x, w_up, w_down, b_up, w_gate, b_gate, b_out);
   p.act = activation_of(op, act);
+  p.packed = takes_packed && is_packed(w_up) && (!w_gate || is_packed(*w_gate));
   p.x = keep.add("x", x);
-  p.w_up = keep.add_like("w_up", w_up, x);
+  p.w_up = keep.add_like("w_up", w_up, x, "x", p.packed);
   p.w_down = keep.add_like("w_down", w_down, x);
   p.b_up = keep.add_like("b_up", b_up, x);
-  p.w_gate = keep.add_like("w_gate", w_gate, x);
+  p.w_gate = keep.add_like("w_gate", w_gate, x, p.packed);
   p.b_gate = keep.add_like("b_gate", b_gate, x);
   p.b_out = keep.add_like("b_out", b_out, x);
   return p;

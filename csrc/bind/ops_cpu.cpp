@@ -67,6 +67,8 @@ void masked_activation(Tensor up, const MaybeTensor& gate, const Tensor& choice,
   cpu::masked_activation(p, torch_threads());
 }
 
+constexpr bool kTakesPacked = true;
+
 // y for a mask from outside.
 Tensor run(Arguments& keep, Experts p, const Tensor& x, const Tensor& mask) {
   check_shape(keep.op(), "mask", mask, {p.shape.T, p.shape.E}, "[T, E]");
@@ -91,7 +93,7 @@ Tensor sparse_experts(const Tensor& x, const Tensor& mask, const Tensor& w_up, c
                       const MaybeTensor& w_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out, StringHandle act_handle) {
   const std::string act = taken(act_handle);
   Arguments keep("sparse_experts");
-  return run(keep, check_arguments(keep, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act), x, mask);
+  return run(keep, check_arguments(keep, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act, kTakesPacked), x, mask);
 }
 
 Tensor dynamic_k_moe(const Tensor& x, const Tensor& v1, const Tensor& v2, const Tensor& w_up, const Tensor& w_down,
@@ -99,7 +101,7 @@ Tensor dynamic_k_moe(const Tensor& x, const Tensor& v1, const Tensor& v2, const 
                      double tau, StringHandle act_handle) {
   const std::string act = taken(act_handle);
   Arguments keep("dynamic_k_moe");
-  return run(keep, check_arguments(keep, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act), x, v1, v2, tau);
+  return run(keep, check_arguments(keep, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act, kTakesPacked), x, v1, v2, tau);
 }
 
 Tensor sparse_experts_int8(const Tensor& x, const Tensor& mask, const Tensor& w_up, const Tensor& w_down, const Tensor& scale_up,

@@ -16,23 +16,58 @@ struct Turn {
   bool first = true, last = true;
 };
 
+// A vector of columns; Part: the first part columns, and zeros.
+template <bool Part, class Vec, class F>
+[[gnu::always_inline]] inline Vec load_columns(const F* from, int64_t part) {
+  if constexpr (Part)
+    return Vec::load_part(from, part);
+  else
+    return Vec::load(from);
+}
+template <bool Part, class Vec, class F>
+[[gnu::always_inline]] inline void store_columns(Vec columns, F* to, int64_t part) {
+  if constexpr (Part)
+    columns.store_part(to, part);
+  else
+    columns.store(to);
+}
+
+// sums[i][v] += sum over j < m of row(i)[j] w[j, v], with w [m, .] of leading dimension ld: what tiles spend their time on.
+template <bool Part, class Vec, class W, int Rows, int Vecs, class RowOf, class Walk>
+[[gnu::always_inline]] inline void add_products(Vec (&sums)[Rows][Vecs], const RowOf& row, const W* w, int64_t ld, int64_t m,
+                                                int64_t part, Walk& ahead) {
+  constexpr int64_t kBytes = Vecs * Vec::width * sizeof(W);
+  const int64_t pace = ahead.take(m, Rows * Vecs * Vec::width, kBytes);
+  with_lines<(kBytes + kLine - 1) / kLine>(pace, [&](auto lines) {
+    Walk walk = ahead;  // in registers
+    for (int64_t j = 0; j < m; ++j, w += ld) {
+      walk.step(pace, lines);
+      Vec ws[Vecs];
+      unroll<Vecs>([&](auto v) { ws[v.value] = load_columns<Part, Vec>(w + v.value * Vec::width, part); });
+      unroll<Rows>([&](auto i) {
+        const Vec hij = Vec::set(row(i.value)[j]);
+        unroll<Vecs>([&](auto v) { sums[i.value][v.value] = fma(hij, ws[v.value], sums[i.value][v.value]); });
+      });
+    }
+    ahead = walk;
+  });
+}
+
+// Tiles of Rows rows for those from i on, then one of what is left: tile(Index<rows>, i).
+template <int Rows, class Tile>
+[[gnu::always_inline]] inline void rows_in_tiles(int64_t i, int64_t n, const Tile& tile) {
+  for (; i + Rows <= n; i += Rows) tile(Index<Rows>{}, i);
+  if constexpr (Rows > 1)
+    if (i < n) rows_in_tiles<Rows - 1>(i, n, tile);
+}
+
 // One tile: Rows tokens x Vecs vectors of columns, held in registers while j runs over the neurons. Part: of one vector, part
 // columns. Flat, as tiles of project.
 template <class Vec, class W, int Rows, int Vecs, bool Part>
 [[gnu::flatten]] void accumulate_tile(const Accumulate& p, Turn turn, AheadInRows<Vec>& ahead, int64_t i0, int64_t c0,
                                       int64_t part) {
-  const auto load = [&](auto* from) {
-    if constexpr (Part)
-      return Vec::load_part(from, part);
-    else
-      return Vec::load(from);
-  };
-  const auto store = [&](Vec sum, float* to) {
-    if constexpr (Part)
-      sum.store_part(to, part);
-    else
-      sum.store(to);
-  };
+  const auto load = [&](const float* from) { return load_columns<Part, Vec>(from, part); };
+  const auto store = [&](Vec sum, float* to) { store_columns<Part>(sum, to, part); };
   float* y[Rows];
   for (int i = 0; i < Rows; ++i) y[i] = p.y + (p.rows ? p.rows[i0 + i] : i0 + i) * p.ld_y + c0;
   float* partial = p.partial ? p.partial + i0 * p.columns + c0 : nullptr;
@@ -46,22 +81,8 @@ template <class Vec, class W, int Rows, int Vecs, bool Part>
   if (!turn.first)
     each([&](auto i, auto v) { sums[i.value][v.value] = load(partial + i.value * p.columns + v.value * Vec::width); });
   const float* h = static_cast<const float*>(p.h) + i0 * p.ld_h;
-  const W* w = static_cast<const W*>(p.w) + c0;
-  constexpr int64_t kBytes = Vecs * Vec::width * sizeof(W);
-  const int64_t pace = ahead.take(p.m, Rows * Vecs * Vec::width, kBytes);
-  with_lines<(kBytes + kLine - 1) / kLine>(pace, [&](auto lines) {
-    AheadInRows<Vec> walk = ahead;  // in registers
-    for (int64_t j = 0; j < p.m; ++j, w += p.ld_w) {
-      walk.step(pace, lines);
-      Vec ws[Vecs];
-      unroll<Vecs>([&](auto v) { ws[v.value] = load(w + v.value * Vec::width); });
-      unroll<Rows>([&](auto i) {
-        const Vec hij = Vec::set(h[i.value * p.ld_h + j]);
-        unroll<Vecs>([&](auto v) { sums[i.value][v.value] = fma(hij, ws[v.value], sums[i.value][v.value]); });
-      });
-    }
-    ahead = walk;
-  });
+  const auto row = [&](int i) { return h + i * p.ld_h; };
+  add_products<Part>(sums, row, static_cast<const W*>(p.w) + c0, p.ld_w, p.m, part, ahead);
   each([&](auto i, auto v) {
     const Vec sum = sums[i.value][v.value];
     float* to = y[i.value] + v.value * Vec::width;
@@ -69,26 +90,22 @@ template <class Vec, class W, int Rows, int Vecs, bool Part>
   });
 }
 
-// Rows i0 .. n of one strip of columns: tiles of Rows, then one tile of what is left.
-template <class Vec, class W, int Rows, int Vecs, bool Part = false>
-void accumulate_rows(const Accumulate& p, Turn turn, AheadInRows<Vec>& ahead, int64_t i0, int64_t c0, int64_t part = 0) {
-  for (; i0 + Rows <= p.n; i0 += Rows) accumulate_tile<Vec, W, Rows, Vecs, Part>(p, turn, ahead, i0, c0, part);
-  if constexpr (Rows > 1)
-    if (i0 < p.n) accumulate_rows<Vec, W, Rows - 1, Vecs, Part>(p, turn, ahead, i0, c0, part);
-}
-
 template <class Vec, class W>
 void accumulate_all(const Accumulate& p, Turn turn, AheadInRows<Vec> ahead) {
   constexpr int kRows = Vec::accumulate_rows, kVecs = Vec::accumulate_vecs;
   constexpr int kLong = 64 / Vec::width, kMost = kRows * kVecs * 2 / 3, kAlone = kLong < kMost ? kLong : kMost;
+  const auto strip = [&](auto vecs, auto is_part, int64_t c, int64_t part) {
+    rows_in_tiles<kRows>(0, p.n, [&](auto rows, int64_t i) {
+      accumulate_tile<Vec, W, rows.value, vecs.value, is_part.value>(p, turn, ahead, i, c, part);
+    });
+  };
   int64_t c = 0;
   if constexpr (kAlone > kVecs)  // for a row alone, as memory gives long pieces of a neuron faster
     for (; p.n == 1 && c + kAlone * Vec::width <= p.columns; c += kAlone * Vec::width)
       accumulate_tile<Vec, W, 1, kAlone, false>(p, turn, ahead, 0, c, 0);
-  for (; c + kVecs * Vec::width <= p.columns; c += kVecs * Vec::width)
-    accumulate_rows<Vec, W, kRows, kVecs>(p, turn, ahead, 0, c);
-  for (; c + Vec::width <= p.columns; c += Vec::width) accumulate_rows<Vec, W, kRows, 1>(p, turn, ahead, 0, c);
-  if (c < p.columns) accumulate_rows<Vec, W, kRows, 1, true>(p, turn, ahead, 0, c, p.columns - c);
+  for (; c + kVecs * Vec::width <= p.columns; c += kVecs * Vec::width) strip(Index<kVecs>{}, std::false_type{}, c, 0);
+  for (; c + Vec::width <= p.columns; c += Vec::width) strip(Index<1>{}, std::false_type{}, c, 0);
+  if (c < p.columns) strip(Index<1>{}, std::true_type{}, c, p.columns - c);
 }
 
 // So many columns of so many neurons that come next, while p is computed.
@@ -148,7 +165,8 @@ struct PairsInPlace {
   const Weight* w;
   int64_t ld, m, part;
 
-  PairsInPlace(const Accumulate& p, int64_t part) : w(static_cast<const Weight*>(p.w)), ld(p.ld_w), m(p.m), part(part) {}
+  PairsInPlace(const void* w, int64_t ld, int64_t m, int64_t part) : w(static_cast<const Weight*>(w)), ld(ld), m(m), part(part) {}
+  PairsInPlace(const Accumulate& p, int64_t part) : PairsInPlace(p.w, p.ld_w, p.m, part) {}
 
   void load(int64_t j, int64_t c, Pair* out) const {
     static constexpr Weight kNone[Pair::width] = {};  // past the last neuron
@@ -169,31 +187,24 @@ struct CopiedPairs {
   }
 };
 
-// Rows tokens x Groups of Pair::width columns, two neurons at once. Part: of one group, part columns. Flat.
-template <class Pair, class Vec, int Rows, int Groups, bool Part, class Weights>
-[[gnu::flatten]] void accumulate_pair_tile(const Accumulate& p, const Weights& weights, AheadInRows<Vec>& ahead, int64_t i0,
-                                           int64_t c0, int64_t part) {
-  using Entry = typename Pair::Entry;
-  using Weight = typename Pair::Weight;
-  using Sum = typename Pair::Sum;
-  Sum sums[Rows][Groups][2];
-  const auto each = [](auto body) { unroll<Rows>([&](auto i) { unroll<Groups>([&](auto g) { body(i.value, g.value); }); }); };
-  each([&](int i, int g) { sums[i][g][0] = sums[i][g][1] = Sum::zero(); });
-  const Entry* h = static_cast<const Entry*>(p.h) + i0 * p.ld_h;
+// add_products of groups of Pair::width columns, sums [Rows][Groups][2], two neurons at once.
+template <class Pair, int Rows, int Groups, class RowOf, class Weights, class Walk>
+[[gnu::always_inline]] inline void add_products_of_pairs(typename Pair::Sum (&sums)[Rows][Groups][2], const RowOf& row,
+                                                         const Weights& weights, int64_t c0, int64_t m, Walk& ahead) {
   const Weights from = weights;  // in registers
-  constexpr int64_t kBytes = 2 * Groups * Pair::width * sizeof(Weight);
-  const int64_t pace = ahead.take((p.m + 1) / 2, 2 * Rows * Groups * Pair::width, kBytes);
+  constexpr int64_t kBytes = 2 * Groups * Pair::width * sizeof(typename Pair::Weight);
+  const int64_t pace = ahead.take((m + 1) / 2, 2 * Rows * Groups * Pair::width, kBytes);
   with_lines<(kBytes + kLine - 1) / kLine>(pace, [&](auto lines) {
-    AheadInRows<Vec> walk = ahead;  // in registers
-    for (int64_t j = 0; j < p.m; j += 2) {
+    Walk walk = ahead;  // in registers
+    for (int64_t j = 0; j < m; j += 2) {
       walk.step(pace, lines);
       Pair ws[Groups][2];
       unroll<Groups>([&](auto g) { from.load(j, c0 + g.value * Pair::width, ws[g.value]); });
       unroll<Rows>([&](auto i) {
-        const Pair pair = Pair::set_pair(h + i.value * p.ld_h + j);
+        const Pair pair = Pair::set_pair(row(i.value) + j);
         unroll<Groups>([&](auto g) {
           for (int half = 0; half < 2; ++half) {
-            Sum& sum = sums[i.value][g.value][half];
+            auto& sum = sums[i.value][g.value][half];
             sum = fma(pair, ws[g.value][half], sum);
           }
         });
@@ -201,6 +212,20 @@ template <class Pair, class Vec, int Rows, int Groups, bool Part, class Weights>
     }
     ahead = walk;
   });
+}
+
+// Rows tokens x Groups of Pair::width columns. Part: of one group, part columns. Flat.
+template <class Pair, class Vec, int Rows, int Groups, bool Part, class Weights>
+[[gnu::flatten]] void accumulate_pair_tile(const Accumulate& p, const Weights& weights, AheadInRows<Vec>& ahead, int64_t i0,
+                                           int64_t c0, int64_t part) {
+  using Entry = typename Pair::Entry;
+  using Sum = typename Pair::Sum;
+  Sum sums[Rows][Groups][2];
+  const auto each = [](auto body) { unroll<Rows>([&](auto i) { unroll<Groups>([&](auto g) { body(i.value, g.value); }); }); };
+  each([&](int i, int g) { sums[i][g][0] = sums[i][g][1] = Sum::zero(); });
+  const Entry* h = static_cast<const Entry*>(p.h) + i0 * p.ld_h;
+  const auto row = [&](int i) { return h + i * p.ld_h; };
+  add_products_of_pairs<Pair>(sums, row, weights, c0, p.m, ahead);
   each([&](int i, int g) {
     float* y = p.y + (p.rows ? p.rows[i0 + i] : i0 + i) * p.ld_y + c0 + g * Pair::width;
     const auto added = [&](Vec sum, Vec before) {
@@ -221,30 +246,26 @@ template <class Pair, class Vec, int Rows, int Groups, bool Part, class Weights>
   });
 }
 
-template <class Pair, class Vec, int Rows, int Groups, bool Part, class Weights>
-void accumulate_pair_rows(const Accumulate& p, const Weights& weights, AheadInRows<Vec>& ahead, int64_t i0, int64_t c0,
-                          int64_t part) {
-  for (; i0 + Rows <= p.n; i0 += Rows) accumulate_pair_tile<Pair, Vec, Rows, Groups, Part>(p, weights, ahead, i0, c0, part);
-  if constexpr (Rows > 1)
-    if (i0 < p.n) accumulate_pair_rows<Pair, Vec, Rows - 1, Groups, Part>(p, weights, ahead, i0, c0, part);
-}
-
 // weights_of(Part, part): the weights where groups are whole, and where the last one is not.
 template <class Pair, class Vec, class WeightsOf>
 void accumulate_pair_columns(const Accumulate& p, AheadInRows<Vec> ahead, const WeightsOf& weights_of) {
   constexpr int kRows = Pair::accumulate_rows, kGroups = Pair::accumulate_groups;
   const auto whole = weights_of(std::false_type{}, 0);
+  const auto strip = [&](auto groups, auto is_part, const auto& weights, int64_t c, int64_t part) {
+    rows_in_tiles<kRows>(0, p.n, [&](auto rows, int64_t i) {
+      accumulate_pair_tile<Pair, Vec, rows.value, groups.value, is_part.value>(p, weights, ahead, i, c, part);
+    });
+  };
   int64_t c = 0;
   constexpr int kWide = kRows * kGroups * 2 / 3;  // for a row alone, as memory gives long pieces of a neuron faster
   if constexpr (kWide > kGroups)
     for (; p.n == 1 && c + kWide * Pair::width <= p.columns; c += kWide * Pair::width)
       accumulate_pair_tile<Pair, Vec, 1, kWide, false>(p, whole, ahead, 0, c, 0);
   for (; c + kGroups * Pair::width <= p.columns; c += kGroups * Pair::width)
-    accumulate_pair_rows<Pair, Vec, kRows, kGroups, false>(p, whole, ahead, 0, c, 0);
-  for (; c + Pair::width <= p.columns; c += Pair::width)
-    accumulate_pair_rows<Pair, Vec, kRows, 1, false>(p, whole, ahead, 0, c, 0);
+    strip(Index<kGroups>{}, std::false_type{}, whole, c, 0);
+  for (; c + Pair::width <= p.columns; c += Pair::width) strip(Index<1>{}, std::false_type{}, whole, c, 0);
   if (const int64_t part = p.columns - c; part > 0)
-    accumulate_pair_rows<Pair, Vec, kRows, 1, true>(p, weights_of(std::true_type{}, part), ahead, 0, c, part);
+    strip(Index<1>{}, std::true_type{}, weights_of(std::true_type{}, part), c, part);
 }
 
 // Many rows, three tiles or more, read a copy, as above: of all neurons, for their sum is added as one.

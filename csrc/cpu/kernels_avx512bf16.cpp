@@ -52,7 +52,7 @@ struct Pairs {
 };
 
 static_assert(kPairStrip<Pairs> == kPairStrip<Ints>, "one for both");
-constexpr Halves kHalves = {project<Pairs, bf16>, accumulate_pairs<Pairs, Vec>};
+constexpr Halves kHalves = {project<Pairs, bf16>, project_packed<Vec, PackedPairs<Pairs, Vec>>, accumulate_pairs<Pairs, Vec>};
 
 }  // namespace
 

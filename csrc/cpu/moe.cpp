@@ -67,8 +67,13 @@ enum class Form { floats, ints, halves };
 
 Form form_of(const Experts& p, const Kernels& k) {
   if (p.w_up.dtype == DType::i8) return Form::ints;
-  const bool halves = k.halves && p.x.dtype == DType::bf16 && p.w_up.dtype == DType::bf16;
+  const bool halves = k.halves && p.x.dtype == DType::bf16 && p.w_up.dtype == DType::bf16 && !(p.packed && p.shape.d % 2);
   return halves ? Form::halves : Form::floats;
+}
+
+auto project_of(const Experts& p, const Kernels& k, Form form) {
+  if (form == Form::halves) return p.packed ? k.halves->project_packed : k.halves->project;
+  return p.packed ? k.project_packed[int(p.w_up.dtype)] : k.project[int(p.w_up.dtype)];
 }
 
 // The tokens of which each active expert ends a chain.
@@ -112,7 +117,7 @@ class Block {
         k_(kernels()),
         T_(end - begin),
         form_(form_of(experts, k_)),
-        project_(form_ == Form::halves ? k_.halves->project : k_.project[int(p_.w_up.dtype)]),
+        project_(project_of(p_, k_, form_)),
         accumulate_(form_ == Form::halves ? k_.halves->accumulate : k_.accumulate[int(p_.w_down.dtype)]),
         x_as_it_is_(at(experts.x, begin * s_.d)),
         x_(form_ == Form::halves ? View{} : x_as_it_is_, T_ * s_.d),
@@ -221,10 +226,13 @@ class Block {
     const int64_t n = plan_.count(e), m = j1 - j0, first = e * s_.s + j0, at_h = plan_.offsets[e];
     h = form_ == Form::floats ? h_.get() + at_h * s_.s + j0 : h + j0;
     gate = p_.w_gate ? gate + j0 : nullptr;
-    const auto neuron = [&](View w, int64_t j) { return j < 0 ? nullptr : at(w, j * s_.d).data; };
+    const auto neuron = [&](View w, int64_t j) -> const void* {
+      if (j < 0) return nullptr;
+      return at(w, p_.packed ? j / s_.s * s_.s * s_.d + j % s_.s : j * s_.d).data;
+    };
     const auto project = [&](View w, float* out, const void* then) {
       project_({n, m, s_.d, s_.s, x_rows(), plan_.rows_of(e), neuron(w, first), out,
-                form_ == Form::ints ? int_x_.steps() : nullptr, then});
+                form_ == Form::ints ? int_x_.steps() : nullptr, then, s_.s});
     };
     for (const AsFloat* scales : {&scale_, &gate_scale_, &out_scale_}) fetch(scales->from(first), m);
     project(p_.w_up, h, gate ? neuron(p_.w_gate, first) : neuron(p_.w_up, next));

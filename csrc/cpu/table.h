@@ -26,6 +26,7 @@
 #include "cpu/activate.h"
 #include "cpu/half.h"
 #include "cpu/kernels.h"
+#include "cpu/packed.h"
 #include "cpu/project.h"
 #include "cpu/quantize.h"
 #include "cpu/widen.h"
@@ -60,6 +61,8 @@ constexpr Kernels table(const char* isa) {
           kPairStrip<Ints>,
           quantize<Vec>,
           {project<Vec, float>, project<Vec, bf16>, project<Vec, f16>, project<Ints, int8_t>},
+          {project_packed<Vec, PackedFloats<Vec, float>>, project_packed<Vec, PackedFloats<Vec, bf16>>,
+           project_packed<Vec, PackedFloats<Vec, f16>>},
           {accumulate<Vec, float>, accumulate<Vec, bf16>, accumulate<Vec, f16>, accumulate_pairs<Ints, Vec>},
           activate<Vec>,
           select<Vec>,

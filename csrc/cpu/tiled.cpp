@@ -118,7 +118,7 @@ class TiledBlock {
 }  // namespace
 
 bool runs_by_tiles(const Experts& experts) {
-  return kernels().tiles && experts.x.dtype == DType::bf16 && experts.w_up.dtype == DType::bf16 &&
+  return kernels().tiles && experts.x.dtype == DType::bf16 && experts.w_up.dtype == DType::bf16 && !experts.packed &&
          experts.shape.s >= kSmallestExpert;
 }
 

@@ -6,7 +6,7 @@
 
 namespace sadmoe::cpu {
 
-// Whether a call goes this way: all in bf16, experts not too small, on a processor that has the unit.
+// Whether a call goes this way: all in bf16, experts not too small, nor packed, on a processor that has the unit.
 bool runs_by_tiles(const Experts& experts);
 
 // The experts' weights in tiles: those that do not stay where they lie, laid out anew in every call, by each block for itself, or

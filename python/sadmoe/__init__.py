@@ -25,6 +25,7 @@ from sadmoe.layer import DynamicKMoE, Router
 from sadmoe.layerwise import finetune_layers_
 from sadmoe.masks import record_masks
 from sadmoe.ops import build_info
+from sadmoe.packed import pack_experts_, unpack_experts_
 from sadmoe.partition import partition
 from sadmoe.router_loss import RouterLoss
 from sadmoe.routers import RouterConfig, fit_router_, fit_routers_
@@ -82,6 +83,7 @@ __all__ = [
     "load_adapter",
     "measure_sparsity",
     "moe_layers",
+    "pack_experts_",
     "padding_mask",
     "partition",
     "quantize_experts_",
@@ -95,6 +97,7 @@ __all__ = [
     "sparsify_",
     "survey",
     "tau",
+    "unpack_experts_",
 ]
 
 hf.register()

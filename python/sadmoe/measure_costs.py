@@ -32,12 +32,13 @@ def calibrate_costs(
     What the file holds of other shapes and devices stays. Without force, shapes that it holds are left out; with it
     they are measured again, and a damaged file is replaced. This process reads the user's file again.
     Raises FileExistsError where there is nothing to measure, ValueError where the file is damaged or all experts are
-    int8: those have no dense path.
+    int8 or packed: those have no dense path.
     """
-    shapes = {layer.shape: layer for layer in converted_layers(model).values() if not layer.is_int8}
+    layers = converted_layers(model).values()
+    shapes = {layer.shape: layer for layer in layers if not (layer.is_int8 or layer.is_packed)}
     if not shapes:
         raise ValueError(
-            "the experts of this model are int8 and always run by the op: there is nothing to calibrate"
+            "the experts of this model are int8 or packed and always run by the op: there is nothing to calibrate"
         )
     known = _read(path, force)
     todo = [layer for layer in shapes.values() if force or _key(layer) not in known]

@@ -59,7 +59,9 @@ Layer::Layer(const Shape& p, const Kind& k, unsigned seed)
       scale_up_(scales(p.E * p.s, 1 / std::sqrt(p.d))),
       scale_gate_(scales(k.gated ? p.E * p.s : 0, 1 / std::sqrt(p.d))),
       scale_down_(scales(p.E * p.s, 1 / std::sqrt(p.E * p.s))),
-      scale_out_(scales(seed % 11 < 8 ? p.d_out : 0, 32)) {}  // about 1; no kind has a period of 11
+      scale_out_(scales(seed % 11 < 8 ? p.d_out : 0, 32)),  // about 1; no kind has a period of 11
+      packed_up_(w_up_.turned(p.s, p.d)),
+      packed_gate_(w_gate_.turned(p.s, p.d)) {}
 
 Numbers Layer::weights(int64_t n, int64_t m, double scale) {
   return kind.int8 ? Numbers::int8(n * m, random_) : Numbers::normal(n * m, scale, kind.dtype, random_);
@@ -67,12 +69,12 @@ Numbers Layer::weights(int64_t n, int64_t m, double scale) {
 
 Numbers Layer::scales(int64_t n, double scale) { return Numbers::scales(kind.int8 ? n : 0, scale, kind.dtype, random_); }
 
-Experts Layer::experts(Numbers& y) const {
+Experts Layer::experts(Numbers& y, bool packed) const {
   return {{shape.T, shape.d, shape.d_out, shape.E, shape.s},
           x_.view(),
-          w_up_.view(),
+          (packed ? packed_up_ : w_up_).view(),
           b_up_.view(),
-          w_gate_.view(),
+          (packed ? packed_gate_ : w_gate_).view(),
           b_gate_.view(),
           w_down_.view(),
           b_out_.view(),
@@ -81,7 +83,8 @@ Experts Layer::experts(Numbers& y) const {
           scale_up_.view(),
           scale_gate_.view(),
           scale_down_.view(),
-          scale_out_.view()};
+          scale_out_.view(),
+          packed};
 }
 
 Router Layer::router(float tau) const { return {v1_.view(), v2_.view(), shape.r, tau}; }

@@ -26,7 +26,7 @@ class Layer {
  public:
   Layer(const Shape& shape, const Kind& kind, unsigned seed);
 
-  Experts experts(Numbers& y) const;
+  Experts experts(Numbers& y, bool packed = false) const;
   Router router(float tau) const;
   RouterShape router_shape() const { return {shape.T, shape.d, shape.r, shape.E}; }
 
@@ -46,6 +46,7 @@ class Layer {
 
   std::mt19937 random_;
   Numbers x_, v1_, v2_, w_up_, w_gate_, w_down_, b_up_, b_gate_, b_out_, scale_up_, scale_gate_, scale_down_, scale_out_;
+  Numbers packed_up_, packed_gate_;
 };
 
 // up [T, E s] becomes the hidden activations, of a GLU with gate of the same shape, else that is empty: truth and plain as above.

@@ -75,8 +75,11 @@ class Test {
               if (seed % one_of || (takes_long(shape) ? turn != 0 : turn == 1)) continue;
               kinds_.insert(seed % (kKinds * std::size(kDtypes)));
               const Layer layer(shape, {dtype, act, gated, bias, int8}, seed);
-              given_mask(layer, random_mask(shape, 0.4, seed));
-              if (shape.E > 2 && shape.T > 32) given_mask(layer, mask_of_one_hot_expert(shape, seed));
+              for (const bool packed : {false, true}) {
+                if (packed && int8) continue;
+                given_mask(layer, random_mask(shape, 0.4, seed), packed);
+                if (shape.E > 2 && shape.T > 32) given_mask(layer, mask_of_one_hot_expert(shape, seed), packed);
+              }
               if (!int8) between_products(layer, random_mask(shape, 0.4, seed), seed);
               if (act == Activation::relu && !gated) routed(layer);
             }
@@ -98,30 +101,33 @@ class Test {
  private:
   // y for a mask from outside: right, and the same bits in the parts of three threads, of a token without its neighbours or
   // beside one of NaN, and with int8 by tiles as without.
-  void given_mask(const Layer& layer, const std::unique_ptr<bool[]>& mask) {
+  void given_mask(const Layer& layer, const std::unique_ptr<bool[]>& mask, bool packed) {
     const auto truth = layer.output<double>(mask.get()), plain = layer.output<float>(mask.get());
     std::map<std::string, std::vector<double>> found;
     for_isas([&](const std::string& isa) {
-      const auto y = output(layer, [&](const Experts& p) { cpu::sparse_experts(p, mask.get(), threads(1)); });
-      const auto shared = output(layer, [&](const Experts& p) { cpu::sparse_experts(p, mask.get(), threads(3)); });
-      judge(isa, "sparse_experts", layer, error_of_allowed(y, plain, truth, layer.kind.dtype, rounding(layer)));
-      judge(isa, "sparse_experts of 3 threads", layer, y == shared ? 0 : INFINITY);
+      const auto of_threads = [&](int count) {
+        return output(layer, packed, [&](const Experts& p) { cpu::sparse_experts(p, mask.get(), threads(count)); });
+      };
+      const auto y = of_threads(1);
+      const std::string name = packed ? "sparse_experts, packed," : "sparse_experts";
+      judge(isa, name, layer, error_of_allowed(y, plain, truth, layer.kind.dtype, rounding(layer)));
+      judge(isa, name + " of 3 threads", layer, y == of_threads(3) ? 0 : INFINITY);
       const int64_t t = layer.shape.T / 2, d_out = layer.shape.d_out;
-      const auto alone = output(layer, [&](Experts p) {
+      const auto alone = output(layer, packed, [&](Experts p) {
         p.x = at(p.x, t * p.shape.d), p.shape.T = 1;
         cpu::sparse_experts(p, mask.get() + t * p.shape.E, threads(1));
       });
-      judge(isa, "sparse_experts of a token alone", layer,
+      judge(isa, name + " of a token alone", layer,
             std::equal(alone.begin(), alone.begin() + d_out, y.begin() + t * d_out) ? 0 : INFINITY);
       if (t > 0) {
         std::vector<unsigned char> x(layer.shape.T * layer.shape.d * format(layer.kind.dtype).bytes);
-        const auto beside = output(layer, [&](Experts p) {
+        const auto beside = output(layer, packed, [&](Experts p) {
           std::memcpy(x.data(), p.x.data, x.size());
           std::memset(x.data(), 0xff, x.size() / layer.shape.T);  // NaN in every dtype
           p.x.data = x.data();
           cpu::sparse_experts(p, mask.get(), threads(1));
         });
-        judge(isa, "sparse_experts beside a token of NaN", layer,
+        judge(isa, name + " beside a token of NaN", layer,
               std::equal(beside.begin() + d_out, beside.end(), y.begin() + d_out) ? 0 : INFINITY);
       }
       found[isa] = y;
@@ -172,7 +178,7 @@ class Test {
         for (int64_t e = 0; e < shape.E; ++e) mask[t * shape.E + e] = row[e] >= tau * *std::max_element(row, row + shape.E);
       }
       const auto with = [&](int count) {
-        return output(layer, [&](const Experts& p) { cpu::dynamic_k_moe(p, layer.router(tau), threads(count)); });
+        return output(layer, false, [&](const Experts& p) { cpu::dynamic_k_moe(p, layer.router(tau), threads(count)); });
       };
       const auto y = with(1);
       judge(isa, "dynamic_k_moe of 3 threads", layer, with(3) == y ? 0 : INFINITY);
@@ -183,9 +189,9 @@ class Test {
   }
 
   template <class Run>
-  static std::vector<double> output(const Layer& layer, Run run) {
+  static std::vector<double> output(const Layer& layer, bool packed, Run run) {
     Numbers y(layer.shape.T * layer.shape.d_out, layer.kind.dtype);
-    run(layer.experts(y));
+    run(layer.experts(y, packed));
     return y.read();
   }
 
@@ -198,17 +204,17 @@ class Test {
     if (const cpu::Kernels* kernels = kernels_by_traps()) cpu::use_kernels(*kernels), body(kTrapped);
   }
 
-  void judge(const std::string& isa, const char* what, const Layer& layer, double share) {
+  void judge(const std::string& isa, const std::string& what, const Layer& layer, double share) {
     Tally& tally = tallies_[isa];
     ++tally.runs;
     tally.worst = std::max(tally.worst, share);
     if (share <= 1) return;
     const auto& [T, d, E, s, d_out, r] = layer.shape;
     if (++tally.wrong <= 20)
-      std::printf("%s %s %s %s%s%s%s T=%d d=%d E=%d s=%d d_out=%d r=%d: error %.3g of what is allowed\n", isa.c_str(), what,
-                  kDtypeNames[int(layer.kind.dtype)], kActivationNames[int(layer.kind.act)], layer.kind.int8 ? " int8" : "",
-                  layer.kind.gated ? " gated" : "", layer.kind.bias ? "" : " no bias", int(T), int(d), int(E), int(s), int(d_out),
-                  int(r), share);
+      std::printf("%s %s %s %s%s%s%s T=%d d=%d E=%d s=%d d_out=%d r=%d: error %.3g of what is allowed\n", isa.c_str(),
+                  what.c_str(), kDtypeNames[int(layer.kind.dtype)], kActivationNames[int(layer.kind.act)],
+                  layer.kind.int8 ? " int8" : "", layer.kind.gated ? " gated" : "", layer.kind.bias ? "" : " no bias", int(T),
+                  int(d), int(E), int(s), int(d_out), int(r), share);
   }
 
   std::map<std::string, Tally> tallies_;

@@ -83,6 +83,18 @@ class Numbers {
     return drawn(n, dtype, [&] { return draw(random); });
   }
 
+  // Matrices [n, m], one after the other, each turned into [m, n].
+  Numbers turned(int64_t n, int64_t m) const {
+    Numbers out(size(), dtype_);
+    const int bytes = format(dtype_).bytes;
+    for (int64_t i = 0; i < size(); ++i) {
+      const int64_t first = i / (n * m) * n * m, row = i % (n * m) / m, column = i % m, to = first + column * n + row;
+      out.values_[to] = values_[i];
+      std::memcpy(&out.bytes_[(to + 1) * bytes], &bytes_[(i + 1) * bytes], bytes);
+    }
+    return out;
+  }
+
   int64_t size() const { return static_cast<int64_t>(values_.size()); }
   char* data() { return bytes_.data() + format(dtype_).bytes; }
   View view() const { return {values_.empty() ? nullptr : bytes_.data() + format(dtype_).bytes, dtype_}; }

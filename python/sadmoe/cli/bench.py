@@ -13,6 +13,7 @@ from sadmoe.dial import set_batch_invariant
 from sadmoe.measure_costs import TOKENS, calibrate_costs, costs_table
 from sadmoe.measured import cache_file, read
 from sadmoe.outputs import check_files
+from sadmoe.packed import pack_experts_
 from sadmoe.paths import dtype_name, use_costs
 from sadmoe.tables import to_json
 from sadmoe.texts import load_model
@@ -50,6 +51,9 @@ def add_bench(commands: Any) -> None:
         help="never take the dense path, or wherever it is faster (default: as layers do by themselves)",
     )
     command.add_argument(
+        "--packed", action="store_true", help="with the experts as sadmoe.pack_experts_ lays them out"
+    )
+    command.add_argument(
         "--seconds",
         type=float,
         default=0.6,
@@ -81,6 +85,7 @@ def _bench(arguments: argparse.Namespace) -> None:
             "--tau": arguments.tau,
             "--batch-invariant": arguments.batch_invariant,
             "--data": arguments.data,
+            "--packed": arguments.packed,
             "--json": arguments.json,
         }
         if given := [flag for flag, value in of_calls.items() if value]:
@@ -102,6 +107,11 @@ def _bench(arguments: argparse.Namespace) -> None:
         use_costs(read(cache_file(arguments.cache)).values())
     if arguments.batch_invariant:
         set_batch_invariant(model, arguments.batch_invariant == "yes")
+    if arguments.packed and not pack_experts_(model):
+        raise ValueError(
+            "--packed: no layer gains by it: it takes AVX-512, the CPU, and experts of a multiple of 32 neurons, "
+            "and with AMX another dtype than bfloat16"
+        )
     if arguments.data:
         batch = data_of(arguments, model).batches[0]
     else:

@@ -189,7 +189,7 @@ class DynamicKMoE(Experts):
         """Whether x [T, d] goes through every expert by the op, instead of torch's products."""
         if self.keeps_hidden:
             return False
-        if self.batch_invariant or self.is_int8:
+        if self.batch_invariant or self.is_int8 or self.is_packed:
             return True
         if not runs_plainly(x) or (dtype := self._dtype_of_products(x)) is None:
             return False
@@ -218,7 +218,7 @@ class DynamicKMoE(Experts):
         unasked = self.batch_invariant is None
         if unasked and x.dtype.itemsize > 2 and not torch._C._is_any_autocast_enabled():
             return 1.0  # at once: the checks below take time and would not change the answer
-        if not runs_plainly(x) or (dtype := self._dtype_of_products(x)) is None:
+        if self.is_packed or not runs_plainly(x) or (dtype := self._dtype_of_products(x)) is None:
             return 1.0
         if unasked and dtype.itemsize > 2:
             return 1.0
@@ -258,6 +258,7 @@ class DynamicKMoE(Experts):
             f"d={self.w_up.shape[2]}, experts={self.experts}, expert_size={self.expert_size}, act={self.act}"
             + (", gated" if self.w_gate is not None else "")
             + (", int8" if self.is_int8 else "")
+            + (", packed" if self.is_packed else "")
             + (f", d_out={d_out}" if d_out != self.w_up.shape[2] else "")
             + f", gate={self.gate}"
         )

@@ -1,0 +1,115 @@
+// Products of token rows with neurons that stand side by side (Kernels::project_packed), in tiles. No lanes are added up at a
+// tile's end, and an expert is one stream of memory. One template for every instruction set; no intrinsics here.
+#pragma once
+#include "cpu/accumulate.h"
+
+namespace sadmoe::cpu {
+
+// The entries of rows and neurons that are multiplied before the next ones: sums of a thousand would err more than torch's. The
+// first span begins the sums in out, others are added to them.
+constexpr int64_t kSpan = 512;
+struct Span {
+  int64_t k, count;
+};
+
+template <class Vec, bool Part>
+[[gnu::always_inline]] inline void put(Vec sum, const Span& span, float* out, int64_t part) {
+  store_columns<Part>(span.k > 0 ? load_columns<Part, Vec>(out, part) + sum : sum, out, part);
+}
+
+// The rows of a tile from entry k on, each a pointer in a register.
+template <class Vec, class Entry, int Rows>
+struct RowsFrom {
+  const Entry* x[Rows];
+
+  [[gnu::always_inline]] RowsFrom(const Project& p, int64_t i0, int64_t k) {
+    for (int i = 0; i < Rows; ++i) x[i] = static_cast<const Entry*>(p.x) + (p.rows ? p.rows[i0 + i] : i0 + i) * p.d + k;
+  }
+  [[gnu::always_inline]] const Entry* operator()(int i) const { return x[i]; }
+};
+
+// Tiles of float32 rows, and vectors of `width` neurons; Part: of one vector, part neurons. Flat, as tiles of project.
+template <class Vec, class W>
+struct PackedFloats {
+  using Weight = W;
+  static constexpr int width = Vec::width, tile_sums = Vec::accumulate_rows * Vec::accumulate_vecs;
+  static constexpr int most = Vec::accumulate_vecs < 4 ? 2 : 4;  // vectors of a tile
+
+  template <int Rows, int Vecs, bool Part>
+  [[gnu::flatten]] static void tile(const Project& p, Span span, Ahead<Vec>& ahead, int64_t i0, int64_t j0, int64_t part) {
+    const RowsFrom<Vec, float, Rows> row(p, i0, span.k);
+    Vec sums[Rows][Vecs];
+    unroll<Rows>([&](auto i) { unroll<Vecs>([&](auto v) { sums[i.value][v.value] = Vec::zero(); }); });
+    add_products<Part>(sums, row, static_cast<const W*>(p.w) + span.k * p.ld_w + j0, p.ld_w, span.count, part, ahead);
+    unroll<Rows>([&](auto i) {
+      float* out = p.out + (i0 + i.value) * p.ld + j0;
+      unroll<Vecs>([&](auto v) { put<Vec, Part>(sums[i.value][v.value], span, out + v.value * width, part); });
+    });
+  }
+};
+
+// Tiles of rows of 16 bits, two entries at once; else the same.
+template <class Pair, class Vec>
+struct PackedPairs {
+  using Weight = typename Pair::Weight;
+  static constexpr int width = Pair::width, tile_sums = Pair::accumulate_rows * Pair::accumulate_groups;
+  static constexpr int most = Pair::accumulate_groups;
+
+  template <int Rows, int Groups, bool Part>
+  [[gnu::flatten]] static void tile(const Project& p, Span span, Ahead<Vec>& ahead, int64_t i0, int64_t j0, int64_t part) {
+    const RowsFrom<Vec, typename Pair::Entry, Rows> row(p, i0, span.k);
+    const PairsInPlace<Pair, Part> weights(static_cast<const Weight*>(p.w) + span.k * p.ld_w, p.ld_w, span.count, part);
+    typename Pair::Sum sums[Rows][Groups][2];
+    const auto each = [](auto body) { unroll<Rows>([&](auto i) { unroll<Groups>([&](auto g) { body(i.value, g.value); }); }); };
+    each([&](int i, int g) { sums[i][g][0] = sums[i][g][1] = Pair::Sum::zero(); });
+    add_products_of_pairs<Pair>(sums, row, weights, j0, span.count, ahead);
+    each([&](int i, int g) {
+      float* out = p.out + (i0 + i) * p.ld + j0 + g * width;
+      Vec neurons[2];
+      Pair::to_floats(sums[i][g], neurons);
+      for (int half = 0; half < 2; ++half, out += Vec::width) {
+        const int64_t left = part - half * Vec::width;
+        if (!Part || left >= Vec::width)
+          put<Vec, false>(neurons[half], span, out, 0);
+        else if (left > 0)
+          put<Vec, true>(neurons[half], span, out, left);
+      }
+    });
+  }
+};
+
+// The neurons from j on, as many vectors at once as are left: the fewer, the more rows.
+template <class Vec, class Tiles, int Vecs>
+void project_span(const Project& p, Span span, Ahead<Vec>& ahead, int64_t j) {
+  constexpr int kMostRows = 8, kRows = Tiles::tile_sums / Vecs < kMostRows ? Tiles::tile_sums / Vecs : kMostRows;
+  const auto strip = [&](auto is_part, int64_t part) {
+    rows_in_tiles<kRows>(
+        0, p.n, [&](auto rows, int64_t i) { Tiles::template tile<rows.value, Vecs, is_part.value>(p, span, ahead, i, j, part); });
+  };
+  for (; j + Vecs * Tiles::width <= p.m; j += Vecs * Tiles::width) strip(std::false_type{}, 0);
+  if constexpr (Vecs > 1)
+    project_span<Vec, Tiles, Vecs / 2>(p, span, ahead, j);
+  else if (j < p.m)
+    strip(std::true_type{}, p.m - j);
+}
+
+// Of so many rows, memory gives twice as long pieces of an expert faster.
+template <class Tiles>
+constexpr int64_t kFew = Tiles::tile_sums / (2 * Tiles::most);
+
+template <class Vec, class Tiles>
+void project_packed(const Project& p) {
+  using W = typename Tiles::Weight;
+  const int64_t spans = (p.d + kSpan - 1) / kSpan, most = (p.d + 2 * spans - 1) / (2 * spans) * 2;  // even, for pairs
+  some_at_once(p.d, most, [&](int64_t k, int64_t count, bool more, int64_t then) {
+    const void* next = more ? static_cast<const W*>(p.w) + (k + count) * p.ld_w : p.next;
+    Ahead<Vec> ahead(next, then * p.ld_w * int64_t(sizeof(W)), p.n * count * p.m);
+    const Span span{k, count};
+    if (p.n <= kFew<Tiles>)
+      project_span<Vec, Tiles, 2 * Tiles::most>(p, span, ahead, 0);
+    else
+      project_span<Vec, Tiles, Tiles::most>(p, span, ahead, 0);
+  });
+}
+
+}  // namespace sadmoe::cpu
