@@ -6,8 +6,8 @@
 It is time that is measured, not quality: the models are converted without fine-tuning, with routers trained for a few
 steps, and every layer's tau is solved for the share on the scores of its own inputs. So the outputs are of no use, and
 the masks less clustered and less skewed than those of a fine-tuned model. --packed, --int8: beside it with experts
-packed, in int8. The executed share printed is that of the timed inputs; that of a decode is of its prompt. Models take turns.
-bench/recipes/fetch.sh brings the packages.
+packed, in int8. The executed share printed is that of the timed inputs; that of a decode is of its prompt. Models take
+turns. bench/recipes/fetch.sh brings the packages.
 """
 
 import argparse

@@ -101,7 +101,7 @@ class Experts(nn.Module):
 
     @property
     def is_packed(self) -> bool:
-        """Whether each expert's neurons stand side by side in memory, see `pack_`; never weights made at every access."""
+        """Whether each expert's neurons stand side by side in memory, see `pack_`; not if made at every access."""
         w_up = self._parameters.get("w_up")
         return w_up is not None and w_up.stride(2) == w_up.shape[1] > 1
 
