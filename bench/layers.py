@@ -13,9 +13,10 @@ left out. sadmoe is timed on the first of --isas, the others are columns of thei
 first, a few microseconds of its time.
 
 Peers: loop, a Python loop over experts; eager and grouped_mm, transformers' two; torch_grouped_mm, torch's own product
-and no more; int8, sadmoe with its experts' weights in int8, its router's in 16 bits; layer, not by default and for
-independent masks alone, the module, which may run all experts by torch's products, by the costs of --calibrate or those
-that came with sadmoe. "-": one of the peer's tensors would be over --memory GiB.
+and no more; int8, sadmoe with its experts' weights in int8, its router's in 16 bits; packed, not by default, sadmoe
+with packed experts; layer, not by default and for independent masks alone, the module, which may run all experts by
+torch's products, by the costs of --calibrate or those that came with sadmoe. "-": one of the peer's tensors would be
+over --memory GiB.
 
 Variants take turns, call by call: the more of them, the less does one find of its weights and its code in the caches.
 --stack MIB: they take turns after as many copies of the layer, at least two, as have MIB MiB of weights, one after
@@ -66,6 +67,7 @@ from variants import (
     largest,
     layer_of,
     loop,
+    packed,
     sadmoe,
     torch_grouped_mm,
 )
@@ -78,7 +80,7 @@ CACHED = torch.ones(2**26)  # floats, more than any cache holds
 WIDE = 128  # neurons of an expert that wastes nothing
 PEERS = {
     "loop": loop, "eager": eager, "grouped_mm": grouped_mm, "torch_grouped_mm": torch_grouped_mm, "int8": int8,
-    "layer": as_layer,
+    "packed": packed, "layer": as_layer,
 }  # fmt: skip
 
 
@@ -179,7 +181,7 @@ def sparse(p: SimpleNamespace, kind: str, copies: Copies, args: argparse.Namespa
     ours = {"sadmoe": first} | {isa: isa for isa in others}
     found |= {name: sadmoe(copies.of(p, (kind, name))) for name in ours}
     if others:  # else chosen once, by main
-        for name, isa in (ours | {"int8": first, "layer": first}).items():
+        for name, isa in (ours | dict.fromkeys(("int8", "packed", "layer"), first)).items():
             if name in found:
                 found[name] = with_isa(isa, found[name])
     return {name: Kept(call) for name, call in found.items()}
@@ -312,7 +314,10 @@ def arguments() -> argparse.Namespace:
         "--isas", nargs="+", default=["auto"], help="of sadmoe.ops.cpu_isas(); all; auto, the fastest"
     )
     parser.add_argument(
-        "--peers", nargs="*", choices=list(PEERS), default=[name for name in PEERS if name != "layer"]
+        "--peers",
+        nargs="*",
+        choices=list(PEERS),
+        default=[name for name in PEERS if name not in ("packed", "layer")],
     )
     parser.add_argument(
         "--calibrate", action="store_true", help="the layer's costs, as sadmoe bench --calibrate would"

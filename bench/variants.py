@@ -32,6 +32,14 @@ def sadmoe(p: SimpleNamespace) -> Callable[[], Tensor]:
     return _by_ops(p, ops.dynamic_k_moe, ops.sparse_experts, experts(p), (p.v1, p.v2))
 
 
+def packed(p: SimpleNamespace) -> Callable[[], Tensor]:
+    """The same with w_up and w_gate as `pack_experts_` lays them out."""
+    layer = kept(p, "packed", lambda: layer_of(p))
+    layer.pack_()
+    weights = [None if weight is None else weight.detach() for weight in layer.expert_weights()]
+    return _by_ops(p, ops.dynamic_k_moe, ops.sparse_experts, tuple(weights), (p.v1, p.v2))
+
+
 def layer_of(w: SimpleNamespace) -> DynamicKMoE:
     """The layer with a copy of these weights, free to run every expert by torch's products where that is faster."""
     E, s, d = w.w_up.shape

@@ -23,6 +23,9 @@ def kilobytes(name):
 Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
 before = kilobytes("VmRSS")
 model = AutoModel.from_pretrained(sys.argv[1]).eval()
+for layer in sadmoe.moe_layers(model).values():
+    if sys.argv[2:] == ["packed"]:
+        layer.pack_()
 with torch.inference_mode():
     for tokens in (1, 200):
         model(input_ids=torch.arange(tokens)[None])
@@ -30,9 +33,11 @@ print(kilobytes("VmHWM") - before)
 """
 
 
-def peak(folder: Path) -> int:
-    """Kilobytes that a process takes at most to load a model and to run one and 200 tokens."""
-    result = subprocess.run([sys.executable, "-c", LOAD, str(folder)], capture_output=True, text=True)
+def peak(folder: Path, *packed: str) -> int:
+    """Kilobytes that a process takes at most to load a model, to pack it or not, and to run one and 200 tokens."""
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD, str(folder), *packed], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     return int(result.stdout)
 
@@ -83,7 +88,7 @@ def test_threads_without_memory_raise_what_one_thread_would():
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
 @pytest.mark.slow
 def test_a_converted_model_is_loaded_and_run_in_the_memory_of_the_dense_one(tmp_path):
-    """Experts hold the weights once, as they are saved and as the kernels read them: none are packed beside them."""
+    """Experts hold the weights once, as they are saved and as the kernels read them, or once otherwise."""
     sizes = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 4, "num_attention_heads": 8}
     model = transformers.BertModel(
         transformers.BertConfig(vocab_size=1000, hidden_act="relu", **sizes)
@@ -97,3 +102,5 @@ def test_a_converted_model_is_loaded_and_run_in_the_memory_of_the_dense_one(tmp_
     dense, converted = peak(tmp_path / "dense"), peak(tmp_path / "converted")
     assert dense > 4 * 2 * 512 * 4096 * 4 / 1024, "the weights of the FFNs, at least"
     assert converted <= 1.1 * dense, f"{converted / dense:.2f} times the memory"
+    packed = peak(tmp_path / "converted", "packed")
+    assert packed <= 1.1 * dense, f"{packed / dense:.2f} times the memory, packed"

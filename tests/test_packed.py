@@ -9,8 +9,9 @@ import torch
 from backends import DTYPES
 from converted import converted, random_layer, random_rows
 from problems import assert_as_good_as_torch, experts_problem, in_double, router_problem
-from sadmoe import ops, packed, reference
+from sadmoe import ops, reference
 from sadmoe.measure_costs import calibrate_costs
+from sadmoe.ops import layout
 from tiny_models import TINY
 from torch import library, nn
 
@@ -25,12 +26,8 @@ PROBLEMS = {
 }
 
 
-def side_by_side(weight):
-    return None if weight is None else weight.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def packed_arguments(args):
-    return [side_by_side(value) if i in WAY_IN else value for i, value in enumerate(args)]
+def packed_arguments(args, which=WAY_IN):
+    return [ops.packed(value) if i in which and value is not None else value for i, value in enumerate(args)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -51,8 +48,8 @@ def test_the_kernels_take_them_as_they_are(isa):
     in_rows = ops.sparse_experts(*args, act="silu")
     assert not torch.equal(ops.sparse_experts(*packed_arguments(args), act="silu"), in_rows)
     for i in WAY_IN:
-        mixed = [side_by_side(value) if j == i else value for j, value in enumerate(args)]
-        assert torch.equal(ops.sparse_experts(*mixed, act="silu"), in_rows), "one alone is copied"
+        one = packed_arguments(args, which=(i,))
+        assert torch.equal(ops.sparse_experts(*one, act="silu"), in_rows), "one alone is copied"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -157,8 +154,8 @@ def test_int8_is_not_packed(layer):
 @pytest.fixture
 def model(monkeypatch):
     """With experts of a size that gains, on a processor where it does."""
-    monkeypatch.setattr(packed, "cpu_isa", lambda: "avx512")
-    monkeypatch.setattr(packed, "WIDTH", 15)
+    monkeypatch.setattr(layout, "cpu_isa", lambda: "avx512")
+    monkeypatch.setattr(layout, "FULL", 15)
     model = converted("bert", experts=4).eval()
     sadmoe.hf.describe_to_transformers(model)
     sadmoe.set_tau(model, 0.2)
@@ -189,12 +186,12 @@ def test_a_model_is_packed_and_unpacked(model):
     ],
 )
 def test_packed_is_what_gains(model, monkeypatch, isa, dtype, gains):
-    monkeypatch.setattr(packed, "cpu_isa", lambda: isa)
+    monkeypatch.setattr(layout, "cpu_isa", lambda: isa)
     assert bool(sadmoe.pack_experts_(model.to(dtype))) == gains
 
 
 def test_experts_that_do_not_fill_registers_stay(monkeypatch):
-    monkeypatch.setattr(packed, "cpu_isa", lambda: "avx512")
+    monkeypatch.setattr(layout, "cpu_isa", lambda: "avx512")
     model = nn.ModuleDict({str(s): random_layer(expert_size=s) for s in (16, 32, 48, 64)})
     assert sadmoe.pack_experts_(model) == ("32", "64")
 

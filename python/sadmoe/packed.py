@@ -2,22 +2,18 @@
 
 from contextlib import ExitStack
 
-import torch
 from torch import nn
 
 from sadmoe.dial import check_own_weights, converted_layers
-from sadmoe.layer import DynamicKMoE
-from sadmoe.ops import cpu_isa
-
-WIDTH = 32  # bf16 of a register: other numbers of neurons leave one partly empty, and were up to 1.4 times as slow
+from sadmoe.ops import packing_gains
 
 
 def pack_experts_(model: nn.Module) -> tuple[str, ...]:
-    """Lays out the experts of a converted model anew, in place, for calls without gradients on the CPU; returns the
-    names of the layers that are packed now.
+    """Lays out the experts of a converted model anew, in place, to run on the CPU; returns the names of the layers that
+    are packed now.
 
-    w_up and w_gate keep their shapes [E, s, d], in memory that is [E, d, s]. Nothing takes more of it: a matrix at a
-    time is replaced. Packed are those where it was measured to gain: with AVX-512, in experts of a multiple of 32
+    w_up and w_gate keep their shapes [E, s, d], in memory that is [E, d, s]. Nothing takes more of it: one matrix after
+    the other is replaced. Packed are those where it was measured to gain: with AVX-512, in experts of a multiple of 32
     neurons, of float32, float16, or without AMX bfloat16. Others stay as they are, so with AVX2 nothing is done, and
     `()` returned.
 
@@ -30,7 +26,7 @@ def pack_experts_(model: nn.Module) -> tuple[str, ...]:
     check_own_weights(model, layers)
     with ExitStack() as undo:
         for layer in layers.values():
-            if not layer.is_packed and _gains(layer):
+            if not layer.is_packed and packing_gains(layer.w_up):
                 undo.callback(layer.unpack_)
                 layer.pack_()
         undo.pop_all()
@@ -41,10 +37,3 @@ def unpack_experts_(model: nn.Module) -> None:
     """Undoes `pack_experts_`, in place. Raises ValueError where nothing is converted."""
     for layer in converted_layers(model).values():
         layer.unpack_()
-
-
-def _gains(layer: DynamicKMoE) -> bool:
-    isa, weight = cpu_isa(), layer.w_up
-    by_tiles = isa == "amx" and weight.dtype == torch.bfloat16
-    wide = isa == "amx" or isa.startswith("avx512")
-    return weight.is_cpu and not layer.is_int8 and wide and not by_tiles and layer.expert_size % WIDTH == 0

@@ -175,12 +175,14 @@ class Experts(nn.Module):
         for scale_name in ALL_SCALES:
             setattr(self, scale_name, None)
 
+    @torch.inference_mode(False)
     def pack_(self) -> None:
         """Lays w_up and w_gate [E, s, d] out as [E, d, s], in place: as the CPU kernels read them fastest."""
         for name in WAY_IN:
             if name in self._parameters and (weight := self._parameters[name]) is not None:
-                weight.data = weight.data.transpose(1, 2).contiguous().transpose(1, 2)
+                weight.data = ops.packed(weight.data)
 
+    @torch.inference_mode(False)
     def unpack_(self) -> None:
         """Undoes `pack_`."""
         for name in WAY_IN:

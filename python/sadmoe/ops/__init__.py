@@ -18,6 +18,7 @@ from sadmoe.ops.functions import (
     sparse_experts,
     sparse_experts_int8,
 )
+from sadmoe.ops.layout import packed, packing_gains
 
 __all__ = [
     "DTYPES",
@@ -29,6 +30,8 @@ __all__ = [
     "dynamic_k_moe_int8",
     "dynamic_k_select",
     "masked_activation_",
+    "packed",
+    "packing_gains",
     "router_scores",
     "runs_kernels",
     "sparse_experts",
