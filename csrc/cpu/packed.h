@@ -5,9 +5,9 @@
 
 namespace sadmoe::cpu {
 
-// The entries of rows and neurons that are multiplied before the next ones: sums of a thousand would err more than torch's. The
-// first span begins the sums in out, others are added to them.
-constexpr int64_t kSpan = 512;
+// The entries of rows and neurons that are multiplied before the next ones, while those are fetched. Every span has sums of its
+// own, the first in out, others added to them: in sums of a thousand, rounding errs more than in torch's.
+constexpr int64_t kSpan = 128;
 struct Span {
   int64_t k, count;
 };
@@ -78,10 +78,17 @@ struct PackedPairs {
   }
 };
 
-// The neurons from j on, as many vectors at once as are left: the fewer, the more rows.
+// Rows of a tile with so many vectors of neurons: the fewer of these, the more.
+template <class Tiles>
+constexpr int rows_beside(int vecs) {
+  constexpr int kMost = 8;
+  return Tiles::tile_sums / vecs < kMost ? Tiles::tile_sums / vecs : kMost;
+}
+
+// The neurons from j on, so many vectors at once, then half as many.
 template <class Vec, class Tiles, int Vecs>
 void project_span(const Project& p, Span span, Ahead<Vec>& ahead, int64_t j) {
-  constexpr int kMostRows = 8, kRows = Tiles::tile_sums / Vecs < kMostRows ? Tiles::tile_sums / Vecs : kMostRows;
+  constexpr int kRows = rows_beside<Tiles>(Vecs);
   const auto strip = [&](auto is_part, int64_t part) {
     rows_in_tiles<kRows>(
         0, p.n, [&](auto rows, int64_t i) { Tiles::template tile<rows.value, Vecs, is_part.value>(p, span, ahead, i, j, part); });
@@ -93,22 +100,23 @@ void project_span(const Project& p, Span span, Ahead<Vec>& ahead, int64_t j) {
     strip(std::true_type{}, p.m - j);
 }
 
-// Of so many rows, memory gives twice as long pieces of an expert faster.
-template <class Tiles>
-constexpr int64_t kFew = Tiles::tile_sums / (2 * Tiles::most);
-
+// Few rows take more vectors at once, as memory gives longer pieces of an expert faster. Rows that just do not fit a tile take
+// fewer, if they fit one of these: else the weights would be read again for the last of them.
 template <class Vec, class Tiles>
 void project_packed(const Project& p) {
   using W = typename Tiles::Weight;
+  constexpr int kVecs = Tiles::most;
   const int64_t spans = (p.d + kSpan - 1) / kSpan, most = (p.d + 2 * spans - 1) / (2 * spans) * 2;  // even, for pairs
   some_at_once(p.d, most, [&](int64_t k, int64_t count, bool more, int64_t then) {
     const void* next = more ? static_cast<const W*>(p.w) + (k + count) * p.ld_w : p.next;
     Ahead<Vec> ahead(next, then * p.ld_w * int64_t(sizeof(W)), p.n * count * p.m);
     const Span span{k, count};
-    if (p.n <= kFew<Tiles>)
-      project_span<Vec, Tiles, 2 * Tiles::most>(p, span, ahead, 0);
+    if (p.n <= rows_beside<Tiles>(2 * kVecs))
+      project_span<Vec, Tiles, 2 * kVecs>(p, span, ahead, 0);
+    else if (p.n <= rows_beside<Tiles>(kVecs) || p.n > rows_beside<Tiles>(kVecs / 2))
+      project_span<Vec, Tiles, kVecs>(p, span, ahead, 0);
     else
-      project_span<Vec, Tiles, Tiles::most>(p, span, ahead, 0);
+      project_span<Vec, Tiles, kVecs / 2>(p, span, ahead, 0);
   });
 }
 
