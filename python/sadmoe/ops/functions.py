@@ -53,7 +53,8 @@ def sparse_experts(
     x [T, d], mask bool [T, E], w_up, w_gate [E, s, d], w_down [E, s, d_out], b_up, b_gate [E, s], b_out [d_out];
     act a key of `reference.ACTIVATIONS` -> [T, d_out] of x's dtype. Sums in float32, experts in ascending order,
     on the CPU in float32 every 16 by themselves first: a token's result does not depend on its neighbours, the
-    number of threads or the run, bit for bit.
+    number of threads or the run, bit for bit. On the CPU w_up and w_gate may be `packed`; what is neither that nor
+    contiguous is copied at every call.
     """
     return run(_SPARSE_EXPERTS, x, mask, w_up, w_down, b_up, w_gate, b_gate, b_out, act)
 
