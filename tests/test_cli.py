@@ -12,6 +12,7 @@ import torch
 from sadmoe import cli, moe_layers, texts
 from sadmoe.cli import convert as convert_command
 from sadmoe.data import _lines_of_pairs, load_data
+from sadmoe.ops import layout
 from sadmoe.outputs import replaced
 from sadmoe.report import Series, plot_curves
 from sadmoe.routers import RouterConfig
@@ -553,11 +554,27 @@ def test_a_place_that_cannot_be_a_folder_is_refused_at_once(tmp_path, text, caps
     assert f"{text / 'out'} cannot be written: {text} is a file" in capsys.readouterr().err
 
 
+def test_packed_layers_are_timed_as_such(folder, text, tmp_path, capsys, monkeypatch):
+    out, numbers = tmp_path / "moe", tmp_path / "numbers.json"
+    assert converted(folder, text, out, "--tau", "0.2") == 0
+    bench = ["bench", "--model", str(out), "--seconds", "0.01", "--packed", "--json", str(numbers)]
+    monkeypatch.setattr(layout, "cpu_isa", lambda: "portable")
+    assert cli.main(bench) == 2
+    assert "--packed: no layer gains by it" in capsys.readouterr().err
+    monkeypatch.setattr(layout, "cpu_isa", lambda: "avx512")
+    monkeypatch.setattr(layout, "FULL", 1)
+    assert cli.main(bench) == 0
+    packed = json.loads(numbers.read_text())["packed"]
+    assert f"{len(packed)} of {len(packed)} layers packed" in capsys.readouterr().out
+    assert packed
+
+
 def test_what_calibrate_would_not_look_at_is_refused(tmp_path, capsys):
-    more = ("--json", str(tmp_path / "numbers.json"), "--tau", "0.1")
+    more = ("--json", str(tmp_path / "numbers.json"), "--tau", "0.1", "--packed")
     assert cli.main(["bench", "--model", str(tmp_path), "--calibrate", *more]) == 2
     assert (
-        "--calibrate measures layers at shares of its own: leave out --tau, --json" in capsys.readouterr().err
+        "--calibrate measures layers at shares of its own: leave out --tau, --packed, --json"
+        in capsys.readouterr().err
     )
 
 

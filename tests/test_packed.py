@@ -8,12 +8,14 @@ import sadmoe
 import torch
 from backends import DTYPES
 from converted import converted, random_layer, random_rows
+from given_costs import layer_of
 from problems import assert_as_good_as_torch, experts_problem, in_double, router_problem
 from sadmoe import ops, reference
 from sadmoe.measure_costs import calibrate_costs
 from sadmoe.ops import layout
 from tiny_models import TINY
 from torch import library, nn
+from torch.nn.utils import prune
 
 WAY_IN = (2, 5)  # w_up and w_gate, of the arguments of sparse_experts
 PROBLEMS = {
@@ -102,12 +104,78 @@ def test_a_layer_computes_what_it_did(layer, dtype, tau):
         assert torch.equal(other(x), layer(x))
 
 
-def test_a_layer_that_may_run_densely_runs_by_the_op(layer):
-    layer.bfloat16().batch_invariant = False
-    layer.gate = sadmoe.DynamicK(0.01)
-    sadmoe.paths.use_costs([])
+@pytest.mark.parametrize("tau", [0.0, 0.3])
+def test_a_layer_that_would_run_densely_runs_by_the_op(tau):
+    layer, x = layer_of(torch.bfloat16, tau), random_rows(100).bfloat16()
+    with torch.no_grad():
+        assert layer.takes_dense_path(x)
+        layer.pack_()
+        assert not layer.takes_dense_path(x)
+        layer(x)  # by no other way
+
+
+@pytest.mark.parametrize("name", ["w_up", "w_gate"])
+def test_weights_made_at_every_access_stay_in_rows(layer, name):
+    wanted = layer(random_rows(20))
+    prune.identity(layer, name)
     layer.pack_()
-    assert not layer.takes_dense_path(random_rows(200).bfloat16())
+    assert not layer.is_packed
+    assert all(value.is_contiguous() for value in layer.state_dict().values())
+    assert torch.equal(layer(random_rows(20)), wanted)
+
+
+def test_a_layer_is_packed_whole_or_not_at_all(layer, monkeypatch):
+    made = []
+
+    def fails(weight):
+        if made:
+            raise MemoryError
+        made.append(weight)
+        return layout.packed(weight)
+
+    monkeypatch.setattr(ops, "packed", fails)
+    with pytest.raises(MemoryError):
+        layer.pack_()
+    assert len(made) == 1
+    assert all(weight.is_contiguous() for weight in layer.parameters())
+
+
+def test_weights_are_assigned_as_they_come(layer):
+    layer.pack_()
+    layer.load_state_dict({name: value.clone() for name, value in layer.state_dict().items()}, assign=True)
+    assert not layer.is_packed
+
+
+def test_packed_layers_are_not_trained():
+    model = nn.ModuleDict({"one": random_layer(expert_size=32)})
+    model["one"].pack_()
+    with pytest.raises(ValueError, match=r"one are packed, to run only: unpack_experts_\(model\) first"):
+        sadmoe.finetune_(model, [random_rows(4)], sadmoe.FinetuneConfig(steps=1), progress=False)
+
+
+def test_under_autocast_they_stay_packed(layer):
+    layer.gate = sadmoe.DynamicK(0.3)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        in_rows = layer(random_rows(20))
+        layer.pack_()
+        y = layer(random_rows(20))
+    assert y.dtype == torch.bfloat16
+    assert (y.float() - in_rows.float()).norm() <= 0.02 * in_rows.float().norm()
+
+
+def test_a_packed_layer_compiles(layer):
+    layer.gate = sadmoe.DynamicK(0.3)
+    layer.pack_()
+    x = random_rows(20)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
+
+
+def test_a_layer_is_packed_in_inference_mode_for_good(layer):
+    with torch.inference_mode():
+        layer.pack_()
+    assert not layer.w_up.is_inference()
+    layer(random_rows(5)).sum().backward()
 
 
 def test_gradients_are_the_same(layer):
@@ -178,8 +246,8 @@ def test_a_model_is_packed_and_unpacked(model):
     ("isa", "dtype", "gains"),
     [
         ("avx512bf16", torch.bfloat16, True),
-        ("amx", torch.bfloat16, False),
-        ("amx", torch.float32, True),
+        ("avx512", torch.float32, True),
+        ("amx", torch.float32, False),
         ("avx2", torch.float32, False),
         ("portable", torch.float32, False),
         ("neon", torch.float32, False),
@@ -190,10 +258,10 @@ def test_packed_is_what_gains(model, monkeypatch, isa, dtype, gains):
     assert bool(sadmoe.pack_experts_(model.to(dtype))) == gains
 
 
-def test_experts_that_do_not_fill_registers_stay(monkeypatch):
+def test_experts_of_other_sizes_stay(monkeypatch):
     monkeypatch.setattr(layout, "cpu_isa", lambda: "avx512")
-    model = nn.ModuleDict({str(s): random_layer(expert_size=s) for s in (16, 32, 48, 64)})
-    assert sadmoe.pack_experts_(model) == ("32", "64")
+    model = nn.ModuleDict({str(s): random_layer(experts=2, expert_size=s) for s in (16, 32, 48, 256, 288)})
+    assert sadmoe.pack_experts_(model) == ("32", "256")
 
 
 def test_saved_is_what_it_was(model, tmp_path):

@@ -29,7 +29,7 @@ struct Project {
   float* out;
   const float* steps = nullptr;  // of the rows of quantized x
   const void* next = nullptr;    // the w of the next call, of about the same shape, to be fetched meanwhile; or null
-  int64_t ld_w = 0;              // of packed w, the same numbers as w [d, .]: neurons side by side
+  int64_t ld_w = 0;              // of packed w, see Kernels::project_packed
 };
 
 // In place on h [n, m], leading dimension ld:
@@ -96,7 +96,7 @@ constexpr int64_t kTile = 512;  // entries
 // Products of bf16 by a unit that sums those of two neighbours, in float32: weights and rows are taken as they are.
 struct Halves {
   void (*project)(const Project&);
-  void (*project_packed)(const Project&);  // d even
+  void (*project_packed)(const Project&);  // as of Kernels, d even
   void (*accumulate)(const Accumulate&);
 };
 
@@ -105,9 +105,9 @@ struct Kernels {
   // Columns of y that accumulate is best given at once, more of them with Accumulate::partial; of int8 weights, and of halves.
   int64_t strip, pair_strip;
   void (*quantize)(const Quantize&);
-  void (*project[4])(const Project&);  // by DType of w
-  void (*project_packed[3])(const Project&);
-  void (*accumulate[4])(const Accumulate&);  // by DType of w
+  void (*project[4])(const Project&);         // by DType of w
+  void (*project_packed[3])(const Project&);  // the same of w [d, m], leading dimension ld_w: neurons side by side
+  void (*accumulate[4])(const Accumulate&);   // by DType of w
   void (*activate)(const Activate&);
   void (*select)(const Select&);
   void (*widen[3])(const void* from, float* to, int64_t n);   // to float32

@@ -145,8 +145,13 @@ class Block {
     }
   }
 
-  // What up may be given a part of: neurons, or where the activations of an expert are quantized together, experts.
-  int64_t neurons_together() const { return form_ == Form::ints ? s_.s : 1; }
+  // What up may be given a part of: neurons, whole vectors of packed ones, or where the activations of an expert are quantized
+  // together, experts.
+  int64_t neurons_together() const {
+    constexpr int64_t kVectors = 32;
+    if (form_ == Form::ints) return s_.s;
+    return p_.packed && s_.s % kVectors == 0 ? kVectors : 1;
+  }
   int64_t active_neurons() const { return static_cast<int64_t>(plan_.active.size()) * s_.s; }
 
   // Hidden activations of the neurons [begin, end) of the active experts, put in a row.

@@ -17,7 +17,8 @@ template <class Vec, bool Part>
   store_columns<Part>(span.k > 0 ? load_columns<Part, Vec>(out, part) + sum : sum, out, part);
 }
 
-// The rows of a tile from entry k on, each a pointer in a register.
+// The rows of a tile from entry k on, each a pointer in a register. Of a Vec, as all here, lest one instruction set's be linked
+// into another.
 template <class Vec, class Entry, int Rows>
 struct RowsFrom {
   const Entry* x[Rows];
@@ -109,7 +110,8 @@ void project_packed(const Project& p) {
   const int64_t spans = (p.d + kSpan - 1) / kSpan, most = (p.d + 2 * spans - 1) / (2 * spans) * 2;  // even, for pairs
   some_at_once(p.d, most, [&](int64_t k, int64_t count, bool more, int64_t then) {
     const void* next = more ? static_cast<const W*>(p.w) + (k + count) * p.ld_w : p.next;
-    Ahead<Vec> ahead(next, then * p.ld_w * int64_t(sizeof(W)), p.n * count * p.m);
+    if (p.m < p.ld_w) next = nullptr;  // of an expert that threads share: lines with gaps between them
+    Ahead<Vec> ahead(next, then * p.m * int64_t(sizeof(W)), p.n * count * p.m);
     const Span span{k, count};
     if (p.n <= rows_beside<Tiles>(2 * kVecs))
       project_span<Vec, Tiles, 2 * kVecs>(p, span, ahead, 0);

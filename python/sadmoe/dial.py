@@ -29,13 +29,16 @@ def converted_layers(model: nn.Module, filter: Filter | None = None) -> dict[str
 
 
 def trainable_layers(model: nn.Module) -> dict[str, DynamicKMoE]:
-    """The same, of which none may have experts in int8."""
+    """The same, of which none may have experts in int8, nor packed: they and an optimizer's moments, which are kept in
+    rows, would be taken for one order of memory."""
     layers = converted_layers(model)
     for name, layer in layers.items():
         if layer.is_int8:
             raise ValueError(
                 f"the experts of {name} are int8 and cannot be trained: dequantize_experts_(model) first"
             )
+        if layer.is_packed:
+            raise ValueError(f"the experts of {name} are packed, to run only: unpack_experts_(model) first")
     return layers
 
 

@@ -9,18 +9,19 @@ from sadmoe.ops import packing_gains
 
 
 def pack_experts_(model: nn.Module) -> tuple[str, ...]:
-    """Lays out the experts of a converted model anew, in place, to run on the CPU; returns the names of the layers that
-    are packed now.
+    """Lays out the experts of a converted model anew, in the same parameters, to run on the CPU.
 
-    w_up and w_gate keep their shapes [E, s, d], in memory that is [E, d, s]. Nothing takes more of it: one matrix after
-    the other is replaced. Packed are those where it was measured to gain: with AVX-512, in experts of a multiple of 32
-    neurons, of float32, float16, or without AMX bfloat16. Others stay as they are, so with AVX2 nothing is done, and
-    `()` returned.
+    Returns the names of the layers that are packed now.
 
-    Packed layers always run by the op, as with `set_batch_invariant(model, True)`. They sum in another order, so
-    results differ by rounding. What is saved, by whatever means but pickling, is laid out as before, and so is a layer
-    that moves to another device. Training works, and is slower. Raises ValueError where nothing is converted, or
-    weights of a layer are not just its own. Whatever is raised, the model is as it was.
+    w_up and w_gate keep their shapes [E, s, d], in memory that is [E, d, s], and no more of it: layer after layer is
+    replaced, and leaves memory that it shared. Packed are those where it gained on a Zen 5: with AVX-512, in experts of
+    a multiple of 32 neurons up to 256. Others stay as they are: with AVX2, or AMX, nothing is done, and `()` returned.
+
+    Packed layers run by the op at every tau, as with `set_batch_invariant(model, True)`, but for gates on true norms.
+    They sum in another order, so results differ by rounding. `save` and `save_pretrained` write them as before, and one
+    that moves to another device is unpacked. They are not trained (`unpack_experts_` first); an optimizer that has
+    begun with them is none for them any more. Raises ValueError where nothing is converted, or weights of a layer are
+    not just its own. Whatever is raised, layers that were packed are unpacked again.
     """
     layers = converted_layers(model)
     check_own_weights(model, layers)

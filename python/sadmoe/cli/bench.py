@@ -10,6 +10,7 @@ import torch
 from sadmoe.bench import compare, random_batch, table
 from sadmoe.cli.options import add_common, add_data, add_model, data_of
 from sadmoe.dial import set_batch_invariant
+from sadmoe.ffn import moe_layers
 from sadmoe.measure_costs import TOKENS, calibrate_costs, costs_table
 from sadmoe.measured import cache_file, read
 from sadmoe.outputs import check_files
@@ -107,19 +108,23 @@ def _bench(arguments: argparse.Namespace) -> None:
         use_costs(read(cache_file(arguments.cache)).values())
     if arguments.batch_invariant:
         set_batch_invariant(model, arguments.batch_invariant == "yes")
-    if arguments.packed and not pack_experts_(model):
+    packed = pack_experts_(model) if arguments.packed else ()
+    if arguments.packed and not packed:
         raise ValueError(
-            "--packed: no layer gains by it: it takes AVX-512, the CPU, and experts of a multiple of 32 neurons, "
-            "and with AMX another dtype than bfloat16"
+            "--packed: no layer gains by it: it takes AVX-512 without AMX, the CPU, and experts of a multiple "
+            "of 32 neurons, up to 256, that are not int8"
         )
     if arguments.data:
         batch = data_of(arguments, model).batches[0]
     else:
         batch = random_batch(model, arguments.batch_size, arguments.max_length)
     rows = compare(model, batch, arguments.tau, arguments.seconds)
-    print(f"{machine()}, {dtype_name(next(model.parameters()).dtype)}, {arguments.device}\n\n{table(rows)}")
+    told = f", {len(packed)} of {len(moe_layers(model))} layers packed" if packed else ""
+    print(
+        f"{machine()}, {dtype_name(next(model.parameters()).dtype)}, {arguments.device}{told}\n\n{table(rows)}"
+    )
     if arguments.json:
-        numbers = {"machine": machine(), "rows": [asdict(row) for row in rows]}
+        numbers = {"machine": machine(), "packed": packed, "rows": [asdict(row) for row in rows]}
         arguments.json.write_text(to_json(numbers))
 
 

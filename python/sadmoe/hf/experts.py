@@ -20,9 +20,9 @@ NAME = "sadmoe"
 SEEN = 16  # values of a weight on the CPU, to notice what wrote to it
 _TAU, _ACT = "sadmoe_tau", "sadmoe_act"  # in the __dict__ of an experts module
 
-Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Packed = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 # Beside the modules, not in them, where it would be saved and copied.
-_kept: WeakKeyDictionary[nn.Module, tuple[list[ref[Tensor]], Any, Weights]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[nn.Module, tuple[list[ref[Tensor]], Any, Packed]] = WeakKeyDictionary()
 
 
 def set_experts_tau(model: nn.Module, tau: float) -> None:
@@ -70,7 +70,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     here = pairs < self.num_experts
     mask = F.one_hot(pairs, self.num_experts + 1)[:, : self.num_experts].bool()
     rows = hidden_states.repeat_interleave(top_k_index.shape[1], dim=0)
-    w_up, w_down, w_gate, b_up, b_gate, b_down = _laid_out(self)
+    w_up, w_down, w_gate, b_up, b_gate, b_down = _packed(self)
     y = ops.sparse_experts(rows, mask, w_up, w_down, b_up, w_gate, b_gate, act=act)
     if b_down is not None:
         y = y + b_down[pairs.where(here, 0)]
@@ -104,8 +104,8 @@ def _check(experts: Any) -> str:
     return act
 
 
-def _laid_out(experts: Any) -> Weights:
-    """w_up, w_down, w_gate, b_up, b_gate [E, s, ...] and the down bias [E, d], as the kernels read them.
+def _packed(experts: Any) -> Packed:
+    """w_up, w_down, w_gate, b_up, b_gate [E, s, ...] and the down bias [E, d], contiguous, as the kernels read them.
 
     Kept for the next call, which takes the experts' memory again, as long as the weights are the same tensors and
     nothing wrote to them in place: what `.data` writes is seen on the CPU, where a few values are compared, but not on
@@ -124,11 +124,7 @@ def _laid_out(experts: Any) -> Weights:
     if kept is None or not same or kept[1] != key:
         # Later calls may be others' than this one's: under inference_mode it would be of no use to any with gradients.
         with torch.inference_mode(False), torch.no_grad():
-            kept = _kept[experts] = (
-                [ref(p) for p in sources],
-                key,
-                _in_layout(experts, *sources, may_pack=True),
-            )
+            kept = _kept[experts] = ([ref(p) for p in sources], key, _in_layout(experts, *sources))
     return kept[2]
 
 
@@ -146,27 +142,21 @@ def _in_layout(
     down: Tensor,
     first_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
-    *,
-    may_pack: bool = False,
-) -> Weights:
-    """may_pack: where the kernels are faster then."""
+) -> Packed:
     first = first.transpose(1, 2) if experts.is_transposed else first  # [E, s or 2 s, d]
     down = down if experts.is_transposed else down.transpose(1, 2)  # [E, s, d]
-    gate, up, b_gate, b_up = None, first, None, first_bias
-    if _has_gate(experts):
-        concatenated = getattr(experts, "is_concatenated", True)
-        gate, up = _halves(first, concatenated)
-        b_gate, b_up = (None, None) if first_bias is None else _halves(first_bias, concatenated)
-    lay_out = ops.packed if may_pack and ops.packing_gains(up) else torch.Tensor.contiguous
-    return lay_out(up), down.contiguous(), None if gate is None else lay_out(gate), b_up, b_gate, down_bias
+    if not _has_gate(experts):
+        return first.contiguous(), down.contiguous(), None, first_bias, None, down_bias
+    concatenated = getattr(experts, "is_concatenated", True)
+    gate, up = _halves(first, concatenated)
+    b_gate, b_up = (None, None) if first_bias is None else _halves(first_bias, concatenated)
+    return up, down.contiguous(), gate, b_up, b_gate, down_bias
 
 
 def _halves(both: Tensor, concatenated: bool) -> tuple[Tensor, Tensor]:
     """Gate and up of dimension 1, where they are one after the other, or take turns."""
-    if not concatenated:
-        return both[:, ::2], both[:, 1::2]
-    gate, up = both.chunk(2, dim=1)
-    return gate, up
+    gate, up = both.chunk(2, dim=1) if concatenated else (both[:, ::2], both[:, 1::2])
+    return gate.contiguous(), up.contiguous()
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)

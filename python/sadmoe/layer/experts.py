@@ -16,7 +16,7 @@ from sadmoe.layer.rounding import column_scales as scales_of_columns
 from sadmoe.layer.rounding import to_int8
 
 SCALES = {"w_up": "scale_up", "w_gate": "scale_gate", "w_down": "scale_down"}  # of weights in int8
-WAY_IN = ("w_up", "w_gate")
+WAY_IN = ("w_up", "w_gate")  # what `pack_` lays out
 ALL_SCALES = (*SCALES.values(), "scale_out")
 Maybe = Tensor | None
 Int8Weights = tuple[Tensor, Tensor, Tensor, Tensor, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe]
@@ -33,7 +33,7 @@ class Experts(nn.Module):
     After `to_int8_`, w_up, w_gate and w_down are int8 and stand for themselves times scale_up, scale_gate and
     scale_down [E, s], and w_down's columns times scale_out [d_out]; else those are None.
 
-    After `pack_`, w_up and w_gate are [E, d, s] in memory, of which `state_dict()` has copies as before.
+    After `pack_`, w_up and w_gate are [E, d, s] in memory; `state_dict()` then has copies of them that are not.
     """
 
     w_up: nn.Parameter
@@ -101,9 +101,9 @@ class Experts(nn.Module):
 
     @property
     def is_packed(self) -> bool:
-        """Whether each expert's neurons stand side by side in memory, see `pack_`; not if made at every access."""
-        w_up = self._parameters.get("w_up")
-        return w_up is not None and w_up.stride(2) == w_up.shape[1] > 1
+        """Whether each expert's neurons stand side by side in memory, see `pack_`."""
+        weights = self._way_in()
+        return bool(weights) and all(weight.stride(2) == weight.shape[1] > 1 for weight in weights)
 
     def expert_weights(
         self,
@@ -177,17 +177,26 @@ class Experts(nn.Module):
 
     @torch.inference_mode(False)
     def pack_(self) -> None:
-        """Lays w_up and w_gate [E, s, d] out as [E, d, s], in place: as the CPU kernels read them fastest."""
-        for name in WAY_IN:
-            if name in self._parameters and (weight := self._parameters[name]) is not None:
-                weight.data = ops.packed(weight.data)
+        """Lays w_up and w_gate [E, s, d] out as [E, d, s], as the CPU kernels read them fastest.
+
+        Not where one of them is made of others at every access, as by torch's parametrize and prune.
+        """
+        weights = self._way_in()
+        for weight, laid_out in zip(weights, [ops.packed(weight.data) for weight in weights], strict=True):
+            weight.data = laid_out
 
     @torch.inference_mode(False)
     def unpack_(self) -> None:
         """Undoes `pack_`."""
-        for name in WAY_IN:
-            if (weight := self._parameters.get(name)) is not None:
-                weight.data = weight.data.contiguous()
+        for weight in self._way_in():
+            weight.data = weight.data.contiguous()
+
+    def _way_in(self) -> list[nn.Parameter]:
+        """w_up and, of a GLU, w_gate; none of them where one is no parameter of this module."""
+        table = self._parameters
+        if any(name not in table for name in WAY_IN):
+            return []
+        return [weight for name in WAY_IN if (weight := table[name]) is not None]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Experts":
         """Of `to` and the like: only the CPU's kernels take packed weights."""
@@ -198,10 +207,11 @@ class Experts(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.is_packed and not keep_vars:
-            for name in WAY_IN:
-                if (weight := destination.get(prefix + name)) is not None:
-                    destination[prefix + name] = weight.contiguous()
+        if keep_vars:
+            return
+        for name in WAY_IN:  # as they are, but for packed ones
+            if (weight := destination.get(prefix + name)) is not None:
+                destination[prefix + name] = weight.contiguous()
 
     def _load_from_state_dict(
         self,

@@ -34,16 +34,16 @@ class DynamicKMoE(Experts):
              share, as with few tokens in small layers.
       False  no: dense wherever it is faster. On CUDA by the share of earlier calls, from whenever it has arrived.
     At tau = 0 it runs torch's products, or the op where that was measured to be faster, as it mostly is on the CPU;
-    with True or int8 always the op. With gradients, and in graphs of torch.compile and torch.export, it is always the
-    op at tau > 0 (but for `keeps_hidden`), and torch at tau = 0 (but for True and int8). Gates on true norms compute
-    all experts. `expected_share`: the executed share in [0, 1] that decides on CUDA instead of that of earlier calls,
-    so also under graph capture. Neither is saved with the model.
+    with True, int8 or packed always the op. With gradients, and in graphs of torch.compile and torch.export, it is
+    always the op at tau > 0 (but for `keeps_hidden`), and torch at tau = 0 (but for True, int8 and packed). Gates on
+    true norms compute all experts. `expected_share`: the executed share in [0, 1] that decides on CUDA instead of that
+    of earlier calls, so also under graph capture. Neither is saved with the model.
 
     keeps_hidden: True while it is trained by `finetune_`. Every expert is computed, as the backward pass has to, and
     what it computed is kept until then; the op's backward pass computes it again.
 
     After `to_int8_` the op of int8 runs at every tau, whatever batch_invariant says, and a router in float32 has become
-    bfloat16.
+    bfloat16. After `pack_` the op runs at every tau, too.
     """
 
     dropout: nn.Dropout | None
