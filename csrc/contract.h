@@ -15,8 +15,8 @@
 //   - With x and weights in float32 every 16 experts are summed by themselves, on the CPU of those of a token, on CUDA by their
 //     number, and then those sums; so are, on CUDA without TF32, every 16 products of a depth.
 //   - Packed weights are multiplied in another order than others, so the results of the two differ by rounding.
-//   - With x in bf16, units that multiply bf16 (tensor cores, AMX, AVX512-BF16) round h to it; elsewhere, and where w_up is packed
-//     and d is odd, h stays float32.
+//   - With x in bf16, units that multiply bf16 (tensor cores, AMX, AVX512-BF16) round h to it; elsewhere, and with packed weights
+//     of an odd d, h stays float32.
 //   - An int8 row stands for itself times its neuron's scale, which multiplies sums and h instead. On the CPU a row of x, and of
 //     h of one expert, is rounded to 16 bits with a step of its own, and multiplied with int8 in whole numbers; a sum is exact,
 //     and rounded as it becomes float32; scale_out, if there is one, then multiplies the columns of y, before b_out is added.
