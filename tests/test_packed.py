@@ -13,6 +13,7 @@ from problems import assert_as_good_as_torch, experts_problem, in_double, router
 from sadmoe import ops, reference
 from sadmoe.measure_costs import calibrate_costs
 from sadmoe.ops import layout
+from sadmoe.ops.autocast import cast_all
 from tiny_models import TINY
 from torch import library, nn
 from torch.nn.utils import prune
@@ -146,6 +147,12 @@ def test_weights_are_assigned_as_they_come(layer):
     assert not layer.is_packed
 
 
+def test_dtypes_without_a_kernel_stay_in_rows(monkeypatch):
+    monkeypatch.setattr(layout, "cpu_isa", lambda: "avx512")
+    model = nn.ModuleDict({"one": random_layer(expert_size=32).double()})
+    assert sadmoe.pack_experts_(model) == ()
+
+
 def test_packed_layers_are_not_trained():
     model = nn.ModuleDict({"one": random_layer(expert_size=32)})
     model["one"].pack_()
@@ -153,7 +160,14 @@ def test_packed_layers_are_not_trained():
         sadmoe.finetune_(model, [random_rows(4)], sadmoe.FinetuneConfig(steps=1), progress=False)
 
 
-def test_under_autocast_they_stay_packed(layer):
+def test_what_is_cast_stays_packed():
+    args = packed_arguments(experts_problem(d=24, E=3, s=8, gated=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = cast_all("sparse_experts", tuple(args), "cpu")
+    assert all(cast[i].dtype == torch.bfloat16 and cast[i].stride() == args[i].stride() for i in WAY_IN)
+
+
+def test_autocast_computes_the_same(layer):
     layer.gate = sadmoe.DynamicK(0.3)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         in_rows = layer(random_rows(20))

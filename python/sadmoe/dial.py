@@ -29,8 +29,10 @@ def converted_layers(model: nn.Module, filter: Filter | None = None) -> dict[str
 
 
 def trainable_layers(model: nn.Module) -> dict[str, DynamicKMoE]:
-    """The same, of which none may have experts in int8, nor packed: they and an optimizer's moments, which are kept in
-    rows, would be taken for one order of memory."""
+    """The same, of which none may have experts in int8, nor packed.
+
+    Checkpoints keep an optimizer's moments in rows, and a fused one would take packed weights for rows, too.
+    """
     layers = converted_layers(model)
     for name, layer in layers.items():
         if layer.is_int8:

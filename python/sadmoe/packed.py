@@ -15,13 +15,14 @@ def pack_experts_(model: nn.Module) -> tuple[str, ...]:
 
     w_up and w_gate keep their shapes [E, s, d], in memory that is [E, d, s], and no more of it: layer after layer is
     replaced, and leaves memory that it shared. Packed are those where it gained on a Zen 5: with AVX-512, in experts of
-    a multiple of 32 neurons up to 256. Others stay as they are: with AVX2, or AMX, nothing is done, and `()` returned.
+    a multiple of 32 neurons up to 256. Others, and int8, stay as they are: with AVX2, or AMX, nothing is done, and `()`
+    returned.
 
     Packed layers run by the op at every tau, as with `set_batch_invariant(model, True)`, but for gates on true norms.
     They sum in another order, so results differ by rounding. `save` and `save_pretrained` write them as before, and one
     that moves to another device is unpacked. They are not trained (`unpack_experts_` first); an optimizer that has
     begun with them is none for them any more. Raises ValueError where nothing is converted, or weights of a layer are
-    not just its own. Whatever is raised, layers that were packed are unpacked again.
+    not just its own. Whatever is raised, layers that this call packed are unpacked again.
     """
     layers = converted_layers(model)
     check_own_weights(model, layers)

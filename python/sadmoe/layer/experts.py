@@ -103,7 +103,7 @@ class Experts(nn.Module):
     def is_packed(self) -> bool:
         """Whether each expert's neurons stand side by side in memory, see `pack_`."""
         weights = self._way_in()
-        return bool(weights) and all(weight.stride(2) == weight.shape[1] > 1 for weight in weights)
+        return bool(weights) and all(weight.stride(1) == 1 < weight.stride(2) for weight in weights)
 
     def expert_weights(
         self,
@@ -179,7 +179,7 @@ class Experts(nn.Module):
     def pack_(self) -> None:
         """Lays w_up and w_gate [E, s, d] out as [E, d, s], as the CPU kernels read them fastest.
 
-        Not where one of them is made of others at every access, as by torch's parametrize and prune.
+        Not where one of them is made of others at every access, as by torch's parametrize and prune; use these first.
         """
         weights = self._way_in()
         for weight, laid_out in zip(weights, [ops.packed(weight.data) for weight in weights], strict=True):
@@ -188,8 +188,10 @@ class Experts(nn.Module):
     @torch.inference_mode(False)
     def unpack_(self) -> None:
         """Undoes `pack_`."""
-        for weight in self._way_in():
-            weight.data = weight.data.contiguous()
+        for name in WAY_IN:
+            weight = self._parameters.get(name)
+            if weight is not None and not weight.is_contiguous():
+                weight.data = weight.data.contiguous()
 
     def _way_in(self) -> list[nn.Parameter]:
         """w_up and, of a GLU, w_gate; none of them where one is no parameter of this module."""
@@ -201,7 +203,7 @@ class Experts(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "Experts":
         """Of `to` and the like: only the CPU's kernels take packed weights."""
         super()._apply(fn, recurse)
-        if self.is_packed and not held(self, "w_up").is_cpu:
+        if not held(self, "w_up").is_cpu:
             self.unpack_()
         return self
 
