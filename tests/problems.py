@@ -1,4 +1,7 @@
-"""Random problems for the ops, and the tolerance rule that every kernel is held to."""
+"""Random problems for the ops, and what every kernel is held to: the tolerance rule, and a token's own bits."""
+
+import itertools
+from collections.abc import Callable
 
 import torch
 from sadmoe import reference
@@ -76,3 +79,14 @@ def assert_scores_as_good_as_torch(scores: Tensor, x: Tensor, v1: Tensor, v2: Te
     truth, terms = (hidden @ v2.double().T).abs(), hidden @ v2.double().T.abs()
     assert scores.dtype == torch.float32
     assert_as_good_as_torch(scores, reference.router_scores(x, v1, v2), truth, terms)
+
+
+def assert_the_same_in_parts(run: Callable[[Tensor], Tensor], x: Tensor, whole: Tensor) -> None:
+    """Of 600 tokens, some alone and on other threads have the bits that they have among all."""
+    threads = torch.get_num_threads()
+    try:
+        for count, part in itertools.product((1, 2, 3), (slice(0, 1), slice(40, 73), slice(100, 600))):
+            torch.set_num_threads(count)
+            assert torch.equal(run(x[part]), whole[part]), (count, part)
+    finally:
+        torch.set_num_threads(threads)

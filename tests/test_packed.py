@@ -9,7 +9,13 @@ import torch
 from backends import DTYPES
 from converted import converted, random_layer, random_rows
 from given_costs import layer_of
-from problems import assert_as_good_as_torch, experts_problem, in_double, router_problem
+from problems import (
+    assert_as_good_as_torch,
+    assert_the_same_in_parts,
+    experts_problem,
+    in_double,
+    router_problem,
+)
 from sadmoe import ops, reference
 from sadmoe.measure_costs import calibrate_costs
 from sadmoe.ops import layout
@@ -59,18 +65,15 @@ def test_the_kernels_take_them_as_they_are(isa):
 def test_a_token_does_not_depend_on_its_neighbours_or_threads(isa, dtype):
     x, _, *experts = packed_arguments(experts_problem(T=600, d=600, E=12, s=17, d_out=35, dtype=dtype))
     v1, v2 = router_problem(600, 12, dtype=dtype)
-    whole = ops.dynamic_k_moe(x, v1, v2, *experts, tau=0.3, act="gelu")
+
+    def run(rows):
+        return ops.dynamic_k_moe(rows, v1, v2, *experts, tau=0.3, act="gelu")
+
+    whole = run(x)
     mask = ops.dynamic_k_select(ops.router_scores(x, v1, v2), 0.3)
     assert 0.1 < mask.float().mean() < 0.9
     assert torch.equal(ops.sparse_experts(x, mask, *experts, act="gelu"), whole), "the stages"
-    threads = torch.get_num_threads()
-    try:
-        for count, part in itertools.product((1, 2, 3), (slice(0, 1), slice(40, 73), slice(100, 600))):
-            torch.set_num_threads(count)
-            ours = ops.dynamic_k_moe(x[part], v1, v2, *experts, tau=0.3, act="gelu")
-            assert torch.equal(ours, whole[part]), (count, part)
-    finally:
-        torch.set_num_threads(threads)
+    assert_the_same_in_parts(run, x, whole)
 
 
 def test_torch_finds_the_ops_well_made():
