@@ -65,12 +65,16 @@ def build(commit: str, folder: Path) -> Path:
     before = (
         folder / "before" / f"{name}-{zlib.crc32(repr(sorted(commands.items())).encode()):08x}"
     )  # by these flags
-    earlier = [before / (Path(file).name + ".o") for file in commands]
+    tracked = _run("git", "-C", ROOT, "ls-tree", "-r", "--name-only", name, CPU).stdout.decode().splitlines()
+    had = {
+        file: command for file, command in commands.items() if str(Path(file).relative_to(ROOT)) in tracked
+    }
+    earlier = [before / (Path(file).name + ".o") for file in had]
     if not all(each.exists() for each in earlier):
         before.mkdir(parents=True, exist_ok=True)
         archive = _run("git", "-C", ROOT, "archive", name, "csrc").stdout
         subprocess.run(["tar", "-x", "-C", before], input=archive, check=True)
-        for (file, command), to in zip(commands.items(), earlier, strict=True):
+        for (file, command), to in zip(had.items(), earlier, strict=True):
             words = [
                 word.replace(str(ROOT / "csrc"), str(before / "csrc"))
                 for word in command[: command.index("-o")]

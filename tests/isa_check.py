@@ -30,6 +30,7 @@ NEVER = {
     "avx512": VNNI,
     "avx512vnni": BF16,
     "avx512bf16": AMX,
+    "avx512zen5": AMX,
     "amx": {},
 }  # by what an object is compiled for
 

@@ -24,6 +24,7 @@ LINE = "0000000000000000 <f>:\n   0:\t{}\n   4:\tret\n"
         ("avx512", "vpdpwssd %zmm2,%zmm1,%zmm0", "AVX512-VNNI"),
         ("avx512vnni", "vdpbf16ps %zmm2,%zmm1,%zmm0", "AVX512-BF16"),
         ("avx512bf16", "tdpbf16ps %tmm2,%tmm1,%tmm0", "AMX"),
+        ("avx512zen5", "tdpbf16ps %tmm2,%tmm1,%tmm0", "AMX"),
         ("avx512", "tdpbf16ps %tmm2,%tmm1,%tmm0", "AMX"),
         ("sse9", "nop", "has no rule"),
     ],
@@ -42,6 +43,7 @@ def test_an_instruction_of_a_newer_set_fails(isa, instruction, fault):
         ("avx512", "vaddps %zmm30,%zmm1,%zmm2{%k1}"),
         ("avx512vnni", "vpdpwssd %zmm2,%zmm1,%zmm0"),
         ("avx512bf16", "vdpbf16ps %zmm2,%zmm1,%zmm0"),
+        ("avx512zen5", "vdpbf16ps %zmm2,%zmm1,%zmm0"),
     ],
 )
 def test_its_own_instructions_pass(isa, instruction):

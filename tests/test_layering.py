@@ -84,7 +84,8 @@ def test_only_bindings_see_torch_or_python():
 
 def test_an_instruction_set_file_includes_only_its_template():
     for path in (ROOT / "csrc/cpu").glob("kernels_*.cpp"):
-        shared = {"cpu/table.h", "cpu/vec_avx512.h", "cpu/tiles_amx.h", "cpu/int_tiles_amx.h"}
+        vectors = {"cpu/vec_avx512.h", "cpu/vec_avx512bf16.h"}
+        shared = {"cpu/table.h", "cpu/tiles_amx.h", "cpu/int_tiles_amx.h"} | vectors
         assert includes(path) <= {"immintrin.h", "arm_neon.h", "cstring"} | shared, path.name
     reached, waiting = set(), [f"cpu/{path.name}" for path in (ROOT / "csrc/cpu").glob("kernels_*.cpp")]
     while waiting:  # what is compiled with an instruction set's flags
@@ -100,7 +101,7 @@ def test_an_instruction_set_file_includes_only_its_template():
         reached |= headers
     tiles = {"tile_unit", "tiles_amx", "int_tiles_amx"}
     algorithms = {"table", "ahead", "project", "packed", "accumulate", "activate", "quantize"}
-    vectors = {"vec_avx512", "half", "unroll", "widen"}
+    vectors = {"vec_avx512", "vec_avx512bf16", "half", "unroll", "widen"}
     names = {f"cpu/{name}.h" for name in {"kernels", *tiles, *algorithms, *vectors}}
     assert reached == names | {"cpu/kernels.inc"}
 

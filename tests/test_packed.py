@@ -263,6 +263,7 @@ def test_a_model_is_packed_and_unpacked(model):
     ("isa", "dtype", "gains"),
     [
         ("avx512bf16", torch.bfloat16, True),
+        ("avx512zen5", torch.float32, True),
         ("avx512", torch.float32, True),
         ("amx", torch.float32, False),
         ("avx2", torch.float32, False),

@@ -6,13 +6,15 @@
 
 namespace sadmoe::cpu {
 
-constexpr int64_t kLine = 64, kPage = 4096;  // bytes
+constexpr int64_t kLine = 64, kPage = 4096;       // bytes
+constexpr int kFirstLevel = 3, kSecondLevel = 2;  // caches, as __builtin_prefetch numbers them
 
 // Prefetches a range of memory at an even pace, so that it ends with the last product: bursts would have to wait, and memory
-// gives lines fastest in their order. Into the second-level cache, where a core may wait for more lines than in the first-level
-// one: fetching into that took a Zen 4 1.2 to 1.9 times as long where weights came from memory. But a prefetch into the second
-// level stalls for about 50 ns where the page must be looked up, and one into the first level does not: so one line of every page
-// is first prefetched into the first level. A template of Vec: a function of one instruction set must not be linked into another.
+// gives lines fastest in their order. Vec::fetched says into which cache. Into the second-level one, where a core may wait for
+// more lines than in the first-level one: fetching into that took a Zen 4 1.2 to 1.9 times as long where weights came from
+// memory, but a Zen 5 0.8 to 1. A prefetch into the second level stalls a Zen 4 for about 50 ns where the page must be looked up,
+// and one into the first level does not: so one line of every page is first prefetched into the first level. A template of Vec: a
+// function of one instruction set must not be linked into another.
 template <class Vec>
 class Ahead {
  public:
@@ -39,7 +41,7 @@ class Ahead {
 
  protected:
   static constexpr int64_t kAgain = 1024, kPagesAhead = 2 * kPage;
-  static constexpr int kReading = 0, kFirstLevel = 3, kSecondLevel = 2;
+  static constexpr int kReading = 0;
 
   Ahead(const void* from, int64_t bytes, int64_t products, int64_t least)
       : at_(static_cast<const char*>(from)),
@@ -51,8 +53,8 @@ class Ahead {
   template <int Lines>
   void ask(Index<Lines>, int64_t again) const {
     unroll<Lines>([&](auto line) {
-      __builtin_prefetch(at_ + line.value * kLine, kReading, kSecondLevel);
-      __builtin_prefetch(at_ + line.value * kLine - again, kReading, kSecondLevel);
+      __builtin_prefetch(at_ + line.value * kLine, kReading, Vec::fetched);
+      __builtin_prefetch(at_ + line.value * kLine - again, kReading, Vec::fetched);
     });
   }
 

@@ -34,6 +34,15 @@ bool runs_avx512() {
 }
 bool runs_avx512vnni() { return runs_avx512() && __builtin_cpu_supports("avx512vnni"); }
 bool runs_avx512bf16() { return runs_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
+bool runs_avx512zen5() {
+  static const bool found = [] {
+    constexpr unsigned kZen5 = 0x1a;
+    unsigned a, b, c, d;
+    if (!__get_cpuid(0, &a, &b, &c, &d) || b != signature_AMD_ebx || !__get_cpuid(1, &a, &b, &c, &d)) return false;
+    return (a >> 8 & 15) + (a >> 20 & 255) >= kZen5;  // the family
+  }();
+  return found && runs_avx512bf16();
+}
 
 // Linux lends the tile registers to processes that ask; the answer holds for all threads.
 bool runs_amx() {
