@@ -257,10 +257,14 @@ void accumulate_pair_columns(const Accumulate& p, AheadInRows<Vec> ahead, const 
     });
   };
   int64_t c = 0;
-  constexpr int kWide = kRows * kGroups * 2 / 3;  // for a row alone, as memory gives long pieces of a neuron faster
-  if constexpr (kWide > kGroups)
-    for (; p.n == 1 && c + kWide * Pair::width <= p.columns; c += kWide * Pair::width)
-      accumulate_pair_tile<Pair, Vec, 1, kWide, false>(p, whole, ahead, 0, c, 0);
+  const auto few = [&](auto rows, auto groups) {  // take more groups at once, as memory gives long pieces of a neuron faster
+    if constexpr (groups.value > kGroups)
+      for (; p.n == rows.value && c + groups.value * Pair::width <= p.columns; c += groups.value * Pair::width)
+        accumulate_pair_tile<Pair, Vec, rows.value, groups.value, false>(p, whole, ahead, 0, c, 0);
+  };
+  constexpr int kSums = kRows * kGroups;
+  few(Index<1>{}, Index<kSums>{}), few(Index<1>{}, Index<kSums / 2>{});
+  few(Index<2>{}, Index<kSums / 2>{}), few(Index<3>{}, Index<kSums / 3>{});
   for (; c + kGroups * Pair::width <= p.columns; c += kGroups * Pair::width)
     strip(Index<kGroups>{}, std::false_type{}, whole, c, 0);
   for (; c + Pair::width <= p.columns; c += Pair::width) strip(Index<1>{}, std::false_type{}, whole, c, 0);
