@@ -114,13 +114,23 @@ def reading(layer: LayerShape, dtype: torch.dtype, layers: int) -> Callable[[], 
     return ways[min(times, key=lambda name: times[name].median)]
 
 
+def needs(
+    layer: LayerShape, T: int, share: float, union: float, itemsize: int, limit: dict[str, float]
+) -> dict[str, float]:
+    """Seconds that the executed products take at the least, reading the weights that they need, and the router."""
+    neurons, router = layer.f * layer.matrices * layer.d, ROUTER_WIDTH * (layer.d + layer.experts)
+    return {
+        "products": 2 * T * share * neurons / limit["flops"],
+        "reading": union * neurons * itemsize / limit["bytes"],
+        "router": max(2 * T * router / limit["flops"], router * itemsize / limit["bytes"]),
+    }
+
+
 def floor(layer: LayerShape, mask: Tensor, dtype: torch.dtype, limit: dict[str, float]) -> float:
-    """Seconds that the executed products and the weights that they need take at the least, and the router."""
-    neuron, router = layer.matrices * layer.d, ROUTER_WIDTH * (layer.d + layer.experts)
-    work = 2 * int(mask.sum()) * layer.s * neuron / limit["flops"]
-    read = int(mask.any(0).sum()) * layer.s * neuron * dtype.itemsize / limit["bytes"]
-    routing = max(2 * len(mask) * router / limit["flops"], router * dtype.itemsize / limit["bytes"])
-    return max(work, read) + routing
+    """Seconds of all that a call needs, where products hide the reading or are hidden by it."""
+    share, union = mask.float().mean().item(), mask.any(0).float().mean().item()
+    least = needs(layer, len(mask), share, union, dtype.itemsize, limit)
+    return max(least["products"], least["reading"]) + least["router"]
 
 
 def masks(

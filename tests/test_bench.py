@@ -1,5 +1,6 @@
 """The benches' own arithmetic, where it can be checked by hand: masks, floors, peers that compute the same thing."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from safetensors.torch import save_file
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 
+import layers_goals
 from cuda_goals import aims
 from layer_problem import ROUTER_WIDTH, LayerShape, problem, weights, with_mask
 from layers import floor, shape_of
@@ -56,6 +58,28 @@ def test_the_floor_is_the_executed_products_or_the_needed_weights_and_the_router
     read = (2 * 4 * 3 * 10 + router) * 2  # bytes: the two experts that some token needs
     assert floor(layer, mask, torch.bfloat16, {"flops": 1.0, "bytes": 1e12}) == pytest.approx(work)
     assert floor(layer, mask, torch.bfloat16, {"flops": 1e12, "bytes": 1.0}) == pytest.approx(read)
+
+
+def test_a_cell_that_misses_an_aim_says_where_its_time_goes(tmp_path, monkeypatch, capsys):
+    """384 x 1536: 1,179,648 weights a matrix pair; the router has 128 (384 + 48)."""
+    reached = {
+        "layer": "384x1536", "s": 32, "dtype": "float32", "T": 64, "masks": "independent", "share": 0.25, "union": 1.0,
+        "seconds": {"dense": 3e-3, "loop": 2e-3, "sadmoe": 1e-3}, "of_floor": 0.95, "of_ideal": 0.75,
+        "limits": {"flops": 1e11, "bytes": 1e10},
+    }  # fmt: skip
+    missed = reached | {"of_floor": 0.7, "seconds": {"dense": 0.9e-3, "loop": 2e-3, "sadmoe": 1e-3}}
+    (tmp_path / "a.json").write_text(json.dumps({"machine": "some", "rows": [reached, missed]}))
+    monkeypatch.setattr(sys, "argv", ["layers_goals.py", str(tmp_path / "a.json"), "--misses"])
+    layers_goals.main()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    counts = {" ".join(line[:2]): line[5:8] for line in lines if line[3:4] == ["to"]}
+    assert counts["floor 0.80"] == ["1", "of", "2"]
+    assert counts["dense 0.95"] == ["1", "of", "2"]
+    assert counts["peers 1.00"] == ["2", "of", "2"]
+    assert not counts.keys() & {"ideal 0.80", "int8 3.00", "layer 0.95"}, "no such cells"
+    misses = [line for line in lines if line[2:3] == ["384x1536"]]
+    assert [" ".join(line[:2]) for line in misses] == ["floor 0.80", "floor 0.90", "dense 0.95"]
+    assert misses[0][-7:-1] == ["0.70", "1000", "38%", "47%", "7%", "8%"]  # 377, 472 and 71 of 1,000 us
 
 
 def test_a_shape_that_cannot_be_read_is_named():
