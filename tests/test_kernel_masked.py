@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 SHAPES = [  # T, E, s: whole vectors of an expert and not, several blocks a row, more rows than blocks
     (0, 3, 8), (1, 1, 1), (1, 4, 32), (7, 5, 3), (33, 6, 24), (9, 3, 20), (70, 12, 32),
-    (3, 40, 60), (2, 80, 32), (1100, 2, 8),
+    (3, 40, 60), (2, 80, 32), (1100, 2, 8), (31, 128, 8), (1, 512, 24), (33, 1, 88), (1, 7, 128),
 ]  # fmt: skip
 
 
