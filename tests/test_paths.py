@@ -309,21 +309,22 @@ def test_measurements_of_another_shape_dtype_or_device_do_not_count():
         assert layer.takes_dense_path(random_rows(9))
 
 
-def built_in(dtype, kernels="portable"):
-    return Costs(f"some processor, kernels {kernels}, torch 2", dtype, SHAPE, 1, HALF, {1: 0.5})
-
-
 SHAPE = LayerShape(384, 384, 48, 32, 128)
+THESE, OTHERS = "these kernels", "others"
 
 
-HERE = ops.cpu_isas()[0]
+def built_in(dtype, curve=HALF):
+    return Costs(THESE, dtype, SHAPE, 1, curve, {1: 0.5})
 
 
 @pytest.fixture
 def come_with_sadmoe(monkeypatch, tmp_path):
-    """Costs that come with sadmoe, by hand."""
+    """Costs that come with sadmoe, by hand: of THESE kernels, which are the fastest here, or of ELSEWHERE."""
+    monkeypatch.setattr(paths, "ELSEWHERE", "kernels of another kind")
+    names = {THESE: paths.kernels_name(), OTHERS: paths.ELSEWHERE}
 
     def come(*rows):
+        rows = [dataclasses.replace(row, device=names[row.device]) for row in rows]
         path = tmp_path / "costs.json"
         measured.write(path, rows)
         monkeypatch.setattr(measured, "BUILT_IN", path)
@@ -335,25 +336,35 @@ def come_with_sadmoe(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "dtype", "until", "op_at_tau_zero"),
+    ("device", "dtype", "until", "op_at_tau_zero"),
     [
-        (built_in("float32", HERE), torch.float32, 0.5, True),
-        (built_in("float32", "of another kind"), torch.float32, 0.5, False),
-        (built_in("bfloat16", HERE), torch.float32, 1.0, False),
-        (built_in("bfloat16", HERE), torch.bfloat16, 0.5, True),
-        (built_in("bfloat16", "of another kind"), torch.bfloat16, 1.0, False),
+        (THESE, torch.float32, 0.5, True),
+        (OTHERS, torch.float32, 0.5, False),
+        (THESE, torch.bfloat16, 0.5, True),
+        (OTHERS, torch.bfloat16, 1.0, False),
+        (THESE, torch.float16, 1.0, False),
     ],
 )
 def test_without_measurements_those_that_came_with_sadmoe_decide(
-    come_with_sadmoe, row, dtype, until, op_at_tau_zero
+    come_with_sadmoe, device, dtype, until, op_at_tau_zero
 ):
-    come_with_sadmoe(row)
+    come_with_sadmoe(
+        *(dataclasses.replace(built_in(each), device=device) for each in ("float32", "bfloat16"))
+    )
     assert paths.sparse_until(SHAPE, 40, CPU, dtype, 1.0) == pytest.approx(until)
     assert paths.op_runs_all(SHAPE, 40, CPU, dtype) == op_at_tau_zero
 
 
+def test_costs_of_these_kernels_go_before_those_of_others(come_with_sadmoe):
+    others = dataclasses.replace(built_in("float32", ALWAYS_DENSE), device=OTHERS)
+    come_with_sadmoe(others)
+    assert paths.sparse_until(SHAPE, 40, CPU, torch.float32, 1.0) == 0
+    come_with_sadmoe(others, built_in("float32"))
+    assert paths.sparse_until(SHAPE, 40, CPU, torch.float32, 1.0) == pytest.approx(0.5)
+
+
 def test_at_tau_zero_a_small_gain_counts_where_it_was_measured_here(come_with_sadmoe):
-    row = dataclasses.replace(built_in("float32", HERE), every_expert={1: 0.97})
+    row = dataclasses.replace(built_in("float32"), every_expert={1: 0.97})
     come_with_sadmoe(row)
     assert not paths.op_runs_all(SHAPE, 40, CPU, torch.float32)
     paths.use_costs([dataclasses.replace(row, device=paths.device_name(CPU))])
@@ -361,14 +372,16 @@ def test_at_tau_zero_a_small_gain_counts_where_it_was_measured_here(come_with_sa
 
 
 def test_what_came_with_sadmoe_tells_nothing_of_tau_zero_in_other_shapes(come_with_sadmoe):
-    come_with_sadmoe(built_in("float32", HERE))
+    come_with_sadmoe(built_in("float32"))
     for d, told in ((768, True), (24, False), (384 * 9, False)):
         assert paths.op_runs_all(dataclasses.replace(SHAPE, d=d), 40, CPU, torch.float32) == told
 
 
 def test_of_those_that_came_with_sadmoe_the_likest_shape_decides():
     paths.use_costs([])
-    rows = [row for row in measured.read(measured.BUILT_IN).values() if row.dtype == "float32"]
+    came = [row for row in measured.read(measured.BUILT_IN).values() if row.dtype == "float32"]
+    rows = [row for row in came if row.device == paths.kernels_name()]
+    rows = rows or [row for row in came if row.device == paths.ELSEWHERE]
     assert len({row.layer.d for row in rows}) > 1
     for row in rows:
         like = dataclasses.replace(row.layer, d=row.layer.d + 1, router_width=7)

@@ -23,6 +23,7 @@ from sadmoe.timing import processor
 NOT_YET = -1  # instead of a count
 WORTH = {"cpu": 1.1, "cuda": 1.05}  # how many times faster dense must be where nobody asked for it
 SURE = 0.95  # of dense's time, what the op may take by costs of another machine where it replaces it unasked
+ELSEWHERE = "kernels avx512bf16"  # on a Zen 4: whose costs go for kernels that have none
 ALIKE = 2.0  # of two layers, at most: the logarithms of the ratios of their sizes, added up
 
 _costs: dict[Key, Costs] | None = None  # None: the user's file has not been read
@@ -44,7 +45,12 @@ def device_name(device: torch.device) -> str:
     """What measurements hold for: processor or card, kernels and torch."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"{processor()}, kernels {ops.cpu_isas()[0]}, torch {torch.__version__}"
+    return f"{processor()}, {kernels_name()}, torch {torch.__version__}"
+
+
+def kernels_name() -> str:
+    """What costs that come with sadmoe hold for."""
+    return f"kernels {ops.cpu_isas()[0]}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -181,20 +187,20 @@ def _measured(layer: LayerShape, device: torch.device, dtype: torch.dtype) -> Co
 
 @lru_cache(maxsize=256)
 def _nearest_built_in(layer: LayerShape, dtype: torch.dtype, alike: bool = False) -> Costs | None:
-    """Of the measurements that came with sadmoe those of the likest shape; None where there are none of that dtype.
+    """Of the measurements that came with sadmoe for these kernels those of the likest shape; None where there are none.
 
-    In 16 bits, and where they must be alike, they count for the kernels they were measured with alone: the units of
-    other processors are other ones.
+    Kernels without any go by those of ELSEWHERE, but not in 16 bits, nor where they must be alike: the units of other
+    processors are other ones.
     """
-    kernels = f", kernels {ops.cpu_isas()[0]},"
 
     def unlike(row: Costs) -> float:
         sizes = [(each.d, each.neurons, each.expert_size, each.inputs) for each in (layer, row.layer)]
         return sum(abs(math.log(a / b)) for a, b in zip(*sizes, strict=True))
 
-    rows = [row for row in measured.read(measured.BUILT_IN).values() if row.dtype == dtype_name(dtype)]
-    if alike or dtype.itemsize == 2:
-        rows = [row for row in rows if kernels in row.device]
+    came = [row for row in measured.read(measured.BUILT_IN).values() if row.dtype == dtype_name(dtype)]
+    rows = [row for row in came if row.device == kernels_name()]
+    if not rows and not alike and dtype.itemsize > 2:
+        rows = [row for row in came if row.device == ELSEWHERE]
     if alike:
         rows = [row for row in rows if unlike(row) <= ALIKE]
     return min(rows, key=unlike, default=None)

@@ -90,14 +90,19 @@ def _timing(values: list[float]) -> Timing:
 
 
 def processor(info: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name."""
-    lines = info.read_text().splitlines() if info.exists() else []
+    """The processor's name, and its numbers: clouds give all of a maker's one name."""
+    pairs = [line.partition(":") for line in info.read_text().splitlines()] if info.exists() else []
+    told = {key.strip(): value.strip() for key, _, value in reversed(pairs)}  # of the first one
 
-    def told(key: str) -> str:
-        return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
-
-    numbers = f"{told('CPU implementer')} {told('CPU part')}"  # by which Arm's are known
-    return told("model name") or f"{platform.processor() or platform.machine()} {numbers}".strip()
+    if "model name" in told:
+        which = [
+            f"{name} {told[key]}"
+            for name, key in (("family", "cpu family"), ("model", "model"))
+            if key in told
+        ]
+        return told["model name"] + (f" ({', '.join(which)})" if which else "")
+    arm = " ".join(told[key] for key in ("CPU implementer", "CPU part") if key in told)
+    return f"{platform.processor() or platform.machine()} {arm}".strip()
 
 
 def machine() -> str:
