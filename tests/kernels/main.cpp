@@ -136,8 +136,7 @@ class Test {
       if (layer.kind.int8 && found.count(isa))
         judge(isa, "sparse_experts without tiles", layer, found[isa] == found["avx512vnni"] ? 0 : INFINITY);
     if (found.count("avx512zen5"))  // which fetches into another cache
-      judge("avx512zen5", "sparse_experts as by avx512bf16", layer,
-            found["avx512zen5"] == found["avx512bf16"] ? 0 : INFINITY);
+      judge("avx512zen5", "sparse_experts as by avx512bf16", layer, found["avx512zen5"] == found["avx512bf16"] ? 0 : INFINITY);
   }
 
   // Hidden activations of dense products, in place.
