@@ -10,13 +10,14 @@
 //
 // Every matrix is row-major with one neuron a row, so up and down projection both stream whole neurons; but on the CPU w_up and
 // w_gate may be packed, each expert's neurons side by side [E, d, s]. What results are, to the last bit:
-//   - The result of a token is the same whatever its neighbours, their order, and the thread count.
+//   - The result of a token is the same whatever its neighbours, their order, and the thread count; on sm_90a in 16 bits if both
+//     kinds of tensor core instructions add alike (cuda/hopper_up.cuh).
 //   - Sums are float32. Tensor cores cut them off instead of rounding; the router's are as exact as others (cuda/tile.cuh).
 //   - With x and weights in float32 every 16 experts are summed by themselves, on the CPU of those of a token, on CUDA by their
 //     number, and then those sums; so are, on CUDA without TF32, every 16 products of a depth.
 //   - Packed weights are multiplied in another order than others, so the results of the two differ by rounding.
-//   - With x in bf16, units that multiply bf16 (tensor cores, AMX, AVX512-BF16) round h to it; elsewhere, and with packed weights
-//     of an odd d, h stays float32.
+//   - With x in 16 bits tensor cores round h to its dtype, with x in bf16 AMX and AVX512-BF16, too; elsewhere, and with packed
+//     weights of an odd d, h stays float32.
 //   - An int8 row stands for itself times its neuron's scale, which multiplies sums and h instead. On the CPU a row of x, and of
 //     h of one expert, is rounded to 16 bits with a step of its own, and multiplied with int8 in whole numbers; a sum is exact,
 //     and rounded as it becomes float32; scale_out, if there is one, then multiplies the columns of y, before b_out is added.

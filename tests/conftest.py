@@ -88,5 +88,18 @@ def as_alone():
     paths.use_costs(None)
 
 
+@pytest.fixture
+def loud():
+    """transformers' warnings reach caplog, its progress bars nobody."""
+    transformers = pytest.importorskip("transformers")
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_warning()
+    transformers.logging.enable_propagation()
+    transformers.logging.disable_progress_bar()
+    yield
+    transformers.logging.disable_propagation()
+    transformers.logging.set_verbosity(verbosity)
+
+
 def pytest_unconfigure():
     shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)

@@ -50,6 +50,19 @@ def test_a_module_that_does_more_than_set_a_flag_is_told_the_mode_that_it_comes_
     assert [m.training for m in model] == [True, False]
 
 
+def test_modes_come_back_where_a_module_refuses_one():
+    class AlwaysTraining(nn.Module):
+        def train(self, mode: bool = True) -> nn.Module:
+            if not mode:
+                raise RuntimeError("it cannot be evaluated")
+            return super().train(mode)
+
+    model = nn.Sequential(nn.Dropout(), AlwaysTraining())
+    with pytest.raises(RuntimeError, match="it cannot be evaluated"), evaluating(model):
+        pass
+    assert all(m.training for m in model)
+
+
 @pytest.mark.parametrize(
     ("batch", "sum_"),
     [({"a": ONE, "b": ONE}, 2), (UserDict(a=ONE, b=ONE), 2), ((ONE, ONE), 2), ([ONE, 3], 4), (ONE, 11)],

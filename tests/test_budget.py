@@ -9,7 +9,7 @@ from clock import Clock
 from sadmoe import budget, moe_layers
 from sadmoe.cost import cost
 from sadmoe.gates import DynamicK, TopK
-from test_calibrate import text_batches
+from text_losses import text_batches
 from tiny_models import TINY, call
 
 pytest.importorskip("transformers")

@@ -9,6 +9,7 @@ from sadmoe.cost import cost
 from sadmoe.dial import converted_layers, set_tau, tau
 from sadmoe.gates import DynamicK, TopK
 from sadmoe.routers import RouterConfig, fit_routers_
+from text_losses import distance, drift, text_batches
 from tiny_models import TINY, call
 from torch import nn
 
@@ -31,27 +32,6 @@ def model(fitted):
 @pytest.fixture
 def batches(fitted):
     return fitted[1]
-
-
-def text_batches(n=3):
-    generator = torch.Generator().manual_seed(8)
-    mask = torch.ones(4, 20, dtype=torch.int64)
-    mask[1, 12:] = 0
-    return [
-        {"input_ids": torch.randint(3, 50, (4, 20), generator=generator), "attention_mask": mask}
-        for _ in range(n)
-    ]
-
-
-def distance(model, batch):
-    """A loss that is 1 at tau = 0 and grows as the output leaves that of the dense model."""
-    return 1 + drift(model, batch)
-
-
-def drift(model, batch):
-    output = call(model, batch)
-    with tau(model, 0.0):
-        return F.mse_loss(output, call(model, batch))
 
 
 def gates(model):

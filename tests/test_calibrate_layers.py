@@ -11,7 +11,7 @@ from sadmoe.cost import cost
 from sadmoe.dial import converted_layers
 from sadmoe.gates import DynamicK, TopK
 from sadmoe.routers import RouterConfig, fit_routers_
-from test_calibrate import distance, drift, text_batches
+from text_losses import distance, drift, text_batches
 from tiny_models import TINY
 from torch import nn
 

@@ -9,6 +9,7 @@ import pytest
 import sadmoe
 import sadmoe.checkpoint as checkpoint
 import torch
+from conversions import fingerprint
 from converted import converted
 from sadmoe import files
 from sadmoe.checkpoint import SavedModelError, load, save
@@ -18,7 +19,6 @@ from sadmoe.ffn import find_ffns, layer_from_dense, moe_layers, swap_activations
 from sadmoe.gates import DynamicK, TopK
 from sadmoe.routers import RouterConfig
 from safetensors.torch import load_file, save_file
-from test_convert import fingerprint
 from tiny_models import TINY, UserFFN, call
 from torch import Tensor, nn
 

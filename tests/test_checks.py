@@ -8,6 +8,7 @@ import numpy
 import pytest
 import sadmoe
 import torch
+from converted import converted
 from sadmoe import Checkpoint, ConvertConfig, FinetuneConfig, ProjectionConfig, RouterConfig, SparsifyConfig
 from tiny_models import TINY
 
@@ -36,6 +37,42 @@ from tiny_models import TINY
 def test_a_field_of_another_type_is_named(make, message):
     with pytest.raises(TypeError, match=message):
         make()
+
+
+BATCHES = [TINY["user glu"].batch()]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: sadmoe.calibrate_(m, BATCHES, budget="0.5"), "budget must be a number, got '0.5'"),
+        (
+            lambda m: sadmoe.calibrate_(m, BATCHES, max_loss_increase="1"),
+            "max_loss_increase must be a number, got '1'",
+        ),
+        (
+            lambda m: sadmoe.finetune_for_budget_(m, BATCHES, budget=0.5, seconds="9", dense=m),
+            "seconds must be a number, got '9'",
+        ),
+        (
+            lambda m: sadmoe.set_batch_invariant(m, None, expected_share="half"),
+            r"expected_share must be a number in \[0, 1\], got 'half'",
+        ),
+        (lambda m: sadmoe.set_tau("bert", 0.1), "model must be a torch.nn.Module, got str"),
+        (lambda m: sadmoe.restore_(None), "model must be a torch.nn.Module, got NoneType"),
+        (lambda m: sadmoe.cost(3, BATCHES), "model must be a torch.nn.Module, got int"),
+        (lambda m: sadmoe.quantize_experts_({}), "model must be a torch.nn.Module, got dict"),
+        (
+            lambda m: sadmoe.finetune_(m, BATCHES, FinetuneConfig(steps=1), teacher="bert"),
+            "teacher must be a torch.nn.Module, got str",
+        ),
+        (lambda m: sadmoe.find_ffns(m, batches=iter(BATCHES)), "one-shot iterator"),
+        (lambda m: sadmoe.find_projections(m, batches=BATCHES[0]), "batches must be a list or a DataLoader"),
+    ],
+)
+def test_an_argument_of_another_type_is_named(call, message):
+    with pytest.raises(TypeError, match=message):
+        call(converted("user glu"))
 
 
 def test_numbers_of_numpy_and_torch_are_numbers(tmp_path):

@@ -4,13 +4,13 @@ import pytest
 import sadmoe.convert.build as build
 import sadmoe.convert.recipe as recipe
 import torch
+from conversions import convert, fingerprint, model_and_batches, raising
 from sadmoe.checkpoint import load, save
 from sadmoe.convert import restore_
 from sadmoe.cost import cost
 from sadmoe.ffn import moe_layers
 from sadmoe.gates import TopK
 from sadmoe.routers import RouterConfig
-from test_convert import convert, fingerprint, model_and_batches, raising
 from tiny_models import TINY, call
 
 

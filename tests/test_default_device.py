@@ -48,7 +48,9 @@ def test_another_default_device_is_no_hindrance(cluster):
         with torch.device(device):
             sadmoe.sparsify_(model, batches, sadmoe.SparsifyConfig(steps=2), progress=False)
             sadmoe.convert_(model, batches, config, progress=False)
-            sadmoe.finetune_(model, batches, sadmoe.FinetuneConfig(steps=2), teacher=teacher, progress=False)
+            for tau in (0.2, None):
+                config_of_run = sadmoe.FinetuneConfig(steps=2, tau=tau)
+                sadmoe.finetune_(model, batches, config_of_run, teacher=teacher, progress=False)
             sadmoe.fit_routers_(model, batches, ROUTER, progress=False)
         outputs.append(model(batches[0]))
     assert torch.equal(*outputs)

@@ -132,7 +132,7 @@ def test_a_tau_out_of_range_changes_nothing():
         set_tau(model, 1.5)
     with pytest.raises(ValueError, match=r"tau must be in \[0, 1\]"), tau(model, -0.1):
         pass
-    for tau_of_another_kind in ("0.1", True):
+    for tau_of_another_kind in ("0.1", True, None):
         with pytest.raises(
             TypeError, match=rf"tau must be a number in \[0, 1\], got {tau_of_another_kind!r}"
         ):

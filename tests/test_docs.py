@@ -65,6 +65,13 @@ def test_the_table_of_the_readme_is_what_its_command_prints():
     assert f"```\n{table}\n```" in (ROOT / "README.md").read_text()
 
 
+def test_the_table_of_the_gpu_model_is_what_its_code_prints(capsys):
+    page = (ROOT / "docs/speed.md").read_text().partition("## On a GPU, by a model")[2]
+    code, table = re.findall(r"```(?:python)?\n(.*?)```", page, re.DOTALL)[:2]
+    exec(code, {})
+    assert capsys.readouterr().out == table
+
+
 def test_every_public_name_is_told():
     page = (ROOT / "docs/api.md").read_text()
     assert [name for name in sadmoe.__all__ if f"`{name}`" not in page] == []

@@ -4,11 +4,11 @@ import threading
 
 import pytest
 import torch
+from conversions import convert, fingerprint
 from sadmoe.adapter import load_adapter, save_adapter
 from sadmoe.convert import restore_
 from sadmoe.dial import set_tau
 from sadmoe.ffn import find_ffns
-from test_convert import convert, fingerprint
 from tiny_models import call
 from torch import nn
 

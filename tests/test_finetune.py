@@ -54,6 +54,33 @@ def test_the_penalty_makes_experts_fewer(converted):
     assert "updates in" in str(report)
 
 
+def test_a_compiled_model_is_refused(converted):
+    teacher, model, batches = converted
+    config = sadmoe.FinetuneConfig(steps=1)
+    with pytest.raises(
+        ValueError, match=r"model: is compiled, .* pass the model as it was before torch\.compile"
+    ):
+        sadmoe.finetune_(torch.compile(model), batches, config, teacher=teacher)
+    with pytest.raises(ValueError, match="teacher: is compiled"):
+        sadmoe.finetune_(model, batches, config, teacher=torch.compile(teacher))
+
+
+def test_the_share_told_is_a_running_mean_of_the_executed_one(converted):
+    probe, shares = copy.deepcopy(converted[1]), []
+    real = converted[2][0]["attention_mask"].bool()
+    for layer in sadmoe.moe_layers(probe).values():
+        layer.gate = DynamicK(0.7, true_norms=True)
+        layer.register_forward_pre_hook(
+            lambda m, args: shares.append(m.mask(args[0])[real].float().mean().item())
+        )
+    with torch.no_grad():
+        probe(**converted[2][0])
+    executed = sum(shares) / len(shares)
+    assert 0.1 < executed < 0.9
+    _, report = tuned(converted, steps=1, tau=0.7, ramp=0.0)
+    assert report.share == pytest.approx(0.9 + 0.1 * executed, abs=1e-4)
+
+
 def test_reentrant_checkpointing_which_leaves_the_penalty_no_gradient_is_an_error(converted):
     model, config = copy.deepcopy(converted[1]), sadmoe.FinetuneConfig(steps=1, share=0.2)
     layers = sadmoe.moe_layers(model)

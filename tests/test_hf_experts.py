@@ -171,6 +171,19 @@ def test_the_way_back_and_forth(tmp_path):
     torch.testing.assert_close(logits(again), logits(model))
 
 
+def test_another_activation_is_noticed():
+    model = stock("mixtral")
+    ours = on_sadmoe(model)
+    logits(ours)
+    for one in (model, ours):
+        for layer in one.model.layers:
+            layer.mlp.experts.act_fn = nn.ReLU()
+    torch.testing.assert_close(logits(ours), logits(model), rtol=1e-4, atol=1e-5)
+    ours.model.layers[0].mlp.experts.act_fn = nn.Tanh()
+    with pytest.raises(NotImplementedError, match="an activation or a gating of its own"):
+        logits(ours)
+
+
 def test_weights_that_change_are_noticed():
     model = stock("mixtral")
     ours = on_sadmoe(model)

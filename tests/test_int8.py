@@ -140,6 +140,7 @@ def test_a_token_does_not_depend_on_its_neighbours_or_threads(isa, dtype):
     assert_the_same_in_parts(run, x, whole)
 
 
+@pytest.mark.by_torch
 @pytest.mark.parametrize("gated", [False, True])
 def test_gradients_reach_x_and_biases(gated):
     args = int8_problem(T=8, d=10, E=4, s=3, d_out=7, gated=gated)
@@ -155,6 +156,7 @@ def test_gradients_reach_x_and_biases(gated):
         torch.testing.assert_close(ours, want, **CLOSE)
 
 
+@pytest.mark.by_torch
 @pytest.mark.parametrize("needs_grad", [False, True])
 def test_torch_finds_the_ops_well_made(needs_grad):
     x, mask, *experts = int8_problem(T=6, d=12, E=3, s=4, gated=True)
@@ -165,6 +167,7 @@ def test_torch_finds_the_ops_well_made(needs_grad):
     library.opcheck(torch.ops.sadmoe.dynamic_k_moe_int8.default, (x, v1, v2, *experts, 0.3, "silu"))
 
 
+@pytest.mark.by_torch
 def test_flops_are_those_of_the_floats():
     args = int8_problem(T=6, d=12, E=3, s=4, d_out=5, gated=True)
     v1, v2 = router_problem(12, 3, r=9)
@@ -296,9 +299,21 @@ def test_a_model_gets_smaller_and_stays_what_it_was(model):
         report = sadmoe.quantize_experts_(model)
         ours = model(**batch)[0]
     assert all(layer.router.v1.dtype == torch.bfloat16 for layer in sadmoe.moe_layers(model).values())
+    floats = sadmoe.moe_layers(rounded_routers)
+    weights = {
+        name: [w for w in (old.w_up, old.w_gate, old.w_down) if w is not None] for name, old in floats.items()
+    }
+    assert report.bytes_before == sum(4 * w.numel() for each in weights.values() for w in each)
     assert report.bytes_after < 0.35 * report.bytes_before
-    assert report.errors.keys() == sadmoe.moe_layers(model).keys()
-    assert all(0 < error < 0.02 for error in report.errors.values())
+    assert report.errors.keys() == floats.keys()
+    for name, layer in sadmoe.moe_layers(model).items():
+        old = floats[name]
+        up = layer.w_up * layer.scale_up[..., None] - old.w_up
+        down = layer.w_down * layer.scale_down[..., None] - old.w_down / layer.scale_out
+        size = old.w_up.square().sum() + (old.w_down / layer.scale_out).square().sum()
+        by_hand = ((up.square().sum() + down.square().sum()) / size).sqrt().item()
+        assert report.errors[name] == pytest.approx(by_hand, rel=1e-3)
+        assert 0 < by_hand < 0.02
     assert "MiB of experts" in str(report)
     assert 0 < (ours - wanted).norm() / wanted.norm() < 0.02
     with torch.no_grad():
@@ -365,6 +380,7 @@ def test_the_dense_model_comes_back_rounded(model):
         torch.testing.assert_close(model(**batch)[0], wanted, **CLOSE)
 
 
+@pytest.mark.by_torch
 def test_it_compiles_whole(model):
     batch = TINY["bert"].batch()
     sadmoe.quantize_experts_(model)
@@ -521,6 +537,7 @@ def test_a_router_that_was_cast_in_between_stays_so():
     assert layer.w_up.dtype == layer.router.v1.dtype == torch.bfloat16
 
 
+@pytest.mark.by_torch
 def test_autocast_to_float16_keeps_the_scales():
     layer, x = random_layer(gate=DynamicK(0.3)), random_rows(20)
     with torch.no_grad():

@@ -94,6 +94,16 @@ def test_any_byte_but_0_is_true(backend):
     )
 
 
+@pytest.mark.parametrize("asking", ["up", "gate"])
+def test_gradients_that_would_be_lost_are_refused(asking):
+    up, gate, mask = problem(3, 2, 8, torch.float32, True)
+    {"up": up, "gate": gate}[asking].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"call it under torch.no_grad\(\)"):
+        ops.masked_activation_(up, gate, mask, 0.0, "gelu")
+    with torch.no_grad():
+        ops.masked_activation_(up, gate, mask, 0.0, "gelu")
+
+
 def test_threads_do_not_change_a_bit():
     up, gate, mask = problem(300, 12, 32, torch.bfloat16, True)
     one = up.clone()

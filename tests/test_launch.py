@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import sadmoe
 import torch
+from long_steps import assert_close_states, batches
 from ports import free_port
-from test_resume import assert_close_states, batches
 from tiny_models import TINY
 from torch import nn
 

@@ -58,9 +58,14 @@ def imported_rooms(path: Path) -> set[str]:
         assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: a relative import"
         if isinstance(node, ast.ImportFrom) and node.module == "sadmoe":
             rooms |= {alias.name for alias in node.names}
+            public = {alias.name for alias in node.names} - LEVEL.keys() - {"__version__"}
+            assert not public, f"{path}: {public} of the package, which imports every room"
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sadmoe."):
             rooms.add(node.module.split(".")[1])
         elif isinstance(node, ast.Import):
+            assert "sadmoe" not in {alias.name for alias in node.names}, (
+                f"{path}: the package, which imports every room"
+            )
             rooms |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("sadmoe.")}
     return rooms & LEVEL.keys()
 

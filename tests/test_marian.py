@@ -1,5 +1,6 @@
 """The translator of recipe W4, without the package that has its weights."""
 
+import copy
 import struct
 import sys
 from pathlib import Path
@@ -95,7 +96,7 @@ def test_a_translation_is_the_most_likely_token_after_the_other(translator):
 
 
 def test_a_translation_ends_where_the_end_is_likeliest(translator):
-    translator.bias.data[0] = 1e4
+    sure = copy.deepcopy(translator)
+    sure.bias.data[0] = 1e4
     ids = torch.tensor([[5, 6, 7, 0]])
-    assert translator.translated(ids, torch.ones_like(ids), 6) == [[]]
-    translator.bias.data[0] = 0.0
+    assert sure.translated(ids, torch.ones_like(ids), 6) == [[]]

@@ -79,6 +79,7 @@ def test_experts_of_a_token_are_summed_in_chains_of_16(isa, copies):
     assert torch.equal(ops.sparse_experts(x, mask, *weights, b_out), before + sums)
 
 
+@pytest.mark.by_torch
 @pytest.mark.parametrize("act", reference.ACTIVATIONS)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
@@ -102,6 +103,7 @@ def test_gradients_are_the_reference_s_with_the_mask_held(gated, bias, act):
         torch.testing.assert_close(f, w, **close)
 
 
+@pytest.mark.by_torch
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gradients_in_16_bits_are_as_good_as_torch_s(dtype, gated):
@@ -117,6 +119,7 @@ def test_gradients_in_16_bits_are_as_good_as_torch_s(dtype, gated):
         assert_as_good_as_torch(*found)
 
 
+@pytest.mark.by_torch
 @pytest.mark.parametrize("act", reference.ACTIVATIONS)
 def test_gradients_of_gradients_are_the_reference_s(act):
     args = experts_problem(T=9, gated=True)
@@ -128,6 +131,7 @@ def test_gradients_of_gradients_are_the_reference_s(act):
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3 * found[1].abs().max().item())
 
 
+@pytest.mark.by_torch
 def test_router_gradients_are_the_reference_s():
     x = experts_problem(8, 10, 1, 1)[0]
 
@@ -140,6 +144,7 @@ def test_router_gradients_are_the_reference_s():
         torch.testing.assert_close(ours, wanted)
 
 
+@pytest.mark.by_torch
 @pytest.mark.parametrize("needs_grad", [False, True])
 def test_torch_finds_the_ops_well_made(needs_grad):
     x, mask, *weights = experts_problem(6, 12, 3, 4, gated=True)
@@ -174,6 +179,7 @@ def test_meta_tensors_give_shapes():
 MODES = pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 
 
+@pytest.mark.by_torch
 @MODES
 def test_flops_are_those_executed(mode):
     x, _, *weights = experts_problem(6, 12, 3, 4, 5, gated=True)
@@ -190,6 +196,7 @@ def test_flops_are_those_executed(mode):
     assert count.get_total_flops() == experts + router
 
 
+@pytest.mark.by_torch
 @MODES
 def test_autocast_casts_the_experts_and_not_the_router(mode):
     x, mask, *weights = experts_problem(6, 16, 3, 4)
@@ -241,6 +248,7 @@ def test_without_gradients_their_rule_is_not_called(mode):
         assert "autograd.py" not in calls()
 
 
+@pytest.mark.by_torch
 def test_gradients_flow_under_autocast():
     x, mask, *weights = experts_problem(6, 16, 3, 4)
     weights[0].requires_grad_()
@@ -251,6 +259,7 @@ def test_gradients_flow_under_autocast():
     assert weights[0].grad.abs().sum() > 0
 
 
+@pytest.mark.by_torch
 @pytest.mark.parametrize("tau", [0.3, 0.7])
 def test_backward_in_another_autocast_has_the_masks_of_forward(tau):
     x, _, *weights = experts_problem(200, 16, 12, 4)
@@ -263,6 +272,7 @@ def test_backward_in_another_autocast_has_the_masks_of_forward(tau):
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.by_torch
 @pytest.mark.parametrize("act", reference.ACTIVATIONS)
 @pytest.mark.parametrize("gated", [False, True])
 def test_experts_that_did_not_run_leave_no_nan_in_gradients(act, gated):
@@ -298,6 +308,7 @@ def test_a_dtype_that_torch_s_stable_interface_does_not_name_is_told_of():
         ops.sparse_experts(strange, mask, *weights)
 
 
+@pytest.mark.by_torch
 def test_compiles_whole_with_any_number_of_tokens():
     weights = experts_problem(6, 12, 3, 4)[2:]
     v1, v2 = router_problem(12, 3)

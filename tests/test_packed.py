@@ -76,6 +76,7 @@ def test_a_token_does_not_depend_on_its_neighbours_or_threads(isa, dtype):
     assert_the_same_in_parts(run, x, whole)
 
 
+@pytest.mark.by_torch
 def test_torch_finds_the_ops_well_made():
     x, mask, *experts = packed_arguments(experts_problem(T=6, d=12, E=3, s=4, gated=True))
     x.requires_grad_()
@@ -170,6 +171,7 @@ def test_what_is_cast_stays_packed():
     assert all(cast[i].dtype == torch.bfloat16 and cast[i].stride() == args[i].stride() for i in WAY_IN)
 
 
+@pytest.mark.by_torch
 def test_autocast_computes_the_same(layer):
     layer.gate = sadmoe.DynamicK(0.3)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -180,6 +182,7 @@ def test_autocast_computes_the_same(layer):
     assert (y.float() - in_rows.float()).norm() <= 0.02 * in_rows.float().norm()
 
 
+@pytest.mark.by_torch
 def test_a_packed_layer_compiles(layer):
     layer.gate = sadmoe.DynamicK(0.3)
     layer.pack_()

@@ -185,6 +185,24 @@ def test_evaluate_measures_and_puts_the_gates_back():
     assert "error to tau 0" in table([sparse])
 
 
+def test_the_error_is_of_the_real_tokens_of_all_batches_together():
+    model, batch = converted("bert"), TINY["bert"].batch()
+    real = torch.ones(batch["input_ids"].shape, dtype=torch.long)
+    real[0, 5:] = 0  # padding
+    batches = [batch | {"attention_mask": real}, {"input_ids": batch["input_ids"][:1, :4]}]
+    wrong = size = 0.0
+    with torch.no_grad():
+        for one in batches:
+            kept = one.get("attention_mask", torch.ones_like(one["input_ids"])).bool()
+            with sadmoe.tau(model, 0.0):
+                wanted = model(**one).last_hidden_state[kept]
+            with sadmoe.tau(model, 0.3):
+                wrong += (model(**one).last_hidden_state[kept] - wanted).square().sum().item()
+            size += wanted.square().sum().item()
+    (point,) = evaluate(model, batches, [0.3])
+    assert point.error == pytest.approx((wrong / size) ** 0.5, rel=1e-4)
+
+
 @pytest.mark.parametrize("ruled_out", [torch.finfo(torch.float32).min, float("-inf")])
 def test_logits_that_a_model_rules_out_are_no_perfect_fidelity(ruled_out):
     model, batch = converted("bert"), TINY["bert"].batch()

@@ -1,6 +1,8 @@
+import copy
 import math
 
 import pytest
+import sadmoe
 import torch
 from converted import converted, random_layer, random_rows
 from sadmoe import routers
@@ -241,6 +243,19 @@ def test_the_routers_of_a_converted_model_are_fitted_at_tau_zero():
     for name, x in collect_inputs(expected, sites, [batch], max_tokens=100).items():
         assert fit_router_(converted_layers(expected)[name], x, config) == fits[name]
         assert torch.equal(converted_layers(expected)[name].router.v2, layers[name].router.v2)
+
+
+def test_a_compiled_model_that_has_run_gives_the_routers_their_inputs():
+    model, batch = converted("bert"), TINY["bert"].batch()
+    plain = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad(), sadmoe.tau(model, 0.0):
+        compiled(**batch)
+    config = RouterConfig(steps=2, width=16)
+    fits = [sadmoe.fit_routers_(one, [batch], config) for one in (plain, compiled)]
+    assert [list(fit) for fit in fits] == [list(sadmoe.moe_layers(plain))] * 2
+    for one, other in zip(*(sadmoe.moe_layers(m).values() for m in (plain, model)), strict=True):
+        assert torch.equal(one.router.v1, other.router.v1)
 
 
 def test_a_dense_model_has_no_routers():

@@ -1,7 +1,9 @@
 """The loop of sparsity enforcement."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import FrozenInstanceError, dataclass
+from itertools import islice
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from clock import Clock
 from sadmoe.ffn import find_ffns
 from sadmoe.ffn.activations import ACTIVATION_MODULES
 from sadmoe.sparsify import SparsifyConfig, measure_sparsity, sparsify_
+from sadmoe.training.loop import _endless
 from sadmoe.training.objective import Remembered, block_of, distill_hidden, distill_logits
 from states import same, state
 from tiny_models import TINY, tokens
@@ -94,6 +97,35 @@ def test_batches_that_end_for_good_are_an_error():
     batches = torch.utils.data.DataLoader(Once(), batch_size=None)
     with pytest.raises(ValueError, match="gave nothing when they were gone through again"):
         run_sparsify(two_ffns(), short(steps=50, objective="task"), batches, loss=mean_square)
+
+
+class Drawn(Sequence):
+    """Batches that are drawn anew each time they are asked for."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        return torch.rand(3)
+
+
+def test_batches_are_known_by_index_only_where_they_come_again_as_they_were():
+    def indices(batches):
+        return {index for index, _ in islice(_endless(batches, 0), 4)}
+
+    assert indices(data()) == indices(tuple(data())) == set(range(len(data())))
+    assert indices(Drawn()) == {None}
+
+
+def test_the_search_for_ffns_moves_no_random_state_either(monkeypatch):
+    def drawing(*args, **settings):
+        torch.rand(1)  # as a DataLoader does for each pass
+        return find_ffns(*args, **settings)
+
+    monkeypatch.setattr("sadmoe.sparsify.run.find_ffns", drawing)
+    model, before = two_ffns(), torch.get_rng_state()
+    run_sparsify(model, short(steps=1))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_an_autocast_around_the_run_sees_every_update():

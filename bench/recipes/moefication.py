@@ -58,7 +58,7 @@ def fitted(layer: DynamicKMoE, rows: Tensor, steps: int, checkpoint: Checkpoint,
     with torch.no_grad():
         sums = torch.cat([activity(layer, part) for part in rows.split(2048)])
     router = ActivityRouter(layer.router)
-    _, chunks = held_out_and_batches({"rows": rows, "labels": sums / sums.max().clamp(min=1e-12)}, 512)
+    _, chunks = held_out_and_batches(name, {"rows": rows, "labels": sums / sums.max().clamp(min=1e-12)}, 512)
 
     def objective(batch: Any, index: int | None = None) -> Tensor:
         return F.binary_cross_entropy_with_logits(router(batch["rows"]), batch["labels"])

@@ -121,13 +121,15 @@ inline int32_t code_of(ScalarType dtype) {
       return aoti_torch_dtype_float32();
     case ScalarType::Int:
       return aoti_torch_dtype_int32();
-    default:
+    case ScalarType::Bool:
       return aoti_torch_dtype_bool();
+    default:
+      throw std::logic_error("sadmoe: code_of: no result has this dtype");
   }
 }
 
-// Uninitialised, on x's device, of x's dtype or float32, int32 or bool: torch::stable::new_empty of a plain tensor, which goes
-// through the dispatcher.
+// Uninitialised, on x's device, of x's dtype or float32, int32 or bool: as torch::stable::new_empty, but not through the
+// dispatcher.
 inline Tensor empty_beside(const Tensor& x, const std::vector<int64_t>& sizes, std::optional<ScalarType> dtype = std::nullopt) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);

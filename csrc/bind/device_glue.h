@@ -16,7 +16,7 @@ namespace sadmoe {
 
 class OnDevice {
  public:
-  OnDevice(const Arguments& arguments, const Tensor&) {
+  OnDevice(const Arguments& arguments, const Tensor&, const char* = "x") {
     for (const Argument& a : arguments.all()) allow(a.name, a.tensor, emulator::Use::read);
   }
   void* stream() const { return nullptr; }
@@ -51,7 +51,7 @@ namespace sadmoe {
 // All arguments are on x's device, which is current while this lives.
 class OnDevice {
  public:
-  OnDevice(const Arguments& arguments, const Tensor& x) : guard_(checked_index(arguments, x)) {
+  OnDevice(const Arguments& arguments, const Tensor& x, const char* name = "x") : guard_(checked_index(arguments, x, name)) {
     check(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_) == AOTI_TORCH_SUCCESS, arguments.op(),
           "the current stream of ", name_of(x), " cannot be had");
     const int code = cuda::use_device(x.get_device_index());
@@ -64,10 +64,10 @@ class OnDevice {
  private:
   static std::string name_of(const Tensor& t) { return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "the CPU"; }
 
-  static int32_t checked_index(const Arguments& arguments, const Tensor& x) {
+  static int32_t checked_index(const Arguments& arguments, const Tensor& x, const char* name) {
     for (const Argument& a : arguments.all())
       check(name_of(a.tensor) == name_of(x), arguments.op(), "all tensors must be on one device: ", a.name, " is on ",
-            name_of(a.tensor), ", x on ", name_of(x));
+            name_of(a.tensor), ", ", name, " on ", name_of(x));
     check(aoti_torch_get_current_cuda_stream != nullptr, arguments.op(), "this torch was built without CUDA");
     return x.get_device_index();
   }

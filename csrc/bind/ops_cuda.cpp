@@ -86,7 +86,7 @@ void masked_activation(Tensor up, const MaybeTensor& gate, const Tensor& choice,
   const char* op = "_masked_activation_";
   Arguments keep(op);
   MaskedActivation p = check_masked_activation(keep, up, gate, choice, tau, act);
-  OnDevice device(keep, up);
+  OnDevice device(keep, up, "up");
   device.updates("up", up);
   p.up = up.mutable_data_ptr();
   check_launch(cuda::masked_activation(p, device.stream()), op);

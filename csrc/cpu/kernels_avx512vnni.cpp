@@ -7,7 +7,7 @@ namespace sadmoe::cpu {
 const Kernels& kernels_avx512vnni() {
   static const Kernels kTable = [] {
     Kernels table = kernels_avx512();
-    table.isa = "avx512vnni", table.pair_strip = kPairStrip<Ints>;
+    table.isa = "avx512vnni";
     table.project[int(DType::i8)] = project<Ints, int8_t>;
     table.accumulate[int(DType::i8)] = accumulate_pairs<Ints, Vec>;
     return table;

@@ -17,10 +17,10 @@ namespace {
 constexpr int64_t kBlock = 512, kSmallestBlock = 64, kLargestBlock = 2048;
 // Floats of activations that a thread's block may need where every expert runs; one that has grown, as many as dense has.
 constexpr int64_t kHidden = 1 << 22;
-constexpr int64_t kFewRows = 32;     // of an expert, on average: below it the time is spent fetching weights
-constexpr int64_t kWantedRows = 64;  // of an expert, on average, for which blocks grow where weights come from memory:
-constexpr int64_t kNear = 1 << 25;   // bytes of weights that a last-level cache may hold from one block to the next
-constexpr int64_t kSums = 1 << 16;   // sums of y that near caches hold, beside weights that are used once
+constexpr int64_t kFewRows = 32;         // of an expert, on average: below it the time is spent fetching weights
+constexpr int64_t kWantedRows = 64;      // of an expert, on average, for which blocks grow where weights come from memory:
+constexpr int64_t kLastLevel = 1 << 25;  // bytes of weights that a last-level cache may hold from one block to the next
+constexpr int64_t kSums = 1 << 16;       // sums of y that near caches hold, beside weights that are used once
 // Up to this many tokens a thread, threads share every token and split the weights: more where each has kBroad columns of y.
 constexpr int64_t kShared = 32, kSharedIfBroad = 128, kBroad = 128;
 // Neurons that a few rows take at once on the way out: with their columns they stay in the first-level cache.
@@ -34,7 +34,7 @@ int64_t block_tokens(const Experts& p) { return std::clamp(kHidden / (p.shape.E 
 bool blocks_grow(const Experts& p, const Threads& threads) {
   const ExpertsShape& s = p.shape;
   const int64_t bytes = s.E * s.s * ((p.w_gate ? 2 : 1) * s.d + s.d_out) * size_of(p.w_up.dtype);
-  return bytes > kNear && s.T > block_tokens(p) * threads.count && !runs_by_tiles(p);
+  return bytes > kLastLevel && s.T > block_tokens(p) * threads.count && !runs_by_tiles(p);
 }
 
 int64_t grown_block(const Experts& p, const bool* mask) {

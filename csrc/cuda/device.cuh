@@ -202,25 +202,18 @@ struct Grid {
   bool early = false;
 };
 // Of the current device.
-inline int multiprocessors(int& count) {
+inline int attribute(cudaDeviceAttr which, int& value) {
   int device = 0;
   const cudaError_t code = cudaGetDevice(&device);
-  return static_cast<int>(code ? code : cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return static_cast<int>(code ? code : cudaDeviceGetAttribute(&value, which, device));
 }
+inline int multiprocessors(int& count) { return attribute(cudaDevAttrMultiProcessorCount, count); }
 // Of its compute capability; 9.0 gives 9.
-inline int capability(int& major) {
-  int device = 0;
-  const cudaError_t code = cudaGetDevice(&device);
-  return static_cast<int>(code ? code : cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-}
+inline int capability(int& major) { return attribute(cudaDevAttrComputeCapabilityMajor, major); }
 constexpr size_t kGivenBytes = 48 << 10;  // of shared memory, to any block; more must be asked for
 constexpr size_t kBlockBytes = 1 << 10;   // of it, what a block takes beside its own
 // Of a multiprocessor of the current device, in bytes.
-inline int shared_of_multiprocessor(int& bytes) {
-  int device = 0;
-  const cudaError_t code = cudaGetDevice(&device);
-  return static_cast<int>(code ? code : cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-}
+inline int shared_of_multiprocessor(int& bytes) { return attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, bytes); }
 template <class Parameters>
 int launch(void (*kernel)(Parameters), Grid grid, int threads, size_t shared_bytes, void* stream, const Parameters& parameters) {
   int major = 0;

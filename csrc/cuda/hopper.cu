@@ -82,7 +82,7 @@ int launch_crowds(const Down& p, void* stream) {
 
 bool fits_hopper(const Up& p) {
   const bool halves = p.x.dtype != DType::f32 && p.x.dtype == p.w_up.dtype;
-  return halves && p.d > 0 && p.x.wide && p.w_up.wide && (p.w_gate.wide || !p.w_gate.data);
+  return halves && p.x.wide && p.w_up.wide && (p.w_gate.wide || !p.w_gate.data);
 }
 
 int up_on_hopper(const Up& p, bool all, void* stream) {

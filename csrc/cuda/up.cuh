@@ -29,49 +29,29 @@ struct Up {
   Guard guard;            // of `up_all`, for which all neurons are one expert's: of the experts
 };
 
-// As csrc/cpu/activate.h. NaN stays NaN. Minus infinity, which gelu would multiply with 0 and the others divide by infinity,
-// becomes 0.
-SADMOE_DEVICE float activate(Activation act, float v) {
+// For minus infinity, which gelu would multiply with 0 and the others divide by infinity.
+SADMOE_DEVICE float bounded(float v) {
   constexpr float kLeast = -3.402823466e38f;
-  const float bounded = v < kLeast ? kLeast : v;
-  switch (act) {
-    case Activation::relu:
-      return v < 0 ? 0 : v;
-    case Activation::gelu:
-      return 0.5f * bounded * erfc(-0.70710678118654752f * v);
-    case Activation::gelu_tanh:
-      return bounded / (1 + exp(-1.5957691216057308f * v * fma(v * v, 0.044715f, 1.0f)));
-    case Activation::silu:
-      return bounded / (1 + exp(-v));
-    case Activation::quick_gelu:
-      return bounded / (1 + exp(-1.702f * v));
-    case Activation::relu2:
-      return v < 0 ? 0 : v * v;
-    case Activation::abs:
-      return v < 0 ? -v : v;
-    default:
-      return v;
-  }
+  return v < kLeast ? kLeast : v;
 }
-
-// body(the activation), compiled for each.
+// body(the activation), compiled for each. As csrc/cpu/activate.h; NaN stays NaN.
 template <class Body>
 SADMOE_DEVICE void with_activation(Activation act, Body body) {
   switch (act) {
     case Activation::relu:
-      return body([](float v) { return activate(Activation::relu, v); });
+      return body([](float v) { return v < 0 ? 0 : v; });
     case Activation::gelu:
-      return body([](float v) { return activate(Activation::gelu, v); });
+      return body([](float v) { return 0.5f * bounded(v) * erfc(-0.70710678118654752f * v); });
     case Activation::gelu_tanh:
-      return body([](float v) { return activate(Activation::gelu_tanh, v); });
+      return body([](float v) { return bounded(v) / (1 + exp(-1.5957691216057308f * v * fma(v * v, 0.044715f, 1.0f))); });
     case Activation::silu:
-      return body([](float v) { return activate(Activation::silu, v); });
+      return body([](float v) { return bounded(v) / (1 + exp(-v)); });
     case Activation::quick_gelu:
-      return body([](float v) { return activate(Activation::quick_gelu, v); });
+      return body([](float v) { return bounded(v) / (1 + exp(-1.702f * v)); });
     case Activation::relu2:
-      return body([](float v) { return activate(Activation::relu2, v); });
+      return body([](float v) { return v < 0 ? 0 : v * v; });
     case Activation::abs:
-      return body([](float v) { return activate(Activation::abs, v); });
+      return body([](float v) { return v < 0 ? -v : v; });
     default:
       return body([](float v) { return v; });
   }

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sadmoe import files
-from sadmoe.batches import plain_name, unwrapped
+from sadmoe.batches import unwrapped
 from sadmoe.checkpoint import SavedModelError
 from sadmoe.describe import describe_all, rebuild
 from sadmoe.ffn import (
@@ -59,7 +59,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, overwrite: b
             f"{int8[0]} has its experts in int8, and an adapter leaves the base's weights as they are: save it before "
             "quantize_experts_, or the whole model"
         )
-    mlps = {plain_name(name): mlp for name, mlp in projection_mlps(model).items()}
+    mlps = projection_mlps(model)
     tensors: dict[str, Tensor] = {}
     base: dict[str, int | None] = {}
     for name in layers:

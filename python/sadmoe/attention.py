@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sadmoe.batches import Batches, check_batches
+from sadmoe.batches import Batches, check_batches, check_model, plain_name
 from sadmoe.checks import check_choice, check_config, check_fields, check_filter
 from sadmoe.ffn import (
     ATTENTION,
@@ -186,22 +186,24 @@ def scan_projections(
     model: nn.Module, filter: Callable[[str], bool] | None = None, *, batches: Batches | None = None
 ) -> tuple[list[Place], list[str]]:
     """`find_projections` without errors and warnings: the sites, and of each that is none a line with the reason."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     check_filter(filter)
+    if batches is not None:
+        check_batches(batches)
     found, refused = [], []
     uses = Uses(model)
     for name, parent, linear in _linears_of_attention(model, batches):
-        if filter is not None and not filter(name):
+        plain = plain_name(name)
+        if filter is not None and not filter(plain):
             continue
         path, _, child = name.rpartition(".")
         try:
             if isinstance(parent, nn.MultiheadAttention):
                 raise Unsupported("nn.MultiheadAttention reads its weights itself and never calls it")
             uses.check(parent, path, Proposal(Parts(child, child, child), (), (), True))
-            found.append(Place(name, linear))
+            found.append(Place(plain, linear))
         except Unsupported as reason:
-            refused.append(f"{name}: {reason}")
+            refused.append(f"{plain}: {reason}")
     return found, refused
 
 
@@ -235,7 +237,8 @@ def replace_projections_(
             "group is made, or in one process that saves the model for the others"
         )
     started = time.perf_counter()
-    sites = find_projections(model, config.filter, batches=batches)
+    with seeded(model, config.seed):  # a DataLoader may draw a number
+        sites = find_projections(model, config.filter, batches=batches)
     by_name = {site.name: site for site in sites}
     stream = stream_inputs(
         model, sites, batches, max_tokens=config.max_tokens, max_bytes=config.max_bytes, seed=config.seed,
@@ -284,10 +287,6 @@ def _distilled(
     site: Place, rows: Tensor, config: ProjectionConfig, checkpoint: Checkpoint | None
 ) -> tuple[ProjectionMLP, ProjectionFit]:
     """The MLP of one projection, trained in float32, in the dtype of the projection at the end."""
-    if len(rows) < 2:
-        raise ValueError(
-            f"{site.name} needs at least 2 tokens, one to hold out, got {len(rows)}: pass more batches"
-        )
     shape = linear_shape(site.first)
     assert shape is not None
     weight: Any = site.first.weight
@@ -295,7 +294,9 @@ def _distilled(
     rows = rows[torch.randperm(len(rows), device=rows.device)]
     with torch.no_grad():
         targets = torch.cat([site.first(part).float() for part in rows.split(CHUNK)])
-    test, batches = held_out_and_batches({"rows": rows.float(), "targets": targets}, config.batch_tokens)
+    test, batches = held_out_and_batches(
+        site.name, {"rows": rows.float(), "targets": targets}, config.batch_tokens
+    )
     mlp = empty_mlp(site.first, width, config.act).float()
     if config.start == "low_rank":
         start_low_rank_(mlp, site.first, torch.cat([batch["targets"] for batch in batches]))

@@ -151,12 +151,19 @@ def samples_in(batch: Batch) -> int:
     return 1
 
 
-def refuse_compiled(model: nn.Module) -> None:
+def check_model(model: Any, called: str = "model") -> None:
+    """Raises TypeError unless it is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{called} must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def refuse_compiled(model: nn.Module, called: str = "model") -> None:
     """Raises ValueError where the model, or a part, was compiled: it then bypasses its modules' hooks."""
+    check_model(model, called)
     for name, module in model.named_modules():
         if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
             raise ValueError(
-                f"{name or 'model'}: is compiled, so its modules are not seen while it runs; pass the model as it was "
+                f"{name or called}: is compiled, so its modules are not seen while it runs; pass the model as it was "
                 "before torch.compile, and compile afterwards"
             )
 
@@ -229,6 +236,12 @@ def mask_rows(mask: Tensor, shape: torch.Size) -> Tensor:
     return (mask.t() if turned else mask).flatten()
 
 
+def real_part(model: nn.Module, name: str, batch: Batch, x: Tensor) -> Tensor:
+    """The rows [rows, d] of x [..., d] that are real tokens, or all of them, see `real_rows`."""
+    real = real_rows(model, name, batch, x)
+    return rows_of(x) if real is None else rows_of(x)[real]
+
+
 def rows_of(x: Tensor) -> Tensor:
     """x [..., d] -> [rows, d]; of a nested tensor, which holds no padding, its parts one after the other."""
     return torch.cat(x.unbind()) if x.is_nested else x.reshape(-1, x.shape[-1])
@@ -253,8 +266,8 @@ def settle(model: nn.Module, batches: Batches) -> None:
 def mode(model: nn.Module, train: bool) -> Iterator[None]:
     """Every module in training (or evaluation) mode; afterwards each is what it was."""
     flags = [(module, module.training) for module in model.modules()]
-    model.train(train)
     try:
+        model.train(train)
         yield
     finally:
         for module, flag in flags:

@@ -11,7 +11,7 @@ from torch import nn
 
 from sadmoe.batches import Batches, check_batches, length
 from sadmoe.calibrate import Calibration, calibrate_, check_budget, check_reachable
-from sadmoe.checks import check_config
+from sadmoe.checks import check_config, check_number
 from sadmoe.cost import cost
 from sadmoe.dial import set_tau, trainable_layers
 from sadmoe.ffn import moe_layers, projection_mlps
@@ -84,6 +84,7 @@ def finetune_for_budget_(
     check_budget(budget)
     check_checkpoint(checkpoint)
     check_batches(batches)
+    check_number("seconds", seconds)
     if not seconds > 0:
         raise ValueError(f"seconds must be above 0, got {seconds}")
     if moe_layers(dense):

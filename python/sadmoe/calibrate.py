@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sadmoe.batches import Batch, Batches, check_batches, device_of, evaluating, run, samples_in, to_device
+from sadmoe.checks import check_number
 from sadmoe.cost import CostReport, cost_of_masks, cost_of_shares
 from sadmoe.dial import Filter, Taus, converted_layers, set_tau, tau
 from sadmoe.masks import record_masks
@@ -84,12 +85,15 @@ def _check_goal(budget: float | None, max_loss_increase: float | None) -> None:
         raise ValueError("give calibrate_ a budget or a max_loss_increase, exactly one of them")
     if budget is not None:
         check_budget(budget)
+    if max_loss_increase is not None:
+        check_number("max_loss_increase", max_loss_increase)
     if max_loss_increase is not None and not max_loss_increase >= 0:
         raise ValueError(f"max_loss_increase must not be negative, got {max_loss_increase}")
 
 
 def check_budget(budget: float) -> None:
-    """Raises ValueError unless it is a share of the dense FLOPs."""
+    """Raises TypeError unless it is a number, ValueError unless it is a share of the dense FLOPs."""
+    check_number("budget", budget)
     if not 0 < budget <= 1:
         raise ValueError(
             f"budget must be in (0, 1], executed over dense FLOPs of the converted layers, got {budget}"

@@ -41,6 +41,13 @@ def check_fields(config: Any) -> None:
             raise TypeError(f"{type(config).__name__}: {field.name} must be {wanted}, got {value!r}")
 
 
+def check_number(what: str, value: Any, where: str = "") -> None:
+    """Raises TypeError unless the value, which is said to be `what`, is a number, of Python, NumPy or torch; where: it
+    must be."""
+    if isinstance(value, str | bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"{what} must be a number{where}, got {value!r}")
+
+
 def check_choice(what: str, value: Any, choices: Iterable[str]) -> None:
     """Raises ValueError unless the value, which is said to be `what`, is one of them."""
     choices = tuple(choices)

@@ -221,6 +221,7 @@ def _images(path: Path, folder: Path, batch_size: int, dtype: torch.dtype) -> Da
 class _Images(Sequence[Batch]):
     """Batches of images, read when they are asked for, as transformers' pipelines read them."""
 
+    same_again = True  # for the training loop
     files: Sequence[Path]
     processor: Any
     size: int

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sadmoe.batches import plain_name
 from sadmoe.ffn import (
     FFNSite,
     ProjectionMLP,
@@ -65,7 +64,7 @@ def describe_all(model: nn.Module) -> dict[str, Any]:
     """Name -> description of everything in the model that a dense one does not have. Compiled parts have the names that
     they had before."""
     converted = {name: describe(layer) for name, layer in moe_layers(model).items()}
-    return converted | {plain_name(name): describe_mlp(mlp) for name, mlp in bare_mlps(model).items()}
+    return converted | {name: describe_mlp(mlp) for name, mlp in bare_mlps(model).items()}
 
 
 def rebuild(

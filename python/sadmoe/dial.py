@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from sadmoe.checks import check_filter
+from sadmoe.checks import check_filter, check_number
 from sadmoe.ffn import moe_layers
 from sadmoe.gates import DynamicK
 from sadmoe.layer import DynamicKMoE
@@ -95,6 +95,8 @@ def set_batch_invariant(model: nn.Module, value: bool | None, *, expected_share:
     """
     if value is not None and not isinstance(value, bool):
         raise ValueError(f"value must be True, False or None, got {value!r}")
+    if expected_share is not None:
+        check_number("expected_share", expected_share, " in [0, 1]")
     if expected_share is not None and not 0.0 <= expected_share <= 1.0:
         raise ValueError(f"expected_share must be in [0, 1], got {expected_share}")
     for layer in converted_layers(model).values():

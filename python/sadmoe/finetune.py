@@ -11,7 +11,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sadmoe.batches import Batches, check_batches, device_of, mode, real_rows, rows_of, settle
+from sadmoe.batches import (
+    Batches,
+    check_batches,
+    device_of,
+    mode,
+    real_part,
+    refuse_compiled,
+    rows_of,
+    settle,
+)
 from sadmoe.checks import check_config
 from sadmoe.dial import trainable_layers
 from sadmoe.ffn import site_of
@@ -109,6 +118,9 @@ def finetune_(
     check_config(config, FinetuneConfig)
     check_checkpoint(checkpoint)
     check_batches(batches)
+    refuse_compiled(model)
+    if teacher is not None:
+        refuse_compiled(teacher, "teacher")
     layers = trainable_layers(model)
     if teacher is not None and loss is not None:
         raise ValueError("give teacher or loss, not both: the objective is one of them")
@@ -163,9 +175,14 @@ def hidden_kept(layers: Mapping[str, DynamicKMoE]) -> Iterator[None]:
             layer.keeps_hidden = False
 
 
+def trains(layer: DynamicKMoE) -> bool:
+    """Whether any of its own parameters requires a gradient, its router's aside."""
+    return any(p.requires_grad for p in layer.parameters(recurse=False))
+
+
 def no_penalty(batch: Any) -> Tensor:
     """Of a run in which the model's own gates pick."""
-    return torch.zeros(())
+    return torch.zeros((), device="cpu")
 
 
 class ExpertPenalty:
@@ -205,15 +222,11 @@ class ExpertPenalty:
         for layer in self.layers.values():
             layer.gate = gate
 
-    def _trained(self) -> bool:
-        return any(p.requires_grad for layer in self.layers.values() for p in layer.parameters(recurse=False))
-
     def __call__(self, batch: Any) -> Tensor:
         values, shares = [], []
         for name, norms in self.seen.items():
             for one in norms:
-                real = None if batch is None else real_rows(self.model, name, batch, one)
-                kept = rows_of(one) if real is None else rows_of(one)[real]
+                kept = rows_of(one) if batch is None else real_part(self.model, name, batch, one)
                 if not len(kept):  # a batch of padding alone
                     continue
                 values.append(square_hoyer(kept).mean() / kept.shape[1])
@@ -223,6 +236,11 @@ class ExpertPenalty:
         now = mean_over_processes(torch.stack(shares).mean().item() if shares else self.share, device)
         self.share = self.decay * self.share + (1 - self.decay) * now
         mean = torch.stack(values).mean() if values else torch.zeros((), device=device)
-        if values and torch.is_grad_enabled() and not mean.requires_grad and self._trained():
+        if (
+            values
+            and torch.is_grad_enabled()
+            and not mean.requires_grad
+            and any(map(trains, self.layers.values()))
+        ):
             raise no_gradient_for_the_penalty()
         return mean if self.share > self.config.share else mean.detach()

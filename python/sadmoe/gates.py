@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sadmoe import ops
+from sadmoe.checks import check_number
 
 
 class Gate(Protocol):
@@ -33,8 +34,7 @@ class DynamicK:
     true_norms: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.tau, str | bool):
-            raise TypeError(f"tau must be a number in [0, 1], got {self.tau!r}")
+        check_number("tau", self.tau, " in [0, 1]")
         object.__setattr__(self, "tau", float(self.tau))  # JSON takes no NumPy scalars and no tensors
         if not 0.0 <= self.tau <= 1.0:
             raise ValueError(f"tau must be in [0, 1] (0: every expert, 1: the top expert), got {self.tau}")
@@ -51,6 +51,8 @@ class TopK:
     true_norms: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.k, bool) or not hasattr(self.k, "__index__"):
+            raise TypeError(f"k must be a whole number, got {self.k!r}")
         object.__setattr__(self, "k", operator.index(self.k))
         if self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}")

@@ -1,9 +1,18 @@
 """Hooks on modules that come off again."""
 
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
+import torch
 from torch.utils.hooks import RemovableHandle
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Inside, what torch.compile made runs as it was before, in the whole process: it would run no hook that is new to
+    it. Not to be entered from compiled code."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from sadmoe.batches import (
     run,
     to_device,
 )
-from sadmoe.hooks import hooks_on
+from sadmoe.hooks import hooks_on, uncompiled
 
 
 class Site(Protocol):
@@ -108,10 +108,14 @@ def stream_inputs(
 
 
 def held_out_and_batches(
-    whole: dict[str, Tensor], batch_tokens: int
+    name: str, whole: dict[str, Tensor], batch_tokens: int
 ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-    """Tensors of equal length n >= 2 as the first tenth of their rows, and the rest in batches of batch_tokens."""
-    held_out = max(1, len(next(iter(whole.values()))) // 10)
+    """Tensors of equal length as the first tenth of their rows, and the rest in batches of batch_tokens. Raises
+    ValueError, by that name, where there is no row to hold out beside one."""
+    rows = len(next(iter(whole.values())))
+    if rows < 2:
+        raise ValueError(f"{name} needs at least 2 tokens, one to hold out, got {rows}: pass more batches")
+    held_out = max(1, rows // 10)
     test = {key: value[:held_out] for key, value in whole.items()}
     chunks = zip(*(value[held_out:].split(batch_tokens) for value in whole.values()), strict=True)
     return test, [dict(zip(whole, chunk, strict=True)) for chunk in chunks]
@@ -195,7 +199,7 @@ def _one_pass(
     hooks = (
         site.first.register_forward_pre_hook(partial(see, site.name), with_kwargs=True) for site in sites
     )
-    with hooks_on(hooks), evaluating(collector.model):
+    with uncompiled(), hooks_on(hooks), evaluating(collector.model):
         for batch in tqdm(batches, "inputs", length(batches), disable=not progress):
             collector.batch = to_device(batch, device)
             run(collector.model, collector.batch)

@@ -16,7 +16,7 @@ from sadmoe.batches import Batches, check_batches, mode
 from sadmoe.checks import check_config
 from sadmoe.dial import trainable_layers
 from sadmoe.ffn import DenseFFN, FFNSite, find_ffns
-from sadmoe.finetune import ExpertPenalty, FinetuneConfig
+from sadmoe.finetune import ExpertPenalty, FinetuneConfig, trains
 from sadmoe.inputs import held_out_and_batches, stream_inputs
 from sadmoe.layer import DynamicKMoE
 from sadmoe.training.config import Step
@@ -83,8 +83,9 @@ def finetune_layers_(
     if max_tokens < 2:
         raise ValueError(f"max_tokens must be at least 2, to hold some out, got {max_tokens}")
     layers = trainable_layers(model)
-    sites = _teachers(teacher, layers, batches)
-    trained = sum(map(_trains, layers.values()))
+    with seeded(model, config.seed):  # a DataLoader may draw a number
+        sites = _teachers(teacher, layers, batches)
+    trained = sum(map(trains, layers.values()))
     if not trained:
         raise ValueError("no parameter of a converted layer requires a gradient, so there is none to train")
     if config.seconds is not None:
@@ -116,10 +117,6 @@ def _fit(
     checkpoint: Checkpoint | None,
     progress: bool,
 ) -> LayerFit:
-    if len(rows) < 2:
-        raise ValueError(
-            f"{name} needs at least 2 tokens, one to hold out, got {len(rows)}: pass more batches"
-        )
     started = time.perf_counter()
     rows = rows[torch.randperm(len(rows), device=rows.device)]
     targets = torch.cat([dense(part) for part in rows.split(CHUNK)])
@@ -127,7 +124,9 @@ def _fit(
     # Of the residual sum, token by token.
     scale = rows.float().square().sum(-1) + targets.float().square().sum(-1)
     scale = scale.clamp(min=max(SMALL * scale.mean().item(), torch.finfo(scale.dtype).tiny))
-    test, batches = held_out_and_batches({"rows": rows, "targets": targets, "scale": scale}, batch_tokens)
+    test, batches = held_out_and_batches(
+        name, {"rows": rows, "targets": targets, "scale": scale}, batch_tokens
+    )
 
     def error(batch: Any, index: int | None = None) -> Tensor:
         wrong = layer(batch["rows"]).float() - batch["targets"].float()
@@ -136,7 +135,7 @@ def _fit(
     assert config.tau is not None
     with ExpertPenalty(layer, {name: layer}, config, config.tau) as penalty:
         history = []
-        if _trains(layer):
+        if trains(layer):
             about = {"batch_tokens": batch_tokens, "tokens": len(rows)}
             history = train(
                 layer, batches, config, error, penalty, progress, penalty.at, checkpoint=checkpoint, name=name,
@@ -146,10 +145,6 @@ def _fit(
         with torch.no_grad():
             missed, share = error(test).item(), layer.mask(test["rows"]).float().mean().item()
     return LayerFit(name, missed, share, history, time.perf_counter() - started)
-
-
-def _trains(layer: DynamicKMoE) -> bool:
-    return any(p.requires_grad for p in layer.parameters(recurse=False))
 
 
 def _teachers(teacher: nn.Module, layers: dict[str, DynamicKMoE], batches: Batches) -> list[FFNSite]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sadmoe.batches import Batch, evaluating, real_rows, run
 from sadmoe.dial import converted_layers
 from sadmoe.gradients import is_recomputed
-from sadmoe.hooks import hooks_on
+from sadmoe.hooks import hooks_on, uncompiled
 from sadmoe.layer import DynamicKMoE, only_input
 
 
@@ -72,7 +72,7 @@ class MaskRecord:
             self._count(name, layer, x, layer.mask)
 
     def see_norms(self, name: str, layer: DynamicKMoE, norms: Tensor) -> None:
-        """Counts one call of a layer whose gate goes by these norms [T, E]."""
+        """Counts one call of a layer whose gate goes by these norms [..., E]."""
         self._count(name, layer, norms.detach(), layer.gate.mask)
 
     def _count(self, name: str, layer: DynamicKMoE, values: Tensor, mask: Callable[[Tensor], Tensor]) -> None:
@@ -114,7 +114,7 @@ def record_masks(
         record.see(name, layer, only_input(args, kwargs))
 
     with ExitStack() as hooks:
-        hooks.enter_context(torch.compiler.set_stance("force_eager"))  # which runs no hook that is new to it
+        hooks.enter_context(uncompiled())
         for name, layer in converted_layers(model).items():
             hooks.enter_context(layer.register_forward_pre_hook(partial(see, name), with_kwargs=True))
             see_norms = partial(record.see_norms, name, layer)
@@ -137,6 +137,6 @@ def experts_per_token(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     hooks = (
         layer.register_forward_pre_hook(partial(see, n), with_kwargs=True) for n, layer in layers.items()
     )
-    with hooks_on(hooks), evaluating(model):
+    with uncompiled(), hooks_on(hooks), evaluating(model):
         run(model, batch)
     return {name: found[name] for name in layers if name in found}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sadmoe import reference
-from sadmoe.batches import real_rows, rows_of
+from sadmoe.batches import real_part, rows_of
 from sadmoe.dial import trainable_layers
 from sadmoe.hooks import hooks_on
 from sadmoe.layer import DynamicKMoE, only_input
@@ -93,14 +93,12 @@ class RouterLoss(PassesLoss):
         self._note(name, only_input(args, kwargs).detach())
 
     def _rows(self, name: str, batch: Mapping[str, Any] | None, x: Tensor) -> Tensor:
-        real = None if batch is None else real_rows(self.model, name, batch, x)
-        rows = rows_of(x)
-        return rows if real is None else rows[real]
+        return rows_of(x) if batch is None else real_part(self.model, name, batch, x)
 
 
 def _unexplained(layer: DynamicKMoE, rows: Tensor, power: float) -> tuple[Tensor, Tensor]:
     """SSE of the router and SST of its targets over (token, expert) pairs."""
-    rows = rows.to(layer.float_weights("w_up").dtype)
+    rows = rows.to(layer.w_up.dtype)
     with torch.autocast(rows.device.type, enabled=False):
         targets = layer.expert_norms(rows).pow(power)
         v1, v2 = (v.float() for v in (layer.router.v1, layer.router.v2))

@@ -190,7 +190,8 @@ class _Problem:
     @staticmethod
     def of(layer: DynamicKMoE, inputs: Tensor, power: float) -> "_Problem":
         rows = max(1, CHUNK // (layer.experts * layer.expert_size))
-        dtype = layer.float_weights("w_up").dtype  # inputs that ran under autocast may be of another
+        # Of the experts; inputs that ran under autocast may be of another.
+        dtype = (layer.w_up if layer.scale_up is None else layer.scale_up).dtype
         norms = torch.cat([layer.expert_norms(x.to(dtype)) for x in inputs.split(rows)])
         if not norms.isfinite().all():
             raise ValueError(

@@ -11,6 +11,7 @@ from sadmoe.attention import scan_projections
 from sadmoe.batches import (
     Batches,
     check_batches,
+    check_model,
     device_of,
     evaluating,
     refuse_compiled,
@@ -109,8 +110,7 @@ def survey(model: nn.Module, batches: Batches) -> Survey:
     activations mean little. Raises FFNNotFoundError and NotImplementedError as `find_ffns`, and ValueError where an FFN
     is never run or the model is converted.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     check_batches(batches)
     refuse_compiled(model)
     if moe_layers(model):

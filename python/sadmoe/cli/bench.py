@@ -66,8 +66,8 @@ def add_bench(commands: Any) -> None:
         "--tokens",
         type=int,
         nargs="+",
-        default=TOKENS,
-        help="tokens of a call, to --calibrate at; other calls go by the nearest (default: %(default)s)",
+        help="tokens of a call, to --calibrate at; other calls go by the nearest (default: "
+        f"{' '.join(map(str, TOKENS))})",
     )
     command.add_argument(
         "--cache",
@@ -93,6 +93,10 @@ def _bench(arguments: argparse.Namespace) -> None:
             raise ValueError(
                 f"--calibrate measures layers at shares of its own: leave out {', '.join(given)}"
             )
+    elif arguments.tokens:
+        raise ValueError(
+            "--tokens are those to --calibrate at; other calls take --batch-size and --max-length"
+        )
     device = _device(arguments.device)
     if arguments.json:
         check_files((arguments.json,), arguments.force)
@@ -144,7 +148,7 @@ def _device(name: str) -> torch.device:
 def _calibrate(arguments: argparse.Namespace, model: Any) -> None:
     path = cache_file(arguments.cache)
     found = calibrate_costs(
-        model, path, tokens=arguments.tokens, seconds=arguments.seconds, force=arguments.force
+        model, path, tokens=arguments.tokens or TOKENS, seconds=arguments.seconds, force=arguments.force
     )
     print(f"{machine()}, {arguments.device}. Cost: the sparse op over dense products, at an executed share.")
     for costs in found:

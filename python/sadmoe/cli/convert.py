@@ -18,6 +18,7 @@ from sadmoe.convert import ConvertConfig, checked_sites, convert_
 from sadmoe.cost import cost
 from sadmoe.data import Data
 from sadmoe.ffn import FFNNotFoundError
+from sadmoe.files import beside_of
 from sadmoe.int8 import quantize_experts_
 from sadmoe.mixed import fast_training
 from sadmoe.outputs import check_folder, replaced
@@ -89,7 +90,7 @@ def add_convert(commands: Any) -> None:
         help="round the experts' weights to int8, routers to 16 bits: a quarter of the bytes; faster with AVX-512, and "
         "with AVX2 for few tokens",
     )
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=int, default=0, help="of all random choices (default: %(default)s)")
     add_common(command)
     command.set_defaults(command=_convert)
 
@@ -145,8 +146,10 @@ def _conversion(arguments: argparse.Namespace) -> ConvertConfig:
         expert_size=arguments.expert_size,
         budget=budget,
         tau=arguments.tau,
-        router=RouterConfig(width=arguments.router_width),
-        projection_router=RouterConfig(width=PROJECTION_ROUTER) if arguments.projections else None,
+        router=RouterConfig(width=arguments.router_width, seed=arguments.seed),
+        projection_router=RouterConfig(width=PROJECTION_ROUTER, seed=arguments.seed)
+        if arguments.projections
+        else None,
         seed=arguments.seed,
     )
 
@@ -226,7 +229,9 @@ def _check_same_data(arguments: argparse.Namespace) -> None:
     now |= {"data": str(arguments.data.resolve()), "checksum": str(_checksum(arguments.data))}
     if not note.exists():
         note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(now))
+        beside = beside_of(note)  # a kill leaves no half of it
+        beside.write_text(json.dumps(now))
+        beside.replace(note)
     elif (saved := json.loads(note.read_text())) != now:
         raise ValueError(
             f"--checkpoint: {arguments.checkpoint} is of another run, of {saved}, not {now}: give that data "

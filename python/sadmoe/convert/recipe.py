@@ -8,7 +8,16 @@ import torch
 from torch import nn
 
 from sadmoe import ops
-from sadmoe.batches import Batches, check_batches, device_of, evaluating, refuse_compiled, run, to_device
+from sadmoe.batches import (
+    Batches,
+    check_batches,
+    check_model,
+    device_of,
+    evaluating,
+    refuse_compiled,
+    run,
+    to_device,
+)
 from sadmoe.calibrate import calibrate_
 from sadmoe.checks import check_config
 from sadmoe.convert.build import Built, Clock, build_all
@@ -59,8 +68,7 @@ def convert_(
     """
     config = ConvertConfig() if config is None else check_config(config, ConvertConfig)
     clock = Clock()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     with surgery(model):
         with clock("find"):
             check_batches(batches)
@@ -189,6 +197,7 @@ def _judge(one: Built) -> LayerReport:
         name=one.site.name,
         d=dense.d,
         f=dense.f,
+        d_out=dense.d_out,
         experts=layer.experts,
         expert_size=layer.expert_size,
         act=layer.act,

@@ -14,6 +14,7 @@ class LayerReport:
     name: str
     d: int
     f: int
+    d_out: int
     experts: int
     expert_size: int
     act: str
@@ -25,7 +26,7 @@ class LayerReport:
     @property
     def weights(self) -> int:
         """Elements of the FFN's matrices, by which averages over layers are weighted."""
-        return self.d * self.f * (3 if self.gated else 2)
+        return self.f * (self.d * (2 if self.gated else 1) + self.d_out)
 
 
 @dataclass(frozen=True)

@@ -128,12 +128,12 @@ def verify(
     if any(p.is_meta for p in block.parameters()):
         raise Unsupported("its weights are on the meta device, so it cannot be run; load them first")
     errors: list[Exception] = []
+    dense = sites[0].dense()
     for dtype in (torch.float64, torch.float32):  # float32 for devices and modules that insist on it
-        cast = sites[0].dense().to(dtype)
-        denses = [replace(cast, act=act) for act in acts]
-        x = _probe_input(denses[0], dtype)
         for call in calls:
             try:
+                denses = [replace(dense.to(dtype), act=act) for act in acts]
+                x = _probe_input(denses[0], dtype)
                 with quiet(block):
                     return _best(sites, denses, _Scene(block, parts, call), x)
             except Unsupported:
@@ -143,11 +143,11 @@ def verify(
     error, idle = errors[0], isinstance(errors[-1], _Idle)
     first_line = str(error).strip().split("\n")[0]
     if isinstance(error, _Unseen):
-        raise NotRun(f"run on a probe [1, {PROBE_ROWS}, {denses[0].d}], {first_line}", idle)
-    between = _of_neurons(block, denses[0].f)
+        raise NotRun(f"run on a probe [1, {PROBE_ROWS}, {dense.d}], {first_line}", idle)
+    between = _of_neurons(block, dense.f)
     raise NotRun(
-        (f"{between} works on its {denses[0].f} neurons, which only an activation may; " if between else "")
-        + f"run on a probe [1, {PROBE_ROWS}, {denses[0].d}] it raised {type(error).__name__}: {first_line}",
+        (f"{between} works on its {dense.f} neurons, which only an activation may; " if between else "")
+        + f"run on a probe [1, {PROBE_ROWS}, {dense.d}] it raised {type(error).__name__}: {first_line}",
         idle,
     )
 

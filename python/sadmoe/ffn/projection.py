@@ -75,8 +75,8 @@ def stand_in(model: nn.Module, name: str, mlp: ProjectionMLP, *, keep: bool = Tr
 
 
 def projection_mlps(model: nn.Module) -> dict[str, ProjectionMLP]:
-    """The MLPs in the place of projections, by name, converted or not, in the model's order."""
-    found = {name: _mlp_of(module) for name, module in model.named_modules()}
+    """The MLPs in the place of projections, by name without wrappers, converted or not, in the model's order."""
+    found = {plain_name(name): _mlp_of(module) for name, module in model.named_modules()}
     return {name: mlp for name, mlp in found.items() if mlp is not None}
 
 
@@ -87,7 +87,7 @@ def original_of(mlp: ProjectionMLP) -> nn.Module | None:
 
 def bare_mlps(model: nn.Module) -> dict[str, ProjectionMLP]:
     """The MLPs that are not converted."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, ProjectionMLP)}
+    return {plain_name(name): m for name, m in model.named_modules() if isinstance(m, ProjectionMLP)}
 
 
 def has_originals(model: nn.Module) -> bool:
@@ -116,7 +116,7 @@ def put_back_projections(model: nn.Module) -> None:
         linear.to(like.device, like.dtype).train(mlp.training)
         if cast(Tensor, linear.weight).requires_grad != like.requires_grad:
             linear.requires_grad_(like.requires_grad)
-        put(model, plain_name(name), linear)
+        put(model, name, linear)
 
 
 def _without_original(model: nn.Module) -> list[str]:

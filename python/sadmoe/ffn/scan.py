@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sadmoe.batches import Batches, run
+from sadmoe.batches import Batches, check_batches, check_model, plain_name, run
 from sadmoe.checks import check_filter
 from sadmoe.ffn.adapters import ADAPTERS, Proposal
 from sadmoe.ffn.linears import linear_shape, why_not_plain
@@ -103,9 +103,10 @@ def _all_of(
     batches: Batches | None,
     loss: Callable[[nn.Module, Any], Any] | None = None,
 ) -> "_Found":
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     check_filter(filter)
+    if batches is not None:
+        check_batches(batches)
     found = _scan(model, filter, {})
     if not found.unsure or batches is None:
         return found
@@ -141,7 +142,7 @@ def _scan(model: nn.Module, filter: Callable[[str], bool] | None, calls: Mapping
         if isinstance(module, DynamicKMoE) or any(name == d or name.startswith(f"{d}.") for d in done):
             continue
         found = _look_at(module, name, uses, filter, calls.get(name))
-        done |= {site.name for site in found.sites}
+        done |= {join(site.block, site.parts.at) for site in found.sites}
         for one in fields(_Found):
             getattr(all_, one.name).extend(getattr(found, one.name))
     return all_
@@ -180,7 +181,7 @@ def _look_at(
     by_halves: list[str] = []
 
     def wanted(proposal: Proposal) -> bool:
-        return filter is None or filter(join(name, proposal.parts.at))
+        return filter is None or filter(plain_name(join(name, proposal.parts.at)))
 
     proposals = {adapter: list(propose(module)) for adapter, propose in ADAPTERS.items()}
     if not any(map(wanted, chain(*proposals.values()))):

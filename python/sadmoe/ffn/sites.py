@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sadmoe import reference
+from sadmoe.batches import plain_name
 from sadmoe.checks import check_choice
 from sadmoe.ffn.dense import DenseFFN
 from sadmoe.ffn.linears import bias_of, linear_shape, weight_rows, why_not_plain
@@ -51,8 +52,8 @@ class FFNSite:
 
     @property
     def name(self) -> str:
-        """Module path where the MoE layer is put."""
-        return join(self.block, self.parts.at)
+        """Module path where the MoE layer is put, without wrappers."""
+        return plain_name(join(self.block, self.parts.at))
 
     @property
     def first(self) -> nn.Module:

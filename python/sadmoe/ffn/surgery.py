@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sadmoe.batches import WRAPPERS, plain_name, unwrapped
+from sadmoe.batches import WRAPPERS, check_model, plain_name, unwrapped
 from sadmoe.ffn.dense import TENSORS, DenseFFN, dense_from_layer
 from sadmoe.ffn.linears import fill_, strip_
 from sadmoe.ffn.lookup import lookup, put
@@ -131,7 +131,9 @@ def hooked(model: nn.Module, site: FFNSite) -> list[str]:
 
 
 def moe_layers(model: nn.Module) -> dict[str, DynamicKMoE]:
-    """The converted layers of the model, by name, in its order. Parts that were compiled do not change the names."""
+    """The converted layers of the model, by name, in its order. Parts that were compiled do not change the names.
+    Raises TypeError where it is no module."""
+    check_model(model)
     return {plain_name(name): m for name, m in model.named_modules() if isinstance(m, DynamicKMoE)}
 
 

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from sadmoe import ops
+from sadmoe.checks import check_number
 from sadmoe.ffn.activations import which_activation
 
 NAME = "sadmoe"
 SEEN = 16  # values of a weight on the CPU, to notice what wrote to it
-_TAU, _ACT = "sadmoe_tau", "sadmoe_act"  # in the __dict__ of an experts module
+_TAU, _ACT, _ACT_OF = "sadmoe_tau", "sadmoe_act", "sadmoe_act_of"  # in the __dict__ of an experts module
 
 Packed = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 # Beside the modules, not in them, where it would be saved and copied.
@@ -34,6 +35,7 @@ def set_experts_tau(model: nn.Module, tau: float) -> None:
     Raises ValueError where tau is out of range or the model has no such layer, NotImplementedError where its experts
     compute what the kernels do not, or are spread over devices and tau is not 0.
     """
+    check_number("tau", tau, " in [0, 1]")
     if not 0 <= tau <= 1:
         raise ValueError(f"tau must be in [0, 1] (0: all experts chosen, 1: the first), got {tau}")
     layers = [module for module in model.modules() if _is_experts(module)]
@@ -59,7 +61,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     hidden_states [T, d], top_k_index int64 [T, k] (the number of experts, where it runs on another device),
     top_k_weights [T, k] -> [T, d]. Each (token, expert) pair is a row for the kernel, whose sum is unweighted.
     """
-    act = self.__dict__.get(_ACT) or _check(self)
+    known = self.__dict__.get(_ACT)
+    act = known if known and self.__dict__[_ACT_OF] is self.act_fn else _check(self)
     weights, pairs = top_k_weights.float(), top_k_index.flatten()
     tau = self.__dict__.get(_TAU, 0.0)
     if tau > 0:
@@ -100,7 +103,7 @@ def _check(experts: Any) -> str:
             f"{kind} has an activation or a gating of its own, which sadmoe's kernels do not compute: "
             'use model.set_experts_implementation("grouped_mm")'
         )
-    experts.__dict__[_ACT] = act
+    experts.__dict__[_ACT], experts.__dict__[_ACT_OF] = act, experts.act_fn
     return act
 
 

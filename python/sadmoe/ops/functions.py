@@ -52,7 +52,7 @@ def sparse_experts(
 
     x [T, d], mask bool [T, E], w_up, w_gate [E, s, d], w_down [E, s, d_out], b_up, b_gate [E, s], b_out [d_out];
     act a key of `reference.ACTIVATIONS` -> [T, d_out] of x's dtype. Sums in float32, experts in ascending order,
-    on the CPU in float32 every 16 by themselves first: a token's result does not depend on its neighbours, the
+    of weights in float32 every 16 by themselves first: a token's result does not depend on its neighbours, the
     number of threads or the run, bit for bit. On the CPU w_up and w_gate may be `packed`; what is neither that nor
     contiguous is copied at every call.
     """
@@ -134,8 +134,14 @@ def masked_activation_(up: Tensor, gate: Tensor | None, choice: Tensor, tau: flo
 
     up, gate [T, E * s]; choice [T, E], a bool mask, or float32 scores, of which `dynamic_k_select` takes those that
     reach tau: up becomes act(up), or of a GLU act(gate) * up, and 0 of experts not chosen, also where it was NaN.
-    up is contiguous, gate of its dtype; computed in float32, rounded once.
+    up is contiguous, gate of its dtype; computed in float32, rounded once. Raises RuntimeError where a gradient would
+    have to pass.
     """
+    if torch.is_grad_enabled() and (up.requires_grad or (gate is not None and gate.requires_grad)):
+        raise RuntimeError(
+            "masked_activation_ writes in place, past autograd: call it under torch.no_grad(), or on tensors that "
+            "require no gradient"
+        )
     if lacks_kernels(up):
         reference.masked_activation_(up, gate, choice, tau, act)
         return

@@ -27,7 +27,7 @@ from sadmoe.batches import (
 from sadmoe.checks import check_choice
 from sadmoe.ffn import FFNSite, find_ffns
 from sadmoe.gradients import no_gradient_for_the_penalty
-from sadmoe.hooks import hooks_on
+from sadmoe.hooks import hooks_on, uncompiled
 from sadmoe.passes import PassesLoss
 from sadmoe.training.objective import Loss
 
@@ -213,7 +213,7 @@ def measure_sparsity(
             )
 
     hooks = (site.first.register_forward_hook(partial(count, site)) for site in sites)
-    with hooks_on(hooks), evaluating(model):
+    with uncompiled(), hooks_on(hooks), evaluating(model):
         for batch in batches:
             current["batch"] = to_device(batch, device_of(model))
             (run if loss is None else loss)(model, current["batch"])

@@ -106,7 +106,8 @@ def sparsify_(
         raise ValueError('teacher is used by the distilling objectives, got objective="task"')
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")
-    sites = find_ffns(model, filter, batches=batches, loss=loss)
+    with seeded(model, config.seed):  # a DataLoader may draw a number
+        sites = find_ffns(model, filter, batches=batches, loss=loss)
     started = time.perf_counter()
     with all_or_nothing(model) as undo, seeded(model, config.seed):
         processes.as_first_([*model.parameters(), *model.buffers()])  # the teacher is a copy of it

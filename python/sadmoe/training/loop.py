@@ -200,13 +200,15 @@ def _done(config: LoopConfig, steps: int, seconds: float) -> float:
 
 
 def _endless(batches: Batches, seed: int) -> Iterator[tuple[int | None, Batch]]:
-    """The batches again and again: a list in a new order each time, with indices, anything else in its own, without.
+    """The batches again and again: a sequence in a new order each time, anything else in its own. With indices where
+    one gives the same batch again: a list or tuple does, others say so by an attribute `same_again`.
     What a DataLoader draws is not moved by what a model draws in between."""
     generator, apart = torch.Generator().manual_seed(seed), Apart(seed)
     while True:
         if isinstance(batches, Sequence):
+            same = isinstance(batches, list | tuple) or getattr(batches, "same_again", False)
             yield from (
-                (i, batches[i])
+                (i if same else None, batches[i])
                 for i in torch.randperm(len(batches), generator=generator, device="cpu").tolist()
             )
             continue

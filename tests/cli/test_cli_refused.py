@@ -1,0 +1,145 @@
+"""Mistakes on the command line: a line that says what to do, before anything is loaded or trained."""
+
+import re
+
+import pytest
+import torch
+from sadmoe import cli
+from sadmoe.cli import convert as convert_command
+
+transformers = pytest.importorskip("transformers")
+from command_line import WORDS, bert, converted
+
+
+@pytest.mark.parametrize(
+    ("device", "told"),
+    [("gpu", "--device gpu: "), ("cuda", "sees no CUDA device here"), ("cpu:x", "--device cpu:x: ")],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_device_that_is_none_is_told_in_a_line(folder, capsys, device, told):
+    assert cli.main(["bench", "--model", str(folder), "--device", device]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert told in line
+
+
+def test_roberta_s_first_positions_are_no_token_s(text, tmp_path, capsys):
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.RobertaConfig(vocab_size=50, max_position_embeddings=20, pad_token_id=1, **shape)
+    transformers.RobertaModel(config).save_pretrained(tmp_path / "model")
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    transformers.BertTokenizer(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "model")
+    assert converted(tmp_path / "model", text, tmp_path / "out", "--max-length", "19") == 2
+    assert (
+        "--max-length must be at most 18, the positions of this RobertaModel, got 19"
+        in capsys.readouterr().err
+    )
+
+
+def test_a_tokenizer_of_another_model_is_refused(text, tmp_path, capsys):
+    folder = bert(tmp_path / "model")
+    (tmp_path / "vocab.txt").write_text("\n".join([*WORDS[:5], "more", *WORDS[5:]]))
+    transformers.BertTokenizer(vocab=str(tmp_path / "vocab.txt")).save_pretrained(folder)
+    assert converted(folder, text, tmp_path / "out") == 2
+    told = f"gives token {len(WORDS)}, and this BertModel knows {len(WORDS)} tokens, from 0"
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (("--finetune", "9", "--tau", "0.1"), "--finetune trains for a budget .*: give --budget, not --tau"),
+    ],
+)
+def test_training_that_cannot_be_is_refused_before_anything_is_loaded(more, told, tmp_path, capsys):
+    assert converted(tmp_path / "no model", tmp_path / "no data", tmp_path / "out", *more) == 2
+    assert re.search(told, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--threads", "--batch-size", "--max-length", "--expert-size", "--sparsify", "--finetune"]
+)
+@pytest.mark.parametrize("value", ["0", "-1", "many", "nan"])
+def test_a_number_that_is_not_above_0_is_refused_by_its_flag(flag, value, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        converted(tmp_path / "no model", tmp_path / "no data", tmp_path / "out", flag, value)
+    kind = "number" if flag in ("--sparsify", "--finetune") else "whole number"
+    assert f"argument {flag}: must be a {kind} above 0, got '{value}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (("--expert-size", "33"), "neurons do not split into experts of 33; expert_size may be one of"),
+        (("--budget", "0.001"), "budget 0.001 cannot be met: router and one expert cost"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_before_it_is_trained(
+    folder, text, tmp_path, more, told, capsys, monkeypatch
+):
+    monkeypatch.setattr(convert_command, "sparsify_", lambda *_, **__: pytest.fail("it was trained"))
+    assert converted(folder, text, tmp_path / "out", "--sparsify", "9", *more) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_a_folder_is_refused_at_once(tmp_path, text, capsys):
+    assert converted(tmp_path / "no model", text, text / "out") == 2
+    assert f"{text / 'out'} cannot be written: {text} is a file" in capsys.readouterr().err
+
+
+def test_what_calibrate_would_not_look_at_is_refused(tmp_path, capsys):
+    more = ("--json", str(tmp_path / "numbers.json"), "--tau", "0.1", "--packed")
+    assert cli.main(["bench", "--model", str(tmp_path), "--calibrate", *more]) == 2
+    assert (
+        "--calibrate measures layers at shares of its own: leave out --tau, --packed, --json"
+        in capsys.readouterr().err
+    )
+    assert cli.main(["bench", "--model", str(tmp_path), "--tokens", "8"]) == 2
+    assert "--tokens are those to --calibrate at" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["convert", "--model", "nowhere", "--out", "out", "--data", "{text}"],
+            "nowhere holds no model: config.json is missing",
+        ),
+        (["convert", "--model", "{folder}", "--out", "out", "--data", "nothing.txt"], "nothing.txt"),
+        (
+            ["convert", "--model", "{folder}", "--out", "out", "--data", "{text}", "--expert-size", "7"],
+            "64 neurons do not split into experts of 7",
+        ),
+        (
+            ["convert", "--model", "{folder}", "--out", "out", "--data", "{text}", "--budget", "3"],
+            r"budget must be in (0, 1]",
+        ),
+        (["evaluate", "--model", "{folder}", "--data", "{text}"], "has no converted layer: convert it first"),
+        (
+            ["report", "--model", "{folder}", "--data", "{text}", "--out", "no/a.html"],
+            "there is no folder no: make it first",
+        ),
+        (["bench", "--model", "{folder}", "--json", "."], ". is a folder, and a file is to be written"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_status_2(folder, text, tmp_path, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([part.format(folder=folder, text=text) for part in argv]) == 2
+    error = capsys.readouterr().err
+    assert "sadmoe: error: " in error
+    assert "Traceback" not in error
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_there_is_named(folder, text, tmp_path, capsys):
+    assert converted(folder, tmp_path / "none.txt", tmp_path / "out") == 2
+    assert "--data: there is no file or folder" in capsys.readouterr().err
+    bytes_only = tmp_path / "image.txt"
+    bytes_only.write_bytes(b"\xd6\x00\xff")
+    assert converted(folder, bytes_only, tmp_path / "out") == 2
+    assert "image.txt is no text in UTF-8" in capsys.readouterr().err
+    bare = tmp_path / "bare"
+    transformers.AutoModel.from_pretrained(folder).save_pretrained(bare)
+    assert converted(bare, text, tmp_path / "out") == 2
+    assert "bare has no tokenizer: put the model's there" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,274 @@
+"""What --data may be: texts, pairs, images, a Python file."""
+
+import re
+import sys
+
+import pytest
+import torch
+from sadmoe import cli, moe_layers, texts
+from sadmoe.data import _lines_of_pairs, load_data
+
+transformers = pytest.importorskip("transformers")
+from command_line import WORDS, bert, converted, evaluated
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vit")
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(image_size=16, patch_size=8, **SIZES)
+    transformers.ViTForImageClassification(config).save_pretrained(path)
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def t5(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("t5")
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_ff": 64, "d_kv": 16, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(vocab_size=len(WORDS), decoder_start_token_id=0, **sizes)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(path)
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for i in range(20):
+        place = tmp_path / "photos" / f"class {i % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        image.new("RGB", (20, 24), (12 * i, 200 - 5 * i, 90)).save(place / f"{i}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    path = tmp_path / "pairs.txt"
+    path.write_text("experts run\tfew tokens choose them\nfew tokens\texperts\n" * 12)
+    return path
+
+
+def test_a_model_of_images_is_converted_evaluated_and_reported(vit, photos, tmp_path, capsys):
+    out, page = tmp_path / "moe", tmp_path / "page.html"
+    assert converted(vit, photos, out, "--tau", "0.2") == 0
+    assert "ViTForImageClassification.from_pretrained" in capsys.readouterr().out
+    assert (out / "preprocessor_config.json").exists()
+    assert evaluated(out, photos, "0", "1") == 0
+    assert float(capsys.readouterr().out.splitlines()[-1].split()[3]) > 0  # error
+    report = ["report", "--model", str(out), "--data", str(photos), "--out", str(page)]
+    assert cli.main([*report, "--sentence", "few"]) == 2
+    assert "--sentence: this ViTForImageClassification is not run on text alone" in capsys.readouterr().err
+    assert cli.main([*report, "--tau", "0", "0.5"]) == 0
+    assert "Experts of each token of the first image" in page.read_text()
+    assert cli.main(["bench", "--model", str(out), "--data", str(photos), "--seconds", "0.01"]) == 0
+
+
+def test_an_encoder_decoder_is_converted_evaluated_and_reported(t5, pairs, tmp_path, capsys):
+    out, page = tmp_path / "moe", tmp_path / "page.html"
+    assert converted(t5, pairs, out, "--tau", "0.2") == 0
+    assert len(moe_layers(transformers.T5ForConditionalGeneration.from_pretrained(out))) == 2
+    capsys.readouterr()
+    assert evaluated(out, pairs, "0", "1") == 0
+    assert float(capsys.readouterr().out.splitlines()[-1].split()[3]) > 0
+    report = ["report", "--model", str(out), "--data", str(pairs), "--out", str(page)]
+    assert cli.main([*report, "--sentence", "few tokens"]) == 2
+    assert "is not run on text alone" in capsys.readouterr().err
+    assert cli.main(report) == 0
+    titles = re.findall("<title>([^<]*)</title>", page.read_text())
+    heat = [title.partition(":")[0] for title in titles if title.endswith("% of the experts")]
+    words = ["[CLS]", "experts", "run", "[SEP]"]
+    assert heat == [
+        f"DenseReluDense {word}" for word in words
+    ]  # of the encoder: the decoder sees other tokens
+
+
+@pytest.fixture
+def whisper(tmp_path):
+    sizes = {
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "vocab_size": 20,
+    }
+    sizes |= {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "decoder_attention_heads": 2, "num_mel_bins": 8}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    config = transformers.WhisperConfig(max_source_positions=10, **sizes, **ids)
+    transformers.WhisperModel(config).save_pretrained(tmp_path / "whisper")
+    return tmp_path / "whisper"
+
+
+def test_any_model_takes_the_batches_of_a_python_file(whisper, tmp_path, capsys):
+    data, out, page = tmp_path / "mine.py", tmp_path / "moe", tmp_path / "page.html"
+    data.write_text(
+        "import torch\n"
+        "def batches():\n"
+        "    ids = torch.randint(3, 20, (2, 6))\n"
+        "    return [{'input_features': torch.randn(2, 8, 20), 'decoder_input_ids': ids} for _ in range(8)]\n"
+    )
+    assert converted(whisper, data, out, "--tau", "0.2") == 0
+    assert len(moe_layers(transformers.WhisperModel.from_pretrained(out))) == 2
+    capsys.readouterr()
+    assert evaluated(out, data, "0", "1") == 0
+    assert float(capsys.readouterr().out.splitlines()[-1].split()[3]) > 0
+    assert cli.main(["report", "--model", str(out), "--data", str(data), "--out", str(page)]) == 0
+    assert "WhisperModel, converted" in page.read_text()
+    data.write_text("batches = 3")
+    assert converted(whisper, data, tmp_path / "other") == 2
+    assert "must set `batches` to a list of what the model is called with" in capsys.readouterr().err
+    assert [file.name for file in out.iterdir() if "token" in file.name] == [], "the model had no tokenizer"
+    for wrong, told in (
+        ("x = 1\nbatches = [x / 0]", "mine.py, line 2 raised ZeroDivisionError: division by zero"),
+        ("batches = [", "mine.py raised SyntaxError: '[' was never closed (mine.py, line 1)"),
+    ):
+        data.write_text(wrong)
+        assert converted(whisper, data, tmp_path / "other") == 2
+        assert told in capsys.readouterr().err
+
+
+def test_a_mark_of_the_byte_order_is_no_part_of_the_first_pair(pairs):
+    pairs.write_text("\ufeff" + pairs.read_text(), encoding="utf-8")  # as some editors begin a file
+    assert _lines_of_pairs(pairs, "t5")[0] == ["experts run", "few tokens choose them"]
+
+
+def test_the_shortest_texts_and_pairs_come_first(folder, t5, tmp_path):
+    data = tmp_path / "data.txt"
+    data.write_text("tokens choose few experts\n\nrun\n\nfew tokens\n\n")
+    found = load_data(texts.load_model(folder), folder, data, batch_size=1, max_length=8).batches
+    assert [batch["input_ids"].shape[1] for batch in found] == [3, 4, 6]
+    data.write_text("tokens choose few experts\trun\nrun\tfew tokens\n")
+    found = load_data(texts.load_model(t5), t5, data, batch_size=1, max_length=8).batches
+    lengths = [batch["input_ids"].shape[1] for batch in found]
+    assert lengths == sorted(lengths)
+    assert lengths[0] < lengths[1]
+
+
+def test_what_an_encoder_decoder_reads(t5, pairs):
+    model = texts.load_model(t5)
+    data = load_data(model, t5, pairs, batch_size=2, max_length=8)
+    names = {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask"}
+    assert names <= data.first.keys()
+    assert len(data.batches) == 12
+    target = data.processor("few tokens choose them")["input_ids"]
+    assert data.first["decoder_input_ids"].tolist() == [[0, *target[:-1]]]
+    assert data.words[1:3] == ["experts", "run"]
+    assert [len(batch["input_ids"]) for batch in data.batches] == [2] * 12
+
+
+def test_images_are_read_by_batches_and_turned_as_they_were_taken(vit, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / "photos").mkdir()
+    wide = image.new("RGB", (32, 16), (250, 0, 0))
+    turned = image.Exif()
+    turned[0x0112] = 6  # the camera was held upright
+    wide.save(tmp_path / "photos/0.jpg", exif=turned)
+    wide.save(tmp_path / "photos/1.jpg")
+    seen = []
+    model = texts.load_model(vit).bfloat16()
+    data = load_data(model, vit, tmp_path / "photos", batch_size=2, max_length=8)
+    processor = data.batches.processor
+    object.__setattr__(
+        data.batches, "processor", lambda images, **kw: seen.extend(images) or processor(images, **kw)
+    )
+    assert len(data.batches) == 1
+    assert data.batches[0]["pixel_values"].dtype == torch.bfloat16
+    assert [one.size for one in seen] == [(16, 32), (32, 16)]
+    assert data.batches[-1:][0]["pixel_values"].shape == (2, 3, 16, 16)
+    with pytest.raises(IndexError):
+        data.batches[1]
+
+
+def test_what_is_mostly_cut_is_told(folder, tmp_path, caplog):
+    model, data = texts.load_model(folder), tmp_path / "lines.txt"
+    for blank, told in (("", 0), ("\n\n", 1)):  # one text a line, and a blank line somewhere
+        data.write_text("\n".join(["experts run few tokens"] * 50) + blank + "choose them\n" * 50)
+        load_data(model, folder, data, batch_size=8, max_length=16)
+        assert len(caplog.records) == told
+    assert "of its 2 texts 2 are cut after 16 tokens" in caplog.text
+    data.write_text("experts run few tokens\n" * 9 + "run " * 20)  # one of ten
+    load_data(model, folder, data, batch_size=8, max_length=16)
+    assert len(caplog.records) == 1
+
+
+def test_a_tokenizer_without_a_padding_mask_will_do(tmp_path):
+    bert(tmp_path)
+    tokenizer = transformers.BertTokenizer(
+        vocab=str(tmp_path / "vocab.txt"), model_input_names=["input_ids", "token_type_ids"]
+    )
+    tokenizer.save_pretrained(tmp_path)
+    data = tmp_path / "text.txt"
+    data.write_text("experts run\nfew tokens choose them\n")
+    found = load_data(texts.load_model(tmp_path), tmp_path, data, batch_size=2, max_length=8)
+    assert "attention_mask" not in found.batches[0]
+
+
+def test_images_that_cannot_be_read_are_named(vit, tmp_path):
+    images = pytest.importorskip("PIL.Image")
+    images.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    (tmp_path / "._a.png").write_bytes(b"of another system")
+    (tmp_path / "folder.png").mkdir()
+    model = texts.load_model(vit)
+    data = load_data(model, vit, tmp_path, batch_size=1, max_length=8)
+    assert len(data.batches) == 1
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"b\.png cannot be read as an image"):
+        list(load_data(model, vit, tmp_path, batch_size=1, max_length=8).batches)
+    images.new("I;16", (20, 20)).save(tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"b\.png has more than 8 bits a colour"):
+        list(load_data(model, vit, tmp_path, batch_size=1, max_length=8).batches)
+
+
+def test_a_python_file_may_import_what_lies_beside_it(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.path", list(sys.path))
+    (tmp_path / "beside_the_data.py").write_text("import torch\nids = torch.ones(1, 4, dtype=torch.long)\n")
+    (tmp_path / "data.py").write_text("from beside_the_data import ids\nbatches = [{'input_ids': ids}]\n")
+    data = load_data(texts.load_model(folder), folder, tmp_path / "data.py", batch_size=1, max_length=8)
+    assert data.batches[0]["input_ids"].shape == (1, 4)
+
+
+def test_data_of_another_kind_is_refused(folder, vit, t5, whisper, text, pairs, photos, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for model, data, message in (
+        (vit, text, "a ViTForImageClassification takes images, and"),
+        (vit, tmp_path / "empty", "holds no image, by the names *.bmp"),
+        (folder, photos, "a BertModel takes text, and"),
+        (t5, text, "takes lines of a source, a tab and a target; line 1 of"),
+        (
+            whisper,
+            text,
+            "which takes input_features and a decoder that has its own, and not text or images alone",
+        ),
+    ):
+        assert converted(model, data, tmp_path / "out") == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_tokenizer_is_given_back_as_it_was(folder):
+    tokenizer = texts.load_tokenizer(folder)
+    tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"
+    (batch,) = texts.tokenized(tokenizer, ["few", "few tokens choose"])
+    assert batch["attention_mask"].sum() < batch["attention_mask"].numel()
+    assert tokenizer.pad_token is None
+
+
+def test_texts_are_paragraphs_in_batches(folder, text, tmp_path):
+    found = texts.paragraphs(text)
+    assert found[:2] == ["experts run", "few tokens choose them"]
+    tokenizer = texts.load_tokenizer(folder)
+    first, *_ = texts.tokenized(tokenizer, found, batch_size=2)
+    assert first["input_ids"].shape == (2, 6)
+    assert (first["attention_mask"] == 0).sum() == 2
+    lines = tmp_path / "lines.txt"
+    lines.write_text("one\ntwo\n")
+    assert texts.paragraphs(lines) == ["one", "two"]
+    lines.write_text("\ufeffone\ntwo\n \t\nthree\n", encoding="utf-8")
+    assert texts.paragraphs(lines) == ["one two", "three"], (
+        "without a byte order mark; a blank line may have blanks"
+    )
+    lines.write_text(" \n\n")
+    with pytest.raises(ValueError, match="has no text"):
+        texts.paragraphs(lines)

@@ -1,0 +1,129 @@
+"""What the command line writes: whole or not at all, and never over what is not its own."""
+
+from pathlib import Path
+
+import pytest
+from sadmoe.cli import convert as convert_command
+from sadmoe.outputs import replaced
+
+transformers = pytest.importorskip("transformers")
+from command_line import converted
+
+
+def test_nothing_is_overwritten_without_force(folder, text, tmp_path, capsys):
+    out = tmp_path / "moe"
+    assert converted(folder, text, out, "--tau", "0.1") == 0
+    before = (out / "config.json").read_bytes()
+    assert converted(folder, text, out, "--tau", "0.2") == 2
+    assert "is not empty: choose another folder, or replace it with --force" in capsys.readouterr().err
+    assert (out / "config.json").read_bytes() == before
+    assert converted(folder, text, out, "--tau", "0.2", "--force") == 0
+    assert (out / "config.json").read_bytes() != before
+
+
+def test_where_nothing_can_be_written_it_says_so_before_it_trains(
+    folder, text, tmp_path, capsys, monkeypatch
+):
+    def refused(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    out = tmp_path / "moe"
+    assert converted(folder, text, out, "--tau", "0.1") == 0
+    monkeypatch.setattr(convert_command, "load_model", lambda *_: pytest.fail("it was loaded"))
+    with monkeypatch.context() as patch:
+        patch.setattr("sadmoe.outputs.tempfile.TemporaryDirectory", refused)
+        for wanted, place in ((tmp_path / "some/folder", tmp_path), (out, tmp_path)):
+            capsys.readouterr()
+            assert converted(folder, text, wanted, "--force") == 2
+            assert f"{wanted} cannot be written: Permission denied in {place}" in capsys.readouterr().err
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
+    assert converted(folder, text, out, "--force") == 2
+    assert "is a mount, which --force cannot replace: write to a folder inside it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", [None, "{}", '{"model_type": "bert"}', "no json"])
+def test_force_does_not_remove_what_is_not_ours(folder, text, tmp_path, capsys, config):
+    out = tmp_path / "work"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    if config is not None:
+        (out / "config.json").write_text(config)
+    assert converted(folder, text, out, "--force") == 2
+    assert "was not written by sadmoe" in capsys.readouterr().err
+    assert (out / "thesis.tex").exists()
+
+
+def test_what_is_read_is_not_replaced(folder, text, tmp_path, capsys):
+    out = tmp_path / "moe"
+    assert converted(folder, text, out, "--tau", "0.1") == 0
+    before = sorted(out.iterdir())
+    for model, words in ((out, text), (folder, out / "config.json")):
+        assert converted(model, words, out, "--force") == 2
+        assert (
+            "read by this command, and would be replaced: write to another folder" in capsys.readouterr().err
+        )
+    assert sorted(out.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (("--expert-size", "7"), "expert_size"),
+        (("--budget", "3"), "budget must be in (0, 1]"),
+        (("--tau", "0.1", "--budget", "0.3"), "give tau, or budget"),
+        (("--tau", "0.2"), "the disk is full"),
+    ],
+)
+def test_a_failure_leaves_what_was_there(folder, text, tmp_path, capsys, monkeypatch, wrong, told):
+    out = tmp_path / "moe"
+    assert converted(folder, text, out, "--tau", "0.1") == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def half_saved(model, folder, **settings):
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text("half")
+        raise OSError("the disk is full")
+
+    if told == "the disk is full":
+        monkeypatch.setattr(transformers.BertModel, "save_pretrained", half_saved)
+    assert converted(folder, text, out, "--force", *wrong) == 2
+    assert told in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["moe", "text.txt"]
+
+
+def interrupted_in(folder):
+    with replaced(folder):
+        assert not folder.exists()
+        folder.mkdir()
+        (folder / "new").touch()
+        raise KeyboardInterrupt
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "old").touch()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_in(folder)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+    with replaced(folder):
+        folder.mkdir()
+        (folder / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
+
+
+def test_an_empty_folder_that_one_is_in_may_be_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KeyboardInterrupt), replaced(Path()):
+        leave_unfinished()
+    assert not any(tmp_path.iterdir())
+    with replaced(Path()):
+        Path("new").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def leave_unfinished():
+    Path("half").mkdir()
+    Path("half/new").touch()
+    raise KeyboardInterrupt

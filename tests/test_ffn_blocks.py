@@ -1,0 +1,249 @@
+"""FFNs in blocks that do more: layers in modules of their own, dropout, nn.TransformerEncoder."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sadmoe.ffn import (
+    dense_from_layer,
+    find_ffns,
+    layer_from_dense,
+    moe_layers,
+    scan_ffns,
+    site_from_spec,
+    spec,
+    swap_activations_,
+    swap_in,
+    swap_out,
+)
+from sites import assert_close, assert_same_state, convert, restore, slots_of, state
+from tiny_models import F_, D, Residual, UserFFN, hidden
+from torch import Tensor, nn
+
+
+class Projected(nn.Module):
+    """A linear layer and its activation, as diffusers has them: of a GLU in one, the gate second."""
+
+    def __init__(self, gated: bool):
+        super().__init__()
+        self.proj, self.gated = nn.Linear(D, 2 * F_ if gated else F_), gated
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.gated:
+            return F.gelu(self.proj(x), approximate="tanh")
+        up, gate = self.proj(x).chunk(2, dim=-1)
+        return up * F.gelu(gate)
+
+
+class InAList(nn.Module):
+    def __init__(self, gated: bool):
+        super().__init__()
+        self.net = nn.ModuleList([Projected(gated), nn.Dropout(0.0), nn.Linear(F_, D)])
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        for module in self.net:
+            x = module(x)
+        return x
+
+
+class GateInside(nn.Module):
+    """As CPM-Ant's: two linear layers and the activation in one module."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleDict({"gate": nn.Linear(D, F_), "up": nn.Linear(D, F_), "act": nn.SiLU()})
+        self.out = nn.Linear(F_, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.inner["act"](self.inner["gate"](x)) * self.inner["up"](x))
+
+
+class Wrapped(nn.Module):
+    """A linear layer inside a module that adds nothing, as in Gemma 4's towers."""
+
+    def __init__(self, n: int, m: int):
+        super().__init__()
+        self.linear = nn.Linear(n, m)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+class OfWrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.act, self.down = Wrapped(D, F_), nn.ReLU(), Wrapped(F_, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x)))
+
+
+@pytest.mark.parametrize(
+    ("make", "adapter", "act"),
+    [
+        (lambda: InAList(False), "whole_plain", "gelu_tanh"),
+        (lambda: InAList(True), "whole_fused", "gelu"),
+        (GateInside, "whole_gated", "silu"),
+        (OfWrapped, "whole_plain", "relu"),
+    ],
+    ids=["list", "list of a GLU", "two inside", "wrapped"],
+)
+def test_layers_in_modules_of_their_own_are_one_ffn(make, adapter, act):
+    torch.manual_seed(0)
+    model = nn.Sequential(Residual(make()), Residual(make())).eval()
+    before, expected = state(model), model(hidden())
+    sites = find_ffns(model)
+    assert [(site.name, site.adapter, site.act) for site in sites] == [
+        ("0.inner", adapter, act),
+        ("1.inner", adapter, act),
+    ]
+    convert(model)
+    assert_close(model(hidden()), expected)
+    again = nn.Sequential(Residual(make()), Residual(make())).eval()
+    for site in sites:
+        found = site_from_spec(again, site.name, spec(site))
+        assert (found.parts, found.act) == (site.parts, site.act)
+    restore(model)
+    assert_same_state(before, state(model))
+
+
+def test_a_module_around_an_ffn_is_not_taken_for_it():
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ffn = UserFFN()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.ffn(x)
+
+    sites, skipped = scan_ffns(nn.Sequential(Around(), nn.Sequential(UserFFN())))
+    assert [site.name for site in sites] == ["0.ffn", "1.0"]
+    assert skipped == []
+
+
+def test_hidden_dropout_that_is_called_as_a_function_goes_too():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BartConfig(
+        vocab_size=50, d_model=D, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=F_, decoder_ffn_dim=F_,
+        encoder_attention_heads=2, decoder_attention_heads=2, activation_dropout=0.5, dropout=0.0, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.BartModel(config)
+    block = model.encoder.layers[0]
+    dense = block.eval()(hidden(), None)
+    for site in find_ffns(model):
+        swap_in(model, site, layer_from_dense(site.dense(), slots_of(site), 6, 4))
+    assert block.activation_dropout == 0.0
+    assert_close(block.train()(hidden(), None), dense)
+    for name in list(moe_layers(model)):
+        swap_out(model, name)
+    assert block.activation_dropout == 0.5
+
+
+class OneProbability(nn.Module):
+    """Drops its neurons and its output with one probability."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.act, self.fc2, self.dropout = nn.Linear(D, F_), nn.ReLU(), nn.Linear(F_, D), 0.5
+        self.norm = nn.LayerNorm(D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.dropout(self.act(self.fc1(self.norm(x))), self.dropout, self.training)
+        return x + F.dropout(self.fc2(h), self.dropout, self.training)
+
+
+def test_a_probability_of_the_output_too_stays():
+    model = nn.Sequential(OneProbability())
+    (site,) = find_ffns(model)
+    swap_in(model, site, layer_from_dense(site.dense(), slots_of(site), 6, 4))
+    assert model[0].dropout == 0.5
+
+
+def test_output_dropout_moves_into_the_layer_and_hidden_dropout_goes():
+    model = nn.Sequential(
+        nn.Sequential(nn.Linear(D, F_), nn.ReLU(), nn.Dropout(0.9), nn.Linear(F_, D), nn.Dropout(0.25)),
+        nn.Sequential(nn.Linear(D, F_), nn.ReLU(), nn.Dropout(0.9), nn.Linear(F_, D)),
+    )
+    assert [site.dropout for site in find_ffns(model)] == [0.25, 0.0]
+    convert(model)
+    first, second = moe_layers(model).values()
+    assert second.dropout is None
+    (dropout,) = (module for module in model.modules() if isinstance(module, nn.Dropout))
+    x = torch.ones(64, D)
+    assert not (first.eval()(x) == 0).any()
+    dropout.train()
+    assert (first(x) == 0).any(), "where a user leaves dropouts on"
+    dropout.p = 0.0
+    assert torch.equal(first.train()(x), first.eval()(x)), "where a user takes them away"
+    dropout.p = 0.25
+    assert [dense_from_layer(layer).dropout for layer in moe_layers(model).values()] == [0.25, 0.0]
+
+
+def test_dropout_called_as_a_function_is_seen_too():
+    class Functional(UserFFN):
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.dropout(F.relu(self.expand(x)), 0.4, self.training)
+            return F.dropout(self.contract(x), p=0.125, training=self.training)
+
+    assert [site.dropout for site in find_ffns(nn.Sequential(Functional()))] == [0.125]
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_only_the_dropouts_of_the_output_are_left_in_a_block(norm_first: bool):
+    layer = nn.TransformerEncoderLayer(D, 4, F_, dropout=0.5, batch_first=True, norm_first=norm_first)
+    model = nn.Sequential(layer)
+    convert(model)
+    assert isinstance(layer.dropout, nn.Identity)
+    assert isinstance(layer.dropout1, nn.Dropout)
+    assert isinstance(layer.dropout2, nn.Dropout)
+    restore(model)
+    assert isinstance(layer.dropout, nn.Dropout)
+
+
+def _encoder(**kw: Any) -> nn.TransformerEncoder:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(D, 4, F_, batch_first=True, dropout=0.0, **kw)
+    return nn.TransformerEncoder(layer, 2)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "eval without gradients"])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("only", ["", "layers.0", "layers.1"])
+def test_torch_encoder_keeps_its_output_on_every_path(mode: str, padded: bool, only: str):
+    model = _encoder().train(mode == "train")
+    padding = torch.arange(7) >= torch.tensor([[7], [4]]) if padded else None
+
+    def real_tokens() -> Tensor:
+        with torch.set_grad_enabled(mode != "eval without gradients"):
+            y = model(hidden(), src_key_padding_mask=padding)
+        return y if padding is None else y[~padding]
+
+    expected = real_tokens()
+    convert(model, filter=lambda name: name.startswith(only))
+    assert not model.use_nested_tensor
+    assert_close(real_tokens(), expected)
+    restore(model)
+    assert model.use_nested_tensor
+    assert torch.equal(real_tokens(), expected)
+
+
+def test_torch_encoder_gets_its_nested_tensors_back_only_with_its_last_layer():
+    model = _encoder()
+    convert(model)
+    for name in ("layers.0.linear1", "layers.1.linear1"):
+        assert not model.use_nested_tensor
+        swap_out(model, name)
+    assert model.use_nested_tensor
+    assert [layer.activation_relu_or_gelu for layer in model.layers] == [1, 1]
+
+
+def test_torch_layer_swapped_to_relu_takes_the_fast_path_of_relu():
+    model = nn.Sequential(nn.TransformerEncoderLayer(D, 4, F_, activation="gelu", batch_first=True)).eval()
+    undo = swap_activations_(model, find_ffns(model))
+    assert model[0].activation_relu_or_gelu == 1
+    with torch.no_grad():
+        fast = model(hidden())
+    assert_close(fast, model(hidden()))
+    undo()
+    assert model[0].activation_relu_or_gelu == 2

@@ -1,0 +1,131 @@
+"""Long steps in several processes."""
+
+import copy
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import sadmoe
+import torch
+from long_steps import (
+    Killed,
+    KilledAt,
+    assert_close_states,
+    batches,
+    converted,
+    mean_square,
+    replace_projections,
+)
+from processes import run_together
+from sadmoe import Checkpoint, FinetuneConfig, SparsifyConfig
+from states import same, state
+from torch import Tensor, nn
+
+WORKER = """
+    import sys
+    import test_resume_processes, torch
+    from pathlib import Path
+    from safetensors.torch import save_file
+
+    rank = int(sys.argv[1])
+    torch.set_num_threads(1)
+    store = f"file://{sys.argv[2]}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    for name, model in test_resume_processes.shared(spoil=rank == 1).items():
+        save_file(test_resume_processes.state(model), f"{sys.argv[2]}/{name}.{rank}.safetensors")
+    with test_resume_processes.pytest.raises(RuntimeError, match="found a run of [02] updates, and others not"):
+        test_resume_processes.killed_and_gone_on(Path(sys.argv[2]) / f"own {rank}")
+    model = test_resume_processes.killed_and_gone_on(Path(sys.argv[2]) / "kept")
+    save_file(test_resume_processes.state(model), f"{sys.argv[2]}/resumed.{rank}.safetensors")
+    torch.distributed.destroy_process_group()
+"""
+SHARED = {"steps": 4, "lr": 1e-3, "accumulate": 2}
+
+
+def shared(spoil: bool = False) -> dict[str, nn.Module]:
+    """What two processes train together, each update from two batches. spoil: start from other weights, as the first
+    process's must win."""
+    dense, model = converted()
+    sparse = copy.deepcopy(dense)
+    if spoil:
+        for one in (sparse, model):
+            next(one.parameters()).data.add_(1.0)
+    settings = dict(SHARED)
+    sadmoe.sparsify_(sparse, batches(), SparsifyConfig(**settings), progress=False)  # its own teacher
+    config = FinetuneConfig(**settings, share=0.01)  # so low that the penalty never rests
+    sadmoe.finetune_(model, batches(), config, teacher=dense, progress=False)
+    layered = copy.deepcopy(model)
+    sadmoe.finetune_layers_(layered, batches(), config, teacher=dense, batch_tokens=8, progress=False)
+    dropped, settings["objective"] = copy.deepcopy(dense).train(), "task"  # with dropout
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return (
+            model(**batch).last_hidden_state[..., :5].square().mean()
+        )  # of all it would be that of a norm, a constant
+
+    sadmoe.sparsify_(dropped, batches(), SparsifyConfig(**settings), loss=loss, progress=False)
+    return {"sparsify": sparse, "finetune": model, "layers": layered, "dropped": dropped}
+
+
+def killed_and_gone_on(folder: Path) -> nn.Module:
+    """As `shared` sparsifies, but killed after two updates and begun again, and at last only loaded."""
+    config, checkpoint = SparsifyConfig(**SHARED), Checkpoint(folder, every=0.0)
+    for data in (KilledAt(batches(), 4), batches(), None):
+        if data is None:
+            torch.optim.AdamW.step = lambda *_: pytest.fail("it was run again")  # in a process of its own
+            data = batches()
+        model = copy.deepcopy(converted()[0])
+        with suppress(Killed):
+            sadmoe.sparsify_(model, data, config, checkpoint=checkpoint, progress=False)
+        torch.distributed.barrier()  # as processes that begin anew: what the first one wrote is there
+    return model
+
+
+def test_two_processes_do_what_one_does(tmp_path):
+    from safetensors.torch import load_file
+
+    assert run_together(WORKER, 2, str(tmp_path)) == [0, 0]
+    kept = [load_file(tmp_path / f"{name}.0.safetensors") for name in ("sparsify", "resumed")]
+    assert same(*kept)
+    assert same(kept[1], load_file(tmp_path / "resumed.1.safetensors"))
+    for name, model in shared().items():
+        first, second = (load_file(tmp_path / f"{name}.{rank}.safetensors") for rank in range(2))
+        assert same(first, second)
+        start_of = dict(converted()[name not in ("sparsify", "dropped")].state_dict())
+        moved = [key for key in first if not torch.equal(first[key], start_of[key])]
+        assert len(moved) > 20
+        still = [key for key in first if "pooler" in key]  # which no hidden state depends on
+        assert still
+        assert not set(still) & set(moved)
+        assert_close_states(first, state(model))
+
+
+def test_accumulation_is_one_large_batch():
+    dense, _ = converted()
+    both = {key: torch.cat([batch[key] for batch in batches(2)]) for key in batches()[0]}
+    models = [copy.deepcopy(dense) for _ in range(2)]
+    for model, data, accumulate in zip(models, (batches(2), [both]), (2, 1), strict=True):
+        config = SparsifyConfig(steps=3, objective="task", lr=1e-3, accumulate=accumulate, alpha=0.0)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        model.config.attention_probs_dropout_prob = 0.0
+        sadmoe.sparsify_(model, data, config, loss=mean_square, progress=False)
+    assert_close_states(*(state(model) for model in models))
+
+
+def test_projections_are_replaced_in_one_process(monkeypatch):
+    monkeypatch.setattr("sadmoe.attention.place", lambda: (0, 2))
+    dense, _ = converted()
+    with pytest.raises(RuntimeError, match="trains in one process, and was called in a group of 2"):
+        replace_projections(dense, dense, None)
+
+
+def test_accumulate_must_suit_the_processes(monkeypatch):
+    monkeypatch.setattr("sadmoe.training.processes.place", lambda: (0, 2))
+    monkeypatch.setattr("sadmoe.training.processes.as_first_", lambda tensors: None)
+    dense, _ = converted()
+    with pytest.raises(ValueError, match=r"accumulate must be a multiple of the 2 processes .* got 3"):
+        sadmoe.sparsify_(dense, batches(), SparsifyConfig(steps=1, accumulate=3), progress=False)
+    with pytest.raises(ValueError, match="accumulate must be at least 1, got 0"):
+        SparsifyConfig(steps=1, accumulate=0)

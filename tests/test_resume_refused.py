@@ -1,0 +1,111 @@
+"""Checkpoints that a run may not go on from."""
+
+import copy
+import json
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import sadmoe
+import torch
+from long_steps import STEPS, batches, converted, finetune, mean_square, sparsify, start
+from sadmoe import Checkpoint, FinetuneConfig, SparsifyConfig
+from sadmoe.training import resume
+from safetensors import safe_open
+from tiny_models import TINY
+
+
+def test_a_folder_of_another_run_is_refused_and_says_what_differs(tmp_path):
+    model, dense = start(sparsify)
+    sparsify(model, dense, Checkpoint(tmp_path))
+    other = copy.deepcopy(dense)
+    config = SparsifyConfig(steps=STEPS, objective="task", lr=2e-3, seed=3)
+    with pytest.raises(
+        ValueError, match=r"is of another run: config.lr was 0.001, is 0.002.* or an empty folder"
+    ):
+        sadmoe.sparsify_(
+            other, batches(), config, loss=mean_square, checkpoint=Checkpoint(tmp_path), progress=False
+        )
+    with pytest.raises(ValueError, match="is of another run: the weights it began with were others"):
+        sparsify(model, dense, Checkpoint(tmp_path))  # no longer the model that it began with
+
+
+def test_a_run_by_the_gates_is_of_their_settings(tmp_path):
+    dense, model = converted()
+    config = FinetuneConfig(steps=2, tau=None)
+    for tau, refused in ((0.1, False), (0.9, True), (0.1, False)):
+        one = copy.deepcopy(model)
+        sadmoe.set_tau(one, tau)
+        with (
+            pytest.raises(ValueError, match=r"of another run: config.gates.*tau=0.1")
+            if refused
+            else nullcontext()
+        ):
+            sadmoe.finetune_(
+                one, batches(), config, teacher=dense, checkpoint=Checkpoint(tmp_path), progress=False
+            )
+
+
+def test_what_is_not_of_the_loop_is_of_the_run_too(tmp_path):
+    def relu_or_gelu(act: str) -> None:
+        config = sadmoe.ProjectionConfig(act=act, steps=2, max_tokens=50)
+        model, folder = TINY["bert"].model(), Checkpoint(tmp_path / "projections")
+        sadmoe.replace_projections_(model, batches(), config, checkpoint=folder, progress=False)
+
+    relu_or_gelu("relu")
+    with pytest.raises(ValueError, match=r"is of another run: config\.act was relu, is gelu"):
+        relu_or_gelu("gelu")
+
+    config = SparsifyConfig(steps=1, lr=1e-3)
+    for only, frozen in (("0", False), ("1", False), ("0", True)):
+        model = TINY["bert"].model().requires_grad_(False)
+        model.encoder.layer.requires_grad_(True)
+        if frozen:
+            model.embeddings.word_embeddings.weight.data.add_(1.0)
+        train = partial(
+            sadmoe.sparsify_, model, batches(), config, filter=lambda name, only=only: f"layer.{only}." in name,
+            checkpoint=Checkpoint(tmp_path), progress=False,
+        )  # fmt: skip
+        if (only, frozen) == ("0", False):
+            train()
+            continue
+        what = "the weights it began with were others" if frozen else r"config.ffns was \['encoder.layer.0"
+        with pytest.raises(ValueError, match=f"is of another run: {what}"):
+            train()
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    model, dense = start(sparsify)
+    sparsify(copy.deepcopy(model), dense, Checkpoint(tmp_path))
+    path = tmp_path / "sparsify.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(ValueError, match="is no saved run of sadmoe, or is damaged"):
+        sparsify(model, dense, Checkpoint(tmp_path))
+
+
+def test_it_holds_no_pickle_and_its_state_is_json(tmp_path):
+    model, dense = start(finetune)
+    finetune(model, dense, Checkpoint(tmp_path))
+    with safe_open(tmp_path / "finetune.safetensors", "pt") as file:
+        header = json.loads(file.metadata()["sadmoe run"])
+    assert len(header["state"]["history"]) == STEPS
+    assert set(header["state"]["memory"]) == {"share"}
+
+
+def test_every_is_checked():
+    with pytest.raises(ValueError, match="every must be at least 0 seconds, got -1"):
+        Checkpoint("folder", every=-1)
+
+
+def test_files_of_earlier_and_later_versions_say_what_to_do(tmp_path):
+
+    for version, advice in (
+        (resume.FORMAT - 1, "begin anew in an empty folder"),
+        (resume.FORMAT + 1, "update sadmoe"),
+    ):
+        header = {"format": version, "run": {}, "state": {}}
+        sadmoe.files.write(tmp_path / "run.safetensors", {"w": torch.zeros(1)}, resume.KEY, header)
+        with pytest.raises(
+            ValueError, match=f"has format {version}, this sadmoe reads {resume.FORMAT}: {advice}"
+        ):
+            resume.read(tmp_path / "run.safetensors", {})
