@@ -5,7 +5,8 @@ import copy
 import pytest
 import sadmoe
 import torch
-from sadmoe import SavedModelError, load_adapter, restore_, save_adapter
+from conversions import fingerprint, raising
+from sadmoe import SavedModelError, adapter, load_adapter, restore_, save_adapter
 from sadmoe.ffn import moe_layers
 from safetensors.torch import load_file, save_file
 from states import same, state
@@ -136,6 +137,16 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     refused(TINY["bert"].model(), path, "is no adapter that sadmoe wrote: it has no 'sadmoe adapter'")
     sadmoe.save(model, tmp_path / "whole.safetensors")
     refused(TINY["bert"].model(), tmp_path / "whole.safetensors", "is no adapter")
+
+
+def test_a_load_that_is_interrupted_leaves_the_base_as_it_was(tmp_path, monkeypatch):
+    save_adapter(converted("bert", projections=True), tmp_path / "adapter.safetensors")
+    base = TINY["bert"].model()
+    before = fingerprint(base)
+    monkeypatch.setattr("sadmoe.adapter.rebuild", raising(KeyboardInterrupt, 3, adapter.rebuild))
+    with pytest.raises(KeyboardInterrupt):
+        load_adapter(base, tmp_path / "adapter.safetensors")
+    assert fingerprint(base) == before
 
 
 def test_wrong_calls_are_named(tmp_path):

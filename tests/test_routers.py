@@ -99,6 +99,20 @@ def test_training_changes_the_router_and_nothing_else():
     assert layer.training
 
 
+def test_a_fit_that_is_interrupted_leaves_the_router_as_it_was(monkeypatch):
+    layer = layer_of()
+    before = [v.clone() for v in layer.router.parameters()]
+
+    def interrupted(*args, **settings):
+        assert not torch.equal(layer.router.v1, before[0])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(routers, "_judge", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit_router_(layer, random_rows(300), RouterConfig(width=32, steps=2))
+    assert all(torch.equal(*pair) for pair in zip(layer.router.parameters(), before, strict=True))
+
+
 def test_the_result_depends_on_layer_inputs_and_config_alone():
     fitted = []
     for seed, noise in ((0, 1), (0, 2), (1, 1)):

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from types import SimpleNamespace
 
 import pytest
 import sadmoe
@@ -32,6 +33,14 @@ class Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         return self.rows[i]
+
+
+@pytest.mark.parametrize("callback", [SparsityCallback, RouterCallback])
+def test_several_devices_in_one_process_are_refused(callback):
+    with pytest.raises(
+        ValueError, match=rf"{callback.__name__} needs one device a process, got 2 in this one: launch"
+    ):
+        callback().check(SimpleNamespace(n_gpu=2))
 
 
 def model_of(name: str) -> nn.Module:

@@ -92,12 +92,13 @@ def fit_router_(
     config. inputs [n, d]: tokens as they enter the dense FFN, n >= 2; a tenth is held out for the returned
     `RouterFit`. Source: arXiv 2310.04361, section 3; targets by Gram matrices, see
     `DynamicKMoE.expert_norms`. Raises ValueError where inputs have another shape or dtype, or config another width than
-    the layer's router.
+    the layer's router. Whatever is raised, the router is as it was.
     """
     config = RouterConfig(width=layer.router.v1.shape[0]) if config is None else config
     _check_fit(layer, inputs, check_config(config, RouterConfig))
     generator = torch.Generator().manual_seed(config.seed)
     with (
+        all_or_nothing(layer.router),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(inputs.device.type, enabled=False),
