@@ -62,7 +62,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     top_k_weights [T, k] -> [T, d]. Each (token, expert) pair is a row for the kernel, whose sum is unweighted.
     """
     known = self.__dict__.get(_ACT)
-    act = known if known and self.__dict__[_ACT_OF] is self.act_fn else _check(self)
+    act = known if known and self.__dict__.get(_ACT_OF) is self.act_fn else _check(self)
     weights, pairs = top_k_weights.float(), top_k_index.flatten()
     tau = self.__dict__.get(_TAU, 0.0)
     if tau > 0:
