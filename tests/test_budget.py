@@ -174,6 +174,14 @@ def test_wrong_numbers_are_refused(model, dense, kw, text):
         finetuned(model, dense, **kw)
 
 
+def test_compiled_models_are_refused_before_anything_is_trained(model, dense, monkeypatch):
+    monkeypatch.setattr(budget, "finetune_layers_", lambda *args, **settings: pytest.fail("it trains"))
+    with pytest.raises(ValueError, match="model: is compiled"):
+        finetuned(torch.compile(copy.deepcopy(model)), dense)
+    with pytest.raises(ValueError, match="dense: is compiled"):
+        finetuned(copy.deepcopy(model), torch.compile(dense))
+
+
 def test_a_dense_model_is_refused(dense):
     with pytest.raises(ValueError, match="no converted layer"):
         finetuned(copy.deepcopy(dense), dense)

@@ -66,6 +66,7 @@ BATCHES = [TINY["user glu"].batch()]
             lambda m: sadmoe.finetune_(m, BATCHES, FinetuneConfig(steps=1), teacher="bert"),
             "teacher must be a torch.nn.Module, got str",
         ),
+        (lambda m: sadmoe.replace_projections_("bert", BATCHES), "model must be a torch.nn.Module, got str"),
         (lambda m: sadmoe.find_ffns(m, batches=iter(BATCHES)), "one-shot iterator"),
         (lambda m: sadmoe.find_projections(m, batches=BATCHES[0]), "batches must be a list or a DataLoader"),
     ],

@@ -16,6 +16,7 @@ from sadmoe.training.objective import Remembered, block_of, distill_hidden, dist
 from states import same, state
 from tiny_models import TINY, tokens
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from two_ffns import FF, D, KeepsTable, data, mean_square, two_ffns
 
 
@@ -326,6 +327,9 @@ def test_the_blocks_that_are_compared_hold_the_residual():
     assert [block_of(model, site) for site in find_ffns(model)] == ["encoder.layer.0", "encoder.layer.1"]
     flat = nn.Sequential(nn.Linear(D, FF), nn.ReLU(), nn.Linear(FF, D))
     assert block_of(flat, find_ffns(flat)[0]) == "2"
+    whole = nn.Sequential()
+    whole.add_module("blocks", checkpoint_wrapper(two_ffns()))
+    assert [block_of(whole, site) for site in find_ffns(whole)] == ["blocks.0", "blocks.1"]
 
 
 def test_hidden_distillation_is_a_relative_error_without_padding():

@@ -236,6 +236,7 @@ def replace_projections_(
             f"replace_projections_ trains in one process, and was called in a group of {world}: call it before the "
             "group is made, or in one process that saves the model for the others"
         )
+    check_model(model)
     started = time.perf_counter()
     with seeded(model, config.seed):  # a DataLoader may draw a number
         sites = find_projections(model, config.filter, batches=batches)

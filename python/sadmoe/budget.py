@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from sadmoe.batches import Batches, check_batches, length
+from sadmoe.batches import Batches, check_batches, length, refuse_compiled
 from sadmoe.calibrate import Calibration, calibrate_, check_budget, check_reachable
 from sadmoe.checks import check_config, check_number
 from sadmoe.cost import cost
@@ -87,6 +87,8 @@ def finetune_for_budget_(
     check_number("seconds", seconds)
     if not seconds > 0:
         raise ValueError(f"seconds must be above 0, got {seconds}")
+    for one, called in ((model, "model"), (dense, "dense"), (model if sparse is None else sparse, "sparse")):
+        refuse_compiled(one, called)
     if moe_layers(dense):
         raise ValueError("dense must be the model from before convert_: got one with converted layers")
     sparse = dense if sparse is None else sparse

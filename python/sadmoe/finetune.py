@@ -49,7 +49,8 @@ class FinetuneConfig(LoopConfig):
         learn to do with what their routers give them; share, alpha and ramp then mean nothing: there is no penalty.
     ramp: share of the run in which tau rises from 0.
     share: executed share to reach: while it is below, the penalty rests.
-    kept_bytes: of what the dense model gives, kept for when the same batch of a list comes again.
+    kept_bytes: of what the dense model gives, kept for when the same batch comes again, of a list, a tuple, or another
+        sequence whose attribute `same_again` is True.
     """
 
     lr: float = 5e-4
@@ -118,7 +119,8 @@ def finetune_(
     check_config(config, FinetuneConfig)
     check_checkpoint(checkpoint)
     check_batches(batches)
-    refuse_compiled(model)
+    if teacher is not None or config.tau is not None:  # modules are listened to
+        refuse_compiled(model)
     if teacher is not None:
         refuse_compiled(teacher, "teacher")
     layers = trainable_layers(model)

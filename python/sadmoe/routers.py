@@ -98,7 +98,6 @@ def fit_router_(
     _check_fit(layer, inputs, check_config(config, RouterConfig))
     generator = torch.Generator().manual_seed(config.seed)
     with (
-        all_or_nothing(layer.router),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(inputs.device.type, enabled=False),
@@ -108,11 +107,17 @@ def fit_router_(
         held_out, train = order.tensor_split([math.ceil(HELD_OUT * len(inputs))])
         v1, v2 = (_fresh(v, generator) for v in (layer.router.v1, layer.router.v2))
         _train(v1, v2, problem, train, config, generator, progress)
+        before = [v.detach().clone() for v in (layer.router.v1, layer.router.v2)]
         with torch.no_grad():
-            layer.router.v1.copy_(v1 / problem.x_scale)
-            layer.router.v2.copy_(v2 * problem.y_scale)
-            scores = torch.cat([layer.router(x) for x in inputs[held_out].split(config.batch_tokens)])
-            return _judge(scores, problem.norms[held_out], config.target_power, tokens=len(train))
+            try:
+                layer.router.v1.copy_(v1 / problem.x_scale)
+                layer.router.v2.copy_(v2 * problem.y_scale)
+                scores = torch.cat([layer.router(x) for x in inputs[held_out].split(config.batch_tokens)])
+                return _judge(scores, problem.norms[held_out], config.target_power, tokens=len(train))
+            except BaseException:
+                layer.router.v1.copy_(before[0])
+                layer.router.v2.copy_(before[1])
+                raise
 
 
 def fit_routers_(

@@ -6,9 +6,6 @@ import pytest
 from sadmoe.cli import convert as convert_command
 from sadmoe.routers import RouterConfig
 
-transformers = pytest.importorskip("transformers")
-from command_line import bert
-
 
 @dataclass(frozen=True)
 class Quick(RouterConfig):
@@ -24,6 +21,8 @@ def quick_routers():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    from command_line import bert  # which skips without transformers
+
     return bert(tmp_path_factory.mktemp("model"))
 
 

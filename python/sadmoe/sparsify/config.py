@@ -19,7 +19,8 @@ class SparsifyConfig(LoopConfig):
     penalty: "hoyer", the paper's choice for ReLU models, or "l1", its older one.
     relu_swap: activations but ReLU and its square become ReLU first: only they make exact zeros.
     displacement: where GELU and SiLU are pushed to when they are kept; -10 as in the paper's code.
-    kept_bytes: of what the dense model gives, kept for when the same batch of a list comes again.
+    kept_bytes: of what the dense model gives, kept for when the same batch comes again, of a list, a tuple, or another
+        sequence whose attribute `same_again` is True.
     """
 
     objective: Goal = "distill_hidden"

@@ -194,7 +194,9 @@ def block_of(model: nn.Module, site: FFNSite) -> str:
     path = site.name
     while path:
         parent = path.rpartition(".")[0]
-        if path != site.name and isinstance(model.get_submodule(parent), nn.ModuleList | nn.Sequential):
+        if path != site.name and isinstance(
+            unwrapped(model.get_submodule(parent)), nn.ModuleList | nn.Sequential
+        ):
             return path
         path = parent
     down = join(site.block, site.parts.down)  # converted, a passthrough is there, or the MoE layer around it
