@@ -72,6 +72,21 @@ def test_weights_may_be_pruned():
     assert torch.equal(layer(x), plain(x))
 
 
+@pytest.mark.parametrize("tau", [0.0, 0.5])
+@pytest.mark.parametrize("change", [None, "to_int8_", "pack_"])
+@torch.no_grad()
+def test_a_call_finds_its_weights_without_torch_s_search(monkeypatch, change, tau):
+    """nn.Module.__getattr__, which takes half a microsecond of the few that a token does."""
+    layer = make_layer(experts=2, expert_size=32, gated=True, bias=("b_up", "b_gate", "b_out"))
+    if change is not None:
+        getattr(layer, change)()
+    layer.gate, x = DynamicK(tau), tokens(1, 20)
+    before, searched = layer(x), []
+    monkeypatch.setattr(torch.nn.Module, "__getattr__", lambda module, name: searched.append(name))
+    assert torch.equal(layer(x), before)
+    assert searched == []
+
+
 def test_meta_tensors_give_shapes_also_under_autocast():
     layer = make_layer(d_out=9).to("meta")
     with torch.autocast("cpu", torch.bfloat16):

@@ -158,7 +158,7 @@ struct Argument {
 // Tensors, contiguous or packed, that outlive the pointers given to the kernels.
 class Arguments {
  public:
-  explicit Arguments(const char* op) : op_(op) {}
+  explicit Arguments(const char* op) : op_(op) { kept_.reserve(kMost); }
 
   // packed: it is, and stays so.
   View add(const char* name, const Tensor& t, bool packed = false) {
@@ -199,6 +199,7 @@ class Arguments {
   const std::vector<Argument>& all() const { return kept_; }
 
  private:
+  static constexpr size_t kMost = 16;  // that any op has
   const char* op_;
   std::vector<Argument> kept_;
 };

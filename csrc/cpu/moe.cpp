@@ -81,6 +81,7 @@ class ChainEnds {
  public:
   ChainEnds() = default;
   ChainEnds(const BlockPlan& plan, int64_t T) : experts_(T) {
+    offsets_.reserve(plan.active.size());
     for (const int32_t e : plan.active) {
       for (const int32_t* t = plan.rows_of(e); t != plan.rows_of(e + 1); ++t)
         if (const int64_t n = ++experts_[*t]; n % kChain == 0) ends_.push_back({*t, n == kChain});

@@ -14,7 +14,7 @@ namespace sadmoe::cpu {
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t n = 0) : data_(static_cast<T*>(::operator new(n * sizeof(T), kLine))) {}
+  explicit Buffer(int64_t n = 0) : data_(n ? static_cast<T*>(::operator new(n * sizeof(T), kLine)) : nullptr) {}
   T* get() const { return data_.get(); }
 
  private:

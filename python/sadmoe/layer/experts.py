@@ -114,10 +114,11 @@ class Experts(nn.Module):
 
     def int8_weights(self) -> Int8Weights:
         """The same with scales, in the order of the ops of int8; only where they are int8."""
-        assert self.scale_up is not None
-        assert self.scale_down is not None
-        scales, gate = (self.scale_up, self.scale_down), (self.w_gate, self.scale_gate)
-        return self.w_up, self.w_down, *scales, self.b_up, *gate, self.b_gate, self.b_out, self.scale_out
+        w_up, w_down, b_up, w_gate, b_gate, b_out = self.expert_weights()
+        scale_up, scale_gate, scale_down, scale_out = map(self._buffers.__getitem__, ALL_SCALES)
+        assert scale_up is not None
+        assert scale_down is not None
+        return w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, scale_out
 
     def float_weights(self, name: str) -> Tensor:
         """w_up, w_down or, of a GLU, w_gate as floats, by name: the parameter itself, or what int8 stands for."""

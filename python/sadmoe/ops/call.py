@@ -30,7 +30,7 @@ def run(op: torch._ops.OpOverload, *args: Any) -> Tensor:
         return _in_plain_torch(op, args, BY_TORCH)
     if lacks_kernels(args[0]):
         return _in_plain_torch(op, args, WITH_WARNING)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch.is_inference_mode_enabled():  # which has no rules
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
