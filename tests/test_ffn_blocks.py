@@ -18,7 +18,7 @@ from sadmoe.ffn import (
     swap_out,
 )
 from sites import assert_close, assert_same_state, convert, restore, slots_of, state
-from tiny_models import F_, D, Residual, UserFFN, hidden
+from tiny_models import F_, D, Residual, UserFFN, call, hidden
 from torch import Tensor, nn
 
 
@@ -130,11 +130,11 @@ def test_hidden_dropout_that_is_called_as_a_function_goes_too():
     )  # fmt: skip
     model = transformers.BartModel(config)
     block = model.encoder.layers[0]
-    dense = block.eval()(hidden(), None)
+    dense = call(block.eval(), (hidden(), None))
     for site in find_ffns(model):
         swap_in(model, site, layer_from_dense(site.dense(), slots_of(site), 6, 4))
     assert block.activation_dropout == 0.0
-    assert_close(block.train()(hidden(), None), dense)
+    assert_close(call(block.train(), (hidden(), None)), dense)
     for name in list(moe_layers(model)):
         swap_out(model, name)
     assert block.activation_dropout == 0.5

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from tiny_models import tokens
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
+from versions import transformers_before
 
 transformers = pytest.importorskip("transformers")
 
 from sadmoe.flops import count_flops
-from sadmoe.hf.experts import experts_forward, set_experts_tau
+from sadmoe.hf.experts import OLDEST, experts_forward, set_experts_tau
 from transformers.integrations.moe import use_experts_implementation
 
 SIZES = {
@@ -22,6 +23,8 @@ SIZES = {
     "pad_token_id": 0, "num_experts_per_tok": 3,
 }  # fmt: skip
 QWEN = SIZES | {"moe_intermediate_size": 20, "intermediate_size": 20, "num_experts": 8}
+ALONE = f"before {OLDEST} transformers computes experts itself"
+runs_others = pytest.mark.skipif(transformers_before(OLDEST), reason=ALONE)
 MODELS = {
     "mixtral": (
         "MixtralForCausalLM",
@@ -45,6 +48,8 @@ def stock(name: str) -> nn.Module:
 
 
 def on_sadmoe(model: nn.Module, tau: float | None = None) -> nn.Module:
+    if transformers_before(OLDEST):
+        pytest.skip(ALONE)
     model = copy.deepcopy(model)
     if tau is None:
         model.set_experts_implementation("sadmoe")
@@ -91,6 +96,7 @@ def test_so_are_its_gradients(name):
             torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-6, msg=key)
 
 
+@runs_others
 def test_a_model_can_be_loaded_for_it(tmp_path):
     model = stock("mixtral")
     model.save_pretrained(tmp_path)
@@ -98,6 +104,7 @@ def test_a_model_can_be_loaded_for_it(tmp_path):
     torch.testing.assert_close(logits(ours), logits(model), rtol=1e-4, atol=1e-5)
 
 
+@runs_others
 def test_tau_drops_experts_of_small_weight_and_scales_up_the_rest():
     model = stock("mixtral")
     experts = next(m for m in model.modules() if hasattr(m, "down_proj"))
@@ -115,6 +122,7 @@ def test_tau_drops_experts_of_small_weight_and_scales_up_the_rest():
         torch.testing.assert_close(found, experts(x, index, scaled), rtol=1e-4, atol=1e-5)
 
 
+@runs_others
 def test_a_token_without_weights_gets_nothing():
     model = stock("mixtral")
     experts = next(m for m in model.modules() if hasattr(m, "down_proj"))
@@ -123,6 +131,7 @@ def test_a_token_without_weights_gets_nothing():
         assert not experts(torch.randn(1, 24), torch.tensor([[0, 1, 2]]), torch.zeros(1, 3)).any()
 
 
+@runs_others
 def test_tau_needs_all_experts_of_a_token_on_one_device():
     model = stock("mixtral")
     next(m for m in model.modules() if hasattr(m, "down_proj"))._is_expert_parallel = True
@@ -274,6 +283,7 @@ class Experts(nn.Module):
         raise AssertionError("not asked for")
 
 
+@pytest.mark.skipif(transformers_before("5.15"), reason="its decorator knows fewer layouts")
 @pytest.mark.parametrize("concatenated", [True, False])
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("gate", [True, False])
@@ -306,7 +316,7 @@ def test_every_layout(gate, transposed, concatenated):
     torch.testing.assert_close(experts(x, index, weights), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_experts_that_say_less_of_themselves_as_those_of_transformers_5_0():
+def test_experts_that_say_less_of_themselves():
     model = stock("mixtral")
     expected = logits(model)
     silent = ("has_gate", "is_concatenated", "has_post_expert_norm", "_is_expert_parallel")
@@ -323,6 +333,14 @@ def test_wrong_settings_are_named():
         set_experts_tau(model, 1.5)
     with pytest.raises(ValueError, match="has no layer whose experts can be run by others"):
         set_experts_tau(nn.Linear(2, 2), 0.5)
+
+
+def test_an_older_transformers_is_named(monkeypatch):
+    model = stock("mixtral")
+    monkeypatch.setattr(transformers, "__version__", "5.6.2")
+    with pytest.raises(NotImplementedError, match=r"transformers 5.6.2 lets nobody.*'transformers>=5.7'"):
+        set_experts_tau(model, 0.5)
+    assert model.config._experts_implementation == "eager"
 
 
 def test_experts_with_a_gating_of_their_own_are_refused():

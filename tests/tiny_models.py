@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from versions import transformers_before
 
 D, F_ = 24, 60  # width and neurons: neither a multiple of 16, 60 = 2 * 2 * 3 * 5
 
@@ -297,8 +298,8 @@ TINY: dict[str, Tiny] = {
     "vit": Tiny(
         _hf("ViTForImageClassification", "ViTConfig", **IMAGE, **SIZES),
         pixels,
-        _layers("vit.layers.{}.mlp"),
-        "whole_plain",
+        _layers("vit.encoder.layer.{}.intermediate" if transformers_before("5.9") else "vit.layers.{}.mlp"),
+        "in_pair" if transformers_before("5.9") else "whole_plain",
         "gelu",
         needs=HF,
     ),
@@ -331,11 +332,12 @@ TINY: dict[str, Tiny] = {
         _hf("Dinov2Model", "Dinov2Config", use_swiglu_ffn=True, **DINO),
         pixels,
         _layers("encoder.layer.{}.mlp"),
-        "whole_gated",
+        "whole_fused" if transformers_before("5.18") else "whole_gated",
         "silu",
         gated=True,
         f=64,
         needs=HF,
+        swappable=not transformers_before("5.18"),
     ),
     "timm vit": Tiny(
         _timm_vit,

@@ -1,8 +1,9 @@
 """Stock mixtures of experts of transformers (Mixtral, Qwen-MoE and their like) on sadmoe's kernels.
 
 After `import sadmoe`, `model.set_experts_implementation("sadmoe")` is enough. Only how the experts are computed
-changes: the model's own top-k router still chooses, and `set_experts_tau` drops those of small weight. Before torch
-2.13 a model must have run once before `torch.compile` can trace it.
+changes: the model's own top-k router still chooses, and `set_experts_tau` drops those of small weight. It needs
+transformers 5.7, which first let others compute the experts. Before torch 2.13 a model must have run once before
+`torch.compile` can trace it.
 """
 
 from typing import Any
@@ -10,7 +11,9 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from sadmoe import ops
@@ -18,6 +21,7 @@ from sadmoe.checks import check_number
 from sadmoe.ffn.activations import which_activation
 
 NAME = "sadmoe"
+OLDEST = "5.7"  # transformers in which `set_experts_implementation` knows names of others
 SEEN = 16  # values of a weight on the CPU, to notice what wrote to it
 _TAU, _ACT, _ACT_OF = "sadmoe_tau", "sadmoe_act", "sadmoe_act_of"  # in the __dict__ of an experts module
 
@@ -33,7 +37,7 @@ def set_experts_tau(model: nn.Module, tau: float) -> None:
     of all that were chosen. Switches the model to sadmoe's kernels; `model.set_experts_implementation("eager")` is the
     way back, and tau acts again after `model.set_experts_implementation("sadmoe")`. It is not saved with the model.
     Raises ValueError where tau is out of range or the model has no such layer, NotImplementedError where its experts
-    compute what the kernels do not, or are spread over devices and tau is not 0.
+    compute what the kernels do not, or are spread over devices and tau is not 0, and before transformers 5.7.
     """
     check_number("tau", tau, " in [0, 1]")
     if not 0 <= tau <= 1:
@@ -45,11 +49,16 @@ def set_experts_tau(model: nn.Module, tau: float) -> None:
         )
     for layer in layers:
         _check(layer)
-        if tau > 0 and getattr(layer, "_is_expert_parallel", False):  # transformers 5.0 does not say
+        if tau > 0 and getattr(layer, "_is_expert_parallel", False):  # not every transformers says
             raise NotImplementedError(
                 "the experts of a token are on several devices, none of which knows the largest weight: "
                 "use tau = 0, or a model that is not split by experts"
             )
+    if TorchVersion(transformers.__version__) < OLDEST:
+        raise NotImplementedError(
+            f"transformers {transformers.__version__} lets nobody else compute experts: "
+            f"pip install 'transformers>={OLDEST}'"
+        )
     model.set_experts_implementation(NAME)  # type: ignore[operator]
     for layer in layers:
         layer.__dict__[_TAU] = float(tau)
@@ -77,7 +86,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     y = ops.sparse_experts(rows, mask, w_up, w_down, b_up, w_gate, b_gate, act=act)
     if b_down is not None:
         y = y + b_down[pairs.where(here, 0)]
-    if getattr(self, "has_post_expert_norm", False):  # transformers 5.0 knows no such norms
+    if getattr(self, "has_post_expert_norm", False):  # older ones of transformers have no such norms
         y = self.post_expert_norm(y)
     weighted = y.float().view(*weights.shape, y.shape[-1]) * (weights * here.view_as(weights)).unsqueeze(-1)
     return weighted.sum(1).to(hidden_states.dtype)
@@ -89,7 +98,7 @@ def _is_experts(module: nn.Module) -> bool:
 
 
 def _has_gate(experts: Any) -> bool:
-    return getattr(experts, "has_gate", hasattr(experts, "gate_up_proj"))  # transformers 5.0 does not say
+    return getattr(experts, "has_gate", hasattr(experts, "gate_up_proj"))  # not every transformers says
 
 
 @torch.compiler.assume_constant_result

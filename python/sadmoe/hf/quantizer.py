@@ -113,8 +113,12 @@ class SadmoeQuantizer(HfQuantizer):
         _leave_owners_alone(model)
         _show_replaced(model)
         self._shapes = {name: tensor.shape for name, tensor in _layer_tensors(model).items()}
+        # Before 5.22, which asks that function, transformers leaves weights whose names it changes in the dtype of the
+        # file, whichever was asked for, unless it believes that it quantizes the model itself.
+        self.pre_quantized = hasattr(HfQuantizer, "get_new_dtype")
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        self.pre_quantized = True
         _hide_replaced(model)
         _check_loaded(model, self._shapes, self._from_files)
         _align(model, _mapped_files() if self._from_files else [])

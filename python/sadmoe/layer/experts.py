@@ -103,7 +103,7 @@ class Experts(nn.Module):
     def is_packed(self) -> bool:
         """Whether each expert's neurons stand side by side in memory, see `pack_`."""
         weights = self._way_in()
-        return bool(weights) and all(weight.stride(1) == 1 < weight.stride(2) for weight in weights)
+        return len(weights) > 0 and all(weight.stride(1) == 1 < weight.stride(2) for weight in weights)
 
     def expert_weights(
         self,
