@@ -125,6 +125,18 @@ def test_a_recipe_runs_tells_all_of_it_and_is_not_trained_twice(tmp_path, small_
 
 
 @pytest.mark.slow
+def test_another_seed_gives_other_models(tmp_path, small_routers):
+    made, effort = [], replace(MICRO, budget=0.9)  # which routers of three units can keep to
+    for seed in (0, 1):
+        steps = recipe.Recipe(workload(), replace(start(tmp_path / str(seed)), effort=effort, seed=seed))
+        sparse = steps.sparse([4])
+        made.append([sparse, steps.converted(sparse, 4), steps.untrained(4), steps.moefied(sparse, 4)])
+    for one, other in zip(*made, strict=True):
+        pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+        assert not all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.slow
 def test_moefication_is_fine_tuned_where_no_step_before_was(tmp_path, small_routers):
     run = replace(start(tmp_path), effort=replace(MICRO, projections=0, sparsify=0))
     recipe.run_recipe(workload(), run)
@@ -231,11 +243,12 @@ def test_what_is_right_gives_a_point_its_error():
 
 def test_a_longer_run_has_files_and_a_state_of_its_own(monkeypatch, capsys):
     runs = []
-    for more in ([], ["--longer", "2.5", "--sizes", "4"]):
+    for more in ([], ["--longer", "2.5", "--sizes", "4"], ["--seed", "1"]):
         monkeypatch.setattr(sys, "argv", ["w9", "--device", "cpu", *more])
         runs.append(from_command_line("w9", "", {"cpu": CPU}))
-    assert [run.name for run in runs] == ["w9-cpu", "w9-cpu-x2.5"]
-    assert [run.file("json").name for run in runs] == ["w9-cpu.json", "w9-cpu-x2.5.json"]
+    assert [run.name for run in runs] == ["w9-cpu", "w9-cpu-x2.5", "w9-cpu-seed1"]
+    assert [run.file("json").name for run in runs] == ["w9-cpu.json", "w9-cpu-x2.5.json", "w9-cpu-seed1.json"]
+    assert [run.seed for run in runs] == [0, 0, 1]
     assert runs[1].effort == CPU.longer(2.5)
     assert runs[1].effort.task == 2.5 * CPU.task
     assert f"{CPU.longer(2.5).training(1):.0f} s of training" in capsys.readouterr().out

@@ -33,7 +33,13 @@ class ActivityRouter(nn.Module):
 
 
 def moefied(
-    dense: nn.Module, batches: Batches, expert_size: int, steps: int, tokens: int, checkpoint: Checkpoint
+    dense: nn.Module,
+    batches: Batches,
+    expert_size: int,
+    steps: int,
+    tokens: int,
+    checkpoint: Checkpoint,
+    seed: int,
 ) -> nn.Module:
     """A copy of a ReLU model in experts, with that router in every layer. Its gates are for the caller: TopK.
 
@@ -42,18 +48,20 @@ def moefied(
     model = copy.deepcopy(dense)
     config = ConvertConfig(
         expert_size=expert_size, router=RouterConfig(width=WIDTH, steps=1),
-        projection_router=RouterConfig(width=PROJECTION_WIDTH, steps=1), max_tokens=min(tokens, 8192),
+        projection_router=RouterConfig(width=PROJECTION_WIDTH, steps=1), max_tokens=min(tokens, 8192), seed=seed,
     )  # fmt: skip
     convert_(model, batches, config, progress=False)
     layers = moe_layers(model)
     sites = [Place(name, layer) for name, layer in layers.items()]
-    with tau(model, 0.0), seeded(model, 0):
+    with tau(model, 0.0), seeded(model, seed):
         for name, rows in stream_inputs(model, sites, batches, max_tokens=tokens):
-            layers[name].router = fitted(layers[name], rows, steps, checkpoint, name)
+            layers[name].router = fitted(layers[name], rows, steps, checkpoint, name, seed)
     return model
 
 
-def fitted(layer: DynamicKMoE, rows: Tensor, steps: int, checkpoint: Checkpoint, name: str) -> ActivityRouter:
+def fitted(
+    layer: DynamicKMoE, rows: Tensor, steps: int, checkpoint: Checkpoint, name: str, seed: int
+) -> ActivityRouter:
     """The router of one layer, from what enters it."""
     with torch.no_grad():
         sums = torch.cat([activity(layer, part) for part in rows.split(2048)])
@@ -63,7 +71,7 @@ def fitted(layer: DynamicKMoE, rows: Tensor, steps: int, checkpoint: Checkpoint,
     def objective(batch: Any, index: int | None = None) -> Tensor:
         return F.binary_cross_entropy_with_logits(router(batch["rows"]), batch["labels"])
 
-    config = SparsifyConfig(steps=steps, alpha=0.0, lr=1e-3)
+    config = SparsifyConfig(steps=steps, alpha=0.0, lr=1e-3, seed=seed)
     train(
         router, chunks, config, objective, lambda batch: torch.zeros(()), progress=False,
         checkpoint=checkpoint, name=name,

@@ -51,7 +51,7 @@ HELD = 2**32  # bytes of inputs held together
 def task_trained(model: nn.Module, batches: list[Any], loss: Any, lr: float, run: Run) -> nn.Module:
     """The dense model after training on its task: loss(model, batch) -> scalar."""
     model.to(run.device)
-    config = SparsifyConfig(seconds=run.effort.task, alpha=0.0, lr=lr, weight_decay=0.05)
+    config = SparsifyConfig(seconds=run.effort.task, alpha=0.0, lr=lr, weight_decay=0.05, seed=run.seed)
     with run.stage("task"), mode(model, train=True), fast_training(model):
         train(
             model, batches, config, task(model, loss), lambda batch: torch.zeros(()), True,
@@ -80,13 +80,15 @@ class Recipe:
                 module.weight.requires_grad_(False)
         tokens, multiple = max(1000, effort.tokens // 2), math.lcm(*sizes)
         if effort.projections:
-            projections = ProjectionConfig(steps=effort.projections, max_tokens=tokens, multiple=multiple)
+            projections = ProjectionConfig(
+                steps=effort.projections, max_tokens=tokens, multiple=multiple, seed=run.seed
+            )
             with run.stage("projections"):
                 follow: dict[str, Any] = {"checkpoint": run.checkpoint("projections")}
                 print(replace_projections_(model, self.fitted, projections, **follow))
             self.note("projections", model)
         if effort.sparsify:
-            config = SparsifyConfig(seconds=effort.sparsify, alpha=0.3)
+            config = SparsifyConfig(seconds=effort.sparsify, alpha=0.3, seed=run.seed)
             with run.stage("sparsify"), fast_training(model, self.work.dense):
                 follow = {"teacher": self.work.dense, "checkpoint": run.checkpoint("sparsify")}
                 print(sparsify_(model, self.work.train, config, **follow))
@@ -105,12 +107,13 @@ class Recipe:
         untrained = ConvertConfig(
             expert_size=size, cluster="activity", router=RouterConfig(width=ROUTER, steps=1),
             projection_router=RouterConfig(width=PROJECTION_ROUTER, steps=1), max_tokens=min(effort.tokens, 8192),
+            seed=run.seed,
         )  # fmt: skip
         with run.stage(f"{name} convert"):
             convert_(
                 model, self.fitted, untrained, checkpoint=run.checkpoint(f"{name} convert"), progress=False
             )
-        layers = replace(LAYERS, seconds=effort.layers, share=effort.share)
+        layers = replace(LAYERS, seconds=effort.layers, share=effort.share, seed=run.seed)
         with run.stage(f"{name} layers"), fast_training(model, sparse):
             finetune_layers_(
                 model, self.fitted, layers, teacher=sparse, max_tokens=effort.tokens, max_bytes=HELD,
@@ -140,13 +143,14 @@ class Recipe:
     def finetune(self, model: nn.Module, step: str, config: FinetuneConfig) -> None:
         """One fine-tuning of the whole model against the dense one."""
         work, run = self.work, self.run
+        config = replace(config, seed=run.seed)
         with run.stage(step), fast_training(model, work.dense):
             follow: dict[str, Any] = {"output_loss": work.output_loss, "checkpoint": run.checkpoint(step)}
             print(finetune_(model, work.train, config, teacher=work.dense, **follow))
 
     def route(self, model: nn.Module, step: str) -> None:
         """Fits the routers, and notes how well they predict."""
-        config = RouterConfig(width=ROUTER, steps=self.effort.routers, target_power=0.5)
+        config = RouterConfig(width=ROUTER, steps=self.effort.routers, target_power=0.5, seed=self.run.seed)
         with self.run.stage(step):
             follow: dict[str, Any] = {"checkpoint": self.run.checkpoint(step), "progress": True}
             of: dict[str, Any] = {"max_tokens": self.effort.tokens, "max_bytes": HELD}
@@ -159,7 +163,9 @@ class Recipe:
         model = copy.deepcopy(self.work.dense)
         router = RouterConfig(width=ROUTER, steps=1)
         tokens = min(self.effort.tokens, 8192)
-        config = ConvertConfig(expert_size=size, cluster="activity", router=router, max_tokens=tokens)
+        config = ConvertConfig(
+            expert_size=size, cluster="activity", router=router, max_tokens=tokens, seed=self.run.seed
+        )
         with self.run.stage("untrained convert"):
             checkpoint = self.run.checkpoint(f"untrained s{size} convert")
             convert_(model, self.fitted, config, checkpoint=checkpoint, progress=False)
@@ -168,9 +174,10 @@ class Recipe:
 
     def moefied(self, sparse: nn.Module, size: int) -> nn.Module:
         """The sparse model by MoEfication."""
-        effort, checkpoint = self.effort, self.run.checkpoint(f"MoEfication s{size}")
-        with self.run.stage(f"MoEfication s{size}"):
-            return moefied(sparse, self.fitted, size, effort.routers, effort.tokens, checkpoint)
+        effort, run = self.effort, self.run
+        with run.stage(f"MoEfication s{size}"):
+            checkpoint = run.checkpoint(f"MoEfication s{size}")
+            return moefied(sparse, self.fitted, size, effort.routers, effort.tokens, checkpoint, run.seed)
 
     def tuned(self, moefied: nn.Module) -> nn.Module:
         """MoEfication's own calibration, for as long as ours trains after `sparse`, and by as many experts."""

@@ -52,6 +52,7 @@ GPU = Effort(600, 3000, 1800, 900, 3000, 1200, 200_000, 1, 60_000, 10_000, 3)
 @dataclass
 class Run:
     """name: of its files and its state, such as w1-cpu or w1-cpu-x2.5.   sizes: neurons in an expert, ours first.
+    seed: of all that is random, but for the order of the data.
     seconds: by stage that came to its end, of this start and those before it."""
 
     name: str
@@ -60,6 +61,7 @@ class Run:
     out: Path
     sizes: Sequence[int]
     device: str
+    seed: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
@@ -115,6 +117,7 @@ def from_command_line(
     add("--effort", choices=efforts, default=effort, help="how long it takes, and what of it (%(default)s)")
     add("--longer", type=float, default=1.0, help="times the seconds of training, for a slow machine")
     add("--sizes", type=int, nargs="+", default=sizes, help="neurons in an expert; the first is ours")
+    add("--seed", type=int, default=0, help="of all that is random (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -126,4 +129,7 @@ def from_command_line(
         f"{name}, effort {args.effort}: {asked.training(len(args.sizes)):.0f} s of training, and its measurements"
     )
     longer = "" if args.longer == 1 else f"-x{args.longer:g}"
-    return Run(f"{name}-{args.effort}{longer}", asked, args.data, args.out, args.sizes, args.device)
+    again = "" if args.seed == 0 else f"-seed{args.seed}"
+    return Run(
+        f"{name}-{args.effort}{longer}{again}", asked, args.data, args.out, args.sizes, args.device, args.seed
+    )

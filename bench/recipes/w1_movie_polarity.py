@@ -44,7 +44,7 @@ def accuracy(outputs: Iterable[tuple[Any, Any]]) -> float:
 def main() -> None:
     run = from_command_line("w1", __doc__ or "", {"tiny": TINY, "cpu": CPU, "gpu": GPU})
     effort = run.effort
-    torch.manual_seed(0)  # of the fresh head
+    torch.manual_seed(run.seed)  # of the fresh head
     data, (model, tokenizer) = movie_polarity(run.data), minilm_classifier()
     labelled = batches(tokenizer, data["train"][: effort.train], 32)
     tests = batches(tokenizer, data["test"][: effort.tests], 64)

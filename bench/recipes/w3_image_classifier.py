@@ -81,7 +81,7 @@ def on_fashion_mnist(title: str, model: nn.Module, side: int, patch: int, lr: fl
 
 def main() -> None:
     run = from_command_line("w3", __doc__ or "", EFFORTS)
-    torch.manual_seed(0)  # of the fresh head
+    torch.manual_seed(run.seed)  # of the fresh head
     on_fashion_mnist("W3: ViT-S/14, Fashion-MNIST", vit_small(), 56, 14, 1e-4, run)
 
 

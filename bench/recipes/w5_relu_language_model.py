@@ -61,7 +61,7 @@ def batches(tokenizer: Any, text: str) -> list[dict[str, Tensor]]:
 
 def main() -> None:
     run = from_command_line("w5", __doc__ or "", EFFORTS, sizes=(8,))
-    torch.manual_seed(0)
+    torch.manual_seed(run.seed)
     text = austen(run.data, *NOVELS)
     tokenizer, model = own_tokenizer(text), untrained_opt()
     labelled = batches(tokenizer, text)[: run.effort.train // ROWS]

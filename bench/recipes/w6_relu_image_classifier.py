@@ -37,7 +37,7 @@ def untrained_vit() -> nn.Module:
 
 def main() -> None:
     run = from_command_line("w6", __doc__ or "", EFFORTS, sizes=(8,))
-    torch.manual_seed(0)
+    torch.manual_seed(run.seed)
     title = "W6: a small ViT with ReLU, trained on Fashion-MNIST here"
     on_fashion_mnist(title, untrained_vit(), SIDE, PATCH, 1e-3, run)
 
