@@ -124,6 +124,18 @@ def test_experts_that_were_trained_since_do_not_fit_the_base(tmp_path):
     )
 
 
+@pytest.mark.parametrize("projections", [False, True])
+def test_what_was_trained_beside_the_experts_does_not_fit_the_base(projections, tmp_path):
+    """As by a LoRA that was merged: no layer in the file knows of it."""
+    model = converted("bert", projections)
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight[3] += 1
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    refused(
+        TINY["bert"].model(), tmp_path / "adapter.safetensors", r"embeddings\.weight is other\. Load the base"
+    )
+
+
 def test_damaged_and_foreign_files_are_refused(tmp_path):
     path = tmp_path / "adapter.safetensors"
     model = converted("bert", projections=False)

@@ -185,6 +185,18 @@ def test_the_same_seed_gives_the_same_bits_and_the_global_one_is_left_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_a_random_start_goes_on_for_its_own_projections_alone(tmp_path):
+    """What begins alike is told apart by what it learns."""
+    config, settings = ProjectionConfig(steps=2, start="random"), {"progress": False}
+    settings["checkpoint"] = sadmoe.Checkpoint(tmp_path)
+    model, other = TINY["bert"].model(), TINY["bert"].model()
+    replace_projections_(model, [TINY["bert"].batch()], config, **settings)
+    with torch.no_grad():
+        other.encoder.layer[0].attention.self.query.weight[0] += 1
+    with pytest.raises(ValueError, match=r"another run: .*config\.projection was"):
+        replace_projections_(other, [TINY["bert"].batch()], config, **settings)
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit", "t5"])
 @pytest.mark.parametrize("make", [replaced, replaced_and_converted])
 def test_saved_and_loaded_bit_for_bit(name, make, tmp_path):

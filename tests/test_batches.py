@@ -1,5 +1,5 @@
-from collections import UserDict, namedtuple
-from types import SimpleNamespace
+from collections import OrderedDict, UserDict, namedtuple
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
@@ -109,6 +109,32 @@ def test_every_tensor_moves_and_the_rest_stays():
     assert (moved["b"][1][1], moved["c"].label, moved["d"]) == ("name", 3, None)
     assert not ONE.is_meta
     assert isinstance(moved["c"], pair)
+
+
+def test_mappings_of_a_kind_of_their_own_stay_of_that_kind():
+    class Named(UserDict):
+        def __getattr__(self, name):
+            try:
+                return self.data[name]
+            except KeyError:
+                raise AttributeError(name) from None
+
+    batch = Named(ids=ONE, inner=OrderedDict(x=ONE), fixed=MappingProxyType({"x": ONE}))
+    moved = to_device(batch, "meta")
+    assert moved.ids.is_meta
+    assert type(moved["inner"]) is OrderedDict
+    assert type(moved["fixed"]) is dict  # which cannot be written to
+    assert moved["inner"]["x"].is_meta
+    assert moved["fixed"]["x"].is_meta
+    assert not batch.ids.is_meta
+
+
+def test_outputs_of_transformers_stay_so():
+    outputs = pytest.importorskip("transformers").modeling_outputs
+    moved = to_device({"encoder_outputs": outputs.BaseModelOutput(last_hidden_state=ONE)}, "meta")
+    assert isinstance(moved["encoder_outputs"], outputs.BaseModelOutput)
+    assert moved["encoder_outputs"][0] is moved["encoder_outputs"].last_hidden_state
+    assert moved["encoder_outputs"][0].is_meta
 
 
 def test_the_device_is_that_of_the_weights():

@@ -182,6 +182,21 @@ def test_compiled_models_are_refused_before_anything_is_trained(model, dense, mo
         finetuned(copy.deepcopy(model), torch.compile(dense))
 
 
+def test_a_sparse_model_that_was_forgotten_is_missed(dense):
+    sparse = copy.deepcopy(dense)
+    sadmoe.sparsify_(sparse, text_batches(), sadmoe.SparsifyConfig(steps=1), progress=False)
+    model = copy.deepcopy(sparse)
+    router = sadmoe.RouterConfig(steps=2, width=4)
+    sadmoe.convert_(model, text_batches(), sadmoe.ConvertConfig(experts=12, router=router), progress=False)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        ValueError, match=r"intermediate had relu: here it has gelu; give sparse=, what sparsify_ made"
+    ):
+        finetuned(model, dense)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    finetuned(model, dense, sparse=sparse)
+
+
 def test_a_dense_model_is_refused(dense):
     with pytest.raises(ValueError, match="no converted layer"):
         finetuned(copy.deepcopy(dense), dense)

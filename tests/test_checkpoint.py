@@ -189,14 +189,16 @@ def test_gates_come_back_as_they_were(gate, tmp_path):
     assert [layer.gate for layer in moe_layers(fresh).values()] == [gate, gate]
 
 
-def test_layers_may_differ_in_their_gates(tmp_path):
+def test_layers_may_differ_in_their_gates_and_in_what_their_routers_predict(tmp_path):
     model = converted("user glu")
     first, second = moe_layers(model).values()
     first.gate, second.gate = DynamicK(0.2), TopK(2)
+    first.router.target_power = 0.5
     save(model, tmp_path / "m.safetensors")
     fresh = TINY["user glu"].build()
     load(fresh, tmp_path / "m.safetensors")
     assert [layer.gate for layer in moe_layers(fresh).values()] == [DynamicK(0.2), TopK(2)]
+    assert [layer.router.target_power for layer in moe_layers(fresh).values()] == [0.5, 1.0]
 
 
 class MakesItsTable(nn.Module):
@@ -414,6 +416,10 @@ def broken_description(path: Path) -> None:
     rewrite(path, lambda h: h["layers"]["0.inner"].pop("gate"))
 
 
+def broken_power(path: Path) -> None:
+    rewrite(path, lambda h: h["layers"]["0.inner"].update(target_power="1"))
+
+
 def broken_gate(path: Path) -> None:
     rewrite(path, lambda h: h["layers"]["0.inner"]["gate"].update(tau=7))
 
@@ -450,6 +456,7 @@ def another_tau(path: Path) -> None:
         (without_checksums, "is damaged: its metadata cannot be read"),
         (fewer_tensors, "is damaged: its list of tensors is not what it holds"),
         (broken_description, r"0\.inner: its description must have expert_size, experts, ffn, gate"),
+        (broken_power, r"0\.inner: target_power must be in \(0, 2\], got '1'"),
         (broken_gate, r"0\.inner: unknown gate .*tau must be in"),
         (unknown_rule, r"0\.inner: unknown gate .*best"),
         (wrong_count, r"0\.inner: has 60 neurons in this model, 5 x 10 in the one saved"),

@@ -18,8 +18,9 @@ from sadmoe.ffn import find_ffns, moe_layers
 from sadmoe.inputs import collect_inputs
 from sadmoe.partition import partition, slots
 from sadmoe.routers import RouterConfig
-from tiny_models import TINY, call
+from tiny_models import TINY, UserFFN, call
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5 v1.1", "vit", "albert", "user glu", "torch encoder"])
@@ -65,6 +66,15 @@ def test_experts_are_the_partition_of_what_the_config_names(cluster):
         )
 
 
+def test_outputs_that_overflow_are_no_small_error():
+    model = nn.Sequential(UserFFN()).half().eval()
+    with torch.no_grad():
+        model[0].contract.weight.fill_(300.0)
+    batch = torch.full((8, 24), 60.0, dtype=torch.float16)
+    assert model(batch).isinf().any()
+    assert convert(model, [batch]).error == math.inf
+
+
 def test_another_seed_gives_another_partition():
     model, batches = model_and_batches()
     convert(model, batches)
@@ -74,13 +84,19 @@ def test_another_seed_gives_another_partition():
     assert any(not torch.equal(a.permutation, b.permutation) for a, b in layers)
 
 
-def test_the_users_random_numbers_are_not_touched():
-    model, batches = model_and_batches()
+def test_the_users_random_numbers_are_not_touched_and_a_loader_shuffles_by_the_seed():
     torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    convert(model, batches, budget=0.9)
-    assert torch.equal(torch.rand(3), expected)
+    expected, states = torch.rand(3), []
+    for seed in (0, 0, 1):
+        torch.manual_seed(5 + len(states))
+        model, (batch,) = model_and_batches("user glu")
+        torch.manual_seed(5)
+        loader = DataLoader(list(batch), batch_size=1, shuffle=True)
+        convert(model, loader, seed=seed, max_tokens=8)
+        sadmoe.fit_routers_(model, loader, RouterConfig(width=8, steps=3), max_tokens=8)
+        assert torch.equal(torch.rand(3), expected)
+        states.append(model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
 
 
 def test_routers_are_fitted_on_what_the_dense_model_computes(monkeypatch):

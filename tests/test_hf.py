@@ -215,6 +215,27 @@ def test_weights_that_are_brought_when_a_layer_runs(tmp_path):
     assert torch.equal(call(model, batch), wanted)
 
 
+@pytest.mark.parametrize("int8", [False, True])
+def test_whole_numbers_stay_where_a_model_keeps_layers_in_float32(int8, tmp_path, caplog, monkeypatch):
+    model = described("bert")
+    if int8:
+        sadmoe.quantize_experts_(model)
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(transformers.BertModel, "_keep_in_fp32_modules", ["intermediate"])
+    loaded = transformers.BertModel.from_pretrained(tmp_path, dtype=torch.float16)
+    layers = moe_layers(loaded).values()
+    wanted = {"permutation": torch.int64, "w_up": torch.int8 if int8 else torch.float32}
+    assert [{name: getattr(layer, name).dtype for name in wanted} for layer in layers] == [wanted] * 2
+    assert not any(layer.w_up.requires_grad for layer in layers) or not int8
+    assert "may overflow" not in caplog.text
+    for each in (model, loaded):
+        restore_(each)
+    after = loaded.state_dict()
+    assert all(
+        torch.allclose(a, after[name].to(a.dtype), atol=1e-2) for name, a in model.state_dict().items()
+    )
+
+
 def test_float16_where_transformers_keeps_float32_is_warned_of(tmp_path, caplog):
     described("t5").save_pretrained(tmp_path)
     transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.bfloat16)

@@ -1,5 +1,6 @@
 """Files of transformers models that are damaged or foreign: one clear error."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ transformers = pytest.importorskip("transformers")
 import sadmoe
 import sadmoe.hf
 from converted import converted
-from hf_models import described, edit_config, edit_weights
+from hf_models import config_of, described, edit_config, edit_weights
 from sadmoe import SavedModelError
 from sadmoe.hf.quantizer import SadmoeConfig, SadmoeQuantizer, _check_loaded
 from tiny_models import TINY
@@ -62,6 +63,12 @@ def other_names(path: Path) -> None:
     edit_config(path, lambda c: c.update(layers={f"body.{name}": d for name, d in c["layers"].items()}))
 
 
+def of_another_transformers(path: Path) -> None:
+    other_names(path)
+    config = config_of(path) | {"transformers_version": "5.8.1"}
+    (path / "config.json").write_text(json.dumps(config))
+
+
 def broken_layer(path: Path) -> None:
     edit_config(path, lambda config: next(iter(config["layers"].values())).pop("experts"))
 
@@ -89,8 +96,9 @@ def other_sizes(path: Path) -> None:
         (unknown_field, r"it must have layers by name, and not bits"),
         (
             other_names,
-            r"this BertModel: it has no body\.encoder\.layer\.0\.intermediate, nor any other of the 2",
+            r"this BertModel: it has no body\.encoder\.layer\.0\.intermediate, nor any other of the 2 [a-z ]+$",
         ),
+        (of_another_transformers, r"converted layers; it was saved by transformers 5\.8\.1, this is \d+"),
         (
             broken_layer,
             r"config\.json does not fit this BertModel: encoder\.layer\.0\.intermediate: its description",

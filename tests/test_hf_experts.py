@@ -140,6 +140,30 @@ def test_tau_needs_all_experts_of_a_token_on_one_device():
         set_experts_tau(model, 0.4)
 
 
+@runs_others
+def test_a_model_whose_config_splits_experts_is_refused_too():
+    model = stock("mixtral")
+    model.config.distributed_config = SimpleNamespace(enable_expert_parallel=True)
+    with pytest.raises(NotImplementedError, match=r"on several devices.*: use tau = 0"):
+        set_experts_tau(model, 0.4)
+    assert model.config._experts_implementation == "eager"
+
+
+class Mine(transformers.MixtralForCausalLM):
+    """In whose file transformers finds no experts to switch."""
+
+
+@runs_others
+def test_a_subclass_of_a_stock_model_runs_on_sadmoe_too(monkeypatch):
+    monkeypatch.setattr(Mine, "_can_set_experts_implementation_cached_value", None, raising=False)
+    model = stock("mixtral")
+    mine = Mine(model.config).eval()
+    mine.load_state_dict(model.state_dict())
+    set_experts_tau(mine, 0.9)
+    assert torch.equal(logits(mine), logits(on_sadmoe(model, tau=0.9)))
+    assert not torch.allclose(logits(mine), logits(model), rtol=1e-3)
+
+
 def test_what_tau_drops_is_not_computed():
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -44,7 +44,7 @@ def test_attention_comes_back_where_training_gave_the_model_another_config():
     assert model.config._attn_implementation == usual
 
 
-@pytest.mark.skipif(transformers_before("5.5"), reason="its parts are no models of their own")
+@pytest.mark.skipif(transformers_before("5.2"), reason="its parts are no models of their own")
 def test_parts_of_a_model_may_have_attention_of_their_own():
     model = TINY["clip"].model()
     model.text_model.set_attn_implementation("eager")

@@ -261,6 +261,8 @@ def test_wrong_arguments_of_the_loss_are_named():
         SparsityLoss(model, penalty="l2")
     with pytest.raises(ValueError, match="sites must hold at least one FFN"):
         SparsityLoss(model, [])
+    with pytest.raises(ValueError, match="model: is compiled"):
+        SparsityLoss(torch.compile(model))
     with SparsityLoss(model) as sparsity:
         model(hidden())
         with pytest.raises(ValueError, match=r"one entry for each of the 14 tokens.*got \(2, 3\)"):

@@ -30,7 +30,7 @@ from long_steps import (
     start,
 )
 from sadmoe import Checkpoint, ConvertConfig, RouterConfig, SparsifyConfig
-from sadmoe.training import resume
+from sadmoe.training import loop, resume
 from safetensors import safe_open
 from states import same, state
 from torch import Tensor, nn
@@ -189,8 +189,37 @@ def test_it_saves_no_more_often_than_asked(every, saves, tmp_path, monkeypatch):
     monkeypatch.setattr(resume, "time", Clock(10.0))
     monkeypatch.setattr(resume, "write", lambda *args: made.append(1) or write(*args))
     model, dense = start(sparsify)
+    told, as_tuple = [], loop.astuple
+    monkeypatch.setattr(loop, "astuple", lambda step: told.append(1) or as_tuple(step))
     sparsify(model, dense, Checkpoint(tmp_path, every=every))
     assert len(made) == saves
+    assert len(told) <= saves * STEPS, "nor is the history told more often"
+    assert saves > 1 or len(told) == STEPS
+
+
+def test_moments_come_back_in_the_order_of_their_weights(tmp_path):
+    """A fused AdamW goes through memory, whatever a tensor calls its dimensions."""
+
+    def begun():
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+        return model, optimizer, resume.Saver(Checkpoint(tmp_path), "conv", model, optimizer, {}, None)
+
+    def step(model, optimizer, x):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+
+    x = torch.randn(2, 3, 5, 5).to(memory_format=torch.channels_last)
+    model, optimizer, saver = begun()
+    step(model, optimizer, x)
+    saver.save(dict, last=True)
+    again, its_optimizer, its_saver = begun()
+    assert its_saver.resume() is not None
+    for each in ((model, optimizer), (again, its_optimizer)):
+        step(*each, x)
+    assert torch.equal(model.weight, again.weight)
 
 
 class Growing(nn.Module):

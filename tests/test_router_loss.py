@@ -4,6 +4,7 @@ import pytest
 import sadmoe
 import torch
 from converted import converted
+from sadmoe import moe_layers
 from tiny_models import TINY, call, tokens
 from torch.utils.checkpoint import checkpoint
 
@@ -45,6 +46,20 @@ def test_it_is_what_the_routers_leave_unexplained_on_real_tokens(power):
         torch.testing.assert_close(found.double(), torch.stack(expected).mean(), rtol=1e-4, atol=0)
         call(model, batch)
         assert routers() != found, "padding counts where no batch says what it is"
+
+
+def test_without_a_power_each_router_keeps_its_own():
+    model, batch = converted("bert"), TINY["bert"].batch()
+    layers = moe_layers(model).values()
+    for layer in layers:
+        layer.router.target_power = 0.5
+    losses = []
+    for settings in ({}, {"target_power": 0.5}, {"target_power": 1.0}):
+        with torch.no_grad(), sadmoe.RouterLoss(model, **settings) as loss:
+            model(**batch)
+            losses.append(loss(batch).item())
+        assert {layer.router.target_power for layer in layers} == {settings.get("target_power", 0.5)}
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_its_gradient_reaches_the_routers_alone():
@@ -145,6 +160,8 @@ def test_what_cannot_be_is_named():
         sadmoe.RouterLoss(model, target_power=0.0)
     with pytest.raises(ValueError, match="has no converted layer"):
         sadmoe.RouterLoss(TINY["bert"].model())
+    with pytest.raises(ValueError, match="model: is compiled"):
+        sadmoe.RouterLoss(torch.compile(model))
     with pytest.raises(RuntimeError, match="enter RouterLoss before the model runs"):
         sadmoe.RouterLoss(model)()
     with sadmoe.RouterLoss(model) as routers:

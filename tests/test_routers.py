@@ -1,5 +1,6 @@
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import sadmoe
@@ -54,6 +55,34 @@ def test_a_target_power_makes_small_norms_matter_more():
         relative = (scores ** (1 / power) - norms)[:, 1:].square().sum() / norms[:, 1:].var(0).sum() / 500
         errors.append(relative.item())
     assert errors[1] < 0.8 * errors[0]
+
+
+def test_routers_that_are_fitted_again_predict_what_they_did():
+    """Else the same tau would run other experts."""
+    model, batch = converted("bert"), TINY["bert"].batch()
+    layers = list(converted_layers(model).values())
+    roots, as_before = RouterConfig(width=16, steps=20, target_power=0.5), RouterConfig(width=16, steps=20)
+    wanted = fit_routers_(model, [batch], roots)
+    assert fit_routers_(model, [batch], as_before) == wanted
+    assert [layer.router.target_power for layer in layers] == [0.5, 0.5]
+    assert "target_power=0.5" in repr(layers[0].router)
+    assert fit_routers_(model, [batch], replace(roots, target_power=1.0)) != wanted
+    assert [layer.router.target_power for layer in layers] == [1.0, 1.0]
+    before = layers[0].router.v1.clone()
+    with torch.no_grad():
+        layers[1].w_down[0] = torch.inf
+    with pytest.raises(ValueError, match=r"^encoder\.layer\.1\.intermediate: .*output norm is finite"):
+        fit_routers_(model, [batch], roots)
+    assert [layer.router.target_power for layer in layers] == [1.0, 1.0]
+    assert torch.equal(layers[0].router.v1, before)
+
+
+def test_a_checkpoint_says_what_routers_predict(tmp_path):
+    batch, config = TINY["bert"].batch(), RouterConfig(width=16, steps=20, target_power=0.5)
+    for _ in range(2):
+        model = converted("bert")
+        fit_routers_(model, [batch], config, checkpoint=Checkpoint(tmp_path))
+        assert {layer.router.target_power for layer in converted_layers(model).values()} == {0.5}
 
 
 def test_enough_width_overfits_a_small_set():

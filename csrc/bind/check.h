@@ -24,12 +24,17 @@ using MaybeTensor = std::optional<Tensor>;
 
 // Throws with the op's name first. The stable ABI turns it into a RuntimeError with this text.
 template <class... Parts>
-void check(bool holds, const char* op, const Parts&... parts) {
-  if (holds) return;
+[[noreturn, gnu::cold, gnu::noinline]] void fail(const char* op, const Parts&... parts) {
   std::ostringstream text;
   text << "sadmoe::" << op << ": ";
   (text << ... << parts);
   throw std::runtime_error(text.str());
+}
+
+// What is said of a failure is not between the checks: of one token, reading their instructions takes as long as its products.
+template <class... Parts>
+void check(bool holds, const char* op, const Parts&... parts) {
+  if (!holds) fail(op, parts...);
 }
 
 // Prints as [2, 3]; only where a check fails is there text to make.

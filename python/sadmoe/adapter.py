@@ -5,11 +5,12 @@ linear layer, the whole MLP. The metadata key "sadmoe adapter" is JSON:
   format   version of all this
   layers   name -> what `describe.describe` says of the layer there
   base     name -> checksum of the dense weights it was made from, null where they are not known
+  rest     name -> checksum of every other tensor of the model; older files lack it
   crc32    of the tensors
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sadmoe import files
-from sadmoe.batches import unwrapped
+from sadmoe.batches import plain_name, unwrapped
 from sadmoe.checkpoint import SavedModelError
 from sadmoe.describe import describe_all, rebuild
 from sadmoe.ffn import (
@@ -43,8 +44,8 @@ KEY = "sadmoe adapter"
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Writes what the converted model has and its base has not into one safetensors file, for `load_adapter`.
 
-    The base must have the FFNs as they were converted: a model whose experts were fine-tuned since, or which was made
-    sparse, is its own base and is saved whole (`save`, save_pretrained; of a sparse one, before `convert_`).
+    The base must be as it was converted: a model whose experts, or anything beside them, were trained since, or which
+    was made sparse, is its own base and is saved whole (`save`, save_pretrained; of a sparse one, before `convert_`).
     Raises ValueError where nothing is converted, FileExistsError where path is there and overwrite is False,
     FileNotFoundError where its folder is not.
     """
@@ -75,7 +76,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, overwrite: b
         tensors |= {f"{name}.{key}": tensor for key, tensor in own.items()}
     tensors = files.plain(tensors)
     crc = files.checksum(dict(sorted(tensors.items())))
-    files.write(path, tensors, KEY, {"format": FORMAT, "layers": layers, "base": base, "crc32": crc})
+    header = {"format": FORMAT, "layers": layers, "base": base, "rest": _rest(model, layers), "crc32": crc}
+    files.write(path, tensors, KEY, header)
 
 
 @torch.inference_mode(False)  # whose tensors can never be trained
@@ -91,7 +93,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise ValueError("something in this model is converted already: load_adapter takes the dense base")
     header, tensors = _read(path)
     layers = header["layers"]
-    _check_base(model, layers, header["base"], path)
+    _check_base(model, layers, header["base"], header.get("rest", {}), path)
     with surgery(model):
         for name, description in layers.items():
             own = {
@@ -121,8 +123,19 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, tensors
 
 
-def _check_base(model: nn.Module, layers: Mapping[str, Any], base: Mapping[str, Any], path: Path) -> None:
-    """Raises SavedModelError unless what the layers were made from is in the model, bit for bit."""
+def _rest(model: nn.Module, layers: Iterable[str]) -> dict[str, int]:
+    """Checksums of all that is not converted, by name."""
+    inside = tuple(f"{name}." for name in layers)
+    tensors = {plain_name(name): t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
+    beside = {name: t for name, t in tensors.items() if not name.startswith(inside) and not t.is_meta}
+    return {name: files.checksum({name: t}) for name, t in beside.items()}
+
+
+def _check_base(
+    model: nn.Module, layers: Mapping[str, Any], base: Mapping[str, Any], rest: Mapping[str, int], path: Path
+) -> None:
+    """Raises SavedModelError unless what the layers were made from, and all beside them, is in the model, bit for bit.
+    rest: empty in files of older versions."""
     ffns = _ffns(model, layers)
     modules = dict(model.named_modules())
     wrong = []
@@ -139,6 +152,8 @@ def _check_base(model: nn.Module, layers: Mapping[str, Any], base: Mapping[str, 
             wrong.append(f"{name} has {ffns[name].act}, not {description['ffn']['act']}")
         elif _of_dense(ffns[name].dense()) != base[name]:
             wrong.append(f"{name} has other weights, or other dtypes")
+    own = _rest(model, layers) if rest else {}
+    wrong += [f"{name} is other" for name, crc in rest.items() if own.get(name) != crc]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise SavedModelError(

@@ -31,6 +31,7 @@ from sadmoe.ffn.linears import bias_of, linear_shape, weight_rows
 from sadmoe.ffn.probe import Unsupported
 from sadmoe.ffn.scan import Uses
 from sadmoe.ffn.sites import Parts
+from sadmoe.files import checksum
 from sadmoe.inputs import Place, held_out_and_batches, stream_inputs
 from sadmoe.reference import ACTIVATIONS
 from sadmoe.sparsify import SparsityLoss
@@ -312,8 +313,11 @@ def _distilled(
 
     before = judged()[0]
     about = {
-        field: getattr(config, field)
-        for field in ("act", "start", "batch_tokens", "max_tokens", "skip_padding")
+        "projection": checksum(dict(site.first.state_dict())),
+        **{
+            field: getattr(config, field)
+            for field in ("act", "start", "batch_tokens", "max_tokens", "skip_padding")
+        },
     }
     with SparsityLoss(mlp, _site_of(mlp)) as sparsity, torch.enable_grad():
         train(

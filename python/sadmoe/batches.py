@@ -4,8 +4,9 @@ A *batch* is one call: a Mapping becomes model(**batch), a tuple or list model(*
 *batches* is a collection of them that can be gone through again and again: a list, a DataLoader.
 """
 
+import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -122,11 +123,18 @@ def _first_part(model: nn.Module, output: Any, given: list[Any]) -> Any:
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:
-    """The batch with every tensor inside it on `device`; what is no tensor stays as it is."""
+    """The batch with every tensor inside it on `device`; what is no tensor stays as it is. A mapping of a kind of its
+    own (BatchEncoding, ModelOutput) stays of that kind, if it can be written to."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
+        moved = {key: to_device(value, device) for key, value in batch.items()}
+        if type(batch) is dict or not isinstance(batch, MutableMapping):
+            return moved
+        same = copy.copy(batch)
+        for key, value in moved.items():  # a ModelOutput refuses `update`
+            same[key] = value
+        return same
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(value, device) for value in batch))
     if isinstance(batch, tuple | list):

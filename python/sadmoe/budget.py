@@ -14,7 +14,7 @@ from sadmoe.calibrate import Calibration, calibrate_, check_budget, check_reacha
 from sadmoe.checks import check_config, check_number
 from sadmoe.cost import cost
 from sadmoe.dial import set_tau, trainable_layers
-from sadmoe.ffn import moe_layers, projection_mlps
+from sadmoe.ffn import find_ffns, moe_layers, projection_mlps
 from sadmoe.finetune import FinetuneConfig, FinetuneReport, finetune_
 from sadmoe.gates import DynamicK, Gate
 from sadmoe.layer import DynamicKMoE
@@ -99,6 +99,7 @@ def finetune_for_budget_(
     with seeded(model, seed):  # the same ones when a killed run is taken up again
         some = list(islice(batches, 0, count or CALIBRATED, max(1, (count or 0) // CALIBRATED)))
     check_output_loss(output_loss, dense, some[0] if some else None)
+    _check_sparse(sparse, layers, some)
 
     def of(step: str) -> dict[str, Any]:
         if checkpoint is None:
@@ -137,6 +138,17 @@ def finetune_for_budget_(
             )
         last = calibrate_(model, some, budget=budget, progress=progress)
     return BudgetReport(alone, fits, whole, last)
+
+
+def _check_sparse(sparse: nn.Module, layers: Mapping[str, DynamicKMoE], batches: Sequence[Any]) -> None:
+    """Raises ValueError where the layers compute with another activation than the FFNs that they are to match."""
+    for site in find_ffns(sparse, batches=batches) if batches else ():
+        layer = layers.get(site.name)
+        if layer is not None and site.act != layer.act:
+            raise ValueError(
+                f"sparse must be a copy of the model from just before convert_, in which {site.name} had {layer.act}: "
+                f"here it has {site.act}; give sparse=, what sparsify_ made of the dense model"
+            )
 
 
 def _router_width(model: nn.Module, layers: Mapping[str, DynamicKMoE]) -> int:

@@ -1,7 +1,7 @@
 """What is checked of arguments that many functions take: configs by their fields' types, filters."""
 
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from operator import index
 from types import NoneType, UnionType
@@ -39,6 +39,15 @@ def check_fields(config: Any) -> None:
         else:
             wanted = " or ".join(map(_said, kinds))
             raise TypeError(f"{type(config).__name__}: {field.name} must be {wanted}, got {value!r}")
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """A ValueError from inside begins with the name of what it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def check_number(what: str, value: Any, where: str = "") -> None:

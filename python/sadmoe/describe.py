@@ -29,6 +29,7 @@ from sadmoe.layer import DynamicKMoE
 RULES: dict[str, type] = {"dynamic_k": DynamicK, "top_k": TopK}
 # Keys of a layer in int8; files of older versions lack the last two.
 INT8 = {"int8", "column_scales", "rounded_router"}
+POWER = "target_power"  # of a router, where it is not 1
 
 
 def describe(layer: DynamicKMoE) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def describe(layer: DynamicKMoE) -> dict[str, Any]:
         "router_width": layer.router.v1.shape[0],
         "gate": {"rule": rule, **asdict(layer.gate)},  # type: ignore[call-overload]
         "ffn": spec(site_of(layer)),
+        **({} if layer.router.target_power == 1 else {POWER: layer.router.target_power}),
     }
 
 
@@ -80,13 +82,16 @@ def rebuild(
     if isinstance(description, Mapping) and set(description) == {"projection"}:
         return _rebuild_mlp(model, name, description["projection"], keep)
     keys = {"experts", "expert_size", "router_width", "gate", "ffn"}
-    if not isinstance(description, Mapping) or set(description) - INT8 != keys:
+    if not isinstance(description, Mapping) or set(description) - INT8 - {POWER} != keys:
         raise ValueError(f"{name}: its description must have {', '.join(sorted(keys))}")
     experts, size, width = (description[key] for key in ("experts", "expert_size", "router_width"))
     if not all(isinstance(n, int) and n > 0 for n in (experts, size, width)):
         raise ValueError(
             f"{name}: experts, expert_size and router_width must be positive, got {experts}, {size}, {width}"
         )
+    power = description.get(POWER, 1.0)
+    if not isinstance(power, int | float) or not 0 < power <= 2:
+        raise ValueError(f"{name}: {POWER} must be in (0, 2], got {power!r}")
     ffn = description["ffn"]
     if isinstance(ffn, Mapping) and ffn.get("adapter") == "projection":
         _rebuild_mlp(model, name, {"width": experts * size, "act": ffn.get("act")}, keep)
@@ -96,6 +101,7 @@ def rebuild(
         raise ValueError(f"{name}: has {dense.f} neurons in this model, {experts} x {size} in the one saved")
     order = torch.arange(dense.f, device=dense.w_up.device) if order is None else order
     layer = layer_from_dense(dense, order, experts, width, _gate(name, description["gate"]))
+    layer.router.target_power = float(power)
     swap_in(model, site, layer)
     if description.get("int8"):
         layer.to_int8_(**{key: bool(description.get(key)) for key in INT8 - {"int8"}})

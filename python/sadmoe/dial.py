@@ -105,7 +105,10 @@ def set_batch_invariant(model: nn.Module, value: bool | None, *, expected_share:
 
 @contextmanager
 def tau(model: nn.Module, value: Taus, *, filter: Filter | None = None) -> Iterator[None]:
-    """`set_tau` for a with block; every layer's former gate comes back, whatever happens inside."""
+    """`set_tau` for a with block; every layer's former gate comes back, whatever happens inside.
+
+    Call backward() inside it, too, where blocks are checkpointed: they then run again, by the gates of that moment.
+    """
     gates = [(layer, layer.gate) for layer in converted_layers(model, filter).values()]
     set_tau(model, value, filter=filter)
     try:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sadmoe import reference
-from sadmoe.batches import real_part, rows_of
+from sadmoe.batches import real_part, refuse_compiled, rows_of
 from sadmoe.dial import trainable_layers
 from sadmoe.hooks import hooks_on
 from sadmoe.layer import DynamicKMoE, only_input
@@ -32,22 +32,23 @@ class RouterLoss(PassesLoss):
                 optimizer.zero_grad()
 
     Calling it gives the mean over layers of SSE / SST, which is 1 - R² on the tokens of the passes since the last call,
-    of targets norm ** target_power (see `RouterConfig`), and forgets those passes. Layers whose norms are all equal
-    there, such as silent ones, say nothing and are left out. Its gradient reaches the routers alone: what enters a
-    layer and the norms are constants in it, so a pass under no_grad will do, and added to a task's loss it trains
-    routers beside experts. It is computed without autocast, errors in float32, and computes each layer's up projection
-    once more. At tau = 0 inputs are those of the dense model, which is what `fit_routers_` fits to.
+    of targets norm ** target_power (see `RouterConfig`; None: each router's own), and forgets those passes. Layers
+    whose norms are all equal there, such as silent ones, say nothing and are left out. Its gradient reaches the routers
+    alone: what enters a layer and the norms are constants in it, so a pass under no_grad will do, and added to a task's
+    loss it trains routers beside experts. It is computed without autocast, errors in float32, and computes each layer's
+    up projection once more. At tau = 0 inputs are those of the dense model, which is what `fit_routers_` fits to.
 
     weights: the routers' parameters; inside the `with` they ask for gradients, afterwards as they did before.
     Keeps what enters every layer until it is called.
-    Raises ValueError where nothing was converted, experts are in int8, beside which routers are in 16 bits, or
-    target_power is not in (0, 2].
+    Raises ValueError where nothing was converted, the model is compiled, experts are in int8, beside which routers are
+    in 16 bits, or target_power is not in (0, 2].
     """
 
     _called = "routers"
 
-    def __init__(self, model: nn.Module, *, target_power: float = 1.0):
+    def __init__(self, model: nn.Module, *, target_power: float | None = None):
         super().__init__()
+        refuse_compiled(model)
         RouterConfig(target_power=target_power)  # checks it
         self.model = model
         self.layers = trainable_layers(model)
@@ -64,6 +65,9 @@ class RouterLoss(PassesLoss):
         try:
             for v in self.weights:
                 v.requires_grad_()
+            if (power := self.target_power) is not None:
+                for layer in self.layers.values():
+                    layer.router.target_power = power
             with hooks_on(hooks):
                 yield
         finally:
@@ -79,9 +83,7 @@ class RouterLoss(PassesLoss):
         """
         seen = self._taken()
         parts = [
-            _unexplained(
-                layer, torch.cat([self._rows(name, batch, x) for x in seen[name]]), self.target_power
-            )
+            _unexplained(layer, torch.cat([self._rows(name, batch, x) for x in seen[name]]))
             for name, layer in self.layers.items()
             if name in seen
         ]
@@ -96,11 +98,11 @@ class RouterLoss(PassesLoss):
         return rows_of(x) if batch is None else real_part(self.model, name, batch, x)
 
 
-def _unexplained(layer: DynamicKMoE, rows: Tensor, power: float) -> tuple[Tensor, Tensor]:
+def _unexplained(layer: DynamicKMoE, rows: Tensor) -> tuple[Tensor, Tensor]:
     """SSE of the router and SST of its targets over (token, expert) pairs."""
     rows = rows.to(layer.w_up.dtype)
     with torch.autocast(rows.device.type, enabled=False):
-        targets = layer.expert_norms(rows).pow(power)
+        targets = layer.expert_norms(rows).pow(layer.router.target_power)
         v1, v2 = (v.float() for v in (layer.router.v1, layer.router.v2))
         errors = reference.router_scores(rows.float(), v1, v2) - targets
         return errors.square().sum(), (targets - targets.mean()).square().sum()

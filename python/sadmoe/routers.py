@@ -1,7 +1,9 @@
 """Training of the routers: regression of every expert's output norm. Source: arXiv 2310.04361, section 3."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +12,13 @@ from tqdm.auto import tqdm
 
 from sadmoe import reference
 from sadmoe.batches import Batches
-from sadmoe.checks import check_config, check_fields
+from sadmoe.checks import check_config, check_fields, named
 from sadmoe.dial import converted_layers, tau
 from sadmoe.ffn import projection_mlps
 from sadmoe.files import checksum
 from sadmoe.inputs import Place, collect_inputs, stream_inputs
-from sadmoe.layer import DynamicKMoE
-from sadmoe.training.guards import all_or_nothing
+from sadmoe.layer import DynamicKMoE, Router
+from sadmoe.training.guards import all_or_nothing, seeded
 from sadmoe.training.resume import Checkpoint, Kept, check_checkpoint
 
 __all__ = ["RouterConfig", "RouterFit", "collect_inputs", "fit_router_", "fit_routers_", "stream_inputs"]
@@ -34,10 +36,11 @@ class RouterConfig:
     steps: updates of the weights.
     batch_tokens: tokens in each update.
     lr: AdamW's rate at the start, down to 0 along a cosine; inputs and targets are scaled for it.
-    target_power: the router predicts norm ** target_power, and tau compares that: 0.1 at power 0.5 is 0.01 on norms. 1
-        is the paper's. Below 1, small norms weigh more in the loss: measured on MiniLM made sparse, 8 neurons an
-        expert, a third of the experts run: 0.5 closes half of the gap in output error between the routers and the true
-        norms, 0.25 most of it; at 32 neurons an expert it makes no difference.
+    target_power: the router predicts norm ** target_power, and tau compares that: 0.1 at power 0.5 is 0.01 on norms.
+        None: what the router predicts already, so that tau goes on to mean the same; of a new one 1, the paper's.
+        Below 1, small norms weigh more in the loss: measured on MiniLM made sparse, 8 neurons an expert, a third of the
+        experts run: 0.5 closes half of the gap in output error between the routers and the true norms, 0.25 most of
+        it; at 32 neurons an expert it makes no difference.
     weight_decay: AdamW's, as in the paper's text models.
     seed: of the initial weights, the held-out tokens and the order of the tokens.
     """
@@ -46,7 +49,7 @@ class RouterConfig:
     steps: int = 1000
     batch_tokens: int = 512
     lr: float = 5e-3
-    target_power: float = 1.0
+    target_power: float | None = None
     weight_decay: float = 0.01
     seed: int = 0
 
@@ -57,7 +60,7 @@ class RouterConfig:
                 raise ValueError(f"RouterConfig: {name} must be at least 1, got {getattr(self, name)}")
         if not self.lr > 0:
             raise ValueError(f"RouterConfig: lr must be above 0, got {self.lr}")
-        if not 0 < self.target_power <= 2:
+        if self.target_power is not None and not 0 < self.target_power <= 2:
             raise ValueError(f"RouterConfig: target_power must be in (0, 2], got {self.target_power}")
         if not self.weight_decay >= 0:
             raise ValueError(f"RouterConfig: weight_decay must not be negative, got {self.weight_decay}")
@@ -96,13 +99,14 @@ def fit_router_(
     """
     config = RouterConfig(width=layer.router.v1.shape[0]) if config is None else config
     _check_fit(layer, inputs, check_config(config, RouterConfig))
+    power = layer.router.target_power if config.target_power is None else config.target_power
     generator = torch.Generator().manual_seed(config.seed)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(inputs.device.type, enabled=False),
     ):
-        problem = _Problem.of(layer, inputs, config.target_power)
+        problem = _Problem.of(layer, inputs, power)
         order = torch.randperm(len(inputs), generator=generator, device="cpu")
         held_out, train = order.tensor_split([math.ceil(HELD_OUT * len(inputs))])
         v1, v2 = (_fresh(v, generator) for v in (layer.router.v1, layer.router.v2))
@@ -113,11 +117,13 @@ def fit_router_(
                 layer.router.v1.copy_(v1 / problem.x_scale)
                 layer.router.v2.copy_(v2 * problem.y_scale)
                 scores = torch.cat([layer.router(x) for x in inputs[held_out].split(config.batch_tokens)])
-                return _judge(scores, problem.norms[held_out], config.target_power, tokens=len(train))
+                fit = _judge(scores, problem.norms[held_out], power, tokens=len(train))
             except BaseException:
                 layer.router.v1.copy_(before[0])
                 layer.router.v2.copy_(before[1])
                 raise
+    layer.router.target_power = power
+    return fit
 
 
 def fit_routers_(
@@ -142,17 +148,26 @@ def fit_routers_(
     check_checkpoint(checkpoint)
     layers, projections = converted_layers(model), projection_mlps(model)
     configs = {
-        name: _for_width(config, layer.router.v1.shape[0], free=config is None or name in projections)
+        name: _for(config, layer.router, any_width=config is None or name in projections)
         for name, layer in layers.items()
     }
+    powers = {name: layer.router.target_power for name, layer in layers.items()}
     whole = 0 if checkpoint is None else checksum(_all_but_routers(model))
     told = {"max_tokens": max_tokens, "skip_padding": skip_padding, "model": whole}
     kept = {name: Kept(checkpoint, name, {"config": asdict(configs[name]), **told}) for name in layers}
-    with all_or_nothing(nn.ModuleList(layer.router for layer in layers.values())), tau(model, 0.0):
+    routers = nn.ModuleList(layer.router for layer in layers.values())
+    seed = 0 if config is None else config.seed
+    with (
+        all_or_nothing(routers) as undo,
+        tau(model, 0.0),
+        seeded(model, seed),
+    ):  # a DataLoader may draw numbers
+        undo.append(partial(_set_powers, layers, powers))
         fits = {}
         for name, layer in layers.items():
             if found := kept[name].load():
                 layer.router.load_state_dict(found[0])
+                _set_powers(layers, {name: configs[name].target_power})
                 fits[name] = RouterFit(**found[1])
         sites = [Place(name, layer) for name, layer in layers.items() if name not in fits]
         stream = stream_inputs(
@@ -165,14 +180,23 @@ def fit_routers_(
             progress=progress,
         )
         for name, x in stream:
-            fits[name] = fit_router_(layers[name], x, configs[name], progress=progress)
+            with named(name):
+                fits[name] = fit_router_(layers[name], x, configs[name], progress=progress)
             kept[name].save(layers[name].router.state_dict(), asdict(fits[name]))
     return {name: fits[name] for name in layers}
 
 
-def _for_width(config: RouterConfig | None, width: int, free: bool) -> RouterConfig:
+def _for(config: RouterConfig | None, router: Router, any_width: bool) -> RouterConfig:
+    """The config for that router, its power told."""
     config = RouterConfig() if config is None else check_config(config, RouterConfig)
-    return replace(config, width=width) if free else config
+    power = router.target_power if config.target_power is None else config.target_power
+    return replace(config, width=router.v1.shape[0] if any_width else config.width, target_power=power)
+
+
+def _set_powers(layers: Mapping[str, DynamicKMoE], powers: Mapping[str, float | None]) -> None:
+    for name, power in powers.items():
+        assert power is not None
+        layers[name].router.target_power = power
 
 
 def _all_but_routers(model: nn.Module) -> dict[str, Tensor]:

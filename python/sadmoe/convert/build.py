@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sadmoe.batches import Batches
+from sadmoe.checks import named
 from sadmoe.convert.config import ConvertConfig
 from sadmoe.ffn import DenseFFN, FFNSite, layer_from_dense
 from sadmoe.files import checksum
@@ -95,7 +96,8 @@ def _build(site: FFNSite, inputs: Tensor, config: ConvertConfig, clock: Clock, p
         labels = partition(alike, experts, seed=config.seed, restarts=config.restarts, progress=progress)
     with clock("routers"):
         layer = _layer(dense, slots(labels, experts), config)
-        fit = fit_router_(layer, inputs, config.router, progress=progress)
+        with named(site.name):
+            fit = fit_router_(layer, inputs, config.router, progress=progress)
     return Built(site, dense, layer, fit.r2, len(inputs), some)
 
 
@@ -138,6 +140,7 @@ def _again(site: FFNSite, config: ConvertConfig, tensors: dict[str, Tensor], sta
     device = dense.w_up.device
     layer = _layer(dense, tensors["permutation"].to(device), config.of(site.adapter))
     layer.router.load_state_dict({name: tensors[name] for name in ("v1", "v2")})
+    layer.router.target_power = config.of(site.adapter).router.target_power or 1.0
     return Built(site, dense, layer, state["r2"], state["tokens"], tensors["sample"].to(device))
 
 

@@ -1,5 +1,6 @@
 """Find the FFNs, check all, build all, swap all last."""
 
+import math
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
@@ -40,6 +41,7 @@ from sadmoe.ffn import (
 from sadmoe.ffn.dense import TENSORS
 from sadmoe.gates import DynamicK
 from sadmoe.tables import shortened
+from sadmoe.training.guards import seeded
 from sadmoe.training.resume import Checkpoint, check_checkpoint
 from sadmoe.undo import surgery
 
@@ -69,7 +71,7 @@ def convert_(
     config = ConvertConfig() if config is None else check_config(config, ConvertConfig)
     clock = Clock()
     check_model(model)
-    with surgery(model):
+    with surgery(model), seeded(model, config.seed):  # a DataLoader may draw a number, and an order
         with clock("find"):
             check_batches(batches)
             check_checkpoint(checkpoint)
@@ -192,7 +194,7 @@ def _judge(one: Built) -> LayerReport:
     """The row of a layer at its present tau."""
     layer, dense = one.layer, one.dense
     wanted = dense(one.sample).float()
-    error = (layer(one.sample).float() - wanted).norm() / wanted.norm()
+    missed, norm = (layer(one.sample).float() - wanted).norm(), wanted.norm()
     return LayerReport(
         name=one.site.name,
         d=dense.d,
@@ -204,5 +206,5 @@ def _judge(one: Built) -> LayerReport:
         gated=dense.gated,
         r2=one.r2,
         share=layer.mask(one.sample).float().mean().item(),
-        error=error.nan_to_num(0.0).item(),
+        error=0.0 if missed == 0 else (missed / norm).nan_to_num(math.inf, math.inf).item(),
     )

@@ -47,9 +47,13 @@ def set_experts_tau(model: nn.Module, tau: float) -> None:
         raise ValueError(
             f"model: {type(model).__name__} has no layer whose experts can be run by others; a dense one takes convert_"
         )
+    distributed = getattr(getattr(model, "config", None), "distributed_config", None)
+    split = getattr(distributed, "enable_expert_parallel", False)
     for layer in layers:
         _check(layer)
-        if tau > 0 and getattr(layer, "_is_expert_parallel", False):  # not every transformers says
+        if tau > 0 and (
+            split or getattr(layer, "_is_expert_parallel", False)
+        ):  # which not every transformers says
             raise NotImplementedError(
                 "the experts of a token are on several devices, none of which knows the largest weight: "
                 "use tau = 0, or a model that is not split by experts"
@@ -61,6 +65,8 @@ def set_experts_tau(model: nn.Module, tau: float) -> None:
         )
     model.set_experts_implementation(NAME)  # type: ignore[operator]
     for layer in layers:
+        # transformers switches no class whose own file does not tell that it has experts, such as a user's subclass.
+        layer.config._experts_implementation = NAME  # type: ignore[union-attr]
         layer.__dict__[_TAU] = float(tau)
 
 

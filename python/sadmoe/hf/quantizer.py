@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -112,15 +113,18 @@ class SadmoeQuantizer(HfQuantizer):
         _warn_of_float16(model)
         _leave_owners_alone(model)
         _show_replaced(model)
-        self._shapes = {name: tensor.shape for name, tensor in _layer_tensors(model).items()}
+        tensors = _layer_tensors(model)
+        self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self._whole = {name: t.dtype for name, t in tensors.items() if not t.is_floating_point()}
         # Before 5.22, which asks that function, transformers leaves weights whose names it changes in the dtype of the
-        # file, whichever was asked for, unless it believes that it quantizes the model itself.
+        # file, whichever was asked for, unless it believes that it quantizes the model itself, which is in one thread.
         self.pre_quantized = hasattr(HfQuantizer, "get_new_dtype")
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         self.pre_quantized = True
         _hide_replaced(model)
         _check_loaded(model, self._shapes, self._from_files)
+        _whole_again(model, self._whole)
         _align(model, _mapped_files() if self._from_files else [])
         for layer in moe_layers(model).values():
             # as it was made: transformers lets all that it loads ask for gradients
@@ -220,16 +224,38 @@ def _found_in(model: Any, layers: dict[str, Any]) -> dict[str, Any]:
     if not found:
         raise SavedModelError(
             f"config.json does not fit this {type(model).__name__}: it has no {next(iter(layers))}, nor any "
-            f"other of the {len(layers)} converted layers"
+            f"other of the {len(layers)} converted layers" + _other_version(model)
         )
     return found
+
+
+def _other_version(model: Any) -> str:
+    """What may be why, as a model's parts are called otherwise in some versions of transformers."""
+    saved_by = getattr(getattr(model, "config", None), "transformers_version", None)
+    if saved_by in (None, transformers.__version__):
+        return ""
+    here = transformers.__version__
+    return f"; it was saved by transformers {saved_by}, this is {here}, which may name them otherwise"
+
+
+def _whole_again(model: nn.Module, whole: dict[str, torch.dtype]) -> None:
+    """Gives whole numbers, such as experts in int8, their dtype back: where a model keeps something in float32,
+    transformers (before 5.22) makes that of all whose name has it in it. None is too large for float32 to hold."""
+    for name, tensor in _layer_tensors(model).items():
+        if name in whole and tensor.dtype != whole[name]:
+            tensor.requires_grad_(False)
+            tensor.data = tensor.data.to(whole[name])
 
 
 def _warn_of_float16(model: Any) -> None:
     """Some models keep linear layers in float32 when they are loaded in float16, which a MoE layer in their place does
     not (T5's wo)."""
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    layers = {name: layer for name, layer in moe_layers(model).items() if layer.w_down.dtype == torch.float16}
+    layers = {
+        name: layer
+        for name, layer in moe_layers(model).items()
+        if layer.w_down.dtype == torch.float16 and not kept & set(name.split("."))  # else it is kept, too
+    }
     sites = [site_of(layer, name) for name, layer in layers.items()]
     linears = {join(site.block, part) for site in sites for part in (site.parts.up, site.parts.down)}
     if protected := sorted(name for name in linears if kept & set(name.split("."))):

@@ -218,14 +218,14 @@ class RouterCallback(AddedLoss):
     alone: whether only the routers are trained, until the Trainer's run ends. Passes of training are then as in
     evaluation and at tau = 0, the term is the whole loss and labels are not needed; gates, also as saved, stay as they
     are. False: beside all that asks for gradients, with gates that pick as in use, and the term is added to the loss
-    that the model returns.   alpha: its weight.   target_power: see `RouterConfig`.
+    that the model returns.   alpha: its weight.   target_power: see `RouterLoss`.
     `last` is the latest term: 1 - R² of the routers on a batch, mean over layers. Works with gradient accumulation,
     non-reentrant checkpointing, mixed precision and several processes. After a run that raised an error, `stop()` takes
     the callback off the model.   Give it to Trainer(callbacks=...): the optimizer has to know of the routers.
     Source: arXiv 2310.04361, section 3.
     """
 
-    def __init__(self, alpha: float = 1.0, *, alone: bool = True, target_power: float = 1.0):
+    def __init__(self, alpha: float = 1.0, *, alone: bool = True, target_power: float | None = None):
         super().__init__()
         if not alpha > 0:
             raise ValueError(f"alpha must be above 0, got {alpha}")

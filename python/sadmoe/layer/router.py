@@ -11,6 +11,7 @@ class Router(nn.Module):
     """Two layers without biases that predict the output norm of every expert: |relu(x v1ᵀ) v2ᵀ|.
 
     v1 [r, d], v2 [E, r], which ask for no gradient: `fit_routers_` trains them, a model's own loss never does.
+    target_power: of the norms, what it was trained to predict, see `RouterConfig`; saved with a model.
     Source: arXiv 2310.04361, section 3.
     """
 
@@ -25,6 +26,7 @@ class Router(nn.Module):
         super().__init__()
         v1, v2 = (torch.empty(n, m, device=device, dtype=dtype) for n, m in ((width, d), (experts, width)))
         self.v1, self.v2 = nn.Parameter(v1, requires_grad=False), nn.Parameter(v2, requires_grad=False)
+        self.target_power = 1.0
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -46,4 +48,6 @@ class Router(nn.Module):
         return scores.reshape(*x.shape[:-1], scores.shape[-1])
 
     def extra_repr(self) -> str:
-        return f"d={self.v1.shape[1]}, width={self.v1.shape[0]}, experts={self.v2.shape[0]}"
+        return f"d={self.v1.shape[1]}, width={self.v1.shape[0]}, experts={self.v2.shape[0]}" + (
+            "" if self.target_power == 1 else f", target_power={self.target_power:g}"
+        )

@@ -20,6 +20,7 @@ from sadmoe.batches import (
     evaluating,
     mask_rows,
     real_rows,
+    refuse_compiled,
     rows_of,
     run,
     to_device,
@@ -107,6 +108,7 @@ class SparsityLoss(PassesLoss):
         displacement: float = -10.0,
     ):
         super().__init__()
+        refuse_compiled(model)
         check_choice("penalty", penalty, PENALTIES)
         self.model = model
         self.sites = find_ffns(model) if sites is None else list(sites)

@@ -76,16 +76,19 @@ def train(
         def elapsed() -> float:
             return time.perf_counter() - started
 
+        def state() -> dict[str, Any]:
+            return {"history": [astuple(step) for step in history], "seconds": elapsed()}
+
         while (done := processes.of_first(_done(config, len(history), elapsed()), device)) < 1:
             at(done)
             with torch.enable_grad():
                 history.append(update(done, len(history)))
             if saver is not None:
-                saver.save({"history": [astuple(step) for step in history], "seconds": elapsed()})
+                saver.save(state)
             bar.update(1 if config.steps else min(int(elapsed()), bar.total) - bar.n)
             bar.set_postfix(objective=f"{history[-1].objective:.4f}", penalty=f"{history[-1].penalty:.4f}")
     if saver is not None:
-        saver.save({"history": [astuple(step) for step in history], "seconds": elapsed()}, last=True)
+        saver.save(state, last=True)
     return history
 
 

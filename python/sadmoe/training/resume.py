@@ -11,7 +11,7 @@ is JSON:
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -108,6 +108,13 @@ def _told(key: str, saved: Any, wanted: Any) -> str:
     return f"{key} was {saved}, is {wanted}"
 
 
+def _as_laid_out(parameter: Tensor, moment: Tensor) -> Tensor:
+    """The moment in the order that the parameter has in memory (channels_last for one): a fused AdamW goes by that."""
+    if moment.shape != parameter.shape:  # the number of steps
+        return moment
+    return torch.empty_like(parameter, dtype=moment.dtype, device=moment.device).copy_(moment)
+
+
 @dataclass(frozen=True)
 class Kept:
     """What one part of a long step comes to, on disk: a file of its own, nothing without a checkpoint.
@@ -161,7 +168,10 @@ class Saver:
         order = [p for group in self.optimizer.param_groups for p in group["params"]]
         names = {id(p): name for name, p in self.trained.items()}
         moments = {
-            i: {key: tensors[f"{key}.{names[id(p)]}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            i: {
+                key: _as_laid_out(p, tensors[f"{key}.{names[id(p)]}"])
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
             for i, p in enumerate(order)
             if f"step.{names[id(p)]}" in tensors
         }
@@ -170,15 +180,16 @@ class Saver:
             self.memory.load_state_dict(state["memory"])
         return state
 
-    def save(self, state: dict[str, Any], *, last: bool = False) -> None:
-        """Writes if it is time, or at the last update."""
+    def save(self, state: Callable[[], dict[str, Any]], *, last: bool = False) -> None:
+        """Writes if it is time, or at the last update. state: asked for what `resume` will return, only then, as a long
+        history takes time."""
         if place()[0] != 0 or not (last or time.perf_counter() - self.saved >= self.every):
             return
         tensors = {f"weights.{name}": t for name, t in self._state().items()}
         for name, p in self.trained.items():
             tensors |= {f"{key}.{name}": t for key, t in self.optimizer.state.get(p, {}).items()}
         memory = self.memory.state_dict() if isinstance(self.memory, Stateful) else None
-        write(self.path, tensors, self.run, {**state, "memory": memory})
+        write(self.path, tensors, self.run, {**state(), "memory": memory})
         self.saved = time.perf_counter()
 
     def _state(self) -> dict[str, Tensor]:
