@@ -15,11 +15,21 @@ from command_line import WORDS, bert, converted
     ("device", "told"),
     [("gpu", "--device gpu: "), ("cuda", "sees no CUDA device here"), ("cpu:x", "--device cpu:x: ")],
 )
+@pytest.mark.parametrize("command", ["bench", "survey", "evaluate", "report", "convert"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
-def test_a_device_that_is_none_is_told_in_a_line(folder, capsys, device, told):
-    assert cli.main(["bench", "--model", str(folder), "--device", device]) == 2
+def test_a_device_that_is_none_is_told_in_a_line(folder, text, tmp_path, capsys, command, device, told):
+    words = [command, "--model", str(folder), "--data", str(text), "--device", device]
+    words += ["--out", str(tmp_path / "out.html")] if command in ("convert", "report") else []
+    assert cli.main(words) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert told in line
+
+
+def test_models_are_put_where_device_says(folder, text, monkeypatch, capsys):
+    moved, to = [], torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *where: moved.append(where) or to(self, *where))
+    assert cli.main(["survey", "--model", str(folder), "--data", str(text), "--device", "cpu:0"]) == 0
+    assert moved == [(torch.device("cpu:0"),)]
 
 
 def test_roberta_s_first_positions_are_no_token_s(text, tmp_path, capsys):

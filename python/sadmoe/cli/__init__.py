@@ -17,7 +17,7 @@ from sadmoe import ops
 from sadmoe.bench import random_batch
 from sadmoe.cli.bench import add_bench
 from sadmoe.cli.convert import add_convert
-from sadmoe.cli.options import add_common, add_data, add_model, data_of, positive_number
+from sadmoe.cli.options import add_common, add_data, add_model, data_of, loaded, positive_number
 from sadmoe.demo.recipe import SECONDS, run_demo
 from sadmoe.evaluate import evaluate, table
 from sadmoe.ffn import moe_layers
@@ -27,7 +27,6 @@ from sadmoe.paths import dtype_name
 from sadmoe.report import write_page
 from sadmoe.survey import survey
 from sadmoe.tables import to_json
-from sadmoe.texts import load_model
 
 EPILOG = """\
 examples:
@@ -182,7 +181,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _survey(arguments: argparse.Namespace) -> None:
-    model = load_model(arguments.model)
+    model = loaded(arguments, arguments.model)
     if arguments.data:
         print(survey(model, data_of(arguments, model).batches))
     else:
@@ -214,12 +213,12 @@ def _report(arguments: argparse.Namespace) -> None:
 
 def _models(arguments: argparse.Namespace) -> tuple[nn.Module, nn.Module | None]:
     """Those of --model and --dense."""
-    dense = None if arguments.dense is None else load_model(arguments.dense)
+    dense = None if arguments.dense is None else loaded(arguments, arguments.dense)
     if dense is not None and moe_layers(dense):
         raise ValueError(
             f"--dense: {arguments.dense} holds a converted model, and the one it was made from is wanted"
         )
-    model = load_model(arguments.model)
+    model = loaded(arguments, arguments.model)
     dtypes = {m: next(m.parameters()).dtype for m in (model, dense) if m is not None}
     if dense is not None and dtypes[dense] != dtypes[model]:  # convert trains in float32, and saves so
         print(

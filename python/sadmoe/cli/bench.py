@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sadmoe.bench import compare, random_batch, table
-from sadmoe.cli.options import add_common, add_data, add_model, data_of
+from sadmoe.cli.options import add_common, add_data, add_model, data_of, device_named, loaded
 from sadmoe.dial import set_batch_invariant
 from sadmoe.ffn import moe_layers
 from sadmoe.measure_costs import TOKENS, calibrate_costs, costs_table
@@ -17,7 +17,6 @@ from sadmoe.outputs import check_files
 from sadmoe.packed import pack_experts_
 from sadmoe.paths import dtype_name, use_costs
 from sadmoe.tables import to_json
-from sadmoe.texts import load_model
 from sadmoe.timing import machine
 
 
@@ -45,7 +44,6 @@ def add_bench(commands: Any) -> None:
         choices=["float32", "bfloat16", "float16"],
         help="dtype to run in (default: as the model was saved)",
     )
-    command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     command.add_argument(
         "--batch-invariant",
         choices=["yes", "no"],
@@ -97,10 +95,10 @@ def _bench(arguments: argparse.Namespace) -> None:
         raise ValueError(
             "--tokens are those to --calibrate at; other calls take --batch-size and --max-length"
         )
-    device = _device(arguments.device)
+    device_named(arguments.device)
     if arguments.json:
         check_files((arguments.json,), arguments.force)
-    model = load_model(arguments.model).to(device)
+    model = loaded(arguments, arguments.model)
     model = model.to(getattr(torch, arguments.dtype)) if arguments.dtype else model
     if arguments.calibrate:
         return _calibrate(arguments, model)
@@ -130,19 +128,6 @@ def _bench(arguments: argparse.Namespace) -> None:
     if arguments.json:
         numbers = {"machine": machine(), "packed": packed, "rows": [asdict(row) for row in rows]}
         arguments.json.write_text(to_json(numbers))
-
-
-def _device(name: str) -> torch.device:
-    """Raises ValueError where there is none of that name."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: torch {torch.__version__} sees no CUDA device here")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: there are {torch.cuda.device_count()}, numbered from 0")
-    return device
 
 
 def _calibrate(arguments: argparse.Namespace, model: Any) -> None:

@@ -13,7 +13,16 @@ from torch import nn
 
 from sadmoe.attention import ProjectionConfig, replace_projections_
 from sadmoe.budget import finetune_for_budget_
-from sadmoe.cli.options import add_common, add_data, add_model, data_of, positive, positive_number
+from sadmoe.cli.options import (
+    add_common,
+    add_data,
+    add_model,
+    data_of,
+    device_named,
+    loaded,
+    positive,
+    positive_number,
+)
 from sadmoe.convert import ConvertConfig, checked_sites, convert_
 from sadmoe.cost import cost
 from sadmoe.data import Data
@@ -25,7 +34,6 @@ from sadmoe.outputs import check_folder, replaced
 from sadmoe.paths import dtype_name
 from sadmoe.routers import RouterConfig
 from sadmoe.sparsify import SparsifyConfig, sparsify_
-from sadmoe.texts import load_model
 from sadmoe.training import Checkpoint
 
 BUDGET = 0.5  # where neither it nor tau is given
@@ -99,7 +107,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     _check(arguments)
     state = () if arguments.checkpoint is None else (arguments.checkpoint,)
     check_folder(arguments.out, arguments.force, reads=(arguments.model, arguments.data, *state))
-    model = load_model(arguments.model)
+    model = loaded(arguments, arguments.model)
     dtype = next(model.parameters()).dtype
     if _trains(arguments) and dtype.itemsize == 2:
         print(
@@ -136,6 +144,7 @@ def _check(arguments: argparse.Namespace) -> None:
     _conversion(arguments)
     if arguments.finetune is not None and arguments.tau is not None:
         raise ValueError("--finetune trains for a budget and solves tau for it: give --budget, not --tau")
+    device_named(arguments.device)
     if not arguments.data.exists():
         raise FileNotFoundError(f"--data: there is no file or folder {arguments.data}")
 

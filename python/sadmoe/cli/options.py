@@ -4,9 +4,11 @@ import argparse
 import math
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from sadmoe.data import Data, load_data
+from sadmoe.texts import load_model
 
 
 def positive(text: str) -> int:
@@ -39,6 +41,9 @@ def add_model(command: argparse.ArgumentParser, *, dense: bool = False) -> None:
         else "that `sadmoe convert` or save_pretrained wrote"
     )
     command.add_argument("--model", type=Path, required=True, help=f"folder {what}")
+    command.add_argument(
+        "--device", default="cpu", help="where it runs: cpu, cuda, cuda:1, ... (default: %(default)s)"
+    )
 
 
 def add_data(command: argparse.ArgumentParser, *, default: str | None = None) -> None:
@@ -69,6 +74,25 @@ def add_common(command: argparse.ArgumentParser, *, writes: bool = True) -> None
     )
     if writes:
         command.add_argument("--force", action="store_true", help="replace what a former run wrote")
+
+
+def device_named(name: str) -> torch.device:
+    """Raises ValueError where there is none of that name."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: torch {torch.__version__} sees no CUDA device here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: there are {torch.cuda.device_count()}, numbered from 0")
+    return device
+
+
+def loaded(arguments: argparse.Namespace, folder: Path) -> nn.Module:
+    """The transformers model of that folder, on --device."""
+    device = device_named(arguments.device)
+    return load_model(folder).to(device)
 
 
 def data_of(arguments: argparse.Namespace, model: nn.Module) -> Data:
