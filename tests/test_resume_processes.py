@@ -114,11 +114,13 @@ def test_accumulation_is_one_large_batch():
     assert_close_states(*(state(model) for model in models))
 
 
-def test_projections_are_replaced_in_one_process(monkeypatch):
-    monkeypatch.setattr("sadmoe.attention.place", lambda: (0, 2))
-    dense, _ = converted()
-    with pytest.raises(RuntimeError, match="trains in one process, and was called in a group of 2"):
+def test_what_runs_in_one_process_says_so_in_a_group(monkeypatch):
+    monkeypatch.setattr("sadmoe.training.processes.place", lambda: (0, 2))
+    dense, model = converted()
+    with pytest.raises(RuntimeError, match="replace_projections_ trains in one process, .* in a group of 2"):
         replace_projections(dense, dense, None)
+    with pytest.raises(RuntimeError, match="finetune_for_budget_ trains in one process, .* in a group of 2"):
+        sadmoe.finetune_for_budget_(model, batches(), budget=0.9, seconds=1.0, dense=dense)
 
 
 def test_accumulate_must_suit_the_processes(monkeypatch):

@@ -39,7 +39,7 @@ from sadmoe.tables import format_table, shortened
 from sadmoe.training import Checkpoint, LoopConfig
 from sadmoe.training.guards import seeded
 from sadmoe.training.loop import train
-from sadmoe.training.processes import place
+from sadmoe.training.processes import refuse_group
 from sadmoe.training.resume import check_checkpoint
 from sadmoe.undo import surgery
 
@@ -232,11 +232,7 @@ def replace_projections_(
     config = ProjectionConfig() if config is None else check_config(config, ProjectionConfig)
     check_checkpoint(checkpoint)
     check_batches(batches)
-    if (world := place()[1]) > 1:
-        raise RuntimeError(
-            f"replace_projections_ trains in one process, and was called in a group of {world}: call it before the "
-            "group is made, or in one process that saves the model for the others"
-        )
+    refuse_group("replace_projections_")
     check_model(model)
     started = time.perf_counter()
     with seeded(model, config.seed):  # a DataLoader may draw a number

@@ -24,6 +24,7 @@ from sadmoe.routers import RouterConfig, RouterFit, fit_routers_
 from sadmoe.training import Checkpoint
 from sadmoe.training.guards import all_or_nothing, seeded
 from sadmoe.training.objective import OutputLoss, check_output_loss
+from sadmoe.training.processes import refuse_group
 from sadmoe.training.resume import Kept, check_checkpoint
 
 # Each layer by itself, on true norms, then the whole model by its routers: in this part of the time that there is.
@@ -78,9 +79,11 @@ def finetune_for_budget_(
     output_loss: of the last step, see `finetune_`; "logits" for classifiers and language models.
     router: the training of the routers, which stay as wide as they are and take this seed.   max_tokens: inputs of each
     layer to train on.   seed: of the order of batches and tokens.   checkpoint: where to resume from after a kill, a
-    folder for each step and budget, see `Checkpoint`. Runs in one process.
-    Raises what the steps raise; after any error the model is as it was, its gates too.
+    folder for each step and budget, see `Checkpoint`.
+    Raises what the steps raise, and RuntimeError in a process group, for it runs in one process; after any error the
+    model is as it was, its gates too.
     """
+    refuse_group("finetune_for_budget_")
     check_budget(budget)
     check_checkpoint(checkpoint)
     check_batches(batches)

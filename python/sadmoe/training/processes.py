@@ -16,6 +16,15 @@ def place() -> tuple[int, int]:
     return 0, 1
 
 
+def refuse_group(step: str) -> None:
+    """Raises RuntimeError in a process group, whose processes would train a step of that name apart."""
+    if (world := place()[1]) > 1:
+        raise RuntimeError(
+            f"{step} trains in one process, and was called in a group of {world}: call it before the group is made, or "
+            "in one process that saves the model for the others"
+        )
+
+
 @torch.no_grad()
 def sum_(tensors: Iterable[Tensor]) -> None:
     """Each tensor becomes its sum over the processes, in place."""
