@@ -117,9 +117,9 @@ def test_accumulation_is_one_large_batch():
 def test_what_runs_in_one_process_says_so_in_a_group(monkeypatch):
     monkeypatch.setattr("sadmoe.training.processes.place", lambda: (0, 2))
     dense, model = converted()
-    with pytest.raises(RuntimeError, match="replace_projections_ trains in one process, .* in a group of 2"):
+    with pytest.raises(RuntimeError, match=r"replace_projections_ trains in one process, .* in a group of 2"):
         replace_projections(dense, dense, None)
-    with pytest.raises(RuntimeError, match="finetune_for_budget_ trains in one process, .* in a group of 2"):
+    with pytest.raises(RuntimeError, match=r"finetune_for_budget_ trains in one process, .* in a group of 2"):
         sadmoe.finetune_for_budget_(model, batches(), budget=0.9, seconds=1.0, dense=dense)
 
 
