@@ -10,7 +10,7 @@ from sadmoe import SavedModelError, adapter, load_adapter, restore_, save_adapte
 from sadmoe.ffn import moe_layers
 from safetensors.torch import load_file, save_file
 from states import same, state
-from tiny_models import TINY, call
+from tiny_models import TINY, Residual, UserFFN, call
 from torch import nn
 
 NAMES = ["bert", "gpt2", "llama", "t5", "vit", "phi3", "torch encoder", "user glu"]
@@ -132,8 +132,34 @@ def test_what_was_trained_beside_the_experts_does_not_fit_the_base(projections, 
         model.embeddings.word_embeddings.weight[3] += 1
     save_adapter(model, tmp_path / "adapter.safetensors")
     refused(
-        TINY["bert"].model(), tmp_path / "adapter.safetensors", r"embeddings\.weight is other\. Load the base"
+        TINY["bert"].model(), tmp_path / "adapter.safetensors", r"embeddings\.weight has other values\. Load"
     )
+
+
+def test_an_ffn_with_several_names_goes_onto_its_base(tmp_path):
+    def base():
+        torch.manual_seed(0)
+        shared = UserFFN()
+        return nn.Sequential(Residual(shared), nn.Linear(24, 24), Residual(shared)).eval()
+
+    model, again, x = base(), base(), torch.randn(5, 24)
+    config = sadmoe.ConvertConfig(expert_size=4, router=sadmoe.RouterConfig(steps=2, width=4))
+    sadmoe.convert_(model, [x], config, progress=False)
+    save_adapter(model, tmp_path / "a.safetensors")
+    load_adapter(again, tmp_path / "a.safetensors")
+    assert torch.equal(again(x), model(x))
+
+
+def test_adapters_of_others_are_refused_and_what_is_missing_is_told(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = converted("bert", projections=False)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"]))
+    with pytest.raises(ValueError, match=r"query is wrapped in an adapter.*: remove it, or merge it"):
+        save_adapter(wrapped.base_model.model, tmp_path / "a.safetensors")
+    model = converted("bert", projections=False)
+    model.register_buffer("more", torch.zeros(2))
+    save_adapter(model, tmp_path / "a.safetensors")
+    refused(TINY["bert"].model(), tmp_path / "a.safetensors", "another base: more is not here")
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path):

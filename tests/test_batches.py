@@ -123,7 +123,7 @@ def test_mappings_of_a_kind_of_their_own_stay_of_that_kind():
     moved = to_device(batch, "meta")
     assert moved.ids.is_meta
     assert type(moved["inner"]) is OrderedDict
-    assert type(moved["fixed"]) is dict  # which cannot be written to
+    assert type(moved["fixed"]) is dict, "what is no dict may share what its copy holds"
     assert moved["inner"]["x"].is_meta
     assert moved["fixed"]["x"].is_meta
     assert not batch.ids.is_meta

@@ -182,6 +182,13 @@ def test_compiled_models_are_refused_before_anything_is_trained(model, dense, mo
         finetuned(copy.deepcopy(model), torch.compile(dense))
 
 
+def test_what_routers_predict_comes_back_after_an_error(model, dense, monkeypatch):
+    monkeypatch.setattr(budget, "finetune_", lambda *args, **settings: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        finetuned(model, dense)
+    assert {layer.router.target_power for layer in moe_layers(model).values()} == {1.0}
+
+
 def test_a_sparse_model_that_was_forgotten_is_missed(dense):
     sparse = copy.deepcopy(dense)
     sadmoe.sparsify_(sparse, text_batches(), sadmoe.SparsifyConfig(steps=1), progress=False)

@@ -85,18 +85,24 @@ def test_another_seed_gives_another_partition():
 
 
 def test_the_users_random_numbers_are_not_touched_and_a_loader_shuffles_by_the_seed():
-    torch.manual_seed(5)
-    expected, states = torch.rand(3), []
-    for seed in (0, 0, 1):
-        torch.manual_seed(5 + len(states))
-        model, (batch,) = model_and_batches("user glu")
-        torch.manual_seed(5)
-        loader = DataLoader(list(batch), batch_size=1, shuffle=True)
-        convert(model, loader, seed=seed, max_tokens=8)
-        sadmoe.fit_routers_(model, loader, RouterConfig(width=8, steps=3), max_tokens=8)
-        assert torch.equal(torch.rand(3), expected)
-        states.append(model.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
+    rows = torch.randn(16, 24, generator=torch.Generator().manual_seed(1))
+
+    def taken(user: int, seed: int) -> list[int]:
+        """The rows in the order in which they were asked for."""
+        model, order = TINY["user glu"].model(), []
+        loader = DataLoader(range(16), shuffle=True, collate_fn=lambda i: order.append(i[0]) or rows[i])
+        torch.manual_seed(user)
+        expected = torch.rand(3)
+        for step in (convert, sadmoe.fit_routers_):
+            torch.manual_seed(user)
+            if step is convert:
+                convert(model, loader, seed=seed, max_tokens=8)
+            else:
+                step(model, loader, RouterConfig(width=8, steps=3, seed=seed), max_tokens=8)
+            assert torch.equal(torch.rand(3), expected)
+        return order
+
+    assert taken(user=5, seed=0) == taken(user=6, seed=0) != taken(user=5, seed=1)
 
 
 def test_routers_are_fitted_on_what_the_dense_model_computes(monkeypatch):

@@ -162,6 +162,8 @@ def test_a_subclass_of_a_stock_model_runs_on_sadmoe_too(monkeypatch):
     set_experts_tau(mine, 0.9)
     assert torch.equal(logits(mine), logits(on_sadmoe(model, tau=0.9)))
     assert not torch.allclose(logits(mine), logits(model), rtol=1e-3)
+    mine.config._experts_implementation = "eager"
+    assert torch.equal(logits(mine), logits(model))
 
 
 def test_what_tau_drops_is_not_computed():

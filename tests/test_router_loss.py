@@ -54,12 +54,17 @@ def test_without_a_power_each_router_keeps_its_own():
     for layer in layers:
         layer.router.target_power = 0.5
     losses = []
-    for settings in ({}, {"target_power": 0.5}, {"target_power": 1.0}):
+    for settings in ({}, {"target_power": 0.5}, {"target_power": torch.tensor(1.0)}):
         with torch.no_grad(), sadmoe.RouterLoss(model, **settings) as loss:
             model(**batch)
             losses.append(loss(batch).item())
-        assert {layer.router.target_power for layer in layers} == {settings.get("target_power", 0.5)}
+        assert {layer.router.target_power for layer in layers} == {0.5}, "it was measured alone"
     assert losses[0] == losses[1] != losses[2]
+    with sadmoe.RouterLoss(model, target_power=torch.tensor(1.0)) as loss:
+        model(**batch)
+        loss(batch).backward()
+    assert [type(layer.router.target_power) for layer in layers] == [float] * 2
+    assert {layer.router.target_power for layer in layers} == {1.0}, "they are trained for it"
 
 
 def test_its_gradient_reaches_the_routers_alone():

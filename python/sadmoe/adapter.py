@@ -46,8 +46,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, overwrite: b
 
     The base must be as it was converted: a model whose experts, or anything beside them, were trained since, or which
     was made sparse, is its own base and is saved whole (`save`, save_pretrained; of a sparse one, before `convert_`).
-    Raises ValueError where nothing is converted, FileExistsError where path is there and overwrite is False,
-    FileNotFoundError where its folder is not.
+    Raises ValueError where nothing is converted or peft's adapters are in it, FileExistsError where path is there and
+    overwrite is False, FileNotFoundError where its folder is not.
     """
     path = Path(path)
     model = unwrapped(model)
@@ -59,6 +59,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, overwrite: b
         raise ValueError(
             f"{int8[0]} has its experts in int8, and an adapter leaves the base's weights as they are: save it before "
             "quantize_experts_, or the whole model"
+        )
+    if wrapped := [name for name, _ in model.named_modules() if name.endswith(".base_layer")]:
+        raise ValueError(
+            f"{wrapped[0].removesuffix('.base_layer')} is wrapped in an adapter, which its base has not: remove it, or "
+            "merge it and save the whole model"
         )
     mlps = projection_mlps(model)
     tensors: dict[str, Tensor] = {}
@@ -125,10 +130,24 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _rest(model: nn.Module, layers: Iterable[str]) -> dict[str, int]:
     """Checksums of all that is not converted, by name."""
-    inside = tuple(f"{name}." for name in layers)
-    tensors = {plain_name(name): t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
-    beside = {name: t for name, t in tensors.items() if not name.startswith(inside) and not t.is_meta}
-    return {name: files.checksum({name: t}) for name, t in beside.items()}
+    converted = [model.get_submodule(name) for name in layers]
+    inside = tuple(  # one that is shared has several names
+        f"{plain_name(name)}."
+        for name, module in model.named_modules(remove_duplicate=False)
+        if any(module is layer for layer in converted)
+    )
+    return {
+        name: files.checksum({name: tensor})
+        for name, tensor in _with_bits(model).items()
+        if not name.startswith(inside)
+    }
+
+
+def _with_bits(model: nn.Module) -> dict[str, Tensor]:
+    """What its state_dict has, but for what has no bits of its own: on meta, or a quantised kind of tensor."""
+    return {
+        plain_name(name): t for name, t in model.state_dict().items() if type(t) is Tensor and not t.is_meta
+    }
 
 
 def _check_base(
@@ -152,8 +171,10 @@ def _check_base(
             wrong.append(f"{name} has {ffns[name].act}, not {description['ffn']['act']}")
         elif _of_dense(ffns[name].dense()) != base[name]:
             wrong.append(f"{name} has other weights, or other dtypes")
-    own = _rest(model, layers) if rest else {}
-    wrong += [f"{name} is other" for name, crc in rest.items() if own.get(name) != crc]
+    named, own = {plain_name(name) for name in model.state_dict()}, _with_bits(model)
+    wrong += [f"{name} is not here" for name in rest if name not in named]
+    beside = {name: crc for name, crc in rest.items() if name in own}
+    wrong += [f"{n} has other values" for n, crc in beside.items() if files.checksum({n: own[n]}) != crc]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise SavedModelError(

@@ -6,7 +6,8 @@ A *batch* is one call: a Mapping becomes model(**batch), a tuple or list model(*
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections import UserDict
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -123,13 +124,13 @@ def _first_part(model: nn.Module, output: Any, given: list[Any]) -> Any:
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:
-    """The batch with every tensor inside it on `device`; what is no tensor stays as it is. A mapping of a kind of its
-    own (BatchEncoding, ModelOutput) stays of that kind, if it can be written to."""
+    """The batch with every tensor inside it on `device`; what is no tensor stays as it is. A kind of dict of its own
+    (BatchEncoding, ModelOutput) stays of that kind, any other mapping becomes a dict."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
         moved = {key: to_device(value, device) for key, value in batch.items()}
-        if type(batch) is dict or not isinstance(batch, MutableMapping):
+        if type(batch) is dict or not isinstance(batch, dict | UserDict):
             return moved
         same = copy.copy(batch)
         for key, value in moved.items():  # a ModelOutput refuses `update`

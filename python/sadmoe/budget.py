@@ -20,7 +20,7 @@ from sadmoe.gates import DynamicK, Gate
 from sadmoe.layer import DynamicKMoE
 from sadmoe.layerwise import LayerFit, finetune_layers_
 from sadmoe.mixed import fast_training
-from sadmoe.routers import RouterConfig, RouterFit, fit_routers_
+from sadmoe.routers import RouterConfig, RouterFit, fit_routers_, set_powers
 from sadmoe.training import Checkpoint
 from sadmoe.training.guards import all_or_nothing, seeded
 from sadmoe.training.objective import OutputLoss, check_output_loss
@@ -112,6 +112,9 @@ def finetune_for_budget_(
 
     with all_or_nothing(model) as undo:
         undo.append(partial(_put_back, [(layer, layer.gate) for layer in layers.values()]))
+        undo.append(
+            partial(set_powers, layers, {n: layer.router.target_power for n, layer in layers.items()})
+        )
         for layer in layers.values():
             layer.gate = DynamicK(0.0)  # by the routers, whatever it was
         with fast_training(model, sparse):

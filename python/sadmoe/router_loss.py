@@ -14,7 +14,7 @@ from sadmoe.dial import trainable_layers
 from sadmoe.hooks import hooks_on
 from sadmoe.layer import DynamicKMoE, only_input
 from sadmoe.passes import PassesLoss
-from sadmoe.routers import RouterConfig
+from sadmoe.routers import RouterConfig, set_powers
 
 EQUAL = 1e-9  # of a layer's SSE: an SST below it is rounding, of norms that are all equal
 
@@ -49,10 +49,9 @@ class RouterLoss(PassesLoss):
     def __init__(self, model: nn.Module, *, target_power: float | None = None):
         super().__init__()
         refuse_compiled(model)
-        RouterConfig(target_power=target_power)  # checks it
         self.model = model
         self.layers = trainable_layers(model)
-        self.target_power = target_power
+        self.target_power = RouterConfig(target_power=target_power).target_power  # which is checked
         self.weights = [v for layer in self.layers.values() for v in layer.router.parameters()]
 
     @contextmanager
@@ -65,9 +64,6 @@ class RouterLoss(PassesLoss):
         try:
             for v in self.weights:
                 v.requires_grad_()
-            if (power := self.target_power) is not None:
-                for layer in self.layers.values():
-                    layer.router.target_power = power
             with hooks_on(hooks):
                 yield
         finally:
@@ -83,13 +79,18 @@ class RouterLoss(PassesLoss):
         """
         seen = self._taken()
         parts = [
-            _unexplained(layer, torch.cat([self._rows(name, batch, x) for x in seen[name]]))
+            _unexplained(
+                layer, torch.cat([self._rows(name, batch, x) for x in seen[name]]), self.target_power
+            )
             for name, layer in self.layers.items()
             if name in seen
         ]
         errors, around = (torch.stack(sums) for sums in zip(*parts, strict=True))
         told = around > EQUAL * errors.detach()
-        return (errors * told / around.where(told, 1)).sum() / told.sum().clamp(min=1)
+        loss = (errors * told / around.where(told, 1)).sum() / told.sum().clamp(min=1)
+        if loss.requires_grad and self.target_power is not None:  # they are trained for it
+            set_powers(self.layers, dict.fromkeys(self.layers, self.target_power))
+        return loss
 
     def _record(self, name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
         self._note(name, only_input(args, kwargs).detach())
@@ -98,11 +99,11 @@ class RouterLoss(PassesLoss):
         return rows_of(x) if batch is None else real_part(self.model, name, batch, x)
 
 
-def _unexplained(layer: DynamicKMoE, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _unexplained(layer: DynamicKMoE, rows: Tensor, power: float | None) -> tuple[Tensor, Tensor]:
     """SSE of the router and SST of its targets over (token, expert) pairs."""
     rows = rows.to(layer.w_up.dtype)
     with torch.autocast(rows.device.type, enabled=False):
-        targets = layer.expert_norms(rows).pow(layer.router.target_power)
+        targets = layer.expert_norms(rows).pow(layer.router.target_power if power is None else power)
         v1, v2 = (v.float() for v in (layer.router.v1, layer.router.v2))
         errors = reference.router_scores(rows.float(), v1, v2) - targets
         return errors.square().sum(), (targets - targets.mean()).square().sum()

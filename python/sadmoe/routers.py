@@ -42,7 +42,8 @@ class RouterConfig:
         experts run: 0.5 closes half of the gap in output error between the routers and the true norms, 0.25 most of
         it; at 32 neurons an expert it makes no difference.
     weight_decay: AdamW's, as in the paper's text models.
-    seed: of the initial weights, the held-out tokens and the order of the tokens.
+    seed: of the initial weights, the held-out tokens and the order of the tokens; in `fit_routers_` also of the order
+        in which a DataLoader shuffles.
     """
 
     width: int = 128
@@ -162,12 +163,12 @@ def fit_routers_(
         tau(model, 0.0),
         seeded(model, seed),
     ):  # a DataLoader may draw numbers
-        undo.append(partial(_set_powers, layers, powers))
+        undo.append(partial(set_powers, layers, powers))
         fits = {}
         for name, layer in layers.items():
             if found := kept[name].load():
                 layer.router.load_state_dict(found[0])
-                _set_powers(layers, {name: configs[name].target_power})
+                set_powers(layers, {name: configs[name].target_power})
                 fits[name] = RouterFit(**found[1])
         sites = [Place(name, layer) for name, layer in layers.items() if name not in fits]
         stream = stream_inputs(
@@ -193,7 +194,8 @@ def _for(config: RouterConfig | None, router: Router, any_width: bool) -> Router
     return replace(config, width=router.v1.shape[0] if any_width else config.width, target_power=power)
 
 
-def _set_powers(layers: Mapping[str, DynamicKMoE], powers: Mapping[str, float | None]) -> None:
+def set_powers(layers: Mapping[str, DynamicKMoE], powers: Mapping[str, float | None]) -> None:
+    """What the routers of those layers predict, as `Router.target_power`."""
     for name, power in powers.items():
         assert power is not None
         layers[name].router.target_power = power

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from sadmoe.cli import convert as convert_command
 from sadmoe.outputs import replaced
 
 transformers = pytest.importorskip("transformers")
@@ -29,7 +28,7 @@ def test_where_nothing_can_be_written_it_says_so_before_it_trains(
 
     out = tmp_path / "moe"
     assert converted(folder, text, out, "--tau", "0.1") == 0
-    monkeypatch.setattr(convert_command, "load_model", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr("sadmoe.cli.options.load_model", lambda *_: pytest.fail("it was loaded"))
     with monkeypatch.context() as patch:
         patch.setattr("sadmoe.outputs.tempfile.TemporaryDirectory", refused)
         for wanted, place in ((tmp_path / "some/folder", tmp_path), (out, tmp_path)):

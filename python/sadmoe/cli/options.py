@@ -92,7 +92,11 @@ def device_named(name: str) -> torch.device:
 def loaded(arguments: argparse.Namespace, folder: Path) -> nn.Module:
     """The transformers model of that folder, on --device."""
     device = device_named(arguments.device)
-    return load_model(folder).to(device)
+    model = load_model(folder)
+    try:
+        return model.to(device)
+    except RuntimeError as error:  # no memory there, or no such device here
+        raise ValueError(f"--device {arguments.device}: {str(error).splitlines()[0]}") from error
 
 
 def data_of(arguments: argparse.Namespace, model: nn.Module) -> Data:

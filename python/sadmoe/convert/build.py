@@ -123,7 +123,7 @@ def _run(site: FFNSite, config: ConvertConfig, model: int) -> dict[str, Any]:
     names = ("cluster", "restarts", "seed", "max_tokens", "skip_padding")
     return {
         "experts": config.experts_of(dense.f),
-        "router": asdict(config.router),
+        "router": {**asdict(config.router), "target_power": config.router.target_power or 1.0},
         **{name: getattr(config, name) for name in names},
         "act": dense.act,
         "model": model,

@@ -28,7 +28,8 @@ class ConvertConfig:
     cluster: what makes neurons alike: "weights", their input weights (the paper), or "activity", firing for the same
         inputs.
     restarts: runs of the k-means, the best of which is kept; more take that much longer for little.
-    seed: of the sample of inputs and of the k-means; the routers have their own in `router`.
+    seed: of the sample of inputs, of the k-means, and of the order in which a DataLoader shuffles; the routers have
+        their own in `router`.
     filter: of an FFN's name; False leaves it dense. None: convert all.
     projection_expert_size, projection_router: what differs for the MLPs of `replace_projections_`, which are narrower
         than FFNs: their routers should be too. None: as the FFNs.

@@ -35,7 +35,8 @@ def set_experts_tau(model: nn.Module, tau: float) -> None:
 
     tau in [0, 1]: 0 runs all that were chosen, 1 the first alone. What is left is scaled up to the sum of the weights
     of all that were chosen. Switches the model to sadmoe's kernels; `model.set_experts_implementation("eager")` is the
-    way back, and tau acts again after `model.set_experts_implementation("sadmoe")`. It is not saved with the model.
+    way back, of a class of your own `model.config._experts_implementation = "eager"`, and "sadmoe" in the same way
+    lets tau act again. It is not saved with the model.
     Raises ValueError where tau is out of range or the model has no such layer, NotImplementedError where its experts
     compute what the kernels do not, or are spread over devices and tau is not 0, and before transformers 5.7.
     """
@@ -66,7 +67,7 @@ def set_experts_tau(model: nn.Module, tau: float) -> None:
     model.set_experts_implementation(NAME)  # type: ignore[operator]
     for layer in layers:
         # transformers switches no class whose own file does not tell that it has experts, such as a user's subclass.
-        layer.config._experts_implementation = NAME  # type: ignore[union-attr]
+        layer.config._experts_implementation_internal = NAME  # type: ignore[union-attr]
         layer.__dict__[_TAU] = float(tau)
 
 

@@ -229,8 +229,8 @@ class RouterCallback(AddedLoss):
         super().__init__()
         if not alpha > 0:
             raise ValueError(f"alpha must be above 0, got {alpha}")
-        RouterConfig(target_power=target_power)  # checks it
-        self.alpha, self.alone, self.target_power = alpha, alone, target_power
+        self.alpha, self.alone = alpha, alone
+        self.target_power = RouterConfig(target_power=target_power).target_power  # which is checked
         self._asked: dict[nn.Parameter, bool] = {}
         self._dense = ExitStack()  # what holds for a pass
 

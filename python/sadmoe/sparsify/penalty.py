@@ -94,7 +94,7 @@ class SparsityLoss(PassesLoss):
     reentrant. Source: arXiv 2310.04361, section 3.1.
 
     sites: the FFNs that are penalised, from `find_ffns`; all of the model's if None. Raises ValueError where there are
-    none, or the penalty is unknown.
+    none, the penalty is unknown, or the model is compiled.
     """
 
     _called = "sparsity"
