@@ -32,11 +32,12 @@ class RouterLoss(PassesLoss):
                 optimizer.zero_grad()
 
     Calling it gives the mean over layers of SSE / SST, which is 1 - R² on the tokens of the passes since the last call,
-    of targets norm ** target_power (see `RouterConfig`; None: each router's own), and forgets those passes. Layers
-    whose norms are all equal there, such as silent ones, say nothing and are left out. Its gradient reaches the routers
-    alone: what enters a layer and the norms are constants in it, so a pass under no_grad will do, and added to a task's
-    loss it trains routers beside experts. It is computed without autocast, errors in float32, and computes each layer's
-    up projection once more. At tau = 0 inputs are those of the dense model, which is what `fit_routers_` fits to.
+    of targets norm ** target_power (see `RouterConfig`; None: each router's own; a router remembers what it was trained
+    for), and forgets those passes. Layers whose norms are all equal there, such as silent ones, say nothing and are
+    left out. Its gradient reaches the routers alone: what enters a layer and the norms are constants in it, so a pass
+    under no_grad will do, and added to a task's loss it trains routers beside experts. It is computed without autocast,
+    errors in float32, and computes each layer's up projection once more. At tau = 0 inputs are those of the dense
+    model, which is what `fit_routers_` fits to.
 
     weights: the routers' parameters; inside the `with` they ask for gradients, afterwards as they did before.
     Keeps what enters every layer until it is called.

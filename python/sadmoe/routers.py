@@ -157,12 +157,8 @@ def fit_routers_(
     told = {"max_tokens": max_tokens, "skip_padding": skip_padding, "model": whole}
     kept = {name: Kept(checkpoint, name, {"config": asdict(configs[name]), **told}) for name in layers}
     routers = nn.ModuleList(layer.router for layer in layers.values())
-    seed = 0 if config is None else config.seed
-    with (
-        all_or_nothing(routers) as undo,
-        tau(model, 0.0),
-        seeded(model, seed),
-    ):  # a DataLoader may draw numbers
+    seed = 0 if config is None else config.seed  # a DataLoader may draw numbers
+    with all_or_nothing(routers) as undo, tau(model, 0.0), seeded(model, seed):
         undo.append(partial(set_powers, layers, powers))
         fits = {}
         for name, layer in layers.items():

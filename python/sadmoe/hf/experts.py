@@ -48,13 +48,9 @@ def set_experts_tau(model: nn.Module, tau: float) -> None:
         raise ValueError(
             f"model: {type(model).__name__} has no layer whose experts can be run by others; a dense one takes convert_"
         )
-    distributed = getattr(getattr(model, "config", None), "distributed_config", None)
-    split = getattr(distributed, "enable_expert_parallel", False)
     for layer in layers:
         _check(layer)
-        if tau > 0 and (
-            split or getattr(layer, "_is_expert_parallel", False)
-        ):  # which not every transformers says
+        if tau > 0 and _is_split(model, layer):
             raise NotImplementedError(
                 "the experts of a token are on several devices, none of which knows the largest weight: "
                 "use tau = 0, or a model that is not split by experts"
@@ -69,6 +65,13 @@ def set_experts_tau(model: nn.Module, tau: float) -> None:
         # transformers switches no class whose own file does not tell that it has experts, such as a user's subclass.
         layer.config._experts_implementation_internal = NAME  # type: ignore[union-attr]
         layer.__dict__[_TAU] = float(tau)
+
+
+def _is_split(model: nn.Module, layer: nn.Module) -> bool:
+    """Whether the experts are spread over devices, which older ones of transformers say of the whole model alone."""
+    distributed = getattr(getattr(model, "config", None), "distributed_config", None)
+    of_model = getattr(distributed, "enable_expert_parallel", False)
+    return bool(of_model or getattr(layer, "_is_expert_parallel", False))
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
