@@ -14,7 +14,7 @@ from sadmoe.dial import trainable_layers
 from sadmoe.hooks import hooks_on
 from sadmoe.layer import DynamicKMoE, only_input
 from sadmoe.passes import PassesLoss
-from sadmoe.routers import RouterConfig, set_powers
+from sadmoe.routers import RouterConfig, power_of, set_powers
 
 EQUAL = 1e-9  # of a layer's SSE: an SST below it is rounding, of norms that are all equal
 
@@ -104,7 +104,7 @@ def _unexplained(layer: DynamicKMoE, rows: Tensor, power: float | None) -> tuple
     """SSE of the router and SST of its targets over (token, expert) pairs."""
     rows = rows.to(layer.w_up.dtype)
     with torch.autocast(rows.device.type, enabled=False):
-        targets = layer.expert_norms(rows).pow(layer.router.target_power if power is None else power)
+        targets = layer.expert_norms(rows).pow(power_of(layer.router, power))
         v1, v2 = (v.float() for v in (layer.router.v1, layer.router.v2))
         errors = reference.router_scores(rows.float(), v1, v2) - targets
         return errors.square().sum(), (targets - targets.mean()).square().sum()

@@ -100,7 +100,7 @@ def fit_router_(
     """
     config = RouterConfig(width=layer.router.v1.shape[0]) if config is None else config
     _check_fit(layer, inputs, check_config(config, RouterConfig))
-    power = layer.router.target_power if config.target_power is None else config.target_power
+    power = power_of(layer.router, config.target_power)
     generator = torch.Generator().manual_seed(config.seed)
     with (
         torch.inference_mode(False),
@@ -186,8 +186,13 @@ def fit_routers_(
 def _for(config: RouterConfig | None, router: Router, any_width: bool) -> RouterConfig:
     """The config for that router, its power told."""
     config = RouterConfig() if config is None else check_config(config, RouterConfig)
-    power = router.target_power if config.target_power is None else config.target_power
-    return replace(config, width=router.v1.shape[0] if any_width else config.width, target_power=power)
+    width = router.v1.shape[0] if any_width else config.width
+    return replace(config, width=width, target_power=power_of(router, config.target_power))
+
+
+def power_of(router: Router, asked: float | None) -> float:
+    """What the router is to predict: as asked, or as before."""
+    return router.target_power if asked is None else asked
 
 
 def set_powers(layers: Mapping[str, DynamicKMoE], powers: Mapping[str, float | None]) -> None:
