@@ -130,7 +130,8 @@ void accumulate_in_turns(const Accumulate& p, int64_t neurons) {
 // Many rows read the weights again and again: from a copy, widened once, without the distance from neuron to neuron, which a
 // power of two would leave with a few sets of the near cache; so many columns at once that all neurons fit. Else from where they
 // are: in a narrow strip all neurons at once, in a wide one as many as stay near until the next tile of rows reads them. The
-// fewer rows, the cheaper it is to put their sums away, and the fewer neurons a turn.
+// fewer rows, the cheaper it is to put their sums away, and the fewer neurons a turn. What is fetched into the first-level cache
+// stays there until its turn: where all experts have few rows, as one with more would begin with more neurons than were fetched.
 template <class Vec, class W>
 void accumulate(const Accumulate& p) {
   if constexpr (Vec::copied > 0) {
@@ -149,10 +150,17 @@ void accumulate(const Accumulate& p) {
       });
     }
   }
-  constexpr int64_t kNear = 16 * 1024;  // bytes of the neurons of a row alone
-  const bool short_rows = 4 * p.columns * int64_t(sizeof(W)) <= kNear;
-  const int64_t turn = p.n > 2 ? p.turn : p.n > 1 ? 8 : short_rows ? 4 : 2;
-  accumulate_in_turns<Vec, W>(p, p.columns <= kStrip ? p.m : turn);
+  constexpr int64_t kNear = 16 * 1024, kPiece = 1024, kFewRows = 4;  // bytes of the neurons of a turn; columns; rows on average
+  const bool few = Vec::fetched == kFirstLevel && p.mean_rows <= kFewRows && p.columns > kStrip;
+  const int64_t piece = few && p.n > 1 && p.columns > kPiece ? kPiece : p.columns;
+  const int64_t fours = kNear / (piece * int64_t(sizeof(W))) / 4 * 4;
+  const int64_t turn = p.columns <= kStrip ? p.m : few ? (fours ? fours : 2) : p.n > 2 ? p.turn : p.n > 1 ? 8 : fours ? 4 : 2;
+  some_at_once(p.columns, piece, [&](int64_t c, int64_t count, bool more, int64_t) {
+    Accumulate part = p;
+    const W* w = static_cast<const W*>(p.w) + c;
+    part.columns = count, part.w = w, part.y = p.y + c, part.next = more ? w + count : p.next;
+    accumulate_in_turns<Vec, W>(part, turn);
+  });
 }
 
 // What follows multiplies entries of 16 bits, and sums the products of two neighbours: Pair is Ints or Pairs (see table.h).

@@ -172,6 +172,7 @@ class Block {
   // in y, rows a power of two apart would have a few sets of the near caches to share.
   void down(int64_t begin, int64_t end, const AsFloat& b_out, const AsFloat& scale_out) {
     const float* begins_with = scale_out.get() ? nullptr : b_out.get();
+    const int64_t mean_rows = plan_.pairs() / std::max<int64_t>(plan_.active.size(), 1);
     const int64_t strip = std::min(end - begin, columns_together());
     const Floats sums(T_ * strip), before(chain_ends_.any() ? T_ * strip : 0),
         partial(form_ == Form::floats && strip > k_.strip ? T_ * strip : 0);
@@ -194,7 +195,8 @@ class Block {
         const int64_t e = plan_.active[a], first = plan_.offsets[e];
         const void* next = a + 1 < plan_.active.size() ? weights(plan_.active[a + 1]) : nullptr;
         accumulate_({plan_.count(e), s_.s, columns, ld_h_, s_.d_out, strip, hidden(first), plan_.rows_of(e), weights(e),
-                     sums.get(), partial.get(), next, form_ == Form::ints ? int_h_.steps() + first : nullptr, neurons_a_turn()});
+                     sums.get(), partial.get(), next, form_ == Form::ints ? int_h_.steps() + first : nullptr, neurons_a_turn(),
+                     mean_rows});
         chain_ends_.for_each(a, end_chain);
       }
       for (int64_t t = 0; t < T_; ++t) {
