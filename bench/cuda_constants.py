@@ -24,13 +24,15 @@ def dense_rate(dtype: torch.dtype) -> float:
 
 def constants(raw: dict, source: str) -> dict:
     """A card's table: measured values where there are some, those of the nearest known card for the others."""
-    nearest = card_for(tuple(raw["capability"])).name
-    table = json.loads(CONSTANTS.read_text())[nearest]
+    nearest = card_for(tuple(raw["capability"]))
+    table = json.loads(CONSTANTS.read_text())[nearest.name]
     dense = {"dense_16": dense_rate(torch.bfloat16), "dense_32": dense_rate(torch.float32)}
     measured = {name: raw[name] for name in table if name in raw} | dense
     for bits in (16, 32):
         measured[f"ours_{bits}"] = raw[f"products_{bits}"] / dense[f"dense_{bits}"]
-    if table["hopper_16"]["value"] and "products_16_hopper" in raw:
+    if not nearest.hopper_16:
+        table["hopper_16"] |= {"value": 0, "source": "it has no products of warpgroups"}
+    elif "products_16_hopper" in raw:
         measured["hopper_16"] = raw["products_16_hopper"] / dense["dense_16"]
     for name, value in measured.items():
         table[name] |= {"value": value, "source": source, "measured": True}

@@ -25,6 +25,7 @@ if [ -n "${RECORDED:-}" ]; then
   RECORDED=$(realpath -e "$RECORDED") || exit 2
   export RECORDED
 fi
+if [ $# -gt 0 ]; then set -- "$(realpath -m "$1")" "${@:2}"; fi
 cd "$(dirname "$0")/.."
 steps=(conformance conformance-hopper tests memcheck memcheck-torch raw 768x3072 2048x16384-glu 4096x11008-glu 1024x4096 masks
   goals racecheck racecheck-hopper racecheck-torch layers blocks)

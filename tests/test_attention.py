@@ -319,28 +319,71 @@ def test_what_lies_in_a_wrapped_projection_is_none():
 
 
 class ReadAttention(nn.Module):
-    """As Swin's and BEiT's: the weight of one projection is read, and it is never called."""
+    """The weight of one projection is read, as Swin's and BEiT's, or of both, as where an index is in another dtype."""
 
-    def __init__(self) -> None:
+    def __init__(self, both: bool = False) -> None:
         super().__init__()
-        self.qkv, self.proj = nn.Linear(24, 24), nn.Linear(24, 24)
+        self.qkv, self.proj, self.both = nn.Linear(24, 24), nn.Linear(24, 24), both
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(nn.functional.linear(x, self.qkv.weight, self.qkv.bias))
+        x = nn.functional.linear(x, self.qkv.weight, self.qkv.bias)
+        return self.proj(x.to(self.proj.weight.dtype) if self.both else x)
+
+
+def test_projections_whose_weight_is_read_are_left_out(caplog):
+    model, batches = nn.Sequential(ReadAttention()), [torch.randn(2, 5, 24)]
+    before, qkv = state(model), model[0].qkv
+    assert [site.name for site in find_projections(model, batches=batches)] == ["0.proj"]
+    assert same(state(model), before)
+    assert model[0].qkv is qkv
+    report = replace_projections_(model, batches, SHORT, progress=False)
+    assert [fit.name for fit in report.layers] == ["0.proj"]
+    assert "1 projections are not replaced:\n  0.qkv: what is around it reads its weight, bias" in caplog.text
+    model(batches[0])
+    with pytest.raises(
+        NotImplementedError, match=r"0\.qkv: .* weight, bias\n  0\.proj: .* reads its weight$"
+    ):
+        replace_projections_(nn.Sequential(ReadAttention(both=True)), batches, SHORT, progress=False)
+
+
+class SpareAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.spare = nn.Linear(24, 24), nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
 
 
 def test_projections_that_are_never_called_are_left_out(caplog):
-    model, batches = nn.Sequential(ReadAttention()), [torch.randn(2, 5, 24)]
+    model, batches = nn.Sequential(SpareAttention()), [torch.randn(2, 5, 24)]
     report = replace_projections_(model, batches, SHORT, progress=False)
     assert [fit.name for fit in report.layers] == ["0.proj"]
-    assert "1 projections are not replaced: 0.qkv: never called on these batches" in caplog.text
+    assert "1 projections are not replaced: 0.spare: never called on these batches" in caplog.text
     assert list(projection_mlps(model)) == ["0.proj"]
     with pytest.raises(
-        NotImplementedError, match=r"no projection of this Sequential can be replaced: 0\.qkv"
+        NotImplementedError, match=r"no projection of this Sequential can be replaced: 0\.spare"
     ):
         replace_projections_(
-            model, batches, replace(SHORT, filter=lambda name: "qkv" in name), progress=False
+            model, batches, replace(SHORT, filter=lambda name: "spare" in name), progress=False
         )
+
+
+def test_a_model_that_does_not_run_with_mlps_is_left_as_it_was():
+    class AskingAttention(SpareAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            if isinstance(self.proj, ProjectionMLP):
+                raise TypeError("what is this?")
+            return super().forward(x)
+
+    model = nn.Sequential(AskingAttention())
+    before = state(model)
+    with pytest.raises(
+        NotImplementedError, match=r"does not run with MLPs .* what is this\?.* ProjectionConfig\(filter"
+    ):
+        replace_projections_(model, [torch.randn(2, 5, 24)], SHORT, progress=False)
+    assert same(state(model), before)
+    assert type(model[0].proj) is nn.Linear
 
 
 def test_a_model_with_an_autocast_of_its_own_is_trained_on_what_its_projections_take():

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 
+import cuda_constants
 import layers_goals
 from cuda_goals import aims
 from layer_problem import ROUTER_WIDTH, LayerShape, problem, weights, with_mask
@@ -142,6 +143,16 @@ def test_cells_of_a_gpu_are_held_to_their_aims(what, cell, most, verdict):
     (aim,) = [aim for aim in aims([cell]) if aim.what == what and aim.found is not None]
     assert aim.most == pytest.approx(most)
     assert aim.verdict == verdict
+
+
+@pytest.mark.parametrize(("capability", "warpgroups"), [([8, 6], 0), ([9, 0], 0.5), ([12, 0], 0)])
+def test_only_a_hopper_s_constants_have_products_of_warpgroups(monkeypatch, capability, warpgroups):
+    monkeypatch.setattr(cuda_constants, "dense_rate", lambda dtype: 800e12)
+    raw = {"capability": capability, "memory": 2e12, "products_16": 400e12, "products_32": 40e12}
+    found = cuda_constants.constants(raw | {"products_16_hopper": 400e12}, "a bench")
+    assert found["hopper_16"]["value"] == warpgroups
+    assert found["capability"]["value"] == capability
+    assert found["ours_16"] == found["ours_16"] | {"value": 0.5, "source": "a bench", "measured": True}
 
 
 def test_cells_of_a_gpu_that_failed_are_missed_and_those_not_measured_named():

@@ -10,6 +10,7 @@ import torch
 from conversions import convert, fingerprint, model_and_batches, rows
 from sadmoe.convert import ConvertConfig
 from sadmoe.ffn import FFNNotFoundError, moe_layers
+from sadmoe.routers import RouterConfig
 from tiny_models import TINY
 from torch import Tensor, nn
 
@@ -87,6 +88,13 @@ def test_an_impossible_budget_is_refused_before_any_router_is_fitted(monkeypatch
     monkeypatch.setattr(build, "fit_router_", lambda *a, **k: pytest.fail("too late"))
     with pytest.raises(ValueError, match=r"budget 0\.05 cannot be met: router and one expert cost 0\.17"):
         convert(model, batches, budget=0.05)
+
+
+def test_a_budget_of_all_is_met_where_one_expert_costs_more():
+    model, batches = model_and_batches()
+    report = convert(model, batches, budget=1.0, router=RouterConfig(width=256, steps=2))
+    assert report.tau == 0.0
+    assert all(layer.runs_all_experts for layer in moe_layers(model).values())
 
 
 def test_a_converted_model_is_not_converted_again():

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from backends import emulator
+from backends import emulator, set_options
 from converted import random_rows
 from given_costs import ALWAYS_DENSE, HALF, by_hand, choosing_on_cuda, give, layer_of
 from problems import assert_as_good_as_torch, in_double
@@ -41,6 +41,15 @@ def test_the_model_knows_the_blocks_that_the_kernels_pick(name, bytes_each):
         layer = crossover.LayerShape(512, d_out, 64, 32, 64, bytes_each=bytes_each)
         picked = native.sadmoe_down_tiles(tokens, d_out, bytes_each, card.processors, card.shared_bytes)
         assert way_out.down_tiles(layer, tokens, card) == picked, (d_out, tokens)
+
+
+@pytest.mark.parametrize("bytes_each", [2, 4])
+def test_a_block_of_so_many_tiles_as_asked_for_is_smaller_where_it_does_not_fit(native, bytes_each):
+    kib, most = 1024, {2: 4, 4: 2}[bytes_each]
+    for asked, on_h100, on_rtx in ((1, 1, 1), (2, 2, 2), (4, most, 2)):
+        set_options(native, down_tiles=asked)
+        picked = [native.sadmoe_down_tiles(100, 768, bytes_each, 100, kb * kib) for kb in (228, 164, 100)]
+        assert picked == [on_h100, on_h100, on_rtx]
 
 
 @pytest.mark.parametrize("s", [1, 8, 16, 24, 32, 40, 60, 64, 80, 88, 104, 128, 172, 176, 512])

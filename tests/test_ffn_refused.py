@@ -43,6 +43,47 @@ def reason(inner: nn.Module) -> str:
     return str(error.value)
 
 
+class Branches(nn.Module):
+    """Two FFNs, one for texts and one for images, which share their activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.act = nn.Linear(D, F_), nn.Linear(F_, D), nn.GELU()
+        self.fc3, self.fc4 = nn.Linear(D, F_), nn.Linear(F_, D)
+
+    def forward(self, x: Tensor, image: bool = False) -> Tensor:
+        up, down = (self.fc3, self.fc4) if image else (self.fc1, self.fc2)
+        return x + down(self.act(up(x)))
+
+
+class OfBranches(nn.Module):
+    def __init__(self, images_first: bool) -> None:
+        super().__init__()
+        self.block, self.images_first = Branches(), images_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.block(x, self.images_first), not self.images_first)
+
+
+@pytest.mark.parametrize("images_first", [False, True])
+def test_ffns_that_share_an_activation_and_run_apart_are_refused(images_first):
+    model = OfBranches(images_first)
+    x = torch.randn(2, 3, D)
+    before, modules, wanted = state(model), dict(model.named_modules()), model(x)
+    with pytest.raises(NotImplementedError, match=r"its act may be that of fc3 too, which does not run"):
+        find_ffns(model, batches=[x])
+    assert_same_state(before, state(model))
+    assert dict(model.named_modules()) == modules
+    assert torch.equal(model(x), wanted)
+
+
+def test_linear_layers_that_run_several_times_are_refused():
+    ffn = [nn.Linear(D, F_), nn.ReLU(), nn.Linear(F_, D)]
+    model = nn.Sequential(nn.Sequential(*ffn * 3), nn.Linear(D, 2))
+    with pytest.raises(NotImplementedError, match="0 is used several times in its module"):
+        find_ffns(model)
+
+
 @pytest.mark.parametrize(
     "head",
     [

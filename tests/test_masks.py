@@ -162,6 +162,14 @@ def test_a_dense_model_is_refused():
         pass
 
 
+def test_experts_per_token_are_counted_on_the_model_s_device(monkeypatch):
+    model, moved = converted("bert"), []
+    monkeypatch.setattr("sadmoe.masks.device_of", lambda model: "elsewhere")
+    monkeypatch.setattr("sadmoe.masks.to_device", lambda batch, device: moved.append(device) or batch)
+    experts_per_token(model, TINY["bert"].batch())
+    assert moved == ["elsewhere"]
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2", "vit"])
 def test_experts_per_token_are_those_of_the_masks(name):
     model, batch = converted(name), TINY[name].batch()

@@ -142,7 +142,7 @@ void measure_constants(const char* path) {
                decode_rate() / memory, read_rate(size_t{16} << 20, 64, 4), launch_gap(), step_seconds());
   const double halves = product_rate(sadmoe::DType::bf16), floats = product_rate(sadmoe::DType::f32);
   std::fprintf(file, " \"products_16\": %.6g, \"products_32\": %.6g", halves, floats);
-  if (hopper_allowed) std::fprintf(file, ", \"products_16_hopper\": %.6g", hopper_rate());
+  if (is_hopper()) std::fprintf(file, ", \"products_16_hopper\": %.6g", hopper_rate());
   std::fprintf(file, "}\n");
   std::fclose(file);
   if (std::rename(beside.c_str(), path)) {

@@ -49,6 +49,12 @@ sadmoe::cuda::Workspace workspace(const sadmoe::ExpertsShape& shape, DType dtype
 
 bool hopper_allowed = true;
 
+bool is_hopper() {
+  int major = 0;
+  must(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "capability");
+  return hopper_allowed && major == 9;
+}
+
 void fill(const Buffer& buffer, DType dtype, float scale, unsigned seed) {
   fill_numbers<<<1024, 256>>>(buffer.as<void>(), dtype, buffer.bytes() / size_of(dtype), scale, seed);
   must(cudaGetLastError(), "fill");

@@ -15,8 +15,10 @@ constexpr double kCold = 200e6;  // bytes that L2 does not hold
 // How many of each token's E experts are that share: one at least.
 inline int64_t experts_of(float share, int64_t E) { return std::max<int64_t>(1, std::lround(share * static_cast<float>(E))); }
 
-// Whether the kernels of sm_90a may run, where there are some: for a device on which they have failed.
+// Whether the kernels of sm_90a may run, where there are some: not on a device on which they have failed.
 extern bool hopper_allowed;
+// Whether they run.
+bool is_hopper();
 
 // `sets` copies of the weights, so that they can be cold in L2; x, y, mask and scratch are shared by all.
 class Layer {

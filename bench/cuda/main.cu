@@ -46,12 +46,6 @@ void print_header() {
   std::printf("\nof every token's experts, one at least\n");
 }
 
-bool is_hopper() {
-  int major = 0;
-  must(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "capability");
-  return hopper_allowed && major == 9;
-}
-
 // By how many tokens a block of `down` takes: what launch.cu chooses, and each; where all go through all experts; and where every
 // neuron is computed on the way in.
 void time_blocks() {

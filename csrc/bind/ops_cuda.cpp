@@ -151,7 +151,7 @@ extern "C" __attribute__((visibility("default"))) void sadmoe_set_options(int64_
 extern "C" __attribute__((visibility("default"))) int sadmoe_down_tiles(int64_t T, int64_t d_out, int bytes_each,
                                                                         int multiprocessors, int shared) {
   const sadmoe::DType dtype = bytes_each == 2 ? sadmoe::DType::bf16 : sadmoe::DType::f32;
-  return sadmoe::cuda::down_tiles(T, d_out, dtype, {}, {multiprocessors, shared});
+  return sadmoe::cuda::down_tiles(T, d_out, dtype, sadmoe::options, {multiprocessors, shared});
 }
 extern "C" __attribute__((visibility("default"))) double sadmoe_up_all_share(int64_t T, int64_t E, int64_t s, int bytes_each,
                                                                              bool gated, bool warpgroups, int multiprocessors) {

@@ -56,7 +56,10 @@ constexpr size_t down_bytes() {
 // See launch.h: what a multiprocessor reads is, for every neuron, a row of the weights once a block and the activations of a
 // quarter of its tokens; two such blocks must fit it.
 template <class Tile>
-int down_tiles(int64_t T, int64_t d_out, const Device& device) {
+int down_tiles(int64_t T, int64_t d_out, const Options& options, const Device& device) {
+  constexpr int kMost = kMostDownTiles<Tile>;
+  if (const int asked = static_cast<int>(std::min<int64_t>(options.down_tiles, kMost)))  // fewer where so many do not fit
+    return asked < 4 || down_bytes<Tile, kMost>() + kBlockBytes <= static_cast<size_t>(device.shared) ? asked : 2;
   int tiles = 0;
   int64_t least = 0;
   const auto consider = [&](int n, size_t bytes) {
@@ -67,7 +70,7 @@ int down_tiles(int64_t T, int64_t d_out, const Device& device) {
   };
   consider(1, down_bytes<Tile, 1>());
   consider(2, down_bytes<Tile, 2>());
-  if constexpr (kMostDownTiles<Tile> == 4) consider(4, down_bytes<Tile, 4>());
+  if constexpr (kMost == 4) consider(4, down_bytes<Tile, 4>());
   return tiles;
 }
 
@@ -79,7 +82,7 @@ int launch_down(const Down& p, void* stream) {
 
 template <class Tile>
 int launch_down(const Down& p, const Options& options, const Device& device, void* stream) {
-  switch (options.down_tiles ? options.down_tiles : down_tiles<Tile>(p.T, p.d_out, device)) {
+  switch (down_tiles<Tile>(p.T, p.d_out, options, device)) {
     case 1:
       return launch_down<Tile, 1>(p, stream);
     case 2:
@@ -265,7 +268,7 @@ int sparse_experts(const Experts& experts, const Choice& choice, const Options& 
 
 int down_tiles(int64_t T, int64_t d_out, DType dtype, const Options& options, const Device& device) {
   return with_experts_tile(dtype, options.tf32,
-                           [&](auto tile) { return down_tiles<typename decltype(tile)::type>(T, d_out, device); });
+                           [&](auto tile) { return down_tiles<typename decltype(tile)::type>(T, d_out, options, device); });
 }
 
 // By a model, not measured. `up_all` computes only full tiles. Expert by expert, a strip costs as many of their columns as it

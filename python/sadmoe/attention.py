@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sadmoe.batches import Batches, check_batches, check_model, plain_name
+from sadmoe.batches import Batches, check_batches, check_model, check_runs, plain_name
 from sadmoe.checks import check_choice, check_config, check_fields, check_filter
 from sadmoe.ffn import (
     ATTENTION,
@@ -29,6 +29,7 @@ from sadmoe.ffn import (
 from sadmoe.ffn.adapters import Proposal
 from sadmoe.ffn.linears import bias_of, linear_shape, weight_rows
 from sadmoe.ffn.probe import Unsupported
+from sadmoe.ffn.reads import what_else_is_read
 from sadmoe.ffn.scan import Uses
 from sadmoe.ffn.sites import Parts
 from sadmoe.files import checksum
@@ -164,7 +165,8 @@ def find_projections(
     Those are the plain linear layers below a module whose class is named an attention (BertSelfAttention), and no part
     of an FFN, or of an nn.Sequential of several, such as the one that learns Swin v2's bias of positions.
     filter: takes a projection's path, False leaves it alone. batches: what the model is called with, by which more FFNs
-    are known, as in `find_ffns`. What cannot be replaced is logged with the reason.
+    are known, as in `find_ffns`, and what is read of a projection beside its output. What cannot be replaced is logged
+    with the reason.
     Raises ValueError where there is none at all, NotImplementedError where none can be replaced.
     """
     found, refused = scan_projections(model, filter, batches=batches)
@@ -205,7 +207,9 @@ def scan_projections(
             found.append(Place(plain, linear))
         except Unsupported as reason:
             refused.append(f"{plain}: {reason}")
-    return found, refused
+    reads = {} if batches is None else what_else_is_read(model, [place.name for place in found], batches)
+    refused += [f"{name}: what is around it reads its {', '.join(names)}" for name, names in reads.items()]
+    return [place for place in found if place.name not in reads], refused
 
 
 def replace_projections_(
@@ -256,6 +260,7 @@ def replace_projections_(
     with surgery(model):
         for name, (mlp, _) in built.items():
             stand_in(model, name, mlp)
+        check_runs(model, batches, "MLPs in the place of its projections", "ProjectionConfig")
     fits = tuple(built[site.name][1] for site in sites if site.name in built)
     return ProjectionReport(fits, time.perf_counter() - started)
 

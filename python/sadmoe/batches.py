@@ -263,6 +263,28 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def check_runs(model: nn.Module, batches: Batches, changed: str, config: str) -> None:
+    """Raises NotImplementedError where the model does not run as changed: a part was used as none of its kind can be.
+    ValueError where there is no batch left to run it on. config: whose filter leaves parts out."""
+    batch = next(iter(batches), None)
+    if batch is None:
+        raise ValueError(
+            "batches gave nothing when they were gone through again: pass a list, or a DataLoader that begins anew"
+        )
+    with evaluating(model):
+        try:
+            run(model, to_device(batch, device_of(model)))
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a foreign forward raises; it ran the same batch before
+            if "bad_alloc" in str(error):  # of threads, by torch 2.15
+                raise
+            raise NotImplementedError(
+                f"this {type(model).__name__} does not run with {changed}: {type(error).__name__}: {error}; leave out "
+                f"those that it is about by {config}(filter=...)"
+            ) from error
+
+
 def settle(model: nn.Module, batches: Batches) -> None:
     """One batch without gradients, before a model is trained in evaluation mode: what it keeps from its first pass
     there, such as the attention biases of timm's TinyViT and EfficientFormer, then holds on to no graph."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sadmoe.batches import Batch, evaluating, real_rows, run
+from sadmoe.batches import Batch, device_of, evaluating, real_rows, run, to_device
 from sadmoe.dial import converted_layers
 from sadmoe.gradients import is_recomputed
 from sadmoe.hooks import hooks_on, uncompiled
@@ -138,5 +138,5 @@ def experts_per_token(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         layer.register_forward_pre_hook(partial(see, n), with_kwargs=True) for n, layer in layers.items()
     )
     with uncompiled(), hooks_on(hooks), evaluating(model):
-        run(model, batch)
+        run(model, to_device(batch, device_of(model)))
     return {name: found[name] for name in layers if name in found}

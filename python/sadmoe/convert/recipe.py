@@ -9,16 +9,7 @@ import torch
 from torch import nn
 
 from sadmoe import ops
-from sadmoe.batches import (
-    Batches,
-    check_batches,
-    check_model,
-    device_of,
-    evaluating,
-    refuse_compiled,
-    run,
-    to_device,
-)
+from sadmoe.batches import Batches, check_batches, check_model, check_runs, evaluating, refuse_compiled
 from sadmoe.calibrate import calibrate_
 from sadmoe.checks import check_config
 from sadmoe.convert.build import Built, Clock, build_all
@@ -87,7 +78,7 @@ def convert_(
             built = build_all(model, sites, batches, config, clock, checkpoint, progress)
         for one in built:
             swap_in(model, one.site, one.layer)
-        _check_runs(model, batches)
+        check_runs(model, batches, "MoE layers in the place of its FFNs", "ConvertConfig")
         if config.budget is not None:
             with clock("calibrate"):
                 calibrate_(
@@ -125,28 +116,6 @@ def restore_(model: nn.Module, *, projections: bool = True) -> None:
             put_back_projections(model)
 
 
-def _check_runs(model: nn.Module, batches: Batches) -> None:
-    """Raises NotImplementedError where the converted model does not run: an FFN was called as no MoE layer can be.
-    ValueError where there is no batch left to run it on."""
-    batch = next(iter(batches), None)
-    if batch is None:
-        raise ValueError(
-            "batches gave nothing when they were gone through again: pass a list, or a DataLoader that begins anew"
-        )
-    with evaluating(model):
-        try:
-            run(model, to_device(batch, device_of(model)))
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # whatever a foreign forward raises; the dense model ran the same batch
-            if "bad_alloc" in str(error):  # of threads, by torch 2.15
-                raise
-            raise NotImplementedError(
-                f"this {type(model).__name__} does not run with MoE layers in the place of its FFNs: "
-                f"{type(error).__name__}: {error}; leave out those that it is about by ConvertConfig(filter=...)"
-            ) from error
-
-
 def checked_sites(model: nn.Module, batches: Batches, config: ConvertConfig) -> list[FFNSite]:
     """The FFNs to convert, each of which can be cut. Raises what `convert_` raises where one cannot, or the budget is
     below the floor: nothing is run for it but probes."""
@@ -168,7 +137,7 @@ def checked_sites(model: nn.Module, batches: Batches, config: ConvertConfig) -> 
             wrong.append(f"{site.name}: its weights are {dense.w_up.dtype}; cast them to one of {ops.DTYPES}")
     if wrong:
         raise ValueError("nothing was converted, because of\n" + "\n".join(wrong))
-    if config.budget is not None:
+    if config.budget is not None and config.budget < 1:  # 1 is tau = 0, which is dense
         _check_budget(sites, config, config.budget)
     return sites
 

@@ -73,9 +73,9 @@ class _Scene(nn.Module):
     """One way to call a block, as a module, so that its weights can be exchanged for float64 ones. It gives all
     floating-point tensors that the block returns."""
 
-    def __init__(self, block: nn.Module, parts: Parts, call: Call):
+    def __init__(self, block: nn.Module, parts: Parts, call: Call, beside: tuple[str, ...]):
         super().__init__()
-        self.block, self.parts, self.call = block, parts, call
+        self.block, self.parts, self.call, self.beside = block, parts, call, beside
         self.training = False
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -116,12 +116,20 @@ class _StandIn(nn.Module):
 
 
 def verify(
-    block: nn.Module, name: str, parts: Parts, adapter: str, acts: tuple[str, ...], calls: tuple[Call, ...]
+    block: nn.Module,
+    name: str,
+    parts: Parts,
+    adapter: str,
+    acts: tuple[str, ...],
+    calls: tuple[Call, ...],
+    *,
+    beside: tuple[str, ...] = (),
 ) -> FFNSite:
     """The site, if `block` computes the same when `DenseFFN`'s formula takes the place of the parts.
 
     name: path of the block.   acts: the activations it may have; the one that fits best is the site's.
-    calls: ways to call the block, tried in order. Raises NotRun where all of them raise an error, or show nothing.
+    calls: ways to call the block, tried in order.   beside: linear layers that may share the activation, which goes: so
+    they must run in such a call as well. Raises NotRun where all of them raise an error, or show nothing.
     The model is left as it was, and no random state is used. Raises Unsupported with the reason.
     """
     sites = [site_of_parts(block, name, parts, adapter, act) for act in acts]
@@ -135,7 +143,7 @@ def verify(
                 denses = [replace(dense.to(dtype), act=act) for act in acts]
                 x = _probe_input(denses[0], dtype)
                 with quiet(block):
-                    return _best(sites, denses, _Scene(block, parts, call), x)
+                    return _best(sites, denses, _Scene(block, parts, call, beside), x)
             except Unsupported:
                 raise
             except Exception as raised:  # whatever a foreign forward raises becomes the reason
@@ -166,6 +174,10 @@ def _best(sites: list[FFNSite], denses: list[DenseFFN], scene: _Scene, x: Tensor
     y = _run(scene, x, events)
     if scene.parts.up not in [e.path for e in events]:
         raise _Idle(f"its {scene.parts.up} does not run")
+    if idle := [path for path in scene.beside if path not in [e.path for e in events]]:
+        raise _Unseen(
+            f"its {scene.parts.activation} may be that of {', '.join(idle)} too, which does not run then"
+        )
     outputs = [_run_with(scene, dense, x) for dense in denses]
     bias = denses[0].b_out  # what no weight has a part in
     nothing = x.new_zeros(denses[0].d_out) if bias is None else bias
@@ -281,7 +293,7 @@ def _called(scene: _Scene, x: Tensor, events: list[_Event] | None) -> list[Tenso
     seen = (
         module.register_forward_pre_hook(lambda *_, path=path: events.append(_Event(path=path)))
         for path, module in scene.block.named_modules()
-        if path in (parts.up, parts.gate, parts.down) or isinstance(module, nn.Dropout)
+        if path in (parts.up, parts.gate, parts.down, *scene.beside) or isinstance(module, nn.Dropout)
     )
     with hooks_on(seen), _DropoutLog(events):
         return torch.func.functional_call(scene, cast, x)

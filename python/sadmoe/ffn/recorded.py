@@ -4,12 +4,14 @@ import copy
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sadmoe.batches import Batch, device_of, evaluating, run, to_device
+from sadmoe.ffn.linears import linear_shape
 from sadmoe.ffn.probe import Call
 from sadmoe.ffn.sites import Parts
 from sadmoe.hooks import hooks_on
@@ -17,12 +19,14 @@ from sadmoe.hooks import hooks_on
 
 def record_calls(
     model: nn.Module, names: Iterable[str], batch: Batch, runner: Callable[[nn.Module, Batch], Any] = run
-) -> dict[str, Call]:
+) -> tuple[dict[str, Call], set[str]]:
     """A call of each of these modules while the model runs a batch, as a way to call it: the first that can be kept.
+    And the linear layers that ran.
 
     The arguments are kept as they were, caches too, and given in the dtype of the probe.
     """
     calls: dict[str, Call] = {}
+    ran: set[str] = set()
 
     def see(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if name in calls:
@@ -31,10 +35,12 @@ def record_calls(
             calls[name] = _again(copy.deepcopy((args, kwargs)))
 
     modules = ((name, model.get_submodule(name)) for name in names)
+    linears = ((name, m) for name, m in model.named_modules() if linear_shape(m) is not None)
     hooks = (m.register_forward_pre_hook(partial(see, name), with_kwargs=True) for name, m in modules)
-    with hooks_on(hooks), evaluating(model):
+    told = (m.register_forward_pre_hook(lambda *_, name=name: ran.add(name)) for name, m in linears)
+    with hooks_on(chain(hooks, told)), evaluating(model):
         runner(model, to_device(batch, device_of(model)))
-    return calls
+    return calls, ran
 
 
 def _again(arguments: Any) -> Call:

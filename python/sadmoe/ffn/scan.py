@@ -3,7 +3,7 @@
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import accumulate, chain, islice
@@ -107,17 +107,20 @@ def _all_of(
     check_filter(filter)
     if batches is not None:
         check_batches(batches)
-    found = _scan(model, filter, {})
+    found = _scan(model, filter, {}, None)
     if not found.unsure or batches is None:
         return found
     calls: dict[str, Call] = {}
+    ran: set[str] = set()
     left = found.unsure
     for batch in islice(batches, TRIED_BATCHES):  # one may reach what another does not
-        calls |= record_calls(model, left, batch, run if loss is None else loss)
+        recorded, run_now = record_calls(model, left, batch, run if loss is None else loss)
+        calls |= recorded
+        ran |= run_now
         left = [name for name in left if name not in calls]
         if not left:
             break
-    return _scan(model, filter, calls)
+    return _scan(model, filter, calls, ran)
 
 
 @dataclass
@@ -134,14 +137,19 @@ class _Found:
     unsure: list[str] = field(default_factory=list)
 
 
-def _scan(model: nn.Module, filter: Callable[[str], bool] | None, calls: Mapping[str, Call]) -> _Found:
-    """Looks at every module, at some with another way to call them, by name."""
+def _scan(
+    model: nn.Module,
+    filter: Callable[[str], bool] | None,
+    calls: Mapping[str, Call],
+    ran: Collection[str] | None,
+) -> _Found:
+    """Looks at every module, at some with another way to call them, by name. ran: linear layers that run, if known."""
     uses, all_ = Uses(model), _Found()
     done: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, DynamicKMoE) or any(name == d or name.startswith(f"{d}.") for d in done):
             continue
-        found = _look_at(module, name, uses, filter, calls.get(name))
+        found = _look_at(module, name, uses, filter, calls.get(name), ran)
         done |= {join(site.block, site.parts.at) for site in found.sites}
         for one in fields(_Found):
             getattr(all_, one.name).extend(getattr(found, one.name))
@@ -174,6 +182,7 @@ def _look_at(
     uses: "Uses",
     filter: Callable[[str], bool] | None,
     recorded: Call | None,
+    ran: Collection[str] | None,
 ) -> _Found:
     """The FFNs in one module, and what of its other linear layers only looks like one."""
     sites: list[FFNSite] = []
@@ -192,7 +201,8 @@ def _look_at(
                 continue
             try:
                 uses.check(module, name, proposal)
-                site, whole = _proved(module, name, adapter, proposal, recorded)
+                beside = [up for up in _beside(proposal, several) if ran is None or join(name, up) in ran]
+                site, whole = _proved(module, name, adapter, proposal, recorded, tuple(beside))
                 sites.append(site)
                 if wanted(proposal) and not whole:
                     by_halves.append(site.name)
@@ -218,12 +228,26 @@ def _overlap(a: Parts, b: Parts) -> bool:
     return bool({a.up, a.gate, a.down} & {b.up, b.gate, b.down} - {None})
 
 
+def _beside(proposal: Proposal, several: list[Proposal]) -> dict[str, None]:
+    """The first linear layers of the other FFNs that the activation of this one may be of as well."""
+    parts = proposal.parts
+    others = (p.parts for p in several if p.likely and not _overlap(p.parts, parts))
+    return dict.fromkeys(
+        p.up for p in others if p.activation is not None and p.activation == parts.activation
+    )
+
+
 def _proved(
-    module: nn.Module, name: str, adapter: str, proposal: Proposal, recorded: Call | None
+    module: nn.Module,
+    name: str,
+    adapter: str,
+    proposal: Proposal,
+    recorded: Call | None,
+    beside: tuple[str, ...],
 ) -> tuple[FFNSite, bool]:
     """The site, and whether it was proved by the whole module: else by its halves alone. Raises Unsupported."""
     again = (recorded,) if recorded and proposal.parts.at else ()
-    prove = partial(verify, module, name, proposal.parts, adapter, proposal.acts)
+    prove = partial(verify, module, name, proposal.parts, adapter, proposal.acts, beside=beside)
     try:
         return prove((*proposal.calls, *again)), True
     except NotRun as reason:
@@ -267,8 +291,10 @@ class Uses:
             if reason is not None:
                 raise Unsupported(f"{path} {reason}")
             for part in accumulate(path.split("."), join):  # and the modules between
-                owner = block.get_submodule(part.rpartition(".")[0])
-                others = [n for i, n in self.parents[id(block.get_submodule(part))].items() if i != id(owner)]
+                owner, child = block.get_submodule(part.rpartition(".")[0]), block.get_submodule(part)
+                if sum(each is child for each in owner._modules.values()) > 1:
+                    raise Unsupported(f"{part} is used several times in its module")
+                others = [n for i, n in self.parents[id(child)].items() if i != id(owner)]
                 if others:
                     raise Unsupported(f"{part} is a child of {', '.join(others)} too")
             for key, p in linear.named_parameters(recurse=False):
