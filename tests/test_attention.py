@@ -346,6 +346,24 @@ def test_projections_whose_weight_is_read_are_left_out(caplog):
         replace_projections_(nn.Sequential(ReadAttention(both=True)), batches, SHORT, progress=False)
 
 
+class AskingAttention(ReadAttention):
+    """Asks for the parameters of a projection, which any module has, and for its kind."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(self.qkv, nn.Linear | ProjectionMLP):
+            raise TypeError("an unknown kind")
+        return self.proj(self.qkv(x.to(next(self.proj.parameters()).dtype)))
+
+
+def test_what_any_module_has_may_be_read():
+    model, batches = nn.Sequential(AskingAttention()), [torch.randn(2, 5, 24)]
+    modules = dict(model.named_modules())
+    assert [site.name for site in find_projections(model, batches=batches)] == ["0.qkv", "0.proj"]
+    assert dict(model.named_modules()) == modules
+    assert len(replace_projections_(model, batches, SHORT, progress=False).layers) == 2
+    model(batches[0])
+
+
 class SpareAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -370,13 +388,13 @@ def test_projections_that_are_never_called_are_left_out(caplog):
 
 
 def test_a_model_that_does_not_run_with_mlps_is_left_as_it_was():
-    class AskingAttention(SpareAttention):
+    class LinearAttention(SpareAttention):
         def forward(self, x: Tensor) -> Tensor:
             if isinstance(self.proj, ProjectionMLP):
                 raise TypeError("what is this?")
             return super().forward(x)
 
-    model = nn.Sequential(AskingAttention())
+    model = nn.Sequential(LinearAttention())
     before = state(model)
     with pytest.raises(
         NotImplementedError, match=r"does not run with MLPs .* what is this\?.* ProjectionConfig\(filter"
