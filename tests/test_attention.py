@@ -350,7 +350,7 @@ class AskingAttention(ReadAttention):
     """Asks for the parameters of a projection, which any module has, and for its kind."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(self.qkv, nn.Linear | ProjectionMLP):
+        if not isinstance(self.qkv, nn.Linear | ProjectionMLP) or hasattr(self.qkv, "base_layer"):
             raise TypeError("an unknown kind")
         return self.proj(self.qkv(x.to(next(self.proj.parameters()).dtype)))
 
@@ -362,6 +362,32 @@ def test_what_any_module_has_may_be_read():
     assert dict(model.named_modules()) == modules
     assert len(replace_projections_(model, batches, SHORT, progress=False).layers) == 2
     model(batches[0])
+
+
+def test_what_is_read_after_a_projection_s_kind_was_asked_is_seen():
+    class LaterAttention(AskingAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.proj.out_features
+
+    batches = [torch.randn(2, 5, 24)]
+    assert [site.name for site in find_projections(nn.Sequential(LaterAttention()), batches=batches)] == [
+        "0.qkv"
+    ]
+
+
+def test_a_dataloader_that_shuffles_leaves_the_random_state_alone():
+    loader = torch.utils.data.DataLoader(torch.randn(8, 5, 24), batch_size=2, shuffle=True)
+    found = []
+    for seed in (1, 2):
+        model = nn.Sequential(SpareAttention())
+        nn.init.eye_(model[0].proj.weight), nn.init.zeros_(model[0].proj.bias)
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        replace_projections_(model, loader, SHORT, progress=False)
+        assert torch.equal(torch.get_rng_state(), before)
+        found.append(state(model))
+    mlps = [{name: t for name, t in one.items() if "proj" in name} for one in found]
+    assert same(*mlps)
 
 
 class SpareAttention(nn.Module):

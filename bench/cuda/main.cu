@@ -46,8 +46,15 @@ void print_header() {
   std::printf("\nof every token's experts, one at least\n");
 }
 
-// By how many tokens a block of `down` takes: what launch.cu chooses, and each; where all go through all experts; and where every
-// neuron is computed on the way in.
+// Whether a block of so many tiles as asked for fits this device.
+bool fits_down_tiles(const sadmoe::cuda::Options& options) {
+  sadmoe::cuda::Device device{1, 0};
+  must(cudaDeviceGetAttribute(&device.shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, 0), "shared memory");
+  return sadmoe::cuda::down_tiles(1, 1, sadmoe::DType::bf16, options, device) == options.down_tiles;
+}
+
+// By how many tokens a block of `down` takes: what launch.cu chooses, and each that fits; where all go through all experts; and
+// where every neuron is computed on the way in.
 void time_blocks() {
   const char* names[] = {"  blocks of 64 tokens", "  128", "  256"};
   print_header();
@@ -57,7 +64,7 @@ void time_blocks() {
       time_layer(layer, shape.name, shape, T);
       for (int i = 0; i < 3; ++i) {
         layer.options.down_tiles = 1 << i, layer.options.up_all = layer.options.crowd = 2;
-        time_layer(layer, names[i], shape, T);
+        if (fits_down_tiles(layer.options)) time_layer(layer, names[i], shape, T);
       }
       layer.options.down_tiles = 0, layer.options.crowd = 0;
       if (is_hopper()) time_layer(layer, "  256, through all experts, sm_90a", shape, T);

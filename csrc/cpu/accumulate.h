@@ -130,8 +130,9 @@ void accumulate_in_turns(const Accumulate& p, int64_t neurons) {
 // Many rows read the weights again and again: from a copy, widened once, without the distance from neuron to neuron, which a
 // power of two would leave with a few sets of the near cache; so many columns at once that all neurons fit. Else from where they
 // are: in a narrow strip all neurons at once, in a wide one as many as stay near until the next tile of rows reads them. The
-// fewer rows, the cheaper it is to put their sums away, and the fewer neurons a turn. What is fetched into the first-level cache
-// stays there until its turn: where all experts have few rows, as one with more would begin with more neurons than were fetched.
+// fewer rows, the cheaper it is to put their sums away, and the fewer neurons a turn. Where experts have few rows on average,
+// what is fetched into the first-level cache stays there until its turn: after one with few, one of more rows would begin with
+// more neurons than were fetched.
 template <class Vec, class W>
 void accumulate(const Accumulate& p) {
   if constexpr (Vec::copied > 0) {
@@ -150,8 +151,9 @@ void accumulate(const Accumulate& p) {
       });
     }
   }
-  constexpr int64_t kNear = 16 * 1024, kPiece = 1024, kFewRows = 4;  // bytes of the neurons of a turn; columns; rows on average
-  const bool few = Vec::fetched == kFirstLevel && p.mean_rows <= kFewRows && p.columns > kStrip;
+  // Bytes of the neurons of a turn; columns; rows on average, and at most.
+  constexpr int64_t kNear = 16 * 1024, kPiece = 1024, kFewRows = 4, kMostRows = 16;
+  const bool few = Vec::fetched == kFirstLevel && p.mean_rows <= kFewRows && p.n <= kMostRows && p.columns > kStrip;
   const int64_t piece = few && p.n > 1 && p.columns > kPiece ? kPiece : p.columns;
   const int64_t fours = kNear / (piece * int64_t(sizeof(W))) / 4 * 4;
   const int64_t turn = p.columns <= kStrip ? p.m : few ? (fours ? fours : 2) : p.n > 2 ? p.turn : p.n > 1 ? 8 : fours ? 4 : 2;

@@ -17,7 +17,8 @@ struct Options {
   bool hopper = true;          // the kernels of sm_90a, on such a device, where they fit
   // Shares of all pairs, negative: by the shape. From the first on every neuron is computed; the second makes tokens a crowd.
   double up_all = -1, crowd = -1;  // see up_all_share and crowd_share
-  int64_t down_tiles = 0;  // blocks of the down projection take so many times 64 tokens: 1, 2 or, of 16 bits, 4; 0: by the shape
+  // Blocks of the down projection take so many times 64 tokens: 1, 2 or, of 16 bits and where they fit, 4; 0: by the shape.
+  int64_t down_tiles = 0;
 };
 
 // scores [T, E]; hidden [T, r] is scratch. x, v1, v2 of any dtypes.
@@ -50,8 +51,8 @@ struct Device {
   int multiprocessors;
   int shared;  // bytes of memory of each
 };
-// Tiles of 64 tokens in a block of the down projection on such a device, 1, 2 or, of 16 bits, 4: with which a multiprocessor
-// reads least.
+// Tiles of 64 tokens in a block of the down projection on such a device, 1, 2 or, of 16 bits, 4: what the options ask for, where
+// it fits, else with which a multiprocessor reads least.
 int down_tiles(int64_t T, int64_t d_out, DType dtype, const Options& options, const Device& device);
 
 // Where the tokens of a chunk chose at least this share of all experts, the hidden activations are computed as one dense product,

@@ -207,7 +207,8 @@ def scan_projections(
             found.append(Place(plain, linear))
         except Unsupported as reason:
             refused.append(f"{plain}: {reason}")
-    reads = {} if batches is None else what_else_is_read(model, [place.name for place in found], batches)
+    modules = {place.name: place.first for place in found}
+    reads = {} if batches is None else what_else_is_read(model, modules, batches)
     refused += [f"{name}: what is around it reads its {', '.join(names)}" for name, names in reads.items()]
     return [place for place in found if place.name not in reads], refused
 
@@ -257,7 +258,7 @@ def replace_projections_(
         raise NotImplementedError(f"no projection of this {type(model).__name__} can be replaced: {told}")
     if never:
         logger.warning("%d projections are not replaced: %s", len(never), told)
-    with surgery(model):
+    with surgery(model), seeded(model, config.seed):
         for name, (mlp, _) in built.items():
             stand_in(model, name, mlp)
         check_runs(model, batches, "MLPs in the place of its projections", "ProjectionConfig")

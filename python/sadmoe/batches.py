@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from sadmoe.hooks import uncompiled
+
 Batch = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
 Batches = Iterable[Batch]
 SPAN = ("start_logits", "end_logits")  # [B, T] each, of a model that answers with a part of the text
@@ -271,7 +273,7 @@ def check_runs(model: nn.Module, batches: Batches, changed: str, config: str) ->
         raise ValueError(
             "batches gave nothing when they were gone through again: pass a list, or a DataLoader that begins anew"
         )
-    with evaluating(model):
+    with uncompiled(), evaluating(model):
         try:
             run(model, to_device(batch, device_of(model)))
         except (MemoryError, torch.OutOfMemoryError):

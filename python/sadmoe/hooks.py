@@ -15,6 +15,11 @@ def uncompiled() -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
+def takes_hooks(module: torch.nn.Module) -> bool:
+    """Whether hooks can be put on it: not where it is scripted."""
+    return not isinstance(module, torch.jit.ScriptModule)
+
+
 @contextmanager
 def hooks_on(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     """Inside, these hooks are on their modules. Where one of a generator cannot be put there, the others come off."""

@@ -1,6 +1,6 @@
-"""What a model reads of a module beside calling it, which another kind of module may not have."""
+"""What a model reads of a module beside calling it, which a module of another kind may not have."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from contextlib import suppress
 from itertools import islice
 from typing import Any
@@ -8,44 +8,53 @@ from typing import Any
 from torch import nn
 
 from sadmoe.batches import Batches, device_of, evaluating, run, to_device
-from sadmoe.ffn.lookup import lookup, put
+from sadmoe.hooks import uncompiled
+
+ANY = {*dir(nn.Module), "training"}  # what every module has
 
 
-class _Called(nn.Module):
-    """Calls the module that it stands for, gives all else of it, and notes that."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-        self.read: dict[str, None] = {}
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        module = super().__getattr__("module")
-        if name == "module":
-            return module
-        value = getattr(module, name)
-        self.read[name] = None
-        return value
-
-
-def what_else_is_read(model: nn.Module, names: Iterable[str], batches: Batches) -> dict[str, list[str]]:
-    """The attributes, such as weight, that are read of each of these modules while the model runs the first batch:
-    of those of which any is. Where it does not run, those until then. The model is left as it was."""
-    modules = {name: lookup(model, name)[2] for name in names}
-    watched = {name: _Called(module).train(module.training) for name, module in modules.items()}
+def what_else_is_read(
+    model: nn.Module, modules: Mapping[str, nn.Module], batches: Batches
+) -> dict[str, list[str]]:
+    """The attributes, such as weight, that are read of each of these modules, but by their own calls, while the model
+    runs the first batch: by name, of those of which any is. If the model does not run, those until then."""
+    read: dict[str, dict[str, None]] = {name: {} for name in modules}
+    kinds = {name: type(module) for name, module in modules.items()}
     try:
-        for name, module in watched.items():
-            put(model, name, module)
-        with (
-            suppress(Exception),
-            evaluating(model),
-        ):  # of a foreign forward: whoever uses the modules will see it
-            for batch in islice(batches, 1):
+        for name, module in modules.items():
+            module.__class__ = _noting(kinds[name], read[name])
+        # Of a foreign forward: whoever uses the modules will see what it raises.
+        with suppress(Exception), uncompiled(), evaluating(model):
+            for batch in islice(batches, 1 if modules else 0):
                 run(model, to_device(batch, device_of(model)))
     finally:
         for name, module in modules.items():
-            put(model, name, module)
-    return {name: list(one.read) for name, one in watched.items() if one.read}
+            module.__class__ = kinds[name]
+    return {name: list(names) for name, names in read.items() if names}
+
+
+def _noting(kind: type[Any], read: dict[str, None]) -> type[Any]:
+    """A kind of module that is one of `kind`, and notes which attributes are read from outside of its calls."""
+    depth = 0
+
+    def noted(name: str, value: Any) -> Any:
+        if depth == 0 and name not in ANY and not name.startswith("_"):
+            read[name] = None
+        return value
+
+    class Noting(kind):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            nonlocal depth
+            depth += 1
+            try:
+                return super().__call__(*args, **kwargs)
+            finally:
+                depth -= 1
+
+        def __getattribute__(self, name: str) -> Any:
+            return noted(name, super().__getattribute__(name))
+
+        def __getattr__(self, name: str) -> Any:
+            return noted(name, super().__getattr__(name))
+
+    return Noting

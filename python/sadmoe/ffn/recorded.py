@@ -14,7 +14,7 @@ from sadmoe.batches import Batch, device_of, evaluating, run, to_device
 from sadmoe.ffn.linears import linear_shape
 from sadmoe.ffn.probe import Call
 from sadmoe.ffn.sites import Parts
-from sadmoe.hooks import hooks_on
+from sadmoe.hooks import hooks_on, takes_hooks, uncompiled
 
 
 def record_calls(
@@ -35,10 +35,12 @@ def record_calls(
             calls[name] = _again(copy.deepcopy((args, kwargs)))
 
     modules = ((name, model.get_submodule(name)) for name in names)
-    linears = ((name, m) for name, m in model.named_modules() if linear_shape(m) is not None)
+    linears = (
+        (name, m) for name, m in model.named_modules() if takes_hooks(m) and linear_shape(m) is not None
+    )
     hooks = (m.register_forward_pre_hook(partial(see, name), with_kwargs=True) for name, m in modules)
     told = (m.register_forward_pre_hook(lambda *_, name=name: ran.add(name)) for name, m in linears)
-    with hooks_on(chain(hooks, told)), evaluating(model):
+    with uncompiled(), hooks_on(chain(hooks, told)), evaluating(model):
         runner(model, to_device(batch, device_of(model)))
     return calls, ran
 

@@ -118,7 +118,7 @@ def _all_of(
         calls |= recorded
         ran |= run_now
         left = [name for name in left if name not in calls]
-        if not left:
+        if not left and not found.sharing:
             break
     return _scan(model, filter, calls, ran)
 
@@ -128,13 +128,15 @@ class _Found:
     """What a scan found.
 
     by_halves: names of the sites that were proved without what is between and around their two modules.
-    unsure: the modules of which another call would tell more.
+    unsure: the modules of which another call would tell more.   sharing: of these, those with several FFNs that may
+    share an activation.
     """
 
     sites: list[FFNSite] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     by_halves: list[str] = field(default_factory=list)
     unsure: list[str] = field(default_factory=list)
+    sharing: list[str] = field(default_factory=list)
 
 
 def _scan(
@@ -188,6 +190,7 @@ def _look_at(
     sites: list[FFNSite] = []
     refused: list[tuple[Parts, Unsupported]] = []
     by_halves: list[str] = []
+    sharing = False
 
     def wanted(proposal: Proposal) -> bool:
         return filter is None or filter(plain_name(join(name, proposal.parts.at)))
@@ -201,8 +204,10 @@ def _look_at(
                 continue
             try:
                 uses.check(module, name, proposal)
-                beside = [up for up in _beside(proposal, several) if ran is None or join(name, up) in ran]
-                site, whole = _proved(module, name, adapter, proposal, recorded, tuple(beside))
+                beside = _beside(proposal, several)
+                sharing = sharing or bool(beside)
+                running = tuple(up for up in beside if ran is None or join(name, up) in ran)
+                site, whole = _proved(module, name, adapter, proposal, recorded, running)
                 sites.append(site)
                 if wanted(proposal) and not whole:
                     by_halves.append(site.name)
@@ -219,7 +224,8 @@ def _look_at(
         [site for site in sites if filter is None or filter(site.name)],
         [Skipped(name, kind, told)] if told else [],
         by_halves,
-        [name] if by_halves or any(isinstance(why, NotRun) for why in reasons) else [],
+        [name] if (unsure := bool(by_halves) or any(isinstance(why, NotRun) for why in reasons)) else [],
+        [name] if unsure and sharing else [],
     )
 
 
@@ -231,7 +237,7 @@ def _overlap(a: Parts, b: Parts) -> bool:
 def _beside(proposal: Proposal, several: list[Proposal]) -> dict[str, None]:
     """The first linear layers of the other FFNs that the activation of this one may be of as well."""
     parts = proposal.parts
-    others = (p.parts for p in several if p.likely and not _overlap(p.parts, parts))
+    others = (p.parts for p in several if not _overlap(p.parts, parts))
     return dict.fromkeys(
         p.up for p in others if p.activation is not None and p.activation == parts.activation
     )
@@ -293,7 +299,7 @@ class Uses:
             for part in accumulate(path.split("."), join):  # and the modules between
                 owner, child = block.get_submodule(part.rpartition(".")[0]), block.get_submodule(part)
                 if sum(each is child for each in owner._modules.values()) > 1:
-                    raise Unsupported(f"{part} is used several times in its module")
+                    raise Unsupported(f"{part} has several places in its module")
                 others = [n for i, n in self.parents[id(child)].items() if i != id(owner)]
                 if others:
                     raise Unsupported(f"{part} is a child of {', '.join(others)} too")
