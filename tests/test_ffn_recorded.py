@@ -9,8 +9,9 @@ from sadmoe.adapter import load_adapter, save_adapter
 from sadmoe.convert import restore_
 from sadmoe.dial import set_tau
 from sadmoe.ffn import find_ffns
-from tiny_models import call
-from torch import nn
+from sites import assert_same_state, state
+from tiny_models import F_, D, call
+from torch import Tensor, nn
 
 
 class Masked(nn.Module):
@@ -241,3 +242,66 @@ def test_halves_alone_are_told_of_where_no_call_can_be_made_again(caplog):
     assert found(Locked(), lambda block, x: block(x, torch.ones(1), lock)) == ["block.inter"]
     assert "1 FFNs are proved by their two modules alone" in caplog.text
     assert "with the dense one: block.inter" in caplog.text
+
+
+class Branches(nn.Module):
+    """Two FFNs, one for texts and one for images, which share their activation."""
+
+    def __init__(self, in_order: bool) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.act = nn.Linear(D, F_), nn.Linear(F_, D), nn.GELU()
+        for name in ("fc3", "fc4") if in_order else ("fc4", "fc3"):
+            self.register_module(name, nn.Linear(D, F_) if name == "fc3" else nn.Linear(F_, D))
+
+    def forward(self, x: Tensor, image: bool = False) -> Tensor:
+        up, down = (self.fc3, self.fc4) if image else (self.fc1, self.fc2)
+        return x + down(self.act(up(x)))
+
+
+class OfBranches(nn.Module):
+    """kinds: True for images; of each batch the next, or of one batch all."""
+
+    def __init__(self, in_order: bool) -> None:
+        super().__init__()
+        self.block = Branches(in_order)
+
+    def forward(self, x: Tensor, kinds: list[bool]) -> Tensor:
+        for image in kinds:
+            x = self.block(x, image)
+        return x
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+@pytest.mark.parametrize(
+    "batches", [[[False, True]], [[True, False]], [[False], [True]], [[True], [False], [False]]], ids=str
+)
+def test_ffns_that_share_an_activation_and_run_apart_are_refused(batches, in_order):
+    model = OfBranches(in_order)
+    x = torch.randn(2, 3, D)
+    before, modules, wanted = state(model), dict(model.named_modules()), model(x, [True, False])
+    with pytest.raises(NotImplementedError, match=r"its act may be that of fc3 too, which does not run"):
+        find_ffns(model, batches=[{"x": x, "kinds": kinds} for kinds in batches])
+    assert_same_state(before, state(model))
+    assert dict(model.named_modules()) == modules
+    assert torch.equal(model(x, [True, False]), wanted)
+
+
+def test_a_scripted_part_takes_no_hooks_of_calls_that_are_made_again():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act, self.up, self.down = nn.ReLU(), nn.Linear(D, F_), nn.Linear(F_, D)
+
+        def forward(self, x: Tensor, scale: dict[str, Tensor]) -> Tensor:
+            return x + self.down(self.act(self.up(x))) * scale["by"]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scripted = torch.jit.script(nn.Sequential(nn.Linear(D, D)))
+            self.block = Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(self.scripted(x), {"by": torch.ones(())})
+
+    assert [site.name for site in find_ffns(Model(), batches=[torch.randn(2, 3, D)])] == ["block.up"]

@@ -43,48 +43,6 @@ def reason(inner: nn.Module) -> str:
     return str(error.value)
 
 
-class Branches(nn.Module):
-    """Two FFNs, one for texts and one for images, which share their activation."""
-
-    def __init__(self, in_order: bool) -> None:
-        super().__init__()
-        self.fc1, self.fc2, self.act = nn.Linear(D, F_), nn.Linear(F_, D), nn.GELU()
-        for name in ("fc3", "fc4") if in_order else ("fc4", "fc3"):
-            self.register_module(name, nn.Linear(D, F_) if name == "fc3" else nn.Linear(F_, D))
-
-    def forward(self, x: Tensor, image: bool = False) -> Tensor:
-        up, down = (self.fc3, self.fc4) if image else (self.fc1, self.fc2)
-        return x + down(self.act(up(x)))
-
-
-class OfBranches(nn.Module):
-    """kinds: True for images; of each batch the next, or of one batch all."""
-
-    def __init__(self, in_order: bool) -> None:
-        super().__init__()
-        self.block = Branches(in_order)
-
-    def forward(self, x: Tensor, kinds: list[bool]) -> Tensor:
-        for image in kinds:
-            x = self.block(x, image)
-        return x
-
-
-@pytest.mark.parametrize("in_order", [False, True])
-@pytest.mark.parametrize(
-    "batches", [[[False, True]], [[True, False]], [[False], [True]], [[True], [False], [False]]], ids=str
-)
-def test_ffns_that_share_an_activation_and_run_apart_are_refused(batches, in_order):
-    model = OfBranches(in_order)
-    x = torch.randn(2, 3, D)
-    before, modules, wanted = state(model), dict(model.named_modules()), model(x, [True, False])
-    with pytest.raises(NotImplementedError, match=r"its act may be that of fc3 too, which does not run"):
-        find_ffns(model, batches=[{"x": x, "kinds": kinds} for kinds in batches])
-    assert_same_state(before, state(model))
-    assert dict(model.named_modules()) == modules
-    assert torch.equal(model(x, [True, False]), wanted)
-
-
 def test_linear_layers_that_run_several_times_are_refused():
     ffn = [nn.Linear(D, F_), nn.ReLU(), nn.Linear(F_, D)]
     model = nn.Sequential(nn.Sequential(*ffn * 3), nn.Linear(D, 2))
@@ -425,27 +383,6 @@ def test_a_scripted_ffn_leaves_the_others_to_be_found():
         NotImplementedError, match=r"it is scripted; convert the module that torch\.jit\.script"
     ):
         find_ffns(nn.Sequential(scripted))
-
-
-def test_a_scripted_part_takes_no_hooks_of_calls_that_are_made_again():
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.act, self.up, self.down = nn.ReLU(), nn.Linear(D, F_), nn.Linear(F_, D)
-
-        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
-            return x + self.down(self.act(self.up(x))) * scale
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scripted = torch.jit.script(nn.Sequential(nn.Linear(D, D)))
-            self.block = Block()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.block(self.scripted(x), torch.ones(()))
-
-    assert [site.name for site in find_ffns(Model(), batches=[torch.randn(2, 3, D)])] == ["block.up"]
 
 
 def test_convolutions_are_no_mixture_of_experts():
