@@ -27,7 +27,7 @@
 namespace sadmoe {
 
 enum class DType { f32, bf16, f16, i8 };  // i8: weights of experts, beside scales
-enum class Activation { none, relu, gelu, gelu_tanh, silu, quick_gelu, relu2, abs };
+enum class Activation { relu, gelu, gelu_tanh, silu, quick_gelu, relu2, abs };
 
 // A read-only matrix or vector of any dtype; data is null where the argument is absent, or empty.
 struct View {

@@ -183,6 +183,7 @@ def test_the_same_seed_gives_the_same_bits_and_the_global_one_is_left_alone():
     b = state(replaced("llama", ProjectionConfig(steps=2, start="random")))
     assert same(a, b)
     assert torch.equal(torch.rand(3), expected)
+    assert not same(a, state(replaced("llama", ProjectionConfig(steps=2, start="random", seed=1))))
 
 
 def test_a_random_start_goes_on_for_its_own_projections_alone(tmp_path):

@@ -3,8 +3,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from converted import converted
-from sadmoe import calibrate
 from sadmoe.calibrate import calibrate_
+from sadmoe.calibrate_layers import calibrate_layers_
 from sadmoe.cost import cost
 from sadmoe.dial import converted_layers, set_tau, tau
 from sadmoe.gates import DynamicK, TopK
@@ -12,6 +12,7 @@ from sadmoe.routers import RouterConfig, fit_routers_
 from text_losses import distance, drift, text_batches
 from tiny_models import TINY, call
 from torch import nn
+from torch.utils.data import DataLoader
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +267,30 @@ def test_a_dense_model_and_a_one_shot_iterator_are_refused(model, batches):
         calibrate_(model, iter(batches), budget=0.5)
 
 
-def test_the_dial_can_be_set_from_here(model):
-    calibrate.set_tau(model, 0.5)
-    assert gates(model) == [DynamicK(0.5)] * 2
-    set_tau(model, 0.0)
+@pytest.mark.parametrize("search", [calibrate_, calibrate_layers_])
+def test_every_pass_is_over_the_same_data_whatever_was_drawn_before(model, batches, search):
+    """Of a loader that shuffles, and leaves some out."""
+    rows = [
+        {key: t[i] for key, t in batch.items()} for batch in batches for i in range(len(batch["input_ids"]))
+    ]
+    loader = DataLoader(rows, batch_size=5, shuffle=True, drop_last=True)
+    assert len(rows) % 5
+    found, passes = [], []
+
+    def loss(model, batch):
+        if passes:
+            passes[-1].append(batch["input_ids"].sum().item())
+        return distance(model, batch)
+
+    class Counted:
+        def __iter__(self):
+            passes.append([])
+            return iter(loader)
+
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        found.append(search(model, Counted(), budget=0.7, loss=loss))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert found[0] == found[1]
+    assert len({tuple(dict.fromkeys(one)) for one in passes if one}) == 1

@@ -61,6 +61,13 @@ def test_of_compiled_parts_the_parts_are_saved(write, read, tmp_path):
     assert torch.equal(call(fresh, batch), call(converted("bert"), batch))
 
 
+def test_of_a_parallel_model_the_model_inside_is_saved(tmp_path):
+    model, fresh, batch = converted("bert"), TINY["bert"].model(), TINY["bert"].batch()
+    save(nn.DataParallel(model, device_ids=[]), tmp_path / "m.safetensors")
+    load(fresh, tmp_path / "m.safetensors")
+    assert torch.equal(call(fresh, batch), call(model, batch))
+
+
 def test_a_compiled_part_is_loaded_too(tmp_path):
     model, fresh = (nn.Sequential(TINY["user glu"].build(), nn.Linear(24, 3)).eval() for _ in range(2))
     convert_(

@@ -225,6 +225,22 @@ def test_experts_inside_an_adapter_are_neither_rounded_nor_restored():
     sadmoe.quantize_experts_(adapted.merge_and_unload())
 
 
+def test_routers_learn_no_norms_of_experts_without_their_adapter(tmp_path):
+    adapted = lora(converted("llama"), target_parameters=["mlp.w_up", "mlp.w_down"])
+    steps = {
+        "fit": lambda: sadmoe.fit_routers_(adapted, [tokens()]),
+        "loss": lambda: sadmoe.RouterLoss(adapted),
+        "save": lambda: sadmoe.save(adapted, tmp_path / "m.safetensors"),  # which no dense model could load
+    }
+    for step in steps.values():
+        with pytest.raises(ValueError, match=r"mlp.* is inside a ParamWrapper, .*: merge the adapter first"):
+            step()
+    assert list(tmp_path.iterdir()) == []
+    merged = adapted.merge_and_unload()
+    sadmoe.fit_routers_(merged, [tokens()], sadmoe.RouterConfig(width=16, steps=1))
+    sadmoe.save(merged, tmp_path / "m.safetensors")
+
+
 def test_lora_on_the_experts_trains():
     model = converted("llama")
     sadmoe.set_tau(model, 0.2)

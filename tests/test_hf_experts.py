@@ -15,6 +15,7 @@ from versions import transformers_before
 transformers = pytest.importorskip("transformers")
 
 from sadmoe.flops import count_flops
+from sadmoe.hf import experts
 from sadmoe.hf.experts import OLDEST, experts_forward, set_experts_tau
 from transformers.integrations.moe import use_experts_implementation
 
@@ -204,6 +205,29 @@ def test_the_way_back_and_forth(tmp_path):
     ours.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path, experts_implementation="sadmoe").eval()
     torch.testing.assert_close(logits(again), logits(model))
+
+
+@runs_others
+def test_copies_of_the_weights_are_let_go_when_asked_and_in_training():
+    model = on_sadmoe(stock("mixtral"))
+    wanted = logits(model)
+    layers = [m for m in model.modules() if m in experts._kept]
+    assert len(layers) == 2
+    model.set_experts_implementation("eager")
+    experts.release_experts(model)
+    assert not any(m in experts._kept for m in layers)
+    model.set_experts_implementation("sadmoe")
+    assert torch.equal(logits(model), wanted)
+    model(**tokens()).logits.sum().backward()
+    assert not any(m in experts._kept for m in layers)
+
+
+@runs_others
+def test_tau_finds_a_model_inside_a_module_of_one_s_own():
+    inside = stock("mixtral")
+    wanted = logits(on_sadmoe(copy.deepcopy(inside), 1.0))
+    set_experts_tau(nn.ModuleDict({"model": inside}), 1.0)
+    assert torch.equal(logits(inside), wanted)
 
 
 def test_another_activation_is_noticed():

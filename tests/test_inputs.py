@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sadmoe.ffn import find_ffns
-from sadmoe.inputs import collect_inputs, stream_inputs
+from sadmoe.inputs import collect_inputs, held_out_and_batches, stream_inputs
 from tiny_models import TINY, call
 from torch import nn
 
@@ -155,3 +155,15 @@ def test_a_padded_torch_encoder_gives_its_tokens():
     assert {len(rows) for rows in inputs.values()} == {
         int((~padding).sum())
     }  # torch drops the padding itself
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "lengths"), [(1140, 1024, [1026]), (1140, 500, [513, 513]), (20, 7, [6, 6, 6])]
+)
+def test_batches_are_of_one_length_so_that_every_token_counts_alike(rows, size, lengths):
+    x = torch.arange(rows)
+    test, batches = held_out_and_batches("a layer", {"x": x, "y": -x}, size)
+    assert len(test["x"]) == rows // 10
+    assert [len(batch["x"]) for batch in batches] == lengths
+    assert torch.equal(torch.cat([test["x"], *(batch["x"] for batch in batches)]), x)
+    assert all(torch.equal(batch["x"], -batch["y"]) for batch in (test, *batches))

@@ -165,12 +165,36 @@ def test_the_error_is_bounded_by_the_skipped_norms():
     layer = make_layer(act="relu", bias=("b_up", "b_out"))
     x = tokens(200, 20)
     dense, norms = layer(x), layer.expert_norms(x)
-    for tau in (0.1, 0.4, 0.9):
-        layer.gate = DynamicK(tau, true_norms=True)
+    for gate in (DynamicK(tau, true_norms=true) for tau in (0.1, 0.4, 0.9) for true in (True, False)):
+        layer.gate = gate
         mask = layer.mask(x)
+        assert 0 < mask.float().mean() < 1
         error = (layer(x) - dense).norm(dim=1)
+        assert error.max() > 0.01
         assert (error <= norms.masked_fill(mask, 0).sum(1) + 1e-5).all()
-        assert (error <= (6 - mask.sum(1)) * tau * norms.amax(1) + 1e-5).all()
+        if gate.true_norms:
+            assert torch.equal(mask, ops.dynamic_k_select(norms, gate.tau))
+            assert (error <= (6 - mask.sum(1)) * gate.tau * norms.amax(1) + 1e-5).all()
+
+
+@pytest.mark.parametrize("act", sorted(reference.ACTIVATIONS))
+@pytest.mark.parametrize("bias", [(), ("b_up", "b_gate", "b_out")])
+@pytest.mark.parametrize("gated", [True, False])
+def test_experts_in_float64_sum_up_to_the_dense_ffn(gated, bias, act):
+    layer = make_layer(act=act, gated=gated, bias=tuple(b for b in bias if gated or b != "b_gate")).double()
+    x = tokens(9, 20).double()
+    *weights, b_out = (None if w is None else w.detach() for w in layer.expert_weights())
+    parts = [
+        reference.sparse_experts(x, torch.eye(6, dtype=torch.bool)[e].expand(9, 6), *weights, act=act)
+        for e in range(6)
+    ]
+    w_up, w_down, b_up, w_gate, b_gate = (None if w is None else w.flatten(0, 1) for w in weights)
+    up = torch.nn.functional.linear(x, w_up, b_up)
+    hidden = reference.ACTIVATIONS[act](up)
+    if gated:
+        hidden = reference.ACTIVATIONS[act](torch.nn.functional.linear(x, w_gate, b_gate)) * up
+    out = 0.0 if b_out is None else b_out
+    torch.testing.assert_close(sum(parts) + out, hidden @ w_down + out, rtol=0, atol=1e-10)
 
 
 def test_no_tokens_give_gradients_of_zero():

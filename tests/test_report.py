@@ -203,6 +203,17 @@ def test_the_error_is_of_the_real_tokens_of_all_batches_together():
     assert point.error == pytest.approx((wrong / size) ** 0.5, rel=1e-4)
 
 
+def test_nothing_is_held_to_outputs_that_are_drawn():
+    model, batch = converted("bert"), TINY["bert"].batch()
+    model.register_forward_hook(lambda m, args, output: torch.randn_like(output.last_hidden_state))
+    with pytest.raises(
+        ValueError, match="BertModel gives other outputs when it runs on the same batch again"
+    ):
+        evaluate(model, [batch], [0.3])
+    with pytest.raises(ValueError, match="model gives other outputs when it runs on the same batch again"):
+        sadmoe.calibrate_layers_(model, [batch], budget=0.9)
+
+
 @pytest.mark.parametrize("ruled_out", [torch.finfo(torch.float32).min, float("-inf")])
 def test_logits_that_a_model_rules_out_are_no_perfect_fidelity(ruled_out):
     model, batch = converted("bert"), TINY["bert"].batch()

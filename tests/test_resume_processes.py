@@ -105,7 +105,7 @@ def test_accumulation_is_one_large_batch():
     both = {key: torch.cat([batch[key] for batch in batches(2)]) for key in batches()[0]}
     models = [copy.deepcopy(dense) for _ in range(2)]
     for model, data, accumulate in zip(models, (batches(2), [both]), (2, 1), strict=True):
-        config = SparsifyConfig(steps=3, objective="task", lr=1e-3, accumulate=accumulate, alpha=0.0)
+        config = SparsifyConfig(steps=3, objective="task", lr=1e-3, accumulate=accumulate, alpha=1.0)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0

@@ -128,6 +128,35 @@ def test_training_changes_the_router_and_nothing_else():
     assert layer.training
 
 
+def test_fitting_all_routers_changes_them_alone():
+    model, batch = converted("bert"), TINY["bert"].batch()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fit_routers_(model, [batch], RouterConfig(width=16, steps=2))
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if name.endswith((".router.v1", ".router.v2"))}
+
+
+def test_the_seed_picks_the_tokens_of_all_routers_too(monkeypatch):
+    model, batches, taken = converted("bert"), [TINY["bert"].batch()], []
+    fit = routers.fit_router_
+    monkeypatch.setattr(
+        routers, "fit_router_", lambda layer, x, *a, **k: taken.append(x) or fit(layer, x, *a, **k)
+    )
+    for seed in (0, 0, 1):
+        fit_routers_(model, batches, RouterConfig(width=16, steps=1, seed=seed), max_tokens=5)
+    first, again, other = (taken[i * len(taken) // 3] for i in range(3))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_scores_of_zero_run_every_expert_in_the_report_too():
+    scores = torch.tensor([[4.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    norms = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    runs = routers.REPORTED_SHARE * scores.numel()
+    assert runs == 2  # of the five that a tau near 1 runs
+    assert routers._captured(scores, norms) == pytest.approx(2 / 5)
+
+
 def test_a_fit_that_is_interrupted_leaves_the_router_as_it_was(monkeypatch):
     layer = layer_of()
     before = [v.clone() for v in layer.router.parameters()]

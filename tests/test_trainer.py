@@ -110,6 +110,23 @@ class Fails(transformers.TrainerCallback):
         raise RuntimeError("the disk is full")
 
 
+def test_a_compiled_model_is_refused_before_its_activations_are_swapped(tmp_path):
+    model = model_of("bert classifier")
+    before = [(type(m), m.training) for m in model.modules()], model.config.hidden_act
+    model.compile()
+    arguments = transformers.TrainingArguments(
+        tmp_path, max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True
+    )
+    callbacks = [SparsityCallback()]
+    trainer = transformers.Trainer(model, arguments, train_dataset=Rows(8, causal=False), callbacks=callbacks)
+    with pytest.raises(ValueError, match="compiled"):
+        trainer.train()
+    assert ([type(m) for m in model.modules()], model.config.hidden_act) == (
+        [t for t, _ in before[0]],
+        before[1],
+    )
+
+
 def test_a_run_that_failed_adds_nothing_to_the_loss_of_later_calls(tmp_path):
     callback, model = SparsityCallback(alpha=1e3), model_of("bert classifier")
     arguments = transformers.TrainingArguments(
@@ -378,6 +395,16 @@ def test_routers_beside_experts_take_the_step_of_a_plain_loop(tmp_path):
         torch.testing.assert_close(q, expected, rtol=1e-4, atol=1e-6, msg=name)
         moved |= {name.rpartition(".")[2]} if p.grad is not None and p.grad.any() else set()
     assert moved >= {"v1", "v2", "w_up", "w_down"}
+
+
+def test_a_router_callback_of_a_second_trainer_leaves_what_asked_for_gradients(tmp_path):
+    model, callback = routed_model(), RouterCallback()
+    asked = [p.requires_grad for p in model.parameters()]
+    for _ in range(2):
+        routed(tmp_path, [callback], model)
+        assert sum(p.requires_grad for p in model.parameters()) == 4  # of two routers
+    callback.stop()
+    assert [p.requires_grad for p in model.parameters()] == asked
 
 
 def test_a_router_callback_that_comes_too_late_is_refused(tmp_path):

@@ -22,7 +22,7 @@ constexpr DType kDtypes[] = {DType::f32, DType::bf16, DType::f16};
 constexpr const char* kDtypeNames[] = {"float32", "bfloat16", "float16"};
 constexpr Activation kActivations[] = {Activation::relu, Activation::gelu,       Activation::gelu_tanh,
                                        Activation::silu, Activation::quick_gelu, Activation::relu2};
-constexpr const char* kActivationNames[] = {"none", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu", "relu2", "abs"};
+constexpr const char* kActivationNames[] = {"relu", "gelu", "gelu_tanh", "silu", "quick_gelu", "relu2", "abs"};
 
 Numbers numbers(int64_t n, DType dtype) {
   std::mt19937 random(1);

@@ -2,9 +2,9 @@
 
 Of each method the setting of fewest FLOPs that keeps 99 or 98 % of the dense metric on data beside the tests ("picked
 on: apart"; in earlier files on the tests themselves), and what it keeps on the tests. FLOPs saved: of the whole model /
-of the converted layers. --short: the table of README, a line a run, at the first share of the dense metric: FLOPs of
-the whole model saved, and times faster where that was timed, by the best size of experts; what the tests keep, where
-the setting was picked apart.
+of the converted layers. --short: the first table of tasks.md, a line a run, at the first share of the dense metric:
+FLOPs of the whole model saved, and times faster where that was timed, by the best size of experts; what the tests keep,
+where the setting was picked apart.
 
 python bench/recipes/summary.py [--short] [bench/results/w1-cpu.json ...]
 """

@@ -48,6 +48,16 @@ struct ShapeOf {
   }
 };
 
+struct StridesOf {
+  const Tensor& tensor;
+
+  friend std::ostream& operator<<(std::ostream& to, StridesOf strides) {
+    to << "[";
+    for (int64_t i = 0; i < strides.tensor.dim(); ++i) to << (i ? ", " : "") << strides.tensor.stride(i);
+    return to << "]";
+  }
+};
+
 // Nothing for a dtype that torch's stable ABI has no name for.
 inline std::optional<ScalarType> scalar_type_of(const Tensor& t) {
   try {
@@ -75,7 +85,7 @@ inline void check_shape(const char* op, const char* name, const Tensor& t, std::
   if (same) return;
   std::ostringstream expected;
   for (const int64_t n : want) expected << (expected.tellp() ? ", " : "") << n;
-  check(false, op, name, " must be ", letters, " = [", expected.str(), "], got ", ShapeOf{t});
+  fail(op, name, " must be ", letters, " = [", expected.str(), "], got ", ShapeOf{t});
 }
 
 inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
@@ -93,8 +103,7 @@ inline Activation activation_of(const char* op, const std::string& act) {
   if (act == "silu") return Activation::silu;
   if (act == "quick_gelu") return Activation::quick_gelu;
   if (act == "relu2") return Activation::relu2;
-  check(false, op, "act must be one of relu, gelu, gelu_tanh, silu, quick_gelu, relu2, got '", act, "'");
-  return Activation::none;
+  fail(op, "act must be one of relu, gelu, gelu_tanh, silu, quick_gelu, relu2, got '", act, "'");
 }
 
 // A string argument, which is ours to free, first thing of all: what torch before 2.14 makes of one itself is never freed.
@@ -171,7 +180,6 @@ class Arguments {
     kept_.push_back({name, packed ? t : as_contiguous(t)});
     return {kept_.back().tensor.const_data_ptr(), dtype};
   }
-  View add(const char* name, const MaybeTensor& t) { return t ? add(name, *t) : View{}; }
 
   // The same, of x's dtype, or that of another.
   View add_like(const char* name, const Tensor& t, const Tensor& x, const char* name_of_x = "x", bool packed = false) {
@@ -257,7 +265,7 @@ inline MaskedActivation check_masked_activation(Arguments& keep, const Tensor& u
                                                 double tau, const std::string& act) {
   const char* op = keep.op();
   check(up.dim() == 2 && up.size(1) >= 1, op, "up must be [T, E s] with E s >= 1, got ", ShapeOf{up});
-  check(up.is_contiguous(), op, "up must be contiguous: it is written in place");
+  check(up.is_contiguous(), op, "up must be contiguous, as it is written in place; got strides ", StridesOf{up});
   const int64_t T = up.size(0), neurons = up.size(1);
   if (gate) check_shape(op, "gate", *gate, {T, neurons}, "[T, E s]");
   const bool fits = choice.dim() == 2 && choice.size(0) == T && choice.size(1) >= 1 && neurons % choice.size(1) == 0;

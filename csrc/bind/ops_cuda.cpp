@@ -96,7 +96,7 @@ void masked_activation(Tensor up, const MaybeTensor& gate, const Tensor& choice,
 void check_size(const char* op, const Tensor& w_down) {
   constexpr int64_t kGiB = 1 << 30;
   const int64_t bytes = w_down.numel() * static_cast<int64_t>(w_down.element_size());
-  check(bytes < 64 * kGiB, op, "w_down must be under 64 GiB on CUDA, got ", bytes / kGiB);
+  check(bytes < 64 * kGiB, op, "w_down must be under 64 GiB on CUDA, got ", (bytes + kGiB - 1) / kGiB, " GiB");
 }
 
 Tensor sparse_experts(const Tensor& x, const Tensor& mask, const Tensor& w_up, const Tensor& w_down, const MaybeTensor& b_up,

@@ -108,8 +108,6 @@ void activate_with(const Activate& p, Act act) {
 template <class Vec>
 void activate(const Activate& p) {
   switch (p.act) {
-    case Activation::none:
-      return activate_with<Vec>(p, [](Vec x) { return x; });
     case Activation::abs:
       return activate_with<Vec>(p, [](Vec x) { return abs(x); });
     case Activation::relu:

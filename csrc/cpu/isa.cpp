@@ -3,13 +3,11 @@
 #include <atomic>
 
 #if defined(__linux__)
+#include <sys/syscall.h>
 #include <unistd.h>
 #endif
 #if defined(__x86_64__)
 #include <cpuid.h>
-#if defined(__linux__)
-#include <sys/syscall.h>
-#endif
 #endif
 
 namespace sadmoe::cpu {

@@ -57,7 +57,7 @@ struct Accumulate {
   const void* next = nullptr;    // the w of the next call, of about the same shape, to be fetched meanwhile; or null
   const float* steps = nullptr;  // of the rows of quantized h
   int64_t turn = 16;             // of float32 h: neurons at once, where there are more columns and three rows or more
-  int64_t mean_rows = 16;        // of this call and those that come next
+  int64_t mean_rows = 16;        // of this call and those that come next: few take turns that stay in the first-level cache
 };
 
 // The rule of plan.h on one row. One of all zeros selects every expert.

@@ -239,8 +239,7 @@ class Block {
       return at(w, p_.packed ? j / s_.s * s_.s * s_.d + j % s_.s : j * s_.d).data;
     };
     const auto project = [&](View w, float* out, const void* then) {
-      project_({n, m, s_.d, s_.s, x_rows(), plan_.rows_of(e), neuron(w, first), out,
-                form_ == Form::ints ? int_x_.steps() : nullptr, then, s_.s});
+      project_({n, m, s_.d, s_.s, x_rows(), plan_.rows_of(e), neuron(w, first), out, int_x_.steps(), then, s_.s});
     };
     for (const AsFloat* scales : {&scale_, &gate_scale_, &out_scale_}) fetch(scales->from(first), m);
     project(p_.w_up, h, gate ? neuron(p_.w_gate, first) : neuron(p_.w_up, next));
@@ -288,9 +287,9 @@ class Block {
   int64_t ld_h_;
   BlockPlan plan_;
   ChainEnds chain_ends_;
-  Floats h_{0};  // of the one that form_ says
+  Floats h_;  // of the one that form_ says
   IntRows int_x_, int_h_;
-  Buffer<bf16> half_h_{0};
+  Buffer<bf16> half_h_;
 };
 
 bool in_bf16(View x, const Router& router) { return x.dtype == DType::bf16 && router.v1.dtype == DType::bf16; }

@@ -50,10 +50,8 @@ SADMOE_DEVICE void with_activation(Activation act, Body body) {
       return body([](float v) { return bounded(v) / (1 + exp(-1.702f * v)); });
     case Activation::relu2:
       return body([](float v) { return v < 0 ? 0 : v * v; });
-    case Activation::abs:
+    default:  // abs
       return body([](float v) { return v < 0 ? -v : v; });
-    default:
-      return body([](float v) { return v; });
   }
 }
 

@@ -33,6 +33,7 @@ from sadmoe.ffn.reads import what_else_is_read
 from sadmoe.ffn.scan import Uses
 from sadmoe.ffn.sites import Parts
 from sadmoe.files import checksum
+from sadmoe.gradients import without_autocast
 from sadmoe.inputs import Place, held_out_and_batches, stream_inputs
 from sadmoe.reference import ACTIVATIONS
 from sadmoe.sparsify import SparsityLoss
@@ -60,7 +61,7 @@ class ProjectionConfig:
         positive and once for its negative part; or "random", torch's own, as in the paper. Eight projections of MiniLM,
         1000 steps, alpha 0.2: the first ended with a mean error of 0.032 and 33 % zeros, the second 0.042 and 16 %.
     steps: updates of each MLP.
-    batch_tokens: tokens in each update.
+    batch_tokens: tokens in each update, about.
     lr: AdamW's at the end of its warm-up, then down to 0.
     alpha: weight of the sparsity term per width (see `SparsityLoss`), rising linearly from 0.
     max_tokens: inputs of a projection to train on, of which a tenth is held out.
@@ -250,7 +251,8 @@ def replace_projections_(
     built: dict[str, tuple[ProjectionMLP, ProjectionFit]] = {}
     with seeded(model, config.seed):
         for name, rows in tqdm(stream, "projections", len(sites), disable=not progress):
-            built[name] = _distilled(by_name[name], rows, config, checkpoint)
+            with without_autocast(rows.device):
+                built[name] = _distilled(by_name[name], rows, config, checkpoint)
             logger.info("%s", built[name][1])
     never = [site.name for site in sites if site.name not in built]
     told = f"{', '.join(shortened(never, 5))}: never called on these batches (a parent may read their weights itself)"

@@ -22,6 +22,7 @@ from sadmoe.hooks import uncompiled
 Batch = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
 Batches = Iterable[Batch]
 SPAN = ("start_logits", "end_logits")  # [B, T] each, of a model that answers with a part of the text
+REPEATS = 0.01  # relative error of outputs up to which two runs are the same
 IGNORED = -100  # label of a token that counts in no loss
 WRAPPERS = (
     "_orig_mod",
@@ -51,6 +52,20 @@ def run(model: nn.Module, batch: Batch) -> Any:
             f"a {type(model).__name__} cannot be called with the batch, {_said(batch)}: {error}. A batch is what the "
             "model is called with, without labels that it does not take"
         ) from error
+
+
+def check_repeats(once: Iterable[Tensor], again: Iterable[Tensor], whose: str) -> None:
+    """Raises ValueError where what two runs on the same batch gave differs by more than rounding."""
+    one, other = list(once), list(again)
+    same = len(one) == len(other) and all(
+        a.shape == b.shape and not (a.float() - b.float()).norm() > REPEATS * a.float().norm()
+        for a, b in zip(one, other, strict=True)
+    )
+    if not same:
+        raise ValueError(
+            f"{whose} gives other outputs when it runs on the same batch again, so that nothing can be held to them: "
+            "it draws random numbers in evaluation, too. Put what it draws into the batches (ViTMAE: noise)"
+        )
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

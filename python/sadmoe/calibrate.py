@@ -13,10 +13,12 @@ from sadmoe.checks import check_number
 from sadmoe.cost import CostReport, cost_of_masks, cost_of_shares
 from sadmoe.dial import Filter, Taus, converted_layers, set_tau, tau
 from sadmoe.masks import record_masks
+from sadmoe.training.guards import seeded
 from sadmoe.training.objective import Loss
 
 SMALLEST_TAU = 1e-6  # the working points of the paper lie between 1e-3 and 0.1
 EVALUATIONS = 12  # of the model on the batches, at most: by halves, leaves tau known to 1 %
+SEED = 0  # of the order in which a DataLoader shuffles, the same in every pass
 TOLERANCE = 0.002  # a cost this close under the budget, as a share of the dense cost, ends the search
 
 
@@ -172,7 +174,11 @@ class TauSearch:
     def at(self, value: float) -> Calibration:
         """Runs the batches with that tau; the gates come back."""
         device, samples, losses = device_of(self.model), 0, []
-        with tau(self.model, self.taus(value), filter=self.filter), evaluating(self.model):
+        with (
+            seeded(self.model, SEED),  # a DataLoader gives all passes the same
+            tau(self.model, self.taus(value), filter=self.filter),
+            evaluating(self.model),
+        ):
             with record_masks(self.model, skip_padding=self.skip_padding, same_gates=True) as record:
                 for batch in self.batches:
                     batch = to_device(batch, device)

@@ -18,14 +18,16 @@ from sadmoe.batches import (
     Batches,
     answer,
     check_batches,
+    check_repeats,
     device_of,
     evaluating,
     length,
     to_device,
 )
-from sadmoe.calibrate import BudgetError, Calibration, TauSearch, check_budget
+from sadmoe.calibrate import SEED, BudgetError, Calibration, TauSearch, check_budget
 from sadmoe.cost import CostReport
 from sadmoe.dial import converted_layers, set_tau, tau
+from sadmoe.training.guards import seeded
 from sadmoe.training.objective import Loss
 
 FACTORS = (0.0, 0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0)  # of the one tau, that a layer may get; 0 makes it dense
@@ -113,8 +115,12 @@ class Drift:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         if self.of is None or self.of[0] is not batch:
+            first = self.of is None
             with tau(model, 0.0):
                 self.of = batch, answer(model, batch, skip_padding=self.skip_padding)
+                if first:
+                    again = answer(model, batch, skip_padding=self.skip_padding)
+                    check_repeats([self.of[1]], [again], "model")
         wanted = self.of[1]
         wrong = answer(model, batch, skip_padding=self.skip_padding) - wanted
         size = wanted.square().sum()
@@ -150,14 +156,21 @@ def _alone(
     names = [layer.name for layer in one.cost.layers]
     same = dict.fromkeys(names, 1.0)
     found = defaultdict[tuple[str, float], list[float]](list)
-    with evaluating(model):
-        for batch in tqdm(batches, "each layer alone", length(batches), disable=not progress):
+    with (
+        seeded(
+            model, SEED
+        ),  # the batches of the other passes: no bar goes over them, which would begin them twice
+        evaluating(model),
+        tqdm(desc="each layer alone", total=length(batches), disable=not progress) as bar,
+    ):
+        for batch in batches:
             batch = to_device(batch, device_of(model))
             for name, factor in product(names, tried):
                 if factor == 1.0:
                     continue
                 with tau(model, _taus({**same, name: factor}, one.tau)):
                     found[name, factor].append(float(loss(model, batch)))
+            bar.update()
     means = {option: fmean(losses) for option, losses in found.items()}
     means |= {(name, 1.0): one.loss or 0.0 for name in names}
     return {option: mean if math.isfinite(mean) else math.inf for option, mean in means.items()}

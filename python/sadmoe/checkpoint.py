@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from sadmoe import files
 from sadmoe.batches import plain_name, unwrapped
 from sadmoe.describe import describe_all, match_activations, rebuild
+from sadmoe.dial import check_no_adapters
+from sadmoe.ffn import moe_layers
 from sadmoe.undo import surgery
 
 FORMAT = 1
@@ -36,15 +38,18 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
 
     Written beside `path` and then renamed, so that `path` is never half a file. It holds every parameter and
     buffer, routers and gates with their tau; not the model's class, for which `load` takes a dense model. Of what
-    torch.compile returned, the model that it was given is saved.
-    Raises ValueError where nothing is converted, FileExistsError where path is there and overwrite is False,
-    FileNotFoundError where its folder is not.
+    torch.compile returned, and of torch's DataParallel and DistributedDataParallel, the model inside is saved.
+    Raises ValueError where nothing is converted or a layer is inside an adapter, FileExistsError where path is there
+    and overwrite is False, FileNotFoundError where its folder is not.
     """
     path = Path(path)
-    model = unwrapped(model)
+    while isinstance(inner := unwrapped(model), nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = inner.module
+    model = inner
     layers = describe_all(model)
     if not layers:
         raise ValueError(f"nothing to save: no FFN of this {type(model).__name__} is converted, see convert_")
+    check_no_adapters(model, moe_layers(model))  # no dense model could be loaded from it
     files.check_new(path, overwrite)
     tensors, aliases = _stored(_everything(model))
     crc = {name: files.crc32(tensor) for name, tensor in tensors.items()}

@@ -44,15 +44,21 @@ def trainable_layers(model: nn.Module) -> dict[str, DynamicKMoE]:
     return layers
 
 
-def check_own_weights(model: nn.Module, layers: Mapping[str, DynamicKMoE]) -> None:
-    """Raises ValueError where weights of a layer are not just its own: changed by an adapter around it, or sharded."""
+def check_no_adapters(model: nn.Module, layers: Mapping[str, DynamicKMoE]) -> None:
+    """Raises ValueError where a layer is inside an adapter, without which its weights are not those that run."""
     wrapped = {id(getattr(m, "base_layer", None)): type(m).__name__ for m in model.modules()}
     for name, layer in layers.items():
-        if id(layer) in wrapped:
+        if kind := wrapped.get(id(layer)):
             raise ValueError(
-                f"{name} is inside a {wrapped[id(layer)]}, which changes its weights at every call: merge the adapter "
+                f"{name} is inside a {kind}, which changes its weights at every call: merge the adapter "
                 "first (peft: merge_and_unload), or take it off"
             )
+
+
+def check_own_weights(model: nn.Module, layers: Mapping[str, DynamicKMoE]) -> None:
+    """Raises ValueError where weights of a layer are not just its own: changed by an adapter around it, or sharded."""
+    check_no_adapters(model, layers)
+    for name, layer in layers.items():
         for key, p in layer.named_parameters(recurse=False):
             if p.is_meta:
                 raise ValueError(

@@ -12,7 +12,17 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sadmoe.batches import Batch, Batches, answer, check_batches, device_of, evaluating, run, to_device
+from sadmoe.batches import (
+    Batch,
+    Batches,
+    answer,
+    check_batches,
+    check_repeats,
+    device_of,
+    evaluating,
+    run,
+    to_device,
+)
 from sadmoe.cost import cost
 from sadmoe.dial import converted_layers, tau
 from sadmoe.ffn import moe_layers
@@ -131,6 +141,8 @@ def _errors(base: _Variant, variants: Sequence[_Variant], batches: Batches, prog
     size, wrong = 0.0, [0.0] * len(variants)
     for batch in tqdm(batches, "errors", disable=not progress):
         wanted = base.answer(batch)
+        if size == 0:
+            check_repeats([wanted], [base.answer(batch)], type(base.model).__name__)
         size += wanted.square().sum().item()
         for i, variant in enumerate(variants):
             found = variant.answer(batch)

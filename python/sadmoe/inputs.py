@@ -110,14 +110,16 @@ def stream_inputs(
 def held_out_and_batches(
     name: str, whole: dict[str, Tensor], batch_tokens: int
 ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-    """Tensors of equal length as the first tenth of their rows, and the rest in batches of batch_tokens. Raises
-    ValueError, by that name, where there is no row to hold out beside one."""
+    """Tensors of equal length as the first tenth of their rows, and the rest in batches of about batch_tokens, all of
+    the same length, give or take one, so that every token counts alike. Raises ValueError, by that name, where there is
+    no row to hold out beside one."""
     rows = len(next(iter(whole.values())))
     if rows < 2:
         raise ValueError(f"{name} needs at least 2 tokens, one to hold out, got {rows}: pass more batches")
     held_out = max(1, rows // 10)
     test = {key: value[:held_out] for key, value in whole.items()}
-    chunks = zip(*(value[held_out:].split(batch_tokens) for value in whole.values()), strict=True)
+    parts = max(1, round((rows - held_out) / batch_tokens))
+    chunks = zip(*(value[held_out:].tensor_split(parts) for value in whole.values()), strict=True)
     return test, [dict(zip(whole, chunk, strict=True)) for chunk in chunks]
 
 

@@ -17,6 +17,7 @@ from sadmoe.checks import check_config
 from sadmoe.dial import trainable_layers
 from sadmoe.ffn import DenseFFN, FFNSite, find_ffns
 from sadmoe.finetune import ExpertPenalty, FinetuneConfig, trains
+from sadmoe.gradients import without_autocast
 from sadmoe.inputs import held_out_and_batches, stream_inputs
 from sadmoe.layer import DynamicKMoE
 from sadmoe.training.config import Step
@@ -67,7 +68,7 @@ def finetune_layers_(
     `finetune_`, whose config holds here for each layer; `seconds` are for all layers together. Routers are not
     trained: `fit_routers_` afterwards.
 
-    batch_tokens: in each update.   max_tokens: inputs of a layer to train on, of which a tenth is held out.
+    batch_tokens: in each update, about.   max_tokens: inputs of a layer to train on, of which a tenth is held out.
     max_bytes: of inputs held together, see `stream_inputs`.
     checkpoint: where to resume from after a kill, a file for each layer, see `Checkpoint`.
     A layer that is frozen is measured alone. Raises ValueError where all are, or where `teacher` has no FFN of a
@@ -119,7 +120,8 @@ def _fit(
 ) -> LayerFit:
     started = time.perf_counter()
     rows = rows[torch.randperm(len(rows), device=rows.device)]
-    targets = torch.cat([dense(part) for part in rows.split(CHUNK)])
+    with without_autocast(rows.device):
+        targets = torch.cat([dense(part) for part in rows.split(CHUNK)])
     rows = rows.to(layer.w_up.dtype)  # the teacher's may be another
     # Of the residual sum, token by token.
     scale = rows.float().square().sum(-1) + targets.float().square().sum(-1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sadmoe import reference
 from sadmoe.batches import real_part, refuse_compiled, rows_of
-from sadmoe.dial import trainable_layers
+from sadmoe.dial import check_no_adapters, trainable_layers
 from sadmoe.hooks import hooks_on
 from sadmoe.layer import DynamicKMoE, only_input
 from sadmoe.passes import PassesLoss
@@ -41,8 +41,8 @@ class RouterLoss(PassesLoss):
 
     weights: the routers' parameters; inside the `with` they ask for gradients, afterwards as they did before.
     Keeps what enters every layer until it is called.
-    Raises ValueError where nothing was converted, the model is compiled, experts are in int8, beside which routers are
-    in 16 bits, or target_power is not in (0, 2].
+    Raises ValueError where nothing was converted, the model is compiled, a layer is inside an adapter, experts are in
+    int8, beside which routers are in 16 bits, or target_power is not in (0, 2].
     """
 
     _called = "routers"
@@ -52,6 +52,7 @@ class RouterLoss(PassesLoss):
         refuse_compiled(model)
         self.model = model
         self.layers = trainable_layers(model)
+        check_no_adapters(model, self.layers)
         self.target_power = RouterConfig(target_power=target_power).target_power  # which is checked
         self.weights = [v for layer in self.layers.values() for v in layer.router.parameters()]
 

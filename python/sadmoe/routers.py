@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from sadmoe import reference
 from sadmoe.batches import Batches
 from sadmoe.checks import check_config, check_fields, named
-from sadmoe.dial import converted_layers, tau
+from sadmoe.dial import check_own_weights, converted_layers, tau
 from sadmoe.ffn import projection_mlps
 from sadmoe.files import checksum
 from sadmoe.inputs import Place, collect_inputs, stream_inputs
@@ -42,8 +42,8 @@ class RouterConfig:
         experts run: 0.5 closes half of the gap in output error between the routers and the true norms, 0.25 most of
         it; at 32 neurons an expert it makes no difference.
     weight_decay: AdamW's, as in the paper's text models.
-    seed: of the initial weights, the held-out tokens and the order of the tokens; in `fit_routers_` also of the order
-        in which a DataLoader shuffles.
+    seed: of the initial weights, the held-out tokens and the order of the tokens; in `fit_routers_` also of which
+        tokens are taken where there are more than max_tokens, and of the order in which a DataLoader shuffles.
     """
 
     width: int = 128
@@ -142,12 +142,13 @@ def fit_routers_(
 
     max_tokens, max_bytes and skip_padding: see `stream_inputs`. Gates stay as they are.
     checkpoint: where to resume from after a kill: routers that were done are loaded, see `Checkpoint`.
-    Raises ValueError where nothing was converted, where the routers of FFNs are not as wide as the config says (those
-    of projections of attention keep their width), or where inputs are not finite. Whatever is raised, the routers are
-    as they were.
+    Raises ValueError where nothing was converted, where a layer is inside an adapter, sharded or on the meta device,
+    where the routers of FFNs are not as wide as the config says (those of projections of attention keep their width),
+    or where inputs are not finite. Whatever is raised, the routers are as they were.
     """
     check_checkpoint(checkpoint)
     layers, projections = converted_layers(model), projection_mlps(model)
+    check_own_weights(model, layers)
     configs = {
         name: _for(config, layer.router, any_width=config is None or name in projections)
         for name, layer in layers.items()
@@ -173,6 +174,7 @@ def fit_routers_(
             batches,
             max_tokens=max_tokens,
             max_bytes=max_bytes,
+            seed=seed,
             skip_padding=skip_padding,
             progress=progress,
         )
@@ -304,7 +306,8 @@ def _judge(scores: Tensor, norms: Tensor, power: float, tokens: int) -> RouterFi
 
 def _captured(scores: Tensor, norms: Tensor) -> float:
     """Share of the squared norms in what dynamic-k runs on these scores, at REPORTED_SHARE of the pairs."""
-    ratios = scores / scores.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+    most = scores.amax(dim=-1, keepdim=True)
+    ratios = (scores / most).where(most > 0, 1.0)  # of scores that are all 0 every expert runs
     runs = max(1, round(REPORTED_SHARE * ratios.numel()))
     chosen = ratios.flatten().topk(runs).indices
     energy = norms.flatten().square()

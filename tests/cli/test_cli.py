@@ -57,7 +57,9 @@ def test_routers_are_as_wide_as_asked(folder, text, tmp_path):
     assert layer.router.v1.shape[0] == 4
 
 
-def test_the_seed_is_that_of_the_routers_too(folder, text, tmp_path, monkeypatch):
+@pytest.fixture
+def configs(monkeypatch):
+    """What conversions are asked for."""
     seen, convert = [], convert_command.convert_
 
     def kept(model, batches, config, **settings):
@@ -65,8 +67,40 @@ def test_the_seed_is_that_of_the_routers_too(folder, text, tmp_path, monkeypatch
         return convert(model, batches, config, **settings)
 
     monkeypatch.setattr(convert_command, "convert_", kept)
+    return seen
+
+
+def test_the_seed_is_that_of_the_routers_too(folder, text, tmp_path, configs):
     assert converted(folder, text, tmp_path / "moe", "--tau", "0.2", "--seed", "5") == 0
-    assert (seen[0].seed, seen[0].router.seed) == (5, 5)
+    assert (configs[0].seed, configs[0].router.seed) == (5, 5)
+
+
+def test_neurons_are_clustered_and_routers_trained_as_asked(folder, text, tmp_path, configs):
+    assert converted(folder, text, tmp_path / "a", "--tau", "0.2") == 0
+    more = ("--cluster", "activity", "--target-power", "0.5", "--projections", "1")
+    assert converted(folder, text, tmp_path / "b", "--tau", "0.2", *more) == 0
+    told = [(c.cluster, c.router.target_power, c.projection_router) for c in configs]
+    assert [one[:2] for one in told] == [("weights", None), ("activity", 0.5)]
+    assert (configs[1].projection_router.target_power, configs[1].projection_router.width) == (0.5, 32)
+    layers = moe_layers(transformers.BertModel.from_pretrained(tmp_path / "b")).values()
+    assert {layer.router.target_power for layer in layers} == {0.5}
+    for more, wanted in (((), "activity"), (("--cluster", "weights"), "weights")):
+        assert (
+            converted(
+                folder,
+                text,
+                tmp_path / wanted,
+                "--finetune",
+                "0.1",
+                "--budget",
+                "0.9",
+                "--router-width",
+                "4",
+                *more,
+            )
+            == 0
+        )
+        assert configs[-1].cluster == wanted
 
 
 def test_convert_to_int8(folder, text, tmp_path, capsys):

@@ -58,6 +58,11 @@ def test_a_tokenizer_of_another_model_is_refused(text, tmp_path, capsys):
     ("more", "told"),
     [
         (("--finetune", "9", "--tau", "0.1"), "--finetune trains for a budget .*: give --budget, not --tau"),
+        (
+            ("--finetune", "9", "--target-power", "1"),
+            "--finetune trains the routers on roots of norms: leave",
+        ),
+        (("--target-power", "3"), r"target_power must be in \(0, 2\], got 3"),
     ],
 )
 def test_training_that_cannot_be_is_refused_before_anything_is_loaded(more, told, tmp_path, capsys):
@@ -74,6 +79,15 @@ def test_a_number_that_is_not_above_0_is_refused_by_its_flag(flag, value, tmp_pa
         converted(tmp_path / "no model", tmp_path / "no data", tmp_path / "out", flag, value)
     kind = "number" if flag in ("--sparsify", "--finetune") else "whole number"
     assert f"argument {flag}: must be a {kind} above 0, got '{value}'" in capsys.readouterr().err
+
+
+def test_a_device_without_memory_left_is_one_line(folder, text, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(convert_command, "convert_", full)
+    assert converted(folder, text, tmp_path / "out", "--tau", "0.2") == 2
+    assert "sadmoe: error: CUDA out of memory. Tried to allocate 2.00 GiB." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

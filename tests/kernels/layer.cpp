@@ -8,8 +8,6 @@ constexpr double kSqrtHalf = 0.70710678118654752440, kSqrtTwoOverPi = 0.79788456
 template <class Real>
 Real activate(Real x, Activation act) {
   switch (act) {
-    case Activation::none:
-      return x;
     case Activation::abs:
       return std::fabs(x);
     case Activation::relu:

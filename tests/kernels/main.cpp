@@ -39,7 +39,7 @@ constexpr const char* kDtypeNames[] = {"float32", "bfloat16", "float16"};
 constexpr Activation kActivations[] = {Activation::relu, Activation::gelu,       Activation::gelu_tanh,
                                        Activation::silu, Activation::quick_gelu, Activation::relu2};
 constexpr unsigned kKinds = 4 * std::size(kActivations);  // of a shape and a dtype
-constexpr const char* kActivationNames[] = {"none", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu", "relu2", "abs"};
+constexpr const char* kActivationNames[] = {"relu", "gelu", "gelu_tanh", "silu", "quick_gelu", "relu2", "abs"};
 
 // The parts that `count` threads would get, in turn on this one.
 cpu::Threads threads(int count) {

@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sadmoe: interrupted; {told}", file=sys.stderr)
         return 130
     except (
-        ValueError, TypeError, OSError, ImportError, NotImplementedError, FloatingPointError, SafetensorError
+        ValueError, TypeError, OSError, ImportError, NotImplementedError, FloatingPointError, SafetensorError,
+        torch.OutOfMemoryError,
     ) as error:  # fmt: skip
         print(f"sadmoe: error: {error}", file=sys.stderr)
         return 2

@@ -68,6 +68,19 @@ def add_convert(commands: Any) -> None:
         help="hidden neurons of an FFN's router (default: %(default)s); narrow models want fewer",
     )
     command.add_argument(
+        "--cluster",
+        choices=["weights", "activity"],
+        help="neurons are put together by the weights that they read with, or by the tokens that they fire for, which "
+        "suits ReLU (default: weights; with --finetune: activity)",
+    )
+    command.add_argument(
+        "--target-power",
+        type=positive_number,
+        metavar="POWER",
+        help="routers learn norms to the power of this, and tau compares those: 0.5 tells experts of few neurons apart "
+        "better (default: 1; --finetune takes 0.5, whatever it is)",
+    )
+    command.add_argument(
         "--sparsify",
         type=positive_number,
         metavar="SECONDS",
@@ -144,6 +157,10 @@ def _check(arguments: argparse.Namespace) -> None:
     _conversion(arguments)
     if arguments.finetune is not None and arguments.tau is not None:
         raise ValueError("--finetune trains for a budget and solves tau for it: give --budget, not --tau")
+    if arguments.finetune is not None and arguments.target_power is not None:
+        raise ValueError(
+            "--finetune trains the routers on roots of norms: leave --target-power out, or --finetune"
+        )
     device_named(arguments.device)
     if not arguments.data.exists():
         raise FileNotFoundError(f"--data: there is no file or folder {arguments.data}")
@@ -151,14 +168,16 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _conversion(arguments: argparse.Namespace) -> ConvertConfig:
     budget = BUDGET if arguments.budget is None and arguments.tau is None else arguments.budget
+    router = RouterConfig(
+        width=arguments.router_width, target_power=arguments.target_power, seed=arguments.seed
+    )
     return ConvertConfig(
         expert_size=arguments.expert_size,
         budget=budget,
         tau=arguments.tau,
-        router=RouterConfig(width=arguments.router_width, seed=arguments.seed),
-        projection_router=RouterConfig(width=PROJECTION_ROUTER, seed=arguments.seed)
-        if arguments.projections
-        else None,
+        cluster=arguments.cluster or ("weights" if arguments.finetune is None else "activity"),
+        router=router,
+        projection_router=replace(router, width=PROJECTION_ROUTER) if arguments.projections else None,
         seed=arguments.seed,
     )
 
@@ -211,7 +230,6 @@ def _convert_finetuned(
         asked,
         budget=None,
         tau=0.0,
-        cluster="activity",
         router=replace(asked.router, steps=1),
         projection_router=None if of_projections is None else replace(of_projections, steps=1),
     )

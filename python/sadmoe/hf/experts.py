@@ -6,6 +6,7 @@ transformers 5.7, which first let others compute the experts. Before torch 2.13 
 `torch.compile` can trace it.
 """
 
+from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -36,7 +37,7 @@ def set_experts_tau(model: nn.Module, tau: float) -> None:
     tau in [0, 1]: 0 runs all that were chosen, 1 the first alone. What is left is scaled up to the sum of the weights
     of all that were chosen. Switches the model to sadmoe's kernels; `model.set_experts_implementation("eager")` is the
     way back, of a class of your own `model.config._experts_implementation = "eager"`, and "sadmoe" in the same way
-    lets tau act again. It is not saved with the model.
+    lets tau act again. It is not saved with the model. `release_experts` frees the kernels' copies of the weights.
     Raises ValueError where tau is out of range or the model has no such layer, NotImplementedError where its experts
     compute what the kernels do not, or are spread over devices and tau is not 0, and before transformers 5.7.
     """
@@ -60,18 +61,38 @@ def set_experts_tau(model: nn.Module, tau: float) -> None:
             f"transformers {transformers.__version__} lets nobody else compute experts: "
             f"pip install 'transformers>={OLDEST}'"
         )
-    model.set_experts_implementation(NAME)  # type: ignore[operator]
+    for owner in _outermost(model, "set_experts_implementation"):
+        owner.set_experts_implementation(NAME)  # type: ignore[operator]
     for layer in layers:
         # transformers switches no class whose own file does not tell that it has experts, such as a user's subclass.
         layer.config._experts_implementation_internal = NAME  # type: ignore[union-attr]
         layer.__dict__[_TAU] = float(tau)
 
 
+def release_experts(model: nn.Module) -> None:
+    """Lets go of the copies of the experts' weights that the kernels read; the next call by them makes them anew.
+
+    For after `model.set_experts_implementation("eager")`, or before training, which keeps none.
+    """
+    for module in model.modules():
+        _kept.pop(module, None)
+
+
+def _outermost(module: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The modules with that attribute that are in no other such one."""
+    if hasattr(module, name):
+        yield module
+        return
+    for child in module.children():
+        yield from _outermost(child, name)
+
+
 def _is_split(model: nn.Module, layer: nn.Module) -> bool:
     """Whether the experts are spread over devices, which older ones of transformers say of the whole model alone."""
-    distributed = getattr(getattr(model, "config", None), "distributed_config", None)
-    of_model = getattr(distributed, "enable_expert_parallel", False)
-    return bool(of_model or getattr(layer, "_is_expert_parallel", False))
+    owners = [model, *_outermost(model, "set_experts_implementation")]
+    told = [getattr(getattr(owner, "config", None), "distributed_config", None) for owner in owners]
+    of_model = any(getattr(one, "enable_expert_parallel", False) for one in told)
+    return of_model or bool(getattr(layer, "_is_expert_parallel", False))
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -137,7 +158,10 @@ def _packed(experts: Any) -> Packed:
     biases = tuple(f"{name}_bias" for name in names) if experts.has_bias else ()
     sources = [getattr(experts, name) for name in names + biases]
     training = torch.is_grad_enabled() and any(p.requires_grad for p in sources)
-    if training or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return _in_layout(experts, *sources)
+    if training:
+        _kept.pop(experts, None)
         return _in_layout(experts, *sources)
     key = [(p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version, _some_of(p)) for p in sources]
     kept = _kept.get(experts)

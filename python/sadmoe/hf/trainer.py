@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
-from sadmoe.batches import evaluating
+from sadmoe.batches import evaluating, refuse_compiled
 from sadmoe.dial import tau
 from sadmoe.ffn import find_ffns, swap_activations_
 from sadmoe.reference import RECTIFIERS
@@ -198,6 +198,7 @@ class SparsityCallback(AddedLoss):
         self.check(args)
         self.unwatch()
         model = kwargs["model"]
+        refuse_compiled(model)  # before its activations are swapped
         sites = find_ffns(model, self.filter)
         if self.config.relu_swap:
             swap_activations_(model, [site for site in sites if site.act not in RECTIFIERS], "relu")
@@ -236,6 +237,7 @@ class RouterCallback(AddedLoss):
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Says what is trained, before the Trainer makes its optimizer."""
+        self.stop()  # it may have been another Trainer's
         self.check(args)
         if args.label_smoothing_factor:
             raise ValueError(

@@ -1,6 +1,6 @@
 """What a model is held to while it is made sparse: its task, or the dense model that it was."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from sadmoe.batches import (
     Batch,
+    check_repeats,
     device_of,
     evaluating,
     is_encoder_decoder,
@@ -63,12 +64,13 @@ def task(model: nn.Module, loss: Loss | None) -> Objective:
 def distill_logits(model: nn.Module, dense: nn.Module) -> Objective:
     """What `logits_kl` gives, of the whole output."""
     _check_teacher(model, dense, [])
-    distance = logits_kl(model)
+    distance, steady = logits_kl(model), _Steady()
 
     def objective(batch: Batch, index: int | None = None) -> Tensor:
         with padded():
             with torch.no_grad():
                 wanted = run(dense, batch)
+                steady.check([_logits(wanted)], lambda: [_logits(run(dense, batch))])
             return distance(run(model, batch), wanted, batch)
 
     return objective
@@ -105,17 +107,18 @@ def distill_hidden(
     """
     names = list(dict.fromkeys(block_of(model, site) for site in sites))
     _check_teacher(model, dense, names)
-    kept = Remembered(kept_bytes)
+    kept, steady = Remembered(kept_bytes), _Steady()
     by_logits = isinstance(output_loss, str)
     distance: OutputLoss | None = logits_kl(model) if isinstance(output_loss, str) else output_loss
 
-    def dense_states(batch: Batch) -> tuple[dict[str, list[Tensor]], Any]:
-        with torch.no_grad(), padded(), outputs(dense, names) as targets:
+    def dense_states(batch: Batch, of: Sequence[str] = names) -> tuple[dict[str, list[Tensor]], Any]:
+        with torch.no_grad(), padded(), outputs(dense, of) as targets:
             output = run(dense, batch)
         return targets, _logits(output) if by_logits else output if distance is not None else None
 
     def objective(batch: Batch, index: int | None = None) -> Tensor:
         targets, wanted = kept.get(index, lambda: dense_states(batch))
+        steady.check(targets[names[-1]], lambda: dense_states(batch, names[-1:])[0][names[-1]])
         with padded(), outputs(model, names) as hidden:
             given = run(model, batch)
         missed = [name for name in names if len(hidden[name]) != len(targets[name]) or not hidden[name]]
@@ -154,6 +157,19 @@ def _check_teacher(model: nn.Module, teacher: nn.Module, blocks: Sequence[str]) 
             raise ValueError(
                 f"teacher must be a model of the same blocks, but has {len(its)} in {name}, the model {len(own)}"
             )
+
+
+class _Steady:
+    """Whether a teacher gives the same again, asked once: what draws random numbers cannot be learnt from."""
+
+    def __init__(self) -> None:
+        self.known = False
+
+    def check(self, once: Iterable[Tensor], again: Callable[[], Iterable[Tensor]]) -> None:
+        """Raises ValueError the first time, unless it does."""
+        if not self.known:
+            check_repeats(once, again(), "teacher")
+            self.known = True
 
 
 class Remembered:

@@ -23,7 +23,7 @@ from sadmoe import files
 from sadmoe.checks import check_fields
 from sadmoe.training.processes import place
 
-FORMAT = 3
+FORMAT = 4
 KEY = "sadmoe run"
 CHECKSUMS = ("weights", "model")  # what is known of a run by a checksum alone
 
