@@ -31,25 +31,30 @@ class Series:
 
 def plot_curves(path: Path, panels: Sequence[tuple[str, str, str, Sequence[Series]]], title: str) -> None:
     """Writes a picture of panels side by side, each (heading, x label, y label, series); a name has one colour and
-    mark in all. Needs matplotlib."""
+    mark in all, told below. Needs matplotlib."""
     pyplot = matplotlib_pyplot()
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(6.2 * len(panels), 4.6), squeeze=False, layout="constrained"
+        1, len(panels), figsize=(6.2 * len(panels), 4.9), squeeze=False, layout="constrained"
     )
     looks: dict[str, int] = {}
+    lines: dict[str, Any] = {}
     for axis, (heading, x_label, y_label, series) in zip(axes[0], panels, strict=True):
         for one in series:
             again, colour = divmod(looks.setdefault(one.name, len(looks)), COLOURS)
             mark = MARKS[again % len(MARKS)]
             look = "--" if one.is_level else f"{mark}-" if one.line else "s"
-            axis.plot(one.x, one.y, look, label=one.name, markersize=5, color=f"C{colour}")
+            drawn = "0.35" if one.is_level else f"C{colour}"
+            (lines[one.name],) = axis.plot(one.x, one.y, look, markersize=5, color=drawn)
             for x, y, label in zip(one.x, one.y, one.labels, strict=False):
                 axis.annotate(
                     label, (x, y), textcoords="offset points", xytext=(5, -11), fontsize=8, color="0.35"
                 )
         axis.set(title=heading, xlabel=x_label, ylabel=y_label)
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=9)
+    columns = 2 * len(panels)
+    figure.legend(
+        [*lines.values()], [*lines], loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+    )
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
