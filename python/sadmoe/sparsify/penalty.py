@@ -87,8 +87,8 @@ class SparsityLoss(PassesLoss):
                 loss = task_loss(model(**batch)) + alpha * sparsity(batch)
 
     Calling it gives the mean over FFNs and tokens of the penalty divided by f: with "hoyer", 1 means that
-    every neuron is active, whatever the width (the paper's code does not divide: its alpha is ours / f). It
-    then forgets the pass. The penalty acts on relu(z) of the pre-activation z where the FFN has a ReLU
+    every neuron is active, whatever the width. It then forgets the pass. The paper's code does not divide, so its alpha
+    is ours / f, and averages FFNs and MLPs in the place of projections apart; here all weigh alike. The penalty acts on relu(z) of the pre-activation z where the FFN has a ReLU
     or its square, else on max(z - displacement, 0), which pushes z to where GELU and SiLU are nearly 0; in a GLU z is
     the gate's. It is computed in float32, also under autocast. Works with gradient checkpointing that is not
     reentrant. Source: arXiv 2310.04361, section 3.1.
