@@ -1,6 +1,7 @@
 """All that comes after a conversion, in one call."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import sadmoe
@@ -52,13 +53,13 @@ def error(model, dense):
 
 def test_the_budget_is_met_and_the_model_is_nearer_to_the_dense_one_than_by_calibration_alone(model, dense):
     plain = copy.deepcopy(model)
-    sadmoe.fit_routers_(plain, text_batches(), sadmoe.RouterConfig(width=4, steps=300))
+    sadmoe.fit_routers_(plain, text_batches(), replace(budget.ROUTERS, width=4))
     sadmoe.calibrate_(plain, text_batches(), budget=BUDGET)
     report = finetuned(model, dense, router=budget.ROUTERS)
     found = cost(model, text_batches())
     assert report.calibration.budget == found.executed / found.dense <= BUDGET
     assert list(report.routers) == [fit.name for fit in report.layers] == list(moe_layers(model))
-    assert error(model, dense) < error(plain, dense)
+    assert error(model, dense) < 0.8 * error(plain, dense)
     told = str(report)
     assert told.count("router R²") == 2
     assert "the whole model: " in told

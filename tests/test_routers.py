@@ -185,6 +185,23 @@ def test_the_result_depends_on_layer_inputs_and_config_alone():
     assert not torch.equal(fitted[0][0], fitted[2][0])
 
 
+def test_the_rate_falls_along_a_cosine_and_gradients_are_clipped(monkeypatch):
+    layer, rates, norms, step = layer_of(), [], [], torch.optim.AdamW.step
+    with torch.no_grad():
+        layer.w_down[0] *= 1e3  # whose gradients would be long
+
+    def noted(optimizer, *args):
+        (group,) = optimizer.param_groups
+        rates.append(group["lr"])
+        norms.append(torch.cat([p.grad.flatten() for p in group["params"]]).norm().item())
+        return step(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    fit_router_(layer, random_rows(300), RouterConfig(width=32, steps=10, lr=0.1))
+    assert rates == pytest.approx([0.05 * (1 + math.cos(math.pi * i / 10)) for i in range(10)])
+    assert max(norms) == pytest.approx(1, rel=1e-3)
+
+
 def test_the_scale_of_inputs_and_experts_does_not_matter():
     """Bit for bit, for powers of two: the rate of learning needs no tuning to the model."""
     plain, scaled = layer_of(), layer_of()

@@ -88,10 +88,10 @@ class SparsityLoss(PassesLoss):
 
     Calling it gives the mean over FFNs and tokens of the penalty divided by f: with "hoyer", 1 means that
     every neuron is active, whatever the width. It then forgets the pass. The paper's code does not divide, so its alpha
-    is ours / f, and averages FFNs and MLPs in the place of projections apart; here all weigh alike. The penalty acts on relu(z) of the pre-activation z where the FFN has a ReLU
-    or its square, else on max(z - displacement, 0), which pushes z to where GELU and SiLU are nearly 0; in a GLU z is
-    the gate's. It is computed in float32, also under autocast. Works with gradient checkpointing that is not
-    reentrant. Source: arXiv 2310.04361, section 3.1.
+    is ours / f, and averages FFNs and MLPs in the place of projections apart; here all weigh alike. The penalty acts on
+    relu(z) of the pre-activation z where the FFN has a ReLU or its square, else on max(z - displacement, 0), which
+    pushes z to where GELU and SiLU are nearly 0; in a GLU z is the gate's. It is computed in float32, also under
+    autocast. Works with gradient checkpointing that is not reentrant. Source: arXiv 2310.04361, section 3.1.
 
     sites: the FFNs that are penalised, from `find_ffns`; all of the model's if None. Raises ValueError where there are
     none, the penalty is unknown, or the model is compiled.
