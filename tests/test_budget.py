@@ -8,10 +8,12 @@ import sadmoe
 import torch
 from clock import Clock
 from sadmoe import budget, moe_layers
+from sadmoe.calibrate import BudgetError
 from sadmoe.cost import cost
 from sadmoe.gates import DynamicK, TopK
 from text_losses import text_batches
 from tiny_models import TINY, call
+from torch import nn
 
 pytest.importorskip("transformers")
 BUDGET = 0.6
@@ -173,6 +175,32 @@ def test_with_projections_it_is_taught_by_what_was_converted(dense):
 def test_wrong_numbers_are_refused(model, dense, kw, text):
     with pytest.raises(ValueError, match=text):
         finetuned(model, dense, **kw)
+
+
+class Pyramid(nn.Module):
+    """A narrow FFN that sees all tokens, and a wide one that sees one of eight."""
+
+    def __init__(self):
+        super().__init__()
+        self.narrow = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))
+        self.wide = nn.Sequential(nn.Linear(128, 512), nn.ReLU(), nn.Linear(512, 128))
+
+    def forward(self, x):
+        x = x + self.narrow(x)
+        return self.wide(x.unflatten(1, (-1, 8)).flatten(2))
+
+
+def test_a_budget_out_of_reach_is_refused_by_how_often_each_layer_runs(monkeypatch):
+    monkeypatch.setattr(budget, "finetune_layers_", lambda *args, **settings: pytest.fail("it trains"))
+    dense, batches = Pyramid().eval(), [torch.randn(2, 16, 16)]
+    model = copy.deepcopy(dense)
+    router = sadmoe.RouterConfig(steps=1, width=8)
+    sadmoe.convert_(model, batches, sadmoe.ConvertConfig(expert_size=16, router=router), progress=False)
+    alike, real = cost(model, shares=1.0), cost(model, batches)
+    between = (alike.floor / alike.dense + real.floor / real.dense) / 2
+    assert alike.floor / alike.dense < between < real.floor / real.dense
+    with pytest.raises(BudgetError, match="is below what one expert per token costs"):
+        finetuned(model, dense, batches, budget=between)
 
 
 def test_compiled_models_are_refused_before_anything_is_trained(model, dense, monkeypatch):

@@ -96,12 +96,12 @@ def finetune_for_budget_(
         raise ValueError("dense must be the model from before convert_: got one with converted layers")
     sparse = dense if sparse is None else sparse
     layers = trainable_layers(model)
-    check_reachable(budget, cost(model, shares=1.0))
     router = replace(check_config(router, RouterConfig), width=_router_width(model, layers), seed=seed)
     count = length(batches)
     with seeded(model, seed):  # the same ones when a killed run is taken up again
         some = list(islice(batches, 0, count or CALIBRATED, max(1, (count or 0) // CALIBRATED)))
-    check_output_loss(output_loss, dense, some[0] if some else None)
+    check_reachable(budget, cost(model, some))  # of which layers run how often
+    check_output_loss(output_loss, dense, some[0])
     _check_sparse(sparse, layers, some)
 
     def of(step: str) -> dict[str, Any]:

@@ -4,7 +4,8 @@ import json
 import os
 import secrets
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,23 @@ def check_new(path: Path, overwrite: bool) -> None:
         )
 
 
-def beside_of(path: Path) -> Path:
-    """Where to write what then takes the place of the file: a name that no other writer has."""
-    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a file to write beside that one, by a name that no other writer has. It takes its place at once in the end,
+    or is gone where anything is raised."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], key: str, header: Any) -> None:
     """Replaces the file at once. tensors: on the CPU, contiguous, no two in one storage.   header: goes under `key`."""
-    beside = beside_of(path)
-    try:
-        text = json.dumps(header)
+    text = json.dumps(header)
+    with replacing(path) as beside:
         save_file(dict(tensors), beside, metadata={"format": "pt", key: text, _crc_key(key): _crc(text)})
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def read(path: Path, key: str) -> tuple[dict[str, Tensor], Any]:

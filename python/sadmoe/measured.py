@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sadmoe.crossover import LayerShape
-from sadmoe.files import beside_of
+from sadmoe.files import replacing
 
 FORMAT = 1
 BUILT_IN = Path(__file__).with_name("cpu_costs.json")
@@ -82,12 +82,8 @@ def write(path: Path, rows: Iterable[Costs]) -> None:
     table = [_plain(row) for row in rows]
     text = json.dumps({"format": FORMAT, "crc32": _crc32(table), "rows": table}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = beside_of(path)
-    try:
+    with replacing(path) as beside:
         beside.write_text(text + "\n")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def read(path: Path) -> dict[Key, Costs]:

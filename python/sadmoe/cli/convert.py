@@ -27,7 +27,7 @@ from sadmoe.convert import ConvertConfig, checked_sites, convert_
 from sadmoe.cost import cost
 from sadmoe.data import Data
 from sadmoe.ffn import FFNNotFoundError
-from sadmoe.files import beside_of
+from sadmoe.files import replacing
 from sadmoe.int8 import quantize_experts_
 from sadmoe.mixed import fast_training
 from sadmoe.outputs import check_folder, replaced
@@ -256,9 +256,8 @@ def _check_same_data(arguments: argparse.Namespace) -> None:
     now |= {"data": str(arguments.data.resolve()), "checksum": str(_checksum(arguments.data))}
     if not note.exists():
         note.parent.mkdir(parents=True, exist_ok=True)
-        beside = beside_of(note)  # a kill leaves no half of it
-        beside.write_text(json.dumps(now))
-        beside.replace(note)
+        with replacing(note) as beside:  # a kill leaves no half of it
+            beside.write_text(json.dumps(now))
     elif (saved := json.loads(note.read_text())) != now:
         raise ValueError(
             f"--checkpoint: {arguments.checkpoint} is of another run, of {saved}, not {now}: give that data "
