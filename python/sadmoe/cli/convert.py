@@ -78,7 +78,7 @@ def add_convert(commands: Any) -> None:
         type=positive_number,
         metavar="POWER",
         help="routers learn norms to the power of this, and tau compares those: 0.5 tells experts of few neurons apart "
-        "better (default: 1; --finetune takes 0.5, whatever it is)",
+        "better (default: 1; --finetune takes 0.5, and allows no other)",
     )
     command.add_argument(
         "--sparsify",
