@@ -284,6 +284,12 @@ inline MaskedActivation check_masked_activation(Arguments& keep, const Tensor& u
   return {T, E, neurons / E, dtype, nullptr, of_gate.data, chosen, activation_of(op, act)};
 }
 
+// mask bool [T, E]
+inline const bool* check_mask(Arguments& keep, const Tensor& mask, const ExpertsShape& shape) {
+  check_shape(keep.op(), "mask", mask, {shape.T, shape.E}, "[T, E]");
+  return keep.add_mask("mask", mask);
+}
+
 // The experts without y, which the caller allocates: [T, d_out] of x's dtype. takes_packed: its kernels do.
 inline Experts check_arguments(Arguments& keep, const Tensor& x, const Tensor& w_up, const Tensor& w_down,
                                const MaybeTensor& b_up, const MaybeTensor& w_gate, const MaybeTensor& b_gate,

@@ -71,10 +71,10 @@ constexpr bool kTakesPacked = true;
 
 // y for a mask from outside.
 Tensor run(Arguments& keep, Experts p, const Tensor& x, const Tensor& mask) {
-  check_shape(keep.op(), "mask", mask, {p.shape.T, p.shape.E}, "[T, E]");
+  const bool* chosen = check_mask(keep, mask, p.shape);
   Tensor y = empty_beside(x, {p.shape.T, p.shape.d_out});
   p.y = y.mutable_data_ptr();
-  cpu::sparse_experts(p, keep.add_mask("mask", mask), torch_threads());
+  cpu::sparse_experts(p, chosen, torch_threads());
   return y;
 }
 

@@ -106,8 +106,7 @@ Tensor sparse_experts(const Tensor& x, const Tensor& mask, const Tensor& w_up, c
   check_size(op, w_down);
   Arguments keep(op);
   Experts p = check_arguments(keep, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act);
-  check_shape(op, "mask", mask, {p.shape.T, p.shape.E}, "[T, E]");
-  const Choice choice{keep.add_mask("mask", mask)};
+  const Choice choice{check_mask(keep, mask, p.shape)};
   OnDevice device(keep, x);
   return run_experts(device, op, x, p, choice);
 }

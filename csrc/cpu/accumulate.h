@@ -32,6 +32,18 @@ template <bool Part, class Vec, class F>
     columns.store(to);
 }
 
+// body(half, Part, part) for the two vectors of a group of columns, of which, if Part, the group has the first part.
+template <class Vec, bool Part, class Body>
+[[gnu::always_inline]] inline void each_half(int64_t part, const Body& body) {
+  for (int half = 0; half < 2; ++half) {
+    const int64_t left = part - half * Vec::width;
+    if (!Part || left >= Vec::width)
+      body(half, std::false_type{}, 0);
+    else if (left > 0)
+      body(half, std::true_type{}, left);
+  }
+}
+
 // sums[i][v] += sum over j < m of row(i)[j] w[j, v], with w [m, .] of leading dimension ld: what tiles spend their time on.
 template <bool Part, class Vec, class W, int Rows, int Vecs, class RowOf, class Walk>
 [[gnu::always_inline]] inline void add_products(Vec (&sums)[Rows][Vecs], const RowOf& row, const W* w, int64_t ld, int64_t m,
@@ -69,11 +81,11 @@ template <class Vec, class W, int Rows, int Vecs, bool Part>
   const auto load = [&](const float* from) { return load_columns<Part, Vec>(from, part); };
   const auto store = [&](Vec sum, float* to) { store_columns<Part>(sum, to, part); };
   float* y[Rows];
-  for (int i = 0; i < Rows; ++i) y[i] = p.y + (p.rows ? p.rows[i0 + i] : i0 + i) * p.ld_y + c0;
+  for (int i = 0; i < Rows; ++i) y[i] = p.y + row_of(p.rows, i0 + i) * p.ld_y + c0;
   float* partial = p.partial ? p.partial + i0 * p.columns + c0 : nullptr;
   const auto each = [](auto body) { unroll<Rows>([&](auto i) { unroll<Vecs>([&](auto v) { body(i, v); }); }); };
   for (int64_t i = i0 + Rows; i < p.n && i < i0 + 2 * Rows; ++i) {  // rows come in no order that hardware foresees
-    const float* next = p.y + (p.rows ? p.rows[i] : i) * p.ld_y + c0;
+    const float* next = p.y + row_of(p.rows, i) * p.ld_y + c0;
     for (int v = 0; v < Vecs; ++v) __builtin_prefetch(next + v * Vec::width, 1);
   }
   Vec sums[Rows][Vecs];
@@ -237,7 +249,7 @@ template <class Pair, class Vec, int Rows, int Groups, bool Part, class Weights>
   const auto row = [&](int i) { return h + i * p.ld_h; };
   add_products_of_pairs<Pair>(sums, row, weights, c0, p.m, ahead);
   each([&](int i, int g) {
-    float* y = p.y + (p.rows ? p.rows[i0 + i] : i0 + i) * p.ld_y + c0 + g * Pair::width;
+    float* y = p.y + row_of(p.rows, i0 + i) * p.ld_y + c0 + g * Pair::width;
     const auto added = [&](Vec sum, Vec before) {
       if constexpr (std::is_same_v<Entry, int16_t>)
         return fma(sum, Vec::set(p.steps[i0 + i]), before);
@@ -246,13 +258,11 @@ template <class Pair, class Vec, int Rows, int Groups, bool Part, class Weights>
     };
     Vec columns[2];
     Pair::to_floats(sums[i][g], columns);
-    for (int half = 0; half < 2; ++half, y += Vec::width) {
-      const int64_t left = part - half * Vec::width;
-      if (!Part || left >= Vec::width)
-        added(columns[half], Vec::load(y)).store(y);
-      else if (left > 0)
-        added(columns[half], Vec::load_part(y, left)).store_part(y, left);
-    }
+    each_half<Vec, Part>(part, [&](int half, auto is_part, int64_t left) {
+      constexpr bool kPart = decltype(is_part)::value;
+      float* to = y + half * Vec::width;
+      store_columns<kPart>(added(columns[half], load_columns<kPart, Vec>(to, left)), to, left);
+    });
   });
 }
 

@@ -26,8 +26,7 @@ void bytes_of_rows(const Rows& rows, int64_t n, int64_t k0, int64_t k, int8_t* l
   const __m512i in_order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), lower = _mm512_set1_epi16(255);
   for (int64_t i0 = 0; i0 < n; i0 += kRows)
     for (int64_t at = 0; at < k; at += kByteDepth, left += 2 * kTileBytes) {
-      const auto within = [&](int64_t from) { return k > from ? first(k - from) : 0; };
-      const __mmask32 masks[2] = {within(at), within(at + kByteDepth / 2)};
+      const __mmask32 masks[2] = {first<__mmask32>(k - at), first<__mmask32>(k - at - kByteDepth / 2)};
       for (int64_t i = 0; i < kRows && i0 + i < n; ++i) {
         const int16_t* from = rows(i0 + i) + k0 + at;
         const __m512i a = _mm512_maskz_loadu_epi16(masks[0], from), b = _mm512_maskz_loadu_epi16(masks[1], from + kByteDepth / 2);
@@ -47,7 +46,7 @@ void right_of_columns(const int8_t* w, int64_t ld, int64_t k, int64_t m, int8_t*
   for (int64_t k0 = 0; k0 < k; k0 += kByteDepth)
     for (int64_t j0 = 0; j0 < m; j0 += kRows) {
       int8_t* tile = right + (j0 / kRows * depth + k0 / kByteDepth) * kTileBytes;
-      const __mmask16 columns = m - j0 >= 16 ? 0xffff : Vec::first(m - j0);
+      const __mmask16 columns = first<__mmask16>(m - j0);
       for (int64_t i = 0; i < kRows; ++i) {
         __m512i line = _mm512_setzero_si512();
         unroll<kTogether>([&, at = k0 + kTogether * i](auto e) {
@@ -109,15 +108,14 @@ void for_vectors(const int32_t* sums, int64_t columns, const Body& body) {
 
 void int_project(const Project& p) {
   if (!pays(p.n, p.m, p.d)) return kernels_avx512vnni().project[int(DType::i8)](p);
-  const auto row = [&](int64_t i) { return p.rows ? p.rows[i] : i; };
   int_products(
-      p.n, p.m, p.d, [&](int64_t i) { return static_cast<const int16_t*>(p.x) + row(i) * p.d; },
+      p.n, p.m, p.d, [&](int64_t i) { return static_cast<const int16_t*>(p.x) + row_of(p.rows, i) * p.d; },
       [&](int64_t j, int64_t columns, int64_t k0, int64_t k, int8_t* right) {
         const auto* w = static_cast<const int8_t*>(p.w) + j * p.d + k0;
         right_of([=](int64_t i) { return w + i * p.d; }, columns, k, right);
       },
       [&](int64_t i, int64_t j, int64_t columns, const int32_t* sums) {
-        const Vec step = Vec::set(p.steps[row(i)]);
+        const Vec step = Vec::set(p.steps[row_of(p.rows, i)]);
         for_vectors(sums, columns, [&, out = p.out + i * p.ld + j](int64_t c, int64_t left, Vec sum) {
           left < 16 ? (sum * step).store_part(out + c, left) : (sum * step).store(out + c);
         });
@@ -133,7 +131,7 @@ void int_accumulate(const Accumulate& p) {
       },
       [&](int64_t i, int64_t c0, int64_t columns, const int32_t* sums) {
         const Vec step = Vec::set(p.steps[i]);
-        for_vectors(sums, columns, [&, y = p.y + (p.rows ? p.rows[i] : i) * p.ld_y + c0](int64_t c, int64_t left, Vec sum) {
+        for_vectors(sums, columns, [&, y = p.y + row_of(p.rows, i) * p.ld_y + c0](int64_t c, int64_t left, Vec sum) {
           if (left < 16)
             fma(sum, step, Vec::load_part(y + c, left)).store_part(y + c, left);
           else

@@ -7,6 +7,9 @@
 
 namespace sadmoe::cpu {
 
+// The i-th of some rows; without them, row i.
+[[gnu::always_inline]] inline int64_t row_of(const int32_t* rows, int64_t i) { return rows ? rows[i] : i; }
+
 // q[i, k] = x[i, k] / steps[i], rounded to 16 bits, for the least steps[i] that leaves a sum of its products with weights of 8
 // bits in 32 bits. A row that is not finite has a step of NaN, and zeros.
 //   x [n, d] float32   q [n, .] leading dimension ld, zero from d on   d up to 2^17
@@ -56,7 +59,7 @@ struct Accumulate {
   float* partial = nullptr;      // scratch [n, columns], of float32 h and more than Kernels::strip columns
   const void* next = nullptr;    // the w of the next call, of about the same shape, to be fetched meanwhile; or null
   const float* steps = nullptr;  // of the rows of quantized h
-  int64_t turn = 16;             // of float32 h: neurons at once, where there are more columns and three rows or more
+  int64_t turn = 16;             // of float32 h: neurons at once, of three rows or more, but where experts have few
   int64_t mean_rows = 16;        // of this call and those that come next: few take turns that stay in the first-level cache
 };
 

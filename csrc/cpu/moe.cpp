@@ -23,7 +23,7 @@ constexpr int64_t kLastLevel = 1 << 25;  // bytes of weights that a last-level c
 constexpr int64_t kSums = 1 << 16;       // sums of y that near caches hold, beside weights that are used once
 // Up to this many tokens a thread, threads share every token and split the weights: more where each has kBroad columns of y.
 constexpr int64_t kShared = 32, kSharedIfBroad = 128, kBroad = 128;
-// Neurons that a few rows take at once on the way out: with their columns they stay in the first-level cache.
+// Neurons that three rows and more take at once on the way out: with their columns they stay in the first-level cache.
 int64_t neurons_a_turn() { return near_cache() >= 48 * 1024 ? 32 : 16; }
 // Experts of a token that are summed in one chain: in one of hundreds, rounding errs more than in torch's product.
 constexpr int64_t kChain = 16;
@@ -344,9 +344,7 @@ void route(View x, const Router& router, const RouterShape& s, float* scores, co
   const AsFloat wide(as_it_is ? View{} : x, s.T * s.d);
   const View rows = as_it_is ? x : View{wide.get(), DType::f32};
   const Floats hidden(s.T * s.r);
-  threads.parallel_for((s.r + 15) / 16, 2, [&](int64_t i0, int64_t i1) {
-    route_hidden(rows, router, s, 16 * i0, std::min(16 * i1, s.r), hidden.get());
-  });
+  in_sixteens(s.r, 2, threads, [&](int64_t u0, int64_t u1) { route_hidden(rows, router, s, u0, u1, hidden.get()); });
   const Floats turned(s.r * apart(s.E));
   threads.parallel_for(s.E, 32,
                        [&](int64_t e0, int64_t e1) { route_scores(hidden.get(), router, s, e0, e1, turned.get(), scores); });
@@ -383,9 +381,7 @@ class Runner {
     const int64_t unit = block.neurons_together();
     threads.parallel_for(block.active_neurons() / unit, (16 + unit - 1) / unit,
                          [&](int64_t n0, int64_t n1) { block.up(n0 * unit, n1 * unit); });
-    const int64_t d_out = p_.shape.d_out;
-    threads.parallel_for((d_out + 15) / 16, 4,  // whole vectors for each thread
-                         [&](int64_t c0, int64_t c1) { block.down(16 * c0, std::min(16 * c1, d_out), b_out_, scale_out_); });
+    in_sixteens(p_.shape.d_out, 4, threads, [&](int64_t c0, int64_t c1) { block.down(c0, c1, b_out_, scale_out_); });
   }
 
  private:

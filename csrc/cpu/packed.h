@@ -24,7 +24,7 @@ struct RowsFrom {
   const Entry* x[Rows];
 
   [[gnu::always_inline]] RowsFrom(const Project& p, int64_t i0, int64_t k) {
-    for (int i = 0; i < Rows; ++i) x[i] = static_cast<const Entry*>(p.x) + (p.rows ? p.rows[i0 + i] : i0 + i) * p.d + k;
+    for (int i = 0; i < Rows; ++i) x[i] = static_cast<const Entry*>(p.x) + row_of(p.rows, i0 + i) * p.d + k;
   }
   [[gnu::always_inline]] const Entry* operator()(int i) const { return x[i]; }
 };
@@ -68,13 +68,9 @@ struct PackedPairs {
       float* out = p.out + (i0 + i) * p.ld + j0 + g * width;
       Vec neurons[2];
       Pair::to_floats(sums[i][g], neurons);
-      for (int half = 0; half < 2; ++half, out += Vec::width) {
-        const int64_t left = part - half * Vec::width;
-        if (!Part || left >= Vec::width)
-          put<Vec, false>(neurons[half], span, out, 0);
-        else if (left > 0)
-          put<Vec, true>(neurons[half], span, out, left);
-      }
+      each_half<Vec, Part>(part, [&](int half, auto is_part, int64_t left) {
+        put<Vec, decltype(is_part)::value>(neurons[half], span, out + half * Vec::width, left);
+      });
     });
   }
 };

@@ -48,11 +48,12 @@ class TiledBlock {
   void up(int64_t a, int64_t b) {
     int64_t most = 0;
     for (int64_t i = a; i < b; ++i) most = std::max(most, plan_.count(plan_.active[i]));
+    const int64_t ld = whole_tiles(s_.s), sums = whole_tiles(most) * ld;
     const Buffer<bf16> x(left_size(most, s_.d)), w(w_.input_size());
-    const int64_t ld = whole_tiles(s_.s);
-    const Floats h(whole_tiles(most) * ld), gate(p_.w_gate ? whole_tiles(most) * ld : 0);
-    if (few()) k_.tiles->right_of_rows(bits(p_.x, begin_ * s_.d), nullptr, T_, s_.d, x.get());
-    for (; a < b; ++a) up_expert(a, x.get(), w.get(), h.get(), gate.get(), ld);
+    const Floats h(sums), gate(p_.w_gate ? sums : 0);
+    const Scratch scratch{x.get(), w.get(), h.get(), gate.get(), ld};
+    if (one_tile()) k_.tiles->right_of_rows(bits(p_.x, begin_ * s_.d), nullptr, T_, s_.d, scratch.x);
+    for (; a < b; ++a) up_expert(a, scratch);
   }
 
   // The columns [begin, end) of y, begin a multiple of 16, in strips that the first-level cache holds for all experts.
@@ -75,34 +76,38 @@ class TiledBlock {
   }
 
  private:
+  // Of one thread on the way in: rows and weights laid out, sums of leading dimension ld.
+  struct Scratch {
+    bf16 *x, *w;
+    float *h, *gate;
+    int64_t ld;
+  };
+
   // All tokens fit into a tile, and are turned at once, for every expert.
-  bool few() const { return T_ <= kTileRows; }
+  bool one_tile() const { return T_ <= kTileRows; }
 
-  void up_expert(int64_t a, bf16* x, bf16* w, float* h, float* gate, int64_t ld) {
+  void up_expert(int64_t a, const Scratch& to) {
     const int64_t e = plan_.active[a], n = plan_.count(e);
-    const bool turned = few() || (!w_.laid_out() && better_turned(n, s_.s, p_.w_gate ? 2 : 1));
-    if (turned)
-      turned_products(e, n, x, w, h, gate, ld);
-    else
-      products(e, n, x, w, h, gate, ld);
+    const bool turned = one_tile() || (!w_.laid_out() && better_turned(n, s_.s, p_.w_gate ? 2 : 1));
+    turned ? turned_products(e, n, to) : products(e, n, to);
     const AsFloat bias(at(p_.b_up, e * s_.s), s_.s), gate_bias(at(p_.b_gate, e * s_.s), s_.s);
-    k_.activate({n, s_.s, ld, h, bias.get(), p_.w_gate ? gate : nullptr, gate_bias.get(), p_.act});
-    k_.tiles->left_of_floats(h, ld, n, s_.s, h_.get() + starts_[a]);
+    k_.activate({n, s_.s, to.ld, to.h, bias.get(), p_.w_gate ? to.gate : nullptr, gate_bias.get(), p_.act});
+    k_.tiles->left_of_floats(to.h, to.ld, n, s_.s, h_.get() + starts_[a]);
   }
 
-  void products(int64_t e, int64_t n, bf16* x, bf16* w, float* h, float* gate, int64_t ld) {
-    k_.tiles->left_of_rows(bits(p_.x, begin_ * s_.d), plan_.rows_of(e), n, s_.d, x);
-    k_.tiles->multiply(x, w_.up(e, w), n, s_.s, s_.d, h, ld);
-    if (p_.w_gate) k_.tiles->multiply(x, w_.gate(e, w), n, s_.s, s_.d, gate, ld);
+  void products(int64_t e, int64_t n, const Scratch& to) {
+    k_.tiles->left_of_rows(bits(p_.x, begin_ * s_.d), plan_.rows_of(e), n, s_.d, to.x);
+    k_.tiles->multiply(to.x, w_.up(e, to.w), n, s_.s, s_.d, to.h, to.ld);
+    if (p_.w_gate) k_.tiles->multiply(to.x, w_.gate(e, to.w), n, s_.s, s_.d, to.gate, to.ld);
   }
 
-  void turned_products(int64_t e, int64_t n, bf16* x, bf16* w, float* h, float* gate, int64_t ld) {
-    if (!few()) k_.tiles->right_of_rows(bits(p_.x, begin_ * s_.d), plan_.rows_of(e), n, s_.d, x);
-    const auto product = [&, columns = few() ? plan_.rows_of(e) : nullptr](View weights, float* out) {
-      k_.tiles->multiply_turned(bits(weights, e * s_.s * s_.d), x, columns, n, s_.s, s_.d, w, out, ld);
+  void turned_products(int64_t e, int64_t n, const Scratch& to) {
+    if (!one_tile()) k_.tiles->right_of_rows(bits(p_.x, begin_ * s_.d), plan_.rows_of(e), n, s_.d, to.x);
+    const auto product = [&, columns = one_tile() ? plan_.rows_of(e) : nullptr](View weights, float* out) {
+      k_.tiles->multiply_turned(bits(weights, e * s_.s * s_.d), to.x, columns, n, s_.s, s_.d, to.w, out, to.ld);
     };
-    product(p_.w_up, h);
-    if (p_.w_gate) product(p_.w_gate, gate);
+    product(p_.w_up, to.h);
+    if (p_.w_gate) product(p_.w_gate, to.gate);
   }
 
   const Experts& p_;
@@ -163,9 +168,7 @@ void run_tiled(const Experts& experts, const TiledWeights& weights, const bool* 
                const AsFloat& b_out, const Threads& threads) {
   TiledBlock block(experts, weights, begin, end, mask);
   threads.parallel_for(block.active(), 1, [&](int64_t a, int64_t b) { block.up(a, b); });
-  const int64_t d_out = experts.shape.d_out;
-  threads.parallel_for((d_out + 15) / 16, 4,
-                       [&](int64_t c0, int64_t c1) { block.down(16 * c0, std::min(16 * c1, d_out), b_out); });
+  in_sixteens(experts.shape.d_out, 4, threads, [&](int64_t c0, int64_t c1) { block.down(c0, c1, b_out); });
 }
 
 void tiled_hidden(const bf16* x, const bf16* v1, const RouterShape& s, int64_t begin, int64_t end, float* hidden) {

@@ -15,25 +15,28 @@ constexpr int64_t kDepth = kDepthOf<bf16>;
 
 constexpr int64_t tiles_of(int64_t n, int64_t each) { return (n + each - 1) / each; }
 
-__mmask32 first(int64_t n) { return n >= kDepth ? ~__mmask32{0} : (__mmask32{1} << n) - 1; }
-
-int64_t row_of(const int32_t* rows, int64_t i) { return rows ? rows[i] : i; }
+// The first n entries of a vector, which may be none, or all.
+template <class Mask>
+Mask first(int64_t n) {
+  constexpr int64_t kAll = 8 * sizeof(Mask);
+  return n >= kAll ? static_cast<Mask>(~Mask{0}) : n <= 0 ? Mask{0} : static_cast<Mask>((Mask{1} << n) - 1);
+}
 
 void left_of_rows(const bf16* x, const int32_t* rows, int64_t n, int64_t k, bf16* left) {
   for (int64_t i0 = 0; i0 < n; i0 += kRows)
     for (int64_t k0 = 0; k0 < k; k0 += kDepth, left += kTile)
       for (int64_t i = 0; i < kRows && i0 + i < n; ++i)
-        _mm512_storeu_si512(left + i * kDepth, _mm512_maskz_loadu_epi16(first(k - k0), x + row_of(rows, i0 + i) * k + k0));
+        _mm512_storeu_si512(left + i * kDepth,
+                            _mm512_maskz_loadu_epi16(first<__mmask32>(k - k0), x + row_of(rows, i0 + i) * k + k0));
 }
 
 void left_of_floats(const float* h, int64_t ld, int64_t n, int64_t k, bf16* left) {
-  const auto part = [](int64_t left_over) { return left_over >= 16 ? 16 : left_over > 0 ? left_over : 0; };
   for (int64_t i0 = 0; i0 < n; i0 += kRows)
     for (int64_t k0 = 0; k0 < k; k0 += kDepth, left += kTile)
       for (int64_t i = 0; i < kRows && i0 + i < n; ++i) {
         const float* from = h + (i0 + i) * ld + k0;
-        const __m512 low = _mm512_maskz_loadu_ps(Vec::first(part(k - k0)), from);
-        const __m512 high = _mm512_maskz_loadu_ps(Vec::first(part(k - k0 - 16)), from + 16);
+        const __m512 low = _mm512_maskz_loadu_ps(first<__mmask16>(k - k0), from);
+        const __m512 high = _mm512_maskz_loadu_ps(first<__mmask16>(k - k0 - 16), from + 16);
         _mm512_storeu_si512(left + i * kDepth, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
       }
 }
@@ -77,8 +80,7 @@ void right_of(const Row& row, int64_t m, int64_t k, W* right) {
     const W* from[16];  // past the last: it again, the result is used for nothing
     for (int64_t j = 0; j < kRows; ++j) from[j] = row(j0 + j < m ? j0 + j : m - 1);
     for (int64_t k0 = 0; k0 < k; k0 += kEntries, right += kRows * kEntries) {
-      const int64_t bytes = (k - k0) * int64_t(sizeof(W));
-      const __mmask64 within = bytes >= 64 ? ~__mmask64{0} : (__mmask64{1} << bytes) - 1;
+      const auto within = first<__mmask64>((k - k0) * int64_t(sizeof(W)));
       __m512i lines[16];
       unroll<16>([&](auto j) { lines[j.value] = _mm512_maskz_loadu_epi8(within, from[j.value] + k0); });
       transpose(lines);
@@ -110,7 +112,7 @@ void right_of_columns(const bf16* w, int64_t ld, int64_t k, int64_t m, bf16* rig
   for (int64_t k0 = 0; k0 < k; k0 += kDepth)
     for (int64_t j0 = 0; j0 < m; j0 += 2 * kRows) {
       bf16* tile = right + (j0 / kRows * depth + k0 / kDepth) * kTile;
-      const auto row = [&, columns = first(m - j0)](int64_t at) {
+      const auto row = [&, columns = first<__mmask32>(m - j0)](int64_t at) {
         return at < k ? _mm512_maskz_loadu_epi16(columns, w + at * ld + j0) : _mm512_setzero_si512();
       };
       for (int64_t i = 0; i < kRows; ++i) {

@@ -31,9 +31,7 @@ SADMOE_DEVICE bool crowded(const Down& p, int64_t i) {
   const int32_t *starts = crowd_starts(p, i), *ends = crowd_starts(p, i + 1);
   int32_t pairs = 0;
   for (int64_t e = thread_index() % 32; e < p.E; e += 32) pairs += ends[e] - starts[e];
-  SADMOE_UNROLL
-  for (int lanes = 16; lanes > 0; lanes /= 2) pairs += shuffle_xor(pairs, lanes);
-  return pairs >= p.crowd;
+  return sum_warp(pairs) >= p.crowd;
 }
 
 template <class Tile>
@@ -120,10 +118,7 @@ struct Walk : Glances<Walk<kTiles>> {
     int n = 0;
     for (int from = 0; from < E; from += 32) {
       this->look(from);
-      int products = (pairs + kRows - 1) / kRows;
-      SADMOE_UNROLL
-      for (int lanes = 16; lanes > 0; lanes /= 2) products += shuffle_xor(products, lanes);
-      n += products;
+      n += sum_warp((pairs + kRows - 1) / kRows);
     }
     e0 = -32, active = 0;
     return n;

@@ -73,12 +73,7 @@ struct UpWalk {
     const int64_t e = e0 + thread_index() % 32;
     begin = e < p.up.E && p.up.starts ? p.up.starts[e] : 0, end = e < p.up.E ? pairs_until(e) : 0;
     const int32_t own = (end - begin + rows - 1) / rows * p.strips;
-    last = own;
-    SADMOE_UNROLL
-    for (int lanes = 1; lanes < 32; lanes *= 2) {
-      const int32_t below = shuffle_up(last, lanes);
-      last += thread_index() % 32 >= lanes ? below : 0;
-    }
+    last = scan_warp(own);
     before = last - own, all = shuffle(last, 31);
   }
 

@@ -57,15 +57,26 @@ SADMOE_DEVICE void make_words(const Plan& p, int64_t g, WordMemory& memory) {
   }
 }
 
+// Over the lanes of a warp: the sum of all, for each of them, and inclusive sums.
+SADMOE_DEVICE int32_t sum_warp(int32_t value) {
+  SADMOE_UNROLL
+  for (int lanes = 16; lanes > 0; lanes /= 2) value += shuffle_xor(value, lanes);
+  return value;
+}
+SADMOE_DEVICE int32_t scan_warp(int32_t value) {
+  SADMOE_UNROLL
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    const int32_t below = shuffle_up(value, lanes);
+    value += thread_index() % 32 >= lanes ? below : 0;
+  }
+  return value;
+}
+
 // Inclusive sums over the threads of the block, and the sum of all.
 template <int kThreads>
 SADMOE_DEVICE int32_t scan_block(int32_t value, int32_t& total, int32_t (&warp_sums)[kThreads / 32]) {
   const int lane = thread_index() % 32, warp = thread_index() / 32;
-  SADMOE_UNROLL
-  for (int lanes = 1; lanes < 32; lanes *= 2) {
-    const int32_t below = shuffle_up(value, lanes);
-    value += lane >= lanes ? below : 0;
-  }
+  value = scan_warp(value);
   if (lane == 31) warp_sums[warp] = value;
   sync_block();
   total = 0;
