@@ -168,11 +168,15 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     save_adapter(model, path)
     whole = path.read_bytes()
     path.write_bytes(whole[:-5])
-    refused(TINY["bert"].model(), path, "is no adapter that sadmoe wrote: it is damaged")
+    refused(
+        TINY["bert"].model(),
+        path,
+        "is no adapter that sadmoe wrote, or is damaged: it is no safetensors file",
+    )
     path.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
-    refused(TINY["bert"].model(), path, "its checksum is wrong")
+    refused(TINY["bert"].model(), path, "or is damaged: the checksum of .* is wrong; copy or save it again")
     save_file({"a": torch.ones(1)}, path)
-    refused(TINY["bert"].model(), path, "is no adapter that sadmoe wrote: it has no 'sadmoe adapter'")
+    refused(TINY["bert"].model(), path, "or is damaged: it has no 'sadmoe adapter' in its metadata")
     sadmoe.save(model, tmp_path / "whole.safetensors")
     refused(TINY["bert"].model(), tmp_path / "whole.safetensors", "is no adapter")
 

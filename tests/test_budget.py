@@ -86,7 +86,7 @@ def test_every_argument_reaches_the_step_that_it_is_for(model, dense, monkeypatc
     layers, routers, whole = (given[name] for name in ("finetune_layers_", "fit_routers_", "finetune_"))
     assert (layers[0].seconds, layers[0].share, layers[0].seed) == (pytest.approx(0.15), BUDGET / 2, 3)
     assert (whole[0].seconds, whole[0].seed) == (pytest.approx(0.35), 3)
-    assert (routers[0].steps, routers[0].width, routers[0].seed) == (7, 4, 3)
+    assert (routers[0].steps, routers[0].seed) == (7, 3)
     assert layers[1]["max_tokens"] == routers[1]["max_tokens"] == 50
     assert whole[1]["output_loss"] is loss
 

@@ -103,6 +103,25 @@ def test_a_budget_of_one_is_the_dense_model(model):
     assert (found.budget, found.loss) == (1.0, 0.0)
 
 
+def test_layers_that_the_filter_refuses_keep_their_gates_and_cost_nothing(model):
+    _, second = converted_layers(model)
+    found = calibrate_layers_(model, text_batches(), budget=0.7, filter=lambda name: name == second)
+    assert list(found.taus) == [second]
+    assert gates(model) == [TopK(3), DynamicK(found.taus[second])]
+    assert [layer.name for layer in found.cost.layers] == [second]
+    alone = cost(model, text_batches()).layers[1]
+    assert found.budget == pytest.approx(alone.executed / alone.dense)
+    assert found.budget <= 0.7
+
+
+def test_a_batch_of_padding_alone_loses_nothing(model):
+    empty = {"input_ids": torch.ones(2, 8, dtype=torch.int64), "attention_mask": torch.zeros(2, 8)}
+    found = calibrate_layers_(model, [*text_batches(), empty], budget=0.7)
+    alone = calibrate_layers_(model, text_batches(), budget=0.7)
+    assert found.taus == pytest.approx(alone.taus)
+    assert found.loss == pytest.approx(0.75 * alone.loss)
+
+
 def test_oracles_stay_oracles(model):
     for layer in converted_layers(model).values():
         layer.gate = DynamicK(0.1, true_norms=True)

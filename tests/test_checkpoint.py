@@ -1,5 +1,6 @@
 import json
 import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from sadmoe.routers import RouterConfig
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY, UserFFN, call
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 NAMES = [
     *("bert", "gpt2", "t5", "llama", "gemma", "phi3", "albert", "vit"),
@@ -41,8 +43,9 @@ def rewrite(
     data = json.loads(meta["sadmoe"])
     header(data)
     tensors(values)
-    del meta["sadmoe crc32"]
-    save_file(values, path, meta | {"sadmoe": json.dumps(data)})
+    text = json.dumps(data)
+    crc = str(zlib.crc32((text + meta["sadmoe tensors"]).encode()))
+    save_file(values, path, meta | {"sadmoe": text, "sadmoe crc32": crc})
 
 
 @pytest.fixture
@@ -61,11 +64,25 @@ def test_of_compiled_parts_the_parts_are_saved(write, read, tmp_path):
     assert torch.equal(call(fresh, batch), call(converted("bert"), batch))
 
 
-def test_of_a_parallel_model_the_model_inside_is_saved(tmp_path):
-    model, fresh, batch = converted("bert"), TINY["bert"].model(), TINY["bert"].batch()
-    save(nn.DataParallel(model, device_ids=[]), tmp_path / "m.safetensors")
-    load(fresh, tmp_path / "m.safetensors")
-    assert torch.equal(call(fresh, batch), call(model, batch))
+@pytest.mark.parametrize(("write", "read"), [(save, load), (sadmoe.save_adapter, sadmoe.load_adapter)])
+def test_of_a_parallel_model_the_model_inside_is_saved_and_loaded(write, read, tmp_path):
+    model, batch = converted("bert"), TINY["bert"].batch()
+    write(nn.DataParallel(model, device_ids=[]), tmp_path / "m.safetensors")
+    for wrapped in (False, True):
+        fresh = TINY["bert"].model()
+        read(nn.DataParallel(fresh, device_ids=[]) if wrapped else fresh, tmp_path / "m.safetensors")
+        assert torch.equal(call(fresh, batch), call(model, batch))
+
+
+def test_weights_that_are_made_at_every_access_are_not_saved(tmp_path):
+    """No dense model could be loaded from them."""
+    model = converted("bert")
+    name, layer = next(iter(moe_layers(model).items()))
+    prune.l1_unstructured(layer, "w_down", amount=0.5)
+    with pytest.raises(ValueError, match=rf"{name}.w_down is made of other tensors .* prune.remove"):
+        save(model, tmp_path / "m.safetensors")
+    prune.remove(layer, "w_down")
+    save(model, tmp_path / "m.safetensors")
 
 
 def test_a_compiled_part_is_loaded_too(tmp_path):
@@ -400,7 +417,7 @@ def foreign(path: Path) -> None:
 
 
 def no_json(path: Path) -> None:
-    save_file({"w": torch.zeros(3)}, path, {"sadmoe": "{"})
+    save_file({"w": torch.zeros(3)}, path, {"sadmoe": "{", "sadmoe crc32": str(zlib.crc32(b"{"))})
 
 
 def newer(path: Path) -> None:
@@ -411,8 +428,12 @@ def without_layers(path: Path) -> None:
     rewrite(path, lambda h: h.update(layers={}))
 
 
-def without_checksums(path: Path) -> None:
-    rewrite(path, lambda h: h.pop("crc32"))
+def without_aliases(path: Path) -> None:
+    rewrite(path, lambda h: h.pop("aliases"))
+
+
+def other_aliases(path: Path) -> None:
+    rewrite(path, lambda h: h["aliases"].update(a="b"))
 
 
 def fewer_tensors(path: Path) -> None:
@@ -450,17 +471,18 @@ def another_tau(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (another_tau, "is damaged: its metadata cannot be read .*the checksum of its metadata is wrong"),
+        (another_tau, "is damaged: the checksum of its metadata is wrong; copy or save it again"),
         (cut, "is no safetensors file, or is cut short"),
         (cut_in_header, "is no safetensors file, or is cut short"),
         (empty, "is no safetensors file, or is cut short"),
         (text, "is no safetensors file, or is cut short"),
         (flip_a_bit, "is damaged: the checksum of .* is wrong; copy or save it again"),
-        (foreign, r"is a safetensors file, but not one that sadmoe\.save wrote"),
-        (no_json, "is damaged: its metadata cannot be read"),
+        (foreign, r"is no file of sadmoe\.save, or is damaged: it has no 'sadmoe' in its metadata"),
+        (no_json, "is damaged: Expecting property name"),
         (newer, "has format 2, this sadmoe reads 1: update sadmoe"),
         (without_layers, "is damaged: its metadata is incomplete"),
-        (without_checksums, "is damaged: its metadata cannot be read"),
+        (without_aliases, "is damaged: its metadata is incomplete"),
+        (other_aliases, "is damaged: its list of tensors is not what it holds"),
         (fewer_tensors, "is damaged: its list of tensors is not what it holds"),
         (broken_description, r"0\.inner: its description must have expert_size, experts, ffn, gate"),
         (broken_power, r"0\.inner: target_power must be in \(0, 2\], got '1'"),

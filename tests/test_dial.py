@@ -29,6 +29,33 @@ def test_the_oracle_stays_an_oracle_and_top_k_becomes_dynamic():
     assert gates(model) == [DynamicK(0.5, true_norms=True), DynamicK(0.5)]
 
 
+class Learned(nn.Module):
+    """A gate of the user's own that has weights."""
+
+    true_norms = False
+
+    def __init__(self):
+        super().__init__()
+        self.least = nn.Parameter(torch.tensor(0.5))
+
+    def mask(self, scores):
+        return scores >= self.least
+
+
+def test_a_gate_may_be_a_module_and_gives_way_to_one_that_is_none():
+    model, batch = converted("bert"), TINY["bert"].batch()
+    _, last = converted_layers(model).values()
+    last.gate = learned = Learned()
+    assert learned.least in set(last.parameters())
+    call(model, batch)
+    with tau(model, 0.5):
+        assert gates(model) == [DynamicK(0.5)] * 2
+    assert gates(model)[1] is learned
+    set_tau(model, 0.25)
+    assert gates(model) == [DynamicK(0.25)] * 2
+    assert learned.least not in set(last.parameters())
+
+
 def test_the_context_gives_every_gate_back_also_nested_and_after_an_error():
     model = converted("bert")
     first, _ = converted_layers(model).values()
@@ -171,6 +198,6 @@ def test_batch_invariance_is_not_saved_with_the_model(tmp_path):
 @pytest.mark.parametrize("value", ["no", 1, 0.0])
 def test_batch_invariance_is_a_bool_or_none(value):
     model = converted("bert")
-    with pytest.raises(ValueError, match=f"value must be True, False or None, got {value!r}"):
+    with pytest.raises(TypeError, match=f"value must be True, False or None, got {value!r}"):
         set_batch_invariant(model, value)
     assert {layer.batch_invariant for layer in converted_layers(model).values()} == {None}

@@ -14,7 +14,7 @@ from hf_models import config_of, described, same
 from sadmoe import load, moe_layers, restore_, save, set_tau
 from sadmoe.gates import DynamicK, TopK
 from sadmoe.hf.quantizer import SadmoeConfig
-from tiny_models import TINY, call
+from tiny_models import TINY, call, tokens
 
 pytestmark = pytest.mark.usefixtures("loud")
 NAMES = [
@@ -213,6 +213,25 @@ def test_weights_that_are_brought_when_a_layer_runs(tmp_path):
     assert torch.equal(call(loaded, batch), wanted)
     accelerate.cpu_offload(model, torch.device("cpu"))
     assert torch.equal(call(model, batch), wanted)
+
+
+def test_a_layer_is_not_split_over_devices(tmp_path):
+    """DistilBERT does not say what may not be: a linear layer has no parts, but one of ours has a router."""
+    pytest.importorskip("accelerate")
+    config = transformers.DistilBertConfig(vocab_size=50, dim=32, hidden_dim=128, n_layers=4, n_heads=4)
+    model, batch = transformers.DistilBertModel(config).eval(), tokens()
+    quick = sadmoe.ConvertConfig(expert_size=16, tau=0.1, router=sadmoe.RouterConfig(steps=1, width=8))
+    sadmoe.convert_(model, [batch], quick, progress=False)
+    model.save_pretrained(tmp_path / "saved")
+    wanted, size = call(model, batch), model.get_memory_footprint()
+    for tenths in range(3, 10):
+        loaded = transformers.DistilBertModel.from_pretrained(
+            tmp_path / "saved",
+            device_map="auto",
+            max_memory={"cpu": size * tenths // 10},
+            offload_folder=tmp_path / "disk",
+        )
+        assert torch.equal(call(loaded, batch), wanted)
 
 
 @pytest.mark.parametrize("int8", [False, True])

@@ -55,6 +55,62 @@ def test_a_module_that_initialises_the_linear_layer_that_was_there_is_left_alone
     assert torch.equal(call(loaded, batch), call(model, batch))
 
 
+def image_and_text(name):
+    """A small model of that name that sees images and reads, which has no name of its own for what sees."""
+    text = {
+        "vocab_size": 50,
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    vision = {
+        "image_size": 16,
+        "patch_size": 4,
+        "hidden_size": 24,
+        "intermediate_size": 60,
+        "num_attention_heads": 4,
+    }
+    if name == "GroupViT":
+        vision |= {"depths": [1, 1, 1], "num_hidden_layers": 3}
+    else:
+        vision |= {"num_hidden_layers": 1}
+    config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    return getattr(transformers, f"{name}Model")(config).eval()
+
+
+@pytest.mark.parametrize("name", ["GroupViT", "OwlViT"])
+def test_what_sees_is_loaded_from_a_model_that_also_reads(name, tmp_path):
+    model = image_and_text(name)
+    pixels, ids = torch.randn(2, 3, 16, 16), torch.randint(3, 49, (2, 6))
+    settings = sadmoe.ConvertConfig(expert_size=4, tau=0.1, router=sadmoe.RouterConfig(width=4, steps=2))
+    batch = {"pixel_values": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    sadmoe.convert_(model, [batch], settings, progress=False)
+    model.save_pretrained(tmp_path)
+    part = getattr(transformers, f"{name}VisionModel").from_pretrained(tmp_path)
+    assert len(moe_layers(part)) == len(moe_layers(model.vision_model)) > 0
+    wanted = model.vision_model(pixel_values=pixels).last_hidden_state
+    assert torch.equal(part(pixel_values=pixels).last_hidden_state, wanted)
+
+
+def test_a_part_that_calls_its_layers_otherwise_is_refused_not_left_dense(tmp_path):
+    """Attention's, as in a version of transformers that calls them otherwise, where the FFNs are found."""
+    model = TINY["bert"].model()
+    sadmoe.replace_projections_(
+        model, [TINY["bert"].batch()], sadmoe.ProjectionConfig(steps=1), progress=False
+    )
+    config = sadmoe.ConvertConfig(expert_size=4, tau=0.1, router=sadmoe.RouterConfig(steps=1, width=4))
+    sadmoe.convert_(model, [TINY["bert"].batch()], config, progress=False)
+    model.save_pretrained(tmp_path)
+    said = tmp_path / "config.json"
+    said.write_text(said.read_text().replace("attention.self.query", "attention.attention.query"))
+    with pytest.raises(
+        SavedModelError, match=r"its encoder.layer.\d.attention has no attention.query, which is"
+    ):
+        type(model).from_pretrained(tmp_path)
+
+
 def test_what_a_module_makes_when_it_is_initialised_is_made_around_an_ffn(tmp_path):
     """A layer of SAM 3 holds an FFN whole, and a table of its own that is in no file."""
     import transformers

@@ -19,6 +19,7 @@ from sadmoe.ops import fallback
 from sadmoe.ops.compiled import OPS
 from tiny_models import TINY
 from torch import Tensor, library
+from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 ROUNDING = 2.0**-14  # of activations, to 16 bits, twice
@@ -193,6 +194,19 @@ def test_a_wrong_argument_is_named(i, value, message):
     args[i] = value
     with pytest.raises(RuntimeError, match=f"sadmoe::sparse_experts_int8: {message}"):
         ops.sparse_experts_int8(*args)
+
+
+def test_pruned_weights_are_refused_and_the_model_runs_as_before():
+    model, batch = converted("bert"), TINY["bert"].batch()
+    name, layer = next(iter(sadmoe.moe_layers(model).items()))
+    prune.l1_unstructured(layer, "w_down", amount=0.5)
+    with torch.no_grad():
+        before = model(**batch).last_hidden_state
+        with pytest.raises(ValueError, match=rf"{name}.w_down is made of other tensors .* prune.remove"):
+            sadmoe.quantize_experts_(model)
+        assert torch.equal(model(**batch).last_hidden_state, before)
+    prune.remove(layer, "w_down")
+    sadmoe.quantize_experts_(model)
 
 
 def test_sums_too_long_for_32_bits_are_refused():

@@ -367,6 +367,11 @@ def test_partition_says_what_is_wrong(error: type[Exception], message: str, argu
         partition(**{"weights": rows(12, 4), "experts": 4, **arguments})
 
 
+def test_numbers_may_be_numpy_s():
+    weights = rows(12, 4)
+    assert torch.equal(partition(weights, np.int64(4)), partition(weights, 4))
+
+
 def test_slots_are_sorted_by_expert_then_by_neuron():
     assert slots(torch.tensor([1, 0, 2, 1, 0, 2]), 3).tolist() == [1, 4, 0, 3, 2, 5]
 

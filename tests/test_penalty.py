@@ -269,6 +269,8 @@ def test_wrong_arguments_of_the_loss_are_named():
             sparsity(mask=torch.ones(2, 3))
         with pytest.raises(TypeError, match=r"batch is a bool tensor.*: give it as mask="):
             sparsity(torch.ones(2, 7, dtype=torch.bool))
+    with pytest.raises(ValueError, match="sites must hold at least one FFN"):
+        measure_sparsity(model, [hidden()], [])
 
 
 # ---------------------------------------------------------------- measure_sparsity

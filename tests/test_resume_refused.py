@@ -78,9 +78,14 @@ def test_a_damaged_file_is_refused(tmp_path):
     model, dense = start(sparsify)
     sparsify(copy.deepcopy(model), dense, Checkpoint(tmp_path))
     path = tmp_path / "sparsify.safetensors"
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(ValueError, match="is no saved run of sadmoe, or is damaged"):
-        sparsify(model, dense, Checkpoint(tmp_path))
+    whole = path.read_bytes()
+    for damaged, told in (
+        (whole[:-7], "it is no safetensors file, or is cut short"),
+        (whole[:-4096] + bytes(4096), "the checksum of .* is wrong"),  # a page that a power loss left empty
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"is no saved run of sadmoe, or is damaged: {told}"):
+            sparsify(model, dense, Checkpoint(tmp_path))
 
 
 def test_it_holds_no_pickle_and_its_state_is_json(tmp_path):

@@ -27,6 +27,16 @@ def rows_seen(model, batch) -> dict[str, torch.Tensor]:
     return seen
 
 
+def test_a_mask_alone_is_no_batch():
+    model, batch = converted("bert"), tokens()
+    with sadmoe.RouterLoss(model) as routers, torch.no_grad():
+        call(model, batch)
+        with pytest.raises(
+            TypeError, match=r'batch is a bool tensor.*: give it as the "attention_mask" of a dict'
+        ):
+            routers(torch.ones(2, 7, dtype=torch.bool))
+
+
 @pytest.mark.parametrize("power", [1.0, 0.5])
 def test_it_is_what_the_routers_leave_unexplained_on_real_tokens(power):
     model, batch = converted("bert"), tokens()

@@ -297,7 +297,7 @@ def test_inputs_that_cannot_be_used_are_refused(inputs, text):
 
 def test_a_width_that_the_router_does_not_have_is_refused():
     with pytest.raises(
-        ValueError, match=r"config.width is 64, .* has width 32: build it with router_width=64"
+        ValueError, match=r"config.width is 64, .* has width 32: give width=32, or build .* router_width=64"
     ):
         fit_router_(layer_of(), random_rows(9), RouterConfig(width=64))
 
@@ -316,6 +316,16 @@ def test_a_width_that_the_router_does_not_have_is_refused():
 def test_a_config_out_of_range_is_refused(kw, text):
     with pytest.raises(ValueError, match=text):
         RouterConfig(**kw)
+
+
+def test_routers_of_a_model_keep_their_widths():
+    model, batch = converted("bert", router_width=4), TINY["bert"].batch()
+    first, last = converted_layers(model).values()
+    last.router = type(last.router)(last.router.v1.shape[1], last.experts, 6)
+    before = [layer.router.v1.clone() for layer in (first, last)]
+    fit_routers_(model, [batch], RouterConfig(steps=2))
+    assert [len(layer.router.v1) for layer in (first, last)] == [4, 6]
+    assert not any(torch.equal(layer.router.v1, v1) for layer, v1 in zip((first, last), before, strict=True))
 
 
 def test_the_routers_of_a_converted_model_are_fitted_at_tau_zero():

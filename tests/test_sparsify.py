@@ -505,6 +505,15 @@ def test_a_teacher_of_another_kind_is_refused():
         sparsify_(model, [tiny.batch()], short(), teacher=longer, progress=False)
 
 
+def test_a_teacher_keeps_its_mode_and_may_not_be_compiled():
+    tiny = TINY["llama"]
+    model, teacher = tiny.model(), tiny.model().train()
+    sparsify_(model, [tiny.batch()], short(), teacher=teacher, progress=False)
+    assert all(module.training for module in teacher.modules())
+    with pytest.raises(ValueError, match="teacher: is compiled"):
+        sparsify_(model, [tiny.batch()], short(), teacher=torch.compile(teacher), progress=False)
+
+
 def test_a_folder_is_no_checkpoint():
     with pytest.raises(
         TypeError, match=r"checkpoint must be a Checkpoint or None, got 'state': give Checkpoint\(folder\)"

@@ -256,8 +256,29 @@ def test_evaluation_inside_training_leaves_nothing_behind(tmp_path):
 
 
 def test_a_loss_of_the_trainer_s_own_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="label smoothing and compute_loss_func out"):
-        trained(tmp_path, SparsityCallback(alpha=1.0), label_smoothing_factor=0.1)
+    model = model_of("llama")
+    arguments = {
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "max_steps": 1,
+        "save_strategy": "no",
+    }
+    for refused, told in (
+        ({"arguments": {"label_smoothing_factor": 0.1}}, "leave label smoothing out"),
+        ({"trainer": {"compute_loss_func": lambda *args, **kwargs: None}}, "compute_loss_func out"),
+    ):
+        trainer = transformers.Trainer(
+            model,
+            transformers.TrainingArguments(tmp_path, **arguments, **refused.get("arguments", {})),
+            train_dataset=Rows(8, causal=True),
+            callbacks=[SparsityCallback(alpha=1.0)],
+            **refused.get("trainer", {}),
+        )
+        with pytest.raises(ValueError, match=told):
+            trainer.train()
+        if "arguments" in refused:  # known before anything was changed
+            assert {site.act for site in sadmoe.find_ffns(model)} == {"silu"}
 
 
 def test_a_loss_of_one_s_own_that_leaves_the_term_out_is_refused(tmp_path, monkeypatch):

@@ -87,6 +87,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def innermost(model: nn.Module) -> nn.Module:
+    """The model inside what torch.compile, DataParallel and DistributedDataParallel made of it; another as it is."""
+    while isinstance(model := unwrapped(model), nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model
+
+
 def plain_name(name: str) -> str:
     """The path of a module or tensor as it was before parts of the model were wrapped."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
@@ -266,6 +273,13 @@ def real_part(model: nn.Module, name: str, batch: Batch, x: Tensor) -> Tensor:
     """The rows [rows, d] of x [..., d] that are real tokens, or all of them, see `real_rows`."""
     real = real_rows(model, name, batch, x)
     return rows_of(x) if real is None else rows_of(x)[real]
+
+
+def refuse_mask(batch: Batch | None, instead: str) -> None:
+    """Raises TypeError where a mask of tokens was given as the batch. instead: the argument to give it as."""
+    if isinstance(batch, Tensor) and batch.dtype == torch.bool:
+        told = "mask=" if instead == "mask" else 'the "attention_mask" of a dict'
+        raise TypeError(f"batch is a bool tensor, which is what tells real tokens: give it as {told}")
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from sadmoe.calibrate import Calibration, calibrate_, check_budget, check_reacha
 from sadmoe.checks import check_config, check_number
 from sadmoe.cost import cost
 from sadmoe.dial import set_tau, trainable_layers
-from sadmoe.ffn import find_ffns, moe_layers, projection_mlps
+from sadmoe.ffn import find_ffns, moe_layers
 from sadmoe.finetune import FinetuneConfig, FinetuneReport, finetune_
 from sadmoe.gates import DynamicK, Gate
 from sadmoe.layer import DynamicKMoE
@@ -96,7 +96,7 @@ def finetune_for_budget_(
         raise ValueError("dense must be the model from before convert_: got one with converted layers")
     sparse = dense if sparse is None else sparse
     layers = trainable_layers(model)
-    router = replace(check_config(router, RouterConfig), width=_router_width(model, layers), seed=seed)
+    router = replace(check_config(router, RouterConfig), seed=seed)
     count = length(batches)
     with seeded(model, seed):  # the same ones when a killed run is taken up again
         some = list(islice(batches, 0, count or CALIBRATED, max(1, (count or 0) // CALIBRATED)))
@@ -155,17 +155,6 @@ def _check_sparse(sparse: nn.Module, layers: Mapping[str, DynamicKMoE], batches:
                 f"sparse must be a copy of the model from just before convert_, in which {site.name} had {layer.act}: "
                 f"here it has {site.act}; give sparse=, what sparsify_ made of the dense model"
             )
-
-
-def _router_width(model: nn.Module, layers: Mapping[str, DynamicKMoE]) -> int:
-    """Of the FFNs, as `fit_routers_` wants it; where only projections were converted, any."""
-    projections = projection_mlps(model)
-    widths = {layer.router.v1.shape[0] for name, layer in layers.items() if name not in projections}
-    if len(widths) > 1:
-        raise ValueError(
-            f"the routers of the FFNs must be equally wide, got {sorted(widths)}: convert with one width"
-        )
-    return widths.pop() if widths else RouterConfig.width
 
 
 def _put_back(gates: Sequence[tuple[DynamicKMoE, Gate]]) -> None:

@@ -26,7 +26,7 @@ from sadmoe.batches import (
 )
 from sadmoe.calibrate import SEED, BudgetError, Calibration, TauSearch, check_budget
 from sadmoe.cost import CostReport
-from sadmoe.dial import converted_layers, set_tau, tau
+from sadmoe.dial import Filter, converted_layers, set_tau, tau
 from sadmoe.training.guards import seeded
 from sadmoe.training.objective import Loss
 
@@ -55,28 +55,31 @@ def calibrate_layers_(
     *,
     budget: float,
     loss: Loss | None = None,
+    filter: Filter | None = None,
     skip_padding: bool = True,
     progress: bool = False,
 ) -> LayerCalibration:
-    """Finds a tau for each converted layer, all for one budget as in `calibrate_`, and sets them.
+    """Finds a tau for each converted layer, or those of the filter, all for one budget as in `calibrate_`, and sets
+    them.
 
     First one tau is found. Then each layer in turn is tried at 0 and at a quarter to four times that tau, and the
     model's loss is noted. Assuming that losses add up, the cheapest combination is chosen at one price per FLOP, scaled
     to use up the budget, and kept only if the model then loses less than with one tau: on these batches it is never
     worse.
     loss(model, batch) -> scalar runs the model itself, as in `calibrate_`; by default |y - y0|² / |y0|² of logits or
-    hidden states at real tokens, y0 at tau = 0. The model runs over the batches 7 times for each layer, and some 30
-    times more: give few. skip_padding: as in `cost`. Raises ValueError where no tau meets the budget, or the loss is
-    not finite; then, as in any failure, the gates are as they were.
+    hidden states at real tokens, y0 at tau = 0 (of those of the filter). The model runs over the batches 7 times
+    for each layer, and some 30 times more: give few. filter: of a layer's name, as in `calibrate_`. skip_padding: as in
+    `cost`. Raises ValueError where no tau meets the budget, or the loss is not finite; then, as in any failure, the
+    gates are as they were.
     """
-    names = list(converted_layers(model))
+    names = list(converted_layers(model, filter))
     check_batches(batches)
     check_budget(budget)
-    measured = Drift(skip_padding) if loss is None else loss
+    measured = Drift(skip_padding, filter) if loss is None else loss
 
     def search(factors: Factors, runs: Loss | None = loss) -> TauSearch:
         taus = partial(_taus, factors)
-        return TauSearch(model, batches, runs, skip_padding, tqdm(disable=True), taus)
+        return TauSearch(model, batches, runs, skip_padding, tqdm(disable=True), taus, filter)
 
     def solved(factors: Factors) -> Calibration:
         found = search(factors).by_cost(budget)
@@ -93,7 +96,7 @@ def calibrate_layers_(
     if one.tau > 0:  # else the budget is all there is
         tried = sorted({min(factor, 1 / one.tau) for factor in FACTORS})
         costs = {f: one.cost if f == 1 else search(equal).at(f * one.tau).cost for f in tried}
-        losses = _alone(model, batches, one, tried, measured, progress)
+        losses = _alone(model, batches, one, tried, measured, filter, progress)
         other = _at_price(_options(costs, losses), sum(_flops(one.cost).values()))
         try:
             solution = solved(other)
@@ -102,26 +105,28 @@ def calibrate_layers_(
         except BudgetError:  # it leaves too much dense
             pass
     taus = _taus(factors, found.tau)
-    set_tau(model, taus)
+    set_tau(model, taus, filter=filter)
     return LayerCalibration(taus, found.budget, found.share, found.cost, least, one)
 
 
 class Drift:
     """A loss: |y - y0|² / |y0|² of the logits or hidden states of a batch at real tokens, y0 at tau = 0."""
 
-    def __init__(self, skip_padding: bool):
-        self.skip_padding = skip_padding
+    def __init__(self, skip_padding: bool, filter: Filter | None = None):
+        self.skip_padding, self.filter = skip_padding, filter
         self.of: tuple[Batch, Tensor] | None = None  # the last batch, and its y0: it often comes again
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         if self.of is None or self.of[0] is not batch:
             first = self.of is None
-            with tau(model, 0.0):
+            with tau(model, 0.0, filter=self.filter):
                 self.of = batch, answer(model, batch, skip_padding=self.skip_padding)
                 if first:
                     again = answer(model, batch, skip_padding=self.skip_padding)
                     check_repeats([self.of[1]], [again], "model")
         wanted = self.of[1]
+        if not len(wanted):  # all of it is padding
+            return wanted.new_zeros(())
         wrong = answer(model, batch, skip_padding=self.skip_padding) - wanted
         size = wanted.square().sum()
         size = size.where(size.isfinite(), torch.nan)  # so that no loss comes of it, which is refused
@@ -150,7 +155,13 @@ def _finite(loss: float | None) -> TypeGuard[float]:
 
 
 def _alone(
-    model: nn.Module, batches: Batches, one: Calibration, tried: Sequence[float], loss: Loss, progress: bool
+    model: nn.Module,
+    batches: Batches,
+    one: Calibration,
+    tried: Sequence[float],
+    loss: Loss,
+    filter: Filter | None,
+    progress: bool,
 ) -> dict[tuple[str, float], float]:
     """The mean loss of the batches with each layer alone at each of those factors, the others at the one tau."""
     names = [layer.name for layer in one.cost.layers]
@@ -168,7 +179,7 @@ def _alone(
             for name, factor in product(names, tried):
                 if factor == 1.0:
                     continue
-                with tau(model, _taus({**same, name: factor}, one.tau)):
+                with tau(model, _taus({**same, name: factor}, one.tau), filter=filter):
                     found[name, factor].append(float(loss(model, batch)))
             bar.update()
     means = {option: fmean(losses) for option, losses in found.items()}

@@ -4,13 +4,10 @@ The metadata key "sadmoe" is JSON:
   format   version of all this
   layers   name -> what `describe.describe` says of the layer there
   aliases  name -> the stored name it shares its tensor with (tied weights are stored once)
-  crc32    stored name -> checksum of the tensor's bytes
-The key "sadmoe crc32" is the checksum of that JSON.
 """
 
 import copy
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sadmoe import files
-from sadmoe.batches import plain_name, unwrapped
+from sadmoe.batches import innermost, plain_name, unwrapped
 from sadmoe.describe import describe_all, match_activations, rebuild
-from sadmoe.dial import check_no_adapters
+from sadmoe.dial import check_no_adapters, check_parameters
 from sadmoe.ffn import moe_layers
 from sadmoe.undo import surgery
 
@@ -39,22 +36,19 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
     Written beside `path` and then renamed, so that `path` is never half a file. It holds every parameter and
     buffer, routers and gates with their tau; not the model's class, for which `load` takes a dense model. Of what
     torch.compile returned, and of torch's DataParallel and DistributedDataParallel, the model inside is saved.
-    Raises ValueError where nothing is converted or a layer is inside an adapter, FileExistsError where path is there
-    and overwrite is False, FileNotFoundError where its folder is not.
+    Raises ValueError where nothing is converted, a layer is inside an adapter, or its weights are pruned or
+    parametrized, FileExistsError where path is there and overwrite is False, FileNotFoundError where its folder is not.
     """
     path = Path(path)
-    while isinstance(inner := unwrapped(model), nn.DataParallel | nn.parallel.DistributedDataParallel):
-        model = inner.module
-    model = inner
+    model = innermost(model)
     layers = describe_all(model)
     if not layers:
         raise ValueError(f"nothing to save: no FFN of this {type(model).__name__} is converted, see convert_")
-    check_no_adapters(model, moe_layers(model))  # no dense model could be loaded from it
+    check_no_adapters(model, moe_layers(model))  # no dense model could be loaded from it,
+    check_parameters(moe_layers(model))  # nor from this
     files.check_new(path, overwrite)
     tensors, aliases = _stored(_everything(model))
-    crc = {name: files.crc32(tensor) for name, tensor in tensors.items()}
-    header = {"format": FORMAT, "layers": layers, "aliases": aliases, "crc32": crc}
-    files.write(path, tensors, KEY, header)
+    files.write(path, tensors, KEY, {"format": FORMAT, "layers": layers, "aliases": aliases})
 
 
 @torch.inference_mode(False)  # whose tensors can never be trained
@@ -68,7 +62,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> None:
     damaged, foreign, newer than this sadmoe, or of another model.
     """
     path = Path(path)
-    model = unwrapped(model)
+    model = innermost(model)
     if converted := describe_all(model):
         raise ValueError(
             f"{len(converted)} FFNs of this model are converted already: load takes a dense model"
@@ -145,37 +139,18 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             else ""
         )
         raise FileNotFoundError(f"no file {path}{hint}")
-    check_safetensors(path)
-    with safe_open(path, "pt") as file:
-        header = _checked_header(file.metadata() or {}, path)
-        # cloned, because the file is only mapped: whoever cut it short later would end the process
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    crc, aliases = header["crc32"], header["aliases"]
-    if set(crc) != set(tensors) or not set(aliases.values()) <= set(tensors):
-        raise SavedModelError(f"{path} is damaged: its list of tensors is not what it holds")
-    for name, tensor in tensors.items():
-        if files.crc32(tensor) != crc[name]:
-            raise SavedModelError(
-                f"{path} is damaged: the checksum of {name} is wrong; copy or save it again"
-            )
-    return header, tensors | {name: tensors[stored] for name, stored in aliases.items()}
-
-
-def _checked_header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
-    if KEY not in metadata:
-        raise SavedModelError(f"{path} is a safetensors file, but not one that sadmoe.save wrote")
     try:
-        header = files.header(metadata, KEY)
-        version = header["format"]
-        if version == FORMAT:
-            kinds = {key: type(header[key]) for key in ("layers", "aliases", "crc32")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise SavedModelError(f"{path} is damaged: its metadata cannot be read ({error})") from error
+        tensors, header = files.read(path, KEY)
+        version, layers, aliases = (header.get(key) for key in ("format", "layers", "aliases"))
+    except (ValueError, AttributeError) as error:
+        raise SavedModelError(f"{path} is no file of sadmoe.save, or is damaged: {error}") from error
     if version != FORMAT:
         raise SavedModelError(f"{path} has format {version}, this sadmoe reads {FORMAT}: update sadmoe")
-    if set(kinds.values()) != {dict} or not header["layers"]:
+    if not layers or not all(isinstance(part, dict) for part in (layers, aliases)):
         raise SavedModelError(f"{path} is damaged: its metadata is incomplete")
-    return header
+    if not tensors.keys() >= set(aliases.values()):
+        raise SavedModelError(f"{path} is damaged: its list of tensors is not what it holds")
+    return header, tensors | {name: tensors[stored] for name, stored in aliases.items()}
 
 
 def _skeleton(model: nn.Module) -> nn.Module:

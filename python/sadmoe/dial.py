@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sadmoe.checks import check_filter, check_number
 from sadmoe.ffn import moe_layers
+from sadmoe.ffn.dense import TENSORS
 from sadmoe.gates import DynamicK
 from sadmoe.layer import DynamicKMoE
 
@@ -70,6 +71,17 @@ def check_own_weights(model: nn.Module, layers: Mapping[str, DynamicKMoE]) -> No
                 )
 
 
+def check_parameters(layers: Mapping[str, DynamicKMoE]) -> None:
+    """Raises ValueError where a weight of a layer is no parameter of it, but made of others at every access."""
+    for name, layer in layers.items():
+        for key in TENSORS:
+            if key not in layer._parameters:
+                raise ValueError(
+                    f"{name}.{key} is made of other tensors at every access: make it a parameter first, by torch's "
+                    "prune.remove or remove_parametrizations"
+                )
+
+
 def set_tau(model: nn.Module, tau: Taus, *, filter: Filter | None = None) -> None:
     """Every converted layer runs expert e for token t iff scores[t, e] >= tau * max(scores[t]).
 
@@ -96,11 +108,11 @@ def set_batch_invariant(model: nn.Module, value: bool | None, *, expected_share:
     True: they never do. None, the default: they may in 16 bits, where dense products are over 10 % faster (CUDA: 5 %,
     and without expected_share at any share), and at tau = 0. False: wherever those are faster. expected_share: the
     executed share in [0, 1] that decides on CUDA in place of that of earlier calls, such as calibration found; what was
-    set before goes. Takes effect at the next call; not saved with the model. Raises ValueError where expected_share is
-    out of range or nothing was converted.
+    set before goes. Takes effect at the next call; not saved with the model. Raises TypeError where value is none of
+    these, ValueError where expected_share is out of range or nothing was converted.
     """
     if value is not None and not isinstance(value, bool):
-        raise ValueError(f"value must be True, False or None, got {value!r}")
+        raise TypeError(f"value must be True, False or None, got {value!r}")
     if expected_share is not None:
         check_number("expected_share", expected_share, " in [0, 1]")
     if expected_share is not None and not 0.0 <= expected_share <= 1.0:
@@ -110,13 +122,13 @@ def set_batch_invariant(model: nn.Module, value: bool | None, *, expected_share:
 
 
 @contextmanager
-def tau(model: nn.Module, value: Taus, *, filter: Filter | None = None) -> Iterator[None]:
+def tau(model: nn.Module, tau: Taus, *, filter: Filter | None = None) -> Iterator[None]:
     """`set_tau` for a with block; every layer's former gate comes back, whatever happens inside.
 
     Call backward() inside it, too, where blocks are checkpointed: they then run again, by the gates of that moment.
     """
     gates = [(layer, layer.gate) for layer in converted_layers(model, filter).values()]
-    set_tau(model, value, filter=filter)
+    set_tau(model, tau, filter=filter)
     try:
         yield
     finally:

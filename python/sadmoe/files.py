@@ -41,35 +41,44 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], key: str, header: Any) -> None:
-    """Replaces the file at once. tensors: on the CPU, contiguous, no two in one storage.   header: goes under `key`."""
-    text = json.dumps(header)
+    """Replaces the file at once. tensors: on the CPU, contiguous, no two in one storage.   header: goes under `key`.
+
+    "`key` tensors" holds a checksum of each tensor, "`key` crc32" one of both texts."""
+    text, checksums = json.dumps(header), json.dumps({name: crc32(t) for name, t in tensors.items()})
+    metadata = {
+        "format": "pt",
+        key: text,
+        f"{key} tensors": checksums,
+        f"{key} crc32": _crc(text + checksums),
+    }
     with replacing(path) as beside:
-        save_file(dict(tensors), beside, metadata={"format": "pt", key: text, _crc_key(key): _crc(text)})
+        try:
+            save_file(dict(tensors), beside, metadata=metadata)
+        except SafetensorError as error:  # as of a full disk, which it tells without the file
+            raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def read(path: Path, key: str) -> tuple[dict[str, Tensor], Any]:
-    """The tensors, and what is under `key`. Raises ValueError where the file is not one that `write` wrote with it."""
+    """The tensors, and what is under `key`. Raises ValueError where the file is not one that `write` wrote with it, or
+    a bit of it has changed."""
     try:
         with safe_open(path, "pt") as file:
-            found = header(file.metadata() or {}, key)
+            metadata = file.metadata() or {}
             # cloned, because the file is only mapped: whoever cut it short later would end the process
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, found  # noqa: SIM118
-    except KeyError as error:
-        raise ValueError(f"it has no {error} in its metadata") from error
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"it is damaged: {error}") from error
-
-
-def header(metadata: Mapping[str, str], key: str) -> Any:
-    """What `write` was given. Raises KeyError where there is none, ValueError where it is not what was written."""
-    text = metadata[key]
-    if metadata.get(_crc_key(key), _crc(text)) != _crc(text):  # files of earlier versions have none
-        raise ValueError("the checksum of its metadata is wrong")
-    return json.loads(text)
-
-
-def _crc_key(key: str) -> str:
-    return f"{key} crc32"
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"it is no safetensors file, or is cut short: {error}") from error
+    if key not in metadata:
+        raise ValueError(f"it has no {key!r} in its metadata")
+    text, checksums = metadata[key], metadata.get(f"{key} tensors", "")
+    if metadata.get(f"{key} crc32") != _crc(text + checksums):
+        raise ValueError("the checksum of its metadata is wrong; copy or save it again")
+    of_tensors = json.loads(checksums or "{}")  # of earlier versions: none
+    if of_tensors and of_tensors.keys() != tensors.keys():
+        raise ValueError("its list of tensors is not what it holds")
+    if wrong := [name for name, crc in of_tensors.items() if crc32(tensors[name]) != crc]:
+        raise ValueError(f"the checksum of {wrong[0]} is wrong; copy or save it again")
+    return tensors, json.loads(text)
 
 
 def _crc(text: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sadmoe.dial import check_own_weights, converted_layers
+from sadmoe.dial import check_own_weights, check_parameters, converted_layers
 from sadmoe.layer import ALL_SCALES, SCALES, DynamicKMoE
 from sadmoe.tables import format_table
 from sadmoe.undo import surgery
@@ -36,8 +36,8 @@ def quantize_experts_(model: nn.Module) -> Int8Report:
     numbers: dense torch at tau = 0 and the fast path of bf16 are not taken. On other devices weights are widened at
     every call, which is slow. The former weights are let go when all are rounded. Do it last: experts in int8 are not
     trained (`dequantize_experts_` first). It is saved with the model, not in adapters. A `restore_`d FFN keeps the
-    rounding. Raises ValueError where nothing is converted, or all experts are int8 already. Whatever is raised, the
-    model is as it was.
+    rounding. Raises ValueError where nothing is converted, all experts are int8 already, or weights are pruned or
+    parametrized. Whatever is raised, the model is as it was.
     """
     layers = _layers(model, int8=False, why="are int8 already")
     before, errors = _bytes(layers), {}
@@ -63,6 +63,7 @@ def _layers(model: nn.Module, int8: bool, why: str) -> dict[str, DynamicKMoE]:
     """Those layers that are, or are not, int8: others were done before."""
     layers = converted_layers(model)
     check_own_weights(model, layers)
+    check_parameters(layers)
     found = {name: layer for name, layer in layers.items() if layer.is_int8 is int8}
     if not found:
         raise ValueError(f"the experts of {next(iter(layers))} {why}")

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+WEIGHTS = "model*.safetensors*"  # as save_pretrained names them: the next ones may be fewer files
+
 
 def check_folder(folder: Path, force: bool, reads: Sequence[Path] = ()) -> None:
     """Raises an error unless `folder` can be written: absent or empty, or with `force` what sadmoe wrote, and nothing
@@ -62,8 +64,9 @@ def check_writable(place: Path, wanted: Path) -> None:
 
 @contextmanager
 def replaced(folder: Path) -> Iterator[None]:
-    """Inside, `folder` is absent or empty and may be written. Whatever is raised, it is as it was; else what was there
-    goes. An empty one stays the same folder: somebody may be in it."""
+    """Inside, `folder` is absent or empty and may be written. Whatever is raised, it is as it was; else weights that
+    were there go, and files whose names were written anew; all others stay, for they may be the user's. An empty one
+    stays the same folder: somebody may be in it."""
     folder = folder.resolve()
     former = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.former")
     empty = folder.exists() and not any(folder.iterdir())
@@ -79,6 +82,9 @@ def replaced(folder: Path) -> Iterator[None]:
         if former.exists():
             former.rename(folder)
         raise
+    for path in former.iterdir() if former.exists() else ():
+        if not path.match(WEIGHTS) and not (folder / path.name).exists():
+            path.rename(folder / path.name)
     shutil.rmtree(former, ignore_errors=True)
 
 
@@ -88,4 +94,13 @@ def _is_ours(folder: Path) -> bool:
         config = json.loads((folder / "config.json").read_text())
         return config["quantization_config"]["quant_method"] == "sadmoe"
     except (OSError, ValueError, KeyError, TypeError):
-        return (folder / "demo.json").exists()
+        return _is_of_the_demo(folder / "demo.json")
+
+
+def _is_of_the_demo(file: Path) -> bool:
+    """Whether it is the demo's table: rows, with the FLOPs at each."""
+    try:
+        rows = json.loads(file.read_text())
+        return bool(rows) and all("tau" in row and "flops" in row for row in rows)
+    except (OSError, ValueError, TypeError):
+        return False

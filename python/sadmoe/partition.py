@@ -8,6 +8,7 @@ weights and the seed and on nothing else.
 
 import logging
 import math
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +112,7 @@ def _check(weights: Tensor, experts: int, restarts: int, max_iter: int) -> None:
             f"partition: weights must be finite, got NaN or inf in {len(bad)} rows, first {int(bad[0])}"
         )
     for name, count in (("experts", experts), ("restarts", restarts), ("max_iter", max_iter)):
-        if not isinstance(count, int):
+        if not isinstance(count, Integral) or isinstance(count, bool):
             raise TypeError(f"partition: {name} must be an int, got {count!r}")
         if count < 1:
             raise ValueError(f"partition: {name} must be at least 1, got {count}")

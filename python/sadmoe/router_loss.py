@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sadmoe import reference
-from sadmoe.batches import real_part, refuse_compiled, rows_of
+from sadmoe.batches import real_part, refuse_compiled, refuse_mask, rows_of
 from sadmoe.dial import check_no_adapters, trainable_layers
 from sadmoe.hooks import hooks_on
 from sadmoe.layer import DynamicKMoE, only_input
@@ -77,8 +77,9 @@ class RouterLoss(PassesLoss):
 
         batch: what the model was called with in all those passes, whose "attention_mask" says which tokens are real (in
         an encoder-decoder also "decoder_attention_mask"). None: all are.
-        Raises RuntimeError where no pass came before.
+        Raises RuntimeError where no pass came before, TypeError for a mask alone.
         """
+        refuse_mask(batch, "batch")
         seen = self._taken()
         parts = [
             _unexplained(

@@ -14,7 +14,6 @@ from sadmoe import reference
 from sadmoe.batches import Batches
 from sadmoe.checks import check_config, check_fields, named
 from sadmoe.dial import check_own_weights, converted_layers, tau
-from sadmoe.ffn import projection_mlps
 from sadmoe.files import checksum
 from sadmoe.inputs import Place, collect_inputs, stream_inputs
 from sadmoe.layer import DynamicKMoE, Router
@@ -136,21 +135,26 @@ def fit_routers_(
     max_bytes: int = 2**30,
     skip_padding: bool = True,
     checkpoint: Checkpoint | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> dict[str, RouterFit]:
     """Trains the routers of a converted model anew: `fit_router_` on what enters each layer at tau = 0.
 
-    max_tokens, max_bytes and skip_padding: see `stream_inputs`. Gates stay as they are.
+    config: its width is not asked for, each router keeps its own.   max_tokens, max_bytes, skip_padding: see
+    `stream_inputs`. Gates stay as they are.
     checkpoint: where to resume from after a kill: routers that were done are loaded, see `Checkpoint`.
     Raises ValueError where nothing was converted, where a layer is inside an adapter, sharded or on the meta device,
-    where the routers of FFNs are not as wide as the config says (those of projections of attention keep their width),
     or where inputs are not finite. Whatever is raised, the routers are as they were.
     """
     check_checkpoint(checkpoint)
-    layers, projections = converted_layers(model), projection_mlps(model)
+    layers = converted_layers(model)
     check_own_weights(model, layers)
+    config = RouterConfig() if config is None else check_config(config, RouterConfig)
     configs = {
-        name: _for(config, layer.router, any_width=config is None or name in projections)
+        name: replace(
+            config,
+            width=len(layer.router.v1),
+            target_power=power_of(layer.router, config.target_power),
+        )
         for name, layer in layers.items()
     }
     powers = {name: layer.router.target_power for name, layer in layers.items()}
@@ -158,8 +162,11 @@ def fit_routers_(
     told = {"max_tokens": max_tokens, "skip_padding": skip_padding, "model": whole}
     kept = {name: Kept(checkpoint, name, {"config": asdict(configs[name]), **told}) for name in layers}
     routers = nn.ModuleList(layer.router for layer in layers.values())
-    seed = 0 if config is None else config.seed  # a DataLoader may draw numbers
-    with all_or_nothing(routers) as undo, tau(model, 0.0), seeded(model, seed):
+    with (
+        all_or_nothing(routers) as undo,
+        tau(model, 0.0),
+        seeded(model, config.seed),
+    ):  # a DataLoader may draw
         undo.append(partial(set_powers, layers, powers))
         fits = {}
         for name, layer in layers.items():
@@ -174,7 +181,7 @@ def fit_routers_(
             batches,
             max_tokens=max_tokens,
             max_bytes=max_bytes,
-            seed=seed,
+            seed=config.seed,
             skip_padding=skip_padding,
             progress=progress,
         )
@@ -183,13 +190,6 @@ def fit_routers_(
                 fits[name] = fit_router_(layers[name], x, configs[name], progress=progress)
             kept[name].save(layers[name].router.state_dict(), asdict(fits[name]))
     return {name: fits[name] for name in layers}
-
-
-def _for(config: RouterConfig | None, router: Router, any_width: bool) -> RouterConfig:
-    """The config for that router, its power told."""
-    config = RouterConfig() if config is None else check_config(config, RouterConfig)
-    width = router.v1.shape[0] if any_width else config.width
-    return replace(config, width=width, target_power=power_of(router, config.target_power))
 
 
 def power_of(router: Router, asked: float | None) -> float:
@@ -249,8 +249,8 @@ def _check_fit(layer: DynamicKMoE, inputs: Tensor, config: RouterConfig) -> None
         )
     if width != config.width:
         raise ValueError(
-            f"config.width is {config.width}, but the layer's router has width {width}: "
-            f"build it with router_width={config.width}"
+            f"config.width is {config.width}, but the layer's router has width {width}: give width={width}, or build "
+            f"the layer with router_width={config.width}"
         )
 
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 BLANK_LINES = re.compile(r"\n\s*\n")
@@ -42,8 +43,19 @@ def load_model(folder: Path) -> nn.Module:
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     named = getattr(transformers, (config.architectures or [""])[0], None)
     model_class: Any = named if isinstance(named, type) else transformers.AutoModel
-    model = model_class.from_pretrained(folder, local_files_only=True)
-    return model.eval()
+    with loading(folder):
+        return model_class.from_pretrained(folder, local_files_only=True).eval()
+
+
+@contextmanager
+def loading(folder: Path) -> Iterator[None]:
+    """Of damaged files libraries raise what they like: then ValueError, which names the folder."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{folder} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -55,7 +67,8 @@ def load_tokenizer(folder: Path) -> Any:
         raise FileNotFoundError(
             f"{folder} has no tokenizer: put the model's there by tokenizer.save_pretrained({str(folder)!r})"
         )
-    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with loading(folder):
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def load_processor(folder: Path) -> Any:

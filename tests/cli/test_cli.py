@@ -191,6 +191,22 @@ def test_projections_and_a_checkpoint_that_is_taken_up_again(folder, text, tmp_p
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
 
 
+def test_a_checkpoint_of_a_run_that_saved_nothing_takes_another_command(
+    folder, text, tmp_path, capsys, monkeypatch
+):
+    state, out = tmp_path / "state", tmp_path / "out"
+    more = ("--tau", "0.2", "--checkpoint", str(state))
+    monkeypatch.setattr(convert_command, "convert_", interrupt)
+    assert converted(folder, text, out, *more) == 130
+    assert "interrupted; nothing was saved" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert converted(folder, text, out, *more, "--batch-size", "2") == 0
+    state = tmp_path / "file"
+    state.write_text("")
+    assert converted(folder, text, tmp_path / "other", "--tau", "0.2", "--checkpoint", str(state)) == 2
+    assert f"--checkpoint: {state} is a file, and a folder is wanted" in capsys.readouterr().err
+
+
 def test_finetune_does_all_that_comes_after_the_conversion(text, tmp_path, capsys, monkeypatch):
     folder, state, out = (tmp_path / name for name in ("wide", "state", "out"))
     bert(folder, hidden_size=128, intermediate_size=512)  # beside which the routers are small

@@ -45,6 +45,35 @@ def test_roberta_s_first_positions_are_no_token_s(text, tmp_path, capsys):
     )
 
 
+def of_another_size(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"intermediate_size": 64', '"intermediate_size": 72'))
+
+
+def without_lfs(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    )
+
+
+def empty(folder):
+    (folder / "model.safetensors").write_text("")
+
+
+def broken_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize("damage", [of_another_size, without_lfs, empty, broken_tokenizer])
+def test_a_damaged_model_is_a_line_that_names_it(damage, text, tmp_path, capsys):
+    folder = bert(tmp_path / "model")
+    damage(folder)
+    assert converted(folder, text, tmp_path / "out") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sadmoe: error: ")]
+    assert str(folder) in line
+
+
 def test_a_tokenizer_of_another_model_is_refused(text, tmp_path, capsys):
     folder = bert(tmp_path / "model")
     (tmp_path / "vocab.txt").write_text("\n".join([*WORDS[:5], "more", *WORDS[5:]]))

@@ -45,6 +45,7 @@ def test_force_does_not_remove_what_is_not_ours(folder, text, tmp_path, capsys, 
     out = tmp_path / "work"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
+    (out / "demo.json").write_text("{}" if config is None else "[1]")
     if config is not None:
         (out / "config.json").write_text(config)
     assert converted(folder, text, out, "--force") == 2
@@ -102,14 +103,33 @@ def interrupted_in(folder):
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
-    (folder / "old").touch()
+    (folder / "model-00001-of-00002.safetensors").write_text("old")
+    (folder / "config.json").write_text("old")
     with pytest.raises(KeyboardInterrupt):
         interrupted_in(folder)
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+    assert {path.name for path in tmp_path.rglob("*")} == {
+        "out", "model-00001-of-00002.safetensors", "config.json"
+    }  # fmt: skip
     with replaced(folder):
         folder.mkdir()
-        (folder / "new").touch()
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
+        (folder / "config.json").write_text("new")
+        (folder / "model.safetensors").write_text("new")
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {
+        "config.json": "new", "model.safetensors": "new"
+    }  # fmt: skip
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_force_keeps_what_was_put_beside_a_model(folder, text, tmp_path):
+    out = tmp_path / "moe"
+    assert converted(folder, text, out, "--tau", "0.1") == 0
+    (out / "thesis.tex").write_text("years of work")
+    (out / "checkpoint-500").mkdir()
+    (out / "checkpoint-500" / "model.safetensors").write_text("weights")
+    assert converted(folder, text, out, "--tau", "0.2", "--force") == 0
+    assert (out / "thesis.tex").read_text() == "years of work"
+    assert (out / "checkpoint-500" / "model.safetensors").read_text() == "weights"
+    assert '"tau": 0.2' in (out / "config.json").read_text()
 
 
 def test_an_empty_folder_that_one_is_in_may_be_written(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from sadmoe.cli.options import add_common, add_data, add_model, data_of, loaded,
 from sadmoe.demo.recipe import SECONDS, run_demo
 from sadmoe.evaluate import evaluate, table
 from sadmoe.ffn import moe_layers
+from sadmoe.files import replacing
 from sadmoe.model_report import report_page
 from sadmoe.outputs import check_files, check_folder
 from sadmoe.paths import dtype_name
@@ -207,8 +208,10 @@ def _report(arguments: argparse.Namespace) -> None:
     points = evaluate(model, data.batches, sorted(arguments.tau), dense=dense, progress=True)
     print(table(points))
     made = report_page(model, data, points, arguments.sentence)
-    numbers.write_text(to_json([asdict(point) for point in points]))
-    write_page(page, made)
+    with replacing(numbers) as beside:
+        beside.write_text(to_json([asdict(point) for point in points]))
+    with replacing(page) as beside:
+        write_page(beside, made)
     print(f"\n{page}, and the numbers in {numbers}")
 
 

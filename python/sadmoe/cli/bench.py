@@ -11,6 +11,7 @@ from sadmoe.bench import compare, random_batch, table
 from sadmoe.cli.options import add_common, add_data, add_model, data_of, device_named, loaded
 from sadmoe.dial import set_batch_invariant
 from sadmoe.ffn import moe_layers
+from sadmoe.files import replacing
 from sadmoe.measure_costs import TOKENS, calibrate_costs, costs_table
 from sadmoe.measured import cache_file, read
 from sadmoe.outputs import check_files
@@ -127,7 +128,8 @@ def _bench(arguments: argparse.Namespace) -> None:
     )
     if arguments.json:
         numbers = {"machine": machine(), "packed": packed, "rows": [asdict(row) for row in rows]}
-        arguments.json.write_text(to_json(numbers))
+        with replacing(arguments.json) as beside:
+            beside.write_text(to_json(numbers))
 
 
 def _calibrate(arguments: argparse.Namespace, model: Any) -> None:

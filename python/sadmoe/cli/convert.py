@@ -251,14 +251,16 @@ def _convert_finetuned(
 
 def _check_same_data(arguments: argparse.Namespace) -> None:
     """Raises ValueError where the checkpoint was made from other data; the steps themselves check the rest."""
+    if arguments.checkpoint.exists() and not arguments.checkpoint.is_dir():
+        raise NotADirectoryError(f"--checkpoint: {arguments.checkpoint} is a file, and a folder is wanted")
     note = arguments.checkpoint / "data.json"
     now = {name: str(getattr(arguments, name)) for name in ("batch_size", "max_length")}
     now |= {"data": str(arguments.data.resolve()), "checksum": str(_checksum(arguments.data))}
-    if not note.exists():
+    if not any(arguments.checkpoint.rglob("*.safetensors")):  # nothing was saved that it could be of
         note.parent.mkdir(parents=True, exist_ok=True)
         with replacing(note) as beside:  # a kill leaves no half of it
             beside.write_text(json.dumps(now))
-    elif (saved := json.loads(note.read_text())) != now:
+    elif (saved := json.loads(note.read_text()) if note.exists() else None) != now:
         raise ValueError(
             f"--checkpoint: {arguments.checkpoint} is of another run, of {saved}, not {now}: give that data "
             "again, or an empty folder"

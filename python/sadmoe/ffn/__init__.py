@@ -2,7 +2,7 @@
 
 from sadmoe.ffn.activation_swap import activation_at, swap_activations_
 from sadmoe.ffn.adapters import ADAPTERS
-from sadmoe.ffn.configs import own_configs
+from sadmoe.ffn.configs import configs_in, own_configs
 from sadmoe.ffn.dense import DenseFFN, dense_from_layer, layer_from_dense
 from sadmoe.ffn.projection import (
     ProjectionMLP,
@@ -31,6 +31,7 @@ __all__ = [
     "activation_at",
     "bare_mlps",
     "check_originals",
+    "configs_in",
     "dense_from_layer",
     "empty_mlp",
     "find_ffns",

@@ -5,6 +5,7 @@ import logging
 import mmap
 import re
 import sys
+from collections.abc import Collection, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,20 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sadmoe.checkpoint import FORMAT, SavedModelError, check_safetensors
 from sadmoe.convert import restore_
 from sadmoe.describe import describe_all, match_activations, rebuild
-from sadmoe.ffn import bare_mlps, moe_layers, own_configs, projection_mlps, replaced_module, site_of
+from sadmoe.ffn import (
+    bare_mlps,
+    configs_in,
+    moe_layers,
+    own_configs,
+    projection_mlps,
+    replaced_module,
+    site_of,
+)
 from sadmoe.ffn.lookup import join
 
 logger = logging.getLogger(__name__)
 _LANGUAGE = re.compile(r"^(model\.)?language_model\.")
+_LAYER_CLASSES = ("DynamicKMoE",)
 CACHE_LINE = 64  # bytes, to which torch aligns what it allocates
 
 METHOD = "sadmoe"
@@ -96,7 +106,7 @@ class SadmoeQuantizer(HfQuantizer):
         caller = sys._getframe(1)  # transformers passes it to no quantizer
         return caller.f_locals.get("state_dict") if caller.f_code.co_name == "save_pretrained" else None, {}
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         files = kwargs.get("checkpoint_files") or ()
         for file in files:
             check_safetensors(Path(file))
@@ -111,6 +121,8 @@ class SadmoeQuantizer(HfQuantizer):
         except ValueError as error:
             raise SavedModelError(f"config.json does not fit this {type(model).__name__}: {error}") from error
         _warn_of_float16(model)
+        # device_map: an expert's matrices are read in one call, as those of a linear layer
+        model._no_split_modules = {*(model._no_split_modules or ()), *_LAYER_CLASSES}
         _leave_owners_alone(model)
         _show_replaced(model)
         tensors = _layer_tensors(model)
@@ -202,7 +214,14 @@ def _says_converted(model: Any) -> bool:
 
 
 def _transformers_models(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    """Those in it, and the outermost module of any other class that has a config of its own, which a model of that part
+    is loaded by (GroupViT's vision transformer)."""
+    found: list[Any] = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    seen = {id(module.config) for module in found}
+    for config, owners in configs_in(model):
+        if id(config) not in seen:
+            found.append(model.get_submodule(owners[0]))
+    return found
 
 
 def _found_in(model: Any, layers: dict[str, Any]) -> dict[str, Any]:
@@ -210,13 +229,16 @@ def _found_in(model: Any, layers: dict[str, Any]) -> dict[str, Any]:
 
     As for weights: BertForMaskedLM calls "bert.encoder" what BertModel calls "encoder", and an encoder alone
     can be loaded from an encoder-decoder, the language model from one of images and text. Raises SavedModelError where
-    the model has none of them.
+    the model has none of them, or a part of it calls some otherwise, which would then stay dense, at random.
     """
     prefix = f"{model.base_model_prefix}."
     names = {name for name, _ in model.named_modules()}
     renamed = [
         layers,
-        {prefix + name: description for name, description in layers.items()},
+        *(
+            {before + name: d for name, d in layers.items()}
+            for before in {prefix, *_only_prefix(names, layers)}
+        ),
         {name.removeprefix(prefix): description for name, description in layers.items()},
         {_LANGUAGE.sub(r"\1", name): description for name, description in layers.items()},
     ]
@@ -226,7 +248,32 @@ def _found_in(model: Any, layers: dict[str, Any]) -> dict[str, Any]:
             f"config.json does not fit this {type(model).__name__}: it has no {next(iter(layers))}, nor any "
             f"other of the {len(layers)} converted layers" + _other_version(model)
         )
+    way = max(renamed, key=lambda way: len(names & way.keys()))
+    for name in sorted(way.keys() - names):
+        part = _deepest(name, names)
+        in_a_block = any(piece.isdigit() for piece in part.split("."))
+        # Else it was left out with all that it is in, as the decoder is of an encoder alone.
+        if in_a_block or (part and not any(n.startswith(f"{part}.") for n in found)):
+            raise SavedModelError(
+                f"config.json does not fit this {type(model).__name__}: its {part} has no "
+                f"{name.removeprefix(part + '.')}, which is converted" + _other_version(model)
+            )
     return found
+
+
+def _only_prefix(names: Collection[str], layers: Mapping[str, Any]) -> set[str]:
+    """What stands before the layers' names in this model, if that is one and the same (OwlViT's vision model, whose
+    config is that of a module in it)."""
+    first = f".{next(iter(layers))}"
+    found = {name.removesuffix(first) + "." for name in names if name.endswith(first)}
+    return found if len(found) == 1 else set()
+
+
+def _deepest(name: str, names: Collection[str]) -> str:
+    """The innermost module of the model that a name leads to; "" where its first part is not there."""
+    parts = name.split(".")
+    paths = [".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1)]
+    return next((path for path in paths if path in names), "")
 
 
 def _other_version(model: Any) -> str:

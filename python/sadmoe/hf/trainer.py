@@ -51,11 +51,16 @@ class AddedLoss(TrainerCallback):
         self._handles: list[RemovableHandle] = []
 
     def check(self, arguments: Any) -> None:
-        """Raises ValueError where the Trainer would run several devices in this process."""
+        """Raises ValueError where the Trainer would run several devices in this process, or take the labels from the
+        model, whose loss this adds to."""
         if arguments.n_gpu > 1:
             raise ValueError(
                 f"{type(self).__name__} needs one device a process, got {arguments.n_gpu} in this one: launch with "
                 "torchrun"
+            )
+        if arguments.label_smoothing_factor:
+            raise ValueError(
+                f"{type(self).__name__} is in the loss that the model returns: leave label smoothing out"
             )
 
     def watch(self, model: nn.Module, term: Term, arguments: Any) -> None:
@@ -110,7 +115,7 @@ class AddedLoss(TrainerCallback):
         if loss is None:
             raise ValueError(
                 f"{type(self).__name__} adds to the loss that the model returns, and it returned none: leave labels in "
-                "the batches and label smoothing and compute_loss_func out, or add the term in your own compute_loss"
+                "the batches and compute_loss_func out, or add the term in your own compute_loss"
             )
         return loss + term.to(loss.device)
 
@@ -239,10 +244,6 @@ class RouterCallback(AddedLoss):
         """Says what is trained, before the Trainer makes its optimizer."""
         self.stop()  # it may have been another Trainer's
         self.check(args)
-        if args.label_smoothing_factor:
-            raise ValueError(
-                "RouterCallback is in the loss that the model returns: leave label smoothing out"
-            )
         model = kwargs["model"]
         routers = RouterLoss(model).weights
         self._asked = {p: p.requires_grad for p in model.parameters()}

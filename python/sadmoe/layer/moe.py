@@ -88,6 +88,8 @@ class DynamicKMoE(Experts):
                 f"gate must be a DynamicK, a TopK or another Gate, got {value!r}: DynamicK(tau), or set_tau(model, tau)"
                 "; one of your own needs mask(scores) and true_norms"
             )
+        if name == "gate":
+            self._modules.pop("gate", None)  # one that is a module could not be followed by one that is none
         super().__setattr__(name, value)
 
     @property

@@ -21,6 +21,7 @@ from sadmoe.batches import (
     mask_rows,
     real_rows,
     refuse_compiled,
+    refuse_mask,
     rows_of,
     run,
     to_device,
@@ -111,11 +112,7 @@ class SparsityLoss(PassesLoss):
         refuse_compiled(model)
         check_choice("penalty", penalty, PENALTIES)
         self.model = model
-        self.sites = find_ffns(model) if sites is None else list(sites)
-        if not self.sites:
-            raise ValueError(
-                "sites must hold at least one FFN, got none: pass find_ffns(model), or leave it out"
-            )
+        self.sites = find_ffns(model) if sites is None else _some(sites)
         self.penalty = penalty
         self.displacement = displacement
 
@@ -132,8 +129,7 @@ class SparsityLoss(PassesLoss):
         Raises RuntimeError where no pass came before or it left no gradient, ValueError where the mask does
         not fit.
         """
-        if isinstance(batch, Tensor) and batch.dtype == torch.bool:
-            raise TypeError("batch is a bool tensor, which is what tells real tokens: give it as mask=")
+        refuse_mask(batch, "mask")
         seen = self._taken()
         self._check_gradient(seen)
         means = [
@@ -170,6 +166,12 @@ class SparsityLoss(PassesLoss):
         return _masked_mean(values, mask_rows(mask, values.unsqueeze(-1).shape))
 
 
+def _some(sites: Sequence[FFNSite]) -> list[FFNSite]:
+    if not sites:
+        raise ValueError("sites must hold at least one FFN, got none: pass find_ffns(model), or leave it out")
+    return list(sites)
+
+
 def _masked_mean(values: Tensor, real: Tensor) -> Tensor:
     """The mean of values [...] of those rows."""
     weights = real.to(values.device).bool()
@@ -196,10 +198,11 @@ def measure_sparsity(
     It reads what the activation gives out, so it is right for GELU and SiLU too, which are hardly ever
     exactly 0.
     sites: from `find_ffns`; all of the model's if None.   loss: runs the model in the place of a plain call, as in
-    `sparsify_`, where a batch holds more than the model takes. Raises ValueError where an FFN is never run.
+    `sparsify_`, where a batch holds more than the model takes. Raises ValueError where there is no site, or an FFN is
+    never run.
     """
     check_batches(batches)
-    sites = find_ffns(model, batches=batches) if sites is None else sites
+    sites = find_ffns(model, batches=batches) if sites is None else _some(sites)
     # Of each: pairs, zero, small.
     counts = {site.name: torch.zeros(3, dtype=torch.float64, device="cpu") for site in sites}
     current: dict[str, Any] = {}

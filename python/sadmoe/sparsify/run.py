@@ -4,6 +4,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 
@@ -90,7 +91,7 @@ def sparsify_(
 
     loss: (model, batch) -> scalar that runs the model itself, as in `calibrate_`, for the objective "task";
     the model's own `.loss` if None.   teacher: a model of the same blocks, such as the one that
-    `replace_projections_` was given a copy of; put into eval mode.
+    `replace_projections_` was given a copy of; in eval mode meanwhile.
     filter: which FFNs, as in `find_ffns`.   checkpoint: where to resume from after a kill, see `Checkpoint`; with
     processes, see `SparsifyConfig.accumulate`.   Source: arXiv 2310.04361, section 3.1.
     Raises ValueError and TypeError for wrong input, FloatingPointError where the loss is not finite.
@@ -104,6 +105,8 @@ def sparsify_(
         raise ValueError(f'loss is used by objective "task" alone, got objective={config.objective!r}')
     if teacher is not None and config.objective == "task":
         raise ValueError('teacher is used by the distilling objectives, got objective="task"')
+    if teacher is not None:
+        refuse_compiled(teacher, "teacher")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")
     with seeded(model, config.seed):  # a DataLoader may draw a number
@@ -116,12 +119,14 @@ def sparsify_(
         dense = None
         if config.objective != "task":
             dense = copy.deepcopy(model).requires_grad_(False) if teacher is None else teacher
-            dense.eval()
         if config.relu_swap:
             dense_acts = [site for site in sites if site.act not in RECTIFIERS]
             undo.append(swap_activations_(model, dense_acts, "relu"))
         objective = _objective(model, dense, config, sites, loss)
-        with mode(model, train=config.objective == "task"):
+        with (
+            mode(model, train=config.objective == "task"),
+            nullcontext() if dense is None else mode(dense, train=False),
+        ):
             if dense is not None:
                 settle(model, sample)
             penalty = SparsityLoss(model, sites, penalty=config.penalty, displacement=config.displacement)
