@@ -190,7 +190,7 @@ def main() -> None:
         if args.packed:
             models["packed"] = copy.deepcopy(models["sadmoe"])
             if not pack_experts_(models["packed"]):
-                raise SystemExit("--packed: no layer gains by it on this processor")
+                parser.error("argument --packed: no layer gains by it on this processor; leave it out")
         if args.int8:
             models["int8"] = copy.deepcopy(models["sadmoe"])
             quantize_experts_(models["int8"])

@@ -40,6 +40,8 @@ def main() -> None:
     parser.add_argument("--int8", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.f % args.s:
+        parser.error(f"argument --s: expected a divisor of --f {args.f}, got {args.s}; try 32")
     args.dtype = getattr(torch, args.dtype)
     torch.set_num_threads(args.threads)
     title = f"{machine()}, d={args.d} f={args.f} s={args.s} E={args.f // args.s} relu, {args.dtype}"

@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 sys.path.append(str(Path(__file__).parent.parent / "bench/recipes"))
 
 import recipe
-from results import Saved, best, kept_by, panels, working_tau
+from results import Saved, best, kept_by, panels, times_faster, working_tau
 from run import CPU, GPU, Effort, Run, from_command_line
 from run import TINY as TINY_EFFORT
 from sadmoe import DynamicK, FinetuneConfig
@@ -239,6 +239,12 @@ def test_what_is_right_gives_a_point_its_error():
     assert point.error == error_of_ratio(ours, dense_s) > 0
     assert kept_by({"kept": 0.9912, "error": 0.0031}) == "99.1% ± 0.3"
     assert kept_by({"kept": 0.9912}) == "99.1%"
+
+
+def test_a_spread_that_makes_a_time_worthless_is_told():
+    point = {"gains": {"reading": 5.014, "writing": 1.15}, "spreads": {"reading": 11.67, "writing": 0.0999}}
+    assert times_faster(point, unit="x") == {"reading": "5.01x ± 1167%", "writing": "1.15x"}
+    assert times_faster({"gains": {"reading": 1.5}}) == {"reading": "1.50"}, "of files that have no spreads"
 
 
 def test_a_longer_run_has_files_and_a_state_of_its_own(monkeypatch, capsys):

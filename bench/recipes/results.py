@@ -11,7 +11,7 @@ import torch
 from run import Run
 from sadmoe import DynamicK, moe_layers
 from sadmoe.batches import device_of, evaluating, run, samples_in, to_device
-from sadmoe.files import checksum
+from sadmoe.files import checksum, replacing
 from sadmoe.gates import Gate
 from sadmoe.masks import record_masks
 from sadmoe.model_report import short_names
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from workload import Dense, Point, Workload, inputs, sweep
 
 KEPT = (0.99, 0.98)  # of the dense metric, at which savings are told
+SPREAD = 0.1  # of times, between the quartiles over the median: told where it is as wide
 SHOWN = 0.5  # of a curve's best: points that keep less are in no picture, whose scale they would take
 
 
@@ -117,7 +118,9 @@ class Results:
             table=kept_table(best(self.curves)),
             notes=(
                 "Each row: the gate of fewest FLOPs that keeps that share of the dense metric on data beside the tests,"
-                " and what it keeps on the tests.",
+                " and what it keeps on the tests, ± one standard error.",
+                f"Times faster: ± the distance of the quartiles of the times, where it is {SPREAD:.0%} or more of the"
+                " median, dense or converted, whichever is wider.",
                 f"The curves leave out gates that keep less than {SHOWN:.0%} of their best.", *self.work.notes
             ),
             panels=panels(self.work, self.curves, self.dense.tests),
@@ -153,10 +156,8 @@ class Saved:
     def put(self, name: str, of: Mapping[str, Any], points: Sequence[Point]) -> None:
         """Keeps a curve. A kill leaves the old file or the new one."""
         self.curves[name] = {"of": {**of, **self.on}, "points": [asdict(point) for point in points]}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".tmp")
-        beside.write_text(json.dumps(self.curves, indent=1))
-        beside.replace(self.path)
+        with replacing(self.path) as beside:
+            beside.write_text(json.dumps(self.curves, indent=1))
 
 
 def commit() -> str:
@@ -210,7 +211,7 @@ def kept_table(kept: dict[str, dict[str, Any]]) -> tuple[tuple[str, ...], list[t
             if point is None:
                 rows.append((name, share, "none does", *[""] * 6))
                 continue
-            gains = ", ".join(f"{timer} {gain:.2f}" for timer, gain in point["gains"].items())
+            gains = ", ".join(f"{timer} {told}" for timer, told in times_faster(point).items())
             saved = (f"{1 - point['flops']:.1%}", f"{1 - point['ffn_flops']:.1%}")
             rows.append(
                 (
@@ -231,6 +232,16 @@ def kept_by(point: Mapping[str, Any]) -> str:
     """What a point keeps of the dense metric on the tests, with its standard error where that is known."""
     error = point.get("error")
     return f"{point['kept']:.1%}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def times_faster(point: Mapping[str, Any], unit: str = "") -> dict[str, str]:
+    """How many times faster than dense a point is by each timer, with the spread of the times where it is SPREAD or
+    more: it tells how little such a number may be worth."""
+    spreads = {timer: point.get("spreads", {}).get(timer, 0.0) for timer in point["gains"]}
+    return {
+        timer: f"{gain:.2f}{unit}" + (f" ± {spreads[timer]:.0%}" if spreads[timer] >= SPREAD else "")
+        for timer, gain in point["gains"].items()
+    }
 
 
 def panels(work: Workload, curves: dict[str, list[Point]], dense: float) -> list[Panel]:

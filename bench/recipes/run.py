@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from sadmoe import Checkpoint
+from sadmoe.files import replacing
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Run:
     started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
+        self.state.mkdir(parents=True, exist_ok=True)  # or an error, before anything is trained
         if self.clock.exists():
             self.seconds = json.loads(self.clock.read_text())
 
@@ -95,8 +97,8 @@ class Run:
         yield
         now = time.perf_counter()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - began
-        self.state.mkdir(parents=True, exist_ok=True)
-        self.clock.write_text(json.dumps(self.seconds))
+        with replacing(self.clock) as beside:
+            beside.write_text(json.dumps(self.seconds))
         print(f"[{now - self.started:5.0f} s] {name}: took {now - began:.0f} s", flush=True)
 
 
@@ -123,6 +125,8 @@ def from_command_line(
     args = parser.parse_args()
     if not args.longer > 0:
         parser.error(f"argument --longer: expected a number above 0, got {args.longer:g}; try 2")
+    if min(args.sizes) < 1 or len(set(args.sizes)) < len(args.sizes):
+        parser.error(f"argument --sizes: expected different numbers above 0, got {args.sizes}; try 8 32")
     torch.set_num_threads(args.threads)
     asked = efforts[args.effort].longer(args.longer)
     print(

@@ -2,9 +2,10 @@
 
 Of each method the setting of fewest FLOPs that keeps 99 or 98 % of the dense metric on data beside the tests ("picked
 on: apart"; in earlier files on the tests themselves), and what it keeps on the tests. FLOPs saved: of the whole model /
-of the converted layers. --short: the first table of tasks.md, a line a run, at the first share of the dense metric:
-FLOPs of the whole model saved, and times faster where that was timed, by the best size of experts; what the tests keep,
-where the setting was picked apart.
+of the converted layers. Times faster: ± the distance of the quartiles, where it is 10 % of the times or more.
+--short: the first table of tasks.md, a line a run, at the first share of the dense metric: FLOPs of the whole model
+saved, and times faster where that was timed, by the best size of experts; what the tests keep, where the setting was
+picked apart.
 
 python bench/recipes/summary.py [--short] [bench/results/w1-cpu.json ...]
 """
@@ -14,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from results import kept_by, listed
+from results import kept_by, listed, times_faster
 from sadmoe.tables import format_table
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -40,7 +41,7 @@ def row(method: str, kept: dict[str, Any]) -> tuple[str, ...]:
             f"{point['setting']}: {kept_by(point)}",
             f"{1 - point['flops']:.1%} / {1 - point['ffn_flops']:.1%}",
             f"{point['share']:.1%} ± {100 * point['spread']:.1f}",
-            ", ".join(f"{gain:.2f}" for gain in point["gains"].values()),
+            ", ".join(times_faster(point).values()),
         ]
     return tuple(cells)
 
@@ -66,9 +67,9 @@ def short_row(name: str, found: dict[str, Any]) -> tuple[str, ...]:
             cells.append("none" if any(method.startswith(begin) for method in by_method) else "")
             continue
         best = min(points, key=lambda point: point["flops"])
-        gains = " and ".join(f"{gain:.2f}" for gain in best["gains"].values())
+        gains = " and ".join(times_faster(best, unit="x").values())
         kept = f" ({kept_by(best)})" if "picked" in best else ""
-        cells.append(f"{1 - best['flops']:.1%}" + (f", {gains}x" if gains else "") + kept)
+        cells.append(f"{1 - best['flops']:.1%}" + (f", {gains}" if gains else "") + kept)
     return tuple(cells)
 
 

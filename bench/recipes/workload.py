@@ -92,7 +92,7 @@ class Point:
     over layers. ffn_flops, flops: of the converted layers, and of the whole model, over dense. picked: what is kept of
     the dense metric on the picks. error: one standard error of kept, where the metric is a share of the samples; the
     same samples are right or wrong by both models. gains: by timer; spreads: of the times, distance of the quartiles
-    over the median; calls: timed."""
+    over the median (0.1 is 10 %), the wider of dense and ours; calls: timed."""
 
     setting: str
     share: float
@@ -131,8 +131,10 @@ def sweep(
             point.spreads[name] = max(time.spread for time in times.values())
             point.calls[name] = times["ours"].calls
         points.append(point)
+        gains = [f", {name} {gain:.2f}x ± {point.spreads[name]:.0%}" for name, gain in point.gains.items()]
         print(
-            f"  {setting}: share {point.share:.1%}, FLOPs {point.flops:.1%}, {work.metric_name} {point.metric:.4f}",
+            f"  {setting}: share {point.share:.1%}, FLOPs {point.flops:.1%}, {work.metric_name} {point.metric:.4f}"
+            + "".join(gains),
             flush=True,
         )
         if point.kept < LOST * max(p.kept for p in points):
