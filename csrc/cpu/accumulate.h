@@ -35,13 +35,13 @@ template <bool Part, class Vec, class F>
 // body(half, Part, part) for the two vectors of a group of columns, of which, if Part, the group has the first part.
 template <class Vec, bool Part, class Body>
 [[gnu::always_inline]] inline void each_half(int64_t part, const Body& body) {
-  for (int half = 0; half < 2; ++half) {
-    const int64_t left = part - half * Vec::width;
+  unroll<2>([&](auto half) {
+    const int64_t left = part - half.value * Vec::width;
     if (!Part || left >= Vec::width)
       body(half, std::false_type{}, 0);
     else if (left > 0)
       body(half, std::true_type{}, left);
-  }
+  });
 }
 
 // sums[i][v] += sum over j < m of row(i)[j] w[j, v], with w [m, .] of leading dimension ld: what tiles spend their time on.
@@ -81,11 +81,11 @@ template <class Vec, class W, int Rows, int Vecs, bool Part>
   const auto load = [&](const float* from) { return load_columns<Part, Vec>(from, part); };
   const auto store = [&](Vec sum, float* to) { store_columns<Part>(sum, to, part); };
   float* y[Rows];
-  for (int i = 0; i < Rows; ++i) y[i] = p.y + row_of(p.rows, i0 + i) * p.ld_y + c0;
+  for (int i = 0; i < Rows; ++i) y[i] = p.y + (p.rows ? p.rows[i0 + i] : i0 + i) * p.ld_y + c0;
   float* partial = p.partial ? p.partial + i0 * p.columns + c0 : nullptr;
   const auto each = [](auto body) { unroll<Rows>([&](auto i) { unroll<Vecs>([&](auto v) { body(i, v); }); }); };
   for (int64_t i = i0 + Rows; i < p.n && i < i0 + 2 * Rows; ++i) {  // rows come in no order that hardware foresees
-    const float* next = p.y + row_of(p.rows, i) * p.ld_y + c0;
+    const float* next = p.y + (p.rows ? p.rows[i] : i) * p.ld_y + c0;
     for (int v = 0; v < Vecs; ++v) __builtin_prefetch(next + v * Vec::width, 1);
   }
   Vec sums[Rows][Vecs];
@@ -225,10 +225,10 @@ template <class Pair, int Rows, int Groups, class RowOf, class Weights, class Wa
       unroll<Rows>([&](auto i) {
         const Pair pair = Pair::set_pair(row(i.value) + j);
         unroll<Groups>([&](auto g) {
-          for (int half = 0; half < 2; ++half) {
-            auto& sum = sums[i.value][g.value][half];
-            sum = fma(pair, ws[g.value][half], sum);
-          }
+          unroll<2>([&](auto half) {
+            auto& sum = sums[i.value][g.value][half.value];
+            sum = fma(pair, ws[g.value][half.value], sum);
+          });
         });
       });
     }
@@ -243,25 +243,25 @@ template <class Pair, class Vec, int Rows, int Groups, bool Part, class Weights>
   using Entry = typename Pair::Entry;
   using Sum = typename Pair::Sum;
   Sum sums[Rows][Groups][2];
-  const auto each = [](auto body) { unroll<Rows>([&](auto i) { unroll<Groups>([&](auto g) { body(i.value, g.value); }); }); };
-  each([&](int i, int g) { sums[i][g][0] = sums[i][g][1] = Sum::zero(); });
+  const auto each = [](auto body) { unroll<Rows>([&](auto i) { unroll<Groups>([&](auto g) { body(i, g); }); }); };
+  each([&](auto i, auto g) { sums[i.value][g.value][0] = sums[i.value][g.value][1] = Sum::zero(); });
   const Entry* h = static_cast<const Entry*>(p.h) + i0 * p.ld_h;
   const auto row = [&](int i) { return h + i * p.ld_h; };
   add_products_of_pairs<Pair>(sums, row, weights, c0, p.m, ahead);
-  each([&](int i, int g) {
-    float* y = p.y + row_of(p.rows, i0 + i) * p.ld_y + c0 + g * Pair::width;
+  each([&](auto i, auto g) {
+    float* y = p.y + (p.rows ? p.rows[i0 + i.value] : i0 + i.value) * p.ld_y + c0 + g.value * Pair::width;
     const auto added = [&](Vec sum, Vec before) {
       if constexpr (std::is_same_v<Entry, int16_t>)
-        return fma(sum, Vec::set(p.steps[i0 + i]), before);
+        return fma(sum, Vec::set(p.steps[i0 + i.value]), before);
       else
         return sum + before;
     };
     Vec columns[2];
-    Pair::to_floats(sums[i][g], columns);
-    each_half<Vec, Part>(part, [&](int half, auto is_part, int64_t left) {
+    Pair::to_floats(sums[i.value][g.value], columns);
+    each_half<Vec, Part>(part, [&](auto half, auto is_part, int64_t left) {
       constexpr bool kPart = decltype(is_part)::value;
-      float* to = y + half * Vec::width;
-      store_columns<kPart>(added(columns[half], load_columns<kPart, Vec>(to, left)), to, left);
+      float* to = y + half.value * Vec::width;
+      store_columns<kPart>(added(columns[half.value], load_columns<kPart, Vec>(to, left)), to, left);
     });
   });
 }

@@ -7,9 +7,6 @@
 
 namespace sadmoe::cpu {
 
-// The i-th of some rows; without them, row i.
-[[gnu::always_inline]] inline int64_t row_of(const int32_t* rows, int64_t i) { return rows ? rows[i] : i; }
-
 // q[i, k] = x[i, k] / steps[i], rounded to 16 bits, for the least steps[i] that leaves a sum of its products with weights of 8
 // bits in 32 bits. A row that is not finite has a step of NaN, and zeros.
 //   x [n, d] float32   q [n, .] leading dimension ld, zero from d on   d up to 2^17

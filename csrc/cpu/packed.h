@@ -24,7 +24,7 @@ struct RowsFrom {
   const Entry* x[Rows];
 
   [[gnu::always_inline]] RowsFrom(const Project& p, int64_t i0, int64_t k) {
-    for (int i = 0; i < Rows; ++i) x[i] = static_cast<const Entry*>(p.x) + row_of(p.rows, i0 + i) * p.d + k;
+    for (int i = 0; i < Rows; ++i) x[i] = static_cast<const Entry*>(p.x) + (p.rows ? p.rows[i0 + i] : i0 + i) * p.d + k;
   }
   [[gnu::always_inline]] const Entry* operator()(int i) const { return x[i]; }
 };
@@ -61,15 +61,15 @@ struct PackedPairs {
     const RowsFrom<Vec, typename Pair::Entry, Rows> row(p, i0, span.k);
     const PairsInPlace<Pair, Part> weights(static_cast<const Weight*>(p.w) + span.k * p.ld_w, p.ld_w, span.count, part);
     typename Pair::Sum sums[Rows][Groups][2];
-    const auto each = [](auto body) { unroll<Rows>([&](auto i) { unroll<Groups>([&](auto g) { body(i.value, g.value); }); }); };
-    each([&](int i, int g) { sums[i][g][0] = sums[i][g][1] = Pair::Sum::zero(); });
+    const auto each = [](auto body) { unroll<Rows>([&](auto i) { unroll<Groups>([&](auto g) { body(i, g); }); }); };
+    each([&](auto i, auto g) { sums[i.value][g.value][0] = sums[i.value][g.value][1] = Pair::Sum::zero(); });
     add_products_of_pairs<Pair>(sums, row, weights, j0, span.count, ahead);
-    each([&](int i, int g) {
-      float* out = p.out + (i0 + i) * p.ld + j0 + g * width;
+    each([&](auto i, auto g) {
+      float* out = p.out + (i0 + i.value) * p.ld + j0 + g.value * width;
       Vec neurons[2];
-      Pair::to_floats(sums[i][g], neurons);
-      each_half<Vec, Part>(part, [&](int half, auto is_part, int64_t left) {
-        put<Vec, decltype(is_part)::value>(neurons[half], span, out + half * Vec::width, left);
+      Pair::to_floats(sums[i.value][g.value], neurons);
+      each_half<Vec, Part>(part, [&](auto half, auto is_part, int64_t left) {
+        put<Vec, decltype(is_part)::value>(neurons[half.value], span, out + half.value * Vec::width, left);
       });
     });
   }

@@ -27,9 +27,10 @@ template <class Vec, class W, int Rows, int Columns>
   using X = typename Vec::Entry;
   using Sum = typename Vec::Sum;
   constexpr int kSums = sums_of<Vec>(Rows * Columns);
+  const auto row = [&](int64_t i) { return p.rows ? p.rows[i0 + i] : i0 + i; };
   const X* x[Rows];
   const W* w[Columns];
-  for (int i = 0; i < Rows; ++i) x[i] = static_cast<const X*>(p.x) + row_of(p.rows, i0 + i) * p.d;
+  for (int i = 0; i < Rows; ++i) x[i] = static_cast<const X*>(p.x) + row(i) * p.d;
   for (int j = 0; j < Columns; ++j)  // past the last neuron: repeat it, and drop the result
     w[j] = static_cast<const W*>(p.w) + (j0 + j < p.m ? j0 + j : p.m - 1) * p.d;
 
@@ -67,7 +68,7 @@ template <class Vec, class W, int Rows, int Columns>
   unroll<kSums / Vec::sums>([&](auto n) { Vec::reduce(sums + n.value * Vec::sums).store(total + n.value * Vec::sums); });
   if constexpr (std::is_same_v<X, int16_t>)
     for (int i = 0; i < Rows; ++i)
-      for (int j = 0; j < Columns; ++j) total[i * Columns + j] *= p.steps[row_of(p.rows, i0 + i)];
+      for (int j = 0; j < Columns; ++j) total[i * Columns + j] *= p.steps[row(i)];
   const int64_t valid = p.m - j0 < Columns ? p.m - j0 : Columns;
   float* out = p.out + i0 * p.ld + j0;
   if (valid == Columns) {

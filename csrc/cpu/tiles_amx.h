@@ -15,6 +15,8 @@ constexpr int64_t kDepth = kDepthOf<bf16>;
 
 constexpr int64_t tiles_of(int64_t n, int64_t each) { return (n + each - 1) / each; }
 
+int64_t row_of(const int32_t* rows, int64_t i) { return rows ? rows[i] : i; }
+
 // The first n entries of a vector, which may be none, or all.
 template <class Mask>
 Mask first(int64_t n) {
