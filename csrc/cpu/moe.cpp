@@ -160,9 +160,10 @@ class Block {
     int64_t most = 0;
     for (int64_t a = begin / s_.s; a * s_.s < end; ++a) most = std::max(most, plan_.count(plan_.active[a]));
     const Floats h(form_ == Form::floats ? 0 : most * s_.s), gate(p_.w_gate ? most * s_.s : 0);
+    const void* way_out = begin == 0 && end == active_neurons() ? at(p_.w_down, plan_.active[0] * s_.s * s_.d_out).data : nullptr;
     for (int64_t n0 = begin; n0 < end;) {
       const int64_t a = n0 / s_.s, n1 = std::min(end, (a + 1) * s_.s);
-      const int64_t next = n1 < end ? plan_.active[n1 / s_.s] * s_.s : -1;
+      const void* next = n1 < end ? neuron(p_.w_up, plan_.active[n1 / s_.s] * s_.s) : way_out;
       up_expert(plan_.active[a], n0 - a * s_.s, n1 - a * s_.s, next, h.get(), gate.get());
       n0 = n1;
     }
@@ -229,21 +230,22 @@ class Block {
     return few_rows ? std::max(kSums / T_ / strip * strip, strip) : strip;
   }
 
-  // Into h_, or by way of h [count, s], as much as gate, into what takes its place. next: the neuron, of all, that comes then.
-  void up_expert(int64_t e, int64_t j0, int64_t j1, int64_t next, float* h, float* gate) {
+  // The weights of a neuron, of all.
+  const void* neuron(View w, int64_t j) const {
+    return at(w, p_.packed ? j / s_.s * s_.s * s_.d + j % s_.s : j * s_.d).data;
+  }
+
+  // Into h_, or by way of h [count, s], as much as gate, into what takes its place. next: the weights that come then.
+  void up_expert(int64_t e, int64_t j0, int64_t j1, const void* next, float* h, float* gate) {
     const int64_t n = plan_.count(e), m = j1 - j0, first = e * s_.s + j0, at_h = plan_.offsets[e];
     h = form_ == Form::floats ? h_.get() + at_h * s_.s + j0 : h + j0;
     gate = p_.w_gate ? gate + j0 : nullptr;
-    const auto neuron = [&](View w, int64_t j) -> const void* {
-      if (j < 0) return nullptr;
-      return at(w, p_.packed ? j / s_.s * s_.s * s_.d + j % s_.s : j * s_.d).data;
-    };
     const auto project = [&](View w, float* out, const void* then) {
       project_({n, m, s_.d, s_.s, x_rows(), plan_.rows_of(e), neuron(w, first), out, int_x_.steps(), then, s_.s});
     };
     for (const AsFloat* scales : {&scale_, &gate_scale_, &out_scale_}) fetch(scales->from(first), m);
-    project(p_.w_up, h, gate ? neuron(p_.w_gate, first) : neuron(p_.w_up, next));
-    if (gate) project(p_.w_gate, gate, neuron(p_.w_up, next));
+    project(p_.w_up, h, gate ? neuron(p_.w_gate, first) : next);
+    if (gate) project(p_.w_gate, gate, next);
     k_.activate({n, m, s_.s, h, bias_.from(first), gate, gate_bias_.from(first), p_.act, scale_.from(first),
                  gate_scale_.from(first), out_scale_.from(first)});
     if (form_ == Form::ints) int_h_.quantize(at_h, n, h);
