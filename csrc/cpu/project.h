@@ -121,23 +121,29 @@ Blocks blocks_of(const Project& p) {
   return {p.n, neurons, (p.d + spans * Vec::width - 1) / (spans * Vec::width) * Vec::width};
 }
 
-// body(part, ahead): so many neurons after the other, with so many rows, while those that come next are fetched.
+// body(part, ahead): so many neurons after the other, with so many rows, while those are fetched that come next, or `skipped`
+// entries further on.
 template <class Vec, class W, class Body>
-void in_blocks(const Project& p, int64_t rows, int64_t neurons, const Body& body) {
-  some_at_once(p.m, neurons, [&](int64_t j, int64_t count, bool more, int64_t then) {
+void in_blocks(const Project& p, int64_t rows, int64_t neurons, const Body& body, int64_t skipped = 0) {
+  some_at_once(p.m, neurons, [&](int64_t j, int64_t count, bool, int64_t then) {
     Project part = p;
     const W* w = static_cast<const W*>(p.w) + j * p.d;
     part.m = count, part.w = w, part.out = p.out + j;
-    body(part, Ahead<Vec>(more ? w + count * p.d : p.next, then * p.d * int64_t(sizeof(W)), rows * count * p.d));
+    const int64_t at = (j + count) * p.d + skipped, past = at - p.m * p.d;
+    const void* next = past < 0 ? static_cast<const W*>(p.w) + at : p.next ? static_cast<const W*>(p.next) + past : nullptr;
+    body(part, Ahead<Vec>(next, then * p.d * int64_t(sizeof(W)), rows * count * p.d));
   });
 }
 
-// A row alone with so many neurons at once.
+// A row alone with so many neurons at once. Of int8 these may be less than memory has on its way: those after them are fetched.
 template <class Vec, class W, int Columns>
 void project_row(const Project& p) {
-  in_blocks<Vec, W>(p, 1, Columns, [&](const Project& part, Ahead<Vec> ahead) {
+  constexpr int64_t kOnItsWay = 8 * 1024;
+  const int64_t skipped = sizeof(W) == 1 && Columns * p.d < kOnItsWay ? Columns * p.d : 0;
+  const auto body = [&](const Project& part, Ahead<Vec> ahead) {
     project_tile<Vec, W, 1, Columns>(part, 0, 0, 0, p.d, nullptr, ahead);
-  });
+  };
+  in_blocks<Vec, W>(p, 1, Columns, body, skipped);
 }
 
 template <class Vec, class W>
