@@ -160,10 +160,12 @@ class Block {
     int64_t most = 0;
     for (int64_t a = begin / s_.s; a * s_.s < end; ++a) most = std::max(most, plan_.count(plan_.active[a]));
     const Floats h(form_ == Form::floats ? 0 : most * s_.s), gate(p_.w_gate ? most * s_.s : 0);
-    const void* way_out = begin == 0 && end == active_neurons() ? at(p_.w_down, plan_.active[0] * s_.s * s_.d_out).data : nullptr;
+    const bool all = begin == 0 && end == active_neurons();  // then the way out begins with the first expert's weights
     for (int64_t n0 = begin; n0 < end;) {
       const int64_t a = n0 / s_.s, n1 = std::min(end, (a + 1) * s_.s);
-      const void* next = n1 < end ? neuron(p_.w_up, plan_.active[n1 / s_.s] * s_.s) : way_out;
+      const void* next = n1 < end ? neuron(p_.w_up, plan_.active[n1 / s_.s] * s_.s)
+                         : all    ? at(p_.w_down, plan_.active[0] * s_.s * s_.d_out).data
+                                  : nullptr;
       up_expert(plan_.active[a], n0 - a * s_.s, n1 - a * s_.s, next, h.get(), gate.get());
       n0 = n1;
     }
@@ -231,9 +233,7 @@ class Block {
   }
 
   // The weights of a neuron, of all.
-  const void* neuron(View w, int64_t j) const {
-    return at(w, p_.packed ? j / s_.s * s_.s * s_.d + j % s_.s : j * s_.d).data;
-  }
+  const void* neuron(View w, int64_t j) const { return at(w, p_.packed ? j / s_.s * s_.s * s_.d + j % s_.s : j * s_.d).data; }
 
   // Into h_, or by way of h [count, s], as much as gate, into what takes its place. next: the weights that come then.
   void up_expert(int64_t e, int64_t j0, int64_t j1, const void* next, float* h, float* gate) {
