@@ -6,7 +6,8 @@ x dense: dense torch's time over sadmoe's, the least, the median and the most of
 loop, eager, grouped_mm, torch: the least of the same against these peers (torch_grouped_mm is the last); best peer: the
 least and the median against the fastest of them in each cell, and the cells where it beats sadmoe. int8: the median of
 dense over sadmoe with its experts in int8. avx512, avx2, portable: the median of dense over sadmoe by these
-instructions. of_ideal, of_floor: the least and the median, see layers.py. "-": not timed in any cell.
+instructions. of_ideal, of_floor: the least and the median, see layers.py. "-": not timed in any cell. At the end of a
+kind, of all cells in which not every expert runs: dense over sadmoe, the median, and the 5th to the 95th percentile.
 """
 
 import json
@@ -88,6 +89,14 @@ def main() -> None:
         told = list(groups(same))
         for name, found in told:
             print(f"{name}   {line(found)}")
+        for dtype in sorted({row["dtype"] for row in same}, reverse=True):
+            gains = over(
+                [row for row in same if row["dtype"] == dtype and row["share"] <= SHARES["half"][1]], "dense"
+            )
+            if len(gains) > 1:
+                low, *_, high = statistics.quantiles(gains, n=20, method="inclusive")
+                middle = f"median {statistics.median(gains):.2f}, nine of ten {low:.2f} to {high:.2f}"
+                print(f"{dtype:9} not every expert on: {len(gains)} cells, x dense: {middle}")
         if others := len(same) - sum(len(found) for _, found in told):
             print(f"and {others} cells of other numbers of tokens")
 

@@ -74,15 +74,49 @@ def test_of_a_parallel_model_the_model_inside_is_saved_and_loaded(write, read, t
         assert torch.equal(call(fresh, batch), call(model, batch))
 
 
-def test_weights_that_are_made_at_every_access_are_not_saved(tmp_path):
+@pytest.mark.parametrize("part", ["w_down", "router.v1"])
+def test_weights_that_are_made_at_every_access_are_not_saved(part, tmp_path):
     """No dense model could be loaded from them."""
     model = converted("bert")
     name, layer = next(iter(moe_layers(model).items()))
-    prune.l1_unstructured(layer, "w_down", amount=0.5)
-    with pytest.raises(ValueError, match=rf"{name}.w_down is made of other tensors .* prune.remove"):
-        save(model, tmp_path / "m.safetensors")
-    prune.remove(layer, "w_down")
+    owner, _, key = part.rpartition(".")
+    prune.l1_unstructured(layer.get_submodule(owner), key, amount=0.5)
+    for write in (save, sadmoe.save_adapter, type(model).save_pretrained):
+        with pytest.raises(ValueError, match=rf"{name}.{part} is made of other tensors .* prune.remove"):
+            write(model, tmp_path / "m.safetensors")
+    prune.remove(layer.get_submodule(owner), key)
     save(model, tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("read", [load, sadmoe.load_adapter])
+def test_nothing_is_loaded_into_a_model_whose_gradients_are_shared(read, file):
+    class Shared(nn.parallel.DistributedDataParallel):
+        """Without a process group."""
+
+        def __init__(self, module):
+            nn.Module.__init__(self)
+            self.module = module
+
+    model = TINY["user glu"].model()
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match="load into the model first, then wrap it"):
+        read(Shared(model), file)
+    assert fingerprint(model) == before
+
+
+def test_files_of_earlier_versions_are_read_and_checked(file):
+    """They had the tensors' checksums in the header; before that, the metadata had none."""
+    model = TINY["user glu"].model()
+    values, meta = load_file(file), metadata(file)
+    header = json.loads(meta["sadmoe"]) | {"crc32": json.loads(meta.pop("sadmoe tensors"))}
+    text = json.dumps(header)
+    del meta["sadmoe crc32"]
+    for more in ({}, {"sadmoe crc32": str(zlib.crc32(text.encode()))}):
+        save_file(values, file, meta | {"sadmoe": text} | more)
+        load(TINY["user glu"].model(), file)
+    flip_a_bit(file)
+    with pytest.raises(SavedModelError, match=r"the checksum of .* is wrong; copy or save it again"):
+        load(model, file)
 
 
 def test_a_compiled_part_is_loaded_too(tmp_path):

@@ -111,6 +111,16 @@ def test_a_part_that_calls_its_layers_otherwise_is_refused_not_left_dense(tmp_pa
         type(model).from_pretrained(tmp_path)
 
 
+def test_a_model_of_fewer_blocks_loads_those_that_it_has(tmp_path):
+    model = described("bert")
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, num_hidden_layers=1)
+    assert list(moe_layers(again)) == list(moe_layers(model))[:1]
+    assert again._no_split_modules >= {"DynamicKMoE"}
+    restore_(again)
+    assert "DynamicKMoE" not in again._no_split_modules
+
+
 def test_what_a_module_makes_when_it_is_initialised_is_made_around_an_ffn(tmp_path):
     """A layer of SAM 3 holds an FFN whole, and a table of its own that is in no file."""
     import transformers

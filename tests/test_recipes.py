@@ -247,10 +247,10 @@ def test_a_spread_that_makes_a_time_worthless_is_told():
     assert times_faster({"gains": {"reading": 1.5}}) == {"reading": "1.50"}, "of files that have no spreads"
 
 
-def test_a_longer_run_has_files_and_a_state_of_its_own(monkeypatch, capsys):
-    runs = []
+def test_a_longer_run_has_files_and_a_state_of_its_own(monkeypatch, capsys, tmp_path):
+    runs, out = [], ["--out", str(tmp_path)]
     for more in ([], ["--longer", "2.5", "--sizes", "4"], ["--seed", "1"]):
-        monkeypatch.setattr(sys, "argv", ["w9", "--device", "cpu", *more])
+        monkeypatch.setattr(sys, "argv", ["w9", "--device", "cpu", *out, *more])
         runs.append(from_command_line("w9", "", {"cpu": CPU}))
     assert [run.name for run in runs] == ["w9-cpu", "w9-cpu-x2.5", "w9-cpu-seed1"]
     assert [run.file("json").name for run in runs] == ["w9-cpu.json", "w9-cpu-x2.5.json", "w9-cpu-seed1.json"]
@@ -258,7 +258,7 @@ def test_a_longer_run_has_files_and_a_state_of_its_own(monkeypatch, capsys):
     assert runs[1].effort == CPU.longer(2.5)
     assert runs[1].effort.task == 2.5 * CPU.task
     assert f"{CPU.longer(2.5).training(1):.0f} s of training" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["w9", "--device", "cpu"])
+    monkeypatch.setattr(sys, "argv", ["w9", "--device", "cpu", *out])
     assert from_command_line("w9", "", {"cpu": CPU, "gpu": GPU}, effort="gpu").name == "w9-gpu"
     monkeypatch.setattr(sys, "argv", ["w9", "--longer", "0"])
     with pytest.raises(SystemExit):

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from sadmoe import files
-from sadmoe.batches import innermost, plain_name
+from sadmoe.batches import inner_to_load, innermost, plain_name
 from sadmoe.checkpoint import SavedModelError
 from sadmoe.describe import describe_all, rebuild
+from sadmoe.dial import check_parameters
 from sadmoe.ffn import (
     FFNSite,
     activation_at,
@@ -45,8 +46,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, overwrite: b
 
     The base must be as it was converted: a model whose experts, or anything beside them, were trained since, or which
     was made sparse, is its own base and is saved whole (`save`, save_pretrained; of a sparse one, before `convert_`).
-    Raises ValueError where nothing is converted or peft's adapters are in it, FileExistsError where path is there and
-    overwrite is False, FileNotFoundError where its folder is not.
+    Raises ValueError where nothing is converted, peft's adapters are in it or weights are pruned, FileExistsError where
+    path is there and overwrite is False, FileNotFoundError where its folder is not.
     """
     path = Path(path)
     model = innermost(model)
@@ -64,6 +65,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, overwrite: b
             f"{wrapped[0].removesuffix('.base_layer')} is wrapped in an adapter, which its base has not: remove it, or "
             "merge it and save the whole model"
         )
+    check_parameters(moe_layers(model))
     mlps = projection_mlps(model)
     tensors: dict[str, Tensor] = {}
     base: dict[str, int | None] = {}
@@ -90,7 +92,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises SavedModelError, with the model as it was, where the file is damaged or foreign, or its base is another.
     """
     path = Path(path)
-    model = innermost(model)
+    model = inner_to_load(model)
     if describe_all(model):
         raise ValueError("something in this model is converted already: load_adapter takes the dense base")
     header, tensors = _read(path)

@@ -94,6 +94,19 @@ def innermost(model: nn.Module) -> nn.Module:
     return model
 
 
+def inner_to_load(model: nn.Module) -> nn.Module:
+    """The same of a model that gets new parameters. Raises ValueError where gradients are shared by hooks on those that
+    it has."""
+    while not isinstance(model := unwrapped(model), nn.parallel.DistributedDataParallel):
+        if not isinstance(model, nn.DataParallel):
+            return model
+        model = model.module
+    raise ValueError(
+        "model is a DistributedDataParallel, which goes on sharing the gradients of the weights that it has: load into "
+        "the model first, then wrap it"
+    )
+
+
 def plain_name(name: str) -> str:
     """The path of a module or tensor as it was before parts of the model were wrapped."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)

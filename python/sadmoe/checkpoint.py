@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sadmoe import files
-from sadmoe.batches import innermost, plain_name, unwrapped
+from sadmoe.batches import inner_to_load, innermost, plain_name, unwrapped
 from sadmoe.describe import describe_all, match_activations, rebuild
 from sadmoe.dial import check_no_adapters, check_parameters
 from sadmoe.ffn import moe_layers
@@ -62,7 +62,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> None:
     damaged, foreign, newer than this sadmoe, or of another model.
     """
     path = Path(path)
-    model = innermost(model)
+    model = inner_to_load(model)
     if converted := describe_all(model):
         raise ValueError(
             f"{len(converted)} FFNs of this model are converted already: load takes a dense model"

@@ -74,12 +74,18 @@ def check_own_weights(model: nn.Module, layers: Mapping[str, DynamicKMoE]) -> No
 def check_parameters(layers: Mapping[str, DynamicKMoE]) -> None:
     """Raises ValueError where a weight of a layer is no parameter of it, but made of others at every access."""
     for name, layer in layers.items():
-        for key in TENSORS:
-            if key not in layer._parameters:
-                raise ValueError(
-                    f"{name}.{key} is made of other tensors at every access: make it a parameter first, by torch's "
-                    "prune.remove or remove_parametrizations"
-                )
+        tables = {"": (layer, TENSORS), "router.": (layer.router, ("v1", "v2"))}
+        missing = [
+            before + key
+            for before, (module, keys) in tables.items()
+            for key in keys
+            if key not in module._parameters
+        ]
+        for key in missing:
+            raise ValueError(
+                f"{name}.{key} is made of other tensors at every access: make it a parameter first, by torch's "
+                "prune.remove or remove_parametrizations; sharded weights, gather"
+            )
 
 
 def set_tau(model: nn.Module, tau: Taus, *, filter: Filter | None = None) -> None:

@@ -32,6 +32,10 @@ def check_new(path: Path, overwrite: bool) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a file to write beside that one, by a name that no other writer has. It takes its place at once in the end,
     or is gone where anything is raised."""
+    path = path.resolve()  # the file that a link leads to
+    if path.exists() and not path.is_file():  # a device, a pipe
+        yield path
+        return
     beside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         yield beside
@@ -64,21 +68,32 @@ def read(path: Path, key: str) -> tuple[dict[str, Tensor], Any]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
+            if key not in metadata:
+                raise ValueError(f"it has no {key!r} in its metadata")
             # cloned, because the file is only mapped: whoever cut it short later would end the process
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"it is no safetensors file, or is cut short: {error}") from error
-    if key not in metadata:
-        raise ValueError(f"it has no {key!r} in its metadata")
     text, checksums = metadata[key], metadata.get(f"{key} tensors", "")
-    if metadata.get(f"{key} crc32") != _crc(text + checksums):
+    if metadata.get(f"{key} crc32", _crc(text + checksums)) != _crc(text + checksums):
         raise ValueError("the checksum of its metadata is wrong; copy or save it again")
-    of_tensors = json.loads(checksums or "{}")  # of earlier versions: none
-    if of_tensors and of_tensors.keys() != tensors.keys():
+    header = json.loads(text)
+    of_tensors = json.loads(checksums) if checksums else _of_earlier(header, tensors)
+    if of_tensors.keys() != tensors.keys():
         raise ValueError("its list of tensors is not what it holds")
     if wrong := [name for name, crc in of_tensors.items() if crc32(tensors[name]) != crc]:
         raise ValueError(f"the checksum of {wrong[0]} is wrong; copy or save it again")
-    return tensors, json.loads(text)
+    return tensors, header
+
+
+def _of_earlier(header: Any, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The checksums of files that earlier versions wrote: in the header one of each tensor, one of all, or none."""
+    crc = header.get("crc32") if isinstance(header, dict) else None
+    if isinstance(crc, dict):
+        return crc
+    if isinstance(crc, int) and crc != checksum(dict(sorted(tensors.items()))):
+        raise ValueError("the checksum of its tensors is wrong; copy or save it again")
+    return {name: crc32(tensor) for name, tensor in tensors.items()}
 
 
 def _crc(text: str) -> str:

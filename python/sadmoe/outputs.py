@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -9,7 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-WEIGHTS = "model*.safetensors*"  # as save_pretrained names them: the next ones may be fewer files
+# What a model is saved in, of which the next one may have less: none of the former one's is left beside it.
+SAVED = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|(config|generation_config)\.json|tokenizer(_config)?\.(json|model)"
+    r"|(special_tokens_map|added_tokens|vocab|(pre|video_pre)?processor_config|chat_template)\.json|vocab\.txt|merges\.txt"
+    r"|chat_template\.jinja|(spiece|sentencepiece(\.bpe)?|source|target)\.(model|spm)|vocab\.bpe|additional_chat_templates"
+)
 
 
 def check_folder(folder: Path, force: bool, reads: Sequence[Path] = ()) -> None:
@@ -64,9 +70,9 @@ def check_writable(place: Path, wanted: Path) -> None:
 
 @contextmanager
 def replaced(folder: Path) -> Iterator[None]:
-    """Inside, `folder` is absent or empty and may be written. Whatever is raised, it is as it was; else weights that
-    were there go, and files whose names were written anew; all others stay, for they may be the user's. An empty one
-    stays the same folder: somebody may be in it."""
+    """Inside, `folder` is absent or empty and may be written. Whatever is raised, it is as it was; else the model
+    that was there goes, and what is written anew; all else stays, for it may be the user's. An empty one stays the same
+    folder: somebody may be in it."""
     folder = folder.resolve()
     former = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.former")
     empty = folder.exists() and not any(folder.iterdir())
@@ -82,10 +88,19 @@ def replaced(folder: Path) -> Iterator[None]:
         if former.exists():
             former.rename(folder)
         raise
-    for path in former.iterdir() if former.exists() else ():
-        if not path.match(WEIGHTS) and not (folder / path.name).exists():
-            path.rename(folder / path.name)
-    shutil.rmtree(former, ignore_errors=True)
+    if former.exists():
+        _bring_back(former, folder)
+        shutil.rmtree(former, ignore_errors=True)
+
+
+def _bring_back(former: Path, folder: Path) -> None:
+    """Moves to the folder what of the former one is neither a saved model's nor there."""
+    for path in former.iterdir():
+        new = folder / path.name
+        if path.is_dir() and new.is_dir():
+            _bring_back(path, new)
+        elif not new.exists() and not SAVED.fullmatch(path.name):
+            path.rename(new)
 
 
 def _is_ours(folder: Path) -> bool:

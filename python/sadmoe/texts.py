@@ -40,7 +40,8 @@ def load_model(folder: Path) -> nn.Module:
         raise ImportError("models of a folder need transformers: pip install 'transformers>=5.0'") from error
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder} holds no model: config.json is missing")
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    with loading(folder):
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     named = getattr(transformers, (config.architectures or [""])[0], None)
     model_class: Any = named if isinstance(named, type) else transformers.AutoModel
     with loading(folder):

@@ -200,6 +200,8 @@ def test_a_checkpoint_of_a_run_that_saved_nothing_takes_another_command(
     assert converted(folder, text, out, *more) == 130
     assert "interrupted; nothing was saved" in capsys.readouterr().err
     monkeypatch.undo()
+    (state / "mine").mkdir()
+    (state / "mine" / "model.safetensors").touch()
     assert converted(folder, text, out, *more, "--batch-size", "2") == 0
     state = tmp_path / "file"
     state.write_text("")

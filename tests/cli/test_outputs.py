@@ -105,18 +105,22 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     folder.mkdir()
     (folder / "model-00001-of-00002.safetensors").write_text("old")
     (folder / "config.json").write_text("old")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "notes").touch()
     with pytest.raises(KeyboardInterrupt):
         interrupted_in(folder)
     assert {path.name for path in tmp_path.rglob("*")} == {
-        "out", "model-00001-of-00002.safetensors", "config.json"
+        "out", "model-00001-of-00002.safetensors", "config.json", "sub", "notes"
     }  # fmt: skip
     with replaced(folder):
         folder.mkdir()
         (folder / "config.json").write_text("new")
         (folder / "model.safetensors").write_text("new")
-    assert {path.name: path.read_text() for path in folder.iterdir()} == {
+        (folder / "sub").mkdir()
+    assert {path.name: path.read_text() for path in folder.iterdir() if path.is_file()} == {
         "config.json": "new", "model.safetensors": "new"
     }  # fmt: skip
+    assert [path.name for path in (folder / "sub").iterdir()] == ["notes"]
     assert list(tmp_path.iterdir()) == [folder]
 
 
@@ -126,8 +130,12 @@ def test_force_keeps_what_was_put_beside_a_model(folder, text, tmp_path):
     (out / "thesis.tex").write_text("years of work")
     (out / "checkpoint-500").mkdir()
     (out / "checkpoint-500" / "model.safetensors").write_text("weights")
+    (out / "model-best.safetensors").write_text("the best")
+    (out / "chat_template.jinja").write_text("of a model that was there before")
     assert converted(folder, text, out, "--tau", "0.2", "--force") == 0
     assert (out / "thesis.tex").read_text() == "years of work"
+    assert (out / "model-best.safetensors").read_text() == "the best"
+    assert not (out / "chat_template.jinja").exists()
     assert (out / "checkpoint-500" / "model.safetensors").read_text() == "weights"
     assert '"tau": 0.2' in (out / "config.json").read_text()
 

@@ -16,7 +16,7 @@ from torch import nn
 from sadmoe import ops
 from sadmoe.bench import random_batch
 from sadmoe.cli.bench import add_bench
-from sadmoe.cli.convert import add_convert
+from sadmoe.cli.convert import add_convert, is_begun
 from sadmoe.cli.options import add_common, add_data, add_model, data_of, loaded, positive_number
 from sadmoe.demo.recipe import SECONDS, run_demo
 from sadmoe.evaluate import evaluate, table
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.command(arguments)
     except KeyboardInterrupt:
         saved = getattr(arguments, "checkpoint", None)
-        kept = saved is not None and any(saved.rglob("*.safetensors"))
+        kept = saved is not None and is_begun(saved)
         told = f"the same command goes on from the last save in {saved}" if kept else "nothing was saved"
         print(f"sadmoe: interrupted; {told}", file=sys.stderr)
         return 130

@@ -36,6 +36,7 @@ from sadmoe.routers import RouterConfig
 from sadmoe.sparsify import SparsifyConfig, sparsify_
 from sadmoe.training import Checkpoint
 
+STEPS = ("projections", "sparsify", "convert", "finetune")  # each with a folder of its own in --checkpoint
 BUDGET = 0.5  # where neither it nor tau is given
 PROJECTION_ROUTER = 32  # width: an MLP of attention costs an eighth of an FFN
 
@@ -256,7 +257,7 @@ def _check_same_data(arguments: argparse.Namespace) -> None:
     note = arguments.checkpoint / "data.json"
     now = {name: str(getattr(arguments, name)) for name in ("batch_size", "max_length")}
     now |= {"data": str(arguments.data.resolve()), "checksum": str(_checksum(arguments.data))}
-    if not any(arguments.checkpoint.rglob("*.safetensors")):  # nothing was saved that it could be of
+    if not is_begun(arguments.checkpoint):
         note.parent.mkdir(parents=True, exist_ok=True)
         with replacing(note) as beside:  # a kill leaves no half of it
             beside.write_text(json.dumps(now))
@@ -265,6 +266,11 @@ def _check_same_data(arguments: argparse.Namespace) -> None:
             f"--checkpoint: {arguments.checkpoint} is of another run, of {saved}, not {now}: give that data "
             "again, or an empty folder"
         )
+
+
+def is_begun(checkpoint: Path) -> bool:
+    """Whether a step has saved anything in that folder."""
+    return any(any((checkpoint / step).rglob("*.safetensors")) for step in STEPS)
 
 
 def _checksum(data: Path) -> int:

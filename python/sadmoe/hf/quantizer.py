@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sadmoe.checkpoint import FORMAT, SavedModelError, check_safetensors
 from sadmoe.convert import restore_
 from sadmoe.describe import describe_all, match_activations, rebuild
+from sadmoe.dial import check_parameters
 from sadmoe.ffn import (
     bare_mlps,
     configs_in,
@@ -34,7 +35,7 @@ from sadmoe.ffn.lookup import join
 
 logger = logging.getLogger(__name__)
 _LANGUAGE = re.compile(r"^(model\.)?language_model\.")
-_LAYER_CLASSES = ("DynamicKMoE",)
+_LAYER_CLASS = "DynamicKMoE"
 CACHE_LINE = 64  # bytes, to which torch aligns what it allocates
 
 METHOD = "sadmoe"
@@ -122,7 +123,8 @@ class SadmoeQuantizer(HfQuantizer):
             raise SavedModelError(f"config.json does not fit this {type(model).__name__}: {error}") from error
         _warn_of_float16(model)
         # device_map: an expert's matrices are read in one call, as those of a linear layer
-        model._no_split_modules = {*(model._no_split_modules or ()), *_LAYER_CLASSES}
+        if moe_layers(model):
+            model._no_split_modules = {*(model._no_split_modules or ()), _LAYER_CLASS}
         _leave_owners_alone(model)
         _show_replaced(model)
         tensors = _layer_tensors(model)
@@ -175,6 +177,8 @@ def _describe_before_saving() -> None:
 
     @wraps(save)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("state_dict") is None:
+            check_parameters(moe_layers(self))  # what stands for others could not be loaded
         describe_in_configs(self)
         return save(self, *args, **kwargs)
 
@@ -206,6 +210,7 @@ def _describe(model: Any) -> None:
             del model.config.quantization_config
         if ours:
             del model.hf_quantizer
+            model._no_split_modules = {*(model._no_split_modules or ())} - {_LAYER_CLASS}
 
 
 def _says_converted(model: Any) -> bool:
@@ -237,7 +242,7 @@ def _found_in(model: Any, layers: dict[str, Any]) -> dict[str, Any]:
         layers,
         *(
             {before + name: d for name, d in layers.items()}
-            for before in {prefix, *_only_prefix(names, layers)}
+            for before in (prefix, *_only_prefix(names, layers))
         ),
         {name.removeprefix(prefix): description for name, description in layers.items()},
         {_LANGUAGE.sub(r"\1", name): description for name, description in layers.items()},
@@ -251,12 +256,15 @@ def _found_in(model: Any, layers: dict[str, Any]) -> dict[str, Any]:
     way = max(renamed, key=lambda way: len(names & way.keys()))
     for name in sorted(way.keys() - names):
         part = _deepest(name, names)
+        rest = name.removeprefix(f"{part}.")
         in_a_block = any(piece.isdigit() for piece in part.split("."))
-        # Else it was left out with all that it is in, as the decoder is of an encoder alone.
-        if in_a_block or (part and not any(n.startswith(f"{part}.") for n in found)):
+        # Else it was left out with all that it is in, as the decoder is of an encoder alone, or a block of fewer.
+        if not rest[0].isdigit() and (
+            in_a_block or (part and not any(n.startswith(f"{part}.") for n in found))
+        ):
             raise SavedModelError(
-                f"config.json does not fit this {type(model).__name__}: its {part} has no "
-                f"{name.removeprefix(part + '.')}, which is converted" + _other_version(model)
+                f"config.json does not fit this {type(model).__name__}: its {part} has no {rest}, which is converted"
+                + _other_version(model)
             )
     return found
 
