@@ -139,7 +139,9 @@ void in_blocks(const Project& p, int64_t rows, int64_t neurons, const Body& body
 template <class Vec, class W, int Columns>
 void project_row(const Project& p) {
   constexpr int64_t kOnItsWay = 8 * 1024;
-  const int64_t skipped = sizeof(W) == 1 && Columns * p.d < kOnItsWay ? Columns * p.d : 0;
+  const bool few = sizeof(W) == 1 && Columns > 2 && Columns * p.d < kOnItsWay;
+  const int64_t skipped =
+      few && p.m % Columns == 0 && p.m > Columns ? Columns * p.d : 0;  // else blocks of p.next would be missed
   const auto body = [&](const Project& part, Ahead<Vec> ahead) {
     project_tile<Vec, W, 1, Columns>(part, 0, 0, 0, p.d, nullptr, ahead);
   };
