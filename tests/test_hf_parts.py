@@ -92,6 +92,9 @@ def test_what_sees_is_loaded_from_a_model_that_also_reads(name, tmp_path):
     assert len(moe_layers(part)) == len(moe_layers(model.vision_model)) > 0
     wanted = model.vision_model(pixel_values=pixels).last_hidden_state
     assert torch.equal(part(pixel_values=pixels).last_hidden_state, wanted)
+    restore_(model)
+    model.save_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in (tmp_path / "dense" / "config.json").read_text()
 
 
 def test_a_part_that_calls_its_layers_otherwise_is_refused_not_left_dense(tmp_path):

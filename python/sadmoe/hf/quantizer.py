@@ -210,7 +210,7 @@ def _describe(model: Any) -> None:
             del model.config.quantization_config
         if ours:
             del model.hf_quantizer
-            model._no_split_modules = {*(model._no_split_modules or ())} - {_LAYER_CLASS}
+            model._no_split_modules = {*(getattr(model, "_no_split_modules", None) or ())} - {_LAYER_CLASS}
 
 
 def _says_converted(model: Any) -> bool:
