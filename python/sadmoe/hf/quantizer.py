@@ -247,13 +247,13 @@ def _found_in(model: Any, layers: dict[str, Any]) -> dict[str, Any]:
         {name.removeprefix(prefix): description for name, description in layers.items()},
         {_LANGUAGE.sub(r"\1", name): description for name, description in layers.items()},
     ]
-    found = max(({n: d for n, d in way.items() if n in names} for way in renamed), key=len)
+    way = max(renamed, key=lambda way: len(way.keys() & names))
+    found = {name: description for name, description in way.items() if name in names}
     if not found:
         raise SavedModelError(
             f"config.json does not fit this {type(model).__name__}: it has no {next(iter(layers))}, nor any "
             f"other of the {len(layers)} converted layers" + _other_version(model)
         )
-    way = max(renamed, key=lambda way: len(names & way.keys()))
     for name in sorted(way.keys() - names):
         part = _deepest(name, names)
         rest = name.removeprefix(f"{part}.")
