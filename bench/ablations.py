@@ -36,14 +36,16 @@ from sadmoe import (
     finetune_,
     fit_routers_,
     ops,
+    reference,
 )
-from sadmoe.batches import evaluating, real_rows
+from sadmoe.batches import real_rows
 from sadmoe.demo import embeddings, fidelity, minilm, split, topics
 from sadmoe.demo.recipe import embedding_error
 from sadmoe.demo.rows import embedded_with
 from sadmoe.dial import converted_layers
 from sadmoe.masks import record_masks
 from sadmoe.mixed import fast_training
+from sadmoe.modules import evaluating
 from sadmoe.report import Series, plot_curves
 from sadmoe.tables import format_table
 from sadmoe.texts import load_model, tokenized
@@ -128,24 +130,20 @@ def centred(model: nn.Module, batches: Batches, skipping: float = 0.0) -> None:
     for name, layer in converted_layers(model).items():
         mean = seen(model, name, layer, batches, lambda x, y, layer=layer: layer._hidden(x))
         layer.b_out.data += mean @ layer.w_down.flatten(0, 1)
-        layer._hidden = partial(off_mean, layer, layer._hidden, mean)  # type: ignore[method-assign]
+        layer._hidden = partial(off_mean, layer._hidden, mean)  # type: ignore[method-assign]
         layer.keeps_hidden = True  # computed by `_hidden`, not by the op
     refitted(model, batches)
 
 
 def off_mean(
-    layer: DynamicKMoE,
-    plain: Callable[[Tensor], Tensor],
-    mean: Tensor,
-    x: Tensor,
-    choice: Any = None,
-    tau: float = 0.0,
+    plain: Callable[[Tensor], Tensor], mean: Tensor, x: Tensor, choice: Any = None, tau: float = 0.0
 ) -> Tensor:
     """A layer's `_hidden`, of what its neurons differ by from their means."""
     hidden = plain(x) - mean
     if choice is None:
         return hidden
-    return layer._kept(hidden, choice if choice.dtype == torch.bool else ops.dynamic_k_select(choice, tau))
+    mask = choice if choice.dtype == torch.bool else ops.dynamic_k_select(choice, tau)
+    return reference.of_chosen(hidden, mask, mask.shape[-1])
 
 
 Setting = Callable[[nn.Module, float], nn.Module]
@@ -228,9 +226,7 @@ def curve(model: nn.Module, setting: Setting, tests: Batches, wanted: Tensor) ->
         one = setting(model, value)
         with record_masks(one) as record:
             embedded = torch.cat([embedded_with(record, one, batch) for batch in tests])
-        counts = record.layers.values()
-        share = sum(c.share * c.tokens for c in counts) / sum(c.tokens for c in counts)
-        points.append((share, fidelity(embedded, wanted).cosine))
+        points.append((record.share, fidelity(embedded, wanted).cosine))
     return points
 
 

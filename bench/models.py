@@ -23,7 +23,7 @@ import torch
 from command import command
 from layer_problem import ROUTER_WIDTH, tau_of_share
 from recipes import sources
-from sadmoe import ConvertConfig, convert_, pack_experts_, quantize_experts_
+from sadmoe import ConvertConfig, convert_, pack_experts_, quantize_experts_, set_tau
 from sadmoe.demo import minilm, topics
 from sadmoe.dial import converted_layers
 from sadmoe.gates import DynamicK
@@ -93,12 +93,13 @@ def converted(workload: Workload) -> nn.Module:
     return model
 
 
-def gates_at(model: nn.Module, batch: Batch, share: float) -> dict[str, DynamicK]:
+def taus_at(model: nn.Module, batch: Batch, share: float) -> dict[str, float]:
     """For each layer in turn the tau of the share, on the inputs that it gets with the layers before at theirs."""
-    found: dict[str, DynamicK] = {}
+    found: dict[str, float] = {}
 
     def solve(layer: nn.Module, args: tuple[Tensor, ...], name: str) -> None:
-        layer.gate = found[name] = DynamicK(tau_of_share(layer.router(args[0]).flatten(0, -2), share))
+        found[name] = tau_of_share(layer.router(args[0]).flatten(0, -2), share)
+        layer.gate = DynamicK(found[name])
 
     hooks = [
         layer.register_forward_pre_hook(partial(solve, name=name))
@@ -112,34 +113,28 @@ def gates_at(model: nn.Module, batch: Batch, share: float) -> dict[str, DynamicK
     return found
 
 
-def set_gates(model: nn.Module, gates: dict[str, DynamicK]) -> None:
-    for name, layer in converted_layers(model).items():
-        layer.gate = gates[name]
-
-
 def executed(model: nn.Module, batch: Batch) -> float:
     with record_masks(model, skip_padding=False) as record:
         forward(model, batch)
-    counts = record.layers.values()
-    return sum(c.share * c.tokens for c in counts) / sum(c.tokens for c in counts)
+    return record.share
 
 
 def timed(workload: Workload, models: dict[str, nn.Module], shares: list[float]) -> list[dict]:
     """A row for every call and share, with a column for each of the converted models, which are one and the same."""
     rows, model = [], next(iter(models.values()))
     for name, (batch, call) in workload.calls.items():
-        gates = {share: gates_at(model, batch, share) for share in shares}
+        taus = {share: taus_at(model, batch, share) for share in shares}
 
         def at(
-            name: str, share: float, gates: dict = gates, call: Callable = call, batch: Batch = batch
+            name: str, share: float, taus: dict = taus, call: Callable = call, batch: Batch = batch
         ) -> object:
-            set_gates(models[name], gates[share])
+            set_tau(models[name], taus[share])
             return call(models[name], batch)
 
         variants = {f"{name} {s}": partial(at, name, s) for name in models for s in shares}
         times = measure({"dense": partial(call, workload.model, batch)} | variants)
         for share in shares:
-            set_gates(model, gates[share])
+            set_tau(model, taus[share])
             columns = {"dense": times["dense"]} | {name: times[f"{name} {share}"] for name in models}
             rows.append(
                 {

@@ -449,9 +449,10 @@ def test_a_model_with_an_autocast_of_its_own_is_trained_on_what_its_projections_
     [
         ({"start": "zero"}, "start must be one of low_rank, random, got 'zero'"),
         ({"ratio": 0}, "ratio must be above 0, got 0"),
+        ({"alpha": float("inf")}, "alpha must be finite, got inf"),
         ({"multiple": 0}, "multiple must be at least 1, got 0"),
         ({"max_tokens": 1}, "max_tokens must be at least 2"),
-        ({"steps": 0}, "steps must be above 0"),
+        ({"steps": 0}, "steps must be at least 1"),
         ({"act": "tanh"}, "act must be one of relu, gelu, gelu_tanh, silu, quick_gelu, relu2, got 'tanh'"),
         ({"act": "relu2"}, "act='relu2' is not linear for either sign, as start='low_rank' needs it"),
     ],

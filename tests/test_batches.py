@@ -3,19 +3,8 @@ from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
-from sadmoe.batches import (
-    answer,
-    check_batches,
-    device_of,
-    evaluating,
-    is_encoder_decoder,
-    length,
-    padding_mask,
-    real_rows,
-    run,
-    samples_in,
-    to_device,
-)
+from sadmoe.batches import answer, check_batches, length, padding_mask, real_rows, run, samples_in, to_device
+from sadmoe.modules import device_of, evaluating, is_encoder_decoder
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -204,6 +193,24 @@ def test_real_rows_follow_the_mask_where_the_tokens_come_first():
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
     rows = real_rows(Add(), "layers.0", {"attention_mask": mask}, torch.zeros(3, 2, 5))
     assert rows.tolist() == [True, True, True, False, True, False]
+
+
+def test_a_model_that_writes_into_what_it_is_given_leaves_the_batch_alone():
+    batch = ({"x": torch.ones(2), "more": [{"y": torch.ones(2)}]},)
+
+    def writes(given):
+        given["more"][0]["y"] = given["answer"] = 2 * given["x"]
+        return given
+
+    output = run(Returns(writes), batch)
+    assert torch.equal(output["answer"], torch.full((2,), 2.0))
+    assert set(batch[0]) == {"x", "more"}
+    assert torch.equal(batch[0]["more"][0]["y"], torch.ones(2))
+    assert batch[0]["x"] is output["x"]
+
+
+def test_samples_are_counted_in_a_mapping_inside_another():
+    assert samples_in(({"inputs": {"ids": torch.ones(8, 3), "mask": torch.ones(8, 3)}, "n": 5},)) == 8
 
 
 def test_samples_in_a_tuple_of_one_mapping_are_those_of_the_mapping():

@@ -93,20 +93,56 @@ def test_weights_that_are_made_at_every_access_are_not_saved(part, tmp_path):
     save(model, tmp_path / "m.safetensors")
 
 
+class Shared(nn.parallel.DistributedDataParallel):
+    """Without a process group."""
+
+    def __init__(self, module):
+        nn.Module.__init__(self)
+        self.module = module
+
+
 @pytest.mark.parametrize("read", [load, sadmoe.load_adapter])
 def test_nothing_is_loaded_into_a_model_whose_gradients_are_shared(read, file):
-    class Shared(nn.parallel.DistributedDataParallel):
-        """Without a process group."""
-
-        def __init__(self, module):
-            nn.Module.__init__(self)
-            self.module = module
-
     model = TINY["user glu"].model()
     before = fingerprint(model)
-    with pytest.raises(ValueError, match="load into the model first, then wrap it"):
+    with pytest.raises(ValueError, match=r"give the model inside, model\.module, and wrap"):
         read(Shared(model), file)
     assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("change", ["convert_", "restore_", "replace_projections_", "sparsify_", "finetune_"])
+def test_nor_is_one_converted_or_trained(change):
+    model = converted("bert") if change in ("restore_", "finetune_") else TINY["bert"].model()
+    configs = {
+        "sparsify_": sadmoe.SparsifyConfig(steps=1),
+        "finetune_": sadmoe.FinetuneConfig(steps=1),
+    }
+    before = fingerprint(model)
+    config = [configs[change]] if change in configs else []
+    args = [] if change == "restore_" else [[TINY["bert"].batch()], *config]
+    with pytest.raises(ValueError, match=r"give the model inside, model\.module, and wrap"):
+        getattr(sadmoe, change)(Shared(model), *args)
+    assert fingerprint(model) == before
+
+
+def test_what_a_module_keeps_of_a_call_does_not_hinder_loading(file):
+    model = TINY["user glu"].model()
+    with pytest.warns(FutureWarning):  # of the older of torch's two
+        model.head = nn.utils.weight_norm(
+            nn.Linear(24, 3, bias=False)
+        )  # it keeps a weight made of two parameters
+    model.kept = [torch.ones(2, requires_grad=True) * 2]
+    config = ConvertConfig(experts=6, router=RouterConfig(steps=1, width=4))
+    convert_(model, [TINY["user glu"].batch()], config, progress=False)
+    path = file.with_name("normed.safetensors")
+    save(model, path)
+    again = TINY["user glu"].model()
+    with pytest.warns(FutureWarning):
+        again.head = nn.utils.weight_norm(nn.Linear(24, 3, bias=False))
+    again.kept = [torch.ones(2, requires_grad=True) * 2]
+    load(again, path)
+    x = torch.randn(2, 24)
+    assert torch.equal(again.head(x), model.head(x))
 
 
 def test_files_of_earlier_versions_are_read_and_checked(file):

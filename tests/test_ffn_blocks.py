@@ -153,6 +153,59 @@ class OneProbability(nn.Module):
         return x + F.dropout(self.fc2(h), self.dropout, self.training)
 
 
+class Drop(nn.Module):
+    """A dropout of another class than torch's, as fairseq's."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.p, self.training)
+
+
+class DropsHidden(nn.Module):
+    """A block in which dropout acts on the neurons."""
+
+    def __init__(self, drop: nn.Module):
+        super().__init__()
+        self.norm, self.fc1, self.act = nn.LayerNorm(D), nn.Linear(D, F_), nn.ReLU()
+        self.drop, self.fc2 = drop, nn.Linear(F_, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(self.drop(self.act(self.fc1(self.norm(x)))))
+
+
+@pytest.mark.parametrize(
+    "drop", [nn.Dropout(0.5), nn.AlphaDropout(0.5), Drop(0.5)], ids=lambda d: type(d).__name__
+)
+def test_hidden_dropout_of_any_class_goes(drop):
+    model = nn.Sequential(DropsHidden(drop)).eval()
+    wanted = model(hidden())
+    for site in find_ffns(model):
+        swap_in(model, site, layer_from_dense(site.dense(), slots_of(site), 6, 4))
+    assert_close(model.train()(hidden()), wanted)
+    (name,) = moe_layers(model)
+    swap_out(model, name)
+    assert model[0].drop is drop
+
+
+def test_hidden_dropout_that_cannot_be_told_is_warned_of_once(caplog):
+    class CallsDropout(DropsHidden):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.fc2(F.dropout(self.act(self.fc1(self.norm(x))), 0.3, self.training))
+
+    with caplog.at_level("WARNING"):
+        assert len(find_ffns(nn.Sequential(CallsDropout(nn.Identity()), CallsDropout(nn.Identity())))) == 2
+    assert caplog.text.count("CallsDropout calls F.dropout between fc1 and fc2") == 1
+
+
+def test_one_activation_in_several_places_of_a_sequential_is_that_of_each():
+    act = nn.ReLU()
+    several = [nn.Linear(D, F_), act, nn.Linear(F_, D), act, nn.Linear(D, F_), act, nn.Linear(F_, D)]
+    assert len(find_ffns(nn.Sequential(nn.Sequential(*several)))) == 2
+
+
 def test_a_probability_of_the_output_too_stays():
     model = nn.Sequential(OneProbability())
     (site,) = find_ffns(model)

@@ -343,6 +343,28 @@ def test_what_is_named_as_an_ffn_is_not_left_out_without_a_word(caplog: pytest.L
     assert caplog.text == ""
 
 
+class ConvMlp(nn.Module):
+    """An FFN by convolutions of width 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Conv1d(7, 14, 1), nn.ReLU(), nn.Conv1d(14, 7, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+def test_convolutions_of_width_1_are_named_beside_ffns_that_are_found(caplog: pytest.LogCaptureFixture):
+    model = nn.Sequential(UserFFN(), ConvMlp())
+    with caplog.at_level(logging.WARNING):
+        assert [site.name for site in find_ffns(model)] == ["0"]
+    assert (
+        "1 (ConvMlp): none of its linear layers, fc1 7 -> 14 (a convolution, which is not read)"
+        in caplog.text
+    )
+    assert [one.name for one in scan_ffns(model)[1]] == ["1"]
+
+
 def test_what_acts_in_training_alone_is_not_lost():
     model = nn.Sequential(_DropPath())
     (site,) = find_ffns(model)

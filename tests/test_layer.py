@@ -436,7 +436,9 @@ def test_gradients_of_each_sample_by_torch_func():
     def loss(weights, x):
         return torch.func.functional_call(layer, weights, (x,)).square().sum()
 
-    of_samples = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, xs)
+    each = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))
+    of_samples, compiled = each(weights, xs), torch.compile(each, backend="aot_eager")(weights, xs)
+    torch.testing.assert_close(compiled, of_samples)
     for i, x in enumerate(xs):
         layer.zero_grad()
         layer(x).square().sum().backward()

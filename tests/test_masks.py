@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from converted import converted, random_layer, random_rows
@@ -44,6 +46,22 @@ def test_pairs_are_the_sum_of_the_masks_over_real_tokens(gate):
         assert record[name].mean_k == pytest.approx(k.float().mean().item())
         assert record[name].share == pytest.approx(mask[real].float().mean().item())
         assert record[name].histogram.tolist() == [int((k == i).sum()) for i in range(7)]
+
+
+def test_the_share_of_all_layers_is_that_of_their_pairs():
+    model, batch = converted("bert"), TINY["bert"].batch()
+    first, last = converted_layers(model).values()
+    first.gate, last.gate = DynamicK(0.2), DynamicK(0.6)
+    with record_masks(model) as record, torch.no_grad():
+        assert math.isnan(record.share)
+        for _ in range(2):
+            call(model, batch)
+        first(random_rows(500, first.w_up.shape[2]))  # it runs for more tokens than the other
+    pairs = sum(int((counts.histogram * torch.arange(7)).sum()) for counts in record.layers.values())
+    tokens = sum(int(counts.histogram.sum()) for counts in record.layers.values())
+    assert record.share == pytest.approx(pairs / (6 * tokens))
+    shares = [counts.share for counts in record.layers.values()]
+    assert min(shares) < record.share < max(shares)
 
 
 class TokensFirst(nn.Module):

@@ -11,6 +11,7 @@ from problems import assert_as_good_as_torch, experts_problem, in_double, router
 from sadmoe import crossover, ops, reference
 from sadmoe.ops import fallback
 from torch import Tensor, library
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -287,6 +288,60 @@ def test_experts_that_did_not_run_leave_no_nan_in_gradients(act, gated):
     assert y.isfinite().all()
     y.sum().backward()
     assert x.grad.isfinite().all()
+    weights = w_up, w_down, b_up, w_gate, b_gate, b_out
+    in_torch = torch.func.grad(lambda x: ops.sparse_experts(x, mask, *weights, act=act).sum())(x.detach())
+    torch.testing.assert_close(in_torch, x.grad)
+
+
+@pytest.mark.by_torch
+@pytest.mark.parametrize("gated", [False, True])
+def test_gradients_are_batched_by_either_of_torch_s_two_ways(gated):
+    x, mask, *weights = experts_problem(5, 16, 3, 4, gated=gated)
+
+    def f(x):
+        return ops.sparse_experts(x, mask, *weights, act="silu")
+
+    wanted = torch.autograd.functional.jacobian(f, x)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(f, x, vectorize=True), wanted)
+    torch.testing.assert_close(torch.func.jacrev(f)(x), wanted)
+
+
+@pytest.mark.by_torch
+def test_a_mask_of_other_experts_is_refused_in_plain_torch_too():
+    x, _, *weights = experts_problem(5, 16, 4, 6)
+
+    def in_plain_torch(mask: Tensor) -> Tensor:
+        return torch.vmap(lambda rows: ops.sparse_experts(rows, mask, *weights))(x[None])
+
+    for shape in ((5, 8), (5, 1), (1, 4)):
+        for call in (lambda mask: ops.sparse_experts(x, mask, *weights), in_plain_torch):
+            with pytest.raises(RuntimeError, match=r"mask must be \[T, E\] = \[5, 4\]"):
+                call(torch.ones(shape, dtype=torch.bool))
+
+
+def test_what_autograd_kept_is_not_overwritten_without_a_word():
+    weight, up = torch.randn(4, 16, requires_grad=True), torch.randn(4, 16)
+    mask = torch.ones(4, 2, dtype=torch.bool)
+    y = (up * weight).sum()
+    ops.masked_activation_(up, None, mask, 0.0, "relu")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+    with torch.inference_mode():
+        made = torch.randn(4, 16)
+        wanted = made.relu()
+        ops.masked_activation_(made, None, mask, 0.0, "relu")
+        assert torch.equal(made, wanted)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"outside torch\.func and forward-mode"):
+        ops.masked_activation_(forward_ad.make_dual(up, up), None, mask, 0.0, "relu")
+
+
+def test_a_tau_that_float32_does_not_hold_is_0():
+    scores = torch.tensor([[1.0, torch.inf, 0.0]])
+    for tau in (0.0, 1e-50, 2.0**-150):
+        assert ops.dynamic_k_select(scores, tau).all()
+        assert reference.dynamic_k_select(scores, tau).all()
+    assert ops.dynamic_k_select(scores, 2.0**-149).tolist() == [[False, True, False]]
+    assert reference.dynamic_k_select(scores, 2.0**-149).tolist() == [[False, True, False]]
 
 
 @pytest.mark.parametrize("make", [Tensor.to_sparse, Tensor.to_mkldnn], ids=["sparse", "mkldnn"])

@@ -238,6 +238,13 @@ def test_a_pass_without_gradients_is_an_error_where_one_is_wanted():
             model(hidden())
         with pytest.raises(RuntimeError, match=r"no gradient.*use_reentrant"):
             sparsity()
+        model[1](model[0](hidden()).detach())  # one of two has a gradient, and then the other
+        assert sparsity().requires_grad
+        with torch.no_grad():
+            x = model[0](hidden())
+        model[1](x)
+        with pytest.raises(RuntimeError, match=r"no gradient for the penalty of 0.inner"):
+            sparsity()
         checkpointed = Checkpointed(model, reentrant=True)
         checkpointed(hidden().requires_grad_())
         with pytest.raises(RuntimeError, match=r"no gradient.*use_reentrant"):

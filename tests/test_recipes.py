@@ -19,8 +19,8 @@ from results import Saved, best, kept_by, panels, times_faster, working_tau
 from run import CPU, GPU, Effort, Run, from_command_line
 from run import TINY as TINY_EFFORT
 from sadmoe import DynamicK, FinetuneConfig
-from sadmoe.batches import evaluating
 from sadmoe.model_report import layer_heat
+from sadmoe.modules import evaluating
 from workload import Dense, Point, Workload, error_of_ratio, sweep
 
 MICRO = Effort(0.2, 2, 0.2, 0.2, 2, 0.2, 60, 1, 8, 4, 0.01, taus=(0.0, 0.1, 1.0), shares=(0.5, 0.2))

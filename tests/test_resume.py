@@ -66,6 +66,20 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(step, tmp_path, update
         assert same(state(model), state(uninterrupted))
 
 
+@pytest.mark.parametrize("step", [fit_routers, finetune])
+def test_what_has_no_bits_here_does_not_hinder_a_run(step, tmp_path, updates):
+    made = []
+    for _ in range(2):
+        model, dense = start(step)
+        model.offloaded = nn.Linear(4, 4, device="meta").requires_grad_(
+            False
+        )  # as a part that lies on a disk
+        updates.clear()
+        step(model, dense, Checkpoint(tmp_path, every=0.0))
+        made.append(len(updates))
+    assert made[0] > made[1] == 0  # the second was loaded
+
+
 class Shuffled:
     """Batches in an order that torch's own random numbers say, and after `left` of them the end of the run."""
 

@@ -9,7 +9,8 @@ from converted import converted, random_layer, random_rows
 from sadmoe import routers
 from sadmoe.dial import converted_layers, set_tau
 from sadmoe.gates import DynamicK
-from sadmoe.routers import RouterConfig, collect_inputs, fit_router_, fit_routers_
+from sadmoe.inputs import collect_inputs
+from sadmoe.routers import RouterConfig, fit_router_, fit_routers_
 from sadmoe.training import Checkpoint
 from tiny_models import TINY
 from torch import nn
@@ -310,7 +311,8 @@ def test_a_width_that_the_router_does_not_have_is_refused():
         ({"batch_tokens": 0}, "batch_tokens must be at least 1, got 0"),
         ({"lr": 0.0}, "lr must be above 0, got 0.0"),
         ({"target_power": 0.0}, r"target_power must be in \(0, 2\], got 0.0"),
-        ({"weight_decay": -1.0}, "weight_decay must not be negative, got -1.0"),
+        ({"weight_decay": -1.0}, "weight_decay must be at least 0, got -1.0"),
+        ({"lr": float("inf")}, "lr must be finite, got inf"),
     ],
 )
 def test_a_config_out_of_range_is_refused(kw, text):

@@ -11,12 +11,14 @@ from clock import Clock
 from sadmoe.ffn import find_ffns
 from sadmoe.ffn.activations import ACTIVATION_MODULES
 from sadmoe.sparsify import SparsifyConfig, measure_sparsity, sparsify_
+from sadmoe.training import objective as objective_module
 from sadmoe.training.loop import _endless
 from sadmoe.training.objective import Remembered, block_of, distill_hidden, distill_logits
 from states import same, state
 from tiny_models import TINY, tokens
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
 from two_ffns import FF, D, KeepsTable, data, mean_square, two_ffns
 
 
@@ -370,6 +372,114 @@ def test_hidden_distillation_is_a_relative_error_without_padding():
     torch.testing.assert_close(got, torch.stack(want).mean())
 
 
+class InDicts(nn.Module):
+    """A block that takes and returns a dict, in which the hidden state is not the first entry."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, state: dict) -> dict:
+        return {"step": torch.tensor([1, 2]), "x": self.inner(state["x"])}
+
+
+@dataclass
+class Output:
+    step: Tensor
+    x: Tensor
+
+
+class WritesLogits(nn.Module):
+    """Writes its answer into the batch, as sentence-transformers do, and returns that."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.blocks, self.wrap = nn.ModuleList(InDicts(block) for block in two_ffns(nn.GELU)), wrap
+
+    def forward(self, features: dict) -> dict:
+        state = {"x": features["x"]}
+        for block in self.blocks:
+            state = block(state)
+        features["logits"] = self.wrap(state["x"])
+        return features
+
+
+@pytest.mark.parametrize("objective", ["distill_hidden", "distill_logits"])
+def test_a_model_of_dicts_is_held_to_the_dense_one_and_not_to_itself(objective):
+    model = WritesLogits(lambda x: x)
+    batches = [({"x": x},) for x in data()]
+    report = run_sparsify(model, short(objective=objective, steps=8, lr=1e-2), batches)
+    assert all(step.objective > 0 for step in report.history[1:])
+    assert all(set(batch[0]) == {"x"} for batch in batches)
+
+
+def test_a_block_without_a_hidden_state_is_named():
+    class Counts(nn.Module):
+        def __init__(self, inner: nn.Module):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, state: list) -> dict:
+            state[0] = self.inner(state[0])
+            return {"step": torch.tensor(1.0)}
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(map(Counts, two_ffns(nn.GELU)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            state = [x]
+            for block in self.blocks:
+                block(state)
+            return state[0]
+
+    with pytest.raises(
+        TypeError, match=r"blocks.0 returns dict, in which no hidden state \[..., d\] is seen"
+    ):
+        run_sparsify(Model(), short())
+
+
+def test_hidden_states_are_found_in_what_a_block_returns():
+    x, attention = torch.ones(2, 3, 4), torch.ones(2, 3)
+    for output in (x, (x, attention), ((x, attention), 7), {"n": 1, "x": [x]}, Output(torch.ones(2), x)):
+        assert objective_module._state(output) is x
+    assert objective_module._state({"n": torch.ones(3), "ids": torch.ones(2, 3, dtype=torch.int64)}) is None
+
+
+def test_blocks_whose_states_have_no_gradient_are_an_error():
+    class Reentrant(nn.Module):
+        def __init__(self, inner: nn.Module):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.inner, x, use_reentrant=True)
+
+    first, last = two_ffns(nn.ReLU)
+    model = nn.Sequential(nn.Linear(D, D), Reentrant(nn.Sequential(first, nn.LayerNorm(D))), last)
+    objective = distill_hidden(model, copy.deepcopy(model), find_ffns(model))
+    with pytest.raises(RuntimeError, match=r"no gradient to compare what leaves .* by: .*use_reentrant"):
+        objective(data()[0])
+    with torch.no_grad():
+        assert objective(data()[0]) == 0
+
+
+def test_complex_parameters_are_trained_too():
+    class Filter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(D // 2 + 1, dtype=torch.cfloat))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.fft.irfft(torch.fft.rfft(x) * self.weight, n=D)
+
+    model = nn.Sequential(*two_ffns(), Filter())
+    before = model[2].weight.detach().clone()
+    run_sparsify(model, short(objective="task"), loss=mean_square)
+    assert not torch.equal(model[2].weight, before)
+
+
 @pytest.mark.parametrize("objective", ["distill_hidden", "distill_logits"])
 def test_a_torch_encoder_is_compared_with_its_padding(objective):
     model, x = TINY["torch encoder"].model(), TINY["torch encoder"].batch()
@@ -432,7 +542,7 @@ def test_schedules_are_the_papers():
     [
         ({}, "give steps or seconds"),
         ({"steps": 1, "seconds": 1.0}, "give steps or seconds"),
-        ({"steps": 0}, "steps must be above 0, got 0"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"seconds": float("inf")}, "seconds must be finite, got inf"),
         ({"seconds": -1.0}, "seconds must be above 0"),
         ({"steps": 1, "lr": 0.0}, "lr must be above 0"),

@@ -13,6 +13,7 @@ from sadmoe import Checkpoint, ConvertConfig, RouterConfig, SparsifyConfig, conv
 from sadmoe.batches import Batches
 from sadmoe.inputs import Place, held_out_and_batches, stream_inputs
 from sadmoe.layer import DynamicKMoE
+from sadmoe.reference import linear_of_experts
 from sadmoe.training.guards import seeded
 from sadmoe.training.loop import train
 from torch import Tensor, nn
@@ -81,10 +82,6 @@ def fitted(
 
 def activity(layer: DynamicKMoE, rows: Tensor) -> Tensor:
     """Summed activations of each expert's neurons: [T, d] -> [T, E]."""
-    up = F.linear(rows, layer.w_up.flatten(0, 1), None if layer.b_up is None else layer.b_up.flatten())
-    gate = up
-    if layer.w_gate is not None:
-        gate = F.linear(
-            rows, layer.w_gate.flatten(0, 1), None if layer.b_gate is None else layer.b_gate.flatten()
-        )
+    weight, bias = (layer.w_up, layer.b_up) if layer.w_gate is None else (layer.w_gate, layer.b_gate)
+    gate = linear_of_experts(rows, weight, bias)
     return gate.relu().unflatten(-1, (layer.experts, layer.expert_size)).sum(-1)

@@ -34,10 +34,10 @@ from sadmoe import (
     replace_projections_,
     sparsify_,
 )
-from sadmoe.batches import mode
 from sadmoe.budget import LAYERS, ROUTED
 from sadmoe.gates import Gate
 from sadmoe.mixed import fast_training
+from sadmoe.modules import mode
 from sadmoe.training.loop import train
 from sadmoe.training.objective import task
 from torch import nn

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from run import Run
 from sadmoe import DynamicK, moe_layers
-from sadmoe.batches import device_of, evaluating, run, samples_in, to_device
+from sadmoe.batches import run, samples_in, to_device
 from sadmoe.files import checksum, replacing
 from sadmoe.gates import Gate
 from sadmoe.masks import record_masks
 from sadmoe.model_report import short_names
+from sadmoe.modules import device_of, evaluating
 from sadmoe.report import Heat, Page, Panel, Series, plot_curves, write_page
 from sadmoe.tables import format_table
 from sadmoe.timing import machine

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from marian import EOS
 from recipe import run_recipe
 from run import CPU, GPU, TINY, from_command_line
-from sadmoe.batches import device_of, to_device
+from sadmoe.batches import to_device
 from sadmoe.model_report import layer_heat
+from sadmoe.modules import device_of
 from sadmoe.report import Heat
 from sources import handbook, translator
 from torch import Tensor, nn

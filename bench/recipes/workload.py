@@ -9,13 +9,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from sadmoe import TopK, moe_layers
-from sadmoe.batches import Batch, device_of, evaluating, run, samples_in, to_device
+from sadmoe.batches import Batch, run, samples_in, to_device
 from sadmoe.cost import cost_of_masks
 from sadmoe.demo.rows import added_to, masked, top_half
 from sadmoe.ffn import find_ffns
 from sadmoe.flops import FlopCount
 from sadmoe.gates import Gate
 from sadmoe.masks import record_masks
+from sadmoe.modules import device_of, evaluating
 from sadmoe.report import Heat
 from sadmoe.timing import measure, waiting
 from sadmoe.training.objective import OutputLoss
@@ -155,10 +156,11 @@ def measured(work: Workload, model: nn.Module, setting: str, dense: Dense) -> Po
         value = work.value(model, work.tests, counted, rights)
     report = cost_of_masks(model, record.layers, samples, count.flops / samples)
     spread = statistics.mean(_spread(counts.histogram) for counts in record.layers.values())
-    ffns = report.executed / report.dense
     kept, picked = work.kept(value, dense.tests), work.kept(work.value(model, work.picks), dense.picks)
     error = error_of_ratio(torch.cat(rights), torch.cat(tuple(dense.rights))) if rights else None
-    return Point(setting, report.share, spread, ffns, report.of_dense, value, kept, picked, error)
+    return Point(
+        setting, report.share, spread, report.layers_of_dense, report.of_dense, value, kept, picked, error
+    )
 
 
 def error_of_ratio(ours: Tensor, dense: Tensor) -> float:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from sadmoe import files
-from sadmoe.batches import inner_to_load, innermost, plain_name
 from sadmoe.checkpoint import SavedModelError
 from sadmoe.describe import describe_all, rebuild
 from sadmoe.dial import check_parameters
@@ -32,9 +31,10 @@ from sadmoe.ffn import (
     scan_ffns,
     site_from_spec,
 )
-from sadmoe.ffn.dense import TENSORS, DenseFFN
+from sadmoe.ffn.dense import DenseFFN
 from sadmoe.ffn.linears import bias_of, linear_shape, weight_rows
 from sadmoe.layer import DynamicKMoE
+from sadmoe.modules import innermost, plain_name, refuse_distributed
 from sadmoe.undo import surgery
 
 FORMAT = 1
@@ -92,7 +92,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises SavedModelError, with the model as it was, where the file is damaged or foreign, or its base is another.
     """
     path = Path(path)
-    model = inner_to_load(model)
+    refuse_distributed(model)
+    model = innermost(model)
     if describe_all(model):
         raise ValueError("something in this model is converted already: load_adapter takes the dense base")
     header, tensors = _read(path)
@@ -143,10 +144,8 @@ def _rest(model: nn.Module, layers: Iterable[str]) -> dict[str, int]:
 
 
 def _with_bits(model: nn.Module) -> dict[str, Tensor]:
-    """What its state_dict has, but for what has no bits of its own: on meta, or a quantised kind of tensor."""
-    return {
-        plain_name(name): t for name, t in model.state_dict().items() if type(t) is Tensor and not t.is_meta
-    }
+    """What its state_dict has, but for what has no bits of its own."""
+    return {plain_name(name): t for name, t in model.state_dict().items() if files.has_bits(t)}
 
 
 def _check_base(
@@ -200,7 +199,7 @@ def _is_projection(description: Mapping[str, Any]) -> bool:
 
 
 def _of_dense(dense: DenseFFN) -> int:
-    return files.checksum({n: t for n in TENSORS if (t := getattr(dense, n)) is not None})
+    return files.checksum(dense.tensors)
 
 
 def _of_linear(linear: nn.Module) -> int:

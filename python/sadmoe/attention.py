@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sadmoe.batches import Batches, check_batches, check_model, check_runs, plain_name
-from sadmoe.checks import check_choice, check_config, check_fields, check_filter
+from sadmoe.batches import Batches, check_batches, check_runs
+from sadmoe.checks import check_choice, check_config, check_fields, check_filter, check_range
 from sadmoe.ffn import (
     ATTENTION,
     FFNSite,
@@ -26,15 +26,14 @@ from sadmoe.ffn import (
     scan_ffns,
     stand_in,
 )
-from sadmoe.ffn.adapters import Proposal
 from sadmoe.ffn.linears import bias_of, linear_shape, weight_rows
 from sadmoe.ffn.probe import Unsupported
 from sadmoe.ffn.reads import what_else_is_read
 from sadmoe.ffn.scan import Uses
-from sadmoe.ffn.sites import Parts
 from sadmoe.files import checksum
 from sadmoe.gradients import without_autocast
 from sadmoe.inputs import Place, held_out_and_batches, stream_inputs
+from sadmoe.modules import check_model, plain_name, refuse_distributed
 from sadmoe.reference import ACTIVATIONS
 from sadmoe.sparsify import SparsityLoss
 from sadmoe.tables import format_table, shortened
@@ -93,20 +92,10 @@ class ProjectionConfig:
                 "ProjectionConfig: act='relu2' is not linear for either sign, as start='low_rank' needs it: "
                 "take start='random', or another act"
             )
-        if not self.ratio > 0:
-            raise ValueError(f"ProjectionConfig: ratio must be above 0, got {self.ratio}")
-        for name in ("multiple", "batch_tokens", "max_bytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"ProjectionConfig: {name} must be at least 1, got {getattr(self, name)}")
-        if self.max_tokens < 2:
-            raise ValueError(
-                f"ProjectionConfig: max_tokens must be at least 2, to hold some out, got {self.max_tokens}"
-            )
-        for name in ("steps", "lr"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"ProjectionConfig: {name} must be above 0, got {getattr(self, name)}")
-        if not self.alpha >= 0:
-            raise ValueError(f"ProjectionConfig: alpha must be at least 0, got {self.alpha}")
+        check_range(self, "ratio", "lr", above=0)
+        check_range(self, "multiple", "steps", "batch_tokens", "max_bytes", least=1)
+        check_range(self, "max_tokens", least=2)  # to hold some out
+        check_range(self, "alpha", least=0)
 
     def loop(self) -> LoopConfig:
         """The training of one MLP."""
@@ -204,7 +193,7 @@ def scan_projections(
         try:
             if isinstance(parent, nn.MultiheadAttention):
                 raise Unsupported("nn.MultiheadAttention reads its weights itself and never calls it")
-            uses.check(parent, path, Proposal(Parts(child, child, child), (), (), True))
+            uses.check_linears(parent, path, [child])
             found.append(Place(plain, linear))
         except Unsupported as reason:
             refused.append(f"{plain}: {reason}")
@@ -240,6 +229,7 @@ def replace_projections_(
     check_batches(batches)
     refuse_group("replace_projections_")
     check_model(model)
+    refuse_distributed(model)
     started = time.perf_counter()
     with seeded(model, config.seed):  # a DataLoader may draw a number
         sites = find_projections(model, config.filter, batches=batches)
@@ -272,7 +262,7 @@ def _linears_of_attention(
     model: nn.Module, batches: Batches | None
 ) -> list[tuple[str, nn.Module, nn.Module]]:
     """(path, parent, linear layer) of each linear layer below an attention, FFNs and MLPs in their place left out."""
-    taken = {id(linear) for s in scan_ffns(model, batches=batches)[0] for linear in (s.up, s.gate, s.down)}
+    taken = {id(linear) for s in scan_ffns(model, batches=batches)[0] for linear in s.linears.values()}
     for module in model.modules():
         linears = [m for m in module.children() if linear_shape(m) is not None]
         if isinstance(module, nn.Sequential) and len(linears) > 1:

@@ -7,8 +7,7 @@ A *batch* is one call: a Mapping becomes model(**batch), a tuple or list model(*
 import copy
 import re
 from collections import UserDict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -18,16 +17,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sadmoe.hooks import uncompiled
+from sadmoe.modules import device_of, evaluating, is_encoder_decoder
 
 Batch = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
 Batches = Iterable[Batch]
 SPAN = ("start_logits", "end_logits")  # [B, T] each, of a model that answers with a part of the text
 REPEATS = 0.01  # relative error of outputs up to which two runs are the same
 IGNORED = -100  # label of a token that counts in no loss
-WRAPPERS = (
-    "_orig_mod",
-    "_checkpoint_wrapped_module",
-)  # names of the one child of torch.compile's and checkpoint's
 # Keys and values of an attention to the encoder, by the names that BART, T5, BERT, GPT-2 and their like give to the
 # attention and to its projections.
 _OF_ENCODER_STATES = re.compile(
@@ -41,6 +37,7 @@ def run(model: nn.Module, batch: Batch) -> Any:
     """The model's output on one batch, which must already be on the model's device (see `to_device`)."""
     if not isinstance(batch, Mapping | tuple | list | Tensor):
         raise TypeError(f"a batch must be a Mapping, a tuple, a list or a Tensor, got {type(batch).__name__}")
+    batch = _each(batch, lambda tensor: tensor)  # in new containers: some models write their answer into them
     named = dict(batch) if isinstance(batch, Mapping) else {}
     rest = batch if isinstance(batch, tuple | list) else (batch,) if isinstance(batch, Tensor) else ()
     try:
@@ -66,50 +63,6 @@ def check_repeats(once: Iterable[Tensor], again: Iterable[Tensor], whose: str) -
             f"{whose} gives other outputs when it runs on the same batch again, so that nothing can be held to them: "
             "it draws random numbers in evaluation, too. Put what it draws into the batches (ViTMAE: noise)"
         )
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether it, or a model inside it, says so, as those of transformers do, and has a decoder: an encoder taken out
-    of one has the whole one's config."""
-    return any(
-        name.endswith("decoder")
-        for m in model.modules()
-        if getattr(getattr(m, "config", None), "is_encoder_decoder", False) is True
-        for name, _ in m.named_modules()
-    )
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The original module of one in `WRAPPERS`; any other model as it is."""
-    for name in WRAPPERS:
-        if name in model._modules:
-            return unwrapped(model._modules[name])  # type: ignore[arg-type]
-    return model
-
-
-def innermost(model: nn.Module) -> nn.Module:
-    """The model inside what torch.compile, DataParallel and DistributedDataParallel made of it; another as it is."""
-    while isinstance(model := unwrapped(model), nn.DataParallel | nn.parallel.DistributedDataParallel):
-        model = model.module
-    return model
-
-
-def inner_to_load(model: nn.Module) -> nn.Module:
-    """The same of a model that gets new parameters. Raises ValueError where gradients are shared by hooks on those that
-    it has."""
-    while not isinstance(model := unwrapped(model), nn.parallel.DistributedDataParallel):
-        if not isinstance(model, nn.DataParallel):
-            return model
-        model = model.module
-    raise ValueError(
-        "model is a DistributedDataParallel, which goes on sharing the gradients of the weights that it has: load into "
-        "the model first, then wrap it"
-    )
-
-
-def plain_name(name: str) -> str:
-    """The path of a module or tensor as it was before parts of the model were wrapped."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _raised_by_the_call(error: TypeError) -> bool:
@@ -163,10 +116,15 @@ def _first_part(model: nn.Module, output: Any, given: list[Any]) -> Any:
 def to_device(batch: Any, device: torch.device | str) -> Any:
     """The batch with every tensor inside it on `device`; what is no tensor stays as it is. A kind of dict of its own
     (BatchEncoding, ModelOutput) stays of that kind, any other mapping becomes a dict."""
+    return _each(batch, lambda tensor: tensor.to(device))
+
+
+def _each(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The batch, in new containers, with what the change makes of every tensor inside it."""
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        return change(batch)
     if isinstance(batch, Mapping):
-        moved = {key: to_device(value, device) for key, value in batch.items()}
+        moved = {key: _each(value, change) for key, value in batch.items()}
         if type(batch) is dict or not isinstance(batch, dict | UserDict):
             return moved
         same = copy.copy(batch)
@@ -174,44 +132,22 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
             same[key] = value
         return same
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
+        return type(batch)(*(_each(value, change) for value in batch))
     if isinstance(batch, tuple | list):
-        return type(batch)(to_device(value, device) for value in batch)
+        return type(batch)(_each(value, change) for value in batch)
     return batch
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's inputs belong: the device of its first parameter or buffer, else the CPU."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
 
 
 def samples_in(batch: Batch) -> int:
     """How many samples a batch holds: the first dimension of its first tensor that has one, else 1."""
-    batch = _only(batch)
-    several = batch if isinstance(batch, tuple | list) else [batch]
-    for value in batch.values() if isinstance(batch, Mapping) else several:
-        if isinstance(value, Tensor) and value.dim() > 0:
-            return value.shape[0]
-    return 1
+    sizes: list[int] = []
 
+    def note(tensor: Tensor) -> Tensor:
+        sizes.extend(tensor.shape[:1])
+        return tensor
 
-def check_model(model: Any, called: str = "model") -> None:
-    """Raises TypeError unless it is a module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{called} must be a torch.nn.Module, got {type(model).__name__}")
-
-
-def refuse_compiled(model: nn.Module, called: str = "model") -> None:
-    """Raises ValueError where the model, or a part, was compiled: it then bypasses its modules' hooks."""
-    check_model(model, called)
-    for name, module in model.named_modules():
-        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
-            raise ValueError(
-                f"{name or called}: is compiled, so its modules are not seen while it runs; pass the model as it was "
-                "before torch.compile, and compile afterwards"
-            )
+    _each(batch, note)
+    return sizes[0] if sizes else 1
 
 
 def check_batches(batches: Batches) -> None:
@@ -246,8 +182,8 @@ def padding_mask(batch: Batch) -> Tensor | None:
     return _mask(batch, "attention_mask")
 
 
-def real_rows(model: nn.Module, name: str, batch: Batch, x: Tensor) -> Tensor | None:
-    """Which rows of the input of module `name` are real tokens, None where the batch does not say.
+def real_rows(model: nn.Module, name: str, batch: Batch | None, x: Tensor) -> Tensor | None:
+    """Which rows of the input of module `name` are real tokens, None where no batch says so.
 
     x [..., d] is what entered the module while the model ran `batch`; the result is bool [rows] for
     x.reshape(-1, d). A padding mask [B, T] applies where it has as many tokens as x: to [T, B, d], if B is not T, and
@@ -282,7 +218,7 @@ def mask_rows(mask: Tensor, shape: torch.Size) -> Tensor:
     return (mask.t() if turned else mask).flatten()
 
 
-def real_part(model: nn.Module, name: str, batch: Batch, x: Tensor) -> Tensor:
+def real_part(model: nn.Module, name: str, batch: Batch | None, x: Tensor) -> Tensor:
     """The rows [rows, d] of x [..., d] that are real tokens, or all of them, see `real_rows`."""
     real = real_rows(model, name, batch, x)
     return rows_of(x) if real is None else rows_of(x)[real]
@@ -298,13 +234,6 @@ def refuse_mask(batch: Batch | None, instead: str) -> None:
 def rows_of(x: Tensor) -> Tensor:
     """x [..., d] -> [rows, d]; of a nested tensor, which holds no padding, its parts one after the other."""
     return torch.cat(x.unbind()) if x.is_nested else x.reshape(-1, x.shape[-1])
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; afterwards every module's training flag is what it was."""
-    with mode(model, train=False), torch.no_grad():
-        yield
 
 
 def check_runs(model: nn.Module, batches: Batches, changed: str, config: str) -> None:
@@ -337,22 +266,7 @@ def settle(model: nn.Module, batches: Batches) -> None:
             run(model, to_device(batch, device_of(model)))
 
 
-@contextmanager
-def mode(model: nn.Module, train: bool) -> Iterator[None]:
-    """Every module in training (or evaluation) mode; afterwards each is what it was."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        model.train(train)
-        yield
-    finally:
-        for module, flag in flags:
-            if module.training != flag and type(module).train is not nn.Module.train:
-                module.train(flag)  # it may do more: take an adapter out of a weight again
-        for module, flag in flags:
-            module.training = flag
-
-
-def _only(batch: Batch) -> Any:
+def _only(batch: Batch | None) -> Any:
     """What a tuple of one holds, as the batches of a SentenceTransformer, or the mapping that one begins with, beside
     what a loss compares with; else the batch."""
     if isinstance(batch, tuple | list) and batch and (len(batch) == 1 or isinstance(batch[0], Mapping)):

@@ -13,15 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sadmoe.batches import device_of, evaluating, run, to_device
+from sadmoe.batches import run, to_device
 from sadmoe.convert import restore_
 from sadmoe.data import positions_of
-from sadmoe.dial import converted_layers
+from sadmoe.dial import converted_layers, gates_of, set_gates
 from sadmoe.ffn import DenseFFN, dense_from_layer, has_originals
 from sadmoe.gates import DynamicK, Gate
 from sadmoe.hooks import hooks_on
 from sadmoe.layer import DynamicKMoE, only_input
 from sadmoe.masks import record_masks
+from sadmoe.modules import device_of, evaluating
 from sadmoe.tables import format_table
 from sadmoe.timing import Timing, measure, waiting
 
@@ -102,7 +103,7 @@ def compare(
     seconds: for each variant. The model's gates come back.
     """
     layers, batch = converted_layers(model), to_device(batch, device_of(model))
-    saved = {name: layer.gate for name, layer in layers.items()}
+    saved = gates_of(layers)
     settings: list[tuple[float | None, Gates]] = [(None, saved)]
     settings += [(tau, dict.fromkeys(layers, DynamicK(tau))) for tau in taus]
     try:
@@ -113,19 +114,19 @@ def compare(
                 rows += _compare_layer(name, layer, settings, seen[0].inputs[name], seconds)
             return rows + list(_compare_whole(model, layers, batch, settings, seen, seconds))
     finally:
-        _set(layers, saved)
+        set_gates(layers, saved)
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """What one run of the model showed: by layer its input [..., d], and its executed share."""
+    """What one run of the model showed: by layer its input [..., d], and the executed share of all layers."""
 
     inputs: dict[str, Tensor]
-    shares: dict[str, float]
+    share: float
 
 
 def _seen(model: nn.Module, layers: dict[str, DynamicKMoE], batch: Any, gates: Gates) -> _Seen:
-    _set(layers, gates)
+    set_gates(layers, gates)
     inputs: dict[str, Tensor] = {}
 
     def keep(name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
@@ -140,8 +141,7 @@ def _seen(model: nn.Module, layers: dict[str, DynamicKMoE], batch: Any, gates: G
         raise ValueError(
             f"the first batch never reaches {', '.join(missed)}: give data whose first batch does"
         )
-    shares = {name: counts.share for name, counts in record.layers.items()}
-    return _Seen(inputs, shares)
+    return _Seen(inputs, record.share)
 
 
 def _compare_layer(
@@ -178,7 +178,7 @@ def _compare_whole(
     restore_(original, projections=has_originals(model))
 
     def at(gates: Gates) -> None:
-        _set(layers, gates)
+        set_gates(layers, gates)
         run(model, batch)
 
     variants = {str(i): partial(at, gates) for i, (_, gates) in enumerate(settings)}
@@ -186,21 +186,14 @@ def _compare_whole(
     device = device_of(model)
     times = measure({key: waiting(call, device) for key, call in variants.items()}, seconds)
     for i, (tau, gates) in enumerate(settings):
-        _set(layers, gates)
-        rows = {name: x[..., 0].numel() for name, x in seen[i].inputs.items()}
-        pairs = sum(seen[i].shares[name] * rows[name] * layer.experts for name, layer in layers.items())
-        share = pairs / sum(rows[name] * layer.experts for name, layer in layers.items())
+        set_gates(layers, gates)
+        tokens = max(x[..., 0].numel() for x in seen[i].inputs.values())
         # On CUDA it takes some calls to know the share by which a path is taken: asked after what was timed.
         dense = sum(layer.takes_dense_path(seen[i].inputs[name]) for name, layer in layers.items())
-        yield Row(WHOLE, tau, max(rows.values()), share, times["dense"], times[str(i)], len(layers), dense)
+        yield Row(WHOLE, tau, tokens, seen[i].share, times["dense"], times[str(i)], len(layers), dense)
 
 
 def _linear(ffn: DenseFFN) -> Callable[[Tensor], Tensor]:
     """The FFN as a model runs it, by linear layers; DenseFFN itself holds w_down as the transpose."""
     down = ffn.w_down.T.contiguous()
     return lambda x: F.linear(ffn.hidden(x), down, ffn.b_out)
-
-
-def _set(layers: dict[str, DynamicKMoE], gates: Gates) -> None:
-    for name, layer in layers.items():
-        layer.gate = gates[name]

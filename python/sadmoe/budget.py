@@ -9,17 +9,18 @@ from typing import Any, Literal
 
 from torch import nn
 
-from sadmoe.batches import Batches, check_batches, length, refuse_compiled
+from sadmoe.batches import Batches, check_batches, length
 from sadmoe.calibrate import Calibration, calibrate_, check_budget, check_reachable
 from sadmoe.checks import check_config, check_number
 from sadmoe.cost import cost
-from sadmoe.dial import set_tau, trainable_layers
+from sadmoe.dial import gates_of, set_gates, set_tau, trainable_layers
 from sadmoe.ffn import find_ffns, moe_layers
 from sadmoe.finetune import FinetuneConfig, FinetuneReport, finetune_
-from sadmoe.gates import DynamicK, Gate
+from sadmoe.gates import DynamicK
 from sadmoe.layer import DynamicKMoE
 from sadmoe.layerwise import LayerFit, finetune_layers_
 from sadmoe.mixed import fast_training
+from sadmoe.modules import refuse_compiled
 from sadmoe.routers import RouterConfig, RouterFit, fit_routers_, set_powers
 from sadmoe.training import Checkpoint
 from sadmoe.training.guards import all_or_nothing, seeded
@@ -48,7 +49,8 @@ class BudgetReport:
         found = self.calibration
         return (
             f"{fits}\nthe whole model: {self.whole}\n"
-            f"tau {found.tau:.4f} executes {found.share:.1%} of the experts, {found.budget:.1%} of the layers' FLOPs"
+            f"tau {found.tau:.4f} executes {found.share:.1%} of the experts, {found.cost.layers_of_dense:.1%} of the "
+            "layers' FLOPs"
         )
 
 
@@ -104,19 +106,18 @@ def finetune_for_budget_(
     check_output_loss(output_loss, dense, some[0])
     _check_sparse(sparse, layers, some)
 
-    def of(step: str) -> dict[str, Any]:
+    def at(step: str) -> Checkpoint | None:
         if checkpoint is None:
-            return {"checkpoint": None, "progress": progress}
+            return None
         folder = Path(checkpoint.folder) / f"{step} {float(budget)!r}"  # layers, too, are trained for it
-        return {"checkpoint": replace(checkpoint, folder=folder), "progress": progress}
+        return replace(checkpoint, folder=folder)
 
     with all_or_nothing(model) as undo:
-        undo.append(partial(_put_back, [(layer, layer.gate) for layer in layers.values()]))
+        undo.append(partial(set_gates, layers, gates_of(layers)))
         undo.append(
             partial(set_powers, layers, {n: layer.router.target_power for n, layer in layers.items()})
         )
-        for layer in layers.values():
-            layer.gate = DynamicK(0.0)  # by the routers, whatever it was
+        set_gates(layers, dict.fromkeys(layers, DynamicK(0.0)))  # by the routers, whatever they were
         with fast_training(model, sparse):
             alone = finetune_layers_(
                 model,
@@ -124,11 +125,14 @@ def finetune_for_budget_(
                 replace(LAYERS, seconds=seconds * LAYERS_PART, share=budget / 2, seed=seed),
                 teacher=sparse,
                 max_tokens=max_tokens,
-                **of("layers"),
+                checkpoint=at("layers"),
+                progress=progress,
             )
-        fits = fit_routers_(model, batches, router, max_tokens=max_tokens, **of("routers"))
+        fits = fit_routers_(
+            model, batches, router, max_tokens=max_tokens, checkpoint=at("routers"), progress=progress
+        )
         # Once: when a killed run is taken up again, a loader may draw others for `some`.
-        first = Kept(of("whole")["checkpoint"], "tau", {"budget": float(budget)})
+        first = Kept(at("whole"), "tau", {"budget": float(budget)})
         if found := first.load():
             set_tau(model, found[1]["tau"])
         else:
@@ -140,7 +144,8 @@ def finetune_for_budget_(
                 replace(ROUTED, seconds=seconds * ROUTED_PART, seed=seed),
                 teacher=dense,
                 output_loss=output_loss,
-                **of("whole"),
+                checkpoint=at("whole"),
+                progress=progress,
             )
         last = calibrate_(model, some, budget=budget, progress=progress)
     return BudgetReport(alone, fits, whole, last)
@@ -155,8 +160,3 @@ def _check_sparse(sparse: nn.Module, layers: Mapping[str, DynamicKMoE], batches:
                 f"sparse must be a copy of the model from just before convert_, in which {site.name} had {layer.act}: "
                 f"here it has {site.act}; give sparse=, what sparsify_ made of the dense model"
             )
-
-
-def _put_back(gates: Sequence[tuple[DynamicKMoE, Gate]]) -> None:
-    for layer, gate in gates:
-        layer.gate = gate

@@ -1,20 +1,21 @@
 """Solving for the one tau of a model: by what it may cost, or by what it may lose."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sadmoe.batches import Batch, Batches, check_batches, device_of, evaluating, run, samples_in, to_device
+from sadmoe.batches import Batch, Batches, check_batches, run, samples_in, to_device
 from sadmoe.checks import check_number
 from sadmoe.cost import CostReport, cost_of_masks, cost_of_shares
 from sadmoe.dial import Filter, Taus, converted_layers, set_tau, tau
 from sadmoe.masks import record_masks
+from sadmoe.modules import device_of, evaluating
 from sadmoe.training.guards import seeded
-from sadmoe.training.objective import Loss
+from sadmoe.training.objective import Loss, own_loss
 
 SMALLEST_TAU = 1e-6  # the working points of the paper lie between 1e-3 and 0.1
 EVALUATIONS = 12  # of the model on the batches, at most: by halves, leaves tau known to 1 %
@@ -26,13 +27,11 @@ TOLERANCE = 0.002  # a cost this close under the budget, as a share of the dense
 class Calibration:
     """The tau that was found and set, and what the model does with it on the batches.
 
-    budget: executed FLOPs of the converted layers over their dense FLOPs, router and combine included. share:
-    executed (token, expert) pairs over all pairs. loss, and loss_at_zero at tau = 0, are means over the batches, None
-    where no loss was asked for.
+    share: executed (token, expert) pairs over all pairs. cost: its `layers_of_dense` is what a budget bounds. loss, and
+    loss_at_zero at tau = 0, are means over the batches, None where no loss was asked for.
     """
 
     tau: float
-    budget: float
     share: float
     cost: CostReport
     loss: float | None
@@ -143,12 +142,14 @@ class TauSearch:
             return self._result(dense, dense.loss)
         loss_at_zero = None if self.loss is None else self.at(0.0).loss
         bracket, best = self._bracket(budget), None
-        while self.evaluations < EVALUATIONS - 1 and (best is None or budget - best.budget > TOLERANCE):
+        while self.evaluations < EVALUATIONS - 1:
+            if best is not None and budget - best.cost.layers_of_dense <= TOLERANCE:
+                break
             guess = bracket.guess()
             found = self.at(guess)
             check_reachable(budget, found.cost)
-            bracket.narrow(guess, found.budget)
-            best = found if found.budget <= budget else best
+            bracket.narrow(guess, found.cost.layers_of_dense)
+            best = found if found.cost.layers_of_dense <= budget else best
         return self._result(self._top_expert(budget) if best is None else best, loss_at_zero)
 
     def by_loss(self, max_increase: float) -> Calibration:
@@ -169,7 +170,7 @@ class TauSearch:
                 low, best = middle, found
             else:
                 high = middle
-        return self._result(best if best.budget < dense.budget else dense, loss_at_zero)
+        return self._result(best if best.cost.executed < dense.cost.executed else dense, loss_at_zero)
 
     def at(self, value: float) -> Calibration:
         """Runs the batches with that tau; the gates come back."""
@@ -192,9 +193,7 @@ class TauSearch:
         self.evaluations += 1
         self.bar.update()
         mean = sum(losses) / len(losses) if losses else None
-        return Calibration(
-            value, report.executed / report.dense, report.share, report, mean, None, self.evaluations
-        )
+        return Calibration(value, report.share, report, mean, None, self.evaluations)
 
     def _bracket(self, budget: float) -> "_Bracket":
         ends = cost_of_shares(self.model, 1.0, filter=self.filter)
@@ -202,9 +201,9 @@ class TauSearch:
 
     def _top_expert(self, budget: float) -> Calibration:
         found = self.at(1.0)
-        if found.budget > budget:
+        if found.cost.layers_of_dense > budget:
             raise BudgetError(
-                f"budget {budget} cannot be met: even tau = 1 executes {found.budget:.4f} of dense, "
+                f"budget {budget} cannot be met: even tau = 1 executes {found.cost.layers_of_dense:.4f} of dense, "
                 "because the routers predict the same norm for several experts; fit them, see fit_routers_"
             )
         return found
@@ -250,7 +249,7 @@ def _scalar(loss: Any) -> float:
 
 def _output_loss(model: nn.Module, batch: Batch) -> Tensor:
     output = run(model, batch)
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    loss = own_loss(output)
     if loss is None:
         raise ValueError(
             f"the model returned a {type(output).__name__} without a loss: put labels into the batches, "

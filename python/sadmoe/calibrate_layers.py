@@ -13,20 +13,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sadmoe.batches import (
-    Batch,
-    Batches,
-    answer,
-    check_batches,
-    check_repeats,
-    device_of,
-    evaluating,
-    length,
-    to_device,
-)
+from sadmoe.batches import Batch, Batches, answer, check_batches, check_repeats, length, to_device
 from sadmoe.calibrate import SEED, BudgetError, Calibration, TauSearch, check_budget
 from sadmoe.cost import CostReport
 from sadmoe.dial import Filter, converted_layers, set_tau, tau
+from sadmoe.modules import device_of, evaluating
 from sadmoe.training.guards import seeded
 from sadmoe.training.objective import Loss
 
@@ -42,7 +33,6 @@ class LayerCalibration:
     """
 
     taus: dict[str, float]
-    budget: float
     share: float
     cost: CostReport
     loss: float
@@ -106,7 +96,7 @@ def calibrate_layers_(
             pass
     taus = _taus(factors, found.tau)
     set_tau(model, taus, filter=filter)
-    return LayerCalibration(taus, found.budget, found.share, found.cost, least, one)
+    return LayerCalibration(taus, found.share, found.cost, least, one)
 
 
 class Drift:

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from sadmoe import files
-from sadmoe.batches import inner_to_load, innermost, plain_name, unwrapped
 from sadmoe.describe import describe_all, match_activations, rebuild
 from sadmoe.dial import check_no_adapters, check_parameters
 from sadmoe.ffn import moe_layers
+from sadmoe.modules import innermost, plain_name, refuse_distributed, unwrapped
 from sadmoe.undo import surgery
 
 FORMAT = 1
@@ -62,7 +63,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> None:
     damaged, foreign, newer than this sadmoe, or of another model.
     """
     path = Path(path)
-    model = inner_to_load(model)
+    refuse_distributed(model)
+    model = innermost(model)
     if converted := describe_all(model):
         raise ValueError(
             f"{len(converted)} FFNs of this model are converted already: load takes a dense model"
@@ -155,7 +157,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _skeleton(model: nn.Module) -> nn.Module:
     """The model without its weights: a copy on the meta device, ties kept."""
-    tensors = [*model.parameters(), *model.buffers()]
+    held = [list(vars(module).values()) for module in model.modules()]  # also what a module keeps of a call
+    tensors = [leaf for leaf in tree_leaves(held) if isinstance(leaf, Tensor)]
     memo: dict[int, Any] = {}
     for tensor in tensors:
         empty = torch.empty_like(tensor, device="meta")

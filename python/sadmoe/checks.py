@@ -1,5 +1,6 @@
 """What is checked of arguments that many functions take: configs by their fields' types, filters."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -39,6 +40,22 @@ def check_fields(config: Any) -> None:
         else:
             wanted = " or ".join(map(_said, kinds))
             raise TypeError(f"{type(config).__name__}: {field.name} must be {wanted}, got {value!r}")
+
+
+def check_range(config: Any, *names: str, least: float | None = None, above: float | None = None) -> None:
+    """Raises ValueError where a field of a config dataclass is below `least`, not above `above`, NaN or inf. None
+    passes."""
+    for name in names:
+        value = getattr(config, name)
+        if value is None:
+            continue
+        what = f"{type(config).__name__}: {name}"
+        if least is not None and not value >= least:
+            raise ValueError(f"{what} must be at least {least}, got {value}")
+        if above is not None and not value > above:
+            raise ValueError(f"{what} must be above {above}, got {value}")
+        if value == math.inf:
+            raise ValueError(f"{what} must be finite, got {value}")
 
 
 @contextmanager

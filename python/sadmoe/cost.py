@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from torch import nn
 from tqdm.auto import tqdm
 
-from sadmoe.batches import Batches, check_batches, device_of, evaluating, length, run, samples_in, to_device
+from sadmoe.batches import Batches, check_batches, length, run, samples_in, to_device
 from sadmoe.dial import Filter, converted_layers
 from sadmoe.flops import FlopCount
 from sadmoe.layer import DynamicKMoE
 from sadmoe.masks import LayerMasks, record_masks
+from sadmoe.modules import device_of, evaluating
 from sadmoe.tables import format_table, si
 
 ACTIVATION_FLOPS = {"relu": 0, "gelu": 1, "gelu_tanh": 1, "silu": 1, "quick_gelu": 3, "relu2": 0}
@@ -94,6 +95,11 @@ class CostReport:
         """FLOPs of the whole model over those of the dense one; of the converted layers alone where it was not run."""
         rest = self.rest or 0.0
         return (rest + self.executed) / (rest + self.dense)
+
+    @property
+    def layers_of_dense(self) -> float:
+        """FLOPs of the converted layers over those of the FFNs that they replace: what a budget bounds."""
+        return self.executed / self.dense
 
     def _total(self, what: str) -> float:
         return sum(layer.calls * getattr(layer, what) for layer in self.layers)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sadmoe.batches import is_encoder_decoder
+from sadmoe.modules import is_encoder_decoder
 from sadmoe.texts import load_processor, load_tokenizer, padding, paragraphs, read_text, tokenized
 
 logger = logging.getLogger(__name__)

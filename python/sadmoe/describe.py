@@ -27,7 +27,7 @@ from sadmoe.gates import DynamicK, Gate, TopK
 from sadmoe.layer import DynamicKMoE
 
 RULES: dict[str, type] = {"dynamic_k": DynamicK, "top_k": TopK}
-# Keys of a layer in int8; files of older versions lack the last two.
+# Keys of a layer in int8; files of older versions hold "int8" alone.
 INT8 = {"int8", "column_scales", "rounded_router"}
 POWER = "target_power"  # of a router, where it is not 1
 

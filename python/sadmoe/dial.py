@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sadmoe.checks import check_filter, check_number
 from sadmoe.ffn import moe_layers
 from sadmoe.ffn.dense import TENSORS
-from sadmoe.gates import DynamicK
+from sadmoe.gates import DynamicK, Gate
 from sadmoe.layer import DynamicKMoE
 
 Taus = float | Mapping[str, float]  # one for all converted layers, or each one's by its name
@@ -88,6 +88,17 @@ def check_parameters(layers: Mapping[str, DynamicKMoE]) -> None:
             )
 
 
+def gates_of(layers: Mapping[str, DynamicKMoE]) -> dict[str, Gate]:
+    """The gate of each layer, by its name."""
+    return {name: layer.gate for name, layer in layers.items()}
+
+
+def set_gates(layers: Mapping[str, DynamicKMoE], gates: Mapping[str, Gate]) -> None:
+    """Gives each layer the gate of its name."""
+    for name, layer in layers.items():
+        layer.gate = gates[name]
+
+
 def set_tau(model: nn.Module, tau: Taus, *, filter: Filter | None = None) -> None:
     """Every converted layer runs expert e for token t iff scores[t, e] >= tau * max(scores[t]).
 
@@ -103,9 +114,9 @@ def set_tau(model: nn.Module, tau: Taus, *, filter: Filter | None = None) -> Non
         kinds = {"missing": layers.keys() - by_name.keys(), "unknown": by_name.keys() - layers.keys()}
         wrong = "; ".join(f"{kind}: {', '.join(sorted(names))}" for kind, names in kinds.items() if names)
         raise ValueError(f"tau must name each converted layer that it is for, and no other; {wrong}")
-    gates = {name: DynamicK(by_name[name], layer.gate.true_norms) for name, layer in layers.items()}
-    for name, layer in layers.items():
-        layer.gate = gates[name]
+    set_gates(
+        layers, {name: DynamicK(by_name[name], layer.gate.true_norms) for name, layer in layers.items()}
+    )
 
 
 def set_batch_invariant(model: nn.Module, value: bool | None, *, expected_share: float | None = None) -> None:
@@ -133,10 +144,10 @@ def tau(model: nn.Module, tau: Taus, *, filter: Filter | None = None) -> Iterato
 
     Call backward() inside it, too, where blocks are checkpointed: they then run again, by the gates of that moment.
     """
-    gates = [(layer, layer.gate) for layer in converted_layers(model, filter).values()]
+    layers = converted_layers(model, filter)
+    former = gates_of(layers)
     set_tau(model, tau, filter=filter)
     try:
         yield
     finally:
-        for layer, gate in gates:
-            layer.gate = gate
+        set_gates(layers, former)

@@ -12,20 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sadmoe.batches import (
-    Batch,
-    Batches,
-    answer,
-    check_batches,
-    check_repeats,
-    device_of,
-    evaluating,
-    run,
-    to_device,
-)
+from sadmoe.batches import Batch, Batches, answer, check_batches, check_repeats, run, to_device
 from sadmoe.cost import cost
 from sadmoe.dial import converted_layers, tau
 from sadmoe.ffn import moe_layers
+from sadmoe.modules import device_of, evaluating
 from sadmoe.tables import format_table
 from sadmoe.timing import waiting
 
@@ -118,10 +109,18 @@ def evaluate(
                 reports.append(cost(model, batches))
     points = []
     for value, variant, error, report in zip(taus, variants, errors, reports, strict=True):
-        ffns = report.executed / report.dense
         took, name = seconds[variant], "tau 0" if dense is None else "dense"
         points.append(
-            Point(value, report.share, ffns, report.of_dense, error, took, seconds[base] / took, name)
+            Point(
+                value,
+                report.share,
+                report.layers_of_dense,
+                report.of_dense,
+                error,
+                took,
+                seconds[base] / took,
+                name,
+            )
         )
     return points
 

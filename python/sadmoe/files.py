@@ -108,14 +108,19 @@ def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> int:
-    """Of names, dtypes, shapes and bits; what else a state_dict holds does not count."""
+    """Of names, dtypes, shapes and bits; what has no bits of its own does not count."""
     crc = 0
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
+        if not has_bits(tensor):
             continue
         crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
         crc = crc32(tensor, crc)
     return crc
+
+
+def has_bits(value: Any) -> bool:
+    """Whether it is a tensor with bits of its own: not on meta, no quantised or sharded kind of tensor."""
+    return isinstance(value, Tensor) and not value.is_meta and type(value.data) is Tensor
 
 
 def crc32(tensor: Tensor, start: int = 0) -> int:

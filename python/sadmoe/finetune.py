@@ -11,22 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sadmoe.batches import (
-    Batches,
-    check_batches,
-    device_of,
-    mode,
-    real_part,
-    refuse_compiled,
-    rows_of,
-    settle,
-)
-from sadmoe.checks import check_config
-from sadmoe.dial import trainable_layers
+from sadmoe.batches import Batches, check_batches, real_part, settle
+from sadmoe.checks import check_config, check_range
+from sadmoe.dial import gates_of, set_gates, trainable_layers
 from sadmoe.ffn import site_of
 from sadmoe.gates import DynamicK, Gate
-from sadmoe.gradients import no_gradient_for_the_penalty
+from sadmoe.gradients import no_gradient
 from sadmoe.layer import DynamicKMoE
+from sadmoe.modules import device_of, mode, refuse_compiled, refuse_distributed
 from sadmoe.sparsify.penalty import square_hoyer
 from sadmoe.training.config import LoopConfig, Step
 from sadmoe.training.guards import all_or_nothing, seeded
@@ -67,8 +59,7 @@ class FinetuneConfig(LoopConfig):
             self._refuse(f"ramp must be a share of the run in [0, 1], got {self.ramp}")
         if not 0 < self.share <= 1:
             self._refuse(f"share must be in (0, 1], got {self.share}")
-        if self.kept_bytes < 0:
-            self._refuse(f"kept_bytes must be at least 0, got {self.kept_bytes}")
+        check_range(self, "kept_bytes", least=0)
 
 
 @dataclass(frozen=True)
@@ -119,6 +110,7 @@ def finetune_(
     check_config(config, FinetuneConfig)
     check_checkpoint(checkpoint)
     check_batches(batches)
+    refuse_distributed(model)
     if teacher is not None or config.tau is not None:  # modules are listened to
         refuse_compiled(model)
     if teacher is not None:
@@ -194,7 +186,7 @@ class ExpertPenalty:
         self, model: nn.Module, layers: Mapping[str, DynamicKMoE], config: FinetuneConfig, tau: float
     ):
         self.model, self.layers, self.config, self.tau = model, layers, config, tau
-        self.gates = {name: layer.gate for name, layer in layers.items()}
+        self.gates = gates_of(layers)
         self.seen: dict[str, list[Tensor]] = {name: [] for name in layers}
         self.share = 1.0
         calls = config.accumulate / place()[1]  # of an update, each of which takes its part of the decay
@@ -208,7 +200,7 @@ class ExpertPenalty:
     def __exit__(self, *exc: object) -> None:
         for name, layer in self.layers.items():
             layer.norms_hooks.remove(self.seen[name].append)
-            layer.gate = self.gates[name]
+        set_gates(self.layers, self.gates)
 
     def state_dict(self) -> dict[str, float]:
         """What it remembers from update to update."""
@@ -221,14 +213,13 @@ class ExpertPenalty:
         """Sets the threshold of the moment when the share `done` of the run is over."""
         risen = min(done / self.config.ramp, 1.0) if self.config.ramp else 1.0
         gate = DynamicK(self.tau * risen, true_norms=True)
-        for layer in self.layers.values():
-            layer.gate = gate
+        set_gates(self.layers, dict.fromkeys(self.layers, gate))
 
     def __call__(self, batch: Any) -> Tensor:
         values, shares = [], []
         for name, norms in self.seen.items():
             for one in norms:
-                kept = rows_of(one) if batch is None else real_part(self.model, name, batch, one)
+                kept = real_part(self.model, name, batch, one)
                 if not len(kept):  # a batch of padding alone
                     continue
                 values.append(square_hoyer(kept).mean() / kept.shape[1])
@@ -244,5 +235,5 @@ class ExpertPenalty:
             and not mean.requires_grad
             and any(map(trains, self.layers.values()))
         ):
-            raise no_gradient_for_the_penalty()
+            raise no_gradient()
         return mean if self.share > self.config.share else mean.detach()

@@ -19,8 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from sadmoe.batches import Batch, device_of, evaluating, run, to_device
+from sadmoe.batches import Batch, run, to_device
 from sadmoe.layer import DynamicKMoE
+from sadmoe.modules import device_of, evaluating
 
 
 def count_flops(model: nn.Module, batch: Batch) -> int:

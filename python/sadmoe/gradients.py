@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sadmoe.reference import ACTIVATIONS, dequantized_experts, linear_of_experts
+from sadmoe.reference import ACTIVATIONS, dequantized_experts, linear_of_experts, of_chosen
 
 aten = torch.ops.aten
 BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # (gradient of act(z), z) -> gradient of z
@@ -33,10 +33,10 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def no_gradient_for_the_penalty() -> RuntimeError:
+def no_gradient(what: str = "for the penalty") -> RuntimeError:
     """Of a forward pass that should have left one."""
     return RuntimeError(
-        "the forward pass left no gradient for the penalty: it ran under no_grad, or with reentrant checkpointing (set "
+        f"the forward pass left no gradient {what}: it ran under no_grad, or with reentrant checkpointing (set "
         "gradient_checkpointing_kwargs={'use_reentrant': False})"
     )
 
@@ -74,18 +74,16 @@ def of_sparse_experts(
 
     None for those that are None or require no gradient.
     """
-    kept = mask.unsqueeze(-1)
-
-    def masked(neurons: Tensor) -> Tensor:  # [T, E * s], 0 where the expert did not run
-        return neurons.unflatten(-1, w_up.shape[:2]).where(kept, 0).flatten(-2)
-
-    up = masked(linear_of_experts(x, w_up, b_up))  # of others it may be inf, whose slope is NaN
-    grad_hidden = masked(grad @ w_down.flatten(0, 1).T)
+    experts = len(w_up)
+    up = of_chosen(
+        linear_of_experts(x, w_up, b_up), mask, experts
+    )  # of others it may be inf, whose slope is NaN
+    grad_hidden = of_chosen(grad @ w_down.flatten(0, 1).T, mask, experts)
     if w_gate is None:
         hidden = ACTIVATIONS[act](up)
         grad_up, grad_gate = BACKWARD[act](grad_hidden, up), None
     else:
-        gate = masked(linear_of_experts(x, w_gate, b_gate))
+        gate = of_chosen(linear_of_experts(x, w_gate, b_gate), mask, experts)
         opened = ACTIVATIONS[act](gate)
         hidden = opened * up
         grad_up, grad_gate = grad_hidden * opened, BACKWARD[act](grad_hidden * up, gate)

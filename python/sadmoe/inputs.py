@@ -10,18 +10,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sadmoe.batches import (
-    Batches,
-    check_batches,
-    device_of,
-    evaluating,
-    length,
-    real_rows,
-    rows_of,
-    run,
-    to_device,
-)
+from sadmoe.batches import Batches, check_batches, length, real_rows, rows_of, run, to_device
 from sadmoe.hooks import hooks_on, uncompiled
+from sadmoe.modules import device_of, evaluating
 
 
 class Site(Protocol):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sadmoe.batches import Batches, check_batches, mode
+from sadmoe.batches import Batches, check_batches
 from sadmoe.checks import check_config
 from sadmoe.dial import trainable_layers
 from sadmoe.ffn import DenseFFN, FFNSite, find_ffns
@@ -20,6 +20,7 @@ from sadmoe.finetune import ExpertPenalty, FinetuneConfig, trains
 from sadmoe.gradients import without_autocast
 from sadmoe.inputs import held_out_and_batches, stream_inputs
 from sadmoe.layer import DynamicKMoE
+from sadmoe.modules import mode
 from sadmoe.training.config import Step
 from sadmoe.training.guards import all_or_nothing, seeded
 from sadmoe.training.loop import train

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sadmoe.batches import Batch, device_of, evaluating, real_rows, run, to_device
-from sadmoe.dial import converted_layers
+from sadmoe.batches import Batch, real_rows, run, to_device
+from sadmoe.dial import converted_layers, gates_of
 from sadmoe.gradients import is_recomputed
 from sadmoe.hooks import hooks_on, uncompiled
 from sadmoe.layer import DynamicKMoE, only_input
+from sadmoe.modules import device_of, evaluating
 
 
 @dataclass
@@ -45,7 +46,7 @@ class LayerMasks:
 
 
 class MaskRecord:
-    """What `record_masks` counts: `layers`, by name."""
+    """What `record_masks` counts: `layers`, by name, and their `share` together."""
 
     def __init__(self, model: nn.Module, skip_padding: bool, same_gates: bool):
         self.model, self.skip_padding = model, skip_padding
@@ -54,8 +55,14 @@ class MaskRecord:
             name: LayerMasks(torch.zeros(layer.experts + 1, dtype=torch.int64, device="cpu"))
             for name, layer in layers.items()
         }
-        self._gates = {name: layer.gate for name, layer in layers.items()} if same_gates else {}
+        self._gates = gates_of(layers) if same_gates else {}
         self._batch: Batch = ()
+
+    @property
+    def share(self) -> float:
+        """Executed pairs over all pairs, all layers together; nan without tokens."""
+        pairs = sum(counts.tokens * (len(counts.histogram) - 1) for counts in self.layers.values())
+        return sum(counts.pairs for counts in self.layers.values()) / pairs if pairs else float("nan")
 
     @contextmanager
     def batch(self, batch: Batch) -> Iterator[None]:
@@ -101,7 +108,7 @@ def record_masks(
             for batch in batches:
                 with record.batch(batch):  # only to leave out its padding
                     model(**batch)
-        record.layers["encoder.layer.0.intermediate"].share
+        record.share, record.layers["encoder.layer.0.intermediate"].share
 
     A router is evaluated once more for it: not for timing. What torch.compile made runs as it was before,
     in the whole process: do not enter it from compiled code.

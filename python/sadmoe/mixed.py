@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sadmoe.batches import device_of
+from sadmoe.modules import device_of
 
 
 @contextmanager

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from sadmoe.batches import Batch, device_of, evaluating, is_encoder_decoder, run, to_device
+from sadmoe.batches import Batch, run, to_device
 from sadmoe.data import SHOWN, Data, words_of
 from sadmoe.dial import converted_layers
 from sadmoe.evaluate import Point, header
 from sadmoe.gates import DynamicK, Gate
 from sadmoe.layer import DynamicKMoE
 from sadmoe.masks import experts_per_token, record_masks
+from sadmoe.modules import device_of, evaluating, is_encoder_decoder
 from sadmoe.report import Heat, Page, Panel, Series
 from sadmoe.tables import si
 

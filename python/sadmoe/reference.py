@@ -29,6 +29,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": quick_gelu,
     "relu2": relu2,
 }
+ROUNDS_TO_0 = 2.0**-150  # the largest that is 0 in float32
 RECTIFIERS = ("relu", "relu2")  # those that are exactly 0 wherever the pre-activation is below 0
 
 
@@ -50,7 +51,7 @@ def dynamic_k_select(scores: Tensor, tau: float) -> Tensor:
     """
     finite_or_inf = ~scores.isnan()
     clamped = scores.float().clamp(min=0).where(finite_or_inf, -1.0)
-    if tau == 0 or scores.shape[0] == 0:  # 0 * inf would be NaN
+    if tau <= ROUNDS_TO_0 or scores.shape[0] == 0:  # 0 * inf would be NaN
         return finite_or_inf
     return (clamped >= tau * clamped.amax(dim=-1, keepdim=True)) & finite_or_inf
 
@@ -72,16 +73,25 @@ def sparse_experts(
     x [T, d], mask bool [T, E], w_up, w_gate [E, s, d], w_down [E, s, d_out], b_up, b_gate [E, s], b_out [d_out]
     -> [T, d_out] of x's dtype.
     """
-    experts, s, _ = w_up.shape
-    hidden = linear_of_experts(x, w_up, b_up)
-    hidden = (
-        ACTIVATIONS[act](hidden)
-        if w_gate is None
-        else ACTIVATIONS[act](linear_of_experts(x, w_gate, b_gate)) * hidden
-    )
-    hidden = hidden.unflatten(-1, (experts, s)).where(mask.unsqueeze(-1), 0.0)
-    y = hidden.flatten(-2) @ w_down.flatten(0, 1)
+    gate = None if w_gate is None else linear_of_experts(x, w_gate, b_gate)
+    hidden = masked_activation(linear_of_experts(x, w_up, b_up), gate, mask, act, experts=len(w_up))
+    y = hidden @ w_down.flatten(0, 1)
     return y if b_out is None else y + b_out
+
+
+def of_chosen(neurons: Tensor, mask: Tensor, experts: int) -> Tensor:
+    """neurons [T, E * s], 0 of experts outside the mask [T, E], also where they were NaN."""
+    if mask.shape[-2:] != (neurons.shape[-2], experts):
+        raise RuntimeError(f"mask must be [T, E] = {[neurons.shape[-2], experts]}, got {list(mask.shape)}")
+    by_expert = neurons.reshape(*neurons.shape[:-1], experts, neurons.shape[-1] // experts)
+    return by_expert.where(mask.unsqueeze(-1), 0).reshape(neurons.shape)
+
+
+def masked_activation(up: Tensor, gate: Tensor | None, mask: Tensor, act: str, experts: int) -> Tensor:
+    """act(up), or act(gate) * up, [T, E * s], 0 of experts outside the mask [T, E]: of pre-activations that are 0
+    there, as every act is 0 at 0, so that gradients of what overflowed in other experts are 0, too."""
+    up = of_chosen(up, mask, experts)
+    return ACTIVATIONS[act](up) if gate is None else ACTIVATIONS[act](of_chosen(gate, mask, experts)) * up
 
 
 def dynamic_k_moe(
@@ -108,8 +118,7 @@ def masked_activation_(up: Tensor, gate: Tensor | None, choice: Tensor, tau: flo
     choice [T, E]: a bool mask, or float32 scores of which those run that reach tau.
     """
     mask = choice if choice.dtype == torch.bool else dynamic_k_select(choice, tau)
-    hidden = ACTIVATIONS[act](up) if gate is None else ACTIVATIONS[act](gate) * up
-    up.copy_(hidden.unflatten(-1, (mask.shape[1], -1)).where(mask.unsqueeze(-1), 0).flatten(-2))
+    up.copy_(masked_activation(up, gate, mask, act, experts=mask.shape[1]))
 
 
 def dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype, scale_out: Tensor | None = None) -> Tensor:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from sadmoe import reference
-from sadmoe.batches import real_part, refuse_compiled, refuse_mask, rows_of
+from sadmoe.batches import real_part, refuse_mask
 from sadmoe.dial import check_no_adapters, trainable_layers
 from sadmoe.hooks import hooks_on
 from sadmoe.layer import DynamicKMoE, only_input
+from sadmoe.modules import refuse_compiled
 from sadmoe.passes import PassesLoss
 from sadmoe.routers import RouterConfig, power_of, set_powers
 
@@ -83,7 +84,9 @@ class RouterLoss(PassesLoss):
         seen = self._taken()
         parts = [
             _unexplained(
-                layer, torch.cat([self._rows(name, batch, x) for x in seen[name]]), self.target_power
+                layer,
+                torch.cat([real_part(self.model, name, batch, x) for x in seen[name]]),
+                self.target_power,
             )
             for name, layer in self.layers.items()
             if name in seen
@@ -97,9 +100,6 @@ class RouterLoss(PassesLoss):
 
     def _record(self, name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
         self._note(name, only_input(args, kwargs).detach())
-
-    def _rows(self, name: str, batch: Mapping[str, Any] | None, x: Tensor) -> Tensor:
-        return rows_of(x) if batch is None else real_part(self.model, name, batch, x)
 
 
 def _unexplained(layer: DynamicKMoE, rows: Tensor, power: float | None) -> tuple[Tensor, Tensor]:

@@ -12,15 +12,13 @@ from tqdm.auto import tqdm
 
 from sadmoe import reference
 from sadmoe.batches import Batches
-from sadmoe.checks import check_config, check_fields, named
+from sadmoe.checks import check_config, check_fields, check_range, named
 from sadmoe.dial import check_own_weights, converted_layers, tau
 from sadmoe.files import checksum
-from sadmoe.inputs import Place, collect_inputs, stream_inputs
+from sadmoe.inputs import Place, stream_inputs
 from sadmoe.layer import DynamicKMoE, Router
 from sadmoe.training.guards import all_or_nothing, seeded
 from sadmoe.training.resume import Checkpoint, Kept, check_checkpoint
-
-__all__ = ["RouterConfig", "RouterFit", "collect_inputs", "fit_router_", "fit_routers_", "stream_inputs"]
 
 HELD_OUT = 0.1  # share of the tokens that training never sees
 CHUNK = 2**22  # activations held at once while norms are computed
@@ -55,15 +53,11 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("width", "steps", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"RouterConfig: {name} must be at least 1, got {getattr(self, name)}")
-        if not self.lr > 0:
-            raise ValueError(f"RouterConfig: lr must be above 0, got {self.lr}")
+        check_range(self, "width", "steps", "batch_tokens", least=1)
+        check_range(self, "lr", above=0)
+        check_range(self, "weight_decay", least=0)
         if self.target_power is not None and not 0 < self.target_power <= 2:
             raise ValueError(f"RouterConfig: target_power must be in (0, 2], got {self.target_power}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"RouterConfig: weight_decay must not be negative, got {self.weight_decay}")
 
 
 @dataclass(frozen=True)
@@ -111,17 +105,11 @@ def fit_router_(
         held_out, train = order.tensor_split([math.ceil(HELD_OUT * len(inputs))])
         v1, v2 = (_fresh(v, generator) for v in (layer.router.v1, layer.router.v2))
         _train(v1, v2, problem, train, config, generator, progress)
-        before = [v.detach().clone() for v in (layer.router.v1, layer.router.v2)]
-        with torch.no_grad():
-            try:
-                layer.router.v1.copy_(v1 / problem.x_scale)
-                layer.router.v2.copy_(v2 * problem.y_scale)
-                scores = torch.cat([layer.router(x) for x in inputs[held_out].split(config.batch_tokens)])
-                fit = _judge(scores, problem.norms[held_out], power, tokens=len(train))
-            except BaseException:
-                layer.router.v1.copy_(before[0])
-                layer.router.v2.copy_(before[1])
-                raise
+        with all_or_nothing(layer.router), torch.no_grad():
+            layer.router.v1.copy_(v1 / problem.x_scale)
+            layer.router.v2.copy_(v2 * problem.y_scale)
+            scores = torch.cat([layer.router(x) for x in inputs[held_out].split(config.batch_tokens)])
+            fit = _judge(scores, problem.norms[held_out], power, tokens=len(train))
     layer.router.target_power = power
     return fit
 
@@ -172,7 +160,7 @@ def fit_routers_(
         for name, layer in layers.items():
             if found := kept[name].load():
                 layer.router.load_state_dict(found[0])
-                set_powers(layers, {name: configs[name].target_power})
+                layer.router.target_power = power_of(layer.router, configs[name].target_power)
                 fits[name] = RouterFit(**found[1])
         sites = [Place(name, layer) for name, layer in layers.items() if name not in fits]
         stream = stream_inputs(
@@ -197,10 +185,9 @@ def power_of(router: Router, asked: float | None) -> float:
     return router.target_power if asked is None else asked
 
 
-def set_powers(layers: Mapping[str, DynamicKMoE], powers: Mapping[str, float | None]) -> None:
+def set_powers(layers: Mapping[str, DynamicKMoE], powers: Mapping[str, float]) -> None:
     """What the routers of those layers predict, as `Router.target_power`."""
     for name, power in powers.items():
-        assert power is not None
         layers[name].router.target_power = power
 
 

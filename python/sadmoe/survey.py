@@ -8,22 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from sadmoe.attention import scan_projections
-from sadmoe.batches import (
-    Batches,
-    check_batches,
-    check_model,
-    device_of,
-    evaluating,
-    refuse_compiled,
-    rows_of,
-    run,
-    to_device,
-)
+from sadmoe.batches import Batches, check_batches, rows_of, run, to_device
 from sadmoe.cost import neuron_flops
 from sadmoe.ffn import FFNSite, Skipped, find_ffns, moe_layers, scan_ffns
 from sadmoe.ffn.linears import linear_shape
 from sadmoe.flops import FlopCount
 from sadmoe.hooks import hooks_on
+from sadmoe.modules import check_model, device_of, evaluating, refuse_compiled
 from sadmoe.sparsify import LayerSparsity, measure_sparsity
 from sadmoe.tables import format_table, shortened, si
 
@@ -129,7 +120,9 @@ def survey(model: nn.Module, batches: Batches) -> Survey:
     )
     projections = [p for p in projections if rows[p.first]]
     of_projections = sum(rows[p.first] * math.prod(_shape(p.first)) for p in projections)
-    weights = {id(p): p.numel() for site in sites for linear in _linears(site) for p in linear.parameters()}
+    weights = {
+        id(p): p.numel() for site in sites for linear in site.linears.values() for p in linear.parameters()
+    }
     parameters = sum(p.numel() for p in model.parameters())
     return Survey(
         type(model).__name__,
@@ -147,9 +140,8 @@ def survey(model: nn.Module, batches: Batches) -> Survey:
 def _share_of(site: FFNSite, sparsity: LayerSparsity, rows_of_flops: float) -> FFNShare:
     """rows_of_flops: rows that enter it, over the FLOPs of the whole model."""
     dense = site.dense()
-    gated = dense.w_gate is not None
-    flops = dense.f * neuron_flops(dense.d, dense.d_out, site.act, gated)
-    return FFNShare(site.name, site.act, gated, dense.d, dense.f, rows_of_flops * flops, sparsity)
+    flops = dense.f * neuron_flops(dense.d, dense.d_out, site.act, dense.gated)
+    return FFNShare(site.name, site.act, dense.gated, dense.d, dense.f, rows_of_flops * flops, sparsity)
 
 
 def _count(
@@ -166,10 +158,6 @@ def _count(
         for batch in batches:
             run(model, to_device(batch, device_of(model)))
     return counted.flops, rows
-
-
-def _linears(site: FFNSite) -> list[nn.Module]:
-    return [linear for linear in (site.up, site.gate, site.down) if linear is not None]
 
 
 def _shape(linear: nn.Module) -> tuple[int, int]:

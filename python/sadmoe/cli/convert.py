@@ -131,7 +131,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     data = data_of(arguments, model)
     _check_cuts(model, data, arguments)
     if arguments.checkpoint is not None:
-        _check_same_data(arguments)
+        _note_or_check_data(arguments)
     dense = copy.deepcopy(model) if _compares_with_dense(arguments) else None
     _prepare(model, dense, data, arguments)
     if arguments.finetune is None:
@@ -250,8 +250,9 @@ def _convert_finetuned(
     )
 
 
-def _check_same_data(arguments: argparse.Namespace) -> None:
-    """Raises ValueError where the checkpoint was made from other data; the steps themselves check the rest."""
+def _note_or_check_data(arguments: argparse.Namespace) -> None:
+    """Notes in the folder which data its steps are made from. Raises ValueError where those that are there were made
+    from others (the steps themselves check the rest), NotADirectoryError where it is a file."""
     if arguments.checkpoint.exists() and not arguments.checkpoint.is_dir():
         raise NotADirectoryError(f"--checkpoint: {arguments.checkpoint} is a file, and a folder is wanted")
     note = arguments.checkpoint / "data.json"

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from sadmoe.checks import check_fields
+from sadmoe.checks import check_fields, check_range
 from sadmoe.gates import DynamicK
 from sadmoe.routers import RouterConfig
 from sadmoe.tables import divisors
@@ -63,10 +63,7 @@ class ConvertConfig:
                 f"got tau={self.tau} and budget={self.budget}"
             )
         sizes = ("expert_size", "experts", "projection_expert_size")
-        for name in (*sizes, "max_tokens", "max_bytes", "restarts"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"ConvertConfig: {name} must be at least 1, got {value}")
+        check_range(self, *sizes, "max_tokens", "max_bytes", "restarts", least=1)
         if self.budget is not None and not 0 < self.budget <= 1:
             raise ValueError(
                 f"ConvertConfig: budget must be in (0, 1], a share of the dense FLOPs, got {self.budget}"

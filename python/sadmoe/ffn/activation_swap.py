@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -60,22 +61,13 @@ def swap_activations_(model: nn.Module, sites: Sequence[FFNSite], act: str = "re
             f"swapped for {act}; make it a module (self.act = nn.GELU()) or an attribute"
         )
     old = {site.act for site in todo}
-    undo: list[Undo] = []
-
-    def undo_all() -> None:
-        for step in reversed(undo):
-            step()
-
-    try:
+    with ExitStack() as undo:
         for site in todo:
-            undo.append(_swap(model.get_submodule(site.block), site, act))
+            undo.callback(_swap(model.get_submodule(site.block), site, act))
         if old:
-            undo.append(own_configs(model))
+            undo.callback(own_configs(model))
             _swap_configs(model, old, act)  # in copies, which undoing lets go
-    except BaseException:
-        undo_all()
-        raise
-    return undo_all
+        return undo.pop_all().close
 
 
 def _swap(block: nn.Module, site: FFNSite, act: str) -> Undo:
@@ -113,7 +105,8 @@ def _swap_configs(model: nn.Module, old: set[str], act: str) -> None:
                 left[0],
             )
             continue
-        _set_all(config, changes)
+        for key, value in changes.items():
+            setattr(config, key, value)
     if found and not named:
         logger.warning(
             "the config of this %s has no name for its activation: a dense model saved now reloads with %s. Save it "
@@ -141,8 +134,3 @@ def _users(module: nn.Module, name: str, acts: set[str]) -> list[str]:
         for child, act in activation_children(inner).items()
         if act in acts
     ]
-
-
-def _set_all(target: Any, values: dict[str, Any]) -> None:
-    for key, value in values.items():
-        setattr(target, key, value)

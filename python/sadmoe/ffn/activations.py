@@ -48,12 +48,27 @@ def which_activation(fn: Callable[[Tensor], Tensor]) -> str | None:
     return best if errors[best] < 1e-5 else None
 
 
+def is_bare(module: nn.Module) -> bool:
+    """Whether it has no children, parameters or buffers."""
+    return next(module.children(), None) is None and not module._parameters and not module._buffers
+
+
+def is_dropout(module: nn.Module) -> bool:
+    """Whether it is a dropout: torch's, or another class's with a probability p and no more, as fairseq's."""
+    named = "drop" in type(module).__name__.lower()
+    return named and isinstance(getattr(module, "p", None), float | int) and is_bare(module)
+
+
+def passes(module: nn.Module) -> bool:
+    """Whether it lets its input through in evaluation mode."""
+    return isinstance(module, nn.Identity) or is_dropout(module)
+
+
 def activation_children(module: nn.Module) -> dict[str, str | None]:
     """Children that may be activations (no weights, no children, no dropout), each with its key or None."""
     found: dict[str, str | None] = {}
-    for name, child in module.named_children():
-        bare = not any(True for _ in child.children()) and not child._parameters and not child._buffers
-        if bare and not isinstance(child, (nn.Dropout, nn.Identity)):
+    for name, child in module._modules.items():  # also one that has several places
+        if child is not None and is_bare(child) and not passes(child):
             with quiet(child):
                 found[name] = which_activation(child)
     return found

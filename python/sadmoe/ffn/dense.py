@@ -82,10 +82,15 @@ class DenseFFN:
         """Whether it is a GLU."""
         return self.w_gate is not None
 
-    def to(self, dtype: torch.dtype) -> "DenseFFN":
-        """The same FFN with weights of another dtype."""
-        tensors: dict[str, Any] = {name: getattr(self, name) for name in TENSORS}
-        return replace(self, **{name: t.to(dtype) for name, t in tensors.items() if t is not None})
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights and biases by field name, without those that are None."""
+        return {name: t for name in TENSORS if (t := getattr(self, name)) is not None}
+
+    def to(self, where: torch.dtype | str) -> "DenseFFN":
+        """The same FFN with weights of another dtype, or on another device."""
+        moved: dict[str, Any] = {name: t.to(where) for name, t in self.tensors.items()}
+        return replace(self, **moved)
 
     @property
     def first(self) -> Tensor:

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from sadmoe.batches import unwrapped
+from sadmoe.modules import unwrapped
 
 
 def join(*paths: str) -> str:

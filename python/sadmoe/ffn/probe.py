@@ -1,8 +1,10 @@
 """Proof by running: a module does, on a random probe, what the formula of an FFN says its parts do."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import lru_cache
 from itertools import zip_longest
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sadmoe.ffn.activations import is_dropout
 from sadmoe.ffn.dense import DenseFFN
 from sadmoe.ffn.linears import linear_shape
 from sadmoe.ffn.quiet import quiet
@@ -18,6 +21,8 @@ from sadmoe.ffn.sites import FFNSite, Parts, site_of_parts
 from sadmoe.ffn.surgery import put_back, take_apart
 from sadmoe.hooks import hooks_on
 from sadmoe.undo import snapshot
+
+logger = logging.getLogger(__name__)
 
 Call = Callable[[nn.Module, Parts, Tensor], Any]
 TOLERANCE = 1e-5  # of the FFN's share in the output; float64 noise is 1e-13, gelu against gelu_tanh 1e-4
@@ -242,11 +247,25 @@ def _dropouts(parts: Parts, block: nn.Module, events: list[_Event]) -> tuple[tup
         return (), ps[0] if len(ps) == 1 else 1.0 - math.prod(1.0 - p for p in ps)
     inside = {e.path for e in events[start:end]} - {e.path for e in before + after}
     staying = [p for p in inside if p is not None and not p.startswith(f"{parts.at}.")]
-    hidden = [p for p in staying if isinstance(block.get_submodule(p), nn.Dropout)]
+    hidden = [p for p in staying if is_dropout(block.get_submodule(p))]
     functions = {e.p for e in events[start:end] if e.path is None and e.p > 0}
     functions -= {block.get_submodule(p).p for p in hidden}
     elsewhere = {e.p for e in before + after}
-    return tuple(sorted([*hidden, *_probabilities(block, functions, elsewhere)])), 0.0
+    attributes = _probabilities(block, functions, elsewhere)
+    if functions - {getattr(block, name) for name in attributes}:
+        _warn_of_dropout(type(block).__name__, parts.up, parts.down)
+    return tuple(sorted([*hidden, *attributes])), 0.0
+
+
+@lru_cache  # a model has many blocks of one kind
+def _warn_of_dropout(kind: str, up: str, down: str) -> None:
+    logger.warning(
+        "%s calls F.dropout between %s and %s, with a probability that is no attribute of its own: converted, it acts "
+        "on the output in training; set it to 0, or make it an nn.Dropout",
+        kind,
+        up,
+        down,
+    )
 
 
 def _probabilities(block: nn.Module, functions: set[float], elsewhere: set[float]) -> list[str]:
@@ -265,7 +284,7 @@ def _probabilities(block: nn.Module, functions: set[float], elsewhere: set[float
 
 def _probe_input(dense: DenseFFN, dtype: torch.dtype) -> Tensor:
     """[1, rows, d], scaled so that pre-activations spread by 0.5 to 8 and reach every bend of an act."""
-    weight = dense.w_up if dense.w_gate is None else dense.w_gate
+    weight = dense.first
     generator = torch.Generator("cpu").manual_seed(0)
     x = torch.randn(PROBE_ROWS, dense.d, generator=generator, dtype=torch.float64, device="cpu")
     x = x.to(weight.device, dtype)
@@ -293,7 +312,7 @@ def _called(scene: _Scene, x: Tensor, events: list[_Event] | None) -> list[Tenso
     seen = (
         module.register_forward_pre_hook(lambda *_, path=path: events.append(_Event(path=path)))
         for path, module in scene.block.named_modules()
-        if path in (parts.up, parts.gate, parts.down, *scene.beside) or isinstance(module, nn.Dropout)
+        if path in (parts.up, parts.gate, parts.down, *scene.beside) or is_dropout(module)
     )
     with hooks_on(seen), _DropoutLog(events):
         return torch.func.functional_call(scene, cast, x)

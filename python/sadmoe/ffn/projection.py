@@ -5,12 +5,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from sadmoe.batches import plain_name
 from sadmoe.checks import check_choice
 from sadmoe.ffn.activations import ACTIVATION_MODULES, which_activation
 from sadmoe.ffn.linears import bias_of, linear_shape
 from sadmoe.ffn.lookup import lookup, put
 from sadmoe.ffn.surgery import replaced_module
+from sadmoe.modules import plain_name
 
 _KEY = "original"  # in the MLP's __dict__: deepcopy takes it along, state_dict and modules() do not see it
 

@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -16,22 +16,17 @@ def quiet(module: nn.Module) -> Iterator[None]:
     modules = list(module.modules())
     training = [m.training for m in modules]
     hooks = [{name: m.__dict__[name] for name in _HOOKS} for m in modules]
-    autocast = [torch.autocast(device, enabled=False) for device in _autocast_devices()]
-    for context in autocast:
-        context.__enter__()
-    try:
-        for m in modules:
-            m.training = False
-            m.__dict__.update({name: OrderedDict() for name in _HOOKS})
-        with torch.no_grad():
+    with ExitStack() as contexts:
+        contexts.enter_context(torch.no_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                contexts.enter_context(torch.autocast(device, enabled=False))
+        try:
+            for m in modules:
+                m.training = False
+                m.__dict__.update({name: OrderedDict() for name in _HOOKS})
             yield
-    finally:
-        for m, flag, saved in zip(modules, training, hooks, strict=True):
-            m.training = flag
-            m.__dict__.update(saved)
-        for context in autocast:
-            context.__exit__(None, None, None)
-
-
-def _autocast_devices() -> list[str]:
-    return [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+        finally:
+            for m, flag, saved in zip(modules, training, hooks, strict=True):
+                m.training = flag
+                m.__dict__.update(saved)

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from sadmoe.batches import Batches, device_of, evaluating, run, to_device
+from sadmoe.batches import Batches, run, to_device
 from sadmoe.hooks import uncompiled
+from sadmoe.modules import device_of, evaluating
 
 ANY = {*dir(nn.Module), "training"}  # what every module has
 

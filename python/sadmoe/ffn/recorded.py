@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sadmoe.batches import Batch, device_of, evaluating, run, to_device
+from sadmoe.batches import Batch, run, to_device
 from sadmoe.ffn.linears import linear_shape
 from sadmoe.ffn.probe import Call
 from sadmoe.ffn.sites import Parts
 from sadmoe.hooks import hooks_on, takes_hooks, uncompiled
+from sadmoe.modules import device_of, evaluating
 
 
 def record_calls(

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import accumulate, chain, islice
@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from sadmoe.batches import Batches, check_batches, check_model, plain_name, run
+from sadmoe.batches import Batches, check_batches, run
 from sadmoe.checks import check_filter
 from sadmoe.ffn.adapters import ADAPTERS, Proposal
 from sadmoe.ffn.linears import linear_shape, why_not_plain
 from sadmoe.ffn.lookup import join
 from sadmoe.ffn.probe import Call, NotRun, Unsupported, verify
 from sadmoe.ffn.recorded import record_calls
-from sadmoe.ffn.sites import FFNSite, Parts
+from sadmoe.ffn.sites import NO_PARENT, FFNSite, Parts
 from sadmoe.ffn.surgery import moe_layers
 from sadmoe.layer import DynamicKMoE
+from sadmoe.modules import check_model, plain_name
 from sadmoe.tables import shortened
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def find_ffns(
 def scan_ffns(model: nn.Module, *, batches: Batches | None = None) -> tuple[list[FFNSite], list[Skipped]]:
     """`find_ffns` without errors and warnings: the sites, and what only looks like one, with the reason."""
     found = _all_of(model, None, batches)
-    return found.sites, found.skipped
+    return found.sites, found.skipped + _overlooked(model, found.sites, found.skipped)
 
 
 def _all_of(
@@ -158,9 +159,19 @@ def _scan(
     return all_
 
 
+def _as_linear(module: nn.Module) -> str | None:
+    """The shape of a linear layer, or of a convolution that computes one, in words."""
+    if (shape := linear_shape(module)) is not None:
+        return f"{shape[0]} -> {shape[1]}"
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and set(module.kernel_size) == {1}:
+        return f"{module.in_channels} -> {module.out_channels} (a convolution, which is not read)"
+    return None
+
+
 def _overlooked(model: nn.Module, sites: list[FFNSite], skipped: list[Skipped]) -> list[Skipped]:
-    """What is named as an FFN and has two linear layers or more, of which no adapter makes anything; the outermost."""
-    used = {id(linear) for site in sites for linear in (site.up, site.down, site.gate)}
+    """What is named as an FFN and has two linear layers or more, or convolutions of width 1, of which no adapter makes
+    anything; the outermost."""
+    used = {id(linear) for site in sites for linear in site.linears.values()}
     told = [one.name for one in skipped]
     found: list[Skipped] = []
     for name, module in model.named_modules():
@@ -169,8 +180,8 @@ def _overlooked(model: nn.Module, sites: list[FFNSite], skipped: list[Skipped]) 
             continue
         if any(f"{name}.".startswith(f"{t}.") or f"{t}.".startswith(f"{name}.") for t in told):
             continue
-        linears = {n: m for n, m in module.named_modules() if linear_shape(m) is not None}
-        shapes = [f"{n} {' -> '.join(map(str, linear_shape(m) or ()))}" for n, m in linears.items()]
+        linears = {n: m for n, m in module.named_modules() if _as_linear(m) is not None}
+        shapes = [f"{n} {_as_linear(m)}" for n, m in linears.items()]
         if len(linears) > 1 and not used & {id(m) for m in linears.values()}:
             reason = f"none of its linear layers, {', '.join(shortened(shapes, 4))}, are seen as {PAIR}"
             found.append(Skipped(name, kind, reason))
@@ -278,20 +289,22 @@ class Uses:
                 self.parents[id(child)][id(module)] = name
 
     def check(self, block: nn.Module, name: str, proposal: Proposal) -> None:
-        """Raises Unsupported where the linear layers cannot be read, or are used beside the FFN too."""
+        """Raises Unsupported where a proposal is refused, or its linear layers are: see `check_linears`."""
         parts = proposal.parts
         if proposal.refusal is not None:
             raise Unsupported(proposal.refusal)
         if name == "" and parts.at == "":
-            raise Unsupported(
-                "the model itself is the FFN, so nothing can hold the layer; wrap it: nn.Sequential(ffn)"
-            )
+            raise Unsupported(NO_PARENT)
+        self.check_linears(block, name, dict.fromkeys(p for p in (parts.up, parts.gate, parts.down) if p))
+
+    def check_linears(self, block: nn.Module, name: str, paths: Iterable[str]) -> None:
+        """Raises Unsupported where linear layers, by path in the block, cannot be read, or are used elsewhere too."""
         if isinstance(block, torch.jit.ScriptModule):
             raise Unsupported("it is scripted; convert the module that torch.jit.script was given")
         if "experts" in name.split("."):
             raise Unsupported("it is an expert of a mixture of experts already")
         dtypes = set()
-        for path in dict.fromkeys(p for p in (parts.up, parts.gate, parts.down) if p):
+        for path in paths:
             linear = block.get_submodule(path)
             reason = why_not_plain(linear)
             if reason is not None:

@@ -6,11 +6,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from sadmoe import reference
-from sadmoe.batches import plain_name
 from sadmoe.checks import check_choice
 from sadmoe.ffn.dense import DenseFFN
 from sadmoe.ffn.linears import bias_of, linear_shape, weight_rows, why_not_plain
 from sadmoe.ffn.lookup import join, lookup
+from sadmoe.modules import plain_name
+
+NO_PARENT = "the model itself is the FFN, so nothing can hold the layer; wrap it: nn.Sequential(ffn)"
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,12 @@ class FFNSite:
         return plain_name(join(self.block, self.parts.at))
 
     @property
+    def linears(self) -> dict[str, nn.Module]:
+        """Its linear layers by role: up, gate and down; one that is gate and up in one stands under both."""
+        roles = {"up": self.up, "gate": self.gate, "down": self.down}
+        return {role: linear for role, linear in roles.items() if linear is not None}
+
+    @property
     def first(self) -> nn.Module:
         """The linear layer whose input is the FFN's input and whose output holds the pre-activation."""
         return self.up if self.gate is None else self.gate
@@ -90,13 +98,11 @@ class FFNSite:
         )
 
     def _trainable(self) -> frozenset[str]:
-        linears = {"up": self.up, "gate": self.gate, "down": self.down}
         names = set()
-        for role, linear in linears.items():
-            if linear is not None:
-                for name, p in linear.named_parameters(recurse=False):
-                    field = f"w_{role}" if name == "weight" else "b_out" if role == "down" else f"b_{role}"
-                    names |= {field} if p.requires_grad else set()
+        for role, linear in self.linears.items():
+            for name, p in linear.named_parameters(recurse=False):
+                field = f"w_{role}" if name == "weight" else "b_out" if role == "down" else f"b_{role}"
+                names |= {field} if p.requires_grad else set()
         return frozenset(names)
 
 
@@ -105,6 +111,11 @@ def site_of_parts(block: nn.Module, name: str, parts: Parts, adapter: str, act: 
     up, down = block.get_submodule(parts.up), block.get_submodule(parts.down)
     gate = None if parts.gate is None else block.get_submodule(parts.gate)
     return FFNSite(name, parts, adapter, act, 0.0, up, down, gate)
+
+
+def block_path(name: str, parts: Parts) -> str:
+    """Path of the block whose FFN has its MoE layer at `name`."""
+    return name.removesuffix(parts.at).removesuffix(".")
 
 
 def spec(site: FFNSite) -> dict[str, Any]:
@@ -135,7 +146,7 @@ def site_from_spec(model: nn.Module, name: str, spec: dict[str, Any]) -> FFNSite
     parts = _parts_from_spec(name, spec)
     if parts.at and name != parts.at and not name.endswith(f".{parts.at}"):
         raise ValueError(f"{name}: the name must end with {parts.at!r}, where its block holds the layer")
-    block = name.removesuffix(parts.at).removesuffix(".")
+    block = block_path(name, parts)
     try:
         site = site_of_parts(model.get_submodule(block), block, parts, spec["adapter"], spec["act"])
         for path in parts.removed:
@@ -171,10 +182,7 @@ def _parts_from_spec(name: str, spec: dict[str, Any]) -> Parts:
 
 def _check_shapes(site: FFNSite) -> None:
     shapes = []
-    for role in ("up", "down", "gate"):
-        linear = getattr(site, role)
-        if linear is None:
-            continue
+    for role, linear in site.linears.items():
         reason = "is no linear layer" if linear_shape(linear) is None else why_not_plain(linear)
         if reason is not None:
             raise ValueError(f"{site.name}: {role}, {getattr(site.parts, role)}, {reason}")

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sadmoe.batches import WRAPPERS, check_model, plain_name, unwrapped
 from sadmoe.ffn.dense import TENSORS, DenseFFN, dense_from_layer
 from sadmoe.ffn.linears import fill_, strip_
 from sadmoe.ffn.lookup import lookup, put
-from sadmoe.ffn.sites import FFNSite, Parts
+from sadmoe.ffn.sites import NO_PARENT, FFNSite, Parts, block_path
 from sadmoe.layer import DynamicKMoE
+from sadmoe.modules import WRAPPERS, check_model, plain_name, unwrapped
 
 FAST_PATH = "activation_relu_or_gelu"  # of nn.TransformerEncoderLayer: 0 keeps it from reading linear1.weight
 _KEY = "replaced"  # in the layer's __dict__: deepcopy takes it along, state_dict and modules() do not see it
@@ -104,7 +104,7 @@ def swap_out(model: nn.Module, name: str) -> None:
     if site.parts.at == "":
         _replace_everywhere(model, layer, removed[""])
         return
-    block = unwrapped(model.get_submodule(_block_name(name, site.parts)))
+    block = unwrapped(model.get_submodule(block_path(name, site.parts)))
     encoder = _encoder_around(model, block)
     put_back(block, removed)
     if encoder is not None and replaced.nested is not None and not _converted_in(encoder):
@@ -149,11 +149,7 @@ def site_of(layer: DynamicKMoE, name: str | None = None) -> FFNSite:
     name: of the layer in a model that has the one converted as a part, whose paths the site then has.
     """
     site = _replaced(layer, "the layer" if name is None else name).site
-    return site if name is None else replace(site, block=_block_name(name, site.parts))
-
-
-def _block_name(name: str, parts: Parts) -> str:
-    return name.removesuffix(parts.at).removesuffix(".")
+    return site if name is None else replace(site, block=block_path(name, site.parts))
 
 
 def _replaced(layer: DynamicKMoE, name: str) -> _Replaced:
@@ -172,7 +168,7 @@ def _check_fits(site: FFNSite, layer: DynamicKMoE) -> None:
         shapes[name] = (
             None if weight is None else list(weight.shape if name == "b_out" else weight.flatten(0, 1).shape)
         )
-    expected = {n: None if (t := getattr(dense, n)) is None else list(t.shape) for n in TENSORS}
+    expected = dict.fromkeys(TENSORS) | {name: list(t.shape) for name, t in dense.tensors.items()}
     if shapes != expected or layer.act != site.act or len(permutation) != dense.f:
         raise ValueError(
             f"{site.name}: the layer does not fit: the FFN is {site.act} {expected}, "
@@ -188,9 +184,7 @@ def _block_of(model: nn.Module, site: FFNSite) -> nn.Module:
             and block.get_submodule(site.parts.down) is site.down
         ):
             if site.name == "":
-                raise ValueError(
-                    "the model itself is the FFN, so nothing can hold the layer; wrap it: nn.Sequential(ffn)"
-                )
+                raise ValueError(NO_PARENT)
             return block
     except AttributeError:
         pass

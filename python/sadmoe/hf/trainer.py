@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
-from sadmoe.batches import evaluating, refuse_compiled
 from sadmoe.dial import tau
 from sadmoe.ffn import find_ffns, swap_activations_
+from sadmoe.modules import evaluating, refuse_compiled
 from sadmoe.reference import RECTIFIERS
 from sadmoe.router_loss import RouterLoss
 from sadmoe.routers import RouterConfig

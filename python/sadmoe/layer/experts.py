@@ -274,10 +274,6 @@ class Experts(nn.Module):
             return ops.sparse_experts_int8(x, mask, *self.int8_weights(), act=self.act)
         return ops.sparse_experts(x, mask, *self.expert_weights(), act=self.act)
 
-    def _kept(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """hidden [T, E * s] with the neurons of experts outside the mask [T, E] zero, also where they were NaN."""
-        return hidden.unflatten(-1, (self.experts, self.expert_size)).where(mask.unsqueeze(-1), 0).flatten(-2)
-
     def _norms(self, hidden: Tensor) -> Tensor:
         """Through the Gram matrices G_e = W_down,e W_down,eᵀ: the norm squared is aᵀ G_e a, so no [T, E, d] is made.
 
@@ -300,11 +296,11 @@ class Experts(nn.Module):
         if choice is not None and runs_plainly(x) and up.dtype in ops.DTYPES:
             ops.masked_activation_(up, gate, choice, tau, self.act)
             return up
-        act = reference.ACTIVATIONS[self.act]
-        hidden = act(up) if gate is None else act(gate) * up
         if choice is None:
-            return hidden
-        return self._kept(hidden, choice if choice.dtype == torch.bool else ops.dynamic_k_select(choice, tau))
+            act = reference.ACTIVATIONS[self.act]
+            return act(up) if gate is None else act(gate) * up
+        mask = choice if choice.dtype == torch.bool else ops.dynamic_k_select(choice, tau)
+        return reference.masked_activation(up, gate, mask, self.act, self.experts)
 
     def _products(self, x: Tensor, name: str, bias_name: str) -> Tensor:
         """x [T, d] by all neurons of w_up or w_gate, with the bias: [T, E * s]."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sadmoe import ops, paths
+from sadmoe import ops, paths, reference
 from sadmoe.crossover import LayerShape
 from sadmoe.gates import DynamicK, Gate
 from sadmoe.gradients import is_recomputed
@@ -252,7 +252,8 @@ class DynamicKMoE(Experts):
         if self.norms_hooks and not is_recomputed():
             for hook in self.norms_hooks:
                 hook(norms.reshape(*tokens, -1))
-        return self._down(self._kept(hidden, self.gate.mask(norms.detach())))
+        mask = self.gate.mask(norms.detach())
+        return self._down(reference.of_chosen(hidden, mask, self.experts))
 
     def extra_repr(self) -> str:
         d_out = self.w_down.shape[2]

@@ -49,5 +49,5 @@ def _autocast_rule(name: str, device: str) -> Callable[..., Tensor]:
 
 _rules = library.Library("sadmoe", "IMPL")
 for _name in ARGUMENTS:
-    for _device in ("cpu", "cuda"):
+    for _device in ("cpu", "cuda", "mps", "xpu"):
         _rules.impl(_name, _autocast_rule(_name, _device), f"Autocast{_device.upper()}")

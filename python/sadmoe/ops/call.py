@@ -21,12 +21,14 @@ def run(op: torch._ops.OpOverload, *args: Any) -> Tensor:
     """The op; without gradients, past its rule for them.
 
     The rule is Python: with cold caches, calling it only to learn that no gradient is wanted takes longer than a kernel
-    with one token. Inside the transforms of torch.func and forward-mode gradients, and on GPUs that are older than the
-    kernels, but for graphs of torch.compile, it is plain torch, every expert computed.
+    with one token. It is plain torch, every expert computed, inside the transforms of torch.func; and, but for graphs
+    of torch.compile, with forward-mode gradients, and on GPUs that are older than the kernels.
     """
+    if torch._C._are_functorch_transforms_active():
+        return _in_plain_torch(op, args, BY_TORCH)
     if torch.compiler.is_compiling():
         return op(*args)
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+    if forward_ad._current_level >= 0:
         return _in_plain_torch(op, args, BY_TORCH)
     if lacks_kernels(args[0]):
         return _in_plain_torch(op, args, WITH_WARNING)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sadmoe import reference
 from sadmoe.ops.call import lacks_kernels, run
@@ -137,11 +138,16 @@ def masked_activation_(up: Tensor, gate: Tensor | None, choice: Tensor, tau: flo
     up is contiguous, gate of its dtype; computed in float32, rounded once. Raises RuntimeError where a gradient would
     have to pass.
     """
-    if torch.is_grad_enabled() and (up.requires_grad or (gate is not None and gate.requires_grad)):
+    tracked = torch.is_grad_enabled() and (up.requires_grad or (gate is not None and gate.requires_grad))
+    if tracked or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "masked_activation_ writes in place, past autograd: call it under torch.no_grad(), or on tensors that "
-            "require no gradient"
+            "require no gradient, and outside torch.func and forward-mode gradients"
         )
+    if not up.is_inference():
+        torch.autograd.graph.increment_version(
+            up
+        )  # who kept it for a gradient then errs, as with torch's own
     if lacks_kernels(up):
         reference.masked_activation_(up, gate, choice, tau, act)
         return

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from sadmoe.checks import check_range
 from sadmoe.sparsify.penalty import Penalty
 from sadmoe.training import LoopConfig
 
@@ -31,5 +32,4 @@ class SparsifyConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kept_bytes < 0:
-            self._refuse(f"kept_bytes must be at least 0, got {self.kept_bytes}")
+        check_range(self, "kept_bytes", least=0)

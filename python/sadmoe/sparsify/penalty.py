@@ -16,11 +16,8 @@ from sadmoe.batches import (
     Batch,
     Batches,
     check_batches,
-    device_of,
-    evaluating,
     mask_rows,
     real_rows,
-    refuse_compiled,
     refuse_mask,
     rows_of,
     run,
@@ -28,8 +25,9 @@ from sadmoe.batches import (
 )
 from sadmoe.checks import check_choice
 from sadmoe.ffn import FFNSite, find_ffns
-from sadmoe.gradients import no_gradient_for_the_penalty
+from sadmoe.gradients import no_gradient
 from sadmoe.hooks import hooks_on, uncompiled
+from sadmoe.modules import device_of, evaluating, refuse_compiled
 from sadmoe.passes import PassesLoss
 from sadmoe.training.objective import Loss
 
@@ -145,17 +143,17 @@ class SparsityLoss(PassesLoss):
         self._note(site.name, PENALTIES[self.penalty](a) / z.shape[-1])
 
     def _check_gradient(self, seen: Mapping[str, list[Tensor]]) -> None:
-        trained = any(p.requires_grad for site in self.sites for p in site.first.parameters())
-        if (
-            torch.is_grad_enabled()
-            and trained
-            and not any(v.requires_grad for vs in seen.values() for v in vs)
-        ):
-            raise no_gradient_for_the_penalty()
+        if not torch.is_grad_enabled():
+            return
+        for site in self.sites:
+            values = seen.get(site.name, [])
+            trained = any(p.requires_grad for p in site.first.parameters())
+            if values and trained and not any(value.requires_grad for value in values):
+                raise no_gradient(f"for the penalty of {site.name}")
 
     def _mean(self, site: FFNSite, values: Tensor, batch: Batch | None, mask: Tensor | None) -> Tensor:
         if mask is None:
-            real = None if batch is None else real_rows(self.model, site.name, batch, values.unsqueeze(-1))
+            real = real_rows(self.model, site.name, batch, values.unsqueeze(-1))
             return values.mean() if real is None else _masked_mean(values, real)
         if mask.numel() != values.numel():
             raise ValueError(

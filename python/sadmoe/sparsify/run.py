@@ -10,9 +10,10 @@ from itertools import islice
 
 from torch import nn
 
-from sadmoe.batches import Batches, check_batches, mode, refuse_compiled, settle
+from sadmoe.batches import Batches, check_batches, settle
 from sadmoe.checks import check_config
 from sadmoe.ffn import FFNSite, find_ffns, swap_activations_
+from sadmoe.modules import mode, refuse_compiled, refuse_distributed
 from sadmoe.reference import RECTIFIERS
 from sadmoe.sparsify.config import SparsifyConfig
 from sadmoe.sparsify.penalty import LayerSparsity, SparsityLoss, measure_sparsity
@@ -101,6 +102,7 @@ def sparsify_(
     check_checkpoint(checkpoint)
     check_batches(batches)
     refuse_compiled(model)
+    refuse_distributed(model)
     if loss is not None and config.objective != "task":
         raise ValueError(f'loss is used by objective "task" alone, got objective={config.objective!r}')
     if teacher is not None and config.objective == "task":

@@ -1,10 +1,9 @@
 """What can be chosen about a training loop, and what is noted of each of its updates."""
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sadmoe.checks import check_fields
+from sadmoe.checks import check_fields, check_range
 
 Schedule = Literal["constant", "linear", "linear_warmup"]
 
@@ -48,18 +47,11 @@ class LoopConfig:
             self._refuse(
                 f"give steps or seconds, one of the two, got steps={self.steps} and seconds={self.seconds}"
             )
-        for name in ("steps", "seconds", "lr", "grad_clip"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                self._refuse(f"{name} must be above 0, got {value}")
-        for name in ("seconds", "lr", "alpha"):
-            if getattr(self, name) == math.inf:
-                self._refuse(f"{name} must be finite, got inf")
-        if self.accumulate < 1:
-            self._refuse(f"accumulate must be at least 1, got {self.accumulate}")
-        for name in ("alpha", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                self._refuse(f"{name} must be at least 0, got {getattr(self, name)}")
+        check_range(self, "steps", "accumulate", least=1)
+        check_range(self, "seconds", "lr", above=0)
+        check_range(self, "alpha", "weight_decay", least=0)
+        if not self.grad_clip > 0:  # inf: none are clipped
+            self._refuse(f"grad_clip must be above 0, got {self.grad_clip}")
         if not 0 <= self.warmup < 1:
             self._refuse(f"warmup must be a share of the run in [0, 1), got {self.warmup}")
 
@@ -79,7 +71,7 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class Step:
-    """One update: objective and penalty before it (the penalty divided by f, without alpha)."""
+    """One update: objective and penalty before it (the penalty per f or E, see the configs, without alpha)."""
 
     objective: float
     penalty: float

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sadmoe.batches import Batch, Batches, device_of, to_device
+from sadmoe.batches import Batch, Batches, to_device
+from sadmoe.modules import device_of
 from sadmoe.training import processes
 from sadmoe.training.config import LoopConfig, Step
 from sadmoe.training.guards import Apart, reseed, seeded
@@ -130,7 +131,10 @@ class _Update:
         rest = [p for p in self.parameters if p.dim() <= 1 or id(p) in biases]
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=config.lr, weight_decay=config.weight_decay, fused=True
+            [g for g in groups if g["params"]],
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            fused=not any(p.is_complex() for p in self.parameters),  # which takes none of them
         )
 
     def resumed(self, saver: Saver | None) -> tuple[list[Step], float]:

@@ -1,7 +1,8 @@
-"""What a model is held to while it is made sparse: its task, or the dense model that it was."""
+"""What a model is held to while it is trained: its task, or the dense model that it was."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -10,22 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sadmoe.batches import (
-    Batch,
-    check_repeats,
-    device_of,
-    evaluating,
-    is_encoder_decoder,
-    real_rows,
-    run,
-    to_device,
-    unwrapped,
-)
+from sadmoe.batches import Batch, check_repeats, real_rows, run, to_device
 from sadmoe.checks import check_choice
 from sadmoe.ffn import FFNSite
 from sadmoe.ffn.lookup import is_module, join
-from sadmoe.gradients import is_recomputed
+from sadmoe.gradients import is_recomputed, no_gradient
 from sadmoe.hooks import hooks_on
+from sadmoe.modules import device_of, evaluating, is_encoder_decoder, unwrapped
 
 Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> scalar; it runs the model itself
 # Runs the model on a batch and says how far off it is. The index is the same whenever the same batch comes; None where
@@ -49,7 +41,7 @@ def task(model: nn.Module, loss: Loss | None) -> Objective:
     """loss(model, batch), or the `.loss` that the model puts into its output."""
 
     def objective(batch: Batch, index: int | None = None) -> Tensor:
-        value = loss(model, batch) if loss is not None else _field(run(model, batch), "loss")
+        value = loss(model, batch) if loss is not None else own_loss(run(model, batch))
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise ValueError(
                 f'objective "task" needs a scalar loss, got {_kind(value)}: put labels into the batches of a '
@@ -134,6 +126,8 @@ def distill_hidden(
             raise ValueError(
                 f"teacher must be a model of the same sizes, but what leaves blocks differs: {other[0]}"
             )
+        if cut := [name for name in names if _is_cut_off(model.get_submodule(name), hidden[name])]:
+            raise no_gradient(f"to compare what leaves {cut[0]} by")
         errors = [
             _relative_error(h, t, real_rows(model, name, batch, h))
             for name in names
@@ -227,10 +221,27 @@ def outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[T
 
     def record(name: str, module: nn.Module, args: Any, output: Any) -> None:
         if not is_recomputed():
-            seen[name].append(output if isinstance(output, Tensor) else output[0])
+            state = _state(output)
+            if state is None:
+                raise TypeError(
+                    f"{name} returns {_kind(output)}, in which no hidden state [..., d] is seen to compare: let it "
+                    "return a tensor, or what begins with one"
+                )
+            seen[name].append(state)
 
     with hooks_on(model.get_submodule(name).register_forward_hook(partial(record, name)) for name in names):
         yield seen
+
+
+def _state(output: Any) -> Tensor | None:
+    """The first floating-point tensor [..., d] of what a block returns, however nested."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() and output.dim() > 1 else None
+    if is_dataclass(output) and not isinstance(output, Mapping):
+        output = vars(output)
+    parts = output.values() if isinstance(output, Mapping) else output
+    found = map(_state, parts) if isinstance(output, Mapping | tuple | list) else ()
+    return next((state for state in found if state is not None), None)
 
 
 @contextmanager
@@ -242,6 +253,12 @@ def padded() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _is_cut_off(block: nn.Module, states: Iterable[Tensor]) -> bool:
+    """Whether the block is trained, and nothing that left it has a gradient."""
+    trained = torch.is_grad_enabled() and any(p.requires_grad for p in block.parameters())
+    return trained and not any(state.requires_grad for state in states)
 
 
 def _relative_error(h: Tensor, target: Tensor, real: Tensor | None) -> Tensor:
@@ -261,6 +278,11 @@ def _logits(output: Any) -> Tensor:
             "leave out what asks for them (of sparsify_ the objective, of fine-tuning output_loss)"
         )
     return logits.float()
+
+
+def own_loss(output: Any) -> Any:
+    """What a model that was given labels returns as its loss, None where there is none."""
+    return _field(output, "loss")
 
 
 def _field(output: Any, name: str) -> Any:

@@ -43,7 +43,7 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not self.every >= 0:
+        if not self.every >= 0:  # inf: at the end alone
             raise ValueError(f"Checkpoint: every must be at least 0 seconds, got {self.every}")
 
     def file(self, name: str) -> Path:
@@ -151,9 +151,10 @@ class Saver:
         self.path, self.every = checkpoint.file(name), checkpoint.every
         self.model, self.optimizer, self.memory = model, optimizer, memory
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        # Also what is frozen, but for what has no bits of its own: on meta, or a quantised kind of tensor.
-        here = {n: p for n, p in model.named_parameters() if not p.is_meta and type(p.data) is Tensor}
-        self.run = {"weights": files.checksum(here), **config}
+        self.run = {
+            "weights": files.checksum(dict(model.named_parameters())),
+            **config,
+        }  # of all, frozen ones too
         self.saved = time.perf_counter()
 
     def resume(self) -> dict[str, Any] | None:

@@ -1,0 +1,96 @@
+"""What a model is beside its layers: wrappers around it, its device, its mode."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # the one child of torch.compile's and of checkpoint's
+
+
+def check_model(model: Any, called: str = "model") -> None:
+    """Raises TypeError unless it is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{called} must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def refuse_compiled(model: nn.Module, called: str = "model") -> None:
+    """Raises ValueError where the model, or a part, was compiled: it then bypasses its modules' hooks."""
+    check_model(model, called)
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise ValueError(
+                f"{name or called}: is compiled, so its modules are not seen while it runs; pass the model as it was "
+                "before torch.compile, and compile afterwards"
+            )
+
+
+def refuse_distributed(model: nn.Module) -> None:
+    """Raises ValueError where gradients are shared by hooks on the parameters that the model has."""
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        raise ValueError(
+            "model is a DistributedDataParallel, which goes on sharing the gradients of the weights that it has: give "
+            "the model inside, model.module, and wrap it afterwards"
+        )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The original module of one in `WRAPPERS`; any other model as it is."""
+    for name in WRAPPERS:
+        if name in model._modules:
+            return unwrapped(model._modules[name])  # type: ignore[arg-type]
+    return model
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The model inside what torch.compile, DataParallel and DistributedDataParallel made of it; another as it is."""
+    while isinstance(model := unwrapped(model), nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model
+
+
+def plain_name(name: str) -> str:
+    """The path of a module or tensor as it was before parts of the model were wrapped."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether it, or a model inside it, says so, as those of transformers do, and has a decoder: an encoder taken out
+    of one has the whole one's config."""
+    return any(
+        name.endswith("decoder")
+        for m in model.modules()
+        if getattr(getattr(m, "config", None), "is_encoder_decoder", False) is True
+        for name, _ in m.named_modules()
+    )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's inputs belong: the device of its first parameter or buffer, else the CPU."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards every module's training flag is what it was."""
+    with mode(model, train=False), torch.no_grad():
+        yield
+
+
+@contextmanager
+def mode(model: nn.Module, train: bool) -> Iterator[None]:
+    """Every module in training (or evaluation) mode; afterwards each is what it was."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        model.train(train)
+        yield
+    finally:
+        for module, flag in flags:
+            if module.training != flag and type(module).train is not nn.Module.train:
+                module.train(flag)  # it may do more: take an adapter out of a weight again
+        for module, flag in flags:
+            module.training = flag
