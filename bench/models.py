@@ -128,7 +128,7 @@ def timed(workload: Workload, models: dict[str, nn.Module], shares: list[float])
         def at(
             name: str, share: float, taus: dict = taus, call: Callable = call, batch: Batch = batch
         ) -> object:
-            set_tau(models[name], taus[share])
+            set_tau(models[name], taus[share])  # in microseconds
             return call(models[name], batch)
 
         variants = {f"{name} {s}": partial(at, name, s) for name in models for s in shares}

@@ -211,6 +211,13 @@ def test_a_model_that_writes_into_what_it_is_given_leaves_the_batch_alone():
 
 def test_samples_are_counted_in_a_mapping_inside_another():
     assert samples_in(({"inputs": {"ids": torch.ones(8, 3), "mask": torch.ones(8, 3)}, "n": 5},)) == 8
+    assert (
+        samples_in(
+            {"images": [torch.ones(3, 4, 4)] * 2, "more": {"x": torch.ones(5)}, "ids": torch.ones(2, 7)}
+        )
+        == 2
+    )
+    assert samples_in(([torch.ones(3, 4, 4)] * 2, torch.ones(2))) == 2
 
 
 def test_samples_in_a_tuple_of_one_mapping_are_those_of_the_mapping():

@@ -105,23 +105,28 @@ class Shared(nn.parallel.DistributedDataParallel):
 def test_nothing_is_loaded_into_a_model_whose_gradients_are_shared(read, file):
     model = TINY["user glu"].model()
     before = fingerprint(model)
-    with pytest.raises(ValueError, match=r"give the model inside, model\.module, and wrap"):
+    with pytest.raises(ValueError, match=r"model is a DistributedDataParallel, .*: give the model inside"):
         read(Shared(model), file)
     assert fingerprint(model) == before
 
 
-@pytest.mark.parametrize("change", ["convert_", "restore_", "replace_projections_", "sparsify_", "finetune_"])
+@pytest.mark.parametrize(
+    "change", ["convert_", "restore_", "replace_projections_", "sparsify_", "finetune_", "finetune_layers_"]
+)
 def test_nor_is_one_converted_or_trained(change):
-    model = converted("bert") if change in ("restore_", "finetune_") else TINY["bert"].model()
+    model = (
+        converted("bert") if change in ("restore_", "finetune_", "finetune_layers_") else TINY["bert"].model()
+    )
     configs = {
         "sparsify_": sadmoe.SparsifyConfig(steps=1),
         "finetune_": sadmoe.FinetuneConfig(steps=1),
+        "finetune_layers_": sadmoe.FinetuneConfig(steps=1),
     }
     before = fingerprint(model)
     config = [configs[change]] if change in configs else []
     args = [] if change == "restore_" else [[TINY["bert"].batch()], *config]
-    with pytest.raises(ValueError, match=r"give the model inside, model\.module, and wrap"):
-        getattr(sadmoe, change)(Shared(model), *args)
+    with pytest.raises(ValueError, match=r"model is a DistributedDataParallel, .*: give the model inside"):
+        getattr(sadmoe, change)(Shared(model), *args, **({"teacher": model} if "layers" in change else {}))
     assert fingerprint(model) == before
 
 

@@ -190,20 +190,73 @@ def test_hidden_dropout_of_any_class_goes(drop):
     assert model[0].drop is drop
 
 
-def test_hidden_dropout_that_cannot_be_told_is_warned_of_once(caplog):
+class DropsOutput(nn.Module):
+    """A dropout of another class, which no call of F.dropout tells of in evaluation mode, as fairseq's."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.p) if self.training else x
+
+
+@pytest.mark.parametrize("drop", [nn.AlphaDropout(0.5), DropsOutput(0.5)], ids=lambda d: type(d).__name__)
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_dropout_around_an_ffn_is_not_lost(drop, place):
+    ffn = [nn.Linear(D, F_), nn.ReLU(), nn.Linear(F_, D)]
+    model = nn.Sequential(nn.Sequential(*([drop, *ffn] if place == "before" else [*ffn, drop]))).eval()
+    wanted = model(hidden())
+    (site,) = find_ffns(model)
+    swap_in(model, site, layer_from_dense(site.dense(), slots_of(site), 6, 4))
+    assert_close(model(hidden()), wanted)
+    assert drop in model.modules()
+    assert not torch.allclose(model.train()(hidden()), wanted)
+
+
+def test_an_activation_under_two_names_is_swapped():
+    class TwoNames(UserFFN):
+        def __init__(self) -> None:
+            super().__init__(nn.GELU())
+            self.again = self.nonlinearity
+
+    (site,) = find_ffns(nn.Sequential(TwoNames()))
+    assert site.parts.activation == "nonlinearity"
+
+
+def test_hidden_dropout_that_cannot_be_told_is_warned_of(caplog):
     class CallsDropout(DropsHidden):
         def forward(self, x: Tensor) -> Tensor:
             return x + self.fc2(F.dropout(self.act(self.fc1(self.norm(x))), 0.3, self.training))
 
     with caplog.at_level("WARNING"):
-        assert len(find_ffns(nn.Sequential(CallsDropout(nn.Identity()), CallsDropout(nn.Identity())))) == 2
-    assert caplog.text.count("CallsDropout calls F.dropout between fc1 and fc2") == 1
+        for _ in range(2):
+            caplog.clear()
+            model = nn.Sequential(CallsDropout(nn.Identity()), CallsDropout(nn.Identity()))
+            assert len(find_ffns(model)) == 2
+            assert "2 FFNs call F.dropout between their linear layers" in caplog.text
+        caplog.clear()
+        find_ffns(model, lambda name: name.startswith("0"))
+        assert "1 FFNs call" in caplog.text
+        caplog.clear()
+        scan_ffns(model)
+    assert caplog.text == ""
 
 
 def test_one_activation_in_several_places_of_a_sequential_is_that_of_each():
     act = nn.ReLU()
     several = [nn.Linear(D, F_), act, nn.Linear(F_, D), act, nn.Linear(D, F_), act, nn.Linear(F_, D)]
-    assert len(find_ffns(nn.Sequential(nn.Sequential(*several)))) == 2
+    model = nn.Sequential(nn.Sequential(*several))
+    before, wanted = state(model), model(hidden())
+    sites = find_ffns(model)
+    assert [site.parts.activation for site in sites] == ["1", "5"]
+    undo = swap_activations_(model, sites[:1], "silu")
+    assert model[0][5] is act is not model[0][1]
+    undo()
+    convert(model)
+    assert_close(model(hidden()), wanted)
+    restore(model)
+    assert_same_state(before, state(model))
 
 
 def test_a_probability_of_the_output_too_stays():

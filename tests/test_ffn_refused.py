@@ -12,6 +12,7 @@ from sadmoe.ffn import (
     FFNNotFoundError,
     find_ffns,
     layer_from_dense,
+    overlooked,
     scan_ffns,
     site_from_spec,
     spec,
@@ -362,7 +363,9 @@ def test_convolutions_of_width_1_are_named_beside_ffns_that_are_found(caplog: py
         "1 (ConvMlp): none of its linear layers, fc1 7 -> 14 (a convolution, which is not read)"
         in caplog.text
     )
-    assert [one.name for one in scan_ffns(model)[1]] == ["1"]
+    assert [one.name for one in overlooked(model, *scan_ffns(model))] == ["1"]
+    model[1].fc1 = nn.Conv1d(7, 14, 1, groups=7)
+    assert overlooked(model, *scan_ffns(model)) == []
 
 
 def test_what_acts_in_training_alone_is_not_lost():

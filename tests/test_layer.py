@@ -437,7 +437,10 @@ def test_gradients_of_each_sample_by_torch_func():
         return torch.func.functional_call(layer, weights, (x,)).square().sum()
 
     each = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))
-    of_samples, compiled = each(weights, xs), torch.compile(each, backend="aot_eager")(weights, xs)
+    of_samples, compiled = (
+        each(weights, xs),
+        torch.compile(each, backend="aot_eager", fullgraph=True)(weights, xs),
+    )
     torch.testing.assert_close(compiled, of_samples)
     for i, x in enumerate(xs):
         layer.zero_grad()

@@ -11,9 +11,8 @@ from clock import Clock
 from sadmoe.ffn import find_ffns
 from sadmoe.ffn.activations import ACTIVATION_MODULES
 from sadmoe.sparsify import SparsifyConfig, measure_sparsity, sparsify_
-from sadmoe.training import objective as objective_module
 from sadmoe.training.loop import _endless
-from sadmoe.training.objective import Remembered, block_of, distill_hidden, distill_logits
+from sadmoe.training.objective import Remembered, block_of, distill_hidden, distill_logits, outputs
 from states import same, state
 from tiny_models import TINY, tokens
 from torch import Tensor, nn
@@ -383,7 +382,7 @@ class InDicts(nn.Module):
         return {"step": torch.tensor([1, 2]), "x": self.inner(state["x"])}
 
 
-@dataclass
+@dataclass(slots=True)
 class Output:
     step: Tensor
     x: Tensor
@@ -440,11 +439,25 @@ def test_a_block_without_a_hidden_state_is_named():
         run_sparsify(Model(), short())
 
 
-def test_hidden_states_are_found_in_what_a_block_returns():
-    x, attention = torch.ones(2, 3, 4), torch.ones(2, 3)
-    for output in (x, (x, attention), ((x, attention), 7), {"n": 1, "x": [x]}, Output(torch.ones(2), x)):
-        assert objective_module._state(output) is x
-    assert objective_module._state({"n": torch.ones(3), "ids": torch.ones(2, 3, dtype=torch.int64)}) is None
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x,
+        lambda x: (x, torch.ones(2, 3)),
+        lambda x: ((x, torch.ones(2, 3)), 7),
+        lambda x: {"ids": torch.ones(2, 3, dtype=torch.int64), "scale": torch.ones(3), "x": [x]},
+        lambda x: Output(torch.ones(2), x),
+    ],
+)
+def test_hidden_states_are_found_in_what_a_block_returns(make):
+    class Returns(nn.Module):
+        def forward(self, x: Tensor):
+            return make(x)
+
+    model, x = nn.Sequential(Returns()), torch.ones(2, 3, 4)
+    with outputs(model, ["0"]) as seen:
+        model(x)
+    assert seen["0"][0] is x
 
 
 def test_blocks_whose_states_have_no_gradient_are_an_error():

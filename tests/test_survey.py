@@ -23,6 +23,14 @@ class AttentionBlock(nn.Module):
         return x + self.fc2(self.act(self.fc1(self.norm(x) * weights[:, None])))
 
 
+class ThreeLayerMLP(nn.Sequential):
+    """Named as an FFN, which it is not."""
+
+    def __init__(self, *sizes: int):
+        first, last = sizes[:2], sizes[1:]
+        super().__init__(nn.Linear(*first), nn.ReLU(), nn.Linear(2 * D, 2 * D), nn.ReLU(), nn.Linear(*last))
+
+
 class WithAttentionBlock(nn.Module):
     def __init__(self):
         super().__init__()
@@ -115,6 +123,8 @@ def test_what_cannot_be_converted_is_told():
     blocks[2][0], blocks[2][2] = nn.Linear(d, 2 * d), nn.Linear(2 * d, d)
     found = sadmoe.survey(blocks, data())
     assert [skipped.name for skipped in found.skipped] == ["2"]
+    named = nn.Sequential(*two_ffns(nn.ReLU), ThreeLayerMLP(D, 2 * D, D))
+    assert [skipped.name for skipped in sadmoe.survey(named, data()).skipped] == ["2"]
     assert "not converted: 2 (Sequential)" in str(found)
 
 

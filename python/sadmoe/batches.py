@@ -139,15 +139,15 @@ def _each(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def samples_in(batch: Batch) -> int:
-    """How many samples a batch holds: the first dimension of its first tensor that has one, else 1."""
-    sizes: list[int] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        sizes.extend(tensor.shape[:1])
-        return tensor
-
-    _each(batch, note)
-    return sizes[0] if sizes else 1
+    """How many samples a batch holds: the first dimension of its first tensor that has one, else 1. Of mappings in a
+    mapping, where it holds no tensor itself."""
+    batch = _only(batch)
+    several = batch if isinstance(batch, tuple | list) else [batch]
+    values = list(batch.values() if isinstance(batch, Mapping) else several)
+    for value in values:
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return value.shape[0]
+    return next((samples_in(value) for value in values if isinstance(value, Mapping)), 1)
 
 
 def check_batches(batches: Batches) -> None:

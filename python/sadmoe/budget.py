@@ -20,7 +20,7 @@ from sadmoe.gates import DynamicK
 from sadmoe.layer import DynamicKMoE
 from sadmoe.layerwise import LayerFit, finetune_layers_
 from sadmoe.mixed import fast_training
-from sadmoe.modules import refuse_compiled
+from sadmoe.modules import refuse_compiled, refuse_distributed
 from sadmoe.routers import RouterConfig, RouterFit, fit_routers_, set_powers
 from sadmoe.training import Checkpoint
 from sadmoe.training.guards import all_or_nothing, seeded
@@ -94,6 +94,7 @@ def finetune_for_budget_(
         raise ValueError(f"seconds must be above 0, got {seconds}")
     for one, called in ((model, "model"), (dense, "dense"), (model if sparse is None else sparse, "sparse")):
         refuse_compiled(one, called)
+    refuse_distributed(model)
     if moe_layers(dense):
         raise ValueError("dense must be the model from before convert_: got one with converted layers")
     sparse = dense if sparse is None else sparse

@@ -20,7 +20,7 @@ from sadmoe.finetune import ExpertPenalty, FinetuneConfig, trains
 from sadmoe.gradients import without_autocast
 from sadmoe.inputs import held_out_and_batches, stream_inputs
 from sadmoe.layer import DynamicKMoE
-from sadmoe.modules import mode
+from sadmoe.modules import mode, refuse_distributed
 from sadmoe.training.config import Step
 from sadmoe.training.guards import all_or_nothing, seeded
 from sadmoe.training.loop import train
@@ -78,6 +78,7 @@ def finetune_layers_(
     check_config(config, FinetuneConfig)
     check_checkpoint(checkpoint)
     check_batches(batches)
+    refuse_distributed(model)
     if config.tau is None:
         raise ValueError("finetune_layers_ picks experts by their true norms: give config.tau a threshold")
     if batch_tokens < 1:

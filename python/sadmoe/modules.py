@@ -1,11 +1,12 @@
-"""What a model is beside its layers: wrappers around it, its device, its mode."""
+"""What a model is beside its layers: wrappers around it, its device, its mode, what it returns."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # the one child of torch.compile's and of checkpoint's
 
@@ -29,11 +30,13 @@ def refuse_compiled(model: nn.Module, called: str = "model") -> None:
 
 def refuse_distributed(model: nn.Module) -> None:
     """Raises ValueError where gradients are shared by hooks on the parameters that the model has."""
-    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
-        raise ValueError(
-            "model is a DistributedDataParallel, which goes on sharing the gradients of the weights that it has: give "
-            "the model inside, model.module, and wrap it afterwards"
-        )
+    check_model(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                f"{name or 'model'} is a DistributedDataParallel, which goes on sharing the gradients of the weights "
+                "that it has: give the model inside, its .module, and wrap it afterwards"
+            )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -72,6 +75,22 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
+
+
+def floats_in(output: Any) -> Iterator[Tensor]:
+    """The floating-point tensors in what a module returned, of tuples, lists, mappings and dataclasses."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+        return
+    if isinstance(output, Mapping):
+        parts: Iterable[Any] = output.values()
+    elif is_dataclass(output):
+        parts = (getattr(output, field.name) for field in fields(output))
+    else:
+        parts = output if isinstance(output, tuple | list) else ()
+    for part in parts:
+        yield from floats_in(part)
 
 
 @contextmanager

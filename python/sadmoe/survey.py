@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sadmoe.attention import scan_projections
 from sadmoe.batches import Batches, check_batches, rows_of, run, to_device
 from sadmoe.cost import neuron_flops
-from sadmoe.ffn import FFNSite, Skipped, find_ffns, moe_layers, scan_ffns
+from sadmoe.ffn import FFNSite, Skipped, find_ffns, moe_layers, overlooked, scan_ffns
 from sadmoe.ffn.linears import linear_shape
 from sadmoe.flops import FlopCount
 from sadmoe.hooks import hooks_on
@@ -132,7 +132,7 @@ def survey(model: nn.Module, batches: Batches) -> Survey:
         len(projections),
         parameters,
         sum(weights.values()) / parameters,
-        tuple(skipped),
+        (*skipped, *overlooked(model, sites, skipped)),
         tuple(refused),
     )
 

@@ -15,7 +15,7 @@ from sadmoe.ffn.projection import (
     put_back_projections,
     stand_in,
 )
-from sadmoe.ffn.scan import ATTENTION, FFNNotFoundError, Skipped, find_ffns, scan_ffns
+from sadmoe.ffn.scan import ATTENTION, FFNNotFoundError, Skipped, find_ffns, overlooked, scan_ffns
 from sadmoe.ffn.sites import FFNSite, Parts, site_from_spec, spec
 from sadmoe.ffn.surgery import hooked, moe_layers, replaced_module, site_of, swap_in, swap_out
 
@@ -40,6 +40,7 @@ __all__ = [
     "layer_from_dense",
     "moe_layers",
     "original_of",
+    "overlooked",
     "own_configs",
     "projection_mlps",
     "put_back_projections",

@@ -33,6 +33,7 @@ ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {  # of each key of `re
     "quick_gelu": partial(Activation, "quick_gelu"),
     "relu2": partial(Activation, "relu2"),
 }
+PASSES = (nn.Dropout, nn.Identity)  # what lets its input through in evaluation mode
 _FUNCTIONS = {F.relu, F.gelu, F.silu, torch.relu}
 
 
@@ -53,22 +54,13 @@ def is_bare(module: nn.Module) -> bool:
     return next(module.children(), None) is None and not module._parameters and not module._buffers
 
 
-def is_dropout(module: nn.Module) -> bool:
-    """Whether it is a dropout: torch's, or another class's with a probability p and no more, as fairseq's."""
-    named = "drop" in type(module).__name__.lower()
-    return named and isinstance(getattr(module, "p", None), float | int) and is_bare(module)
-
-
-def passes(module: nn.Module) -> bool:
-    """Whether it lets its input through in evaluation mode."""
-    return isinstance(module, nn.Identity) or is_dropout(module)
-
-
 def activation_children(module: nn.Module) -> dict[str, str | None]:
     """Children that may be activations (no weights, no children, no dropout), each with its key or None."""
     found: dict[str, str | None] = {}
-    for name, child in module._modules.items():  # also one that has several places
-        if child is not None and is_bare(child) and not passes(child):
+    several_places = isinstance(module, nn.Sequential)  # elsewhere it is one of two names that forward reads
+    children = module._modules.items() if several_places else module.named_children()
+    for name, child in children:
+        if child is not None and is_bare(child) and not isinstance(child, PASSES):
             with quiet(child):
                 found[name] = which_activation(child)
     return found

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sadmoe import reference
-from sadmoe.ffn.activations import activation_attributes, activation_children, is_bare, passes
+from sadmoe.ffn.activations import PASSES, activation_attributes, activation_children, is_bare
 from sadmoe.ffn.linears import linear_shape
 from sadmoe.ffn.lookup import join
 from sadmoe.ffn.probe import Call
@@ -241,7 +241,7 @@ def _linears_below(module: nn.Module) -> dict[str, tuple[int, int]]:
                 found[join(path, name)] = shape
             elif next(child.children(), None) is not None:
                 waiting.append((join(path, name), child))
-            elif not passes(child):
+            elif not isinstance(child, PASSES):
                 others += 1
                 waiting.append((join(path, name), child))
         if len(found) > 3 or others > 1:
@@ -264,6 +264,6 @@ def _pairs(linears: dict[str, tuple[int, int]]) -> list[tuple[str, str]]:
 
 def _only_ffn_children(module: nn.Module) -> bool:
     """Whether a module holds linear layers, dropouts, identities, at most one bare other, no own weights."""
-    others = [m for m in module.children() if linear_shape(m) is None and not passes(m)]
+    others = [m for m in module.children() if linear_shape(m) is None and not isinstance(m, PASSES)]
     own = module._parameters or module._buffers
     return len(others) <= 1 and all(map(is_bare, others)) and not own

@@ -1,28 +1,26 @@
 """Proof by running: a module does, on a random probe, what the formula of an FFN says its parts do."""
 
-import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
-from sadmoe.ffn.activations import is_dropout
+from sadmoe.ffn.activations import is_bare
 from sadmoe.ffn.dense import DenseFFN
 from sadmoe.ffn.linears import linear_shape
 from sadmoe.ffn.quiet import quiet
 from sadmoe.ffn.sites import FFNSite, Parts, site_of_parts
 from sadmoe.ffn.surgery import put_back, take_apart
 from sadmoe.hooks import hooks_on
+from sadmoe.modules import floats_in
 from sadmoe.undo import snapshot
-
-logger = logging.getLogger(__name__)
 
 Call = Callable[[nn.Module, Parts, Tensor], Any]
 TOLERANCE = 1e-5  # of the FFN's share in the output; float64 noise is 1e-13, gelu against gelu_tanh 1e-4
@@ -87,26 +85,10 @@ class _Scene(nn.Module):
         y = self.call(self.block, self.parts, x)
         if self.parts.at == "" and not isinstance(y, Tensor):
             raise Unsupported(f"it returns a {type(y).__name__}, where a MoE layer returns a tensor")
-        found = list(_floats(y))
+        found = list(floats_in(y))
         if not found:
             raise _Unseen(f"it returned a {type(y).__name__} without a tensor of floating-point numbers")
         return found
-
-
-def _floats(output: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in it, of tuples, lists, mappings and dataclasses."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-        return
-    if isinstance(output, Mapping):
-        parts: Iterable[Any] = output.values()
-    elif is_dataclass(output):
-        parts = (getattr(output, field.name) for field in fields(output))
-    else:
-        parts = output if isinstance(output, tuple | list) else ()
-    for part in parts:
-        yield from _floats(part)
 
 
 class _StandIn(nn.Module):
@@ -208,7 +190,7 @@ def _best(sites: list[FFNSite], denses: list[DenseFFN], scene: _Scene, x: Tensor
         what = "gate" if scene.parts.gate else "activation"
         raise Unsupported(f"its output weights are all zero, so its {what} cannot be told")
     site = sites[best]
-    hidden, site.dropout = _dropouts(site.parts, scene.block, events)
+    hidden, site.dropout, site.keeps_dropout = _dropouts(site.parts, scene.block, events)
     if hidden:
         site.parts = replace(site.parts, removed=site.parts.removed + hidden)
     return site
@@ -229,9 +211,9 @@ def _finite_alike(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x.isfinite(), y.isfinite()) for x, y in zip(a, b, strict=True))
 
 
-def _dropouts(parts: Parts, block: nn.Module, events: list[_Event]) -> tuple[tuple[str, ...], float]:
-    """The dropouts that act on hidden activations only, by path of module or attribute, and the probability on the
-    output.
+def _dropouts(parts: Parts, block: nn.Module, events: list[_Event]) -> tuple[tuple[str, ...], float, bool]:
+    """The dropouts that act on hidden activations only, by path of module or attribute, the probability on the output,
+    and whether a call of dropout between the linear layers stays, as no attribute alone holds its probability.
 
     Where the block stays, its dropouts stay too, but for the hidden ones, which would act on the output in
     place of the hidden activations. Where the block goes, a MoE layer keeps its output dropout, and hidden
@@ -244,28 +226,22 @@ def _dropouts(parts: Parts, block: nn.Module, events: list[_Event]) -> tuple[tup
         if any(e.p > 0 for e in before):
             raise Unsupported("it has a dropout on its input, which a MoE layer does not")
         ps = [e.p for e in after if e.p > 0]
-        return (), ps[0] if len(ps) == 1 else 1.0 - math.prod(1.0 - p for p in ps)
+        return (), ps[0] if len(ps) == 1 else 1.0 - math.prod(1.0 - p for p in ps), False
     inside = {e.path for e in events[start:end]} - {e.path for e in before + after}
     staying = [p for p in inside if p is not None and not p.startswith(f"{parts.at}.")]
-    hidden = [p for p in staying if is_dropout(block.get_submodule(p))]
+    hidden = [p for p in staying if _is_dropout(block.get_submodule(p))]
     functions = {e.p for e in events[start:end] if e.path is None and e.p > 0}
     functions -= {block.get_submodule(p).p for p in hidden}
     elsewhere = {e.p for e in before + after}
     attributes = _probabilities(block, functions, elsewhere)
-    if functions - {getattr(block, name) for name in attributes}:
-        _warn_of_dropout(type(block).__name__, parts.up, parts.down)
-    return tuple(sorted([*hidden, *attributes])), 0.0
+    stays = bool(functions - {getattr(block, name) for name in attributes})
+    return tuple(sorted([*hidden, *attributes])), 0.0, stays
 
 
-@lru_cache  # a model has many blocks of one kind
-def _warn_of_dropout(kind: str, up: str, down: str) -> None:
-    logger.warning(
-        "%s calls F.dropout between %s and %s, with a probability that is no attribute of its own: converted, it acts "
-        "on the output in training; set it to 0, or make it an nn.Dropout",
-        kind,
-        up,
-        down,
-    )
+def _is_dropout(module: nn.Module) -> bool:
+    """Whether it is one of torch's dropouts, or another class's with a probability p and no more, as fairseq's."""
+    named = "drop" in type(module).__name__.lower() and isinstance(getattr(module, "p", None), float | int)
+    return isinstance(module, _DropoutNd) or (named and is_bare(module))
 
 
 def _probabilities(block: nn.Module, functions: set[float], elsewhere: set[float]) -> list[str]:
@@ -312,7 +288,7 @@ def _called(scene: _Scene, x: Tensor, events: list[_Event] | None) -> list[Tenso
     seen = (
         module.register_forward_pre_hook(lambda *_, path=path: events.append(_Event(path=path)))
         for path, module in scene.block.named_modules()
-        if path in (parts.up, parts.gate, parts.down, *scene.beside) or is_dropout(module)
+        if path in (parts.up, parts.gate, parts.down, *scene.beside) or _is_dropout(module)
     )
     with hooks_on(seen), _DropoutLog(events):
         return torch.func.functional_call(scene, cast, x)

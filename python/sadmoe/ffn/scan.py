@@ -79,9 +79,16 @@ def find_ffns(
             " (give find_ffns batches)" if batches is None else " again",
             ", ".join(shortened(found.by_halves, 4)),
         )
+    if kept := [site.name for site in sites if site.keeps_dropout]:
+        logger.warning(
+            "%d FFNs call F.dropout between their linear layers with a probability that no attribute alone holds: "
+            "converted, it acts on the output in training; set it to 0, or make it an nn.Dropout: %s",
+            len(kept),
+            ", ".join(shortened(kept, 4)),
+        )
     if sites:
         if filter is None:
-            skipped = skipped + _overlooked(model, sites, skipped)
+            skipped = skipped + overlooked(model, sites, skipped)
         if skipped:
             logger.warning("%d FFNs are not converted:\n%s", len(skipped), _listing(list(map(str, skipped))))
         return sites
@@ -95,7 +102,7 @@ def find_ffns(
 def scan_ffns(model: nn.Module, *, batches: Batches | None = None) -> tuple[list[FFNSite], list[Skipped]]:
     """`find_ffns` without errors and warnings: the sites, and what only looks like one, with the reason."""
     found = _all_of(model, None, batches)
-    return found.sites, found.skipped + _overlooked(model, found.sites, found.skipped)
+    return found.sites, found.skipped
 
 
 def _all_of(
@@ -163,12 +170,17 @@ def _as_linear(module: nn.Module) -> str | None:
     """The shape of a linear layer, or of a convolution that computes one, in words."""
     if (shape := linear_shape(module)) is not None:
         return f"{shape[0]} -> {shape[1]}"
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and set(module.kernel_size) == {1}:
-        return f"{module.in_channels} -> {module.out_channels} (a convolution, which is not read)"
-    return None
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or module.groups > 1:
+        return None
+    pointwise = set(module.kernel_size) == set(module.stride) == {1}
+    return (
+        f"{module.in_channels} -> {module.out_channels} (a convolution, which is not read)"
+        if pointwise
+        else None
+    )
 
 
-def _overlooked(model: nn.Module, sites: list[FFNSite], skipped: list[Skipped]) -> list[Skipped]:
+def overlooked(model: nn.Module, sites: list[FFNSite], skipped: list[Skipped]) -> list[Skipped]:
     """What is named as an FFN and has two linear layers or more, or convolutions of width 1, of which no adapter makes
     anything; the outermost."""
     used = {id(linear) for site in sites for linear in site.linears.values()}

@@ -40,6 +40,7 @@ class FFNSite:
 
     adapter: row of `ADAPTERS` that found it.   act: its activation.
     dropout: probability on its output, where the MoE layer has to do it.   up, down, gate: its linear layers.
+    keeps_dropout: a call of dropout between them could not be taken out, and acts on the output once it is converted.
     block: path of the module that `parts` is relative to.
     """
 
@@ -51,6 +52,7 @@ class FFNSite:
     up: nn.Module
     down: nn.Module
     gate: nn.Module | None
+    keeps_dropout: bool = False
 
     @property
     def name(self) -> str:

@@ -77,7 +77,7 @@ def swap_in(model: nn.Module, site: FFNSite, layer: DynamicKMoE) -> None:
         removed = take_apart(block, site.parts, layer)
     if encoder is not None:
         encoder.use_nested_tensor = False
-    for linear in {site.up, site.down, site.first}:
+    for linear in set(site.linears.values()):
         strip_(linear)
     layer.train(training)
     layer.__dict__[_KEY] = _Replaced(site, removed, training, nested)

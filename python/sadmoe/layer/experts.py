@@ -4,7 +4,6 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -304,8 +303,7 @@ class Experts(nn.Module):
 
     def _products(self, x: Tensor, name: str, bias_name: str) -> Tensor:
         """x [T, d] by all neurons of w_up or w_gate, with the bias: [T, E * s]."""
-        bias = held(self, bias_name)
-        return F.linear(x, self.float_weights(name).flatten(0, 1), None if bias is None else bias.flatten())
+        return reference.linear_of_experts(x, self.float_weights(name), held(self, bias_name))
 
     def _down(self, hidden: Tensor) -> Tensor:
         w_down, b_out = self.float_weights("w_down").flatten(0, 1), held(self, "b_out")

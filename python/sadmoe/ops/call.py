@@ -85,7 +85,7 @@ def _in_plain_torch(
     op: torch._ops.OpOverload, args: tuple[Any, ...], functions: dict[str, Callable[..., Tensor]]
 ) -> Tensor:
     """The op by `reference`, tau and act checked, and tensors cast, as the op does."""
-    name, device = op._schema.name.removeprefix("sadmoe::"), args[0].device.type
+    name, device = op._opname, args[0].device.type
     check_values(name, args)
     if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
         return functions[name](*args)

@@ -136,7 +136,7 @@ def masked_activation_(up: Tensor, gate: Tensor | None, choice: Tensor, tau: flo
     up, gate [T, E * s]; choice [T, E], a bool mask, or float32 scores, of which `dynamic_k_select` takes those that
     reach tau: up becomes act(up), or of a GLU act(gate) * up, and 0 of experts not chosen, also where it was NaN.
     up is contiguous, gate of its dtype; computed in float32, rounded once. Raises RuntimeError where a gradient would
-    have to pass.
+    have to pass, in torch.func's transforms and under forward-mode gradients.
     """
     tracked = torch.is_grad_enabled() and (up.requires_grad or (gate is not None and gate.requires_grad))
     if tracked or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
@@ -144,12 +144,10 @@ def masked_activation_(up: Tensor, gate: Tensor | None, choice: Tensor, tau: flo
             "masked_activation_ writes in place, past autograd: call it under torch.no_grad(), or on tensors that "
             "require no gradient, and outside torch.func and forward-mode gradients"
         )
-    if not up.is_inference():
-        torch.autograd.graph.increment_version(
-            up
-        )  # who kept it for a gradient then errs, as with torch's own
     if lacks_kernels(up):
         reference.masked_activation_(up, gate, choice, tau, act)
         return
     with torch._C._AutoDispatchBelowAutograd():
         _MASKED_ACTIVATION_(up, gate, choice, tau, act)
+    if not up.is_inference():  # who kept it for a gradient then errs, as with torch's own
+        torch.autograd.graph.increment_version(up)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import is_dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from sadmoe.ffn import FFNSite
 from sadmoe.ffn.lookup import is_module, join
 from sadmoe.gradients import is_recomputed, no_gradient
 from sadmoe.hooks import hooks_on
-from sadmoe.modules import device_of, evaluating, is_encoder_decoder, unwrapped
+from sadmoe.modules import device_of, evaluating, floats_in, is_encoder_decoder, unwrapped
 
 Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> scalar; it runs the model itself
 # Runs the model on a batch and says how far off it is. The index is the same whenever the same batch comes; None where
@@ -221,7 +220,7 @@ def outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[T
 
     def record(name: str, module: nn.Module, args: Any, output: Any) -> None:
         if not is_recomputed():
-            state = _state(output)
+            state = next((t for t in floats_in(output) if t.dim() > 1), None)
             if state is None:
                 raise TypeError(
                     f"{name} returns {_kind(output)}, in which no hidden state [..., d] is seen to compare: let it "
@@ -231,17 +230,6 @@ def outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[T
 
     with hooks_on(model.get_submodule(name).register_forward_hook(partial(record, name)) for name in names):
         yield seen
-
-
-def _state(output: Any) -> Tensor | None:
-    """The first floating-point tensor [..., d] of what a block returns, however nested."""
-    if isinstance(output, Tensor):
-        return output if output.is_floating_point() and output.dim() > 1 else None
-    if is_dataclass(output) and not isinstance(output, Mapping):
-        output = vars(output)
-    parts = output.values() if isinstance(output, Mapping) else output
-    found = map(_state, parts) if isinstance(output, Mapping | tuple | list) else ()
-    return next((state for state in found if state is not None), None)
 
 
 @contextmanager
