@@ -135,6 +135,17 @@ def test_the_paper_s_width():
         assert ProjectionConfig(ratio=ratio, multiple=1).width_of(768, 768) == width
 
 
+def test_widths_are_rounded_to_the_nearest_multiple():
+    for d, d_out, multiple, width in (
+        (100, 100, 8, 48), (108, 108, 8, 56), (4, 4, 8, 8), (10, 7, 1, 4), (9, 7, 1, 4),
+    ):  # exactly 50, 54, 2, 4.12 and 3.94  # fmt: skip
+        assert ProjectionConfig(multiple=multiple).width_of(d, d_out) == width
+    whole = sum(
+        p.numel() for p in empty_mlp(nn.Linear(768, 768), ProjectionConfig().width_of(768, 768)).parameters()
+    )
+    assert whole == pytest.approx(768 * 768 + 768, rel=1e-3)  # with biases
+
+
 def test_training_lowers_the_error_and_sparsity_costs_some_of_it():
     batches = [tokens() | {"input_ids": torch.randint(3, 50, (2, 9), generator=g)} for g in generators(12)]
     long = {"steps": 150, "multiple": 4, "lr": 3e-3}

@@ -118,7 +118,9 @@ def test_tokens_count_once_where_the_loss_runs_the_dense_model_too(model, batche
     found = calibrate_(model, batches, loss=distance, **goal)
     assert found.tau == 0.0
     with tau(model, 0.0):
-        assert [one.calls for one in found.cost.layers] == [one.calls for one in cost(model, batches).layers]
+        assert [one.tokens for one in found.cost.layers] == [
+            one.tokens for one in cost(model, batches).layers
+        ]
 
 
 @pytest.mark.parametrize("goal", [{"budget": 0.7}, {"max_loss_increase": 0.1}])

@@ -10,6 +10,7 @@ import sadmoe.convert.build as build
 import sadmoe.convert.recipe as recipe
 import torch
 from conversions import Caller, convert, model_and_batches, record, rows
+from sadmoe import reference
 from sadmoe.convert import ConvertConfig, convert_, restore_
 from sadmoe.convert.report import LayerReport
 from sadmoe.cost import cost
@@ -46,18 +47,20 @@ def test_the_same_seed_gives_the_same_bits_whatever_the_global_one():
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.parametrize("name", ["user glu", "bert", "user module"])
 @pytest.mark.parametrize("cluster", ["weights", "activity"])
-def test_experts_are_the_partition_of_what_the_config_names(cluster):
-    model, batches = model_and_batches("user glu")
+def test_experts_are_the_partition_of_what_the_config_names(cluster, name):
+    model, batches = model_and_batches(name)
     sites, rows = find_ffns(model), {}
     inputs = collect_inputs(model, sites, batches, max_tokens=100, seed=3)
     for site in sites:
         dense, x = site.dense(), build._some(inputs[site.name], seed=3)
-        assert dense.w_gate is not None
-        linear = nn.functional.linear
-        h = nn.functional.silu(linear(x, dense.w_gate, dense.b_gate)) * linear(x, dense.w_up, dense.b_up)
+        act, up = reference.ACTIVATIONS[dense.act], nn.functional.linear(x, dense.w_up, dense.b_up)
+        gated = dense.w_gate is not None
+        assert gated == (name == "user glu")
+        h = act(nn.functional.linear(x, dense.w_gate, dense.b_gate)) * up if gated else act(up)
         fires = h.abs() > 0.01 * h.abs().amax(-1, keepdim=True)
-        found = dense.w_gate if cluster == "weights" else fires.T.float()
+        found = fires.T.float() if cluster == "activity" else dense.w_gate if gated else dense.w_up
         rows[site.name] = found.detach().clone()
     convert(model, batches, cluster=cluster, seed=3)
     for name, layer in moe_layers(model).items():

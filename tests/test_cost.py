@@ -111,7 +111,11 @@ def test_a_report_adds_up_what_the_masks_and_the_counter_say(name):
         one = layer_cost(layer, masks.share)
         expected += masks.rows / samples * (one.router + one.pair * masks.pairs / masks.tokens)
         pairs += masks.rows * masks.share
-        assert (counted.name, counted.share, counted.calls) == (layer_name, masks.share, masks.rows / samples)
+        assert (counted.name, counted.share, counted.tokens) == (
+            layer_name,
+            masks.share,
+            masks.rows / samples,
+        )
     assert report.executed == pytest.approx(expected)
     assert report.share == pytest.approx(pairs / sum(m.rows for m in record.layers.values()))
     assert report.rest == count_flops(model, batch) / samples

@@ -9,7 +9,7 @@ from backends import BY_SHAPE, NEVER, poison_memory
 from converted import random_rows
 from given_costs import choosing_on_cuda, layer_of
 from problems import experts_problem, router_problem
-from sadmoe import ops
+from sadmoe import TopK, ops
 
 
 @pytest.mark.cuda
@@ -125,13 +125,16 @@ def test_work_is_queued_on_the_current_stream_of_the_tensors_device(cuda):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("T", [1, 100])
+@pytest.mark.parametrize("T", [1, 100, 1000])
 def test_nothing_waits_for_the_device(cuda, T):
     x, _, *weights = (a if a is None else a.cuda() for a in experts_problem(T, 64, 8, 16))
     v1, v2 = (v.cuda() for v in router_problem(64, 8))
     torch.cuda.set_sync_debug_mode("error")
     try:
         ops.dynamic_k_moe(x, v1, v2, *weights, tau=0.3)
+        scores = ops.router_scores(x, v1, v2)
+        for mask in (ops.dynamic_k_select(scores, 0.3), TopK(2).mask(scores)):
+            ops.sparse_experts(x, mask, *weights)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

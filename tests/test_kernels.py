@@ -129,6 +129,7 @@ def test_rows_that_do_not_begin_on_16_bytes_are_read_right(backend):
 
 def test_non_contiguous_arguments_are_read_right(backend):
     args = [a if a is None else a.to(backend.device) for a in experts_problem(9, 20, 4, 5, gated=True)]
+    router = [a.to(backend.device) for a in router_problem(20, 4)]
 
     def strided(t):
         if t is None:
@@ -136,9 +137,15 @@ def test_non_contiguous_arguments_are_read_right(backend):
         wide = torch.stack([t, t.logical_not() if t.dtype == torch.bool else t + 1], dim=-1)
         return wide[..., 0]
 
-    views = [strided(a) for a in args]
+    views, of_router = [strided(a) for a in args], [strided(a) for a in router]
     assert not views[0].is_contiguous()
     assert torch.equal(backend.sparse_experts(*views), backend.sparse_experts(*args))
+    scores = backend.router_scores(args[0], *router)
+    assert torch.equal(backend.router_scores(views[0], *of_router), scores)
+    wanted = backend.dynamic_k_select(scores, 0.6)
+    assert torch.equal(backend.dynamic_k_select(strided(scores.to(backend.device)), 0.6), wanted)
+    whole = backend.dynamic_k_moe(args[0], *router, *args[2:], tau=0.6)
+    assert torch.equal(backend.dynamic_k_moe(views[0], *of_router, *views[2:], tau=0.6), whole)
 
 
 @pytest.mark.parametrize("act", ACTS)

@@ -279,6 +279,47 @@ def test_nan_is_refused_when_asked_to_look():
         layer(x)
 
 
+@pytest.mark.parametrize("gate", [DynamicK(0.2), TopK(2), DynamicK(0.2, true_norms=True)], ids=str)
+def test_nan_in_scores_is_refused_when_asked_to_look(gate):
+    layer, x = make_layer(), tokens(4, 20)
+    layer.gate = gate
+    with torch.no_grad():
+        (layer.w_down if gate.true_norms else layer.router.v2)[0] = torch.nan
+    layer(x)
+    layer.check_nan = True
+    weights = "experts" if gate.true_norms else "router"
+    with pytest.raises(ValueError, match=f"experts' scores have NaN, .* weights of its {weights}"):
+        layer(x)
+    layer.gate = DynamicK(0.0)  # for which no scores are looked at
+    layer(x)
+
+
+def test_top_k_never_selects_a_nan():
+    nan = torch.nan
+    scores = torch.tensor([[nan, 1.0, 0.5], [0.25, nan, -torch.inf], [nan, nan, nan]])
+    assert TopK(1).mask(scores).tolist() == [[False, True, False], [True, False, False], [False] * 3]
+    assert TopK(3).mask(scores).tolist() == [[False, True, True], [True, False, True], [False] * 3]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_norms_are_computed_in_float32_whatever_the_dtype(dtype, gated):
+    layer = make_layer(gated=gated, bias=("b_up", "b_out")).to(dtype)
+    x = tokens(11, 20).to(dtype)
+    hidden = layer._hidden(x).double().unflatten(-1, layer.w_down.shape[:2]).transpose(0, 1)
+    wanted = (hidden @ layer.w_down.detach().double()).norm(dim=-1).t()
+    found = layer.expert_norms(x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted.detach(), rtol=1e-5, atol=1e-7)
+    if dtype == torch.float32:
+        with torch.autocast("cpu", torch.bfloat16):  # the activations are of 16 bits, the norms are not
+            rounded = layer._hidden(x)
+            found = layer._norms(rounded)
+        hidden = rounded.double().unflatten(-1, layer.w_down.shape[:2]).transpose(0, 1)
+        wanted = (hidden @ layer.w_down.detach().double()).norm(dim=-1).t()
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-7)
+
+
 def test_wrong_settings_are_named():
     with pytest.raises(
         ValueError, match="act must be one of relu, gelu, gelu_tanh, silu, quick_gelu, relu2, got 'tanh'"

@@ -117,6 +117,15 @@ def test_nothing_is_compiled_for_the_build_machine_s_own_processor():
             assert "march=native" not in path.read_text(), path.name
 
 
+def test_no_kernel_nor_its_launch_waits_for_the_device():
+    files = [
+        path for room in ("cuda", "bind") for path in (ROOT / "csrc" / room).rglob("*") if path.is_file()
+    ]
+    assert len(files) > 10
+    waits = re.compile(r"Synchronize|cudaMemcpy|cudaMalloc|cudaFree|\.item\s*[<(]")
+    assert [path.name for path in files if waits.search(path.read_text())] == []
+
+
 def test_importing_sadmoe_imports_no_model_library():
     libraries = ("transformers", "timm", "torchvision", "matplotlib")
     code = f"import sys, sadmoe; print([m for m in {libraries} if m in sys.modules])"

@@ -293,6 +293,18 @@ def test_the_measure_reads_what_the_activation_gives(module, act):
     assert layers[0].small == pytest.approx((a < 0.01 * a.amax(-1, keepdim=True)).double().mean().item())
 
 
+def test_the_measure_of_a_glu_reads_its_gate():
+    model = two_ffns(make=UserGLU)
+    layers = measure_sparsity(model, data(2))
+    x = torch.cat([model[0].norm(x) for x in data(2)])
+    gate = F.silu(model[0].inner.c(x)).abs().flatten(0, 1)
+    assert layers[0].small == pytest.approx(
+        (gate < 0.01 * gate.amax(-1, keepdim=True)).double().mean().item()
+    )
+    product = gate * model[0].inner.b(x).abs().flatten(0, 1)
+    assert layers[0].small != (product < 0.01 * product.amax(-1, keepdim=True)).double().mean().item()
+
+
 def test_the_measure_leaves_padding_out_and_the_model_alone():
     tiny = TINY["bert"]
     model, batch = tiny.model().train(), tiny.batch()

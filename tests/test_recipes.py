@@ -7,18 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from converted import converted
+from converted import converted, random_layer, random_rows
 from tiny_models import TINY, tokens
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 sys.path.append(str(Path(__file__).parent.parent / "bench/recipes"))
 
+import moefication
 import recipe
 from results import Saved, best, kept_by, panels, times_faster, working_tau
 from run import CPU, GPU, Effort, Run, from_command_line
 from run import TINY as TINY_EFFORT
-from sadmoe import DynamicK, FinetuneConfig
+from sadmoe import Checkpoint, DynamicK, FinetuneConfig
 from sadmoe.model_report import layer_heat
 from sadmoe.modules import evaluating
 from workload import Dense, Point, Workload, error_of_ratio, sweep
@@ -134,6 +135,19 @@ def test_another_seed_gives_other_models(tmp_path, small_routers):
     for one, other in zip(*made, strict=True):
         pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
         assert not all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_moefication_s_router_is_that_of_its_paper(tmp_path):
+    layer, rows = random_layer(), random_rows(600)
+    found = moefication.fitted(layer, rows, 200, Checkpoint(tmp_path), "one", seed=0)
+    scores = found(rows)
+    assert (scores < 0).any()  # logits: neither their absolute values nor ReLU before them
+    assert (scores > 0).any()
+    sums = moefication.activity(layer, rows).detach()
+    assert (sums >= 0).all()
+    labels, untrained = sums / sums.max(), moefication.ActivityRouter(layer.router)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits
+    assert loss(scores, labels) < 0.9 * loss(untrained(rows), labels)
 
 
 @pytest.mark.slow

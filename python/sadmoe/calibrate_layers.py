@@ -137,7 +137,7 @@ def _taus(factors: Factors, value: float) -> dict[str, float]:
 
 
 def _flops(cost: CostReport) -> dict[str, float]:
-    return {layer.name: layer.calls * layer.executed for layer in cost.layers}
+    return {layer.name: layer.tokens * layer.executed for layer in cost.layers}
 
 
 def _finite(loss: float | None) -> TypeGuard[float]:

@@ -32,7 +32,7 @@ class LayerCost:
     experts: int
     expert_size: int
     share: float  # executed (token, expert) pairs over all pairs
-    calls: float  # tokens of a sample that enter the layer, padding included; 1 where that was not measured
+    tokens: float  # of a sample that enter the layer, padding included; 1 where that was not measured
     dense: float  # the FFN that the layer replaces
     router: float  # router, gate and output bias, whatever the gate then runs
     pair: float  # one expert, with adding up its output
@@ -87,8 +87,8 @@ class CostReport:
     @property
     def share(self) -> float:
         """Executed pairs over all pairs, all layers together."""
-        pairs = sum(layer.calls * layer.experts for layer in self.layers)
-        return sum(layer.calls * layer.experts * layer.share for layer in self.layers) / pairs
+        pairs = sum(layer.tokens * layer.experts for layer in self.layers)
+        return sum(layer.tokens * layer.experts * layer.share for layer in self.layers) / pairs
 
     @property
     def of_dense(self) -> float:
@@ -102,7 +102,7 @@ class CostReport:
         return self.executed / self.dense
 
     def _total(self, what: str) -> float:
-        return sum(layer.calls * getattr(layer, what) for layer in self.layers)
+        return sum(layer.tokens * getattr(layer, what) for layer in self.layers)
 
     def __str__(self) -> str:
         header = ["layer", "experts", "share", "dense", "executed", "of dense"]
@@ -185,7 +185,7 @@ def cost_of_masks(
         )
     costs = []
     for name, layer in layers.items():
-        one = layer_cost(layer, masks[name].share, name=name, calls=masks[name].rows / samples)
+        one = layer_cost(layer, masks[name].share, name=name, tokens=masks[name].rows / samples)
         costs.append(replace(one, executed=one.dense, combine=0.0) if layer.runs_all_experts else one)
     return _report(model, layers, costs, rest)
 
@@ -195,7 +195,7 @@ def neuron_flops(d: int, d_out: int, act: str, gated: bool) -> int:
     return (1 + gated) * d + d_out + gated + ACTIVATION_FLOPS[act]
 
 
-def layer_cost(layer: DynamicKMoE, share: float, *, name: str = "", calls: float = 1.0) -> LayerCost:
+def layer_cost(layer: DynamicKMoE, share: float, *, name: str = "", tokens: float = 1.0) -> LayerCost:
     """The closed forms above for one layer that asks its router, and executes `share` of its pairs."""
     experts, s, d = layer.w_up.shape
     d_out, r = layer.w_down.shape[2], layer.router.v1.shape[0]
@@ -206,7 +206,7 @@ def layer_cost(layer: DynamicKMoE, share: float, *, name: str = "", calls: float
     pair = s * (neuron + input_biases) + d_out
     executed, combine = router + share * experts * pair, share * experts * d_out
     dense = experts * s * neuron
-    return LayerCost(name, experts, s, share, calls, dense, router, pair, combine, executed)
+    return LayerCost(name, experts, s, share, tokens, dense, router, pair, combine, executed)
 
 
 def cost_of_shares(

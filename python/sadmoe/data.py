@@ -1,11 +1,12 @@
 """What a transformers model of a folder is run on, as the batches that it takes: text, pairs of texts, images, or
 what a Python file of the user's makes."""
 
+import inspect
 import logging
 import runpy
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from traceback import extract_tb
 from typing import Any, Literal
@@ -63,7 +64,7 @@ def load_data(model: Any, folder: Path, path: Path, *, batch_size: int, max_leng
             raise ValueError(
                 f"--data: a {name} takes images, and {path} is no folder: give one that holds them"
             )
-        return _images(path, folder, batch_size, model.dtype)
+        return _images(path, folder, model, batch_size)
     if takes != "input_ids":
         takes = f"{takes or 'inputs of its own'}{' and a decoder that has its own' if pairs else ''}"
         raise NotImplementedError(
@@ -141,7 +142,7 @@ def _from_python(path: Path, folder: Path) -> Data:
         batches = runpy.run_path(str(path)).get("batches")
         if callable(batches):
             batches = batches()
-    except Exception as error:  # whatever a file of the user's raises
+    except (Exception, SystemExit) as error:  # whatever a file of the user's raises
         lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f", line {lines[-1]}" if lines else ""
         raise ValueError(f"--data: {path}{where} raised {type(error).__name__}: {error}") from error
@@ -196,11 +197,8 @@ def _lines_of_pairs(path: Path, name: str) -> list[list[str]]:
     return pairs
 
 
-def _images(path: Path, folder: Path, batch_size: int, dtype: torch.dtype) -> Data:
-    found = (
-        file for file in path.rglob("*") if file.suffix.lower() in IMAGES and not file.name.startswith("._")
-    )
-    files = sorted(file for file in found if not file.is_dir())
+def _images(path: Path, folder: Path, model: Any, batch_size: int) -> Data:
+    files = images_in(path)
     if not files:
         raise ValueError(
             f"--data: {path} holds no image, by the names {', '.join('*' + end for end in IMAGES)}"
@@ -213,8 +211,18 @@ def _images(path: Path, folder: Path, batch_size: int, dtype: torch.dtype) -> Da
         raise ImportError(
             f"images need pillow and transformers: pip install pillow 'transformers>=5.0' ({error})"
         ) from error
-    batches = _Images(files, processor, batch_size, dtype)
-    return Data(batches, processor, "images", _Images(files[:1], processor, 1, dtype)[0])
+    if wrong := [why for file in files if (why := _why_no_image(file)) is not None]:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"--data: {'; '.join(wrong[:3])}{more}")
+    takes = frozenset(inspect.signature(model.forward).parameters) | {model.main_input_name}
+    batches = _Images(files, processor, batch_size, model.dtype, takes)
+    return Data(batches, processor, "images", replace(batches, files=files[:1], size=1)[0])
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The files in it, at any depth, that are named as images."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
+    return sorted(path for path in found if not path.name.startswith("._") and not path.is_dir())
 
 
 @dataclass(frozen=True)
@@ -226,6 +234,7 @@ class _Images(Sequence[Batch]):
     processor: Any
     size: int
     dtype: torch.dtype
+    takes: frozenset[str]  # what the model may be called with
 
     def __len__(self) -> int:
         return -(-len(self.files) // self.size)
@@ -237,22 +246,35 @@ class _Images(Sequence[Batch]):
             raise IndexError(i)
         start = (i % len(self)) * self.size
         images = [_image(file) for file in self.files[start : start + self.size]]
-        return {"pixel_values": self.processor(images, return_tensors="pt")["pixel_values"].to(self.dtype)}
+        made = self.processor(images, return_tensors="pt")  # beside the pixels perhaps a mask of them
+        tensors = {
+            key: value for key, value in made.items() if key in self.takes and isinstance(value, Tensor)
+        }
+        return {key: t.to(self.dtype) if t.is_floating_point() else t for key, t in tensors.items()}
 
 
-def _image(file: Path) -> Any:
-    """In colours of 8 bits, turned as it was taken. Raises ValueError where it cannot be read, or has finer ones."""
+def _why_no_image(file: Path) -> str | None:
+    """What its head says against it, None where nothing does."""
     from PIL import Image
-    from transformers.image_utils import load_image
 
     try:
         with Image.open(file) as image:
             fine = image.mode.startswith("I") or image.mode == "F"
-        if not fine:
-            return load_image(str(file))
+    except Exception as error:  # whatever a decoder raises
+        return f"{file} cannot be read as an image: {error}"
+    return (
+        f"{file} has more than 8 bits a colour, and all above 255 would be white: make images of 8 bits, or give a "
+        "Python file that makes batches of them"
+        if fine
+        else None
+    )
+
+
+def _image(file: Path) -> Any:
+    """In colours of 8 bits, turned as it was taken. Raises ValueError where it cannot be read."""
+    from transformers.image_utils import load_image
+
+    try:
+        return load_image(str(file))
     except Exception as error:  # whatever a decoder raises
         raise ValueError(f"--data: {file} cannot be read as an image: {error}") from error
-    raise ValueError(
-        f"--data: {file} has more than 8 bits a colour, and all above 255 would be white: make images of 8 bits, or "
-        "give a Python file that makes batches of them"
-    )

@@ -26,8 +26,9 @@ class Gate(Protocol):
 class DynamicK:
     """Expert e runs iff scores[t, e] >= tau * max(scores[t]) (arXiv 2310.04361, section 3): the rule of the method.
 
-    tau in [0, 1]: 0 runs every expert, 1 the top one. With `true_norms` it is the oracle of the same rule: it
-    computes every expert to know its norm, so it is for study, not for speed.
+    tau in [0, 1]: 0 runs every expert, 1 the top one and its ties; where all scores are 0 every expert runs. With
+    `true_norms` it is the oracle of the same rule: it computes every expert to know its norm, so it is for study, not
+    for speed.
     """
 
     tau: float
@@ -45,7 +46,8 @@ class DynamicK:
 
 @dataclass(frozen=True)
 class TopK:
-    """The k experts of the largest score for every token (MoEfication's rule); ties as torch.topk breaks them."""
+    """The k experts of the largest score for every token (MoEfication's rule); ties as torch.topk breaks them. A NaN is
+    never selected."""
 
     k: int
     true_norms: bool = False
@@ -61,5 +63,6 @@ class TopK:
         if self.k > scores.shape[-1]:
             raise ValueError(f"k must be at most the number of experts, {scores.shape[-1]}, got {self.k}")
         mask = torch.zeros_like(scores, dtype=torch.bool)
-        chosen = scores.topk(self.k, dim=-1, sorted=False).indices  # in order it takes up to twice as long
-        return mask.scatter_(-1, chosen, True)
+        ranked = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+        chosen = ranked.topk(self.k, dim=-1, sorted=False).indices  # in order it takes up to twice as long
+        return mask.scatter_(-1, chosen, ~scores.gather(-1, chosen).isnan())

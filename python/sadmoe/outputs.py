@@ -7,7 +7,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # What a model is saved in, of which the next one may have less: none of the former one's is left beside it.
@@ -38,9 +38,7 @@ def check_folder(folder: Path, force: bool, reads: Sequence[Path] = ()) -> None:
         raise FileExistsError(f"{folder} is not empty: choose another folder, or replace it with --force")
     if not _is_ours(folder):
         raise FileExistsError(f"{folder} was not written by sadmoe, so --force does not replace it")
-    if folder.resolve().is_mount():
-        raise ValueError(f"{folder} is a mount, which --force cannot replace: write to a folder inside it")
-    check_writable(folder.resolve().parent, folder)
+    check_writable(folder, folder)
 
 
 def check_files(paths: Sequence[Path], force: bool) -> None:
@@ -54,10 +52,11 @@ def check_files(paths: Sequence[Path], force: bool) -> None:
             raise FileNotFoundError(
                 f"{path} cannot be written, for there is no folder {path.parent}: make it first"
             )
-        if not path.exists():
-            check_writable(path.parent, path)
-        elif not os.access(path, os.W_OK):
-            raise PermissionError(f"{path} cannot be written: Permission denied")
+        if path.exists() and not path.is_file():  # a device, a pipe
+            if not os.access(path, os.W_OK):
+                raise PermissionError(f"{path} cannot be written: Permission denied")
+        else:  # it is written beside, and renamed
+            check_writable(path.resolve().parent, path)
 
 
 def check_writable(place: Path, wanted: Path) -> None:
@@ -69,38 +68,54 @@ def check_writable(place: Path, wanted: Path) -> None:
 
 
 @contextmanager
-def replaced(folder: Path) -> Iterator[None]:
-    """Inside, `folder` is absent or empty and may be written. Whatever is raised, it is as it was; else the model
-    that was there goes, and what is written anew; all else stays, for it may be the user's. An empty one stays the same
-    folder: somebody may be in it."""
+def replaced(folder: Path) -> Iterator[Path]:
+    """Gives a folder to write to, beside that one or, where it is there, inside it. In the end what is new takes its
+    place, and the model that was there goes; all else stays, for it may be the user's. Whatever is raised, `folder` is
+    as it was. It stays the same folder, for somebody may be in it."""
     folder = folder.resolve()
-    former = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.former")
-    empty = folder.exists() and not any(folder.iterdir())
-    if folder.exists() and not empty:
-        folder.rename(former)
+    place = folder if folder.exists() else folder.parent
+    new, former = (place / f".sadmoe.{secrets.token_hex(4)}.{kind}" for kind in ("new", "former"))
+    made = [above for above in (folder.parent, *folder.parent.parents) if not above.exists()]
+    moved: list[tuple[Path, Path]] = []
     try:
-        yield
+        new.mkdir(parents=True)
+        yield new
+        if place == folder:
+            _exchange(new, folder, former, moved, keep=(new, former))
+        else:
+            new.rename(folder)
     except BaseException:
-        for path in folder.iterdir() if folder.exists() else ():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if folder.exists() and not empty:
-            folder.rmdir()
-        if former.exists():
-            former.rename(folder)
+        for before, after in reversed(moved):
+            if after.exists() and not before.exists():  # the last one may not have been moved yet
+                after.rename(before)
+        for left in (new, former):
+            shutil.rmtree(left, ignore_errors=True)
+        with suppress(OSError):  # somebody else's may be in them
+            for above in made:
+                above.rmdir()
         raise
-    if former.exists():
-        _bring_back(former, folder)
-        shutil.rmtree(former, ignore_errors=True)
+    for left in (new, former):
+        shutil.rmtree(left, ignore_errors=True)
 
 
-def _bring_back(former: Path, folder: Path) -> None:
-    """Moves to the folder what of the former one is neither a saved model's nor there."""
-    for path in former.iterdir():
-        new = folder / path.name
-        if path.is_dir() and new.is_dir():
-            _bring_back(path, new)
-        elif not new.exists() and not SAVED.fullmatch(path.name):
-            path.rename(new)
+def _exchange(
+    new: Path, folder: Path, former: Path, moved: list[tuple[Path, Path]], keep: Sequence[Path] = ()
+) -> None:
+    """Moves what is in `new` into the folder, and what it takes the place of, or is of a model saved there, to
+    `former`. moved: from where to where, so far.   keep: what stays where it is."""
+    former.mkdir()
+
+    def move(path: Path, to: Path) -> None:
+        moved.append((path, to / path.name))
+        path.rename(to / path.name)
+
+    for path in [path for path in folder.iterdir() if path not in keep]:
+        if path.is_dir() and not path.is_symlink() and (new / path.name).is_dir():
+            _exchange(new / path.name, path, former / path.name, moved)
+        elif (new / path.name).exists() or SAVED.fullmatch(path.name):
+            move(path, former)
+    for path in [path for path in new.iterdir() if not (folder / path.name).exists()]:
+        move(path, folder)
 
 
 def _is_ours(folder: Path) -> bool:

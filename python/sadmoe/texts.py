@@ -1,5 +1,6 @@
 """Plain text and a transformers model of a local folder, as the batches that every step takes."""
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+logger = logging.getLogger(__name__)
 BLANK_LINES = re.compile(r"\n\s*\n")
 TOKENIZER_FILES = ("*token*", "*vocab*", "merges.txt", "*.model", "*.bpe*")
 
@@ -38,6 +40,10 @@ def load_model(folder: Path) -> nn.Module:
         import transformers
     except ImportError as error:
         raise ImportError("models of a folder need transformers: pip install 'transformers>=5.0'") from error
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"there is no folder {folder}: models are read from local folders; one of a hub has to be downloaded first"
+        )
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder} holds no model: config.json is missing")
     with loading(folder):
@@ -80,7 +86,10 @@ def load_processor(folder: Path) -> Any:
         return None
     try:
         return transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError):
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        logger.warning(
+            "%s: what makes its inputs does not load, so no converted model gets it: %s", folder, error
+        )
         return None
 
 

@@ -148,7 +148,7 @@ def test_16_bits_are_trained_in_float32(folder, text, tmp_path, capsys, monkeypa
     saved = transformers.BertModel.from_pretrained(out, dtype=torch.bfloat16)
     assert {p.dtype for p in saved.parameters()} == {torch.bfloat16}
     with monkeypatch.context() as patched:
-        patched.setattr(cli, "evaluate", lambda model, batches, taus, dense: [model, dense])
+        patched.setattr(cli, "evaluate", lambda model, batches, taus, dense, progress: [model, dense])
         patched.setattr(cli, "table", lambda both: {next(m.parameters()).dtype for m in both})
         beside = ["--model", str(out), "--data", str(text), "--dense", str(half)]
         assert cli.main(["evaluate", *beside]) == 0  # or one of them would be timed in slower products
@@ -166,7 +166,7 @@ def test_projections_and_a_checkpoint_that_is_taken_up_again(folder, text, tmp_p
     monkeypatch.setattr(convert_command, "convert_", interrupt)
     assert converted(folder, text, first, *more) == 130
     assert f"interrupted; the same command goes on from the last save in {state}" in capsys.readouterr().err
-    assert {path.name for path in state.iterdir()} == {"projections", "sparsify", "data.json"}
+    assert {path.name for path in state.iterdir()} == {"projections", "sparsify", "sadmoe-data.json"}
     monkeypatch.undo()
     monkeypatch.setattr(torch.optim.AdamW, "step", once_only())
     assert converted(folder, text, first, *more) == 0
@@ -209,13 +209,29 @@ def test_a_checkpoint_of_a_run_that_saved_nothing_takes_another_command(
     assert f"--checkpoint: {state} is a file, and a folder is wanted" in capsys.readouterr().err
 
 
+def test_a_checkpoint_may_lie_among_what_is_no_image_and_leaves_others_notes(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"1")
+    first = convert_command._checksum(tmp_path)
+    (tmp_path / "data.json").write_text("mine")
+    (tmp_path / "projections").mkdir()
+    (tmp_path / "projections" / "x.safetensors").write_bytes(b"2")
+    assert convert_command._checksum(tmp_path) == first
+    (tmp_path / "b.png").write_bytes(b"1")
+    assert convert_command._checksum(tmp_path) != first
+
+
 def test_finetune_does_all_that_comes_after_the_conversion(text, tmp_path, capsys, monkeypatch):
     folder, state, out = (tmp_path / name for name in ("wide", "state", "out"))
     bert(folder, hidden_size=128, intermediate_size=512)  # beside which the routers are small
     more = ("--finetune", "0.4", "--projections", "3", "--checkpoint", str(state), "--budget", "0.8")
     assert converted(folder, text, out, *more) == 0
     assert re.search(r"the whole model: \d+ updates in .*\ntau [01]\.\d+ executes", capsys.readouterr().out)
-    assert {path.name for path in state.iterdir()} == {"projections", "convert", "finetune", "data.json"}
+    assert {path.name for path in state.iterdir()} == {
+        "projections",
+        "convert",
+        "finetune",
+        "sadmoe-data.json",
+    }
     taus = {layer.gate.tau for layer in moe_layers(transformers.BertModel.from_pretrained(out)).values()}
     assert len(taus) == 1
     assert taus.pop() > 0

@@ -1,6 +1,9 @@
 """Mistakes on the command line: a line that says what to do, before anything is loaded or trained."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -155,7 +158,7 @@ def test_what_calibrate_would_not_look_at_is_refused(tmp_path, capsys):
     [
         (
             ["convert", "--model", "nowhere", "--out", "out", "--data", "{text}"],
-            "nowhere holds no model: config.json is missing",
+            "there is no folder nowhere: models are read from local folders",
         ),
         (["convert", "--model", "{folder}", "--out", "out", "--data", "nothing.txt"], "nothing.txt"),
         (
@@ -182,6 +185,55 @@ def test_a_mistake_is_one_line_and_exit_status_2(folder, text, tmp_path, monkeyp
     assert "Traceback" not in error
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_converted_is_refused_before_it_is_trained(folder, text, tmp_path, capsys):
+    assert converted(folder, text, tmp_path / "moe", "--tau", "0.1") == 0
+    more = ("--projections", "400", "--sparsify", "600", "--finetune", "600")
+    assert converted(tmp_path / "moe", text, tmp_path / "again", *more) == 2
+    assert "is converted already: give the dense model" in capsys.readouterr().err
+
+
+def test_a_terminal_that_lacks_letters_or_is_gone_loses_no_model(folder, text, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "sadmoe",
+        "convert",
+        "--model",
+        folder,
+        "--data",
+        text,
+        "--expert-size",
+        "8",
+    ]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(
+        [*command, "--out", tmp_path / "one", "--tau", "0.1"], env=environment, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"R\\xb2" in done.stdout
+    reads, writes = os.pipe()
+    os.close(reads)  # as of `| head` that has gone
+    more = ["--out", tmp_path / "two", "--tau", "0.1", "--sparsify", "1"]
+    subprocess.run([*command, *more], env=environment, stdout=writes, stderr=subprocess.DEVNULL)
+    os.close(writes)
+    assert (tmp_path / "two" / "config.json").exists()
+
+
+def test_memory_that_lacks_is_one_line(folder, text, monkeypatch, capsys):
+    for error in (
+        MemoryError("no more"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(cli, "survey", lambda *args, error=error: (_ for _ in ()).throw(error))
+            assert cli.main(["survey", "--model", str(folder), "--data", str(text)]) == 2
+        assert "sadmoe: error: out of memory; try less of --data" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "survey", lambda *args: (_ for _ in ()).throw(RuntimeError("of ours")))
+        with pytest.raises(RuntimeError, match="of ours"):
+            cli.main(["survey", "--model", str(folder), "--data", str(text)])
 
 
 def test_what_is_not_there_is_named(folder, text, tmp_path, capsys):

@@ -124,6 +124,8 @@ def test_any_model_takes_the_batches_of_a_python_file(whisper, tmp_path, capsys)
     for wrong, told in (
         ("x = 1\nbatches = [x / 0]", "mine.py, line 2 raised ZeroDivisionError: division by zero"),
         ("batches = [", "mine.py raised SyntaxError: '[' was never closed (mine.py, line 1)"),
+        ("import sys\nsys.exit()", "mine.py, line 2 raised SystemExit"),
+        ("batches = [{'input_features': [1.0]}]", "WhisperModel does not run on the first of the batches of"),
     ):
         data.write_text(wrong)
         assert converted(whisper, data, tmp_path / "other") == 2
@@ -218,8 +220,40 @@ def test_images_that_cannot_be_read_are_named(vit, tmp_path):
     with pytest.raises(ValueError, match=r"b\.png cannot be read as an image"):
         list(load_data(model, vit, tmp_path, batch_size=1, max_length=8).batches)
     images.new("I;16", (20, 20)).save(tmp_path / "b.png")
-    with pytest.raises(ValueError, match=r"b\.png has more than 8 bits a colour"):
-        list(load_data(model, vit, tmp_path, batch_size=1, max_length=8).batches)
+    (tmp_path / "c.jpg").touch()
+    told = r"b\.png has more than 8 bits a colour.*; .*c\.jpg cannot be read as an image"
+    with pytest.raises(ValueError, match=told):  # of all of them, before any is trained on
+        load_data(model, vit, tmp_path, batch_size=1, max_length=8)
+
+
+def test_what_a_processor_gives_beside_pixels_is_kept_where_the_model_takes_it(photos, vit, monkeypatch):
+    class WithMask(transformers.ViTImageProcessor):
+        def __call__(self, images, **settings):
+            made = super().__call__(images, **settings)
+            return made | {
+                "pixel_mask": torch.ones(len(images), 2, dtype=torch.int64),
+                "sizes": [1] * len(images),
+            }
+
+    model = texts.load_model(vit).half()
+    forward = model.forward
+    model.forward = lambda pixel_values, pixel_mask=None: forward(pixel_values)
+    monkeypatch.setattr(
+        transformers.AutoImageProcessor, "from_pretrained", lambda *a, **k: WithMask.from_pretrained(vit)
+    )
+    batch = load_data(model, vit, photos, batch_size=4, max_length=8).batches[0]
+    assert {key: tensor.dtype for key, tensor in batch.items()} == {
+        "pixel_values": torch.float16, "pixel_mask": torch.int64
+    }  # fmt: skip
+
+
+def test_a_processor_that_does_not_load_is_told(folder, tmp_path, monkeypatch, caplog):
+    def fails(*args, **settings):
+        raise ImportError("it needs sentencepiece")
+
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", fails)
+    assert texts.load_processor(folder) is None
+    assert "does not load, so no converted model gets it: it needs sentencepiece" in caplog.text
 
 
 def test_a_python_file_may_import_what_lies_beside_it(folder, tmp_path, monkeypatch):

@@ -31,13 +31,10 @@ def test_where_nothing_can_be_written_it_says_so_before_it_trains(
     monkeypatch.setattr("sadmoe.cli.options.load_model", lambda *_: pytest.fail("it was loaded"))
     with monkeypatch.context() as patch:
         patch.setattr("sadmoe.outputs.tempfile.TemporaryDirectory", refused)
-        for wanted, place in ((tmp_path / "some/folder", tmp_path), (out, tmp_path)):
+        for wanted, place in ((tmp_path / "some/folder", tmp_path), (out, out)):
             capsys.readouterr()
             assert converted(folder, text, wanted, "--force") == 2
             assert f"{wanted} cannot be written: Permission denied in {place}" in capsys.readouterr().err
-    monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
-    assert converted(folder, text, out, "--force") == 2
-    assert "is a mount, which --force cannot replace: write to a folder inside it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("config", [None, "{}", '{"model_type": "bert"}', "no json"])
@@ -93,10 +90,8 @@ def test_a_failure_leaves_what_was_there(folder, text, tmp_path, capsys, monkeyp
 
 
 def interrupted_in(folder):
-    with replaced(folder):
-        assert not folder.exists()
-        folder.mkdir()
-        (folder / "new").touch()
+    with replaced(folder) as new:
+        (new / "new").touch()
         raise KeyboardInterrupt
 
 
@@ -112,16 +107,74 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     assert {path.name for path in tmp_path.rglob("*")} == {
         "out", "model-00001-of-00002.safetensors", "config.json", "sub", "notes"
     }  # fmt: skip
-    with replaced(folder):
-        folder.mkdir()
-        (folder / "config.json").write_text("new")
-        (folder / "model.safetensors").write_text("new")
-        (folder / "sub").mkdir()
+    before = folder.stat().st_ino
+    with replaced(folder) as new:
+        (new / "config.json").write_text("new")
+        (new / "model.safetensors").write_text("new")
+        (new / "sub").mkdir()
+    assert folder.stat().st_ino == before, "the same folder"
     assert {path.name: path.read_text() for path in folder.iterdir() if path.is_file()} == {
         "config.json": "new", "model.safetensors": "new"
     }  # fmt: skip
     assert [path.name for path in (folder / "sub").iterdir()] == ["notes"]
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_move_that_fails_is_undone(tmp_path, monkeypatch):
+    folder, rename = tmp_path / "out", Path.rename
+    (folder / "sub").mkdir(parents=True)
+    for name in ("config.json", "notes", "sub/config.json"):
+        (folder / name).write_text("old")
+
+    def fails_at_last(path, to):
+        if path.name == "zz":
+            raise OSError("no more of it")
+        return rename(path, to)
+
+    def written():
+        with replaced(folder) as new:
+            (new / "sub").mkdir()
+            for name in ("config.json", "sub/config.json", "sub/b", "zz"):
+                (new / name).write_text("new")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fails_at_last)
+        with pytest.raises(OSError, match="no more of it"):
+            written()
+    files = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    assert files == dict.fromkeys(("config.json", "notes", "sub/config.json"), "old")
+    written()
+    assert {path.read_text() for path in folder.rglob("*") if path.is_file() and path.name != "notes"} == {
+        "new"
+    }
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_followed(tmp_path, there):
+    target, link = tmp_path / "far" / "moe", tmp_path / "moe"
+    if there:
+        target.mkdir(parents=True)
+        (target / "config.json").write_text("old")
+    link.symlink_to(target)
+    with replaced(link) as new:
+        (new / "config.json").write_text("new")
+    assert link.is_symlink()
+    assert (target / "config.json").read_text() == "new"
+    with pytest.raises(KeyboardInterrupt), replaced(tmp_path / "a" / "b" / "c"):
+        raise KeyboardInterrupt
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_model_is_replaced_where_one_is_in_it(folder, text, tmp_path, monkeypatch):
+    out = tmp_path / "moe"
+    assert converted(folder, text, out, "--tau", "0.1") == 0
+    (out / "README").write_text("mine")
+    monkeypatch.chdir(out)
+    assert converted(folder, text, Path(), "--tau", "0.2", "--force") == 0
+    assert '"tau": 0.2' in Path("config.json").read_text()
+    assert Path("README").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_force_keeps_what_was_put_beside_a_model(folder, text, tmp_path):
@@ -145,12 +198,12 @@ def test_an_empty_folder_that_one_is_in_may_be_written(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt), replaced(Path()):
         leave_unfinished()
     assert not any(tmp_path.iterdir())
-    with replaced(Path()):
-        Path("new").touch()
+    with replaced(Path()) as new:
+        (new / "new").touch()
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 def leave_unfinished():
-    Path("half").mkdir()
-    Path("half/new").touch()
+    (tmp := next(Path().iterdir()) / "half").mkdir()
+    (tmp / "new").touch()
     raise KeyboardInterrupt

@@ -1,6 +1,7 @@
 """The command line: `sadmoe demo | survey | convert | evaluate | report | bench | info`, thin over the API."""
 
 import argparse
+import io
 import logging
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,15 @@ from sadmoe import ops
 from sadmoe.bench import random_batch
 from sadmoe.cli.bench import add_bench
 from sadmoe.cli.convert import add_convert, is_begun
-from sadmoe.cli.options import add_common, add_data, add_model, data_of, loaded, positive_number
+from sadmoe.cli.options import (
+    add_common,
+    add_data,
+    add_model,
+    data_of,
+    is_out_of_memory,
+    loaded,
+    positive_number,
+)
 from sadmoe.demo.recipe import SECONDS, run_demo
 from sadmoe.evaluate import evaluate, table
 from sadmoe.ffn import moe_layers
@@ -36,7 +45,7 @@ examples:
   sadmoe convert --model bert --data text.txt --out moe  convert a transformers model of a local folder
   sadmoe convert --model vit --data photos --out moe     the same, of images
   sadmoe evaluate --model moe --data held_out.txt --dense bert
-                                                         cost, time and fidelity at several tau
+                                                         cost, time and error at several tau
   sadmoe report --model moe --data held_out.txt          the same and more, as one HTML page
   sadmoe bench --model moe --tau 0.1 0.3                 its layers and all of it, timed beside dense
   sadmoe bench --model moe --calibrate                   measure where its layers are better off dense on this machine
@@ -47,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. 0: done, 2: a wrong argument or file, 130: interrupted."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(format="sadmoe: %(message)s", level=logging.WARNING)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # no result is lost for a letter that a terminal lacks
     if getattr(arguments, "threads", None):
         torch.set_num_threads(arguments.threads)
     try:
@@ -62,6 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.OutOfMemoryError,
     ) as error:  # fmt: skip
         print(f"sadmoe: error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(
+            f"sadmoe: error: out of memory; try less of --data, or smaller batches: {error}", file=sys.stderr
+        )
         return 2
     return 0
 
@@ -131,7 +151,7 @@ def _add_survey(commands: Any) -> None:
 def _add_evaluate(commands: Any) -> None:
     command = commands.add_parser(
         "evaluate",
-        help="cost, time and fidelity of a converted model at several tau",
+        help="cost, time and error of a converted model at several tau",
         description="Runs a converted model over DATA at several tau. error: of the last hidden states or logits, "
         "|y - y0| / |y0|, padding left out; y0 are those of the dense model that --dense names, or, without it, the "
         "model's own at tau = 0, which do not show what training changed.",
@@ -193,10 +213,12 @@ def _survey(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     model, dense = _models(arguments)
-    print(table(evaluate(model, data_of(arguments, model).batches, arguments.tau, dense=dense)))
+    batches = data_of(arguments, model).batches
+    print(table(evaluate(model, batches, arguments.tau, dense=dense, progress=True)))
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    check_files((arguments.out,), arguments.force)
     page, numbers = arguments.out, arguments.out.with_suffix(".json")
     if page == numbers:
         raise ValueError(f"--out names the page, and {numbers} is where its numbers go: give a name in .html")

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 
 from sadmoe.bench import compare, random_batch, table
-from sadmoe.cli.options import add_common, add_data, add_model, data_of, device_named, loaded
+from sadmoe.cli.options import (
+    add_common,
+    add_data,
+    add_model,
+    data_of,
+    device_named,
+    loaded,
+    not_negative,
+)
 from sadmoe.dial import set_batch_invariant
 from sadmoe.ffn import moe_layers
 from sadmoe.files import replacing
@@ -55,7 +63,7 @@ def add_bench(commands: Any) -> None:
     )
     command.add_argument(
         "--seconds",
-        type=float,
+        type=not_negative,
         default=0.6,
         help="for each variant of each row (default: %(default)s)",
     )

@@ -12,21 +12,23 @@ from typing import Any
 from torch import nn
 
 from sadmoe.attention import ProjectionConfig, replace_projections_
-from sadmoe.budget import finetune_for_budget_
+from sadmoe.budget import BudgetReport, finetune_for_budget_
 from sadmoe.cli.options import (
     add_common,
     add_data,
     add_model,
+    check_data,
     data_of,
     device_named,
     loaded,
     positive,
     positive_number,
+    say,
 )
 from sadmoe.convert import ConvertConfig, checked_sites, convert_
 from sadmoe.cost import cost
-from sadmoe.data import Data
-from sadmoe.ffn import FFNNotFoundError
+from sadmoe.data import Data, images_in
+from sadmoe.ffn import FFNNotFoundError, moe_layers
 from sadmoe.files import replacing
 from sadmoe.int8 import quantize_experts_
 from sadmoe.mixed import fast_training
@@ -36,6 +38,7 @@ from sadmoe.routers import RouterConfig
 from sadmoe.sparsify import SparsifyConfig, sparsify_
 from sadmoe.training import Checkpoint
 
+NOTE = "sadmoe-data.json"  # in --checkpoint: the data that its steps are made from
 STEPS = ("projections", "sparsify", "convert", "finetune")  # each with a folder of its own in --checkpoint
 BUDGET = 0.5  # where neither it nor tau is given
 PROJECTION_ROUTER = 32  # width: an MLP of attention costs an eighth of an FFN
@@ -122,9 +125,11 @@ def _convert(arguments: argparse.Namespace) -> None:
     state = () if arguments.checkpoint is None else (arguments.checkpoint,)
     check_folder(arguments.out, arguments.force, reads=(arguments.model, arguments.data, *state))
     model = loaded(arguments, arguments.model)
+    if moe_layers(model):
+        raise ValueError(f"--model: that of {arguments.model} is converted already: give the dense model")
     dtype = next(model.parameters()).dtype
     if _trains(arguments) and dtype.itemsize == 2:
-        print(
+        say(
             f"the model is {dtype_name(dtype)}: trained and saved in float32; from_pretrained(dtype=...) rounds it"
         )
         model.float()
@@ -134,23 +139,27 @@ def _convert(arguments: argparse.Namespace) -> None:
         _note_or_check_data(arguments)
     dense = copy.deepcopy(model) if _compares_with_dense(arguments) else None
     _prepare(model, dense, data, arguments)
+    told: object
     if arguments.finetune is None:
         config = _conversion(arguments)
-        print(convert_(model, data.batches, config, checkpoint=_checkpoint(arguments, "convert")))
+        told = convert_(model, data.batches, config, checkpoint=_checkpoint(arguments, "convert"))
     else:
-        _convert_finetuned(model, dense, data, arguments)
-        print(cost(model, data.batches))
-    if arguments.int8:
-        print(quantize_experts_(model))
-    with replaced(arguments.out):
-        model.save_pretrained(arguments.out)  # type: ignore[operator]
+        told = _convert_finetuned(model, dense, data, arguments)
+    rounded = quantize_experts_(model) if arguments.int8 else None
+    with replaced(arguments.out) as new:
+        model.save_pretrained(new)  # type: ignore[operator]
         if data.processor is not None:
-            data.processor.save_pretrained(arguments.out)
+            data.processor.save_pretrained(new)
+    print(told)
+    if rounded is not None:
+        print(rounded)
     print(
         f"\nsaved to {arguments.out}. Load it with\n\n    import sadmoe\n"
         f"    from transformers import {type(model).__name__}\n"
         f'    model = {type(model).__name__}.from_pretrained("{arguments.out}")'
     )
+    if arguments.finetune is not None:
+        print(f"\n{cost(model, data.batches)}")
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -163,8 +172,7 @@ def _check(arguments: argparse.Namespace) -> None:
             "--finetune trains the routers on roots of norms: leave --target-power out, or --finetune"
         )
     device_named(arguments.device)
-    if not arguments.data.exists():
-        raise FileNotFoundError(f"--data: there is no file or folder {arguments.data}")
+    check_data(arguments)
 
 
 def _conversion(arguments: argparse.Namespace) -> ConvertConfig:
@@ -210,17 +218,17 @@ def _prepare(model: nn.Module, dense: nn.Module | None, data: Data, arguments: a
             steps=arguments.projections, multiple=arguments.expert_size, seed=arguments.seed
         )
         follow = _checkpoint(arguments, "projections")
-        print(replace_projections_(model, data.batches, projections, checkpoint=follow))
+        say(replace_projections_(model, data.batches, projections, checkpoint=follow))
     if arguments.sparsify is not None:
         sparsify = SparsifyConfig(seconds=arguments.sparsify, seed=arguments.seed)
         follow = _checkpoint(arguments, "sparsify")
         with fast_training(*(one for one in (model, dense) if one is not None)):
-            print(sparsify_(model, data.batches, sparsify, teacher=dense, checkpoint=follow))
+            say(sparsify_(model, data.batches, sparsify, teacher=dense, checkpoint=follow))
 
 
 def _convert_finetuned(
     model: nn.Module, dense: nn.Module | None, data: Data, arguments: argparse.Namespace
-) -> None:
+) -> BudgetReport:
     """The conversion, and what --finetune asks for after it, which trains the routers."""
     assert dense is not None
     asked = _conversion(arguments)
@@ -236,17 +244,15 @@ def _convert_finetuned(
     )
     convert_(model, data.batches, config, checkpoint=_checkpoint(arguments, "convert"))
     assert asked.budget is not None
-    print(
-        finetune_for_budget_(
-            model,
-            data.batches,
-            budget=asked.budget,
-            seconds=arguments.finetune,
-            dense=dense,
-            sparse=sparse,
-            seed=arguments.seed,
-            checkpoint=_checkpoint(arguments, "finetune"),
-        )
+    return finetune_for_budget_(
+        model,
+        data.batches,
+        budget=asked.budget,
+        seconds=arguments.finetune,
+        dense=dense,
+        sparse=sparse,
+        seed=arguments.seed,
+        checkpoint=_checkpoint(arguments, "finetune"),
     )
 
 
@@ -255,7 +261,7 @@ def _note_or_check_data(arguments: argparse.Namespace) -> None:
     from others (the steps themselves check the rest), NotADirectoryError where it is a file."""
     if arguments.checkpoint.exists() and not arguments.checkpoint.is_dir():
         raise NotADirectoryError(f"--checkpoint: {arguments.checkpoint} is a file, and a folder is wanted")
-    note = arguments.checkpoint / "data.json"
+    note = arguments.checkpoint / NOTE
     now = {name: str(getattr(arguments, name)) for name in ("batch_size", "max_length")}
     now |= {"data": str(arguments.data.resolve()), "checksum": str(_checksum(arguments.data))}
     if not is_begun(arguments.checkpoint):
@@ -275,10 +281,10 @@ def is_begun(checkpoint: Path) -> bool:
 
 
 def _checksum(data: Path) -> int:
-    """Of a file's bytes; of a folder, of the names and sizes of its files."""
+    """Of a file's bytes; of a folder, of the names and sizes of its images."""
     if not data.is_dir():
         return zlib.crc32(data.read_bytes())
-    files = sorted((str(p.relative_to(data)), p.stat().st_size) for p in data.rglob("*") if p.is_file())
+    files = sorted((str(p.relative_to(data)), p.stat().st_size) for p in images_in(data))
     return zlib.crc32(json.dumps(files).encode())
 
 

@@ -2,12 +2,15 @@
 
 import argparse
 import math
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from sadmoe.batches import run, to_device
 from sadmoe.data import Data, load_data
+from sadmoe.modules import device_of, evaluating
 from sadmoe.texts import load_model
 
 
@@ -19,6 +22,17 @@ def positive(text: str) -> int:
         number = 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return number
+
+
+def not_negative(text: str) -> float:
+    """A number of at least 0, for argparse."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0.0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
     return number
 
 
@@ -89,8 +103,16 @@ def device_named(name: str) -> torch.device:
     return device
 
 
+def check_data(arguments: argparse.Namespace) -> None:
+    """Raises FileNotFoundError where --data is not there."""
+    data = getattr(arguments, "data", None)
+    if data is not None and not data.exists():
+        raise FileNotFoundError(f"--data: there is no file or folder {data}")
+
+
 def loaded(arguments: argparse.Namespace, folder: Path) -> nn.Module:
-    """The transformers model of that folder, on --device."""
+    """The transformers model of that folder, on --device. What else the command reads is looked for first."""
+    check_data(arguments)
     device = device_named(arguments.device)
     model = load_model(folder)
     try:
@@ -100,11 +122,35 @@ def loaded(arguments: argparse.Namespace, folder: Path) -> nn.Module:
 
 
 def data_of(arguments: argparse.Namespace, model: nn.Module) -> Data:
-    """What --data holds, for the model of --model."""
-    return load_data(
+    """What --data holds, for the model of --model, which batches of a Python file are tried on."""
+    data = load_data(
         model,
         arguments.model,
         arguments.data,
         batch_size=arguments.batch_size,
         max_length=arguments.max_length,
     )
+    if data.kind == "python":
+        try:
+            with evaluating(model):
+                run(model, to_device(data.batches[0], device_of(model)))
+        except Exception as error:  # whatever a model raises
+            if is_out_of_memory(error):
+                raise
+            raise ValueError(
+                f"--data: this {type(model).__name__} does not run on the first of the batches of {arguments.data}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    return data
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it is of a lack of memory; torch's on the CPU has no class of its own."""
+    allocator = isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    return allocator or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
+def say(text: object) -> None:
+    """Prints what is told between steps, of which none is lost where nobody reads it any more."""
+    with suppress(BrokenPipeError):
+        print(text)

@@ -82,12 +82,11 @@ def run_demo(out: Path, *, seconds: float = SECONDS) -> str:
             f'    model = AutoModel.from_pretrained("{out / "model"}")',
         )
     )
-    with replaced(out):
-        out.mkdir(parents=True, exist_ok=True)
-        check_reload(model, tokenizer, out / "model", tests[:2])
-        (out / "demo.json").write_text(to_json([asdict(row) for row in rows]))
-        (out / "demo.txt").write_text(text + "\n")
-        picture(rows, out / "demo.png")
+    with replaced(out) as new:
+        check_reload(model, tokenizer, new / "model", tests[:2])
+        (new / "demo.json").write_text(to_json([asdict(row) for row in rows]))
+        (new / "demo.txt").write_text(text + "\n", encoding="utf-8")
+        picture(rows, new / "demo.png")
     return text
 
 

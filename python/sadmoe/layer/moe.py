@@ -136,10 +136,8 @@ class DynamicKMoE(Experts):
         flat = x.dim() == 2
         rows = x if flat else x.reshape(-1, x.shape[-1])
         gate = self.gate
-        if self.check_nan and rows.isnan().any():
-            raise ValueError(
-                "DynamicKMoE: x has NaN, for which no expert can be chosen; an earlier layer made it"
-            )
+        if self.check_nan:
+            self._refuse_nan(rows)
         if gate.true_norms:
             y = self._by_true_norms(rows, x.shape[:-1])
         elif self.runs_all_experts:
@@ -149,6 +147,22 @@ class DynamicKMoE(Experts):
         if (dropout := self._modules["dropout"]) is not None:
             y = dropout(y)
         return y if flat else y.reshape(*x.shape[:-1], y.shape[-1])
+
+    @torch.no_grad()
+    def _refuse_nan(self, x: Tensor) -> None:
+        """Raises ValueError where NaN of x [T, d], or of what says which experts run, leaves a token without some."""
+        if x.isnan().any():
+            raise ValueError(
+                "DynamicKMoE: x has NaN, for which no expert can be chosen; an earlier layer made it"
+            )
+        if (
+            not self.runs_all_experts
+            and (self.expert_norms if self.gate.true_norms else self.router)(x).isnan().any()
+        ):
+            raise ValueError(
+                "DynamicKMoE: its experts' scores have NaN, by which none is chosen; look for inf in x, and NaN or inf "
+                f"in the weights of its {'experts' if self.gate.true_norms else 'router'}"
+            )
 
     def mask(self, x: Tensor) -> Tensor:
         """The experts that `forward` runs: x [..., d] -> bool [..., E]."""
