@@ -40,6 +40,21 @@ def experts_problem(
     ]
 
 
+def int8_problem(*, dtype: torch.dtype = torch.float32, without_columns: bool = False, **kw) -> list:
+    """x, mask and the experts, as `sparse_experts_int8` takes them."""
+    x, mask, w_up, w_down, b_up, w_gate, b_gate, b_out = experts_problem(dtype=dtype, **kw)
+
+    def rounded(weight):
+        if weight is None:
+            return None, None
+        scale = (weight.float().abs().amax(-1) / 127).to(dtype)
+        return (weight.float() / scale.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8), scale
+
+    (w_up, scale_up), (w_down, scale_down), (w_gate, scale_gate) = map(rounded, (w_up, w_down, w_gate))
+    scale_out = None if without_columns else torch.linspace(0.25, 1.5, w_down.shape[2]).to(dtype)
+    return [x, mask, w_up, w_down, scale_up, scale_down, b_up, w_gate, scale_gate, b_gate, b_out, scale_out]
+
+
 def router_problem(
     d: int, E: int, r: int = 9, dtype: torch.dtype = torch.float32, seed: int = 1
 ) -> list[Tensor]:
@@ -50,7 +65,7 @@ def router_problem(
 
 
 def in_double(args: list[Tensor | None]) -> list[Tensor | None]:
-    return [a if a is None or a.dtype == torch.bool else a.double() for a in args]
+    return [a if a is None or not a.is_floating_point() else a.double() for a in args]
 
 
 def assert_as_good_as_torch(

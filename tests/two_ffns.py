@@ -1,6 +1,7 @@
 """A small model of two FFNs, and what is compared of it."""
 
 import torch
+from sadmoe.sparsify import SparsifyConfig, sparsify_
 from tiny_models import Residual
 from torch import Tensor, nn
 
@@ -51,3 +52,12 @@ def data(n: int = 3) -> list[Tensor]:
 
 def mean_square(model: nn.Module, batch: Tensor) -> Tensor:
     return (model(batch) - batch).square().mean()
+
+
+def short(**kw) -> SparsifyConfig:
+    return SparsifyConfig(**({"steps": 6, "lr": 5e-3, "alpha": 1.0} | kw))
+
+
+def run_sparsify(model: nn.Module, config: SparsifyConfig, batches=None, loss=None):
+    batches = data() if batches is None else batches
+    return sparsify_(model, batches, config, loss=loss, progress=False)
