@@ -204,7 +204,7 @@ def test_the_report_prints_as_an_aligned_table():
     assert "12 x 5" in lines[1]
     assert "silu GLU" in lines[1]
     assert lines[-2].startswith("all, worst error")
-    assert "90.0% of the dense FLOPs" in lines[-1]
+    assert "90.0% of the converted layers' dense FLOPs" in lines[-1]
 
 
 def test_the_report_is_json_also_where_a_router_has_no_r2():

@@ -12,7 +12,7 @@ from converted import converted
 from sadmoe import cli
 from sadmoe.evaluate import _Variant, evaluate, table
 from sadmoe.gates import DynamicK, TopK
-from sadmoe.model_report import short_names, told
+from sadmoe.model_report import sentence_heat, short_names, told
 from sadmoe.report import Heat, Page, Panel, Series, write_page
 from sadmoe.report.svg import bars, curves, heat, ticks
 from tiny_models import TINY
@@ -272,6 +272,24 @@ def test_the_command_writes_page_and_numbers(tmp_path, capsys):
     assert cli.main(command) == 2
     assert "is there already" in capsys.readouterr().err
     assert torch.get_num_threads() == threads
+
+
+def test_a_sentence_is_cut_to_the_positions_and_has_tokens():
+    model, asked = converted("bert"), []
+    model.config.max_position_embeddings = 7
+
+    class Tokenizer:
+        def __call__(self, sentence, truncation, max_length, return_tensors):
+            asked.append((truncation, max_length))
+            return {"input_ids": torch.ones(1, len(sentence.split()), dtype=torch.int64)}
+
+        def decode(self, ids):
+            return "x"
+
+    assert sentence_heat("", model, Tokenizer(), "a b c").columns == ["x"] * 3
+    assert asked == [(True, 7)]
+    with pytest.raises(ValueError, match="the sentence has no tokens: ' '"):
+        sentence_heat("", model, Tokenizer(), " ")
 
 
 def test_gates_are_told_in_words():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from sadmoe.batches import run, to_device
 from sadmoe.convert import restore_
@@ -79,13 +80,16 @@ def random_batch(model: nn.Module, samples: int, length: int) -> dict[str, Tenso
     config: Any = getattr(model, "config", None)
     generator = torch.Generator().manual_seed(0)
     kind = getattr(model, "main_input_name", None)
-    if kind == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
-        size = (samples, config.num_channels, config.image_size, config.image_size)
+    sides = getattr(config, "image_size", None)
+    sides = (sides, sides) if isinstance(sides, int) else sides
+    if kind == "pixel_values" and isinstance(sides, Sequence) and len(sides) == 2:
+        size = (samples, config.num_channels, *sides)
         dtype = next(model.parameters()).dtype
         return {kind: torch.randn(size, generator=generator, device="cpu").to(dtype)}
     if kind != "input_ids" or not isinstance(getattr(config, "vocab_size", None), int):
         raise NotImplementedError(
-            f"{type(model).__name__} takes neither token ids nor images, so no random input can be made for it"
+            f"{type(model).__name__} takes neither token ids nor images of a size that its config names, so no random "
+            "input can be made for it: give --data"
         )
     length = min(length, positions_of(model) or length)
     ids = torch.randint(config.vocab_size, (samples, length), generator=generator, device="cpu")
@@ -94,7 +98,12 @@ def random_batch(model: nn.Module, samples: int, length: int) -> dict[str, Tenso
 
 
 def compare(
-    model: nn.Module, batch: dict[str, Tensor], taus: Sequence[float], seconds: float = 0.6
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    taus: Sequence[float],
+    seconds: float = 0.6,
+    *,
+    progress: bool = False,
 ) -> list[Row]:
     """Times every layer on what enters it at the model's own gates, then the whole model, at those and at every tau.
 
@@ -110,7 +119,7 @@ def compare(
         with evaluating(model):
             seen = [_seen(model, layers, batch, gates) for _, gates in settings]
             rows: list[Row] = []
-            for name, layer in layers.items():
+            for name, layer in tqdm(layers.items(), "layers", disable=not progress):
                 rows += _compare_layer(name, layer, settings, seen[0].inputs[name], seconds)
             return rows + list(_compare_whole(model, layers, batch, settings, seen, seconds))
     finally:

@@ -254,12 +254,14 @@ class _Images(Sequence[Batch]):
 
 
 def _why_no_image(file: Path) -> str | None:
-    """What its head says against it, None where nothing does."""
+    """What is to be said against it, None where nothing is: it is read to its end, in a small size where it can be."""
     from PIL import Image
 
     try:
         with Image.open(file) as image:
             fine = image.mode.startswith("I") or image.mode == "F"
+            image.draft("RGB", (1, 1))
+            image.load()
     except Exception as error:  # whatever a decoder raises
         return f"{file} cannot be read as an image: {error}"
     return (

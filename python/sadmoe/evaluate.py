@@ -45,6 +45,7 @@ class Point:
             f"{self.tau:g}",
             f"{self.share:.1%}",
             f"{self.ffn_flops:.1%}",
+            f"{self.flops:.1%}",
             f"{self.error:.4f}",
             f"{self.seconds * 1e3:.0f}",
             f"{self.gain:.2f}x",
@@ -101,12 +102,12 @@ def evaluate(
     base = _Variant(model, 0.0) if dense is None else _Variant(dense)
     variants = [_Variant(model, value) for value in taus]
     with evaluating(model), evaluating(base.model):
-        errors = _errors(base, variants, batches, progress)
-        seconds = _seconds([base, *variants], batches, progress)
         reports = []
         for variant in tqdm(variants, "cost", disable=not progress):
             with variant.on():
                 reports.append(cost(model, batches))
+        errors = _errors(base, variants, batches, progress)
+        seconds = _seconds([base, *variants], batches, progress)
     points = []
     for value, variant, error, report in zip(taus, variants, errors, reports, strict=True):
         took, name = seconds[variant], "tau 0" if dense is None else "dense"
@@ -127,7 +128,15 @@ def evaluate(
 
 def header(base: str) -> tuple[str, ...]:
     """The names of a point's cells."""
-    return "tau", "executed share", "FFN FLOPs of dense", f"error to {base}", "ms", f"faster than {base}"
+    return (
+        "tau",
+        "executed share",
+        "layers' FLOPs",
+        "all FLOPs",
+        f"error to {base}",
+        "ms",
+        f"faster than {base}",
+    )
 
 
 def table(points: Sequence[Point]) -> str:
@@ -167,7 +176,7 @@ def _errors(base: _Variant, variants: Sequence[_Variant], batches: Batches, prog
 def _seconds(variants: Sequence[_Variant], batches: Batches, progress: bool) -> dict[_Variant, float]:
     """Of one pass of each over the batches: they take turns, so that the machine's moods fall on all alike."""
     turns: dict[_Variant, list[float]] = {variant: [] for variant in variants}
-    for _ in tqdm(range(PASSES), "timing", disable=not progress):
-        for variant, times in turns.items():
-            times.append(variant.seconds(batches))
+    passes = [variant for _ in range(PASSES) for variant in variants]
+    for variant in tqdm(passes, "timing", disable=not progress):
+        turns[variant].append(variant.seconds(batches))
     return {variant: median(times) for variant, times in turns.items()}

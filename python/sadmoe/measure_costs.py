@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from sadmoe import measured, ops, paths
 from sadmoe.dial import converted_layers
@@ -26,8 +27,9 @@ def calibrate_costs(
     tokens: Sequence[int] = TOKENS,
     seconds: float = 0.2,
     force: bool = False,
+    progress: bool = False,
 ) -> list[Costs]:
-    """Measures one layer of each shape of a converted model, adds that to the file, and returns it.
+    """Measures one layer of each shape of a converted model, adds each to the file, and returns them.
 
     What the file holds of other shapes and devices stays. Without force, shapes that it holds are left out; with it
     they are measured again, and a damaged file is replaced. This process reads the user's file again.
@@ -41,17 +43,20 @@ def calibrate_costs(
             "the experts of this model are int8 or packed and always run by the op: there is nothing to calibrate"
         )
     known = _read(path, force)
-    todo = [layer for layer in shapes.values() if force or _key(layer) not in known]
+    todo = [layer for layer in shapes.values() if force or key_of(layer) not in known]
     if not todo:
         raise FileExistsError(
             f"{path} holds this model's shapes on this device already: measure them again with --force"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     check_writable(path.parent, path)
-    found = [measure_costs(layer, tokens, seconds=seconds) for layer in todo]
-    known = _read(path, force)  # again: another process may have written meanwhile
-    measured.write(path, (known | {costs.key: costs for costs in found}).values())
-    paths.use_costs(None)
+    found = []
+    for layer in tqdm(todo, "shapes", disable=not progress):
+        costs = measure_costs(layer, tokens, seconds=seconds)
+        known = _read(path, force)  # again: another process may have written meanwhile
+        measured.write(path, (known | {costs.key: costs}).values())
+        paths.use_costs(None)
+        found.append(costs)
     return found
 
 
@@ -72,7 +77,7 @@ def measure_costs(
         found = {T: _costs(layer, T, shares, seconds) for T in tokens}
     curves = {T: curve for T, (curve, _) in found.items()}
     every_expert = {T: cost for T, (_, cost) in found.items()}
-    return Costs(*_key(layer), torch.get_num_threads(), curves, every_expert)
+    return Costs(*key_of(layer), torch.get_num_threads(), curves, every_expert)
 
 
 def costs_table(costs: Costs) -> str:
@@ -119,7 +124,8 @@ def _costs(layer: DynamicKMoE, T: int, shares: Sequence[float], seconds: float) 
     return curve, times["op at tau 0"] / times["dense at tau 0"]
 
 
-def _key(layer: DynamicKMoE) -> measured.Key:
+def key_of(layer: DynamicKMoE) -> measured.Key:
+    """What the costs of the layer are looked up by."""
     return paths.device_name(layer.w_up.device), paths.dtype_name(layer.w_up.dtype), layer.shape
 
 

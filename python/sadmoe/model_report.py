@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from sadmoe.batches import Batch, run, to_device
-from sadmoe.data import SHOWN, Data, words_of
+from sadmoe.data import SHOWN, Data, positions_of, words_of
 from sadmoe.dial import converted_layers
 from sadmoe.evaluate import Point, header
 from sadmoe.gates import DynamicK, Gate
@@ -26,14 +27,12 @@ NOTES = {  # by what errors are relative to
 }
 
 
-def report_page(model: nn.Module, data: Data, points: Sequence[Point], sentence: str | None = None) -> Page:
-    """The page of a converted transformers model: `points` from `evaluate`, the rest as its gates stand now.
-
-    sentence: of the heat map, where the model takes text; the data's first sample if None.
-    """
+def report_page(model: nn.Module, data: Data, points: Sequence[Point], heats: Sequence[Heat]) -> Page:
+    """The page of a converted transformers model: `points` are from `evaluate`, `heats` from `heats_of`, the rest is as
+    its gates stand now."""
     layers = converted_layers(model)
     with record_masks(model) as record, evaluating(model):
-        for batch in data.batches:
+        for batch in tqdm(data.batches, "experts"):
             with record.batch(batch):
                 run(model, to_device(batch, device_of(model)))
     tokens = sum(counts.tokens for counts in record.layers.values()) // len(layers)
@@ -51,7 +50,7 @@ def report_page(model: nn.Module, data: Data, points: Sequence[Point], sentence:
         table=(header(points[0].base), [point.cells() for point in points]),
         notes=(NOTES[points[0].base],),
         panels=_panels(points),
-        heats=_heats(model, data, sentence, now),
+        heats=heats,
         histograms={
             name: counts.histogram.tolist()
             for name, counts in zip(short_names(record.layers), record.layers.values(), strict=True)
@@ -95,7 +94,11 @@ def _panels(points: Sequence[Point]) -> list[Panel]:
     ]
 
 
-def _heats(model: nn.Module, data: Data, sentence: str | None, now: str) -> list[Heat]:
+def heats_of(model: nn.Module, data: Data, sentence: str | None = None) -> list[Heat]:
+    """What share of the experts each token of a sample runs, as the gates stand now: of the sentence, where the model
+    takes text, or of the data's first sample; [] where it has none. Raises ValueError where the sentence has no tokens.
+    """
+    now = told([layer.gate for layer in converted_layers(model).values()])
     heading = f"Experts of each token at {now}"
     if data.first is None:
         return []
@@ -127,7 +130,10 @@ def layer_heat(heading: str, model: nn.Module, batch: Batch, labels: Sequence[st
 
 def sentence_heat(heading: str, model: nn.Module, tokenizer: Any, sentence: str) -> Heat:
     """The same for the tokens of a sentence, the first SHOWN."""
-    batch = dict(tokenizer(sentence, truncation=True, max_length=SHOWN, return_tensors="pt"))
+    longest = min(SHOWN, positions_of(model) or SHOWN)
+    batch = dict(tokenizer(sentence, truncation=True, max_length=longest, return_tensors="pt"))
+    if batch["input_ids"].numel() == 0:
+        raise ValueError(f"the sentence has no tokens: {sentence!r}")
     words = words_of(tokenizer, batch["input_ids"][0])
     return layer_heat(heading, model, to_device(batch, device_of(model)), words)
 

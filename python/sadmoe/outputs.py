@@ -41,9 +41,16 @@ def check_folder(folder: Path, force: bool, reads: Sequence[Path] = ()) -> None:
     check_writable(folder, folder)
 
 
-def check_files(paths: Sequence[Path], force: bool) -> None:
-    """Raises an error unless each of them can be written: absent, or with `force` a file, in a folder that is there."""
+def check_files(paths: Sequence[Path], force: bool, reads: Sequence[Path] = ()) -> None:
+    """Raises an error unless each of them can be written: absent, or with `force` a file, in a folder that is there,
+    and neither what the command `reads` nor a file of a model in a folder that it reads."""
     for path in paths:
+        whole = path.resolve()
+        if any(
+            whole == read.resolve() or (whole.is_relative_to(read.resolve()) and SAVED.fullmatch(whole.name))
+            for read in reads
+        ):
+            raise ValueError(f"{path} is read by this command, and would be replaced: write to another file")
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder, and a file is to be written: choose another name")
         if path.exists() and not force:

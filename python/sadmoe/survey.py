@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from sadmoe.attention import scan_projections
-from sadmoe.batches import Batches, check_batches, rows_of, run, to_device
+from sadmoe.batches import Batches, check_batches, length, rows_of, run, to_device
 from sadmoe.cost import neuron_flops
 from sadmoe.ffn import FFNSite, Skipped, find_ffns, moe_layers, overlooked, scan_ffns
 from sadmoe.ffn.linears import linear_shape
@@ -94,7 +95,7 @@ class Survey:
         return "\n".join(lines)
 
 
-def survey(model: nn.Module, batches: Batches) -> Survey:
+def survey(model: nn.Module, batches: Batches, *, progress: bool = False) -> Survey:
     """Runs a dense model over batches, and says what converting it could save at most; the model is left as it was.
 
     batches: of what the model is for, as `convert_` takes them; of random data the shares of FLOPs are right, and the
@@ -111,9 +112,10 @@ def survey(model: nn.Module, batches: Batches) -> Survey:
     sites, skipped = scan_ffns(model, batches=batches)
     if not sites:
         find_ffns(model, batches=batches)  # says why
-    sparsities = measure_sparsity(model, batches, sites)
     projections, refused = scan_projections(model, batches=batches)
-    total, rows = _count(model, batches, [*(site.first for site in sites), *(p.first for p in projections)])
+    linears = [*(site.first for site in sites), *(p.first for p in projections)]
+    sparsities = measure_sparsity(model, batches, sites, progress=progress)
+    total, rows = _count(model, batches, linears, progress)
     ffns = tuple(
         _share_of(site, sparsity, rows[site.first] / total)
         for site, sparsity in zip(sites, sparsities, strict=True)
@@ -145,7 +147,7 @@ def _share_of(site: FFNSite, sparsity: LayerSparsity, rows_of_flops: float) -> F
 
 
 def _count(
-    model: nn.Module, batches: Batches, linears: Sequence[nn.Module]
+    model: nn.Module, batches: Batches, linears: Sequence[nn.Module], progress: bool
 ) -> tuple[int, dict[nn.Module, int]]:
     """FLOPs of the model over all batches, and the rows that entered each of the linear layers."""
     rows = dict.fromkeys(linears, 0)
@@ -155,7 +157,7 @@ def _count(
 
     hooks = (linear.register_forward_hook(count) for linear in linears)
     with hooks_on(hooks), evaluating(model), FlopCount(model) as counted:
-        for batch in batches:
+        for batch in tqdm(batches, "FLOPs", length(batches), disable=not progress):
             run(model, to_device(batch, device_of(model)))
     return counted.flops, rows
 

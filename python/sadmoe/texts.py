@@ -48,8 +48,14 @@ def load_model(folder: Path) -> nn.Module:
         raise FileNotFoundError(f"{folder} holds no model: config.json is missing")
     with loading(folder):
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    named = getattr(transformers, (config.architectures or [""])[0], None)
+    wanted = (config.architectures or [""])[0]
+    named = getattr(transformers, wanted, None)
     model_class: Any = named if isinstance(named, type) else transformers.AutoModel
+    if wanted and model_class is not named:
+        logger.warning(
+            "%s: its config names a %s, which transformers does not have: loaded by AutoModel, without a head",
+            folder, wanted,
+        )  # fmt: skip
     with loading(folder):
         return model_class.from_pretrained(folder, local_files_only=True).eval()
 

@@ -31,4 +31,5 @@ def converted(folder, data, out, *more):
 
 
 def evaluated(folder, data, *taus):
-    return cli.main(["evaluate", "--model", str(folder), "--data", str(data), "--tau", *taus])
+    more = ["--tau", *taus] if taus else []
+    return cli.main(["evaluate", "--model", str(folder), "--data", str(data), *more])

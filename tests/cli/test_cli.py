@@ -21,12 +21,25 @@ def test_convert_then_evaluate(folder, text, tmp_path, capsys):
     assert converted(folder, text, out, "--tau", "0.2") == 0
     printed = capsys.readouterr().out
     assert f'BertModel.from_pretrained("{out}")' in printed
+    assert "nothing was fine-tuned: a model with GELU loses quality" in printed
     assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == "sadmoe"
     assert evaluated(out, text, "0", "0.5") == 0
     header, zero, half = capsys.readouterr().out.strip().splitlines()
     assert "executed share" in header
     assert zero.split()[1] == "100.0%"
     assert float(half.split()[1].rstrip("%")) < 100
+    assert evaluated(out, text) == 0
+    rows = capsys.readouterr().out.strip().splitlines()[1:]
+    assert [row.split()[0] for row in rows] == ["0", "0.01", "0.03", "0.1", "0.2", "0.3", "1"], (
+        "as saved, too"
+    )
+
+
+def test_a_model_that_was_fine_tuned_or_has_relu_is_not_said_to_lose(folder, text, tmp_path, capsys):
+    assert converted(folder, text, tmp_path / "a", "--tau", "0.2", "--sparsify", "0.1") == 0
+    relu = bert(tmp_path / "relu", hidden_act="relu")
+    assert converted(relu, text, tmp_path / "b", "--tau", "0.2") == 0
+    assert "nothing was fine-tuned" not in capsys.readouterr().out
 
 
 def test_survey_on_data_and_on_random_tokens(folder, text, capsys):
@@ -237,6 +250,11 @@ def test_finetune_does_all_that_comes_after_the_conversion(text, tmp_path, capsy
     assert taus.pop() > 0
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: pytest.fail("it was trained again"))
     assert converted(folder, text, tmp_path / "again", *more) == 0
+    monkeypatch.setattr(convert_command, "cost", interrupt)
+    capsys.readouterr()
+    assert converted(folder, text, tmp_path / "third", *more) == 130
+    assert f"interrupted; the model is saved in {tmp_path / 'third'}" in capsys.readouterr().err
+    assert (tmp_path / "third" / "config.json").exists()
 
 
 def test_packed_layers_are_timed_as_such(folder, text, tmp_path, capsys, monkeypatch):

@@ -16,7 +16,14 @@ from command_line import WORDS, bert, converted
 
 @pytest.mark.parametrize(
     ("device", "told"),
-    [("gpu", "--device gpu: "), ("cuda", "sees no CUDA device here"), ("cpu:x", "--device cpu:x: ")],
+    [
+        ("gpu", "--device gpu: "),
+        ("cuda", "sees no CUDA device here"),
+        ("cpu:x", "--device cpu:x: "),
+        pytest.param(
+            "xpu", "--device xpu: ", marks=pytest.mark.skipif(torch.xpu.is_available(), reason="is one")
+        ),
+    ],
 )
 @pytest.mark.parametrize("command", ["bench", "survey", "evaluate", "report", "convert"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
@@ -113,6 +120,40 @@ def test_a_number_that_is_not_above_0_is_refused_by_its_flag(flag, value, tmp_pa
     assert f"argument {flag}: must be a {kind} above 0, got '{value}'" in capsys.readouterr().err
 
 
+def test_a_seed_that_torch_does_not_take_is_refused_by_its_flag(tmp_path, capsys):
+    for value in ("-1", "99999999999999999999", "x"):
+        with pytest.raises(SystemExit, match="2"):
+            converted(tmp_path / "no model", tmp_path / "no data", tmp_path / "out", "--seed", value)
+        assert "argument --seed: must be a whole number from 0 to" in capsys.readouterr().err
+
+
+def test_what_cannot_be_saved_is_refused_before_it_is_trained(folder, text, tmp_path, capsys, monkeypatch):
+    def fails(*args, **settings):
+        raise ValueError("it has a temperature and does not sample")
+
+    monkeypatch.setattr(convert_command, "sparsify_", lambda *_, **__: pytest.fail("it was trained"))
+    for place, name in ((transformers.BertConfig, "config"), (transformers.BertTokenizer, "what makes its")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, "save_pretrained", fails)
+            assert converted(folder, text, tmp_path / "out", "--sparsify", "9") == 2
+        told = capsys.readouterr().err
+        assert f"--model: the {name}" in told
+        assert "cannot be saved, so no converted model could be: it has a temperature" in told
+
+
+def test_a_dense_model_of_another_kind_or_size_is_refused(folder, text, tmp_path, capsys):
+    out, other = tmp_path / "moe", bert(tmp_path / "other", hidden_size=16)
+    assert converted(folder, text, out, "--tau", "0.2") == 0
+    argv = ["evaluate", "--model", str(out), "--data", str(text), "--dense"]
+    assert cli.main([*argv, str(other)]) == 2
+    told = f"--dense: {other} is not what {out} was converted from: embeddings."
+    assert told in capsys.readouterr().err
+    config = transformers.AutoConfig.from_pretrained(folder)
+    transformers.BertForMaskedLM(config).save_pretrained(other)
+    assert cli.main([*argv, str(other)]) == 2
+    assert "converted from: that is a BertForMaskedLM, this a BertModel" in capsys.readouterr().err
+
+
 def test_a_device_without_memory_left_is_one_line(folder, text, tmp_path, capsys, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -143,10 +184,10 @@ def test_a_place_that_cannot_be_a_folder_is_refused_at_once(tmp_path, text, caps
 
 
 def test_what_calibrate_would_not_look_at_is_refused(tmp_path, capsys):
-    more = ("--json", str(tmp_path / "numbers.json"), "--tau", "0.1", "--packed")
+    more = ("--json", str(tmp_path / "numbers.json"), "--tau", "0.1", "--packed", "--batch-size", "16")
     assert cli.main(["bench", "--model", str(tmp_path), "--calibrate", *more]) == 2
     assert (
-        "--calibrate measures layers at shares of its own: leave out --tau, --packed, --json"
+        "--calibrate measures layers at shares of its own: leave out --tau, --batch-size, --packed, --json"
         in capsys.readouterr().err
     )
     assert cli.main(["bench", "--model", str(tmp_path), "--tokens", "8"]) == 2
@@ -227,11 +268,11 @@ def test_memory_that_lacks_is_one_line(folder, text, monkeypatch, capsys):
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(cli, "survey", lambda *args, error=error: (_ for _ in ()).throw(error))
+            patch.setattr(cli, "survey", lambda *args, error=error, **kw: (_ for _ in ()).throw(error))
             assert cli.main(["survey", "--model", str(folder), "--data", str(text)]) == 2
         assert "sadmoe: error: out of memory; try less of --data" in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "survey", lambda *args: (_ for _ in ()).throw(RuntimeError("of ours")))
+        patch.setattr(cli, "survey", lambda *args, **kw: (_ for _ in ()).throw(RuntimeError("of ours")))
         with pytest.raises(RuntimeError, match="of ours"):
             cli.main(["survey", "--model", str(folder), "--data", str(text)])
 

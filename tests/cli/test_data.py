@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from sadmoe import cli, moe_layers, texts
+from sadmoe.cli import convert as convert_command
 from sadmoe.data import _lines_of_pairs, load_data
 
 transformers = pytest.importorskip("transformers")
@@ -58,13 +59,16 @@ def test_a_model_of_images_is_converted_evaluated_and_reported(vit, photos, tmp_
     assert "ViTForImageClassification.from_pretrained" in capsys.readouterr().out
     assert (out / "preprocessor_config.json").exists()
     assert evaluated(out, photos, "0", "1") == 0
-    assert float(capsys.readouterr().out.splitlines()[-1].split()[3]) > 0  # error
+    assert float(capsys.readouterr().out.splitlines()[-1].split()[4]) > 0  # error
     report = ["report", "--model", str(out), "--data", str(photos), "--out", str(page)]
     assert cli.main([*report, "--sentence", "few"]) == 2
     assert "--sentence: this ViTForImageClassification is not run on text alone" in capsys.readouterr().err
     assert cli.main([*report, "--tau", "0", "0.5"]) == 0
     assert "Experts of each token of the first image" in page.read_text()
-    assert cli.main(["bench", "--model", str(out), "--data", str(photos), "--seconds", "0.01"]) == 0
+    bench = ["bench", "--model", str(out), "--data", str(photos), "--seconds", "0.01"]
+    assert cli.main([*bench, "--max-length", "9"]) == 2
+    assert "--max-length is of texts, and this is a model of images" in capsys.readouterr().err
+    assert cli.main(bench) == 0
 
 
 def test_an_encoder_decoder_is_converted_evaluated_and_reported(t5, pairs, tmp_path, capsys):
@@ -73,7 +77,7 @@ def test_an_encoder_decoder_is_converted_evaluated_and_reported(t5, pairs, tmp_p
     assert len(moe_layers(transformers.T5ForConditionalGeneration.from_pretrained(out))) == 2
     capsys.readouterr()
     assert evaluated(out, pairs, "0", "1") == 0
-    assert float(capsys.readouterr().out.splitlines()[-1].split()[3]) > 0
+    assert float(capsys.readouterr().out.splitlines()[-1].split()[4]) > 0
     report = ["report", "--model", str(out), "--data", str(pairs), "--out", str(page)]
     assert cli.main([*report, "--sentence", "few tokens"]) == 2
     assert "is not run on text alone" in capsys.readouterr().err
@@ -114,7 +118,10 @@ def test_any_model_takes_the_batches_of_a_python_file(whisper, tmp_path, capsys)
     assert len(moe_layers(transformers.WhisperModel.from_pretrained(out))) == 2
     capsys.readouterr()
     assert evaluated(out, data, "0", "1") == 0
-    assert float(capsys.readouterr().out.splitlines()[-1].split()[3]) > 0
+    assert float(capsys.readouterr().out.splitlines()[-1].split()[4]) > 0
+    for flag in ("--batch-size", "--max-length"):
+        assert converted(whisper, data, tmp_path / "other", flag, "16") == 2
+        assert f"{flag}: the batches of {data} are as it makes them" in capsys.readouterr().err
     assert cli.main(["report", "--model", str(out), "--data", str(data), "--out", str(page)]) == 0
     assert "WhisperModel, converted" in page.read_text()
     data.write_text("batches = 3")
@@ -125,11 +132,23 @@ def test_any_model_takes_the_batches_of_a_python_file(whisper, tmp_path, capsys)
         ("x = 1\nbatches = [x / 0]", "mine.py, line 2 raised ZeroDivisionError: division by zero"),
         ("batches = [", "mine.py raised SyntaxError: '[' was never closed (mine.py, line 1)"),
         ("import sys\nsys.exit()", "mine.py, line 2 raised SystemExit"),
-        ("batches = [{'input_features': [1.0]}]", "WhisperModel does not run on the first of the batches of"),
+        ("batches = [{'input_features': [1.0]}]", "WhisperModel does not run on batch 0 of"),
     ):
         data.write_text(wrong)
         assert converted(whisper, data, tmp_path / "other") == 2
         assert told in capsys.readouterr().err
+
+
+def test_all_batches_of_a_python_file_are_tried_before_anything_is_trained(
+    folder, tmp_path, capsys, monkeypatch
+):
+    data = tmp_path / "mine.py"
+    data.write_text(
+        "import torch\nbatches = [{'input_ids': torch.full((1, 4), i)} for i in (1, 2, 99)]  # of 11 words"
+    )
+    monkeypatch.setattr(convert_command, "sparsify_", lambda *_, **__: pytest.fail("it was trained"))
+    assert converted(folder, data, tmp_path / "out", "--sparsify", "9") == 2
+    assert "this BertModel does not run on batch 2 of" in capsys.readouterr().err
 
 
 def test_a_mark_of_the_byte_order_is_no_part_of_the_first_pair(pairs):
@@ -219,6 +238,13 @@ def test_images_that_cannot_be_read_are_named(vit, tmp_path):
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
     with pytest.raises(ValueError, match=r"b\.png cannot be read as an image"):
         list(load_data(model, vit, tmp_path, batch_size=1, max_length=8).batches)
+    (tmp_path / "b.png").unlink()
+    images.effect_noise((200, 200), 90).save(tmp_path / "b.jpg")
+    whole = (tmp_path / "b.jpg").read_bytes()
+    (tmp_path / "b.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"b\.jpg cannot be read as an image: .*truncated"):
+        load_data(model, vit, tmp_path, batch_size=1, max_length=8)
+    (tmp_path / "b.jpg").unlink()
     images.new("I;16", (20, 20)).save(tmp_path / "b.png")
     (tmp_path / "c.jpg").touch()
     told = r"b\.png has more than 8 bits a colour.*; .*c\.jpg cannot be read as an image"

@@ -7,6 +7,7 @@ from sadmoe.outputs import replaced
 
 transformers = pytest.importorskip("transformers")
 from command_line import converted
+from sadmoe import cli
 
 
 def test_nothing_is_overwritten_without_force(folder, text, tmp_path, capsys):
@@ -60,6 +61,22 @@ def test_what_is_read_is_not_replaced(folder, text, tmp_path, capsys):
             "read by this command, and would be replaced: write to another folder" in capsys.readouterr().err
         )
     assert sorted(out.iterdir()) == before
+
+
+def test_a_file_that_is_read_is_not_replaced(folder, text, tmp_path, capsys):
+    out = tmp_path / "moe"
+    assert converted(folder, text, out, "--tau", "0.1") == 0
+    data = text.rename(tmp_path / "reviews.json")
+    report = ["report", "--model", str(out), "--data", str(data), "--tau", "0.1", "--force", "--out"]
+    for place, read in ((data, data), (out / "config.html", out / "config.json")):
+        before = read.read_bytes()
+        assert cli.main([*report, str(place.with_suffix(".html"))]) == 2
+        assert f"{read} is read by this command, and would be replaced" in capsys.readouterr().err
+        assert read.read_bytes() == before
+    bench = ["bench", "--model", str(out), "--json", str(out / "config.json"), "--force"]
+    assert cli.main(bench) == 2
+    assert "is read by this command" in capsys.readouterr().err
+    assert cli.main([*report, str(out / "report.html")]) == 0
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from torch import nn
 
 from sadmoe import ops
-from sadmoe.bench import random_batch
 from sadmoe.cli.bench import add_bench
 from sadmoe.cli.convert import add_convert, is_begun
 from sadmoe.cli.options import (
@@ -26,12 +25,15 @@ from sadmoe.cli.options import (
     is_out_of_memory,
     loaded,
     positive_number,
+    random_input,
 )
 from sadmoe.demo.recipe import SECONDS, run_demo
+from sadmoe.dial import converted_layers, gates_of
 from sadmoe.evaluate import evaluate, table
 from sadmoe.ffn import moe_layers
 from sadmoe.files import replacing
-from sadmoe.model_report import report_page
+from sadmoe.gates import DynamicK
+from sadmoe.model_report import heats_of, report_page
 from sadmoe.outputs import check_files, check_folder
 from sadmoe.paths import dtype_name
 from sadmoe.report import write_page
@@ -52,6 +54,9 @@ examples:
 """
 
 
+TAUS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # to evaluate at
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. 0: done, 2: a wrong argument or file, 130: interrupted."""
     arguments = _parser().parse_args(argv)
@@ -65,10 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.command(arguments)
     except KeyboardInterrupt:
-        saved = getattr(arguments, "checkpoint", None)
-        kept = saved is not None and is_begun(saved)
-        told = f"the same command goes on from the last save in {saved}" if kept else "nothing was saved"
-        print(f"sadmoe: interrupted; {told}", file=sys.stderr)
+        print(f"sadmoe: interrupted; {_what_is_kept(arguments)}", file=sys.stderr)
         return 130
     except (
         ValueError, TypeError, OSError, ImportError, NotImplementedError, FloatingPointError, SafetensorError,
@@ -84,6 +86,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     return 0
+
+
+def _what_is_kept(arguments: argparse.Namespace) -> str:
+    """After an interruption."""
+    if saved := getattr(arguments, "saved", None):
+        return f"the model is saved in {saved}"
+    checkpoint = getattr(arguments, "checkpoint", None)
+    if checkpoint is not None and is_begun(checkpoint):
+        return f"the same command goes on from the last save in {checkpoint}"
+    return "nothing was saved"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -192,8 +204,7 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
         "--tau",
         type=float,
         nargs="+",
-        default=[0.0, 0.01, 0.03, 0.1, 0.3, 1.0],
-        help="tau to run at (default: %(default)s)",
+        help=f"tau to run at (default: {' '.join(f'{tau:g}' for tau in TAUS)} and the one that it was saved with)",
     )
 
 
@@ -205,16 +216,16 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _survey(arguments: argparse.Namespace) -> None:
     model = loaded(arguments, arguments.model)
     if arguments.data:
-        print(survey(model, data_of(arguments, model).batches))
+        print(survey(model, data_of(arguments, model).batches, progress=True))
     else:
-        print(survey(model, [random_batch(model, arguments.batch_size, arguments.max_length)]))
+        print(survey(model, [random_input(arguments, model)]))
         print("of random input: how sparse the activations are, --data tells")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     model, dense = _models(arguments)
     batches = data_of(arguments, model).batches
-    print(table(evaluate(model, batches, arguments.tau, dense=dense, progress=True)))
+    print(table(evaluate(model, batches, _taus(arguments, model), dense=dense, progress=True)))
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -222,19 +233,29 @@ def _report(arguments: argparse.Namespace) -> None:
     page, numbers = arguments.out, arguments.out.with_suffix(".json")
     if page == numbers:
         raise ValueError(f"--out names the page, and {numbers} is where its numbers go: give a name in .html")
-    check_files((page, numbers), arguments.force)
+    reads = [path for path in (arguments.model, arguments.dense, arguments.data) if path is not None]
+    check_files((page, numbers), arguments.force, reads=reads)
     model, dense = _models(arguments)
     data = data_of(arguments, model)
     if arguments.sentence is not None and data.kind != "text":
         raise ValueError(f"--sentence: this {type(model).__name__} is not run on text alone; leave it out")
-    points = evaluate(model, data.batches, sorted(arguments.tau), dense=dense, progress=True)
-    print(table(points))
-    made = report_page(model, data, points, arguments.sentence)
+    heats = heats_of(model, data, arguments.sentence)  # first, as the sentence may be none
+    points = evaluate(model, data.batches, sorted(_taus(arguments, model)), dense=dense, progress=True)
+    made = report_page(model, data, points, heats)
     with replacing(numbers) as beside:
         beside.write_text(to_json([asdict(point) for point in points]))
     with replacing(page) as beside:
         write_page(beside, made)
-    print(f"\n{page}, and the numbers in {numbers}")
+    print(f"{table(points)}\n\n{page}, and the numbers in {numbers}")
+
+
+def _taus(arguments: argparse.Namespace, model: nn.Module) -> list[float]:
+    """Those of --tau, or TAUS and the one that the model was saved with, where all its layers have the same."""
+    if arguments.tau is not None:
+        return arguments.tau
+    gates = set(gates_of(converted_layers(model)).values())
+    saved = {gate.tau for gate in gates if isinstance(gate, DynamicK)} if len(gates) == 1 else set()
+    return sorted({*TAUS, *saved})
 
 
 def _models(arguments: argparse.Namespace) -> tuple[nn.Module, nn.Module | None]:
@@ -245,6 +266,10 @@ def _models(arguments: argparse.Namespace) -> tuple[nn.Module, nn.Module | None]
             f"--dense: {arguments.dense} holds a converted model, and the one it was made from is wanted"
         )
     model = loaded(arguments, arguments.model)
+    if dense is not None and (other := _other_than(model, dense)) is not None:
+        raise ValueError(
+            f"--dense: {arguments.dense} is not what {arguments.model} was converted from: {other}"
+        )
     dtypes = {m: next(m.parameters()).dtype for m in (model, dense) if m is not None}
     if dense is not None and dtypes[dense] != dtypes[model]:  # convert trains in float32, and saves so
         print(
@@ -252,3 +277,14 @@ def _models(arguments: argparse.Namespace) -> tuple[nn.Module, nn.Module | None]
         )
         dense.to(dtypes[model])
     return model, dense
+
+
+def _other_than(model: nn.Module, dense: nn.Module) -> str | None:
+    """In what the dense model cannot be the one that `model` was converted from, None where nothing says so."""
+    if type(model) is not type(dense):
+        return f"that is a {type(dense).__name__}, this a {type(model).__name__}"
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, tensor in dense.state_dict().items():
+        if name in own and own[name] != tuple(tensor.shape):
+            return f"{name} is {list(tensor.shape)} in that one, {list(own[name])} in this"
+    return None

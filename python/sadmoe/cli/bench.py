@@ -1,13 +1,15 @@
 """`sadmoe bench`: a converted model timed beside dense, and the measurements by which its layers choose."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from sadmoe.bench import compare, random_batch, table
+from sadmoe.bench import compare, table
 from sadmoe.cli.options import (
     add_common,
     add_data,
@@ -16,12 +18,13 @@ from sadmoe.cli.options import (
     device_named,
     loaded,
     not_negative,
+    random_input,
 )
 from sadmoe.dial import set_batch_invariant
 from sadmoe.ffn import moe_layers
 from sadmoe.files import replacing
-from sadmoe.measure_costs import TOKENS, calibrate_costs, costs_table
-from sadmoe.measured import cache_file, read
+from sadmoe.measure_costs import TOKENS, calibrate_costs, costs_table, key_of
+from sadmoe.measured import Costs, Key, cache_file, read
 from sadmoe.outputs import check_files
 from sadmoe.packed import pack_experts_
 from sadmoe.paths import dtype_name, use_costs
@@ -93,6 +96,8 @@ def _bench(arguments: argparse.Namespace) -> None:
             "--tau": arguments.tau,
             "--batch-invariant": arguments.batch_invariant,
             "--data": arguments.data,
+            "--batch-size": arguments.batch_size,
+            "--max-length": arguments.max_length,
             "--packed": arguments.packed,
             "--json": arguments.json,
         }
@@ -106,7 +111,8 @@ def _bench(arguments: argparse.Namespace) -> None:
         )
     device_named(arguments.device)
     if arguments.json:
-        check_files((arguments.json,), arguments.force)
+        reads = [path for path in (arguments.model, arguments.data) if path is not None]
+        check_files((arguments.json,), arguments.force, reads=reads)
     model = loaded(arguments, arguments.model)
     model = model.to(getattr(torch, arguments.dtype)) if arguments.dtype else model
     if arguments.calibrate:
@@ -116,7 +122,7 @@ def _bench(arguments: argparse.Namespace) -> None:
             raise FileNotFoundError(
                 f"--cache {arguments.cache}: no such file; with --calibrate, sadmoe bench measures and writes it"
             )
-        use_costs(read(cache_file(arguments.cache)).values())
+        _use(read(cache_file(arguments.cache)), model, arguments.cache)
     if arguments.batch_invariant:
         set_batch_invariant(model, arguments.batch_invariant == "yes")
     packed = pack_experts_(model) if arguments.packed else ()
@@ -128,22 +134,37 @@ def _bench(arguments: argparse.Namespace) -> None:
     if arguments.data:
         batch = data_of(arguments, model).batches[0]
     else:
-        batch = random_batch(model, arguments.batch_size, arguments.max_length)
-    rows = compare(model, batch, arguments.tau, arguments.seconds)
-    told = f", {len(packed)} of {len(moe_layers(model))} layers packed" if packed else ""
-    print(
-        f"{machine()}, {dtype_name(next(model.parameters()).dtype)}, {arguments.device}{told}\n\n{table(rows)}"
-    )
+        batch = random_input(arguments, model)
+    rows = compare(model, batch, arguments.tau, arguments.seconds, progress=True)
     if arguments.json:
         numbers = {"machine": machine(), "packed": packed, "rows": [asdict(row) for row in rows]}
         with replacing(arguments.json) as beside:
             beside.write_text(to_json(numbers))
+    told = f", {len(packed)} of {len(moe_layers(model))} layers packed" if packed else ""
+    print(
+        f"{machine()}, {dtype_name(next(model.parameters()).dtype)}, {arguments.device}{told}\n\n{table(rows)}"
+    )
+
+
+def _use(costs: dict[Key, Costs], model: nn.Module, cache: Path) -> None:
+    """Layers choose by these. Raises ValueError where none is of a layer of the model."""
+    if not any(key_of(layer) in costs for layer in moe_layers(model).values()):
+        raise ValueError(
+            f"--cache {cache}: it has no measurement of this model's layers, dtype and device; measure them with "
+            "--calibrate"
+        )
+    use_costs(costs.values())
 
 
 def _calibrate(arguments: argparse.Namespace, model: Any) -> None:
     path = cache_file(arguments.cache)
     found = calibrate_costs(
-        model, path, tokens=arguments.tokens or TOKENS, seconds=arguments.seconds, force=arguments.force
+        model,
+        path,
+        tokens=arguments.tokens or TOKENS,
+        seconds=arguments.seconds,
+        force=arguments.force,
+        progress=True,
     )
     print(f"{machine()}, {arguments.device}. Cost: the sparse op over dense products, at an executed share.")
     for costs in found:
@@ -155,4 +176,9 @@ def _calibrate(arguments: argparse.Namespace, model: Any) -> None:
         if arguments.cache
         else "layers of these shapes decide"
     )
-    print(f"\nwrote {path}: {reader} by it on this machine")
+    told = ", in float32 where batch_invariant=False and at tau = 0" if _is_float32(found) else ""
+    print(f"\nwrote {path}: {reader} by it on this machine{told}")
+
+
+def _is_float32(costs: Sequence[Costs]) -> bool:
+    return any(one.dtype == "float32" for one in costs)

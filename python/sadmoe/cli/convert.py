@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import tempfile
 import zlib
 from contextlib import suppress
 from dataclasses import replace
@@ -24,16 +25,20 @@ from sadmoe.cli.options import (
     positive,
     positive_number,
     say,
+    seed,
+    sizes_of,
 )
 from sadmoe.convert import ConvertConfig, checked_sites, convert_
 from sadmoe.cost import cost
 from sadmoe.data import Data, images_in
+from sadmoe.dial import converted_layers
 from sadmoe.ffn import FFNNotFoundError, moe_layers
 from sadmoe.files import replacing
 from sadmoe.int8 import quantize_experts_
 from sadmoe.mixed import fast_training
 from sadmoe.outputs import check_folder, replaced
 from sadmoe.paths import dtype_name
+from sadmoe.reference import RECTIFIERS
 from sadmoe.routers import RouterConfig
 from sadmoe.sparsify import SparsifyConfig, sparsify_
 from sadmoe.training import Checkpoint
@@ -41,6 +46,10 @@ from sadmoe.training import Checkpoint
 NOTE = "sadmoe-data.json"  # in --checkpoint: the data that its steps are made from
 STEPS = ("projections", "sparsify", "convert", "finetune")  # each with a folder of its own in --checkpoint
 BUDGET = 0.5  # where neither it nor tau is given
+UNTRAINED = (
+    "nothing was fine-tuned: a model with GELU loses quality below a budget of about 0.9, one with SiLU at any; "
+    "`sadmoe evaluate` tells how much, --sparsify and --finetune win it back"
+)
 PROJECTION_ROUTER = 32  # width: an MLP of attention costs an eighth of an FFN
 
 
@@ -115,7 +124,7 @@ def add_convert(commands: Any) -> None:
         help="round the experts' weights to int8, routers to 16 bits: a quarter of the bytes; faster with AVX-512, and "
         "with AVX2 for few tokens",
     )
-    command.add_argument("--seed", type=int, default=0, help="of all random choices (default: %(default)s)")
+    command.add_argument("--seed", type=seed, default=0, help="of all random choices (default: %(default)s)")
     add_common(command)
     command.set_defaults(command=_convert)
 
@@ -133,7 +142,8 @@ def _convert(arguments: argparse.Namespace) -> None:
             f"the model is {dtype_name(dtype)}: trained and saved in float32; from_pretrained(dtype=...) rounds it"
         )
         model.float()
-    data = data_of(arguments, model)
+    data = data_of(arguments, model, try_all=_trains(arguments))
+    _check_saving(model, data)
     _check_cuts(model, data, arguments)
     if arguments.checkpoint is not None:
         _note_or_check_data(arguments)
@@ -150,6 +160,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         model.save_pretrained(new)  # type: ignore[operator]
         if data.processor is not None:
             data.processor.save_pretrained(new)
+    arguments.saved = arguments.out
     print(told)
     if rounded is not None:
         print(rounded)
@@ -159,7 +170,11 @@ def _convert(arguments: argparse.Namespace) -> None:
         f'    model = {type(model).__name__}.from_pretrained("{arguments.out}")'
     )
     if arguments.finetune is not None:
-        print(f"\n{cost(model, data.batches)}")
+        print(f"\n{cost(model, data.batches, progress=True)}")
+    elif arguments.sparsify is None and any(
+        layer.act not in RECTIFIERS for layer in converted_layers(model).values()
+    ):
+        print(f"\n{UNTRAINED}")
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -199,6 +214,23 @@ def _trains(arguments: argparse.Namespace) -> bool:
 def _compares_with_dense(arguments: argparse.Namespace) -> bool:
     """Whether a step compares with the dense model, of which the steps before it may have left little."""
     return arguments.finetune is not None or bool(arguments.projections and arguments.sparsify is not None)
+
+
+def _check_saving(model: nn.Module, data: Data) -> None:
+    """Raises ValueError where what goes beside the weights cannot be saved, before anything is trained."""
+    parts: dict[str, Any] = {"config": model.config, "what makes its inputs": data.processor}
+    if getattr(model, "can_generate", lambda: False)():
+        parts["generation config"] = model.generation_config
+    with tempfile.TemporaryDirectory() as folder:
+        for name, part in parts.items():
+            try:
+                if part is not None:
+                    part.save_pretrained(folder)
+            except Exception as error:  # whatever a library of the model's raises
+                raise ValueError(
+                    f"--model: the {name} of this {type(model).__name__} cannot be saved, so no converted model could "
+                    f"be: {error}"
+                ) from error
 
 
 def _check_cuts(model: nn.Module, data: Data, arguments: argparse.Namespace) -> None:
@@ -262,7 +294,7 @@ def _note_or_check_data(arguments: argparse.Namespace) -> None:
     if arguments.checkpoint.exists() and not arguments.checkpoint.is_dir():
         raise NotADirectoryError(f"--checkpoint: {arguments.checkpoint} is a file, and a folder is wanted")
     note = arguments.checkpoint / NOTE
-    now = {name: str(getattr(arguments, name)) for name in ("batch_size", "max_length")}
+    now = {name: str(size) for name, size in sizes_of(arguments).items()}
     now |= {"data": str(arguments.data.resolve()), "checksum": str(_checksum(arguments.data))}
     if not is_begun(arguments.checkpoint):
         note.parent.mkdir(parents=True, exist_ok=True)

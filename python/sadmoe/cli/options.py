@@ -4,14 +4,20 @@ import argparse
 import math
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from sadmoe.batches import run, to_device
+from sadmoe.bench import random_batch
 from sadmoe.data import Data, load_data
 from sadmoe.modules import device_of, evaluating
 from sadmoe.texts import load_model
+
+BATCH_SIZE = 16
+MAX_LENGTH = 128
 
 
 def positive(text: str) -> int:
@@ -22,6 +28,17 @@ def positive(text: str) -> int:
         number = 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return number
+
+
+def seed(text: str) -> int:
+    """What torch takes as a seed, for argparse."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^63 - 1, got {text!r}")
     return number
 
 
@@ -70,14 +87,9 @@ def add_data(command: argparse.ArgumentParser, *, default: str | None = None) ->
         "encoder-decoder lines of source, tab and target; of an image model a folder of images; of any model a Python "
         "file that sets `batches`" + (f" (default: {default})" if default else ""),
     )
+    command.add_argument("--batch-size", type=positive, help=f"samples in a batch (default: {BATCH_SIZE})")
     command.add_argument(
-        "--batch-size", type=positive, default=16, help="samples in a batch (default: %(default)s)"
-    )
-    command.add_argument(
-        "--max-length",
-        type=positive,
-        default=128,
-        help="tokens after which a text is cut (default: %(default)s)",
+        "--max-length", type=positive, help=f"tokens after which a text is cut (default: {MAX_LENGTH})"
     )
 
 
@@ -96,6 +108,11 @@ def device_named(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda"):
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:  # of a device that torch lacks
+            raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: torch {torch.__version__} sees no CUDA device here")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -104,10 +121,15 @@ def device_named(name: str) -> torch.device:
 
 
 def check_data(arguments: argparse.Namespace) -> None:
-    """Raises FileNotFoundError where --data is not there."""
+    """Raises FileNotFoundError where --data is not there, ValueError where sizes are given beside a Python file."""
     data = getattr(arguments, "data", None)
-    if data is not None and not data.exists():
+    if data is None:
+        return
+    if not data.exists():
         raise FileNotFoundError(f"--data: there is no file or folder {data}")
+    if data.suffix == ".py" and (arguments.batch_size or arguments.max_length):
+        flag = "--batch-size" if arguments.batch_size else "--max-length"
+        raise ValueError(f"{flag}: the batches of {data} are as it makes them: leave it out")
 
 
 def loaded(arguments: argparse.Namespace, folder: Path) -> nn.Module:
@@ -117,31 +139,46 @@ def loaded(arguments: argparse.Namespace, folder: Path) -> nn.Module:
     model = load_model(folder)
     try:
         return model.to(device)
-    except RuntimeError as error:  # no memory there, or no such device here
+    except RuntimeError as error:  # no memory there
         raise ValueError(f"--device {arguments.device}: {str(error).splitlines()[0]}") from error
 
 
-def data_of(arguments: argparse.Namespace, model: nn.Module) -> Data:
-    """What --data holds, for the model of --model, which batches of a Python file are tried on."""
-    data = load_data(
-        model,
-        arguments.model,
-        arguments.data,
-        batch_size=arguments.batch_size,
-        max_length=arguments.max_length,
-    )
+def sizes_of(arguments: argparse.Namespace) -> dict[str, int]:
+    """batch_size and max_length, those that were not given as they are by default."""
+    return {
+        "batch_size": arguments.batch_size or BATCH_SIZE,
+        "max_length": arguments.max_length or MAX_LENGTH,
+    }
+
+
+def data_of(arguments: argparse.Namespace, model: nn.Module, *, try_all: bool = False) -> Data:
+    """What --data holds, for the model of --model, which the first batch of a Python file, or all, are tried on."""
+    data = load_data(model, arguments.model, arguments.data, **sizes_of(arguments))
+    if data.kind == "images" and arguments.max_length:
+        raise ValueError("--max-length is of texts, and this is a model of images: leave it out")
     if data.kind == "python":
-        try:
-            with evaluating(model):
-                run(model, to_device(data.batches[0], device_of(model)))
-        except Exception as error:  # whatever a model raises
-            if is_out_of_memory(error):
-                raise
-            raise ValueError(
-                f"--data: this {type(model).__name__} does not run on the first of the batches of {arguments.data}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        tried = data.batches if try_all else [data.batches[0]]
+        with evaluating(model):
+            for i, batch in enumerate(tqdm(tried, "trying the batches", disable=not try_all)):
+                _try(model, batch, f"batch {i} of {arguments.data}")
     return data
+
+
+def random_input(arguments: argparse.Namespace, model: nn.Module) -> dict[str, Tensor]:
+    """A batch for where no --data is given."""
+    sizes = sizes_of(arguments)
+    return random_batch(model, sizes["batch_size"], sizes["max_length"])
+
+
+def _try(model: nn.Module, batch: Any, name: str) -> None:
+    try:
+        run(model, to_device(batch, device_of(model)))
+    except Exception as error:  # whatever a model raises
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"--data: this {type(model).__name__} does not run on {name}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -67,7 +67,11 @@ class ConversionReport:
             f"{self.error:.1e}",
         )
         table = format_table(header, [*map(_cells, self.layers), total])
-        budget = "" if self.budget is None else f", solved for {self.budget:.1%} of the dense FLOPs"
+        budget = (
+            ""
+            if self.budget is None
+            else f", solved for {self.budget:.1%} of the converted layers' dense FLOPs"
+        )
         steps = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in self.seconds.items())
         return f"{table}\ntau {self.tau:.4g}{budget}; {self.tokens} tokens; {steps}"
 

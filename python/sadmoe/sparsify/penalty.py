@@ -10,12 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from tqdm.auto import tqdm
 
 from sadmoe import reference
 from sadmoe.batches import (
     Batch,
     Batches,
     check_batches,
+    length,
     mask_rows,
     real_rows,
     refuse_mask,
@@ -188,7 +190,12 @@ class LayerSparsity:
 
 
 def measure_sparsity(
-    model: nn.Module, batches: Batches, sites: Sequence[FFNSite] | None = None, *, loss: Loss | None = None
+    model: nn.Module,
+    batches: Batches,
+    sites: Sequence[FFNSite] | None = None,
+    *,
+    loss: Loss | None = None,
+    progress: bool = False,
 ) -> list[LayerSparsity]:
     """The sparsity of every FFN over `batches`, in the order of the sites, padding left out; in eval mode, the model is
     left as it was.
@@ -217,7 +224,7 @@ def measure_sparsity(
 
     hooks = (site.first.register_forward_hook(partial(count, site)) for site in sites)
     with uncompiled(), hooks_on(hooks), evaluating(model):
-        for batch in batches:
+        for batch in tqdm(batches, "activations", length(batches), disable=not progress):
             current["batch"] = to_device(batch, device_of(model))
             (run if loss is None else loss)(model, current["batch"])
     if missed := [name for name, (pairs, *_) in counts.items() if pairs == 0]:
