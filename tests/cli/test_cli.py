@@ -233,6 +233,18 @@ def test_a_checkpoint_may_lie_among_what_is_no_image_and_leaves_others_notes(tmp
     assert convert_command._checksum(tmp_path) != first
 
 
+def test_tables_of_words_and_what_is_tied_to_them_stay_as_they_are(folder, text, tmp_path):
+    more = ("--tau", "0.2", "--sparsify", "0.3", "--batch-size", "4")
+    assert converted(folder, text, tmp_path / "moe", *more) == 0
+    before, after = (transformers.BertModel.from_pretrained(path) for path in (folder, tmp_path / "moe"))
+    tables = [name for name, m in before.named_modules() if isinstance(m, torch.nn.Embedding)]
+    assert len(tables) == 3
+    for name in tables:
+        assert torch.equal(before.get_submodule(name).weight, after.get_submodule(name).weight)
+    name = "encoder.layer.0.attention.self.query.weight"
+    assert not torch.equal(before.get_parameter(name), after.get_parameter(name))
+
+
 def test_finetune_does_all_that_comes_after_the_conversion(text, tmp_path, capsys, monkeypatch):
     folder, state, out = (tmp_path / name for name in ("wide", "state", "out"))
     bert(folder, hidden_size=128, intermediate_size=512)  # beside which the routers are small

@@ -148,6 +148,9 @@ def _convert(arguments: argparse.Namespace) -> None:
     if arguments.checkpoint is not None:
         _note_or_check_data(arguments)
     dense = copy.deepcopy(model) if _compares_with_dense(arguments) else None
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):  # and what is tied to it, of which hidden states say nothing
+            module.weight.requires_grad_(False)
     _prepare(model, dense, data, arguments)
     told: object
     if arguments.finetune is None:

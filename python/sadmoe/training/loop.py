@@ -122,8 +122,8 @@ class _Update:
             )
         if short := {p.dtype for p in self.parameters if p.dtype.itemsize < 4}:
             warnings.warn(
-                f"{name} trains weights in {', '.join(sorted(map(str, short)))}, to which small updates are lost by "
-                "rounding: give it the model in float32, under torch.autocast(..., torch.bfloat16)",
+                f"{name} trains weights in {', '.join(sorted(map(str, short)))}, which lose small updates, and AdamW's "
+                "means small gradients: give it the model in float32, under torch.autocast(..., torch.bfloat16)",
                 stacklevel=2,
             )
         biases = {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2] in BIASES}
