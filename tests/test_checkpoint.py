@@ -205,7 +205,9 @@ def test_a_loaded_model_computes_the_same_bits(name, device, tmp_path):
     save(model, tmp_path / "m.safetensors")
     with torch.device(device):
         fresh = TINY[name].build().eval()
+    random = torch.get_rng_state()
     load(fresh, tmp_path / "m.safetensors")
+    assert torch.equal(torch.get_rng_state(), random)
     assert torch.equal(call(fresh, TINY[name].batch()), call(model, TINY[name].batch()))
     a, b = model.state_dict(), fresh.state_dict()
     assert list(a) == list(b)

@@ -65,6 +65,17 @@ def test_what_was_restored_converts_again_to_the_same():
     assert all(torch.equal(value, first[key]) for key, value in model.state_dict().items())
 
 
+def test_an_order_of_neurons_that_is_lost_is_no_dense_model():
+    model, batches = model_and_batches()
+    convert(model, batches)
+    (layer, *_) = moe_layers(model).values()
+    with torch.no_grad():  # as of AveragedModel(use_buffers=True), which rounds down
+        layer.permutation.copy_(0.9 * layer.permutation.float() + 0.1 * layer.permutation.float() - 1e-3)
+    with pytest.raises(ValueError, match="permutation, the order of the layer's neurons, is none"):
+        restore_(model)
+    assert len(moe_layers(model)) == 2
+
+
 def test_there_is_nothing_to_restore_in_a_dense_model():
     with pytest.raises(ValueError, match="nothing to restore: no FFN of this Sequential is converted"):
         restore_(TINY["user glu"].model())

@@ -17,6 +17,7 @@ from problems import (
 )
 from sadmoe import ops, reference
 from sadmoe.layer import SCALES
+from sadmoe.layer.rounding import to_int8
 from sadmoe.ops import fallback
 from tiny_models import TINY
 from torch import Tensor, library
@@ -265,6 +266,18 @@ def test_routers_get_back_the_dtype_that_they_had(dtype):
     assert layer.router.v1.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scales_are_rounded_up_in_every_dtype_and_nan_is_not_lost(dtype):
+    weight = torch.tensor([1.0, 1e-4, 3e-6, 1e-7, 0.0]).view(5, 1, 1) * torch.tensor([1.0, -0.5])
+    _, scale = to_int8(weight, dtype)
+    assert scale.dtype == dtype
+    assert (127 * scale.float() >= weight.abs().amax(-1)).all(), "none of the weights is clipped"
+    assert scale[:4].all()
+    assert not scale[4].any()
+    weight[0, 0, 0] = torch.nan
+    assert to_int8(weight, dtype)[1][0].isnan().all()
+
+
 def test_neurons_without_weights_stay_zero():
     layer = random_layer()
     with torch.no_grad():
@@ -339,6 +352,10 @@ def test_int8_and_floats_are_not_loaded_into_each_other():
             with pytest.raises(RuntimeError, match=told):
                 layer.load_state_dict(other.state_dict(), strict=strict)
         assert all(torch.equal(layer.state_dict()[name], t) for name, t in before.items())
+    for layer, other in ((floats, rounded), (rounded, floats)):
+        part = {"w_down": other.state_dict()["w_down"]}
+        with pytest.raises(RuntimeError, match="w_down is of"):
+            layer.load_state_dict(part, strict=False)
     again = random_layer()
     again.to_int8_()
     again.load_state_dict(rounded.state_dict())

@@ -402,6 +402,29 @@ def test_hooks_of_the_router_see_what_it_says():
         assert not torch.equal(y, plain)
 
 
+def test_a_router_of_the_user_s_own_is_asked():
+    class Constant(Router):
+        def forward(self, x):
+            return super().forward(x) * torch.tensor([1.0, 0, 0, 0, 0, 0])
+
+    layer, x = make_layer(gate=DynamicK(0.5)), tokens(30, 20)
+    layer.router = Constant(20, 6, 8)
+    mask = layer.mask(x)
+    assert mask[:, 0].all()
+    assert not mask[:, 1:].any()
+    torch.testing.assert_close(layer(x), layer.masked_dense(x, mask))
+
+
+def test_a_mask_of_another_kind_is_refused_on_every_path():
+    layer, x = make_layer(), tokens(4, 20)
+    mask = layer.mask(x)
+    for wrong, error in ((mask.float(), TypeError), (mask[:, :3], ValueError), (mask[:2], ValueError)):
+        with torch.no_grad(), pytest.raises(error, match="mask must be"):
+            layer.masked_dense(x, wrong)
+        with pytest.raises(RuntimeError, match="mask must be"):
+            ops.sparse_experts(x, wrong, *layer.expert_weights(), act=layer.act)
+
+
 def test_trains_through_the_sparse_op():
     layer = make_layer(bias=("b_up", "b_out")).train()
     layer.gate = DynamicK(0.4)

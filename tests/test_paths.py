@@ -497,6 +497,12 @@ def test_one_call_sets_a_whole_model():
         set_batch_invariant(torch.nn.Linear(2, 2), True)
 
 
+def test_a_dtype_that_the_op_does_not_take_is_left_to_the_op_to_refuse(monkeypatch):
+    monkeypatch.setattr(paths.ops, "runs_kernels", lambda device: True)
+    card = torch.device("cuda", 5)
+    assert paths.sparse_until(LayerShape(768, 768, 48, 64, 128, False, 8), 512, card, torch.float64, 1.0) == 1
+
+
 def test_a_card_that_no_kernel_is_built_for_computes_densely(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))

@@ -1,9 +1,11 @@
 """The loop of sparsity enforcement."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError, dataclass
 from itertools import islice
 
+import numpy
 import pytest
 import torch
 from clock import Clock
@@ -155,6 +157,34 @@ def test_the_same_seed_gives_the_same_model_and_another_one_does_not():
         states.append(state(model))
     assert same(states[0], states[1])
     assert not same(states[0], states[2])
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Of samples that NumPy and Python make noise for."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, i: int):
+        rows = torch.cat(data(2))[i]
+        return rows + numpy.random.rand() + random.random()
+
+
+def test_numpy_s_and_python_s_random_numbers_are_seeded_and_left_alone_too():
+    loader, states = torch.utils.data.DataLoader(Noisy(), batch_size=2), []
+    for noise in (1, 2):
+        random.seed(noise)
+        numpy.random.seed(noise)
+        before = random.getstate(), numpy.random.get_state()[1].tolist()
+
+        def loss(model, batch):
+            return mean_square(model, batch) * (1 + numpy.random.rand() + random.random())
+
+        model = two_ffns()
+        run_sparsify(model, short(objective="task"), loader, loss=loss)
+        assert (random.getstate(), numpy.random.get_state()[1].tolist()) == before
+        states.append(state(model))
+    assert same(*states)
 
 
 def test_a_dataloader_works_as_a_list_does_and_leaves_the_random_state_alone():

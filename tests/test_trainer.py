@@ -143,6 +143,30 @@ def test_a_run_that_failed_adds_nothing_to_the_loss_of_later_calls(tmp_path):
     assert all(not module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_model_that_was_not_trained_gets_its_activations_back(trained, tmp_path):
+    class Raises(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == trained:
+                raise KeyboardInterrupt
+
+    config = model_of("bert classifier").config
+    config.hidden_act = "gelu"
+    callback, model = SparsityCallback(), transformers.BertForSequenceClassification(config)
+    batch = {"input_ids": Rows(1, causal=False)[0]["input_ids"][None]}
+    before = model.eval()(**batch).logits
+    arguments = transformers.TrainingArguments(
+        tmp_path, max_steps=2, use_cpu=True, report_to=[], disable_tqdm=True
+    )
+    data = Rows(8, causal=False)
+    trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback, Raises()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    callback.stop()
+    assert model.config.hidden_act == ("relu" if trained else "gelu")
+    assert torch.equal(model.eval()(**batch).logits, before) == (not trained)
+
+
 def test_the_ffns_and_the_penalty_are_those_asked_for(tmp_path):
     seen = {}
 

@@ -100,7 +100,10 @@ def rebuild(
     if dense.f != experts * size:
         raise ValueError(f"{name}: has {dense.f} neurons in this model, {experts} x {size} in the one saved")
     order = torch.arange(dense.f, device=dense.w_up.device) if order is None else order
-    layer = layer_from_dense(dense, order, experts, width, _gate(name, description["gate"]))
+    with torch.random.fork_rng(
+        [dense.w_up.device] if dense.w_up.is_cuda else []
+    ):  # a new router draws weights
+        layer = layer_from_dense(dense, order, experts, width, _gate(name, description["gate"]))
     layer.router.target_power = float(power)
     swap_in(model, site, layer)
     if description.get("int8"):

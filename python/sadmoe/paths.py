@@ -69,6 +69,8 @@ def sparse_until(
     """
     if device.type == "cuda" and not ops.runs_kernels(device):
         return 0.0  # the op is plain torch, which computes every expert too
+    if dtype not in ops.DTYPES:
+        return 1.0  # the op says so
     found = _measured(layer, device, dtype)
     if found is None and device.type == "cuda":
         card = crossover.card_for(torch.cuda.get_device_capability(device))

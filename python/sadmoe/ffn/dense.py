@@ -154,7 +154,14 @@ def layer_from_dense(
 
 
 def dense_from_layer(layer: DynamicKMoE) -> DenseFFN:
-    """The FFN of the layer as copies, its neurons in the order they had before `layer_from_dense`."""
+    """The FFN of the layer as copies, its neurons in the order they had before `layer_from_dense`. Raises ValueError
+    where that order is lost, as by an average over buffers."""
+    slots = layer.permutation
+    if not torch.equal(slots.sort().values, torch.arange(len(slots), device=slots.device)):
+        raise ValueError(
+            "permutation, the order of the layer's neurons, is none: it must not be trained, averaged (an average of "
+            "models with its buffers) or cast; load it again from the model's file"
+        )
     tensors: dict[str, Any] = {}
     for name in TENSORS:
         weight = getattr(layer, name)
@@ -163,7 +170,7 @@ def dense_from_layer(layer: DynamicKMoE) -> DenseFFN:
         else:
             weight = layer.float_weights(name) if name in SCALES else weight
             rows = weight.detach().flatten(0, 1)
-            tensors[name] = torch.empty_like(rows).index_copy_(0, layer.permutation, rows)
+            tensors[name] = torch.empty_like(rows).index_copy_(0, slots, rows)
     trainable = frozenset(n for n in TENSORS if layer.trains(n))
     dropout = 0.0 if layer.dropout is None else layer.dropout.p
     return DenseFFN(act=layer.act, dropout=dropout, trainable=trainable, **tensors)

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from sadmoe.dial import tau
 from sadmoe.ffn import find_ffns, swap_activations_
+from sadmoe.ffn.activation_swap import Undo
 from sadmoe.modules import evaluating, refuse_compiled
 from sadmoe.reference import RECTIFIERS
 from sadmoe.router_loss import RouterLoss
@@ -172,7 +173,7 @@ class SparsityCallback(AddedLoss):
     so it goes on where it was when training resumes from a checkpoint.   filter: which FFNs, as in `find_ffns`.
     Works with gradient accumulation, non-reentrant checkpointing, mixed precision and several processes. The logged
     loss has the penalty in it, the evaluation's has not; `last` is the latest penalty, without alpha. After a run that
-    raised an error, `stop()` takes the callback off the model.
+    raised an error, `stop()` takes the callback off the model, and gives it back its activations unless it was trained.
     Raises ValueError where the Trainer makes the loss itself (label smoothing, compute_loss_func): use `SparsityLoss`
     in a compute_loss of your own instead. Source: arXiv 2310.04361, section 3.1.
     """
@@ -197,6 +198,7 @@ class SparsityCallback(AddedLoss):
             relu_swap=relu_swap,
         )
         self.filter = filter
+        self._swap_back: Undo | None = None  # of a model whose weights are as they were
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Swaps the activations, and starts to watch the model."""
@@ -206,7 +208,8 @@ class SparsityCallback(AddedLoss):
         refuse_compiled(model)  # before its activations are swapped
         sites = find_ffns(model, self.filter)
         if self.config.relu_swap:
-            swap_activations_(model, [site for site in sites if site.act not in RECTIFIERS], "relu")
+            undo = swap_activations_(model, [site for site in sites if site.act not in RECTIFIERS], "relu")
+            self._swap_back = undo if state.global_step == 0 else None
         term = SparsityLoss(model, sites, penalty=self.config.penalty, displacement=self.config.displacement)
         self.watch(model, term, args)
 
@@ -214,6 +217,18 @@ class SparsityCallback(AddedLoss):
         """Sets the weight of the moment."""
         super().on_step_begin(args, state, control, **kwargs)
         self.alpha = self.config.alpha_at((state.global_step + 0.5) / state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """From now on the weights are those of a model with the new activations."""
+        self._swap_back = None
+        super().on_step_end(args, state, control, **kwargs)
+
+    def stop(self) -> None:
+        """Leaves the model as any other: of itself at the end of a run; call it after one that raised an error."""
+        super().stop()
+        if self._swap_back is not None:
+            self._swap_back()
+            self._swap_back = None
 
 
 class RouterCallback(AddedLoss):

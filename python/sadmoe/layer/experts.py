@@ -226,14 +226,15 @@ class Experts(nn.Module):
         errors: Any,
     ) -> None:
         """torch copies between int8 and floats without a word, which makes nonsense of either."""
-        given = state_dict.get(f"{prefix}w_up")
-        if isinstance(given, Tensor) and (given.dtype == torch.int8) != self.is_int8:
-            step = "dequantize_experts_" if self.is_int8 else "quantize_experts_"
-            kinds = ("floats", "int8") if self.is_int8 else ("int8", "floats")
-            errors.append(
-                f"{prefix}w_up is of {kinds[0]}, the model's experts are {kinds[1]}: {step}(model) first"
-            )
-            return
+        for name in SCALES:
+            given = state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and (given.dtype == torch.int8) != self.is_int8:
+                step = "dequantize_experts_" if self.is_int8 else "quantize_experts_"
+                kinds = ("floats", "int8") if self.is_int8 else ("int8", "floats")
+                errors.append(
+                    f"{prefix}{name} is of {kinds[0]}, the model's experts are {kinds[1]}: {step}(model) first"
+                )
+                return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def dense(self, x: Tensor) -> Tensor:
@@ -260,7 +261,14 @@ class Experts(nn.Module):
         return ops.sparse_experts(x, mask, w_up, w_down, b_up, w_gate, b_gate, b_out, act=self.act)
 
     def masked_dense(self, x: Tensor, mask: Tensor) -> Tensor:
-        """`ops.sparse_experts` by torch's own products, every expert computed: x [T, d], mask [T, E] -> [T, d_out]."""
+        """`ops.sparse_experts` by torch's own products, every expert computed: x [T, d], mask [T, E] -> [T, d_out].
+
+        Raises TypeError or ValueError where the mask is another, as a gate of the user's may make it.
+        """
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be bool, got {mask.dtype}: let the gate return scores > threshold")
+        if mask.shape != (x.shape[0], self.experts):
+            raise ValueError(f"mask must be [{x.shape[0]}, {self.experts}], got {list(mask.shape)}")
         return self._down(self._hidden(x, mask))
 
     @torch.no_grad()

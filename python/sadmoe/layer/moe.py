@@ -193,8 +193,9 @@ class DynamicKMoE(Experts):
     def _dynamic_k(self, x: Tensor, tau: float) -> Tensor:
         router: Any = self._modules["router"]  # as an attribute it is slow, too
         own = router.__dict__
-        # Hooks of the router, such as accelerate's and pruning's, run only where it is called.
-        if "_hf_hook" in own or own["_forward_pre_hooks"] or own["_forward_hooks"]:
+        # A forward of the user's, and hooks, such as accelerate's and pruning's, run only where the router is called.
+        plain = type(router).forward is Router.forward and "forward" not in own
+        if not plain or "_hf_hook" in own or own["_forward_pre_hooks"] or own["_forward_hooks"]:
             return self._sparse(x, self.mask(x))
         v1, v2 = router.weights()
         if self.is_int8:

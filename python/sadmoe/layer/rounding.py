@@ -9,7 +9,7 @@ SMALLEST_COLUMN = 2.0**-14  # scale of a column beside the largest, 1: what floa
 def to_int8(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """weight float32 [E, s, n] -> int8 of its shape, and the scale [E, s] of every neuron, of that dtype: 127 steps to
     each side of 0, up to the neuron's largest weight."""
-    scale = _up_to_bfloat16(weight.abs().amax(-1) / 127).to(dtype)
+    scale = _up_to(dtype, _up_to_bfloat16(weight.abs().amax(-1) / 127))
     divisor = scale.float().clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
     return (weight / divisor).round().clamp(-127, 127).to(torch.int8), scale
 
@@ -23,6 +23,14 @@ def column_scales(weight: Tensor) -> Tensor:
 
 
 def _up_to_bfloat16(x: Tensor) -> Tensor:
-    """The smallest bfloat16 values that are not below x >= 0, in float32."""
+    """The smallest bfloat16 values that are not below x >= 0, in float32; NaN stays so."""
     bits = (x.view(torch.int32) + 0xFFFF) & ~0xFFFF
-    return bits.view(torch.float32)
+    return bits.view(torch.float32).where(x.isfinite(), x)
+
+
+def _up_to(dtype: torch.dtype, x: Tensor) -> Tensor:
+    """The smallest values of the dtype that are not below x >= 0: float16 has few below 6e-5."""
+    near = x.to(dtype)
+    return near.where(near.float() >= x, near.nextafter(torch.full_like(near, torch.inf))).where(
+        ~x.isnan(), near
+    )

@@ -1,8 +1,11 @@
 """What training a model in place must give back: its tensors if it fails, the random state."""
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import numpy
 import torch
 from torch import nn
 
@@ -29,13 +32,17 @@ def all_or_nothing(model: nn.Module) -> Iterator[list[Callable[[], None]]]:
 
 @contextmanager
 def seeded(model: nn.Module, seed: int) -> Iterator[list[int]]:
-    """torch's random state, on the CPU and where the model is, starts from `seed`; afterwards it is what it was. Yields
-    the CUDA devices."""
+    """The random state, torch's on the CPU and where the model is, NumPy's and Python's, starts from `seed`; afterwards
+    it is what it was. Yields the CUDA devices."""
     tensors = (*model.parameters(), *model.buffers())
     devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
+    before = _states()
     with torch.random.fork_rng(devices):
         _seed(devices, seed)
-        yield devices
+        try:
+            yield devices
+        finally:
+            _set_states(before)
 
 
 def reseed(cuda_devices: Sequence[int], seed: int, number: int) -> None:
@@ -47,18 +54,35 @@ def _seed(cuda_devices: Sequence[int], seed: int) -> None:
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every device
     for index in cuda_devices:
         torch.cuda.default_generators[index].manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+
+
+def _states() -> tuple[Any, ...]:
+    """Of the CPU's random numbers: torch's, NumPy's and Python's."""
+    return torch.get_rng_state(), numpy.random.get_state(), random.getstate()
+
+
+def _set_states(states: tuple[Any, ...]) -> None:
+    of_torch, of_numpy, of_python = states
+    torch.set_rng_state(of_torch)
+    numpy.random.set_state(of_numpy)
+    random.setstate(of_python)
 
 
 class Apart:
     """A context in which the CPU's random numbers are a sequence of its own, which goes on from entry to entry."""
 
     def __init__(self, seed: int):
-        self.state = torch.Generator().manual_seed(seed).get_state()
+        before = _states()
+        _seed((), seed)
+        self.states = _states()
+        _set_states(before)
 
     def __enter__(self) -> None:
-        self.outside = torch.get_rng_state()
-        torch.set_rng_state(self.state)
+        self.outside = _states()
+        _set_states(self.states)
 
     def __exit__(self, *exception: object) -> None:
-        self.state = torch.get_rng_state()
-        torch.set_rng_state(self.outside)
+        self.states = _states()
+        _set_states(self.outside)
