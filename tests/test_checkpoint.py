@@ -215,6 +215,18 @@ def test_a_loaded_model_computes_the_same_bits(name, device, tmp_path):
     assert not any(t.is_meta for t in (*fresh.parameters(), *fresh.buffers()))
 
 
+def test_loading_mlps_for_projections_moves_no_random_numbers(tmp_path):
+    model, batch = TINY["bert"].model(), TINY["bert"].batch()
+    config = sadmoe.ProjectionConfig(steps=1, multiple=4)
+    sadmoe.replace_projections_(model, [batch], config, progress=False)
+    convert_(model, [batch], ConvertConfig(expert_size=4, router=RouterConfig(steps=1)), progress=False)
+    save(model, tmp_path / "m.safetensors")
+    fresh = TINY["bert"].model()
+    before = torch.get_rng_state()
+    load(fresh, tmp_path / "m.safetensors")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_loaded_model_restores_to_the_dense_one(tmp_path):
     dense, model = TINY["bert"].model(), converted("bert")
     save(model, tmp_path / "m.safetensors")

@@ -305,7 +305,7 @@ def test_bench_times_layers_and_model_beside_dense(folder, tmp_path, capsys):
     assert "bfloat16, cpu" in capsys.readouterr().out
 
 
-def test_calibrate_says_what_it_wrote_and_later_runs_use_it(folder, user, tmp_path, capsys):
+def test_calibrate_says_what_it_wrote_and_later_runs_use_it(folder, user, tmp_path, capsys, monkeypatch):
     argv = ["bench", "--model", str(folder), "--calibrate", "--seconds", "0", "--tokens", "1"]
     assert cli.main(argv) == 0
     printed = capsys.readouterr().out
@@ -328,6 +328,13 @@ def test_calibrate_says_what_it_wrote_and_later_runs_use_it(folder, user, tmp_pa
     assert "2 of 2" in capsys.readouterr().out
     assert cli.main([*argv, "--dtype", "bfloat16"]) == 2
     assert "it has no measurement of this model's layers, dtype and device" in capsys.readouterr().err
+    transformers = pytest.importorskip("transformers")
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.bench, "compare", lambda *_, **__: [])
+        patch.setattr(cli.bench, "table", lambda rows: "timed")
+        sadmoe.quantize_experts_(model := transformers.AutoModel.from_pretrained(folder))
+        model.save_pretrained(tmp_path / "int8")
+        assert cli.main(["bench", "--model", str(tmp_path / "int8"), "--cache", str(here)]) == 0
     (here / "costs.json").write_text("")
     assert cli.main(argv) == 2
     assert "is damaged" in capsys.readouterr().err

@@ -75,8 +75,24 @@ def test_a_token_that_is_much_longer_than_the_others_does_not_silence_them():
         x[:, 0] *= 1000
         after = objective(x)
         assert after > 0.5 * before
-        x[:] = 0
-        assert objective(x).isfinite()
+
+
+def test_a_token_of_zeros_counts_as_little_and_is_finite():
+    model, dense, x = nn.Sequential(two_ffns()[0]), nn.Sequential(two_ffns()[0]), data()[0]
+    for name, p in (*model.named_parameters(), *dense.named_parameters()):
+        if name.endswith("bias"):
+            p.data.zero_()
+    x[0, 0] = 0
+    model[0].inner.contract.bias.data += 1e-6
+    with torch.no_grad():
+        target = dense(x).flatten(0, 1)
+        error = distill_hidden(model, dense, find_ffns(model))(x)
+    sizes = target.square().sum(-1)
+    assert sizes[0] == 0
+    sizes[0] = 1e-6 * sizes.mean()
+    assert error == pytest.approx((D * 1e-12 / sizes).mean().item(), rel=1e-2)
+    with torch.no_grad():
+        assert distill_hidden(model, dense, find_ffns(model))(torch.zeros_like(x)).isfinite()
 
 
 class InDicts(nn.Module):

@@ -74,6 +74,18 @@ def test_what_is_not_of_the_loop_is_of_the_run_too(tmp_path):
             train()
 
 
+def test_a_run_that_trained_more_or_less_is_another(tmp_path):
+    def train(model):
+        config = sadmoe.SparsifyConfig(steps=1)
+        sadmoe.sparsify_(model, batches(), config, checkpoint=Checkpoint(tmp_path), progress=False)
+
+    train(TINY["bert"].model())
+    model = TINY["bert"].model()
+    model.embeddings.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"is of another run: trained differs by embeddings\."):
+        train(model)
+
+
 def test_a_damaged_file_is_refused(tmp_path):
     model, dense = start(sparsify)
     sparsify(copy.deepcopy(model), dense, Checkpoint(tmp_path))

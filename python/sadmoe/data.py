@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from sadmoe.modules import is_encoder_decoder
 from sadmoe.texts import load_processor, load_tokenizer, padding, paragraphs, read_text, tokenized
@@ -46,13 +47,16 @@ def words_of(tokenizer: Any, ids: Tensor) -> list[str]:
     return [tokenizer.decode([i]).strip() or "␣" for i in ids.tolist()]
 
 
-def load_data(model: Any, folder: Path, path: Path, *, batch_size: int, max_length: int) -> Data:
+def load_data(
+    model: Any, folder: Path, path: Path, *, batch_size: int, max_length: int, whole: bool = False
+) -> Data:
     """What is at `path`, in the form that the transformers model of `folder` takes.
 
     A model of images takes a folder of images, at any depth; an encoder-decoder of text a file of lines, source and
     target with a tab between; any other model of text a file of text, see `paragraphs`. Short texts come first; images
     are read when their batch is asked for. Every model takes a Python file, which is run, and whose `batches` are a
     list of what the model is called with, or a function that makes it.   max_length: tokens after which a text is cut.
+    whole: each image is read to its end once at first, and not its head alone, so that none ends a long run.
     Raises NotImplementedError where the model needs a Python file, ValueError where the data is of another kind.
     """
     if path.suffix == ".py":
@@ -64,7 +68,7 @@ def load_data(model: Any, folder: Path, path: Path, *, batch_size: int, max_leng
             raise ValueError(
                 f"--data: a {name} takes images, and {path} is no folder: give one that holds them"
             )
-        return _images(path, folder, model, batch_size)
+        return _images(path, folder, model, batch_size, whole)
     if takes != "input_ids":
         takes = f"{takes or 'inputs of its own'}{' and a decoder that has its own' if pairs else ''}"
         raise NotImplementedError(
@@ -197,7 +201,7 @@ def _lines_of_pairs(path: Path, name: str) -> list[list[str]]:
     return pairs
 
 
-def _images(path: Path, folder: Path, model: Any, batch_size: int) -> Data:
+def _images(path: Path, folder: Path, model: Any, batch_size: int, whole: bool) -> Data:
     files = images_in(path)
     if not files:
         raise ValueError(
@@ -211,7 +215,8 @@ def _images(path: Path, folder: Path, model: Any, batch_size: int) -> Data:
         raise ImportError(
             f"images need pillow and transformers: pip install pillow 'transformers>=5.0' ({error})"
         ) from error
-    if wrong := [why for file in files if (why := _why_no_image(file)) is not None]:
+    looked_at = tqdm(files, "reading images", disable=not whole)
+    if wrong := [why for file in looked_at if (why := _why_no_image(file, whole)) is not None]:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"--data: {'; '.join(wrong[:3])}{more}")
     takes = frozenset(inspect.signature(model.forward).parameters) | {model.main_input_name}
@@ -253,15 +258,16 @@ class _Images(Sequence[Batch]):
         return {key: t.to(self.dtype) if t.is_floating_point() else t for key, t in tensors.items()}
 
 
-def _why_no_image(file: Path) -> str | None:
-    """What is to be said against it, None where nothing is: it is read to its end, in a small size where it can be."""
+def _why_no_image(file: Path, whole: bool) -> str | None:
+    """What its head says against it, or all of it, None where nothing does."""
     from PIL import Image
 
     try:
         with Image.open(file) as image:
             fine = image.mode.startswith("I") or image.mode == "F"
-            image.draft("RGB", (1, 1))
-            image.load()
+            if whole:
+                image.draft("RGB", (1, 1))  # of a JPEG an eighth of the size, from all of its bytes
+                image.load()
     except Exception as error:  # whatever a decoder raises
         return f"{file} cannot be read as an image: {error}"
     return (

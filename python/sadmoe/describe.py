@@ -25,6 +25,7 @@ from sadmoe.ffn import (
 from sadmoe.ffn.linears import linear_shape
 from sadmoe.gates import DynamicK, Gate, TopK
 from sadmoe.layer import DynamicKMoE
+from sadmoe.training.guards import random_numbers_kept
 
 RULES: dict[str, type] = {"dynamic_k": DynamicK, "top_k": TopK}
 # Keys of a layer in int8; files of older versions hold "int8" alone.
@@ -100,9 +101,7 @@ def rebuild(
     if dense.f != experts * size:
         raise ValueError(f"{name}: has {dense.f} neurons in this model, {experts} x {size} in the one saved")
     order = torch.arange(dense.f, device=dense.w_up.device) if order is None else order
-    with torch.random.fork_rng(
-        [dense.w_up.device] if dense.w_up.is_cuda else []
-    ):  # a new router draws weights
+    with random_numbers_kept(dense.w_up):
         layer = layer_from_dense(dense, order, experts, width, _gate(name, description["gate"]))
     layer.router.target_power = float(power)
     swap_in(model, site, layer)
@@ -136,7 +135,9 @@ def _rebuild_mlp(model: nn.Module, name: str, description: Any, keep: bool) -> N
         raise ValueError(
             f"{name}: a projection is a linear layer and has a positive width, got a {type(linear).__name__}, {width}"
         )
-    stand_in(model, name, empty_mlp(linear, width, act), keep=keep)
+    with random_numbers_kept(next(linear.parameters())):
+        mlp = empty_mlp(linear, width, act)
+    stand_in(model, name, mlp, keep=keep)
 
 
 def _gate(name: str, description: Any) -> Gate:

@@ -102,11 +102,11 @@ def evaluate(
     base = _Variant(model, 0.0) if dense is None else _Variant(dense)
     variants = [_Variant(model, value) for value in taus]
     with evaluating(model), evaluating(base.model):
+        errors = _errors(base, variants, batches, progress)
         reports = []
         for variant in tqdm(variants, "cost", disable=not progress):
             with variant.on():
                 reports.append(cost(model, batches))
-        errors = _errors(base, variants, batches, progress)
         seconds = _seconds([base, *variants], batches, progress)
     points = []
     for value, variant, error, report in zip(taus, variants, errors, reports, strict=True):

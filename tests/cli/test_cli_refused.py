@@ -168,12 +168,15 @@ def test_a_device_without_memory_left_is_one_line(folder, text, tmp_path, capsys
     [
         (("--expert-size", "33"), "neurons do not split into experts of 33; expert_size may be one of"),
         (("--budget", "0.001"), "budget 0.001 cannot be met: router and one expert cost"),
+        (("--budget", "0.1", "--projections", "9"), "budget 0.1 cannot be met: router and one expert cost"),
+        (("--expert-size", "33", "--projections", "9"), "neurons do not split into experts of 33"),
     ],
 )
 def test_what_cannot_be_cut_is_refused_before_it_is_trained(
     folder, text, tmp_path, more, told, capsys, monkeypatch
 ):
-    monkeypatch.setattr(convert_command, "sparsify_", lambda *_, **__: pytest.fail("it was trained"))
+    for step in ("sparsify_", "replace_projections_"):
+        monkeypatch.setattr(convert_command, step, lambda *_, **__: pytest.fail("it was trained"))
     assert converted(folder, text, tmp_path / "out", "--sparsify", "9", *more) == 2
     assert told in capsys.readouterr().err
 

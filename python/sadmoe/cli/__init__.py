@@ -92,6 +92,8 @@ def _what_is_kept(arguments: argparse.Namespace) -> str:
     """After an interruption."""
     if saved := getattr(arguments, "saved", None):
         return f"the model is saved in {saved}"
+    if getattr(arguments, "calibrate", False):
+        return "the shapes that were measured are kept"
     checkpoint = getattr(arguments, "checkpoint", None)
     if checkpoint is not None and is_begun(checkpoint):
         return f"the same command goes on from the last save in {checkpoint}"

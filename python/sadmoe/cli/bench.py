@@ -20,7 +20,7 @@ from sadmoe.cli.options import (
     not_negative,
     random_input,
 )
-from sadmoe.dial import set_batch_invariant
+from sadmoe.dial import converted_layers, set_batch_invariant
 from sadmoe.ffn import moe_layers
 from sadmoe.files import replacing
 from sadmoe.measure_costs import TOKENS, calibrate_costs, costs_table, key_of
@@ -147,8 +147,9 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 
 def _use(costs: dict[Key, Costs], model: nn.Module, cache: Path) -> None:
-    """Layers choose by these. Raises ValueError where none is of a layer of the model."""
-    if not any(key_of(layer) in costs for layer in moe_layers(model).values()):
+    """Layers choose by these. Raises ValueError where none is of a layer of the model that does."""
+    layers = [layer for layer in converted_layers(model).values() if not layer.is_int8]
+    if layers and not any(key_of(layer) in costs for layer in layers):
         raise ValueError(
             f"--cache {cache}: it has no measurement of this model's layers, dtype and device; measure them with "
             "--calibrate"

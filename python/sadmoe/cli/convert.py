@@ -5,14 +5,13 @@ import copy
 import json
 import tempfile
 import zlib
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from sadmoe.attention import ProjectionConfig, replace_projections_
+from sadmoe.attention import ProjectionConfig, replace_projections_, scan_projections
 from sadmoe.budget import BudgetReport, finetune_for_budget_
 from sadmoe.cli.options import (
     add_common,
@@ -32,7 +31,8 @@ from sadmoe.convert import ConvertConfig, checked_sites, convert_
 from sadmoe.cost import cost
 from sadmoe.data import Data, images_in
 from sadmoe.dial import converted_layers
-from sadmoe.ffn import FFNNotFoundError, moe_layers
+from sadmoe.ffn import empty_mlp, moe_layers, stand_in
+from sadmoe.ffn.linears import linear_shape
 from sadmoe.files import replacing
 from sadmoe.int8 import quantize_experts_
 from sadmoe.mixed import fast_training
@@ -237,23 +237,27 @@ def _check_saving(model: nn.Module, data: Data) -> None:
 
 
 def _check_cuts(model: nn.Module, data: Data, arguments: argparse.Namespace) -> None:
-    """Refuses what cannot be cut before anything is trained; of projections what their MLPs are is not known yet."""
-    config = _conversion(arguments)
-    if not arguments.projections:
-        checked_sites(model, data.batches, config)
-        return
-    with suppress(FFNNotFoundError, NotImplementedError):
-        checked_sites(model, data.batches, replace(config, budget=None))
+    """Refuses what cannot be cut, or not for the budget, before anything is trained: projections as the MLPs that will
+    be in their place."""
+    trial = copy.deepcopy(model) if arguments.projections else model
+    if arguments.projections:
+        width_of = _projections(arguments).width_of
+        for place in scan_projections(trial, batches=data.batches)[0]:
+            shape = linear_shape(place.first)
+            assert shape is not None  # a projection's
+            stand_in(trial, place.name, empty_mlp(place.first, width_of(*shape)), keep=False)
+    checked_sites(trial, data.batches, _conversion(arguments))
+
+
+def _projections(arguments: argparse.Namespace) -> ProjectionConfig:
+    return ProjectionConfig(steps=arguments.projections, multiple=arguments.expert_size, seed=arguments.seed)
 
 
 def _prepare(model: nn.Module, dense: nn.Module | None, data: Data, arguments: argparse.Namespace) -> None:
     """What is asked for before the conversion."""
     if arguments.projections:
-        projections = ProjectionConfig(
-            steps=arguments.projections, multiple=arguments.expert_size, seed=arguments.seed
-        )
         follow = _checkpoint(arguments, "projections")
-        say(replace_projections_(model, data.batches, projections, checkpoint=follow))
+        say(replace_projections_(model, data.batches, _projections(arguments), checkpoint=follow))
     if arguments.sparsify is not None:
         sparsify = SparsifyConfig(seconds=arguments.sparsify, seed=arguments.seed)
         follow = _checkpoint(arguments, "sparsify")

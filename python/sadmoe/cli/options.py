@@ -121,7 +121,7 @@ def device_named(name: str) -> torch.device:
 
 
 def check_data(arguments: argparse.Namespace) -> None:
-    """Raises FileNotFoundError where --data is not there, ValueError where sizes are given beside a Python file."""
+    """Raises FileNotFoundError where --data is not there, ValueError where sizes are given that it does not take."""
     data = getattr(arguments, "data", None)
     if data is None:
         return
@@ -130,6 +130,8 @@ def check_data(arguments: argparse.Namespace) -> None:
     if data.suffix == ".py" and (arguments.batch_size or arguments.max_length):
         flag = "--batch-size" if arguments.batch_size else "--max-length"
         raise ValueError(f"{flag}: the batches of {data} are as it makes them: leave it out")
+    if data.is_dir() and arguments.max_length:
+        raise ValueError(f"--max-length is of texts, and {data} is a folder, as of images: leave it out")
 
 
 def loaded(arguments: argparse.Namespace, folder: Path) -> nn.Module:
@@ -152,10 +154,9 @@ def sizes_of(arguments: argparse.Namespace) -> dict[str, int]:
 
 
 def data_of(arguments: argparse.Namespace, model: nn.Module, *, try_all: bool = False) -> Data:
-    """What --data holds, for the model of --model, which the first batch of a Python file, or all, are tried on."""
-    data = load_data(model, arguments.model, arguments.data, **sizes_of(arguments))
-    if data.kind == "images" and arguments.max_length:
-        raise ValueError("--max-length is of texts, and this is a model of images: leave it out")
+    """What --data holds, for the model of --model, which the first batch of a Python file is tried on. try_all: all of
+    them, and images are read to their ends, before something long begins."""
+    data = load_data(model, arguments.model, arguments.data, **sizes_of(arguments), whole=try_all)
     if data.kind == "python":
         tried = data.batches if try_all else [data.batches[0]]
         with evaluating(model):

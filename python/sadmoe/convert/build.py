@@ -20,6 +20,7 @@ from sadmoe.layer import DynamicKMoE
 from sadmoe.partition import partition, slots
 from sadmoe.routers import fit_router_
 from sadmoe.sparsify.penalty import SMALL
+from sadmoe.training.guards import random_numbers_kept
 from sadmoe.training.resume import Checkpoint, Kept
 
 LOOKED_AT = 1024  # tokens of a layer by whose activity neurons are clustered, and the report's share and error measured
@@ -110,7 +111,7 @@ def _some(inputs: Tensor, seed: int) -> Tensor:
 def _layer(dense: DenseFFN, order: Tensor, config: ConvertConfig) -> DynamicKMoE:
     """The neurons in that order, under a router that is still to be fitted. The user's own random numbers stay as they
     are, though a new layer draws weights."""
-    with torch.random.fork_rng([dense.w_up.device] if dense.w_up.is_cuda else []):
+    with random_numbers_kept(dense.w_up):
         return layer_from_dense(dense, order, config.experts_of(dense.f), config.router.width, config.gate)
 
 

@@ -203,7 +203,7 @@ class SparsityCallback(AddedLoss):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Swaps the activations, and starts to watch the model."""
         self.check(args)
-        self.unwatch()
+        self.stop()  # a run may have failed before
         model = kwargs["model"]
         refuse_compiled(model)  # before its activations are swapped
         sites = find_ffns(model, self.filter)
@@ -218,10 +218,9 @@ class SparsityCallback(AddedLoss):
         super().on_step_begin(args, state, control, **kwargs)
         self.alpha = self.config.alpha_at((state.global_step + 0.5) / state.max_steps)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From now on the weights are those of a model with the new activations."""
         self._swap_back = None
-        super().on_step_end(args, state, control, **kwargs)
 
     def stop(self) -> None:
         """Leaves the model as any other: of itself at the end of a run; call it after one that raised an error."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -43,6 +43,13 @@ def seeded(model: nn.Module, seed: int) -> Iterator[list[int]]:
             yield devices
         finally:
             _set_states(before)
+
+
+@contextmanager
+def random_numbers_kept(tensor: Tensor) -> Iterator[None]:
+    """The user's random numbers stay as they are, though weights are drawn inside, where the tensor is."""
+    with torch.random.fork_rng([tensor.device] if tensor.is_cuda else []):
+        yield
 
 
 def reseed(cuda_devices: Sequence[int], seed: int, number: int) -> None:

@@ -255,10 +255,10 @@ def _relative_error(h: Tensor, target: Tensor, real: Tensor | None) -> Tensor:
     """|h - target|^2 / |target|^2, the mean over the real rows; the others are made 0, which is quicker than to pick
     rows."""
     h, target = h.float().flatten(0, -2), target.float().flatten(0, -2)
-    wrong, count = h - target, h.shape[0]
+    wrong, count = h - target, target.new_tensor(h.shape[0])
     if real is not None:
         wrong, target = (rows.where(real.unsqueeze(-1), 0) for rows in (wrong, target))
-        count = max(int(real.sum()), 1)
+        count = real.sum().clamp(min=1)  # nowhere is a device waited for
     sizes = target.square().sum(-1)
     least = (SMALL * sizes.sum() / count).clamp(min=torch.finfo(torch.float32).tiny)
     return (wrong.square().sum(-1) / sizes.maximum(least)).sum() / count

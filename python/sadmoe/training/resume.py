@@ -23,7 +23,7 @@ from sadmoe import files
 from sadmoe.checks import check_fields
 from sadmoe.training.processes import place
 
-FORMAT = 4
+FORMAT = 5
 KEY = "sadmoe run"
 CHECKSUMS = ("weights", "model")  # what is known of a run by a checksum alone
 
@@ -103,6 +103,8 @@ def _told(key: str, saved: Any, wanted: Any) -> str:
             name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)
         ]
         return ", ".join(_told(f"{key}.{name}", saved.get(name), wanted.get(name)) for name in fields)
+    if isinstance(saved, list) and isinstance(wanted, list):
+        return f"{key} differs by {', '.join(sorted(set(saved) ^ set(wanted))[:3])}"
     if key in CHECKSUMS:
         return f"the {key} it began with were others"
     return f"{key} was {saved}, is {wanted}"
@@ -152,9 +154,10 @@ class Saver:
         self.model, self.optimizer, self.memory = model, optimizer, memory
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.run = {
-            "weights": files.checksum(dict(model.named_parameters())),
+            "weights": files.checksum(dict(model.named_parameters())),  # of all, frozen ones too
+            "trained": sorted(self.trained),
             **config,
-        }  # of all, frozen ones too
+        }
         self.saved = time.perf_counter()
 
     def resume(self) -> dict[str, Any] | None:
