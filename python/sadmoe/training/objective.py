@@ -19,7 +19,7 @@ from sadmoe.hooks import hooks_on
 from sadmoe.modules import device_of, evaluating, floats_in, is_encoder_decoder, unwrapped
 
 Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> scalar; it runs the model itself
-SMALL = 1e-6  # of the mean |h_dense|^2 of all tokens, which none counts as less than
+LONGEST = 100.0  # times the median |h_dense|^2 of the tokens, as which a longer one counts
 # Runs the model on a batch and says how far off it is. The index is the same whenever the same batch comes; None where
 # that is not known.
 Objective = Callable[[Batch, int | None], Tensor]
@@ -90,10 +90,11 @@ def distill_hidden(
     *,
     kept_bytes: int = 0,
 ) -> Objective:
-    """Mean over blocks and real tokens of |h - h_dense|^2 / |h_dense|^2, + output_loss; "logits" is `logits_kl`.
+    """Mean over blocks of |h - h_dense|^2 / |h_dense|^2, the norms over the real tokens together, + output_loss, of
+    which "logits" is `logits_kl`.
 
-    Each token by its own norm, as the norms of layers see it: in many a decoder, and in large vision transformers, the
-    first token or a few others are hundreds of times as long as the rest, and together no other would count.
+    A token counts as at most LONGEST times the median one: the first of many a decoder has a thousand times that, and
+    the others would not count.
     h is what leaves the block that the FFN sits in: the nearest module around it that is an entry of a
     ModuleList or Sequential, else the FFN's last linear layer. kept_bytes: of what the dense model gave, kept for when
     the same batch comes again.
@@ -252,16 +253,16 @@ def _is_cut_off(block: nn.Module, states: Iterable[Tensor]) -> bool:
 
 
 def _relative_error(h: Tensor, target: Tensor, real: Tensor | None) -> Tensor:
-    """|h - target|^2 / |target|^2, the mean over the real rows; the others are made 0, which is quicker than to pick
-    rows."""
+    """|h - target|^2 / |target|^2 over the real rows, the longest of which count less; the others are made 0, which is
+    quicker than to pick rows. Waits for no device."""
     h, target = h.float().flatten(0, -2), target.float().flatten(0, -2)
-    wrong, count = h - target, target.new_tensor(h.shape[0])
+    wrong, sizes = h - target, target.square().sum(-1)
     if real is not None:
-        wrong, target = (rows.where(real.unsqueeze(-1), 0) for rows in (wrong, target))
-        count = real.sum().clamp(min=1)  # nowhere is a device waited for
-    sizes = target.square().sum(-1)
-    least = (SMALL * sizes.sum() / count).clamp(min=torch.finfo(torch.float32).tiny)
-    return (wrong.square().sum(-1) / sizes.maximum(least)).sum() / count
+        wrong, sizes = wrong.where(real.unsqueeze(-1), 0), sizes.where(real, torch.nan)
+    most, sizes = LONGEST * sizes.nanmedian(), sizes.nan_to_num(0)
+    weight = torch.where(sizes > most, most / sizes, 1.0)
+    tiny = torch.finfo(torch.float32).tiny
+    return (weight * wrong.square().sum(-1)).sum() / (weight * sizes).sum().clamp(min=tiny)
 
 
 def _logits(output: Any) -> Tensor:
