@@ -194,7 +194,9 @@ class DynamicKMoE(Experts):
         router: Any = self._modules["router"]  # as an attribute it is slow, too
         own = router.__dict__
         # A forward of the user's, and hooks, such as accelerate's and pruning's, run only where the router is called.
-        plain = getattr(router.forward, "__func__", None) is Router.forward
+        plain = type(router).forward is Router.forward and (
+            "forward" not in own or getattr(own["forward"], "__func__", None) is Router.forward
+        )
         if not plain or "_hf_hook" in own or own["_forward_pre_hooks"] or own["_forward_hooks"]:
             return self._sparse(x, self.mask(x))
         v1, v2 = router.weights()
