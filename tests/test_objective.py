@@ -88,8 +88,12 @@ def test_states_of_zeros_and_of_padding_alone_are_finite():
     for name, p in plain.named_parameters():
         if name.endswith("bias"):
             p.data.zero_()
-    objective = distill_hidden(plain, copy.deepcopy(plain), find_ffns(plain))
-    assert objective(torch.zeros(2, 3, D)) == 0
+    wrong, x = copy.deepcopy(plain), torch.zeros(2, 3, D)
+    objective = distill_hidden(wrong, plain, find_ffns(plain))
+    assert objective(x) == 0
+    wrong[0].inner.contract.bias.data += 1.0
+    x[0, 0] = torch.arange(D)
+    assert 0 < objective(x) < torch.inf, "though most tokens are 0"
 
 
 class InDicts(nn.Module):

@@ -260,6 +260,7 @@ def _relative_error(h: Tensor, target: Tensor, real: Tensor | None) -> Tensor:
     if real is not None:
         wrong, sizes = wrong.where(real.unsqueeze(-1), 0), sizes.where(real, torch.nan)
     most, sizes = LONGEST * sizes.nanmedian(), sizes.nan_to_num(0)
+    most = most.where(most > 0, torch.inf)  # most of them are 0, or there are none
     weight = torch.where(sizes > most, most / sizes, 1.0)
     tiny = torch.finfo(torch.float32).tiny
     return (weight * wrong.square().sum(-1)).sum() / (weight * sizes).sum().clamp(min=tiny)
