@@ -418,9 +418,12 @@ def test_a_router_of_the_user_s_own_is_asked():
 def test_a_forward_that_is_put_back_as_it_was_takes_the_fused_op_again(monkeypatch):
     layer, x = make_layer(gate=DynamicK(0.5)), tokens(30, 20)
     layer.router.forward = layer.router.forward  # as accelerate leaves it
-    monkeypatch.delattr(ops, "sparse_experts")
-    with torch.no_grad():
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.delattr(ops, "sparse_experts")
         layer(x)
+    other = make_layer(seed=1).router
+    layer.router.forward = other.forward  # another's is a forward of the user's
+    torch.testing.assert_close(layer(x), layer.masked_dense(x, layer.mask(x)))
 
 
 def test_a_mask_of_another_kind_is_refused_on_every_path():

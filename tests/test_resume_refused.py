@@ -84,6 +84,9 @@ def test_a_run_that_trained_more_or_less_is_another(tmp_path):
     model.embeddings.requires_grad_(False)
     with pytest.raises(ValueError, match=r"is of another run: trained differs by embeddings\."):
         train(model)
+    kept = resume.Kept(Checkpoint(tmp_path), "sparsify", {"config": {}})
+    with pytest.raises(ValueError, match=r"is of another run: .*trained differs by"):
+        kept.load()
 
 
 def test_a_damaged_file_is_refused(tmp_path):

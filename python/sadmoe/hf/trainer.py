@@ -173,7 +173,8 @@ class SparsityCallback(AddedLoss):
     so it goes on where it was when training resumes from a checkpoint.   filter: which FFNs, as in `find_ffns`.
     Works with gradient accumulation, non-reentrant checkpointing, mixed precision and several processes. The logged
     loss has the penalty in it, the evaluation's has not; `last` is the latest penalty, without alpha. After a run that
-    raised an error, `stop()` takes the callback off the model, and gives it back its activations unless it was trained.
+    raised an error, `stop()` takes the callback off the model, and gives it back its activations unless an update had
+    begun.
     Raises ValueError where the Trainer makes the loss itself (label smoothing, compute_loss_func): use `SparsityLoss`
     in a compute_loss of your own instead. Source: arXiv 2310.04361, section 3.1.
     """

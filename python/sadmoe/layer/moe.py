@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -195,7 +196,8 @@ class DynamicKMoE(Experts):
         own = router.__dict__
         # A forward of the user's, and hooks, such as accelerate's and pruning's, run only where the router is called.
         plain = type(router).forward is Router.forward and (
-            "forward" not in own or getattr(own["forward"], "__func__", None) is Router.forward
+            "forward" not in own
+            or own["forward"] == MethodType(Router.forward, router)  # as accelerate leaves it
         )
         if not plain or "_hf_hook" in own or own["_forward_pre_hooks"] or own["_forward_hooks"]:
             return self._sparse(x, self.mask(x))

@@ -20,6 +20,7 @@ from sadmoe.modules import device_of, evaluating, floats_in, is_encoder_decoder,
 
 Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> scalar; it runs the model itself
 LONGEST = 100.0  # times the median |h_dense|^2 of the tokens, as which a longer one counts
+SMALL = 1e-6  # of their mean, up to which none does, where most are all but 0
 # Runs the model on a batch and says how far off it is. The index is the same whenever the same batch comes; None where
 # that is not known.
 Objective = Callable[[Batch, int | None], Tensor]
@@ -259,8 +260,8 @@ def _relative_error(h: Tensor, target: Tensor, real: Tensor | None) -> Tensor:
     wrong, sizes = h - target, target.square().sum(-1)
     if real is not None:
         wrong, sizes = wrong.where(real.unsqueeze(-1), 0), sizes.where(real, torch.nan)
-    most, sizes = LONGEST * sizes.nanmedian(), sizes.nan_to_num(0)
-    most = most.where(most > 0, torch.inf)  # most of them are 0, or there are none
+    most = torch.maximum(LONGEST * sizes.nanmedian(), SMALL * sizes.nanmean())  # NaN where there are none
+    sizes = sizes.nan_to_num(0)
     weight = torch.where(sizes > most, most / sizes, 1.0)
     tiny = torch.finfo(torch.float32).tiny
     return (weight * wrong.square().sum(-1)).sum() / (weight * sizes).sum().clamp(min=tiny)

@@ -103,8 +103,8 @@ def _told(key: str, saved: Any, wanted: Any) -> str:
             name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)
         ]
         return ", ".join(_told(f"{key}.{name}", saved.get(name), wanted.get(name)) for name in fields)
-    if key == "trained" and saved is not None:
-        return f"{key} differs by {', '.join(sorted(set(saved) ^ set(wanted))[:3])}"
+    if key == "trained":  # None of a run of another kind
+        return f"{key} differs by {', '.join(sorted(set(saved or ()) ^ set(wanted or ()))[:3])}"
     if key in CHECKSUMS:
         return f"the {key} it began with were others"
     return f"{key} was {saved}, is {wanted}"
