@@ -64,11 +64,16 @@ def test_every_page_is_found_from_the_readme():
     assert [page.name for page in PAGES if f"docs/{page.name}" not in readme] == []
 
 
-def test_the_table_of_all_runs_is_what_its_command_prints():
-    command = [sys.executable, str(ROOT / "bench/recipes/summary.py"), "--short"]
-    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+def summary(*options: str) -> str:
+    command = [sys.executable, str(ROOT / "bench/recipes/summary.py"), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_tables_of_all_runs_are_what_their_command_prints():
+    table = summary("--short").strip()
     assert table.startswith("run ")
     assert f"```\n{table}\n```" in (ROOT / "bench/results/tasks.md").read_text()
+    assert summary() == (ROOT / "bench/results/every-setting.txt").read_text()
 
 
 def test_the_demo_of_the_readme_is_one_that_was_kept():

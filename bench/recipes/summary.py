@@ -3,9 +3,9 @@
 Of each method the setting of fewest FLOPs that keeps 99 or 98 % of the dense metric on data beside the tests ("picked
 on: apart"; in earlier files on the tests themselves), and what it keeps on the tests. FLOPs saved: of the whole model /
 of the converted layers. Times faster: ± the distance of the quartiles, where it is 10 % of the times or more.
---short: the first table of tasks.md, a line a run, at the first share of the dense metric: FLOPs of the whole model
-saved, and times faster where that was timed, by the best size of experts; what the tests keep, where the setting was
-picked apart.
+That, method by method, is every-setting.txt. --short: the table of tasks.md, a line a run, at the first share of the
+dense metric: FLOPs of the whole model saved, and times faster where that was timed, by the best size of experts; what
+the tests keep, where the setting was picked apart.
 
 python bench/recipes/summary.py [--short] [bench/results/w1-cpu.json ...]
 """
@@ -58,9 +58,15 @@ def room(points: list[dict[str, Any]]) -> str:
     )
 
 
+def picked_on(found: dict[str, Any]) -> str:
+    """Which data a run's settings were picked on."""
+    return "apart" if "dense_on_picks" in found else "the tests"
+
+
 def short_row(name: str, found: dict[str, Any]) -> tuple[str, ...]:
     by_method = next(iter(found["kept"].values()))
-    cells = [name, found["title"].partition(",")[0].partition(": ")[2]]
+    kernels = found["machine"].rpartition("kernels ")[2]
+    cells = [name, found["title"].partition(",")[0].partition(": ")[2], kernels, picked_on(found)]
     for begin in GROUPS.values():
         points = [point for method, point in by_method.items() if method.startswith(begin) and point]
         if not points:
@@ -82,14 +88,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.short:
         rows = [short_row(path.stem, json.loads(path.read_text())) for path in args.files]
-        print(format_table(("run", "model", *GROUPS), rows))
+        print(format_table(("run", "model", "kernels", "picked on", *GROUPS), rows))
         return
     for path in args.files:
         found = json.loads(path.read_text())
         told = found["metric"]
         print(f"{path.stem}. {found['title']}. {told}: {listed(found['controls'], 4)}")
-        on = "apart" if "dense_on_picks" in found else "the tests"
-        print(f"settings picked on: {on}")
+        print(f"settings picked on: {picked_on(found)}")
         if after := found.get("after"):
             print(f"every neuron on, after {listed(after, 4)}")
         if also := found.get("also"):
