@@ -17,17 +17,21 @@ peer: the faster of grouped_mm and Triton over that way. A peer that fails is n/
 the spread as well: from the first tenth to the last, over the median. cuda_goals.py says which aims it reaches.
 
 --no-hopper: without the kernels of sm_90a, where they fail. A cell that fails has a row without times, and the exit
-status is 1; one in which the device fails ends the run, with status 3 and its rows written. --go-on begins after the
-last cell that the same command has tried with the same kernels, if it was cut off or its device failed.
+status is 1; one in which the device fails, or that is not done in 90 s, ends the run, with status 3 and its rows
+written. --go-on begins after the last cell that the same command has tried with the same kernels.
 """
 
 import argparse
 import itertools
 import json
+import os
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,6 +64,7 @@ HEADER = (
 ROUTER_WIDTH = 128
 COLD = 200e6  # bytes that L2 does not hold
 MOST_SETS = 64  # of weights, one a call of a graph
+CELL_SECONDS = 90.0  # of a cell, in which kernels that do not hang are done
 MOST_BYTES = 4 << 30  # of the rows that grouped_mm gathers, several times over
 
 
@@ -244,20 +249,42 @@ def measured_cell(
     """Its row, without times where it failed, None where nothing runs under its mask; and whether the device is still
     there."""
     shape = cell["layer"]
-    cell = cell | {"layer": shape.name}
     try:
         p = problem(shape, T, cell["asked"], mask)
-        return (cell | measured(p, card, reasons) if p.mask.any() else None), True
+        row = cell | {"layer": shape.name} | measured(p, card, reasons) if p.mask.any() else None
+        return row, True
     except Exception as failure:
         told = f"{shape.name}, s {shape.s}, {T} tokens, {cell['masks']}, {cell['asked']:.0%}"
         reasons.add(f"FAILED {told}: {type(failure).__name__}: {str(failure)[:160]!r}")
-        row = cell | {"T": T, "share": cell["asked"], "union": 1.0, "seconds": {}, "spread": {}}
     try:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
     except Exception:
-        return row, False
-    return row, True
+        return failed(cell, T), False
+    return failed(cell, T), True
+
+
+def failed(cell: dict, T: int) -> dict:
+    """A row without times."""
+    of = {"layer": cell["layer"].name, "T": T, "share": cell["asked"]}
+    return cell | of | {"union": 1.0, "seconds": {}, "spread": {}}
+
+
+@contextmanager
+def hung(seconds: float, told: Callable[[], None]) -> Iterator[None]:
+    """Where what is inside takes longer, told is called, and the process ends as where the device failed."""
+
+    def end() -> None:
+        told()
+        os._exit(3)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def card_of(path: Path | None, hopper: bool) -> Card:
@@ -266,11 +293,11 @@ def card_of(path: Path | None, hopper: bool) -> Card:
 
 
 def told_before(path: Path | None, told: dict) -> dict:
-    """What was written there by a run that tells the same of itself and did not come to its end."""
+    """What was written there by a run that tells the same of itself."""
     if path is None or not path.exists():
         return {}
     before = json.loads(path.read_text())
-    return {} if before.get("done") or any(before.get(key) != told[key] for key in told) else before
+    return {} if any(before.get(key) != told[key] for key in told) else before
 
 
 def checksum(constants: Path | None) -> int:
@@ -291,9 +318,7 @@ def main() -> None:
     parser.add_argument("--recorded", type=Path, help="masks that record_masks.py wrote")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--no-hopper", action="store_true")
-    parser.add_argument(
-        "--go-on", action="store_true", help="after the last cell that --json has tried, if not all"
-    )
+    parser.add_argument("--go-on", action="store_true", help="after the last cell that --json has tried")
     args = parser.parse_args()
     if not args.layers and not args.recorded:
         parser.error("--layers without a name leaves only the layers of --recorded FILE, which is not given")
@@ -319,18 +344,23 @@ def main() -> None:
         part.write_text(json.dumps(told | more, indent=1))
         part.replace(args.json)
 
+    def told_hung(cell: dict, T: int) -> None:
+        reasons.add(f"FAILED {cell['layer'].name}, {T} tokens: not done in {CELL_SECONDS} s")
+        rows.append(failed(cell, T))
+        write(done=False)
+
     for number, (cell, T, mask) in enumerate(cells(args), 1):
         if number <= tried or not alive:
             continue
         if cell["layer"].name != layer:
             layer = cell["layer"].name
             print(f"\n{layer}\n{HEADER}")
-        with torch.inference_mode():
+        tried = number
+        with torch.inference_mode(), hung(CELL_SECONDS, partial(told_hung, cell, T)):
             row, alive = measured_cell(cell, T, mask, card, reasons)
         if row:
             print(line(row), flush=True)
             rows.append(row)
-        tried = number
         write(done=False)
     write(done=alive)
     print("\nTimes in us, medians.", *sorted(reasons), sep="\n")

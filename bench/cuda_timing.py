@@ -24,9 +24,7 @@ def captured(call: Callable[[int], object], calls: int) -> torch.cuda.CUDAGraph:
 
 
 WARM, REPLAYS, LEAST = 20, 100, 10  # replays not timed, timed, and timed at least
-AHEAD = (
-    200_000  # cycles in which the host asks for all that is timed: else the first of it would be waited for
-)
+AHEAD = 200_000  # cycles at first, in which the host asks for all that is timed: else it would be waited for
 PATIENCE = 0.2  # seconds a variant, after which there are no more than at least
 
 
@@ -39,15 +37,18 @@ def graph_seconds(variants: dict[str, Callable[[int], object]], calls: int = 8) 
     samples: dict[str, list[float]] = {name: [] for name in variants}
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     started, patience = time.perf_counter(), PATIENCE * len(graphs)
+    ahead = AHEAD
     for i in range(-WARM, REPLAYS):
         late = time.perf_counter() - started > patience
         if late and (i >= LEAST or i < -1):  # the last of warming up is always done
             continue
         for name, graph in graphs.items():
-            torch.cuda._sleep(AHEAD)
+            torch.cuda._sleep(ahead)
             begin.record()
             graph.replay()
             end.record()
+            if i < 0 and begin.query():  # the host was not done asking
+                ahead *= 2
             end.synchronize()
             if i >= 0:
                 samples[name].append(begin.elapsed_time(end) * 1e-3 / calls)

@@ -7,14 +7,16 @@
 # STEPs: conformance conformance-hopper tests memcheck memcheck-torch raw 768x3072 2048x16384-glu 4096x11008-glu 1024x4096 masks
 # goals racecheck racecheck-hopper racecheck-torch layers blocks; by default all, in that order. The kernels of sm_90a wait on
 # barriers that racecheck may not follow, so racecheck-hopper is of them alone. Where conformance-hopper hangs, or the device fails
-# in it, all that comes after runs without the kernels of sm_90a, and says so. Those of sizes are the layer beside its peers,
+# in it, or numbers are wrong, all that comes after runs without the kernels of sm_90a, and says so. Those of sizes are the layer beside its peers,
 # layers and blocks what to tune. With RECORDED=FILE, masks that bench/record_masks.py wrote, masks has those of a converted model
 # first.
 #
 # A call ends within about BUDGET seconds, by default 1500. The build may take them all, and without it nothing else runs. Of the
 # rest every step has a share, and what those before it left of theirs: a step that takes longer is cut off, and said, for a next
 # call to name; of what is to be right that is a failure, for it may hang. Tables are written row by row, what tells most first.
-# What was built and found stays in build/gpu, or where that cannot be written in a folder of its own, where the next call goes on.
+# What was built and found stays in build/gpu, or where that cannot be written in a folder of its own, where the next call goes on:
+# finished tables and constants are not measured again. On another machine, or where build/gpu was lost, STATE=results.tar.gz of
+# the call before tells what it found.
 # OUT gets few files, after every step and twice a minute: the tables, and results.tar.gz of everything that was found so far.
 # Where a call may last ten minutes: BUDGET=560 with the first three steps, then with raw 768x3072 4096x11008-glu goals, then with others.
 #
@@ -25,6 +27,7 @@ if [ -n "${RECORDED:-}" ]; then
   RECORDED=$(realpath -e "$RECORDED") || exit 2
   export RECORDED
 fi
+if [ -n "${STATE:-}" ]; then STATE=$(realpath -e "$STATE") || exit 2; fi
 if [ $# -gt 0 ]; then set -- "$(realpath -m "$1")" "${@:2}"; fi
 cd "$(dirname "$0")/.."
 steps=(conformance conformance-hopper tests memcheck memcheck-torch raw 768x3072 2048x16384-glu 4096x11008-glu 1024x4096 masks
@@ -45,8 +48,10 @@ arch=$(ask 'print("%d%d" % torch.cuda.get_device_capability())') ||
 rm "$out/ask.txt"
 build=$root/build/gpu
 mkdir -p "$build" 2>/dev/null && [ -w "$build" ] || build=${TMPDIR:-/tmp}/sadmoe-gpu-$UID
-results=$build/results bench=$build/bench_cuda no_hopper=$(cat "$build/no_hopper" 2>/dev/null)
+results=$build/results bench=$build/bench_cuda
+if [ -n "${STATE:-}" ] && [ ! -d "$results" ]; then tar -xzf "$STATE" -C "$build" || exit 2; fi
 mkdir -p "$results"
+no_hopper=$(cat "$results/no_hopper" 2>/dev/null)
 rm -f "$build"/part.*
 export PYTHONPATH=$build/site${PYTHONPATH:+:$PYTHONPATH} SADMOE_NEEDS_CUDA=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export CUDACXX=${CUDACXX:-$(command -v nvcc || echo "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc")}
@@ -194,13 +199,21 @@ for name in "${steps[@]}"; do
     conformance-hopper)
       ended=0 no_hopper=
       TAIL=60 run 60 conformance-hopper "$bench" conformance sm_90a || ended=$? # seconds, unless it hangs
-      if [ "$ended" -gt 1 ]; then no_hopper=--no-hopper; fi # 1: some bits are others
-      echo "$no_hopper" >"$build/no_hopper" # for later calls too
+      if [ "$ended" -gt 1 ]; then no_hopper=--no-hopper; fi # 1: some bits are others, by rounding
+      echo "$no_hopper" >"$results/no_hopper" # for later calls too
       if [ -n "$no_hopper" ]; then echo "-- from here on without the kernels of sm_90a"; fi ;;
     raw)
+      if [ -s "$results/constants.json" ]; then # others would begin every table anew
+        echo "-- raw: measured before, in $results/constants.json"
+        due=$((due + $(share_of raw) + $(share_of constants)))
+        continue
+      fi
       rm -f "$results/raw.json"
-      step raw "$bench" $no_hopper constants "$results/raw.json" &&
-        TAIL=14 step constants "$python" bench/cuda_constants.py "$results/raw.json" "$results/constants.json" ;;
+      if step raw "$bench" $no_hopper constants "$results/raw.json"; then
+        TAIL=14 step constants "$python" bench/cuda_constants.py "$results/raw.json" "$results/constants.json"
+      else
+        due=$((due + $(share_of constants)))
+      fi ;;
     layers) TAIL=120 step layers "$bench" $no_hopper layers ;;
     blocks) TAIL=260 step blocks "$bench" $no_hopper blocks ;;
     [0-9]*x*) TAIL=150 step "$name" bash -c "peers $name --layers $name" ;;

@@ -114,7 +114,7 @@ class Backend:
 
 def set_options(
     native,
-    hidden_bytes=256 << 20,
+    hidden_bytes=512 << 20,
     decode_tokens=64,
     tf32=False,
     hopper=False,

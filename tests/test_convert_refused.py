@@ -8,9 +8,12 @@ import pytest
 import sadmoe.convert.build as build
 import torch
 from conversions import convert, fingerprint, model_and_batches, rows
-from sadmoe.convert import ConvertConfig
+from sadmoe.attention import ProjectionConfig, replace_projections_
+from sadmoe.convert import ConvertConfig, restore_
+from sadmoe.cost import cost
 from sadmoe.ffn import FFNNotFoundError, moe_layers
 from sadmoe.routers import RouterConfig
+from sites import assert_same_state, state
 from tiny_models import TINY
 from torch import Tensor, nn
 
@@ -88,6 +91,32 @@ def test_an_impossible_budget_is_refused_before_any_router_is_fitted(monkeypatch
     monkeypatch.setattr(build, "fit_router_", lambda *a, **k: pytest.fail("too late"))
     with pytest.raises(ValueError, match=r"budget 0\.05 cannot be met: router and one expert cost 0\.17"):
         convert(model, batches, budget=0.05)
+
+
+def test_a_budget_between_the_floors_of_ffns_and_projections_is_refused_by_both_together(monkeypatch):
+    model, batches = model_and_batches("bert")
+    replace_projections_(model, batches, ProjectionConfig(steps=1, multiple=4), progress=False)
+    settings = {"expert_size": 4, "router": RouterConfig(width=2, steps=1)}
+    settings["projection_router"] = RouterConfig(width=8, steps=1)
+    convert(model, batches, budget=1.0, **settings)
+    known = cost(model, batches)
+    floor = known.floor / known.dense
+    assert min(layer.floor / layer.dense for layer in known.layers) < floor - 0.02
+    restore_(model, projections=False)
+    before = state(model)
+
+    class Fitted(Exception):
+        """Stands for what comes after the check."""
+
+    def fitted(*args, **settings):
+        raise Fitted
+
+    monkeypatch.setattr(build, "fit_router_", fitted)
+    with pytest.raises(ValueError, match=rf"cannot be met: .* {floor:.3f} of"):
+        convert(model, batches, budget=floor - 0.01, **settings)
+    assert_same_state(state(model), before)
+    with pytest.raises(Fitted):
+        convert(model, batches, budget=floor + 0.01, **settings)
 
 
 def test_a_budget_of_all_is_met_where_one_expert_costs_more():

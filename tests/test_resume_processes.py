@@ -35,6 +35,8 @@ WORKER = """
         save_file(test_resume_processes.state(model), f"{sys.argv[2]}/{name}.{rank}.safetensors")
     with test_resume_processes.pytest.raises(RuntimeError, match="found a run of [02] updates, and others not"):
         test_resume_processes.killed_and_gone_on(Path(sys.argv[2]) / f"own {rank}")
+    with test_resume_processes.pytest.raises(RuntimeError, match="gates of this process are not those of the others"):
+        test_resume_processes.trained_by_gates_at(0.1 + 0.2 * rank)
     model = test_resume_processes.killed_and_gone_on(Path(sys.argv[2]) / "kept")
     save_file(test_resume_processes.state(model), f"{sys.argv[2]}/resumed.{rank}.safetensors")
     torch.distributed.destroy_process_group()
@@ -65,6 +67,13 @@ def shared(spoil: bool = False) -> dict[str, nn.Module]:
 
     sadmoe.sparsify_(dropped, batches(), SparsifyConfig(**settings), loss=loss, progress=False)
     return {"sparsify": sparse, "finetune": model, "layers": layered, "dropped": dropped}
+
+
+def trained_by_gates_at(tau: float) -> None:
+    dense, model = converted()
+    sadmoe.set_tau(model, tau)
+    config = FinetuneConfig(steps=2, accumulate=2, tau=None)
+    sadmoe.finetune_(model, batches(), config, teacher=dense, progress=False)
 
 
 def killed_and_gone_on(folder: Path) -> nn.Module:

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import sadmoe
 import torch
-from long_steps import STEPS, batches, converted, finetune, mean_square, sparsify, start
+from long_steps import STEPS, batches, converted, finetune, finetune_layers, mean_square, sparsify, start
 from sadmoe import Checkpoint, FinetuneConfig, SparsifyConfig
 from sadmoe.training import resume
 from safetensors import safe_open
@@ -26,7 +26,7 @@ def test_a_folder_of_another_run_is_refused_and_says_what_differs(tmp_path):
         sadmoe.sparsify_(
             other, batches(), config, loss=mean_square, checkpoint=Checkpoint(tmp_path), progress=False
         )
-    with pytest.raises(ValueError, match="is of another run: the weights it began with were others"):
+    with pytest.raises(ValueError, match="is of another run: the bits of its weights were others"):
         sparsify(model, dense, Checkpoint(tmp_path))  # no longer the model that it began with
 
 
@@ -69,9 +69,57 @@ def test_what_is_not_of_the_loop_is_of_the_run_too(tmp_path):
         if (only, frozen) == ("0", False):
             train()
             continue
-        what = "the weights it began with were others" if frozen else r"config.ffns was \['encoder.layer.0"
+        what = "the bits of its weights were others" if frozen else r"config.ffns was \['encoder.layer.0"
         with pytest.raises(ValueError, match=f"is of another run: {what}"):
             train()
+
+
+def nothing(output, wanted, batch):
+    return output.last_hidden_state.sum() * 0
+
+
+@pytest.mark.parametrize("step", [finetune, finetune_layers, sparsify])
+def test_a_run_towards_another_teacher_is_another(step, tmp_path):
+    dense, model = converted()
+    other = copy.deepcopy(dense)
+    for name, p in other.named_parameters():
+        p.data.mul_(1.5 if "layer.1" in name else 1.0)
+
+    def train(teacher):
+        one = copy.deepcopy(dense if step is sparsify else model)
+        if step is sparsify:
+            config, folder = SparsifyConfig(steps=1), Checkpoint(tmp_path)
+            sadmoe.sparsify_(one, batches(), config, teacher=teacher, checkpoint=folder, progress=False)
+        else:
+            step(one, teacher, Checkpoint(tmp_path))
+
+    train(dense)
+    train(copy.deepcopy(dense))
+    with pytest.raises(ValueError, match="of another run: the bits of its teacher were others"):
+        train(other)
+
+
+def test_a_run_with_another_loss_is_another(tmp_path):
+    dense, model = converted()
+    config = FinetuneConfig(steps=1)
+
+    def train(**held_to):
+        sadmoe.finetune_(
+            copy.deepcopy(model),
+            batches(),
+            config,
+            checkpoint=Checkpoint(tmp_path),
+            progress=False,
+            **held_to,
+        )
+
+    train(teacher=dense)
+    for held_to, told in (
+        ({"teacher": dense, "output_loss": nothing}, "config.output_loss was None, is nothing"),
+        ({"loss": mean_square}, "config.loss was None, is mean_square, the bits of its teacher were others"),
+    ):
+        with pytest.raises(ValueError, match=f"of another run: {told}"):
+            train(**held_to)
 
 
 def test_a_run_that_trained_more_or_less_is_another(tmp_path):

@@ -9,6 +9,7 @@ import sadmoe
 import torch
 from ports import free_port
 from processes import run_together
+from test_ffn_recorded import Windows
 from tiny_models import TINY, tokens
 from torch import Tensor, nn
 from versions import transformers_before
@@ -19,6 +20,7 @@ pytest.importorskip("accelerate")
 from sadmoe.hf.trainer import RouterCallback, SparsityCallback
 
 STEPS = 4
+ARGUMENTS = {"n_gpu": 0, "label_smoothing_factor": 0.0}
 PLAIN_SGD = {"learning_rate": 1e-2, "optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
 
 
@@ -188,6 +190,18 @@ def test_the_ffns_and_the_penalty_are_those_asked_for(tmp_path):
         assert seen["acts"] == ["gelu", "relu"]
         seen[penalty] = callback.last
     assert seen["hoyer"] != seen["l1"]
+
+
+def test_ffns_that_only_a_batch_shows_are_found(tmp_path):
+    model, batch = Windows(), torch.randn(2, 14, 24)
+    event = (SimpleNamespace(**ARGUMENTS), SimpleNamespace(global_step=0), None)
+    with pytest.raises(NotImplementedError, match="Masked"):
+        SparsityCallback().on_train_begin(*event, model=model)
+    callback = SparsityCallback(batches=[batch])
+    callback.on_train_begin(*event, model=model)
+    assert [type(block.act) for block in model.blocks] == [nn.ReLU, nn.ReLU]
+    callback.stop()
+    assert [type(block.act) for block in model.blocks] == [nn.GELU, nn.GELU]
 
 
 def test_with_alpha_zero_it_changes_nothing(tmp_path):

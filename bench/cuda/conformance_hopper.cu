@@ -1,7 +1,9 @@
 // The words of hopper.cuh mean on the device what the emulator takes them for, and the layer has the same bits by its kernels
-// of sm_90a and by the others.
+// of sm_90a and by the others. Where only bits are others, by rounding, the kernels are of use all the same.
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
+#include <cmath>
 #include <cstring>
 
 #include "conformance.h"
@@ -26,12 +28,16 @@ const char* const kRight[] = {"hand_over",
                               "product_of_registers_bf16",
                               "product_of_registers_f16"};
 
+constexpr float kRounding = 1.0f / 64;  // of the largest number of a layer: more is no rounding of 16 bits
+
+enum Found { kSame, kOtherBits, kWrong };
+
 template <class Check>
-int say(const char* name, Check check) {
+Found say(const char* name, Check check) {
   std::printf("%-24s ", name);
-  const bool right = check();
-  std::printf("%s\n", right ? "ok" : "WRONG NUMBERS");
-  return !right;
+  const Found found = check();
+  std::printf("%s\n", found == kSame ? "ok" : found == kOtherBits ? "OTHER BITS" : "WRONG NUMBERS");
+  return found;
 }
 
 bool passes(const HopperCase& c) {
@@ -51,7 +57,23 @@ bool passes(const HopperCase& c) {
   return std::all_of(said.begin(), said.begin() + c.threads, [](float v) { return v == 1; });
 }
 
-bool same_bits(sadmoe::DType dtype, bool gated, int64_t s) {
+// How far apart two results are at most, of the largest number of the second; NaN where one of them has some.
+float distance(const std::vector<uint16_t>& a, const std::vector<uint16_t>& b, sadmoe::DType dtype) {
+  const auto value = [&](uint16_t bits) {
+    if (dtype == sadmoe::DType::f16) return __half2float(__ushort_as_half(bits));
+    return __bfloat162float(__ushort_as_bfloat16(bits));
+  };
+  float most = 0, largest = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const float other = std::fabs(value(a[i]) - value(b[i]));
+    if (std::isnan(other)) return other;
+    most = std::max(most, other), largest = std::max(largest, std::fabs(value(b[i])));
+  }
+  return most / largest;
+}
+
+Found same_bits(sadmoe::DType dtype, bool gated, int64_t s) {
+  Found found = kSame;
   Layer layer({1000, 776, 520, 12, s}, dtype, gated, 1);
   for (const float share : {0.3f, 0.95f}) {
     layer.mask(share);
@@ -61,16 +83,21 @@ bool same_bits(sadmoe::DType dtype, bool gated, int64_t s) {
     for (const double all : {0.0, 2.0})
       for (const double crowd : {0.0, 2.0}) {
         layer.options.up_all = all, layer.options.crowd = crowd;
-        if (layer.result() != plain) return false;
+        const std::vector<uint16_t> result = layer.result();
+        if (result == plain) continue;
+        const float apart = distance(result, plain, dtype);
+        std::printf("(share %.2f, all %g, crowd %g: %.2g apart) ", share, all, crowd, apart);
+        found = std::max(found, apart < kRounding ? kOtherBits : kWrong);
       }
   }
-  return true;
+  return found;
 }
 
 }  // namespace
 
 int check_hopper() {
-  int major = 0, failed = 0;
+  int major = 0;
+  Found worst = kSame;
   must(capability(major), "capability");
   if (major != 9) {
     std::printf("no device of capability 9.0: the words of sm_90a are left out\n");
@@ -78,16 +105,19 @@ int check_hopper() {
   }
   for (const char* name : kRight)
     for (const HopperCase& c : kHopperCases)
-      if (!std::strcmp(c.name, name)) failed += say(name, [&] { return passes(c); });
+      if (!std::strcmp(c.name, name)) {
+        const Found otherwise = std::strncmp(name, "product_bits", 12) ? kWrong : kOtherBits;
+        worst = std::max(worst, say(name, [&] { return passes(c) ? kSame : otherwise; }));
+      }
   for (const int64_t s : {8, 24, 64, 88, 128, 172})
     for (const bool gated : {false, true})
       for (const sadmoe::DType dtype : {sadmoe::DType::bf16, sadmoe::DType::f16}) {
         char name[40];
         std::snprintf(name, sizeof name, "layer, s %d%s, %s", static_cast<int>(s), gated ? ", GLU" : "",
                       dtype == sadmoe::DType::bf16 ? "bf16" : "f16");
-        failed += say(name, [&] { return same_bits(dtype, gated, s); });
+        worst = std::max(worst, say(name, [&] { return same_bits(dtype, gated, s); }));
       }
-  return failed;
+  return worst == kWrong ? 4 : worst == kOtherBits ? 1 : 0;
 }
 
 }  // namespace bench

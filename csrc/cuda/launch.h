@@ -11,7 +11,7 @@ namespace sadmoe::cuda {
 int use_device(int index);
 
 struct Options {
-  int64_t hidden_bytes = int64_t{256} << 20;  // of hidden activations at once; more tokens go in chunks
+  int64_t hidden_bytes = int64_t{512} << 20;  // of hidden activations at once; more tokens go in chunks
   int64_t decode_tokens = 64;  // at most these, and 64, go to the decode kernels, whose results are the same bit for bit
   bool tf32 = false;           // float32 experts by tensor cores, operands rounded to 11 bits; never the router
   bool hopper = true;          // the kernels of sm_90a, on such a device, where they fit

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sadmoe.hooks import uncompiled
-from sadmoe.modules import device_of, evaluating, is_encoder_decoder
+from sadmoe.modules import device_of, evaluating, is_encoder_decoder, is_out_of_memory
 
 Batch = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
 Batches = Iterable[Batch]
@@ -247,10 +247,8 @@ def check_runs(model: nn.Module, batches: Batches, changed: str, config: str) ->
     with uncompiled(), evaluating(model):
         try:
             run(model, to_device(batch, device_of(model)))
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
         except Exception as error:  # whatever a foreign forward raises; it ran the same batch before
-            if "bad_alloc" in str(error):  # of threads, by torch 2.15
+            if is_out_of_memory(error):
                 raise
             raise NotImplementedError(
                 f"this {type(model).__name__} does not run with {changed}: {type(error).__name__}: {error}; leave out "

@@ -2,6 +2,7 @@
 
 import logging
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, is_dataclass, replace
@@ -24,8 +25,8 @@ from sadmoe.training.config import LoopConfig, Step
 from sadmoe.training.guards import all_or_nothing, seeded
 from sadmoe.training.loop import train
 from sadmoe.training.objective import Loss, OutputLoss, check_output_loss, distill_hidden, task
-from sadmoe.training.processes import mean_over_processes, place
-from sadmoe.training.resume import Checkpoint, check_checkpoint
+from sadmoe.training.processes import is_same, mean_over_processes, place
+from sadmoe.training.resume import Checkpoint, check_checkpoint, held_to
 
 logger = logging.getLogger(__name__)
 MEMORY = 0.9  # decay of the running mean of the executed share, per update
@@ -136,16 +137,18 @@ def finetune_(
             objective = distill_hidden(model, teacher, sites, output_loss, kept_bytes=config.kept_bytes)
             settle(model, batches)
         loop = config if config.tau is not None else replace(config, alpha=0.0)
+        about = {} if checkpoint is None else held_to(teacher, loss=loss, output_loss=output_loss)
         run = partial(train, model, batches, loop, objective, progress=progress)
         run = partial(run, checkpoint=checkpoint, name="finetune")
         share = None
         if config.tau is None:
             gates = {name: _said(layer.gate) for name, layer in layers.items()}
+            _check_same(gates, device_of(model))
             with hidden_kept(layers):
-                history = run(penalty_of=no_penalty, about={"gates": gates})
+                history = run(penalty_of=no_penalty, about={**about, "gates": gates})
         else:
             with ExpertPenalty(model, layers, config, config.tau) as penalty:
-                history = run(penalty_of=penalty, at=penalty.at)
+                history = run(penalty_of=penalty, at=penalty.at, about=about)
             share = penalty.share
     report = FinetuneReport(history, share, time.perf_counter() - started)
     logger.info("fine-tuned %d converted FFNs: %s", len(layers), report)
@@ -155,6 +158,15 @@ def finetune_(
 def _said(gate: Gate) -> str:
     """Its rule and settings, of a gate of the user's own at least the class."""
     return repr(gate) if is_dataclass(gate) else type(gate).__name__
+
+
+def _check_same(gates: Mapping[str, str], device: torch.device) -> None:
+    """Raises RuntimeError where processes of a group would train under different gates."""
+    if not is_same(zlib.crc32(repr(gates).encode()), device):
+        raise RuntimeError(
+            "the gates of this process are not those of the others, as after calibrate_ on each one's own batches: "
+            "calibrate in one process and give all its tau by set_tau, or load the calibrated model in each"
+        )
 
 
 @contextmanager

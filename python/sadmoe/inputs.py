@@ -56,6 +56,21 @@ def collect_inputs(
     )
 
 
+def count_rows(
+    model: nn.Module, modules: Iterable[nn.Module], batches: Iterable[Any]
+) -> dict[nn.Module, int]:
+    """The rows that leave each of the modules, linear layers, while the model runs the batches."""
+    rows = dict.fromkeys(modules, 0)
+
+    def count(module: nn.Module, args: Any, output: Tensor) -> None:
+        rows[module] += len(rows_of(output))
+
+    with hooks_on(module.register_forward_hook(count) for module in rows), evaluating(model):
+        for batch in batches:
+            run(model, to_device(batch, device_of(model)))
+    return rows
+
+
 def stream_inputs(
     model: nn.Module,
     sites: Iterable[Site],

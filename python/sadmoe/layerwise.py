@@ -16,6 +16,7 @@ from sadmoe.batches import Batches, check_batches
 from sadmoe.checks import check_config
 from sadmoe.dial import trainable_layers
 from sadmoe.ffn import DenseFFN, FFNSite, find_ffns
+from sadmoe.files import checksum
 from sadmoe.finetune import ExpertPenalty, FinetuneConfig, trains
 from sadmoe.gradients import without_autocast
 from sadmoe.inputs import held_out_and_batches, stream_inputs
@@ -140,7 +141,8 @@ def _fit(
     with ExpertPenalty(layer, {name: layer}, config, config.tau) as penalty:
         history = []
         if trains(layer):
-            about = {"batch_tokens": batch_tokens, "tokens": len(rows)}
+            teacher = {"teacher": checksum(dense.tensors), "act": dense.act}
+            about = {"batch_tokens": batch_tokens, "tokens": len(rows), **teacher}
             history = train(
                 layer, batches, config, error, penalty, progress, penalty.at, checkpoint=checkpoint, name=name,
                 about=about,

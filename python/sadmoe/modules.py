@@ -17,6 +17,14 @@ def check_model(model: Any, called: str = "model") -> None:
         raise TypeError(f"{called} must be a torch.nn.Module, got {type(model).__name__}")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it is of a lack of memory; torch's on the CPU, and its threads', have no class of their own."""
+    told = isinstance(error, RuntimeError) and any(
+        word in str(error) for word in ("allocate memory", "bad_alloc")
+    )
+    return told or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
 def refuse_compiled(model: nn.Module, called: str = "model") -> None:
     """Raises ValueError where the model, or a part, was compiled: it then bypasses its modules' hooks."""
     check_model(model, called)

@@ -41,6 +41,16 @@ def check_folder(folder: Path, force: bool, reads: Sequence[Path] = ()) -> None:
     check_writable(folder, folder)
 
 
+def place_for(folder: Path, force: bool) -> Path:
+    """Where to write in the end what `check_folder` allowed at the start: that folder, or a new one beside it where
+    somebody has filled it since. So neither is lost."""
+    try:
+        check_folder(folder, force)
+    except (FileExistsError, NotADirectoryError):
+        return folder.with_name(f"{folder.name}-{secrets.token_hex(4)}")
+    return folder
+
+
 def check_files(paths: Sequence[Path], force: bool, reads: Sequence[Path] = ()) -> None:
     """Raises an error unless each of them can be written: absent, or with `force` a file, in a folder that is there,
     and neither what the command `reads` nor a file of a model in a folder that it reads."""

@@ -1,21 +1,19 @@
 """What a conversion could save of a dense model, before anything is trained or changed."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from sadmoe.attention import scan_projections
-from sadmoe.batches import Batches, check_batches, length, rows_of, run, to_device
+from sadmoe.batches import Batches, check_batches, length
 from sadmoe.cost import neuron_flops
 from sadmoe.ffn import FFNSite, Skipped, find_ffns, moe_layers, overlooked, scan_ffns
 from sadmoe.ffn.linears import linear_shape
 from sadmoe.flops import FlopCount
-from sadmoe.hooks import hooks_on
-from sadmoe.modules import check_model, device_of, evaluating, refuse_compiled
+from sadmoe.inputs import count_rows
+from sadmoe.modules import check_model, refuse_compiled
 from sadmoe.sparsify import LayerSparsity, measure_sparsity
 from sadmoe.tables import format_table, shortened, si
 
@@ -115,7 +113,9 @@ def survey(model: nn.Module, batches: Batches, *, progress: bool = False) -> Sur
     projections, refused = scan_projections(model, batches=batches)
     linears = [*(site.first for site in sites), *(p.first for p in projections)]
     sparsities = measure_sparsity(model, batches, sites, progress=progress)
-    total, rows = _count(model, batches, linears, progress)
+    with FlopCount(model) as counted:
+        rows = count_rows(model, linears, tqdm(batches, "FLOPs", length(batches), disable=not progress))
+    total = counted.flops
     ffns = tuple(
         _share_of(site, sparsity, rows[site.first] / total)
         for site, sparsity in zip(sites, sparsities, strict=True)
@@ -144,22 +144,6 @@ def _share_of(site: FFNSite, sparsity: LayerSparsity, rows_of_flops: float) -> F
     dense = site.dense()
     flops = dense.f * neuron_flops(dense.d, dense.d_out, site.act, dense.gated)
     return FFNShare(site.name, site.act, dense.gated, dense.d, dense.f, rows_of_flops * flops, sparsity)
-
-
-def _count(
-    model: nn.Module, batches: Batches, linears: Sequence[nn.Module], progress: bool
-) -> tuple[int, dict[nn.Module, int]]:
-    """FLOPs of the model over all batches, and the rows that entered each of the linear layers."""
-    rows = dict.fromkeys(linears, 0)
-
-    def count(linear: nn.Module, args: Any, output: Tensor) -> None:
-        rows[linear] += len(rows_of(output))
-
-    hooks = (linear.register_forward_hook(count) for linear in linears)
-    with hooks_on(hooks), evaluating(model), FlopCount(model) as counted:
-        for batch in tqdm(batches, "FLOPs", length(batches), disable=not progress):
-            run(model, to_device(batch, device_of(model)))
-    return counted.flops, rows
 
 
 def _shape(linear: nn.Module) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from sadmoe.outputs import replaced
 transformers = pytest.importorskip("transformers")
 from command_line import converted
 from sadmoe import cli
+from sadmoe.cli import convert as convert_command
 
 
 def test_nothing_is_overwritten_without_force(folder, text, tmp_path, capsys):
@@ -104,6 +105,26 @@ def test_a_failure_leaves_what_was_there(folder, text, tmp_path, capsys, monkeyp
     assert told in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["moe", "text.txt"]
+
+
+@pytest.mark.parametrize("force", [(), ("--force",)])
+def test_what_is_written_there_meanwhile_is_not_lost(folder, text, tmp_path, capsys, monkeypatch, force):
+    out = tmp_path / "moe"
+    trained = convert_command.convert_
+
+    def beside_another(*args, **settings):
+        out.mkdir()
+        (out / "config.json").write_text("somebody else's")
+        return trained(*args, **settings)
+
+    monkeypatch.setattr(convert_command, "convert_", beside_another)
+    assert converted(folder, text, out, "--tau", "0.1", *force) == 0
+    assert [path.name for path in out.iterdir()] == ["config.json"]
+    (beside,) = (path for path in tmp_path.iterdir() if path.name.startswith("moe-"))
+    assert (beside / "model.safetensors").exists()
+    told = capsys.readouterr().out
+    assert f"{out} was filled by somebody else meanwhile" in told
+    assert f'from_pretrained("{beside}")' in told
 
 
 def interrupted_in(folder):

@@ -22,7 +22,6 @@ from sadmoe.cli.options import (
     add_data,
     add_model,
     data_of,
-    is_out_of_memory,
     loaded,
     positive_number,
     random_input,
@@ -34,6 +33,7 @@ from sadmoe.ffn import moe_layers
 from sadmoe.files import replacing
 from sadmoe.gates import DynamicK
 from sadmoe.model_report import heats_of, report_page
+from sadmoe.modules import is_out_of_memory
 from sadmoe.outputs import check_files, check_folder
 from sadmoe.paths import dtype_name
 from sadmoe.report import write_page
@@ -212,7 +212,7 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
 
 def _demo(arguments: argparse.Namespace) -> None:
     check_folder(arguments.out, arguments.force)
-    print(run_demo(arguments.out, seconds=arguments.seconds))
+    print(run_demo(arguments.out, seconds=arguments.seconds, force=arguments.force))
 
 
 def _survey(arguments: argparse.Namespace) -> None:

@@ -36,7 +36,7 @@ from sadmoe.ffn.linears import linear_shape
 from sadmoe.files import replacing
 from sadmoe.int8 import quantize_experts_
 from sadmoe.mixed import fast_training
-from sadmoe.outputs import check_folder, replaced
+from sadmoe.outputs import check_folder, place_for, replaced
 from sadmoe.paths import dtype_name
 from sadmoe.reference import RECTIFIERS
 from sadmoe.routers import RouterConfig
@@ -159,18 +159,23 @@ def _convert(arguments: argparse.Namespace) -> None:
     else:
         told = _convert_finetuned(model, dense, data, arguments)
     rounded = quantize_experts_(model) if arguments.int8 else None
-    with replaced(arguments.out) as new:
+    out = place_for(arguments.out, arguments.force)
+    with replaced(out) as new:
         model.save_pretrained(new)  # type: ignore[operator]
         if data.processor is not None:
             data.processor.save_pretrained(new)
-    arguments.saved = arguments.out
+    arguments.saved = out
     print(told)
     if rounded is not None:
         print(rounded)
+    if out != arguments.out:
+        print(
+            f"\n{arguments.out} was filled by somebody else meanwhile, so the model is in a folder beside it"
+        )
     print(
-        f"\nsaved to {arguments.out}. Load it with\n\n    import sadmoe\n"
+        f"\nsaved to {out}. Load it with\n\n    import sadmoe\n"
         f"    from transformers import {type(model).__name__}\n"
-        f'    model = {type(model).__name__}.from_pretrained("{arguments.out}")'
+        f'    model = {type(model).__name__}.from_pretrained("{out}")'
     )
     if arguments.finetune is not None:
         print(f"\n{cost(model, data.batches, progress=True)}")

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from sadmoe.batches import run, to_device
 from sadmoe.bench import random_batch
 from sadmoe.data import Data, load_data
-from sadmoe.modules import device_of, evaluating
+from sadmoe.modules import device_of, evaluating, is_out_of_memory
 from sadmoe.texts import load_model
 
 BATCH_SIZE = 16
@@ -180,12 +180,6 @@ def _try(model: nn.Module, batch: Any, name: str) -> None:
         raise ValueError(
             f"--data: this {type(model).__name__} does not run on {name}: {type(error).__name__}: {error}"
         ) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it is of a lack of memory; torch's on the CPU has no class of its own."""
-    allocator = isinstance(error, RuntimeError) and "allocate memory" in str(error)
-    return allocator or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def say(text: object) -> None:

@@ -3,6 +3,7 @@
 import math
 import warnings
 from contextlib import nullcontext
+from itertools import islice
 
 import torch
 from torch import nn
@@ -29,6 +30,7 @@ from sadmoe.ffn import (
     swap_out,
 )
 from sadmoe.gates import DynamicK
+from sadmoe.inputs import count_rows
 from sadmoe.modules import check_model, evaluating, refuse_compiled, refuse_distributed
 from sadmoe.tables import shortened
 from sadmoe.training.guards import seeded
@@ -139,22 +141,29 @@ def checked_sites(model: nn.Module, batches: Batches, config: ConvertConfig) -> 
     if wrong:
         raise ValueError("nothing was converted, because of\n" + "\n".join(wrong))
     if config.budget is not None and config.budget < 1:  # 1 is tau = 0, which is dense
-        _check_budget(sites, config, config.budget)
+        _check_budget(model, sites, batches, config, config.budget)
     return sites
 
 
-def _check_budget(sites: list[FFNSite], config: ConvertConfig, budget: float) -> None:
+def _check_budget(
+    model: nn.Module, sites: list[FFNSite], batches: Batches, config: ConvertConfig, budget: float
+) -> None:
     """Refuses what no tau can meet before routers are trained for it, by the closed forms of the cost."""
-    floors = []
+    costs = []
     for site in sites:
         dense, own = site.dense(), config.of(site.adapter)
         order = torch.empty(dense.f, dtype=torch.int64, device="meta")
         layer = layer_from_dense(dense.to("meta"), order, own.experts_of(dense.f), own.router.width)
-        cost = layer_cost(layer, share=1.0)
-        floors.append(cost.floor / cost.dense)
-    if budget < min(floors):
+        costs.append(layer_cost(layer, share=1.0))
+    floors = [cost.floor / cost.dense for cost in costs]
+    floor = min(floors)
+    if floor <= budget < max(floors):  # projections and FFNs, say: by how much of the FLOPs each has
+        rows = count_rows(model, [site.first for site in sites], islice(batches, 1))
+        if len(set(rows.values())) == 1:  # else not known: another batch may have others
+            floor = sum(cost.floor for cost in costs) / sum(cost.dense for cost in costs)
+    if budget < floor:
         raise ValueError(
-            f"budget {budget} cannot be met: router and one expert cost {min(floors):.3f} of the dense FLOPs "
+            f"budget {budget} cannot be met: router and one expert cost {floor:.3f} of the dense FLOPs "
             "or more; raise it, or take a narrower router (RouterConfig(width=...)) or smaller experts"
         )
 

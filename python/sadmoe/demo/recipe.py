@@ -27,7 +27,7 @@ from sadmoe.finetune import finetune_
 from sadmoe.int8 import quantize_experts_
 from sadmoe.layerwise import finetune_layers_
 from sadmoe.mixed import fast_training
-from sadmoe.outputs import replaced
+from sadmoe.outputs import place_for, replaced
 from sadmoe.report import matplotlib_pyplot
 from sadmoe.routers import RouterConfig, fit_routers_
 from sadmoe.sparsify import SparsifyConfig, sparsify_
@@ -50,10 +50,11 @@ TAUS = (0.1, 0.3)
 BUDGET = 0.408  # FLOPs of the FFNs, router included, for which the saved model's tau is solved
 
 
-def run_demo(out: Path, *, seconds: float = SECONDS) -> str:
-    """Runs the demo, writes model, table and picture to `out`, replacing what is there, and returns what to print.
+def run_demo(out: Path, *, seconds: float = SECONDS, force: bool = False) -> str:
+    """Runs the demo, writes model, table and picture to `out`, and returns what to print.
 
-    seconds: of training.   Raises ImportError where the demo's extras are not installed.
+    seconds: of training.   force: replace what an earlier demo wrote there; what somebody else wrote there meanwhile
+    stays, and a folder beside it is taken.   Raises ImportError where the demo's extras are not installed.
     """
     matplotlib_pyplot()
     laps = Laps()
@@ -71,6 +72,7 @@ def run_demo(out: Path, *, seconds: float = SECONDS) -> str:
     rows += sweep(dense, ways, tests, wanted)
     laps.lap("table")
 
+    out = place_for(out, force)
     text = "\n\n".join(
         (
             f"MiniLM-L6, {len(train)} paragraphs to train on, {len(held_out)} held out, "

@@ -60,7 +60,7 @@ def controls(dense: nn.Module, tests: Sequence[Any]) -> tuple[list[Row], Tensor]
 
 
 def top_half(contribution: Tensor) -> Tensor:
-    """bool [..., f]: the half of the neurons of largest contribution, ties in."""
+    """bool [..., f]: the half of the neurons of largest contribution, those that tie with the median left out."""
     return contribution > contribution.median(dim=-1, keepdim=True).values
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
+from sadmoe.batches import Batches
 from sadmoe.dial import tau
 from sadmoe.ffn import find_ffns, swap_activations_
 from sadmoe.ffn.activation_swap import Undo
@@ -170,11 +171,11 @@ class SparsityCallback(AddedLoss):
         Trainer(model, arguments, train_dataset=data, callbacks=[SparsityCallback(alpha=0.3)]).train()
 
     alpha, schedule, penalty, displacement, relu_swap: as in `SparsifyConfig`; the schedule follows the Trainer's steps,
-    so it goes on where it was when training resumes from a checkpoint.   filter: which FFNs, as in `find_ffns`.
-    Works with gradient accumulation, non-reentrant checkpointing, mixed precision and several processes. The logged
-    loss has the penalty in it, the evaluation's has not; `last` is the latest penalty, without alpha. After a run that
-    raised an error, `stop()` takes the callback off the model, and gives it back its activations unless an update had
-    begun.
+    so it goes on where it was when training resumes from a checkpoint.   filter, batches: which FFNs, and by what they
+    are found, as in `find_ffns`. Works with gradient accumulation, non-reentrant checkpointing, mixed precision and
+    several processes. The logged loss has the penalty in it, the evaluation's has not; `last` is the latest penalty,
+    without alpha. After a run that raised an error, `stop()` takes the callback off the model, and gives it back its
+    activations unless an update had begun.
     Raises ValueError where the Trainer makes the loss itself (label smoothing, compute_loss_func): use `SparsityLoss`
     in a compute_loss of your own instead. Source: arXiv 2310.04361, section 3.1.
     """
@@ -188,6 +189,7 @@ class SparsityCallback(AddedLoss):
         displacement: float = -10.0,
         relu_swap: bool = True,
         filter: Callable[[str], bool] | None = None,
+        batches: Batches | None = None,
     ):
         super().__init__()
         self.config = SparsifyConfig(  # which checks them; of a length that nothing here uses
@@ -198,7 +200,7 @@ class SparsityCallback(AddedLoss):
             displacement=displacement,
             relu_swap=relu_swap,
         )
-        self.filter = filter
+        self.filter, self.batches = filter, batches
         self._swap_back: Undo | None = None  # of a model whose weights are as they were
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -207,7 +209,7 @@ class SparsityCallback(AddedLoss):
         self.stop()  # a run may have failed before
         model = kwargs["model"]
         refuse_compiled(model)  # before its activations are swapped
-        sites = find_ffns(model, self.filter)
+        sites = find_ffns(model, self.filter, batches=self.batches)
         if self.config.relu_swap:
             undo = swap_activations_(model, [site for site in sites if site.act not in RECTIFIERS], "relu")
             self._swap_back = undo if state.global_step == 0 else None

@@ -40,8 +40,8 @@ class DynamicKMoE(Experts):
     true norms compute all experts. `expected_share`: the executed share in [0, 1] that decides on CUDA instead of that
     of earlier calls, so also under graph capture. Neither is saved with the model.
 
-    keeps_hidden: True while it is trained by `finetune_`. Every expert is computed, as the backward pass has to, and
-    what it computed is kept until then; the op's backward pass computes it again.
+    keeps_hidden: True while `finetune_` trains it under the model's own gates. Every expert is computed, as the
+    backward pass has to, and what it computed is kept until then; the op's backward pass computes it again.
 
     After `to_int8_` the op of int8 runs at every tau, whatever batch_invariant says, and a router in float32 has become
     bfloat16. After `pack_` the op runs at every tau, too.

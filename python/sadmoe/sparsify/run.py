@@ -21,7 +21,7 @@ from sadmoe.training import Checkpoint, Step, processes
 from sadmoe.training.guards import all_or_nothing, seeded
 from sadmoe.training.loop import train
 from sadmoe.training.objective import Loss, Objective, distill_hidden, distill_logits, task
-from sadmoe.training.resume import check_checkpoint
+from sadmoe.training.resume import check_checkpoint, held_to
 
 logger = logging.getLogger(__name__)
 MEASURED_BATCHES = 8  # of the training batches, for the sparsity before and after
@@ -125,6 +125,7 @@ def sparsify_(
             dense_acts = [site for site in sites if site.act not in RECTIFIERS]
             undo.append(swap_activations_(model, dense_acts, "relu"))
         objective = _objective(model, dense, config, sites, loss)
+        held = {} if checkpoint is None else held_to(teacher, loss=loss)
         with (
             mode(model, train=config.objective == "task"),
             nullcontext() if dense is None else mode(dense, train=False),
@@ -135,7 +136,7 @@ def sparsify_(
             with penalty:
                 history = train(
                     model, batches, config, objective, penalty, progress, checkpoint=checkpoint, name="sparsify",
-                    about={"ffns": [site.name for site in sites]},
+                    about={"ffns": [site.name for site in sites], **held},
                 )  # fmt: skip
         after = measure_sparsity(model, sample, sites, loss=loss)
     report = SparsifyReport(before, after, history, time.perf_counter() - started)

@@ -23,17 +23,18 @@ from sadmoe import files
 from sadmoe.checks import check_fields
 from sadmoe.training.processes import place
 
-FORMAT = 5
+FORMAT = 6
 KEY = "sadmoe run"
-CHECKSUMS = ("weights", "model")  # what is known of a run by a checksum alone
+CHECKSUMS = ("weights", "model", "teacher", "projection")  # what is known of a run by a checksum alone
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder in which a long step leaves its state, and how often.
 
-    Call the same function again with the same model, batches, configuration and folder: it goes on where it was. A run
-    that had ended is not run again, only loaded.   every: seconds between two saves; 0: after each update. Give each
+    Call the same function again with the same model, batches, configuration, teacher, loss and folder: it goes on where
+    it was, and another one is refused, as far as it can be told (a loss by its name). A run that had ended is not run
+    again, only loaded.   every: seconds between two saves; 0: after each update. Give each
     step a folder of its own, and keep the number of threads: what a run begins with is compared bit for bit. With
     several processes the first one writes, and all must see the folder.
     """
@@ -105,9 +106,21 @@ def _told(key: str, saved: Any, wanted: Any) -> str:
         return ", ".join(_told(f"{key}.{name}", saved.get(name), wanted.get(name)) for name in fields)
     if key == "trained":  # None of a run of another kind
         return f"{key} differs by {', '.join(sorted(set(saved or ()) ^ set(wanted or ()))[:3])}"
-    if key in CHECKSUMS:
-        return f"the {key} it began with were others"
+    if (what := key.rpartition(".")[2]) in CHECKSUMS:
+        return f"the bits of its {what} were others"
     return f"{key} was {saved}, is {wanted}"
+
+
+def held_to(teacher: nn.Module | None, **losses: Any) -> dict[str, Any]:
+    """What a run is trained towards, as far as a checkpoint can know it: the teacher's weights, the losses' names."""
+    names = {
+        name: loss
+        if loss is None or isinstance(loss, str)
+        else getattr(loss, "__qualname__", type(loss).__name__)
+        for name, loss in losses.items()
+    }
+    weights = None if teacher is None else files.checksum(dict(teacher.named_parameters()))
+    return {"teacher": weights, **names}
 
 
 def _as_laid_out(parameter: Tensor, moment: Tensor) -> Tensor:
