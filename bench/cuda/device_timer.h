@@ -38,8 +38,9 @@ class Buffer {
 };
 
 // In so many cycles the host asks for all that is timed: else it would be waited for.
-__global__ inline void wait_for_host(long long cycles) {
-  const long long begin = clock64();
+template <class Cycles>
+__global__ void wait_for_host(Cycles cycles) {
+  const Cycles begin = clock64();
   while (clock64() - begin < cycles) {
   }
 }
