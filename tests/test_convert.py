@@ -59,8 +59,11 @@ def test_experts_are_the_partition_of_what_the_config_names(cluster, name):
         gated = dense.w_gate is not None
         assert gated == (name == "user glu")
         h = act(nn.functional.linear(x, dense.w_gate, dense.b_gate)) * up if gated else act(up)
-        fires = h.abs() > 0.01 * h.abs().amax(-1, keepdim=True)
-        found = fires.T.float() if cluster == "activity" else dense.w_gate if gated else dense.w_up
+        fires = (h.abs() > 0.01 * h.abs().amax(-1, keepdim=True)).float()
+        adds = h.abs() * dense.w_down.norm(dim=1)
+        adds = (adds / adds.square().mean(-1, keepdim=True).sqrt()).sqrt()
+        activity = fires if dense.act in ("relu", "relu2") else adds
+        found = activity.T if cluster == "activity" else dense.w_gate if gated else dense.w_up
         rows[site.name] = found.detach().clone()
     convert(model, batches, cluster=cluster, seed=3)
     for name, layer in moe_layers(model).items():

@@ -298,9 +298,10 @@ def test_inputs_that_cannot_be_used_are_refused(inputs, text):
 
 def test_a_width_that_the_router_does_not_have_is_refused():
     with pytest.raises(
-        ValueError, match=r"config.width is 64, .* has width 32: give width=32, or build .* router_width=64"
+        ValueError, match=r"config.width is 64, .* has width 32: leave it out, or build .* router_width=64"
     ):
         fit_router_(layer_of(), random_rows(9), RouterConfig(width=64))
+    fit_router_(layer_of(), random_rows(9), RouterConfig(steps=1))  # without one it is the router's own
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def moefied(
     """
     model = copy.deepcopy(dense)
     config = ConvertConfig(
-        expert_size=expert_size, router=RouterConfig(width=WIDTH, steps=1),
+        expert_size=expert_size, cluster="weights", router=RouterConfig(width=WIDTH, steps=1),
         projection_router=RouterConfig(width=PROJECTION_WIDTH, steps=1), max_tokens=min(tokens, 8192), seed=seed,
     )  # fmt: skip
     convert_(model, batches, config, progress=False)

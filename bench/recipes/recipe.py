@@ -105,7 +105,7 @@ class Recipe:
         a tau for the budget."""
         model, effort, work, run, name = copy.deepcopy(sparse), self.effort, self.work, self.run, f"s{size}"
         untrained = ConvertConfig(
-            expert_size=size, cluster="activity", router=RouterConfig(width=ROUTER, steps=1),
+            expert_size=size, router=RouterConfig(width=ROUTER, steps=1),
             projection_router=RouterConfig(width=PROJECTION_ROUTER, steps=1), max_tokens=min(effort.tokens, 8192),
             seed=run.seed,
         )  # fmt: skip
@@ -163,9 +163,7 @@ class Recipe:
         model = copy.deepcopy(self.work.dense)
         router = RouterConfig(width=ROUTER, steps=1)
         tokens = min(self.effort.tokens, 8192)
-        config = ConvertConfig(
-            expert_size=size, cluster="activity", router=router, max_tokens=tokens, seed=self.run.seed
-        )
+        config = ConvertConfig(expert_size=size, router=router, max_tokens=tokens, seed=self.run.seed)
         with self.run.stage("untrained convert"):
             checkpoint = self.run.checkpoint(f"untrained s{size} convert")
             convert_(model, self.fitted, config, checkpoint=checkpoint, progress=False)

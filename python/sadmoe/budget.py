@@ -73,7 +73,7 @@ def finetune_for_budget_(
 
     `finetune_layers_` (each layer by true norms, 30 % of the seconds), `fit_routers_`, `calibrate_`, `finetune_` (the
     whole model by its routers, the rest), `calibrate_`: as the demo does, in bfloat16 where that is faster. Experts of
-    8 to 32 neurons that fire together (`ConvertConfig(cluster="activity")`) do best. Freeze what need not move.
+    8 to 32 neurons do best. Freeze what need not move.
 
     budget: executed FLOPs of the converted layers over their dense FLOPs, in (0, 1].   seconds: of training; routers
     and calibration come on top.   dense: the model that is to be matched.   sparse: a copy of the model

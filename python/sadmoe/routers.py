@@ -22,6 +22,7 @@ from sadmoe.training.resume import Checkpoint, Kept, check_checkpoint
 
 HELD_OUT = 0.1  # share of the tokens that training never sees
 CHUNK = 2**22  # activations held at once while norms are computed
+WIDTH = 128  # of a new router
 REPORTED_SHARE = 0.25  # executed share at which `captured` is reported
 
 
@@ -29,7 +30,8 @@ REPORTED_SHARE = 0.25  # executed share at which `captured` is reported
 class RouterConfig:
     """How the router of a layer is trained. Width, optimiser and loss are the paper's; the length is ours.
 
-    width: r, neurons between the two layers (the paper uses 512 for a 2-billion-parameter model).
+    width: r, neurons between the two layers (the paper uses 512 for a 2-billion-parameter model). None: those that the
+        router has, of a new one 128.
     steps: updates of the weights.
     batch_tokens: tokens in each update.
     lr: AdamW's rate at the start, down to 0 along a cosine; inputs and targets are scaled for it.
@@ -43,7 +45,7 @@ class RouterConfig:
         tokens are taken where there are more than max_tokens, and of the order in which a DataLoader shuffles.
     """
 
-    width: int = 128
+    width: int | None = None
     steps: int = 1000
     batch_tokens: int = 512
     lr: float = 5e-3
@@ -91,8 +93,8 @@ def fit_router_(
     `DynamicKMoE.expert_norms`. Raises ValueError where inputs have another shape or dtype, or config another width than
     the layer's router. Whatever is raised, the router is as it was.
     """
-    config = RouterConfig(width=layer.router.v1.shape[0]) if config is None else config
-    _check_fit(layer, inputs, check_config(config, RouterConfig))
+    config = RouterConfig() if config is None else check_config(config, RouterConfig)
+    _check_fit(layer, inputs, config)
     power = power_of(layer.router, config.target_power)
     generator = torch.Generator().manual_seed(config.seed)
     with (
@@ -234,10 +236,10 @@ def _check_fit(layer: DynamicKMoE, inputs: Tensor, config: RouterConfig) -> None
             f"inputs must be floating point [n, {d}] with n >= 2, got {inputs.dtype} {list(inputs.shape)}: "
             "pass the tokens that enter this FFN, see sadmoe.inputs.collect_inputs, some of which must not be padding"
         )
-    if width != config.width:
+    if config.width not in (None, width):
         raise ValueError(
-            f"config.width is {config.width}, but the layer's router has width {width}: give width={width}, or build "
-            f"the layer with router_width={config.width}"
+            f"config.width is {config.width}, but the layer's router has width {width}: leave it out, or build the "
+            f"layer with router_width={config.width}"
         )
 
 

@@ -90,30 +90,13 @@ def test_the_seed_is_that_of_the_routers_too(folder, text, tmp_path, configs):
 
 def test_neurons_are_clustered_and_routers_trained_as_asked(folder, text, tmp_path, configs):
     assert converted(folder, text, tmp_path / "a", "--tau", "0.2") == 0
-    more = ("--cluster", "activity", "--target-power", "0.5", "--projections", "1")
+    more = ("--cluster", "weights", "--target-power", "0.5", "--projections", "1")
     assert converted(folder, text, tmp_path / "b", "--tau", "0.2", *more) == 0
     told = [(c.cluster, c.router.target_power, c.projection_router) for c in configs]
-    assert [one[:2] for one in told] == [("weights", None), ("activity", 0.5)]
+    assert [one[:2] for one in told] == [("activity", None), ("weights", 0.5)]
     assert (configs[1].projection_router.target_power, configs[1].projection_router.width) == (0.5, 32)
     layers = moe_layers(transformers.BertModel.from_pretrained(tmp_path / "b")).values()
     assert {layer.router.target_power for layer in layers} == {0.5}
-    for more, wanted in (((), "activity"), (("--cluster", "weights"), "weights")):
-        assert (
-            converted(
-                folder,
-                text,
-                tmp_path / wanted,
-                "--finetune",
-                "0.1",
-                "--budget",
-                "0.9",
-                "--router-width",
-                "4",
-                *more,
-            )
-            == 0
-        )
-        assert configs[-1].cluster == wanted
 
 
 def test_convert_to_int8(folder, text, tmp_path, capsys):

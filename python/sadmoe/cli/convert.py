@@ -39,7 +39,7 @@ from sadmoe.mixed import fast_training
 from sadmoe.outputs import check_folder, place_for, replaced
 from sadmoe.paths import dtype_name
 from sadmoe.reference import RECTIFIERS
-from sadmoe.routers import RouterConfig
+from sadmoe.routers import WIDTH, RouterConfig
 from sadmoe.sparsify import SparsifyConfig, sparsify_
 from sadmoe.training import Checkpoint
 
@@ -77,14 +77,15 @@ def add_convert(commands: Any) -> None:
     command.add_argument(
         "--router-width",
         type=positive,
-        default=RouterConfig.width,
+        default=WIDTH,
         help="hidden neurons of an FFN's router (default: %(default)s); narrow models want fewer",
     )
     command.add_argument(
         "--cluster",
-        choices=["weights", "activity"],
-        help="neurons are put together by the weights that they read with, or by the tokens that they fire for, which "
-        "suits ReLU (default: weights; with --finetune: activity)",
+        choices=["activity", "weights"],
+        default="activity",
+        help="neurons are put together by the tokens that they count for, or by the weights that they read with "
+        "(default: %(default)s)",
     )
     command.add_argument(
         "--target-power",
@@ -207,7 +208,7 @@ def _conversion(arguments: argparse.Namespace) -> ConvertConfig:
         expert_size=arguments.expert_size,
         budget=budget,
         tau=arguments.tau,
-        cluster=arguments.cluster or ("weights" if arguments.finetune is None else "activity"),
+        cluster=arguments.cluster,
         router=router,
         projection_router=replace(router, width=PROJECTION_ROUTER) if arguments.projections else None,
         seed=arguments.seed,

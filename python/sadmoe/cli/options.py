@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,48 +21,27 @@ BATCH_SIZE = 16
 MAX_LENGTH = 128
 
 
-def positive(text: str) -> int:
-    """A whole number above 0, for argparse."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
-    return number
+def _number(
+    kind: type[int] | type[float], allowed: Callable[[float], bool], told: str
+) -> Callable[[str], Any]:
+    """For argparse: a number for which `allowed` holds, as the message tells."""
+
+    def read(text: str) -> int | float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
+        if not allowed(number):
+            raise argparse.ArgumentTypeError(f"must be a {told}, got {text!r}")
+        return number
+
+    return read
 
 
-def seed(text: str) -> int:
-    """What torch takes as a seed, for argparse."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = -1
-    if not 0 <= number < 2**63:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^63 - 1, got {text!r}")
-    return number
-
-
-def not_negative(text: str) -> float:
-    """A number of at least 0, for argparse."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0.0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
-    return number
-
-
-def positive_number(text: str) -> float:
-    """A number above 0, for argparse."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0.0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return number
+positive = _number(int, lambda n: n > 0, "whole number above 0")
+seed = _number(int, lambda n: 0 <= n < 2**63, "whole number from 0 to 2^63 - 1")  # what torch takes
+not_negative = _number(float, lambda n: 0 <= n < math.inf, "number of at least 0")
+positive_number = _number(float, lambda n: 0 < n < math.inf, "number above 0")
 
 
 def add_model(command: argparse.ArgumentParser, *, dense: bool = False) -> None:

@@ -18,7 +18,8 @@ from sadmoe.files import checksum
 from sadmoe.inputs import stream_inputs
 from sadmoe.layer import DynamicKMoE
 from sadmoe.partition import partition, slots
-from sadmoe.routers import fit_router_
+from sadmoe.reference import RECTIFIERS
+from sadmoe.routers import WIDTH, fit_router_
 from sadmoe.sparsify.penalty import SMALL
 from sadmoe.training.guards import random_numbers_kept
 from sadmoe.training.resume import Checkpoint, Kept
@@ -112,7 +113,9 @@ def _layer(dense: DenseFFN, order: Tensor, config: ConvertConfig) -> DynamicKMoE
     """The neurons in that order, under a router that is still to be fitted. The user's own random numbers stay as they
     are, though a new layer draws weights."""
     with random_numbers_kept(dense.w_up):
-        return layer_from_dense(dense, order, config.experts_of(dense.f), config.router.width, config.gate)
+        return layer_from_dense(
+            dense, order, config.experts_of(dense.f), config.router.width or WIDTH, config.gate
+        )
 
 
 # What is kept of a layer that was built: the order of its neurons, its router, and what its report is made from.
@@ -146,7 +149,13 @@ def _again(site: FFNSite, config: ConvertConfig, tensors: dict[str, Tensor], sta
 
 
 def _activity(dense: DenseFFN, some: Tensor) -> Tensor:
-    """[f, tokens], 1 where a neuron is above 1 % of the token's largest: alike are neurons that fire together."""
+    """[f, tokens], alike for neurons that count for the same tokens. Of ReLU 1 where a neuron is above 1 % of the
+    token's largest; of an activation that is never off the root of what it adds to the output, |a_j| |w_down,j|,
+    relative to the token's other neurons."""
     with torch.no_grad():
-        hidden = dense.hidden(some).abs()
-    return (hidden > SMALL * hidden.amax(-1, keepdim=True)).t().to(torch.float32).contiguous()
+        hidden = dense.hidden(some).abs().float()
+        if dense.act in RECTIFIERS:
+            return (hidden > SMALL * hidden.amax(-1, keepdim=True)).t().to(torch.float32).contiguous()
+        adds = hidden * dense.w_down.float().norm(dim=1)
+        scale = adds.square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+        return (adds / scale).sqrt().t().contiguous()

@@ -32,6 +32,7 @@ from sadmoe.ffn import (
 from sadmoe.gates import DynamicK
 from sadmoe.inputs import count_rows
 from sadmoe.modules import check_model, evaluating, refuse_compiled, refuse_distributed
+from sadmoe.routers import WIDTH
 from sadmoe.tables import shortened
 from sadmoe.training.guards import seeded
 from sadmoe.training.resume import Checkpoint, check_checkpoint
@@ -153,7 +154,7 @@ def _check_budget(
     for site in sites:
         dense, own = site.dense(), config.of(site.adapter)
         order = torch.empty(dense.f, dtype=torch.int64, device="meta")
-        layer = layer_from_dense(dense.to("meta"), order, own.experts_of(dense.f), own.router.width)
+        layer = layer_from_dense(dense.to("meta"), order, own.experts_of(dense.f), own.router.width or WIDTH)
         costs.append(layer_cost(layer, share=1.0))
     floors = [cost.floor / cost.dense for cost in costs]
     floor = min(floors)

@@ -130,7 +130,7 @@ def converted(
         sparsified = sparsify_(model, more, scaled(SPARSIFY))
     laps.lap("sparsify")
     teacher = copy.deepcopy(model)
-    config = ConvertConfig(expert_size=EXPERT_SIZE, cluster="activity", router=UNTRAINED, max_tokens=8192)
+    config = ConvertConfig(expert_size=EXPERT_SIZE, router=UNTRAINED, max_tokens=8192)
     convert_(model, batches[::CLUSTERED], config)
     laps.lap("convert")
     with fast_training(model, teacher):
