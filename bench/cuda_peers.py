@@ -18,7 +18,8 @@ the spread as well: from the first tenth to the last, over the median. cuda_goal
 
 --no-hopper: without the kernels of sm_90a, where they fail. A cell that fails has a row without times, and the exit
 status is 1; one in which the device fails, or that is not done in 90 s, ends the run, with status 3 and its rows
-written. --go-on begins after the last cell that the same command has tried with the same kernels.
+written. --go-on begins after the last cell that the same command has tried with the same kernels; one that
+failed is not tried again: remove the file for that.
 """
 
 import argparse
@@ -335,6 +336,11 @@ def main() -> None:
     before = told_before(args.json, told) if args.go_on else {}
     rows, tried, reasons = before.get("rows", []), before.get("tried", 0), set(before.get("reasons", []))
     layer, alive = None, True
+    for row in rows:  # of the calls before
+        if row["layer"] != layer:
+            layer = row["layer"]
+            print(f"\n{layer}\n{HEADER}")
+        print(line(row))
 
     def write(done: bool) -> None:
         if args.json is None:

@@ -15,8 +15,8 @@
 # rest every step has a share, and what those before it left of theirs: a step that takes longer is cut off, and said, for a next
 # call to name; of what is to be right that is a failure, for it may hang. Tables are written row by row, what tells most first.
 # What was built and found stays in build/gpu, or where that cannot be written in a folder of its own, where the next call goes on:
-# finished tables and constants are not measured again. On another machine, or where build/gpu was lost, STATE=results.tar.gz of
-# the call before tells what it found.
+# finished tables and constants are not measured again. Where build/gpu was lost, STATE=results.tar.gz of the call before tells what
+# it found; tables go on if the kernels have the same bytes, constants are taken if the card has the same name.
 # OUT gets few files, after every step and twice a minute: the tables, and results.tar.gz of everything that was found so far.
 # Where a call may last ten minutes: BUDGET=560 with the first three steps, then with raw 768x3072 4096x11008-glu goals, then with others.
 #
@@ -203,7 +203,9 @@ for name in "${steps[@]}"; do
       echo "$no_hopper" >"$results/no_hopper" # for later calls too
       if [ -n "$no_hopper" ]; then echo "-- from here on without the kernels of sm_90a"; fi ;;
     raw)
-      if [ -s "$results/constants.json" ]; then # others would begin every table anew
+      if [ -s "$results/constants.json" ] && "$python" -c \
+        'import json, sys, torch; sys.exit(torch.cuda.get_device_name() not in json.load(open(sys.argv[1])))' "$results/constants.json"; then
+        # others would begin every table anew
         echo "-- raw: measured before, in $results/constants.json"
         due=$((due + $(share_of raw) + $(share_of constants)))
         continue

@@ -119,6 +119,13 @@ def test_a_budget_between_the_floors_of_ffns_and_projections_is_refused_by_both_
         convert(model, batches, budget=floor + 0.01, **settings)
 
 
+@pytest.mark.parametrize("name", ["user glu", "user module"])
+def test_activations_that_overflow_are_said_of_their_ffn(name):
+    model, batches = model_and_batches(name)
+    with pytest.raises(ValueError, match=r"^\S+: not every (activation|expert's output norm) is finite"):
+        convert(model, [batch * torch.inf for batch in batches], cluster="activity")
+
+
 def test_a_budget_of_all_is_met_where_one_expert_costs_more():
     model, batches = model_and_batches()
     report = convert(model, batches, budget=1.0, router=RouterConfig(width=256, steps=2))

@@ -150,7 +150,9 @@ def test_a_pipeline_generates_text_from_a_saved_model(tmp_path):
     pipe = transformers.pipeline("text-generation", model=str(tmp_path), device="cpu")
     assert len(sadmoe.moe_layers(pipe.model)) == 6
     (found,) = pipe("w1 w2", max_new_tokens=3, do_sample=False, return_tensors=True)
-    tokens = found["generated_token_ids"]  # from the prompt's on, with or without special ones, as transformers has it
+    tokens = found[
+        "generated_token_ids"
+    ]  # from the prompt's on, with or without special ones, as transformers has it
     wanted = model.generate(torch.tensor([tokens[:-3]]), max_new_tokens=3, do_sample=False)
     assert tokens == wanted[0].tolist()
 

@@ -116,7 +116,7 @@ def test_a_run_with_another_loss_is_another(tmp_path):
     train(teacher=dense)
     for held_to, told in (
         ({"teacher": dense, "output_loss": nothing}, "config.output_loss was None, is nothing"),
-        ({"loss": mean_square}, "config.loss was None, is mean_square, the bits of its teacher were others"),
+        ({"loss": mean_square}, "config.loss was None, is mean_square, it had a teacher"),
     ):
         with pytest.raises(ValueError, match=f"of another run: {told}"):
             train(**held_to)

@@ -1,6 +1,7 @@
 """Fine-tuning of a converted model while it skips experts: what makes whole experts dispensable, not only neurons."""
 
 import logging
+import re
 import time
 import zlib
 from collections.abc import Iterator, Mapping
@@ -157,7 +158,7 @@ def finetune_(
 
 def _said(gate: Gate) -> str:
     """Its rule and settings, of a gate of the user's own at least the class."""
-    return repr(gate) if is_dataclass(gate) else type(gate).__name__
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(gate)) if is_dataclass(gate) else type(gate).__name__
 
 
 def _check_same(gates: Mapping[str, str], device: torch.device) -> None:

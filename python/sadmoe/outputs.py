@@ -47,7 +47,8 @@ def place_for(folder: Path, force: bool) -> Path:
     try:
         check_folder(folder, force)
     except (FileExistsError, NotADirectoryError):
-        return folder.with_name(f"{folder.name}-{secrets.token_hex(4)}")
+        whole = folder.resolve()  # "." has no name
+        return whole.with_name(f"{whole.name}-{secrets.token_hex(4)}")
     return folder
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from sadmoe.outputs import replaced
+from sadmoe.outputs import place_for, replaced
 
 transformers = pytest.importorskip("transformers")
 from command_line import converted
@@ -125,6 +125,16 @@ def test_what_is_written_there_meanwhile_is_not_lost(folder, text, tmp_path, cap
     told = capsys.readouterr().out
     assert f"{out} was filled by somebody else meanwhile" in told
     assert f'from_pretrained("{beside}")' in told
+
+
+def test_a_folder_without_a_name_has_one_beside_it(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    assert place_for(Path(), force=False) == Path()
+    (tmp_path / "out/file").touch()
+    beside = place_for(Path(), force=False)
+    assert beside.parent == tmp_path
+    assert beside.name.startswith("out-")
 
 
 def interrupted_in(folder):

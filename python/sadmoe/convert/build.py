@@ -93,8 +93,10 @@ def _build(site: FFNSite, inputs: Tensor, config: ConvertConfig, clock: Clock, p
     dense, config = site.dense(), config.of(site.adapter)
     experts = config.experts_of(dense.f)
     some = _some(inputs, config.seed)
-    with clock("partition"):
+    with clock("partition"), named(site.name):
         alike = _activity(dense, some) if config.cluster == "activity" else dense.first
+        if not alike.isfinite().all():
+            raise ValueError("not every activation is finite; look for NaN or inf in inputs or weights")
         labels = partition(alike, experts, seed=config.seed, restarts=config.restarts, progress=progress)
     with clock("routers"):
         layer = _layer(dense, slots(labels, experts), config)
@@ -127,7 +129,11 @@ def _run(site: FFNSite, config: ConvertConfig, model: int) -> dict[str, Any]:
     names = ("cluster", "restarts", "seed", "max_tokens", "skip_padding")
     return {
         "experts": config.experts_of(dense.f),
-        "router": {**asdict(config.router), "target_power": config.router.target_power or 1.0},
+        "router": {
+            **asdict(config.router),
+            "width": config.router.width or WIDTH,
+            "target_power": config.router.target_power or 1.0,
+        },
         **{name: getattr(config, name) for name in names},
         "act": dense.act,
         "model": model,
@@ -149,9 +155,9 @@ def _again(site: FFNSite, config: ConvertConfig, tensors: dict[str, Tensor], sta
 
 
 def _activity(dense: DenseFFN, some: Tensor) -> Tensor:
-    """[f, tokens], alike for neurons that count for the same tokens. Of ReLU 1 where a neuron is above 1 % of the
-    token's largest; of an activation that is never off the root of what it adds to the output, |a_j| |w_down,j|,
-    relative to the token's other neurons."""
+    """[f, tokens], alike for neurons that count for the same tokens. With ReLU 1 where a neuron is above 1 % of the
+    token's largest, else 0. With other activations, which are never off, the root of what the neuron adds to the
+    output, |a_j| |w_down,j|, relative to the token's other neurons."""
     with torch.no_grad():
         hidden = dense.hidden(some).abs().float()
         if dense.act in RECTIFIERS:

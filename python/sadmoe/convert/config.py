@@ -25,8 +25,9 @@ class ConvertConfig:
     max_tokens: inputs that each layer's router is trained on: 48 MiB a layer for d = 768 in float32.
     max_bytes: of inputs held together; the batches are run again for the layers beyond that.
     skip_padding: whether inputs at padding tokens are left out: nobody reads what is computed there.
-    cluster: what makes neurons alike: "activity", counting for the same inputs, or "weights", their input weights, as
-        in the paper, which keeps less at the same cost wherever both were tried.
+    cluster: what makes neurons alike: "activity", counting for the same tokens (with ReLU firing for them, else adding
+        about as much to the output), or "weights", their input weights, as in the paper, which kept less wherever both
+        were tried.
     restarts: runs of the k-means, the best of which is kept; more take that much longer for little.
     seed: of the sample of inputs, of the k-means, and of the order in which a DataLoader shuffles; the routers have
         their own in `router`.

@@ -121,7 +121,7 @@ def restore_(model: nn.Module, *, projections: bool = True) -> None:
 
 def checked_sites(model: nn.Module, batches: Batches, config: ConvertConfig) -> list[FFNSite]:
     """The FFNs to convert, each of which can be cut. Raises what `convert_` raises where one cannot, or the budget is
-    below the floor: nothing is run for it but probes."""
+    below the floor: nothing is run for it but probes, and the first batch where it lies between the floors of FFNs."""
     refuse_compiled(model)
     refuse_distributed(model)
     for name, parameter in model.named_parameters():

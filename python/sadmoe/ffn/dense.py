@@ -94,7 +94,7 @@ class DenseFFN:
 
     @property
     def first(self) -> Tensor:
-        """[f, d]: the weights that the activation sees, of the gate in a GLU: by them the method clusters neurons."""
+        """[f, d]: the weights that the activation sees, of the gate in a GLU: by them the paper clusters neurons."""
         return self.w_up if self.w_gate is None else self.w_gate
 
     def hidden(self, x: Tensor) -> Tensor:

@@ -106,7 +106,9 @@ def _told(key: str, saved: Any, wanted: Any) -> str:
         return ", ".join(_told(f"{key}.{name}", saved.get(name), wanted.get(name)) for name in fields)
     if key == "trained":  # None of a run of another kind
         return f"{key} differs by {', '.join(sorted(set(saved or ()) ^ set(wanted or ()))[:3])}"
-    if (what := key.rpartition(".")[2]) in CHECKSUMS:
+    if (what := key.rpartition(".")[2]) == "teacher" and None in (saved, wanted):
+        return "it had no teacher" if saved is None else "it had a teacher"
+    if what in CHECKSUMS:
         return f"the bits of its {what} were others"
     return f"{key} was {saved}, is {wanted}"
 
