@@ -1,4 +1,4 @@
-"""Sparsity fine-tuning and router fitting in transformers' Trainer, and in a loop of one's own."""
+"""Sparsity fine-tuning in transformers' Trainer, in one process and in two, and in a loop of one's own."""
 
 import copy
 import os
@@ -10,32 +10,25 @@ import torch
 from ports import free_port
 from processes import run_together
 from test_ffn_recorded import Windows
-from tiny_models import TINY, tokens
-from torch import Tensor, nn
-from versions import transformers_before
+from tiny_models import tokens
+from torch import nn
+from trainers import (
+    PLAIN_SGD,
+    RouterCallback,
+    Rows,
+    SparsityCallback,
+    model_of,
+    routed,
+    routed_alike,
+    routed_model,
+    states_differ,
+    trained,
+    transformers,
+    weighs_batches,
+    weighs_last_steps,
+)
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-
-from sadmoe.hf.trainer import RouterCallback, SparsityCallback
-
-STEPS = 4
 ARGUMENTS = {"n_gpu": 0, "label_smoothing_factor": 0.0}
-PLAIN_SGD = {"learning_rate": 1e-2, "optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
-
-
-class Rows(torch.utils.data.Dataset):
-    """Token ids with a class label, or with the ids themselves as labels."""
-
-    def __init__(self, n: int, causal: bool):
-        ids = torch.randint(3, 50, (n, 9), generator=torch.Generator().manual_seed(7))
-        self.rows = [{"input_ids": row, "labels": row if causal else row[0] % 2} for row in ids]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return self.rows[i]
 
 
 @pytest.mark.parametrize("callback", [SparsityCallback, RouterCallback])
@@ -46,52 +39,9 @@ def test_several_devices_in_one_process_are_refused(callback):
         callback().check(SimpleNamespace(n_gpu=2))
 
 
-def model_of(name: str) -> nn.Module:
-    model = TINY[name].model()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    model.config.attention_probs_dropout_prob = 0.0
-    return model
-
-
-def trained(
-    tmp_path,
-    callback: SparsityCallback | None,
-    name="bert classifier",
-    n=8,
-    scaled_by_model=None,
-    **arguments,
-):
-    """The model after a Trainer's run, and the Trainer. scaled_by_model: whether the model is told how many labels the
-    whole update has, by which it then divides its loss."""
-    model = model_of(name)
-    of_trainer = {key: arguments.pop(key) for key in ("eval_dataset",) if key in arguments}
-    settings = {
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "save_strategy": "no",
-    }
-    settings |= {"use_cpu": True, "report_to": [], "disable_tqdm": True, "seed": 1} | arguments
-    callbacks = [] if callback is None else [callback]
-    data = Rows(n, causal=name == "llama")
-    arguments_ = transformers.TrainingArguments(tmp_path, **settings)
-    trainer = transformers.Trainer(model, arguments_, train_dataset=data, callbacks=callbacks, **of_trainer)
-    if scaled_by_model is not None:
-        trainer.model_accepts_loss_kwargs = scaled_by_model
-    trainer.train(resume_from_checkpoint=arguments.get("resume_from_checkpoint"))
-    return model, trainer
-
-
 def zeros(model: nn.Module) -> float:
     layers = sadmoe.measure_sparsity(model, [tokens()])
     return sum(layer.zero for layer in layers) / len(layers)
-
-
-def states_differ(a: nn.Module, b: nn.Module) -> list[str]:
-    ours, theirs = a.state_dict(), b.state_dict()
-    return [key for key in ours if not torch.equal(ours[key], theirs[key])]
 
 
 @pytest.mark.parametrize("name", ["bert classifier", "llama"])
@@ -208,16 +158,6 @@ def test_with_alpha_zero_it_changes_nothing(tmp_path):
     ours, _ = trained(tmp_path, SparsityCallback(alpha=0.0))
     plain, _ = trained(tmp_path, None)  # a ReLU model, so nothing is swapped
     assert states_differ(ours, plain) == []
-
-
-# Not those whose own loss, without a callback, depends on how a step is cut.
-weighs_batches = pytest.mark.skipif(
-    transformers_before("5.5") and not transformers_before("5.1"),
-    reason="this Trainer divides by the batches twice",
-)
-weighs_last_steps = pytest.mark.skipif(
-    transformers_before("5.10"), reason="this Trainer counts a row's first label, which nothing predicts"
-)
 
 
 @weighs_batches
@@ -378,194 +318,19 @@ def test_a_converted_model_trains_in_the_trainer(tmp_path):
     assert any("w_up" in key for key in moved)
 
 
-# ---------------------------------------------------------------- routers
-
-
-class Unlabelled(Rows):
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {"input_ids": self.rows[i]["input_ids"]}
-
-
-def routed_model(name="bert classifier") -> nn.Module:
-    model = model_of(name)
-    config = sadmoe.ConvertConfig(experts=6, tau=0.1, router=sadmoe.RouterConfig(steps=1, width=8))
-    sadmoe.convert_(model, [tokens()], config, progress=False)
-    return model
-
-
-def routed(tmp_path, callbacks, model, data=None, **settings) -> transformers.Trainer:
-    settings = {"max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "no", "seed": 1} | settings
-    arguments = transformers.TrainingArguments(
-        tmp_path, use_cpu=True, report_to=[], disable_tqdm=True, **settings
-    )
-    data = Rows(8, causal=False) if data is None else data
-    return transformers.Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
-
-
-def routed_alike(folder, **settings) -> nn.Module:
-    """Routers fitted on samples that are all alike, so that every batch has the same loss, whatever its size."""
-    data, model = Rows(8, causal=False), routed_model()
-    data.rows = data.rows[:1] * 8
-    routed(folder, [RouterCallback()], model, data, **PLAIN_SGD, **settings).train()
-    return model
-
-
-@weighs_batches
-def test_accumulated_batches_fit_routers_as_one_large_one(tmp_path):
-    whole = routed_alike(tmp_path)
-    parts = routed_alike(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    assert len(states_differ(whole, routed_model())) == 4  # v1 and v2 of two layers
-    for (name, p), q in zip(whole.named_parameters(), parts.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5, msg=name)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_routers_alone_are_fitted_without_labels(tmp_path, checkpointing):
-    model, callback = routed_model("bert"), RouterCallback()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.9  # of no consequence, as in evaluation
-    before, asked = copy.deepcopy(model), [p.requires_grad for p in model.parameters()]
-    settings = {"max_steps": 60, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 60}
-    trainer = routed(
-        tmp_path, [callback], model, Unlabelled(8, causal=False), gradient_checkpointing=checkpointing, **settings
-    )  # fmt: skip
-    trainer.train()
-    assert all(".router." in name for name in states_differ(model, before))
-    with sadmoe.RouterLoss(before) as at_first, sadmoe.tau(before, 0.0), torch.no_grad():
-        before(input_ids=torch.stack([row["input_ids"] for row in Unlabelled(8, causal=False)]))
-        assert callback.last < 0.5 * at_first()
-    assert [p.requires_grad for p in model.parameters()] == asked
-    watched = [model, *sadmoe.moe_layers(model).values()]  # checkpointing leaves hooks of its own elsewhere
-    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in watched)
-    assert all(layer.gate == sadmoe.DynamicK(0.1) for layer in sadmoe.moe_layers(model).values())
-    saved = type(model).from_pretrained(tmp_path / "checkpoint-60")
-    assert states_differ(saved, model) == []
-    assert all(layer.gate == sadmoe.DynamicK(0.1) for layer in sadmoe.moe_layers(saved).values())
-
-
-def test_routers_beside_experts_take_the_step_of_a_plain_loop(tmp_path):
-    ours = routed_model()
-    data = Rows(4, causal=False)
-    routed(tmp_path, [RouterCallback(2.0, alone=False)], ours, data, **PLAIN_SGD | {"max_steps": 1}).train()
-    model = routed_model().train()
-    batch = {key: torch.stack([row[key] for row in data]) for key in data[0]}
-    with sadmoe.RouterLoss(model) as routers:
-        (model(**batch).loss + 2.0 * routers(batch)).backward()
-    moved = set()
-    for (name, p), q in zip(model.named_parameters(), ours.parameters(), strict=True):
-        expected = p if p.grad is None else p - 1e-2 * p.grad
-        torch.testing.assert_close(q, expected, rtol=1e-4, atol=1e-6, msg=name)
-        moved |= {name.rpartition(".")[2]} if p.grad is not None and p.grad.any() else set()
-    assert moved >= {"v1", "v2", "w_up", "w_down"}
-
-
-def test_a_router_callback_of_a_second_trainer_leaves_what_asked_for_gradients(tmp_path):
-    model, callback = routed_model(), RouterCallback()
-    asked = [p.requires_grad for p in model.parameters()]
-    for _ in range(2):
-        routed(tmp_path, [callback], model)
-        assert sum(p.requires_grad for p in model.parameters()) == 4  # of two routers
-    callback.stop()
-    assert [p.requires_grad for p in model.parameters()] == asked
-
-
-def test_a_router_callback_that_comes_too_late_is_refused(tmp_path):
-    trainer = routed(tmp_path, [], routed_model())
-    trainer.add_callback(RouterCallback())
-    with pytest.raises(
-        ValueError, match=r"came after the Trainer.* give a new one to a new Trainer\(model, callbacks"
-    ):
-        trainer.train()
-    with pytest.raises(ValueError, match="alpha must be above 0, got 0"):
-        RouterCallback(0.0)
-    with pytest.raises(ValueError, match="target_power must be in"):
-        RouterCallback(target_power=3.0)
-
-
-def test_routers_of_projections_are_fitted_in_bfloat16(tmp_path):
-    model, callback = model_of("bert"), RouterCallback()
-    sadmoe.replace_projections_(model, [tokens()], sadmoe.ProjectionConfig(steps=2), progress=False)
-    config = sadmoe.ConvertConfig(expert_size=4, tau=0.1, router=sadmoe.RouterConfig(steps=1, width=4))
-    sadmoe.convert_(model, [tokens()], config, progress=False)
-    before, losses = copy.deepcopy(model), []
-
-    class Notes(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            losses.append(callback.last.item())
-
-    settings = {"max_steps": 40, "learning_rate": 1e-2, "bf16": True}
-    trainer = routed(tmp_path, [callback, Notes()], model, Unlabelled(8, causal=False), **settings)
-    trainer.train()
-    assert callback.last.dtype == torch.float32
-    assert losses[-1] < 0.7 * losses[0]
-    moved = states_differ(model, before)
-    assert len(moved) == 2 * len(sadmoe.moe_layers(model))
-
-
-def test_what_a_router_callback_cannot_follow_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="leave label smoothing out"):
-        routed(tmp_path, [RouterCallback()], routed_model(), label_smoothing_factor=0.1)
-    arguments = transformers.TrainingArguments(
-        tmp_path, use_cpu=True, report_to=[], disable_tqdm=True, max_steps=1, save_strategy="no"
-    )
-    trainer = transformers.Trainer(
-        None,
-        arguments,
-        train_dataset=Rows(8, causal=False),
-        model_init=lambda: routed_model(),
-        callbacks=[RouterCallback()],
-    )
-    with pytest.raises(ValueError, match=r"made another model since \(model_init\)"):
-        trainer.train()
-
-
-def test_beside_experts_a_model_without_a_loss_is_refused(tmp_path):
-    trainer = routed(
-        tmp_path, [RouterCallback(alone=False)], routed_model("bert"), Unlabelled(8, causal=False)
-    )
-    with pytest.raises(ValueError, match="RouterCallback adds to the loss that the model returns"):
-        trainer.train()
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_pass_that_fails_leaves_gradients_gates_and_modes(tmp_path, error):
-    model, callback = routed_model(), RouterCallback()
-    asked = [p.requires_grad for p in model.parameters()]
-    trainer = routed(tmp_path, [callback], model)
-
-    def fails(module, args):
-        assert not module.training
-        raise error("out of memory")
-
-    (layer, *_) = sadmoe.moe_layers(model).values()
-    handle = layer.register_forward_pre_hook(fails)
-    with pytest.raises(error, match="out of memory"):
-        trainer.train()
-    handle.remove()
-    if error is KeyboardInterrupt:  # for which torch runs no hook
-        callback.unwatch()
-    assert torch.is_grad_enabled()
-    assert all(module.training for module in model.modules())
-    assert layer.gate == sadmoe.DynamicK(0.1)
-    trainer.train()  # the same run again
-    assert callback.last is not None
-    assert [p.requires_grad for p in model.parameters()] == asked
-
-
 WORKER = """
     import os, sys
     from pathlib import Path
-    import test_trainer, torch
+    import torch, trainers
     from safetensors.torch import save_file
 
     torch.set_num_threads(1)
     folder = Path(sys.argv[2])
-    settings = test_trainer.PLAIN_SGD | {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}
-    callback = test_trainer.SparsityCallback(alpha=5.0, schedule="constant")
-    model, trainer = test_trainer.trained(folder, callback, "llama", **settings)
+    settings = trainers.PLAIN_SGD | {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}
+    callback = trainers.SparsityCallback(alpha=5.0, schedule="constant")
+    model, trainer = trainers.trained(folder, callback, "llama", **settings)
     assert trainer.args.world_size == 2
-    routers = test_trainer.routed_alike(folder, per_device_train_batch_size=2, ddp_backend="gloo")
+    routers = trainers.routed_alike(folder, per_device_train_batch_size=2, ddp_backend="gloo")
     if trainer.args.process_index == 0:
         save_file(dict(model.named_parameters()), folder / "model.safetensors")
         save_file(dict(routers.named_parameters()), folder / "routers.safetensors")
