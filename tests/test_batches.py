@@ -334,6 +334,15 @@ def test_a_decoder_without_a_mask_answers_to_the_padding_of_its_labels():
     assert real_rows(model, "decoder.layers.0.fc1", batch, x).tolist() == MASK.bool().flatten().tolist()
 
 
+def test_a_decoder_that_is_given_no_tokens_reads_the_encoder_s_one_place_on():
+    model, x = encoder_decoder(), torch.zeros(2, 3, 5)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    batch = {"input_ids": mask, "attention_mask": mask, "labels": torch.tensor([0, 1])}
+    assert real_rows(model, "decoder.layers.0.fc1", batch, x).tolist() == [True] * 5 + [False]
+    assert real_rows(model, "encoder.layers.0.fc1", batch, x).tolist() == mask.bool().flatten().tolist()
+    assert real_rows(model, "decoder.layers.0.fc1", batch | {"decoder_input_ids": mask}, x) is None
+
+
 def test_the_mask_of_a_text_is_not_that_of_the_image_beside_it():
     batch = {"input_ids": torch.ones(2, 5), "attention_mask": torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])}
     x = torch.zeros(2, 5, 3)

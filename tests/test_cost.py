@@ -215,3 +215,18 @@ def test_counting_leaves_the_model_as_it_was():
     cost(model, [TINY["bert"].batch()])
     assert model.training
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in converted_layers(model).values())
+
+
+class Computed:
+    """Batches that are made by products of torch, as images are when they are read."""
+
+    def __iter__(self):
+        batch = TINY["bert"].batch()
+        yield batch | {"token_type_ids": (torch.ones(2, 64, 64) @ torch.ones(64, 9))[:, 0].long() * 0}
+
+
+def test_what_batches_are_made_by_is_no_cost_of_the_model():
+    model = converted("bert")
+    set_tau(model, 0.3)
+    made = list(Computed())
+    assert cost(model, Computed()).rest == cost(model, made).rest > 0

@@ -72,6 +72,14 @@ def test_attention_counts_the_same_whatever_computes_it(masked, extra):
     assert count_flops(model, tuple(torch.ones(shape) for shape in shapes)) == expected
 
 
+def test_attention_of_functions_counts_as_any_other():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    shapes = (2, 4, 7, 6), (2, 4, 9, 6), (2, 4, 9, 6)
+    more = flops(flex_attention, *shapes) - 2 * 4 * 7 * 9 * (6 + 6 + 3)
+    assert 0 <= more < 10, "to say which blocks are masked"
+
+
 def test_an_rms_norm_is_a_mean_and_two_products_fused_or_not():
     expected = 3 * 42 + 7  # and its epsilon
     assert count_flops(nn.RMSNorm(6), torch.ones(7, 6)) == expected

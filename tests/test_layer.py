@@ -522,3 +522,21 @@ def test_gradients_of_each_sample_by_torch_func():
         layer(x).square().sum().backward()
         torch.testing.assert_close(of_samples["w_up"][i], layer.w_up.grad, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(of_samples["w_down"][i], layer.w_down.grad, rtol=1e-3, atol=1e-4)
+
+
+class ExpertsFirst:
+    """A gate of the user's, whose mask is turned."""
+
+    true_norms = False
+
+    def mask(self, scores: torch.Tensor) -> torch.Tensor:
+        return (scores > scores.mean()).t().contiguous()
+
+
+def test_a_gate_s_mask_of_another_shape_is_refused():
+    layer, x = make_layer(gate=ExpertsFirst()), tokens(6, 20)
+    with pytest.raises(ValueError, match=r"mask must be \[7, 6\], got \[6, 7\]"):
+        layer(tokens(7, 20))
+    layer.gate = type("Short", (ExpertsFirst,), {"mask": lambda self, scores: scores[:, 1:] > 0})()
+    with pytest.raises(ValueError, match=r"mask must be \[6, 6\], got \[6, 5\]"):
+        layer(x)

@@ -106,6 +106,32 @@ def test_what_a_gate_made_of_another_says_is_what_runs():
         torch.testing.assert_close(layer(x), layer.masked_dense(x, layer.mask(x)))
 
 
+class OfTheBatch(DynamicK):
+    """Every expert takes the token of its largest score."""
+
+    def mask(self, scores: Tensor) -> Tensor:
+        return scores == scores.amax(0)
+
+
+@pytest.mark.parametrize("true_norms", [False, True])
+def test_what_is_counted_is_what_ran_also_where_a_gate_looks_across_tokens(true_norms):
+    layer, x = random_layer(gate=OfTheBatch(0.5, true_norms=true_norms)), random_rows(6)
+    real = torch.tensor([[1, 1, 1, 1, 0, 0]])
+    record = recorded(TokensFirst(layer, False), {"x": x.unsqueeze(0), "attention_mask": real})["layer"]
+    ran = layer.mask(x)
+    assert ran[4:].any(), "padding takes experts"
+    assert record.pairs == ran[:4].sum()
+    assert record.tokens == 4
+
+
+@pytest.mark.parametrize("shape", [(0, 24), (2, 0, 24)])
+@pytest.mark.parametrize("gate", [DynamicK(0.3, true_norms=True), DynamicK(0.3), DynamicK(0.0)], ids=str)
+def test_no_token_counts_nothing(gate, shape):
+    layer = random_layer(gate=gate)
+    counts = recorded(layer, torch.empty(shape))[""]
+    assert counts.tokens == counts.rows == 0
+
+
 def test_padding_counts_where_it_is_wanted_or_not_known():
     model, batch = converted("bert"), TINY["bert"].batch()
     set_tau(model, 0.3)

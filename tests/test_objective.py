@@ -233,6 +233,19 @@ def test_the_dense_model_runs_once_a_batch_where_its_states_are_kept(kept_bytes,
     assert len(calls) == runs + 3, "another batch, or one that is not known, is not the one kept"
 
 
+@pytest.mark.parametrize(("kept_bytes", "runs"), [(2**20, 1), (0, 3)])
+def test_nor_more_often_for_its_logits(kept_bytes, runs):
+    tiny, calls = TINY["llama"], []
+    model, dense, batch = tiny.model(), tiny.model(), tiny.batch()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.1)
+    dense.register_forward_hook(lambda *_: calls.append(1))
+    objective = distill_logits(model, dense, kept_bytes=kept_bytes)
+    errors = [objective(batch, 7) for _ in range(3)]
+    assert errors[0] == errors[1] == errors[2] > 0
+    assert len(calls) == runs + 1, "and once to see whether it gives the same again"
+
+
 def test_what_is_kept_counts_the_tensors_inside_objects():
     class Cache:
         def __init__(self):

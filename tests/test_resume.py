@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -156,6 +158,38 @@ def test_layers_that_were_done_are_not_done_again(step, tmp_path, monkeypatch, u
     files = list(tmp_path.iterdir())
     assert len(files) > 1
     assert all(".tmp" not in path.name for path in files)
+
+
+class Counted(Sequence):
+    """Batches that are made when they are asked for, as those of images are."""
+
+    same_again = True
+
+    def __init__(self, left: int = 10**6):
+        self.left, self.read = left, []
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, i):
+        if len(self.read) == self.left:
+            raise Killed
+        self.read.append(i)
+        return batches()[i]
+
+
+@pytest.mark.parametrize("done", [4, STEPS])
+def test_batches_of_updates_that_were_done_are_not_read_again(done, tmp_path):
+    def run(data: Counted, folder: str) -> list[int]:
+        model, dense = start(finetune)
+        finetune(model, dense, Checkpoint(tmp_path / folder, every=0.0), data)
+        return data.read
+
+    whole = run(Counted(), "whole")
+    first = len(whole) - STEPS  # read before the updates
+    with pytest.raises(Killed) if done < STEPS else nullcontext():
+        run(Counted(left=first + done), "killed")
+    assert run(Counted(), "killed") == whole[:first] + whole[first + done :]
 
 
 @pytest.mark.parametrize("step", ALL)

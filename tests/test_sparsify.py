@@ -100,7 +100,7 @@ class Drawn(Sequence):
 
 def test_batches_are_known_by_index_only_where_they_come_again_as_they_were():
     def indices(batches):
-        return {index for index, _ in islice(_endless(batches, 0), 4)}
+        return {read()[0] for read in islice(_endless(batches, 0), 4)}
 
     assert indices(data()) == indices(tuple(data())) == set(range(len(data())))
     assert indices(Drawn()) == {None}
@@ -414,6 +414,11 @@ def test_wrong_calls_are_named():
         run_sparsify(bert.model(), short(objective="distill_logits"), [bert.batch()])
     with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
         run_sparsify(model.requires_grad_(False), short())
+    headed = nn.Sequential(model, nn.Linear(D, 2))  # of which hidden states say nothing
+    with pytest.raises(
+        ValueError, match="sparsify: no parameter that requires a gradient has a part in the obj"
+    ):
+        run_sparsify(headed, short())
 
 
 def test_a_folder_is_no_checkpoint():

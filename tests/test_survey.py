@@ -56,6 +56,16 @@ def test_shares_of_flops_are_those_that_cost_counts_once_converted(name):
     assert f"{found.share:.1%} of the FLOPs" in str(found)
 
 
+def test_what_batches_are_made_by_is_no_part_of_the_model():
+    model, batch = two_ffns(), data()[0]
+
+    class Computed:
+        def __iter__(self):
+            yield batch * (torch.eye(64) @ torch.ones(64, 9)).mean()
+
+    assert sadmoe.survey(model, Computed()).flops == sadmoe.survey(model, [batch]).flops > 0
+
+
 def test_projections_of_attention_are_told_apart():
     model, batch = TINY["bert"].model(), TINY["bert"].batch()
     found = sadmoe.survey(model, [batch, batch])

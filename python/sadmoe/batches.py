@@ -188,8 +188,9 @@ def real_rows(model: nn.Module, name: str, batch: Batch | None, x: Tensor) -> Te
     x [..., d] is what entered the module while the model ran `batch`; the result is bool [rows] for
     x.reshape(-1, d). A padding mask [B, T] applies where it has as many tokens as x: to [T, B, d], if B is not T, and
     to models that flatten [B, T, d] first. In an encoder-decoder, what is below a module named "decoder" answers to
-    "decoder_attention_mask", or where there is none to "labels", whose padding is -100; but for keys and values of
-    cross-attention, which are made from the encoder's tokens. Where images come beside text, what is below a module
+    "decoder_attention_mask", or where there is none to "labels", whose padding is -100, or where it is given no tokens,
+    and so reads the encoder's behind a first one, to their mask; but for keys and values of cross-attention, which are
+    made from the encoder's tokens. Where images come beside text, what is below a module
     named after vision answers to no mask.
     """
     batch = _only(batch)
@@ -202,6 +203,8 @@ def real_rows(model: nn.Module, name: str, batch: Batch | None, x: Tensor) -> Te
     mask = _mask(batch, "decoder_attention_mask" if decoder else "attention_mask")
     if mask is None and decoder:
         mask = _labelled(batch)
+    if mask is None and decoder:
+        mask = _moved_on(batch)
     fills_up = getattr(getattr(model, "config", None), "attention_window", None)
     if mask is not None and x.dim() == 3 and fills_up:  # Longformer, to its window
         tokens = x.shape[1] if x.shape[0] == mask.shape[0] else x.shape[0]
@@ -275,6 +278,17 @@ def _only(batch: Batch | None) -> Any:
 def _labelled(batch: Batch) -> Tensor | None:
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     return labels != IGNORED if isinstance(labels, Tensor) and labels.dim() == 2 else None
+
+
+def _moved_on(batch: Batch) -> Tensor | None:
+    """Of a decoder that makes its input of the encoder's, as BART's does."""
+    given = batch if isinstance(batch, Mapping) else {}
+    mask = _mask(given, "attention_mask")
+    if mask is None or any(
+        given.get(key) is not None for key in ("decoder_input_ids", "decoder_inputs_embeds")
+    ):
+        return None
+    return F.pad(mask[:, :-1], (1, 0), value=True) if "input_ids" in given else None
 
 
 def _mask(batch: Batch, key: str) -> Tensor | None:

@@ -152,16 +152,12 @@ def cost(
         return cost_of_shares(model, shares)
     assert batches is not None
     check_batches(batches)
-    device, samples = device_of(model), 0
-    with (
-        evaluating(model),
-        FlopCount(model) as count,
-        record_masks(model, skip_padding=skip_padding) as record,
-    ):
+    device, samples, count = device_of(model), 0, FlopCount(model)
+    with evaluating(model), record_masks(model, skip_padding=skip_padding) as record:
         for batch in tqdm(batches, "cost", length(batches), disable=not progress):
             batch = to_device(batch, device)
             samples += samples_in(batch)
-            with record.batch(batch):
+            with record.batch(batch), count:
                 run(model, batch)
     if samples == 0:
         raise ValueError("batches gave nothing: give at least one batch")

@@ -20,6 +20,7 @@ from sadmoe.texts import load_processor, load_tokenizer, padding, paragraphs, re
 
 logger = logging.getLogger(__name__)
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+OF_ONE_TEXT = ("ForSequenceClassification", "ForQuestionAnswering")  # encoder-decoders that read it in both
 SHOWN = 40  # tokens of the first text: what a heat map has room for
 
 Batch = dict[str, Tensor]
@@ -27,8 +28,9 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Data:
-    """batches: all of it. processor: the tokenizer or image processor that goes with the model, None where there is
-    none. kind: what it is. first: its first sample, a batch of one, a text cut to SHOWN tokens; None of "python"."""
+    """batches: all of it. processor: the tokenizer or image processor that goes with the model, as its folder has it
+    (one that was used would be saved with how it cut and padded), None where there is none. kind: what it is. first:
+    its first sample, a batch of one, a text cut to SHOWN tokens; None of "python"."""
 
     batches: Sequence[Any]
     processor: Any
@@ -62,7 +64,7 @@ def load_data(
     if path.suffix == ".py":
         return _from_python(path, folder)
     takes, name = str(getattr(model, "main_input_name", "")), type(model).__name__
-    pairs = is_encoder_decoder(model)
+    pairs = is_encoder_decoder(model) and not name.endswith(OF_ONE_TEXT)
     if takes == "pixel_values" and not pairs:
         if not path.is_dir():
             raise ValueError(
@@ -91,7 +93,7 @@ def load_data(
     batches = tokenized(tokenizer, ordered, batch_size=batch_size, max_length=max_length)
     _check_tokens(model, folder, batches)
     _tell_of_cuts(tokenizer, ordered, batches, max_length)
-    return Data(batches, tokenizer, "text", first)
+    return Data(batches, load_tokenizer(folder), "text", first)
 
 
 def _tell_of_cuts(tokenizer: Any, texts: Sequence[str], batches: Sequence[Batch], max_length: int) -> None:
@@ -181,7 +183,7 @@ def _pairs(path: Path, folder: Path, model: Any, tokenizer: Any, batch_size: int
     parts = (ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size))
     batches = [batch(part, max_length) for part in parts]
     _check_tokens(model, folder, batches)
-    return Data(batches, tokenizer, "pairs", batch(pairs[:1], SHOWN))
+    return Data(batches, load_tokenizer(folder), "pairs", batch(pairs[:1], SHOWN))
 
 
 def _lines_of_pairs(path: Path, name: str) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -57,9 +58,12 @@ def collect_inputs(
 
 
 def count_rows(
-    model: nn.Module, modules: Iterable[nn.Module], batches: Iterable[Any]
+    model: nn.Module,
+    modules: Iterable[nn.Module],
+    batches: Iterable[Any],
+    around: AbstractContextManager[Any] | None = None,
 ) -> dict[nn.Module, int]:
-    """The rows that leave each of the modules, linear layers, while the model runs the batches."""
+    """The rows that leave each of the modules, linear layers, while the model runs the batches, each in `around`."""
     rows = dict.fromkeys(modules, 0)
 
     def count(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -67,7 +71,9 @@ def count_rows(
 
     with hooks_on(module.register_forward_hook(count) for module in rows), evaluating(model):
         for batch in batches:
-            run(model, to_device(batch, device_of(model)))
+            batch = to_device(batch, device_of(model))
+            with around or nullcontext():
+                run(model, batch)
     return rows
 
 

@@ -89,12 +89,12 @@ class MaskRecord:
         counts = self.layers[name]
         counts.rows += len(rows)
         real = real_rows(self.model, name, self._batch, values) if self.skip_padding else None
-        rows = rows if real is None else rows[real]
         if layer.runs_all_experts:
-            counts.histogram[-1] += len(rows)
+            counts.histogram[-1] += len(rows) if real is None else int(real.sum())
             return
         with torch.no_grad():
-            k = mask(rows).sum(-1)
+            k = mask(rows).sum(-1)  # of padding too, as in the pass: a gate may look across tokens
+        k = k if real is None else k[real]
         counts.histogram += torch.bincount(k, minlength=layer.experts + 1).cpu()
 
 

@@ -29,7 +29,7 @@ def calibrate_costs(
     force: bool = False,
     progress: bool = False,
 ) -> list[Costs]:
-    """Measures one layer of each shape of a converted model, adds each to the file, and returns them.
+    """Measures one layer of each shape and device of a converted model, adds each to the file, and returns them.
 
     What the file holds of other shapes and devices stays. Without force, shapes that it holds are left out; with it
     they are measured again, and a damaged file is replaced. This process reads the user's file again.
@@ -37,13 +37,13 @@ def calibrate_costs(
     int8 or packed: those have no dense path.
     """
     layers = converted_layers(model).values()
-    shapes = {layer.shape: layer for layer in layers if not (layer.is_int8 or layer.is_packed)}
-    if not shapes:
+    by_key = {key_of(layer): layer for layer in layers if not (layer.is_int8 or layer.is_packed)}
+    if not by_key:
         raise ValueError(
             "the experts of this model are int8 or packed and always run by the op: there is nothing to calibrate"
         )
     known = _read(path, force)
-    todo = [layer for layer in shapes.values() if force or key_of(layer) not in known]
+    todo = [layer for key, layer in by_key.items() if force or key not in known]
     if not todo:
         raise FileExistsError(
             f"{path} holds this model's shapes on this device already: measure them again with --force"

@@ -113,8 +113,8 @@ def survey(model: nn.Module, batches: Batches, *, progress: bool = False) -> Sur
     projections, refused = scan_projections(model, batches=batches)
     linears = [*(site.first for site in sites), *(p.first for p in projections)]
     sparsities = measure_sparsity(model, batches, sites, progress=progress)
-    with FlopCount(model) as counted:
-        rows = count_rows(model, linears, tqdm(batches, "FLOPs", length(batches), disable=not progress))
+    counted = FlopCount(model)
+    rows = count_rows(model, linears, tqdm(batches, "FLOPs", length(batches), disable=not progress), counted)
     total = counted.flops
     ffns = tuple(
         _share_of(site, sparsity, rows[site.first] / total)

@@ -168,6 +168,9 @@ def test_projections_and_a_checkpoint_that_is_taken_up_again(folder, text, tmp_p
     assert converted(folder, text, first, *more) == 0
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: pytest.fail("it was trained again"))
     assert converted(folder, text, second, *more) == 0
+    moved = text.rename(tmp_path / "moved.txt")
+    assert converted(folder, moved, tmp_path / "of_moved", *more) == 0
+    moved.rename(text)
     one, two = (transformers.BertModel.from_pretrained(out) for out in (first, second))
     assert len(moe_layers(one)) == 5
     assert converted(folder, text, tmp_path / "third", *more, "--max-length", "5000") == 2

@@ -316,6 +316,43 @@ def test_a_tokenizer_is_given_back_as_it_was(folder):
     assert tokenizer.pad_token is None
 
 
+def test_a_tokenizer_is_saved_as_it_was(folder, t5, text, pairs, tmp_path):
+    for model, data, out in ((folder, text, tmp_path / "texts"), (t5, pairs, tmp_path / "pairs")):
+        assert converted(model, data, out, "--tau", "0.2", "--router-width", "4") == 0
+        texts.load_tokenizer(model).save_pretrained(tmp_path / "untouched")
+        former = (tmp_path / "untouched" / "tokenizer.json").read_text()
+        assert (out / "tokenizer.json").read_text() == former, "neither cuts nor padding"
+
+
+def test_an_encoder_decoder_that_classifies_takes_text(folder, text, tmp_path):
+    torch.manual_seed(0)
+    sizes = {
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "d_model": 32,
+    }
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    tokens = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0, "decoder_start_token_id": 3}
+    config = transformers.BartConfig(vocab_size=len(WORDS), **sizes, **heads, **tokens)
+    transformers.BartForSequenceClassification(config).save_pretrained(tmp_path / "bart")
+    texts.load_tokenizer(folder).save_pretrained(tmp_path / "bart")
+    out = tmp_path / "moe"
+    assert converted(tmp_path / "bart", text, out, "--tau", "0.2", "--router-width", "4") == 0
+    assert len(moe_layers(texts.load_model(out))) == 2
+
+
+def test_a_text_that_a_model_does_not_run_on_is_an_error(folder, text, tmp_path, capsys, monkeypatch):
+    def fails(self, **batch):
+        raise IndexError("index 7 is out of range")
+
+    monkeypatch.setattr(transformers.BertModel, "forward", fails)
+    assert converted(folder, text, tmp_path / "out", "--tau", "0.2") == 2
+    told = f"BertModel does not run on batch 0 of {text}: IndexError: index 7 is out of range"
+    assert told in capsys.readouterr().err
+
+
 def test_texts_are_paragraphs_in_batches(folder, text, tmp_path):
     found = texts.paragraphs(text)
     assert found[:2] == ["experts run", "few tokens choose them"]

@@ -313,7 +313,13 @@ def _note_or_check_data(arguments: argparse.Namespace) -> None:
         note.parent.mkdir(parents=True, exist_ok=True)
         with replacing(note) as beside:  # a kill leaves no half of it
             beside.write_text(json.dumps(now))
-    elif (saved := json.loads(note.read_text()) if note.exists() else None) != now:
+        return
+    saved = json.loads(note.read_text()) if note.exists() else {}
+    if (
+        arguments.data.suffix != ".py"
+    ):  # which may read what lies beside it; of others the place does not matter
+        saved["data"] = now["data"]
+    if saved != now:
         raise ValueError(
             f"--checkpoint: {arguments.checkpoint} is of another run, of {saved}, not {now}: give that data "
             "again, or an empty folder"

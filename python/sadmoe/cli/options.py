@@ -134,14 +134,14 @@ def sizes_of(arguments: argparse.Namespace) -> dict[str, int]:
 
 
 def data_of(arguments: argparse.Namespace, model: nn.Module, *, try_all: bool = False) -> Data:
-    """What --data holds, for the model of --model, which the first batch of a Python file is tried on. try_all: all of
-    them, and images are read to their ends, before something long begins."""
+    """What --data holds, for the model of --model, which its first batch is tried on.   try_all: all those of a Python
+    file are, and images are read to their ends, before something long begins."""
     data = load_data(model, arguments.model, arguments.data, **sizes_of(arguments), whole=try_all)
-    if data.kind == "python":
-        tried = data.batches if try_all else [data.batches[0]]
-        with evaluating(model):
-            for i, batch in enumerate(tqdm(tried, "trying the batches", disable=not try_all)):
-                _try(model, batch, f"batch {i} of {arguments.data}")
+    every = try_all and data.kind == "python"
+    tried = data.batches if every else [data.batches[0]]
+    with evaluating(model):
+        for i, batch in enumerate(tqdm(tried, "trying the batches", disable=not every)):
+            _try(model, batch, f"batch {i} of {arguments.data}")
     return data
 
 

@@ -261,14 +261,8 @@ class Experts(nn.Module):
         return ops.sparse_experts(x, mask, w_up, w_down, b_up, w_gate, b_gate, b_out, act=self.act)
 
     def masked_dense(self, x: Tensor, mask: Tensor) -> Tensor:
-        """`ops.sparse_experts` by torch's own products, every expert computed: x [T, d], mask [T, E] -> [T, d_out].
-
-        Raises TypeError or ValueError where the mask is another, as a gate of the user's may make it.
-        """
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be bool, got {mask.dtype}: let the gate return scores > threshold")
-        if mask.shape != (x.shape[0], self.experts):
-            raise ValueError(f"mask must be [{x.shape[0]}, {self.experts}], got {list(mask.shape)}")
+        """`ops.sparse_experts` by torch's own products, every expert computed: x [T, d], mask [T, E] -> [T, d_out]."""
+        check_mask(mask, x.shape[0], self.experts)
         return self._down(self._hidden(x, mask))
 
     @torch.no_grad()
@@ -316,6 +310,14 @@ class Experts(nn.Module):
     def _down(self, hidden: Tensor) -> Tensor:
         w_down, b_out = self.float_weights("w_down").flatten(0, 1), held(self, "b_out")
         return hidden @ w_down if b_out is None else torch.addmm(b_out, hidden, w_down)
+
+
+def check_mask(mask: Tensor, tokens: int, experts: int) -> None:
+    """Raises TypeError or ValueError unless it is bool [tokens, experts]: a gate of the user's may make another."""
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, got {mask.dtype}: let the gate return scores > threshold")
+    if mask.shape != (tokens, experts):
+        raise ValueError(f"mask must be [{tokens}, {experts}], got {list(mask.shape)}")
 
 
 def _joined(experts: int, expert_size: int) -> tuple[int, int]:

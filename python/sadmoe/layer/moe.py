@@ -12,7 +12,7 @@ from sadmoe import ops, paths, reference
 from sadmoe.crossover import LayerShape
 from sadmoe.gates import DynamicK, Gate
 from sadmoe.gradients import is_recomputed
-from sadmoe.layer.experts import Experts, runs_plainly
+from sadmoe.layer.experts import Experts, check_mask, runs_plainly
 from sadmoe.layer.held import held
 from sadmoe.layer.router import Router
 
@@ -168,8 +168,9 @@ class DynamicKMoE(Experts):
     def mask(self, x: Tensor) -> Tensor:
         """The experts that `forward` runs: x [..., d] -> bool [..., E]."""
         rows = x.reshape(-1, x.shape[-1])
-        scores = self.expert_norms(rows) if self.gate.true_norms else self.router(rows)
-        return self.gate.mask(scores).reshape(*x.shape[:-1], self.experts)
+        mask = self.gate.mask(self.expert_norms(rows) if self.gate.true_norms else self.router(rows))
+        check_mask(mask, len(rows), self.experts)
+        return mask.reshape(*x.shape[:-1], self.experts)
 
     def takes_dense_path(self, x: Tensor) -> bool:
         """Whether `forward` would compute every expert of x [..., d] by torch's products, instead of the sparse op."""
@@ -270,7 +271,7 @@ class DynamicKMoE(Experts):
         norms = self._norms(hidden)
         if self.norms_hooks and not is_recomputed():
             for hook in self.norms_hooks:
-                hook(norms.reshape(*tokens, -1))
+                hook(norms.reshape(*tokens, self.experts))
         mask = self.gate.mask(norms.detach())
         return self._down(reference.of_chosen(hidden, mask, self.experts))
 

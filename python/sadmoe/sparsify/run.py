@@ -154,7 +154,7 @@ def _objective(
     if dense is None:
         return task(model, loss)
     if config.objective == "distill_logits":
-        return distill_logits(model, dense)
+        return distill_logits(model, dense, kept_bytes=config.kept_bytes)
     return distill_hidden(model, dense, sites, kept_bytes=config.kept_bytes)
 
 

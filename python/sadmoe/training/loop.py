@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from sadmoe.training.objective import Objective
 from sadmoe.training.resume import Checkpoint, Saver
 
 PenaltyOf = Callable[[Any], Tensor]
+Read = Callable[[], tuple[int | None, Batch]]  # reads a batch, see `_endless`
 BIASES = ("b_up", "b_gate")  # of a converted layer, [E, s]
 
 
@@ -103,7 +105,7 @@ class _Update:
         config: LoopConfig,
         objective: Objective,
         penalty_of: PenaltyOf,
-        stream: Iterator[tuple[int | None, Batch]],
+        stream: Iterator[Read],
     ):
         self.rank, self.world = processes.place()
         if config.accumulate % self.world:
@@ -143,8 +145,9 @@ class _Update:
         if saver is None or state is None:
             return [], 0.0
         history = [Step(*step) for step in state["history"]]
-        for _ in range(len(history) * self.config.accumulate):
-            next(self.stream)
+        if _done(self.config, len(history), state["seconds"]) < 1:
+            for _ in range(len(history) * self.config.accumulate):
+                next(self.stream)
         return history, state["seconds"]
 
     def __call__(self, done: float, number: int) -> Step:
@@ -155,8 +158,9 @@ class _Update:
         torch.clear_autocast_cache()  # before torch 2.11 what ran without gradients leaves weights that have none
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for turn in range(self.config.accumulate):
-            index, batch = next(self.stream)
+            read = next(self.stream)
             if turn % self.world == self.rank:
+                index, batch = read()
                 reseed(self.cuda_devices, self.config.seed, number * self.config.accumulate + turn)
                 totals += self._backward(to_device(batch, self.device), index, alpha)
         processes.sum_([totals])
@@ -181,7 +185,13 @@ class _Update:
         value = self.objective(batch, index)
         penalty = self.penalty_of(batch)
         parts = 1 / self.config.accumulate
-        ((value + alpha * penalty) * parts).backward()
+        whole = value + alpha * penalty
+        if not whole.requires_grad:
+            raise ValueError(
+                f"{self.name}: no parameter that requires a gradient has a part in the objective: let others require "
+                "one, or choose an objective that they reach"
+            )
+        (whole * parts).backward()
         return torch.stack([value.detach().double(), penalty.detach().to(self.device).double()]) * parts
 
     def _sum_gradients(self) -> None:
@@ -206,18 +216,16 @@ def _done(config: LoopConfig, steps: int, seconds: float) -> float:
     return min(max(share, 1e-3), 0.999) if steps == 0 else share  # one update at least
 
 
-def _endless(batches: Batches, seed: int) -> Iterator[tuple[int | None, Batch]]:
-    """The batches again and again: a sequence in a new order each time, anything else in its own. With indices where
-    one gives the same batch again: a list or tuple does, others say so by an attribute `same_again`.
-    What a DataLoader draws is not moved by what a model draws in between."""
+def _endless(batches: Batches, seed: int) -> Iterator[Read]:
+    """The batches again and again: a sequence in a new order each time, and no batch of it read before it is asked for;
+    anything else in its own. With indices where one gives the same batch again: a list or tuple does, others say so by
+    an attribute `same_again`. What a DataLoader draws is not moved by what a model draws in between."""
     generator, apart = torch.Generator().manual_seed(seed), Apart(seed)
     while True:
         if isinstance(batches, Sequence):
             same = isinstance(batches, list | tuple) or getattr(batches, "same_again", False)
-            yield from (
-                (i if same else None, batches[i])
-                for i in torch.randperm(len(batches), generator=generator, device="cpu").tolist()
-            )
+            for i in torch.randperm(len(batches), generator=generator, device="cpu").tolist():
+                yield partial(_read, batches, i, i if same else None)
             continue
         gave = False
         with apart:
@@ -229,9 +237,13 @@ def _endless(batches: Batches, seed: int) -> Iterator[tuple[int | None, Batch]]:
             except StopIteration:
                 break
             gave = True
-            yield None, batch
+            yield partial(_read, [batch], 0, None)
         if not gave:
             raise ValueError(
                 "batches gave nothing when they were gone through again: pass a list, or a DataLoader whose dataset "
                 "starts anew each time"
             )
+
+
+def _read(batches: Sequence[Batch], i: int, index: int | None) -> tuple[int | None, Batch]:
+    return index, batches[i]

@@ -54,16 +54,19 @@ def task(model: nn.Module, loss: Loss | None) -> Objective:
     return objective
 
 
-def distill_logits(model: nn.Module, dense: nn.Module) -> Objective:
-    """What `logits_kl` gives, of the whole output."""
+def distill_logits(model: nn.Module, dense: nn.Module, *, kept_bytes: int = 0) -> Objective:
+    """What `logits_kl` gives, of the whole output. kept_bytes: see `distill_hidden`."""
     _check_teacher(model, dense, [])
-    distance, steady = logits_kl(model), _Steady()
+    distance, kept, steady = logits_kl(model), Remembered(kept_bytes), _Steady()
+
+    def dense_logits(batch: Batch) -> Tensor:
+        with torch.no_grad(), padded():
+            return _logits(run(dense, batch))
 
     def objective(batch: Batch, index: int | None = None) -> Tensor:
+        wanted = kept.get(index, lambda: dense_logits(batch))
+        steady.check([wanted], lambda: [dense_logits(batch)])
         with padded():
-            with torch.no_grad():
-                wanted = run(dense, batch)
-                steady.check([_logits(wanted)], lambda: [_logits(run(dense, batch))])
             return distance(run(model, batch), wanted, batch)
 
     return objective
