@@ -33,6 +33,7 @@ from sadmoe import (
     RouterLoss,
     calibrate_layers_,
     convert_,
+    correct_bias_,
     finetune_,
     fit_routers_,
     ops,
@@ -110,15 +111,6 @@ def seen(
     finally:
         hook.remove()
     return torch.cat(rows).mean(0)
-
-
-def add_means_of_skipped(model: nn.Module, batches: Batches) -> None:
-    """Bias correction at the gates as they stand: layer after layer, b_out gains what skipping takes on average."""
-    for name, layer in converted_layers(model).items():
-        missing = seen(
-            model, name, layer, batches, lambda x, y, layer=layer: layer._down(layer._hidden(x)) - y
-        )
-        layer.b_out.data += missing
 
 
 def centred(model: nn.Module, batches: Batches, skipping: float = 0.0) -> None:
@@ -213,7 +205,7 @@ def further(model: nn.Module, batches: Batches, dense: nn.Module, routers: bool)
 def corrected(batches: Batches) -> Setting:
     def setting(model: nn.Module, value: float) -> nn.Module:
         model = one_tau(copy.deepcopy(model), value)
-        add_means_of_skipped(model, batches)
+        correct_bias_(model, batches, progress=False)
         return model
 
     return setting
@@ -287,6 +279,10 @@ def main() -> None:
             "routers predict norms": (lambda: build(power=1.0), one_tau),
             "routers predict fourth roots": (lambda: build(power=0.25), one_tau),
             "norms of activations": (lambda: changed(by_activation_norms), one_tau),
+            "norms of activations, means of skipped in b_out": (
+                lambda: changed(by_activation_norms),
+                corrected(batches),
+            ),
             "every neuron's mean in b_out": (lambda: changed(centred), one_tau),
             "the same, means taken at tau 0.3": (lambda: changed(partial(centred, skipping=0.3)), one_tau),
         }

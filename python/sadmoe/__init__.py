@@ -10,6 +10,7 @@ from sadmoe import hf
 from sadmoe.adapter import load_adapter, save_adapter
 from sadmoe.attention import ProjectionConfig, ProjectionReport, find_projections, replace_projections_
 from sadmoe.batches import padding_mask
+from sadmoe.bias_correction import correct_bias_
 from sadmoe.budget import BudgetReport, finetune_for_budget_
 from sadmoe.calibrate import Calibration, calibrate_
 from sadmoe.calibrate_layers import LayerCalibration, calibrate_layers_
@@ -70,6 +71,7 @@ __all__ = [
     "calibrate_",
     "calibrate_layers_",
     "convert_",
+    "correct_bias_",
     "cost",
     "dequantize_experts_",
     "find_ffns",

@@ -42,6 +42,21 @@ def test_a_model_that_was_fine_tuned_or_has_relu_is_not_said_to_lose(folder, tex
     assert "nothing was fine-tuned" not in capsys.readouterr().out
 
 
+def test_biases_are_corrected_where_asked(folder, text, tmp_path, capsys):
+    plain, corrected, quick = tmp_path / "plain", tmp_path / "corrected", ("--router-width", "4")
+    assert converted(folder, text, plain, "--tau", "0.5", *quick) == 0
+    assert "bias" not in capsys.readouterr().out.replace("--correct-bias", "")
+    assert converted(folder, text, corrected, "--tau", "0.5", "--correct-bias", *quick) == 0
+    assert re.search(
+        r"bias correction took \d+% to \d+% of the squared errors of layers away", capsys.readouterr().out
+    )
+    one, two = (texts.load_model(path).state_dict() for path in (plain, corrected))
+    changed = {key.rpartition(".")[2] for key in one if not torch.equal(one[key], two[key])}
+    assert changed == {"b_out"}
+    assert converted(folder, text, tmp_path / "all", "--budget", "1", "--correct-bias", *quick) == 0
+    assert "no bias was corrected: the budget pays for every expert" in capsys.readouterr().out
+
+
 def test_survey_on_data_and_on_random_tokens(folder, text, capsys):
     assert cli.main(["survey", "--model", str(folder), "--data", str(text)]) == 0
     printed = capsys.readouterr().out

@@ -7,11 +7,13 @@ import tempfile
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from torch import nn
 
 from sadmoe.attention import ProjectionConfig, replace_projections_, scan_projections
+from sadmoe.bias_correction import correct_bias_, no_bias
 from sadmoe.budget import BudgetReport, finetune_for_budget_
 from sadmoe.cli.options import (
     add_common,
@@ -48,7 +50,7 @@ STEPS = ("projections", "sparsify", "convert", "finetune")  # each with a folder
 BUDGET = 0.5  # where neither it nor tau is given
 UNTRAINED = (
     "nothing was fine-tuned: a model with GELU loses quality below a budget of about 0.9, one with SiLU at any; "
-    "`sadmoe evaluate` tells how much, --sparsify and --finetune win it back"
+    "`sadmoe evaluate` tells how much, --correct-bias wins some of it back in seconds, --sparsify and --finetune more"
 )
 PROJECTION_ROUTER = 32  # width: an MLP of attention costs an eighth of an FFN
 
@@ -120,6 +122,12 @@ def add_convert(commands: Any) -> None:
         help="where the long steps save themselves: the same command goes on from there after a kill",
     )
     command.add_argument(
+        "--correct-bias",
+        action="store_true",
+        help="afterwards add what skipped experts would have added on average to the output biases, in seconds, where "
+        "nothing is fine-tuned; tau is then that of --budget or --tau, and no dial any more",
+    )
+    command.add_argument(
         "--int8",
         action="store_true",
         help="round the experts' weights to int8, routers to 16 bits: a quarter of the bytes; faster with AVX-512, and "
@@ -159,6 +167,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         told = convert_(model, data.batches, config, checkpoint=_checkpoint(arguments, "convert"))
     else:
         told = _convert_finetuned(model, dense, data, arguments)
+    corrected = _corrected(model, data) if arguments.correct_bias else None
     rounded = quantize_experts_(model) if arguments.int8 else None
     out = place_for(arguments.out, arguments.force)
     with replaced(out) as new:
@@ -167,8 +176,9 @@ def _convert(arguments: argparse.Namespace) -> None:
             data.processor.save_pretrained(new)
     arguments.saved = out
     print(told)
-    if rounded is not None:
-        print(rounded)
+    for more in (corrected, rounded):
+        if more is not None:
+            print(more)
     if out != arguments.out:
         print(
             f"\n{arguments.out} was filled by somebody else meanwhile, so the model is in a folder beside it"
@@ -194,6 +204,11 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.finetune is not None and arguments.target_power is not None:
         raise ValueError(
             "--finetune trains the routers on roots of norms: leave --target-power out, or --finetune"
+        )
+    if arguments.correct_bias and (arguments.finetune is not None or arguments.tau == 0):
+        raise ValueError(
+            "--correct-bias is for what skips experts and is not fine-tuned: leave it out, or give no --finetune, and "
+            "--budget or a --tau above 0"
         )
     device_named(arguments.device)
     check_data(arguments)
@@ -252,7 +267,9 @@ def _check_cuts(model: nn.Module, data: Data, arguments: argparse.Namespace) -> 
             shape = linear_shape(place.first)
             assert shape is not None  # a projection's
             stand_in(trial, place.name, empty_mlp(place.first, width_of(*shape)), keep=False)
-    checked_sites(trial, data.batches, _conversion(arguments))
+    sites = checked_sites(trial, data.batches, _conversion(arguments))
+    if arguments.correct_bias and all(site.dense().b_out is None for site in sites):
+        raise no_bias(model)
 
 
 def _projections(arguments: argparse.Namespace) -> ProjectionConfig:
@@ -269,6 +286,17 @@ def _prepare(model: nn.Module, dense: nn.Module | None, data: Data, arguments: a
         follow = _checkpoint(arguments, "sparsify")
         with fast_training(*(one for one in (model, dense) if one is not None)):
             say(sparsify_(model, data.batches, sparsify, teacher=dense, checkpoint=follow))
+
+
+def _corrected(model: nn.Module, data: Data) -> str:
+    """What --correct-bias asks for, and what it did."""
+    if all(layer.runs_all_experts for layer in converted_layers(model).values()):
+        return "no bias was corrected: the budget pays for every expert"
+    taken = correct_bias_(model, data.batches).values()
+    return (
+        f"bias correction took {min(taken):.0%} to {max(taken):.0%} of the squared errors of layers away, "
+        f"{median(taken):.0%} in the median"
+    )
 
 
 def _convert_finetuned(
