@@ -340,6 +340,8 @@ def test_a_decoder_that_is_given_no_tokens_reads_the_encoder_s_one_place_on():
     batch = {"input_ids": mask, "attention_mask": mask, "labels": torch.tensor([0, 1])}
     assert real_rows(model, "decoder.layers.0.fc1", batch, x).tolist() == [True] * 5 + [False]
     assert real_rows(model, "encoder.layers.0.fc1", batch, x).tolist() == mask.bool().flatten().tolist()
+    several = batch | {"labels": torch.ones(2, 4)}  # classes of each text
+    assert real_rows(model, "decoder.layers.0.fc1", several, x).tolist() == [True] * 5 + [False]
     assert real_rows(model, "decoder.layers.0.fc1", batch | {"decoder_input_ids": mask}, x) is None
 
 

@@ -85,11 +85,55 @@ def test_it_is_saved_and_stays_in_the_restored_model(tmp_path):
         assert torch.equal(block.output.dense.bias, b)
 
 
-def test_the_rounding_of_int8_is_corrected_too():
+@pytest.mark.parametrize(
+    "change", [sadmoe.quantize_experts_, lambda model: model.train()], ids=["int8", "dropout"]
+)
+def test_experts_in_int8_and_models_in_training_are_corrected_too(change):
     model = gelu_bert()
-    sadmoe.quantize_experts_(model)
-    taken = sadmoe.correct_bias_(model, batches(), progress=False)
-    assert all(share > 0 for share in taken.values())
+    for layer in converted_layers(model).values():
+        layer.dropout = nn.Dropout(0.5)
+    change(model)
+    before = copy.deepcopy(model.eval())
+    sadmoe.correct_bias_(model, batches(), progress=False)
+    inputs = entering(model)
+    for name, old in converted_layers(before).items():
+        with torch.no_grad():
+            missing = (old.dense(inputs[name]) - model.get_submodule(name)(inputs[name])).mean(0)
+        torch.testing.assert_close(missing, torch.zeros_like(missing), atol=2e-6, rtol=0)
+
+
+def test_under_autocast_it_is_done_in_the_weights_own_type():
+    model, inside = gelu_bert(), gelu_bert()
+    sadmoe.correct_bias_(model, batches(), progress=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        sadmoe.correct_bias_(inside, batches(), progress=False)
+    for name, layer in converted_layers(model).items():
+        torch.testing.assert_close(inside.get_submodule(name).b_out, layer.b_out, atol=1e-2, rtol=0)
+
+
+def test_layers_that_run_all_experts_are_left_alone():
+    model = gelu_bert()
+    (_, layer), (second, _) = converted_layers(model).items()
+    layer.gate, before = DynamicK(0.0), layer.b_out.clone()
+    assert list(sadmoe.correct_bias_(model, batches(), progress=False)) == [second]
+    assert torch.equal(layer.b_out, before)
+
+
+def test_gradients_stay():
+    model = gelu_bert()
+    biases = [layer.b_out for layer in converted_layers(model).values()]
+    for bias in biases:
+        bias.grad = torch.ones_like(bias)
+    sadmoe.correct_bias_(model, batches(), progress=False)
+    assert all((bias.grad == 1).all() for bias in biases)
+
+
+def test_batches_of_padding_alone_are_an_error():
+    padding = [batch | {"attention_mask": torch.zeros_like(batch["attention_mask"])} for batch in batches()]
+    with pytest.raises(
+        ValueError, match=r"encoder\.layer\.0.*: no token of these batches reaches it, padding left out"
+    ):
+        sadmoe.correct_bias_(gelu_bert(), padding, progress=False)
 
 
 def test_layers_without_a_bias_are_left_as_they_are_and_told(caplog):

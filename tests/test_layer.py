@@ -524,6 +524,16 @@ def test_gradients_of_each_sample_by_torch_func():
         torch.testing.assert_close(of_samples["w_down"][i], layer.w_down.grad, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("gate", [TopK(2), DynamicK(0.3, true_norms=True), DynamicK(0.3)], ids=str)
+def test_a_layer_of_any_gate_is_exported_for_any_number_of_tokens(gate):
+    layer = make_layer(gate=gate)
+    exported = torch.export.export(
+        layer, (tokens(7, 20),), dynamic_shapes={"x": {0: torch.export.Dim("T")}}
+    ).module()
+    x = tokens(12, 20)
+    torch.testing.assert_close(exported(x), layer(x))
+
+
 class ExpertsFirst:
     """A gate of the user's, whose mask is turned."""
 

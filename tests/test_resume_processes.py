@@ -79,7 +79,7 @@ def trained_by_gates_at(tau: float) -> None:
 def killed_and_gone_on(folder: Path) -> nn.Module:
     """As `shared` sparsifies, but killed after two updates and begun again, and at last only loaded."""
     config, checkpoint = SparsifyConfig(**SHARED), Checkpoint(folder, every=0.0)
-    for data in (KilledAt(batches(), 4), batches(), None):
+    for data in (KilledAt(batches(), 2), batches(), None):
         if data is None:
             torch.optim.AdamW.step = lambda *_: pytest.fail("it was run again")  # in a process of its own
             data = batches()

@@ -44,8 +44,9 @@ KEY = "sadmoe adapter"
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Writes what the converted model has and its base has not into one safetensors file, for `load_adapter`.
 
-    The base must be as it was converted: a model whose experts, or anything beside them, were trained since, or which
-    was made sparse, is its own base and is saved whole (`save`, save_pretrained; of a sparse one, before `convert_`).
+    The base must be as it was converted: a model whose experts, or anything beside them, were trained since, whose
+    biases were corrected, or which was made sparse, is its own base and is saved whole (`save`, save_pretrained; of a
+    sparse one, before `convert_`).
     Raises ValueError where nothing is converted, peft's adapters are in it or weights are pruned, FileExistsError where
     path is there and overwrite is False, FileNotFoundError where its folder is not.
     """

@@ -277,7 +277,9 @@ def _only(batch: Batch | None) -> Any:
 
 def _labelled(batch: Batch) -> Tensor | None:
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    return labels != IGNORED if isinstance(labels, Tensor) and labels.dim() == 2 else None
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
+        return None
+    return None if labels.is_floating_point() else labels.ne(IGNORED)  # floats are of classes
 
 
 def _moved_on(batch: Batch) -> Tensor | None:

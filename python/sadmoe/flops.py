@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
@@ -21,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from sadmoe.batches import Batch, run, to_device
-from sadmoe.hooks import uncompiled
 from sadmoe.layer import DynamicKMoE
 from sadmoe.modules import device_of, evaluating
 
@@ -40,7 +40,8 @@ def count_flops(model: nn.Module, batch: Batch) -> int:
 class FlopCount:
     """A context that adds up, in `flops`, what `model` runs inside it, without its converted layers.
 
-    It may be entered again. What else runs inside counts, too: read batches outside, for some are computed as they are.
+    It may be entered again after it was left. What else runs inside counts, too: read batches outside, for some are
+    computed as they are.
     """
 
     def __init__(self, model: nn.Module):
@@ -70,7 +71,7 @@ class FlopCount:
 
     def __enter__(self) -> "FlopCount":
         with ExitStack() as inside:
-            inside.enter_context(uncompiled())
+            inside.enter_context(torch.compiler.set_stance("force_eager"))  # flex_attention compiles itself
             for layer in (module for module in self.model.modules() if isinstance(module, DynamicKMoE)):
                 inside.enter_context(layer.register_forward_pre_hook(self._enter_layer, prepend=True))
                 inside.enter_context(layer.register_forward_hook(self._leave_layer, always_call=True))

@@ -8,14 +8,11 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-COMPILES = ("torch._dynamo", "torch.nn.attention.flex_attention")
-
 
 def uncompiled() -> AbstractContextManager[Any]:
     """Inside, what torch.compile made runs as it was before, in the whole process: it would run no hook that is new to
     it. Not to be entered from compiled code."""
-    compiles = any(name in sys.modules for name in COMPILES)  # to import a compiler takes a second
-    return torch.compiler.set_stance("force_eager") if compiles else nullcontext()
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def takes_hooks(module: torch.nn.Module) -> bool:

@@ -50,8 +50,9 @@ STEPS = ("projections", "sparsify", "convert", "finetune")  # each with a folder
 BUDGET = 0.5  # where neither it nor tau is given
 UNTRAINED = (
     "nothing was fine-tuned: a model with GELU loses quality below a budget of about 0.9, one with SiLU at any; "
-    "`sadmoe evaluate` tells how much, --correct-bias wins some of it back in seconds, --sparsify and --finetune more"
+    "`sadmoe evaluate` tells how much, --sparsify and --finetune win it back"
 )
+CORRECTED = 64  # batches by which biases are corrected, at most
 PROJECTION_ROUTER = 32  # width: an MLP of attention costs an eighth of an FFN
 
 
@@ -124,8 +125,8 @@ def add_convert(commands: Any) -> None:
     command.add_argument(
         "--correct-bias",
         action="store_true",
-        help="afterwards add what skipped experts would have added on average to the output biases, in seconds, where "
-        "nothing is fine-tuned; tau is then that of --budget or --tau, and no dial any more",
+        help="afterwards, where nothing is fine-tuned, add what skipped experts would have added on average to the "
+        "output biases; tau is then that of --budget or --tau, and no dial any more",
     )
     command.add_argument(
         "--int8",
@@ -167,7 +168,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         told = convert_(model, data.batches, config, checkpoint=_checkpoint(arguments, "convert"))
     else:
         told = _convert_finetuned(model, dense, data, arguments)
-    corrected = _corrected(model, data) if arguments.correct_bias else None
+    corrected = _corrected(model, data, arguments.seed) if arguments.correct_bias else None
     rounded = quantize_experts_(model) if arguments.int8 else None
     out = place_for(arguments.out, arguments.force)
     with replaced(out) as new:
@@ -288,11 +289,12 @@ def _prepare(model: nn.Module, dense: nn.Module | None, data: Data, arguments: a
             say(sparsify_(model, data.batches, sparsify, teacher=dense, checkpoint=follow))
 
 
-def _corrected(model: nn.Module, data: Data) -> str:
+def _corrected(model: nn.Module, data: Data, seed: int) -> str:
     """What --correct-bias asks for, and what it did."""
     if all(layer.runs_all_experts for layer in converted_layers(model).values()):
         return "no bias was corrected: the budget pays for every expert"
-    taken = correct_bias_(model, data.batches).values()
+    some = [data.batches[i] for i in range(0, len(data.batches), -(-len(data.batches) // CORRECTED))]
+    taken = correct_bias_(model, some, seed=seed).values()
     return (
         f"bias correction took {min(taken):.0%} to {max(taken):.0%} of the squared errors of layers away, "
         f"{median(taken):.0%} in the median"

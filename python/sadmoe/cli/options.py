@@ -134,14 +134,16 @@ def sizes_of(arguments: argparse.Namespace) -> dict[str, int]:
 
 
 def data_of(arguments: argparse.Namespace, model: nn.Module, *, try_all: bool = False) -> Data:
-    """What --data holds, for the model of --model, which its first batch is tried on.   try_all: all those of a Python
-    file are, and images are read to their ends, before something long begins."""
+    """What --data holds, for the model of --model, which is tried on the first and the last batch, of texts the longest
+    ones, and of a Python file on the first.   try_all: on all those of a Python file, and images are read to their
+    ends, before something long begins."""
     data = load_data(model, arguments.model, arguments.data, **sizes_of(arguments), whole=try_all)
+    ends = {0} if data.kind == "python" else {0, len(data.batches) - 1}
     every = try_all and data.kind == "python"
-    tried = data.batches if every else [data.batches[0]]
+    tried = range(len(data.batches)) if every else sorted(ends)
     with evaluating(model):
-        for i, batch in enumerate(tqdm(tried, "trying the batches", disable=not every)):
-            _try(model, batch, f"batch {i} of {arguments.data}")
+        for i in tqdm(tried, "trying the batches", disable=not every):
+            _try(model, data.batches[i], f"batch {i} of {arguments.data}")
     return data
 
 

@@ -169,7 +169,7 @@ class DynamicKMoE(Experts):
         """The experts that `forward` runs: x [..., d] -> bool [..., E]."""
         rows = x.reshape(-1, x.shape[-1])
         mask = self.gate.mask(self.expert_norms(rows) if self.gate.true_norms else self.router(rows))
-        check_mask(mask, len(rows), self.experts)
+        check_mask(mask, rows.shape[0], self.experts)
         return mask.reshape(*x.shape[:-1], self.experts)
 
     def takes_dense_path(self, x: Tensor) -> bool:

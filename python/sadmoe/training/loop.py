@@ -160,8 +160,8 @@ class _Update:
         for turn in range(self.config.accumulate):
             read = next(self.stream)
             if turn % self.world == self.rank:
-                index, batch = read()
                 reseed(self.cuda_devices, self.config.seed, number * self.config.accumulate + turn)
+                index, batch = read()
                 totals += self._backward(to_device(batch, self.device), index, alpha)
         processes.sum_([totals])
         value, penalty = totals.tolist()
