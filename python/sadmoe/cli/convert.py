@@ -345,9 +345,7 @@ def _note_or_check_data(arguments: argparse.Namespace) -> None:
             beside.write_text(json.dumps(now))
         return
     saved = json.loads(note.read_text()) if note.exists() else {}
-    if (
-        arguments.data.suffix != ".py"
-    ):  # which may read what lies beside it; of others the place does not matter
+    if arguments.data.suffix != ".py":  # whose place matters, for what lies beside it
         saved["data"] = now["data"]
     if saved != now:
         raise ValueError(
