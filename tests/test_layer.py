@@ -522,31 +522,3 @@ def test_gradients_of_each_sample_by_torch_func():
         layer(x).square().sum().backward()
         torch.testing.assert_close(of_samples["w_up"][i], layer.w_up.grad, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(of_samples["w_down"][i], layer.w_down.grad, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("gate", [TopK(2), DynamicK(0.3, true_norms=True), DynamicK(0.3)], ids=str)
-def test_a_layer_of_any_gate_is_exported_for_any_number_of_tokens(gate):
-    layer = make_layer(gate=gate)
-    exported = torch.export.export(
-        layer, (tokens(7, 20),), dynamic_shapes={"x": {0: torch.export.Dim("T")}}
-    ).module()
-    x = tokens(12, 20)
-    torch.testing.assert_close(exported(x), layer(x))
-
-
-class ExpertsFirst:
-    """A gate of the user's, whose mask is turned."""
-
-    true_norms = False
-
-    def mask(self, scores: torch.Tensor) -> torch.Tensor:
-        return (scores > scores.mean()).t().contiguous()
-
-
-def test_a_gate_s_mask_of_another_shape_is_refused():
-    layer, x = make_layer(gate=ExpertsFirst()), tokens(6, 20)
-    with pytest.raises(ValueError, match=r"mask must be \[7, 6\], got \[6, 7\]"):
-        layer(tokens(7, 20))
-    layer.gate = type("Short", (ExpertsFirst,), {"mask": lambda self, scores: scores[:, 1:] > 0})()
-    with pytest.raises(ValueError, match=r"mask must be \[6, 6\], got \[6, 5\]"):
-        layer(x)
