@@ -192,6 +192,27 @@ def test_batches_of_updates_that_were_done_are_not_read_again(done, tmp_path):
     assert run(Counted(), "killed") == whole[:first] + whole[first + done :]
 
 
+class Drawing(Counted):
+    """Batches that draw random numbers, as images that are cropped at random do."""
+
+    def __getitem__(self, i):
+        batch = super().__getitem__(i)
+        self.read[-1] = (i, torch.rand(()).item())
+        return batch
+
+
+def test_batches_that_draw_random_numbers_come_again_as_they_came(tmp_path):
+    def run(data: Drawing, folder: str) -> list[tuple[int, float]]:
+        model, dense = start(finetune)
+        finetune(model, dense, Checkpoint(tmp_path / folder, every=0.0), data)
+        return data.read
+
+    whole = run(Drawing(), "whole")
+    with pytest.raises(Killed):
+        run(Drawing(left=len(whole) - 2), "killed")
+    assert run(Drawing(), "killed")[-2:] == whole[-2:]
+
+
 @pytest.mark.parametrize("step", ALL)
 def test_a_run_that_had_ended_is_loaded(step, tmp_path, monkeypatch):
     first, dense = start(step)

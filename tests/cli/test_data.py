@@ -343,13 +343,20 @@ def test_an_encoder_decoder_that_classifies_takes_text(folder, text, tmp_path):
     assert len(moe_layers(texts.load_model(out))) == 2
 
 
-def test_a_text_that_a_model_does_not_run_on_is_an_error(folder, text, tmp_path, capsys, monkeypatch):
-    def fails(self, **batch):
-        raise IndexError("index 7 is out of range")
+@pytest.mark.parametrize(("longest", "batch"), [(0, 0), (5, 21)])
+def test_a_text_that_a_model_does_not_run_on_is_an_error(
+    folder, text, tmp_path, capsys, monkeypatch, longest, batch
+):
+    forward = transformers.BertModel.forward
+
+    def fails(self, **inputs):
+        if inputs["input_ids"].shape[1] > longest:
+            raise IndexError("index 7 is out of range")
+        return forward(self, **inputs)
 
     monkeypatch.setattr(transformers.BertModel, "forward", fails)
-    assert converted(folder, text, tmp_path / "out", "--tau", "0.2") == 2
-    told = f"BertModel does not run on batch 0 of {text}: IndexError: index 7 is out of range"
+    assert converted(folder, text, tmp_path / "out", "--tau", "0.2", "--batch-size", "1") == 2
+    told = f"BertModel does not run on batch {batch} of {text}: IndexError: index 7 is out of range"
     assert told in capsys.readouterr().err
 
 

@@ -138,11 +138,11 @@ def data_of(arguments: argparse.Namespace, model: nn.Module, *, try_all: bool = 
     ones, and of a Python file on the first.   try_all: on all those of a Python file, and images are read to their
     ends, before something long begins."""
     data = load_data(model, arguments.model, arguments.data, **sizes_of(arguments), whole=try_all)
-    ends = {0} if data.kind == "python" else {0, len(data.batches) - 1}
-    every = try_all and data.kind == "python"
-    tried = range(len(data.batches)) if every else sorted(ends)
+    tried = sorted({0, len(data.batches) - 1})
+    if data.kind == "python":
+        tried = list(range(len(data.batches))) if try_all else [0]
     with evaluating(model):
-        for i in tqdm(tried, "trying the batches", disable=not every):
+        for i in tqdm(tried, "trying the batches", disable=len(tried) <= 2):
             _try(model, data.batches[i], f"batch {i} of {arguments.data}")
     return data
 
