@@ -32,8 +32,8 @@ from sadmoe import (
     RouterConfig,
     RouterLoss,
     calibrate_layers_,
+    compensate_,
     convert_,
-    correct_bias_,
     finetune_,
     fit_routers_,
     ops,
@@ -202,10 +202,10 @@ def further(model: nn.Module, batches: Batches, dense: nn.Module, routers: bool)
             finetune_(model, batches, config, teacher=dense, output_loss=loss, progress=False)
 
 
-def corrected(batches: Batches) -> Setting:
+def compensated(batches: Batches, rank: int) -> Setting:
     def setting(model: nn.Module, value: float) -> nn.Module:
         model = one_tau(copy.deepcopy(model), value)
-        correct_bias_(model, batches, progress=False)
+        compensate_(model, batches, rank=rank, progress=False)
         return model
 
     return setting
@@ -257,7 +257,9 @@ def main() -> None:
     variants: dict[str, tuple[Callable[[], nn.Module], Setting]] = {
         "the method: one tau": (changed, one_tau),
         "a tau for each layer, of equal shares": (changed, equal_shares(batches)),
-        "means of skipped experts in b_out": (changed, corrected(batches)),
+        "a shared expert, rank 4": (changed, compensated(batches, 4)),
+        "a shared expert, rank 16": (changed, compensated(batches, 16)),
+        "a shared expert, rank 64": (changed, compensated(batches, 64)),
         "a tau for each layer, jointly": (changed, jointly(batches)),
         "the same, held to the dense model": (changed, jointly(batches, dense)),
         "routers fitted anew": (lambda: changed(refitted), one_tau),
@@ -279,9 +281,9 @@ def main() -> None:
             "routers predict norms": (lambda: build(power=1.0), one_tau),
             "routers predict fourth roots": (lambda: build(power=0.25), one_tau),
             "norms of activations": (lambda: changed(by_activation_norms), one_tau),
-            "norms of activations, means of skipped in b_out": (
+            "the same, and a shared expert, rank 16": (
                 lambda: changed(by_activation_norms),
-                corrected(batches),
+                compensated(batches, 16),
             ),
             "every neuron's mean in b_out": (lambda: changed(centred), one_tau),
             "the same, means taken at tau 0.3": (lambda: changed(partial(centred, skipping=0.3)), one_tau),

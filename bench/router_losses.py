@@ -8,7 +8,7 @@ import torch
 from sadmoe import DynamicKMoE, reference, tau
 from sadmoe.batches import Batches
 from sadmoe.dial import converted_layers
-from sadmoe.inputs import Place, stream_inputs
+from sadmoe.inputs import stream_inputs
 from sadmoe.routers import RouterConfig, fit_router_
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -45,9 +45,8 @@ def fit_by(
 ) -> None:
     """`fit_routers_` with that weight on each squared error; goes on from what plain least squares gives."""
     layers = converted_layers(model)
-    sites = [Place(name, layer) for name, layer in layers.items()]
     with tau(model, 0.0):
-        for name, rows in stream_inputs(model, sites, batches, max_tokens=max_tokens):
+        for name, rows in stream_inputs(model, layers, batches, max_tokens=max_tokens):
             fit_router_(layers[name], rows, config)
             refine(layers[name], rows, config, weight, threshold)
 

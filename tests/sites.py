@@ -1,5 +1,6 @@
-"""FFNs converted and put back, and all that must be as it was after it."""
+"""FFNs converted and put back, what enters them, and all that must be as it was after it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,19 @@ from sadmoe.ffn import (
     swap_in,
     swap_out,
 )
+from sadmoe.inputs import stream_inputs
 from torch import Tensor, nn
+
+
+def first_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The module of every FFN that its input enters, by the FFN's name."""
+    return {site.name: site.first for site in find_ffns(model)}
+
+
+def collected(
+    model: nn.Module, modules: Mapping[str, nn.Module], batches: Any, **kw: Any
+) -> dict[str, Tensor]:
+    return dict(stream_inputs(model, modules, batches, **kw))
 
 
 def slots_of(site: FFNSite) -> Tensor:

@@ -281,6 +281,37 @@ def test_sparsify_trains_them_with_the_ffns_and_against_the_model_before():
     assert report.history[-1].objective < report.history[0].objective
 
 
+class PoolAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.proj(nn.functional.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1)))
+
+
+class PooledByAttention(nn.Module):
+    """Its attention is in no list of blocks, as timm's pool of tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        self.attn_pool = PoolAttention()
+
+    def forward(self, x):
+        return self.attn_pool(x + self.block(x))
+
+
+def test_projections_in_no_list_are_trained_against_the_model_before():
+    dense, batch = PooledByAttention().eval(), torch.randn(2, 5, 8)
+    model = copy.deepcopy(dense)
+    config = ProjectionConfig(steps=2, multiple=4)
+    assert len(replace_projections_(model, [batch], config, progress=False).layers) == 2
+    config = sadmoe.SparsifyConfig(steps=30, lr=3e-3, alpha=0.1)
+    report = sadmoe.sparsify_(model, [batch], config, teacher=dense, progress=False)
+    assert report.history[-1].objective < report.history[0].objective
+
+
 @pytest.mark.parametrize("failing", ["train", "put in"])
 def test_a_failure_leaves_the_model_as_it_was(failing, monkeypatch):
     model = TINY["llama"].model()

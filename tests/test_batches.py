@@ -294,9 +294,15 @@ def test_an_encoder_taken_out_of_an_encoder_decoder_answers_to_its_mask():
 def test_a_decoder_answers_to_its_own_mask_only_beside_an_encoder():
     model, x = Add(), torch.zeros(2, 3, 5)
     batch = {"attention_mask": MASK, "decoder_attention_mask": 1 - MASK}
-    assert real_rows(model, "model.decoder.layers.0", batch, x).tolist() == MASK.bool().flatten().tolist()
+    alone = {"attention_mask": MASK, "labels": torch.full((2, 3), -100)}
+    assert real_rows(model, "model.decoder.layers.0", alone, x).tolist() == MASK.bool().flatten().tolist()
+    of_decoder = (1 - MASK).bool().flatten().tolist()
+    assert (
+        real_rows(model, "text_decoder.layers.0", batch, x).tolist() == of_decoder
+    )  # BLIP, whose config denies it
     model = encoder_decoder()
-    assert real_rows(model, "decoder.block.0", batch, x).tolist() == (1 - MASK).bool().flatten().tolist()
+    for name in ("decoder.block.0", "text_decoder.layers.0.ffn"):  # SeamlessM4T
+        assert real_rows(model, name, batch, x).tolist() == of_decoder
     assert real_rows(model, "encoder.block.0", batch, x).tolist() == MASK.bool().flatten().tolist()
     assert real_rows(model, "decoder.block.0", {"attention_mask": MASK}, x) is None
     around = nn.Module()  # such as a module of lightning

@@ -1,5 +1,6 @@
 """Files that are damaged, or of another model: one clear error, and the model as it was."""
 
+import json
 import zlib
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from checkpoint_files import flip_a_bit, rewrite
 from conversions import fingerprint
 from converted import converted
 from sadmoe.checkpoint import SavedModelError, load, save
+from sadmoe.files import crc32
 from safetensors.torch import save_file
 from tiny_models import TINY
 from torch import nn
@@ -42,7 +44,9 @@ def foreign(path: Path) -> None:
 
 
 def no_json(path: Path) -> None:
-    save_file({"w": torch.zeros(3)}, path, {"sadmoe": "{", "sadmoe crc32": str(zlib.crc32(b"{"))})
+    texts = {"sadmoe": "{", "sadmoe tensors": json.dumps({"w": crc32(torch.zeros(3))})}
+    crc = str(zlib.crc32("".join(texts.values()).encode()))
+    save_file({"w": torch.zeros(3)}, path, texts | {"sadmoe crc32": crc})
 
 
 def newer(path: Path) -> None:

@@ -16,9 +16,9 @@ from sadmoe.convert.report import LayerReport
 from sadmoe.cost import cost
 from sadmoe.dial import tau
 from sadmoe.ffn import find_ffns, moe_layers
-from sadmoe.inputs import collect_inputs
 from sadmoe.partition import partition, slots
 from sadmoe.routers import RouterConfig
+from sites import collected, first_modules
 from tiny_models import TINY, UserFFN, call
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -52,7 +52,7 @@ def test_the_same_seed_gives_the_same_bits_whatever_the_global_one():
 def test_experts_are_the_partition_of_what_the_config_names(cluster, name):
     model, batches = model_and_batches(name)
     sites, rows = find_ffns(model), {}
-    inputs = collect_inputs(model, sites, batches, max_tokens=100, seed=3)
+    inputs = collected(model, first_modules(model), batches, max_tokens=100, seed=3)
     for site in sites:
         dense, x = site.dense(), build._some(inputs[site.name], seed=3)
         act, up = reference.ACTIVATIONS[dense.act], nn.functional.linear(x, dense.w_up, dense.b_up)
@@ -113,7 +113,7 @@ def test_the_users_random_numbers_are_not_touched_and_a_loader_shuffles_by_the_s
 
 def test_routers_are_fitted_on_what_the_dense_model_computes(monkeypatch):
     model, batches = model_and_batches("bert")
-    clean = collect_inputs(model, find_ffns(model), batches, max_tokens=100)
+    clean = collected(model, first_modules(model), batches, max_tokens=100)
     seen: list[Tensor] = []
     fit = build.fit_router_
     monkeypatch.setattr(
@@ -177,7 +177,7 @@ def test_without_a_budget_tau_is_the_one_given():
 
 def test_the_report_says_what_each_layer_does():
     model, batches = model_and_batches()
-    site_inputs = collect_inputs(model, find_ffns(model), batches, max_tokens=100)
+    site_inputs = collected(model, first_modules(model), batches, max_tokens=100)
     dense = {site.name: site.dense() for site in find_ffns(model)}
     kept = {name: ffn(site_inputs[name]) for name, ffn in dense.items()}
     report = convert(model, batches, tau=0.5)

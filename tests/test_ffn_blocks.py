@@ -224,6 +224,68 @@ def test_an_activation_under_two_names_is_swapped():
     assert site.parts.activation == "nonlinearity"
 
 
+class Half(nn.Module):
+    """One linear layer, and all that is done to the neurons, as in BERT."""
+
+    def __init__(self, drop: nn.Module | None):
+        super().__init__()
+        self.dense, self.act, self.drop = nn.Linear(D, F_), nn.GELU(), drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.dense(x))
+        return F.dropout(x, 0.3, self.training) if self.drop is None else self.drop(x)
+
+
+class OtherHalf(nn.Module):
+    def __init__(self, p: float = 0.0):
+        super().__init__()
+        self.dense, self.dropout = nn.Linear(F_, D), nn.Dropout(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.dense(x))
+
+
+class SideBySide(nn.Module):
+    """Two FFNs in turns, as in LXMERT: the dropout of one's output runs between the linear layers of the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.lang_inter, self.visn_inter = Half(nn.Identity()), Half(nn.Identity())
+        self.lang_output, self.visn_output = OtherHalf(0.5), OtherHalf(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        of_language, of_images = self.lang_inter(x), self.visn_inter(x)
+        return x + self.lang_output(of_language) + self.visn_output(of_images)
+
+
+def test_dropout_on_the_output_of_an_ffn_beside_stays():
+    model = nn.Sequential(SideBySide())
+    for site in find_ffns(model):
+        swap_in(model, site, layer_from_dense(site.dense(), slots_of(site), 6, 4))
+    assert len(moe_layers(model)) == 2
+    for half in (model[0].lang_output, model[0].visn_output):
+        assert isinstance(half.dropout, nn.Dropout)
+
+
+class Halves(nn.Module):
+    def __init__(self, drop: nn.Module | None):
+        super().__init__()
+        self.intermediate, self.output = Half(drop), OtherHalf()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.output(self.intermediate(x))
+
+
+@pytest.mark.parametrize("drop", [nn.Dropout(0.3), None], ids=["module", "function"])
+def test_hidden_dropout_that_goes_with_its_half_is_not_warned_of(drop, caplog):
+    model = nn.Sequential(Halves(drop))
+    (site,) = find_ffns(model)
+    assert caplog.text == ""
+    swap_in(model, site, layer_from_dense(site.dense(), slots_of(site), 6, 4))
+    x = hidden()
+    assert torch.equal(model.train()(x), model(x))
+
+
 def test_hidden_dropout_that_cannot_be_told_is_warned_of(caplog):
     class CallsDropout(DropsHidden):
         def forward(self, x: Tensor) -> Tensor:

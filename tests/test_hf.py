@@ -158,11 +158,25 @@ def test_models_that_share_a_config_keep_their_own_account(tmp_path):
     assert "quantization_config" not in saved
 
 
+def test_both_names_of_activations_follow_in_the_config(tmp_path):
+    config = transformers.MoonshineConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=64, encoder_num_hidden_layers=1, decoder_num_hidden_layers=1,
+        encoder_num_attention_heads=4, decoder_num_attention_heads=4, decoder_start_token_id=1,
+    )  # fmt: skip
+    model = transformers.MoonshineForConditionalGeneration(config).eval()
+    batch = {"input_values": torch.randn(2, 2000), "decoder_input_ids": torch.randint(5, 90, (2, 6))}
+    sadmoe.sparsify_(model, [batch], sadmoe.SparsifyConfig(steps=1), progress=False)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(again(**batch).logits, model(**batch).logits)
+
+
 def test_an_activation_that_no_config_names_is_told(caplog):
     bloom = transformers.BloomConfig(vocab_size=50, hidden_size=24, n_layer=1, n_head=4)
     model, ids = transformers.BloomModel(bloom), {"input_ids": torch.ones(1, 4, dtype=torch.long)}
     sadmoe.sparsify_(model, [ids], sadmoe.SparsifyConfig(steps=1, objective="distill_hidden"), progress=False)
-    assert "the config of this BloomModel has no name for its activation" in caplog.text
+    assert "the config of this BloomModel has no name for the activation of h.0.mlp" in caplog.text
 
 
 def test_sadmoe_s_own_files_hold_transformers_models_too(tmp_path):

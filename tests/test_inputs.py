@@ -1,9 +1,8 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 from sadmoe.ffn import find_ffns
-from sadmoe.inputs import collect_inputs, held_out_and_batches, stream_inputs
+from sadmoe.inputs import held_out_and_batches, stream_inputs
+from sites import collected, first_modules
 from tiny_models import TINY, call
 from torch import nn
 
@@ -21,7 +20,7 @@ class Rows(nn.Module):
         return self.a(x) + self.b(input=2 * self.drop(x))
 
     def sites(self, *names):
-        return [SimpleNamespace(name=name, first=getattr(self, name)) for name in names]
+        return {name: getattr(self, name) for name in names}
 
 
 def numbered(*sizes, d=3):
@@ -36,14 +35,14 @@ def ids(rows):
 
 def test_all_tokens_come_in_order_when_they_fit():
     model = Rows()
-    inputs = collect_inputs(model, model.sites("a", "b"), numbered(4, 1, 3), max_tokens=8)
+    inputs = collected(model, model.sites("a", "b"), numbered(4, 1, 3), max_tokens=8)
     assert ids(inputs["a"]) == list(range(8))
     assert torch.equal(inputs["b"], 2 * inputs["a"])
 
 
 def test_a_sample_has_the_wanted_size_no_token_twice_and_the_same_tokens_for_every_site():
     model = Rows()
-    inputs = collect_inputs(model, model.sites("a", "b"), numbered(40, 1, 30, 7), max_tokens=25)
+    inputs = collected(model, model.sites("a", "b"), numbered(40, 1, 30, 7), max_tokens=25)
     assert len(set(ids(inputs["a"]))) == 25
     assert torch.equal(inputs["b"], 2 * inputs["a"])
 
@@ -54,9 +53,7 @@ def test_the_sample_follows_the_seed_alone():
     for seed, noise in ((0, 1), (0, 2), (1, 1)):
         torch.manual_seed(noise)
         state = torch.get_rng_state()
-        draws.append(
-            ids(collect_inputs(model, model.sites("a"), numbered(60, 60), max_tokens=10, seed=seed)["a"])
-        )
+        draws.append(ids(collected(model, model.sites("a"), numbered(60, 60), max_tokens=10, seed=seed)["a"]))
         assert torch.equal(torch.get_rng_state(), state)
     assert draws[0] == draws[1]
     assert draws[0] != draws[2]
@@ -66,7 +63,7 @@ def test_every_token_is_as_likely_as_any_other():
     model, counts, draws = Rows(), torch.zeros(40), 300
     batches = numbered(3, 10, 20, 7)
     for seed in range(draws):
-        sample = collect_inputs(model, model.sites("a"), batches, max_tokens=10, seed=seed)["a"]
+        sample = collected(model, model.sites("a"), batches, max_tokens=10, seed=seed)["a"]
         counts[ids(sample)] += 1
     expected = draws * 10 / 40
     deviation = (expected * (1 - 10 / 40)) ** 0.5
@@ -79,12 +76,12 @@ def test_padding_is_left_out_unless_wanted():
     model = Rows()
     x = torch.arange(6.0).view(2, 3, 1).expand(2, 3, 3)
     batches = [{"x": x, "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}]
-    assert ids(collect_inputs(model, model.sites("a"), batches, max_tokens=9)["a"]) == [0, 1, 3]
-    everything = collect_inputs(model, model.sites("a"), batches, max_tokens=9, skip_padding=False)
+    assert ids(collected(model, model.sites("a"), batches, max_tokens=9)["a"]) == [0, 1, 3]
+    everything = collected(model, model.sites("a"), batches, max_tokens=9, skip_padding=False)
     assert ids(everything["a"]) == list(range(6))
 
 
-@pytest.mark.parametrize(("max_bytes", "passes"), [(None, 1), (2 * 10 * 3 * 4, 1), (10 * 3 * 4, 2), (1, 2)])
+@pytest.mark.parametrize(("max_bytes", "passes"), [(2 * 10 * 3 * 4, 1), (10 * 3 * 4, 2), (1, 2)])
 def test_sites_that_do_not_fit_together_take_another_pass(max_bytes, passes):
     model = Rows()
     stream = stream_inputs(model, model.sites("b", "a"), numbered(30, 30), max_tokens=10, max_bytes=max_bytes)
@@ -96,12 +93,12 @@ def test_sites_that_do_not_fit_together_take_another_pass(max_bytes, passes):
 
 def test_the_model_is_left_as_it_was():
     model = Rows().train()
-    collect_inputs(model, model.sites("a"), numbered(4), max_tokens=4)
+    collected(model, model.sites("a"), numbered(4), max_tokens=4)
     assert model.training
     assert model.drop.training
     assert not model.a._forward_pre_hooks
     with pytest.raises(RuntimeError, match="shapes"):
-        collect_inputs(model, model.sites("a"), [torch.zeros(2, 5)], max_tokens=4)
+        collected(model, model.sites("a"), [torch.zeros(2, 5)], max_tokens=4)
     assert model.training
     assert not model.a._forward_pre_hooks
 
@@ -109,14 +106,14 @@ def test_the_model_is_left_as_it_was():
 def test_a_site_that_never_runs_is_named():
     model = Rows()
     with pytest.raises(ValueError, match="the batches never reach never: pass batches that run every FFN"):
-        collect_inputs(model, model.sites("a", "never"), numbered(4), max_tokens=4)
+        collected(model, model.sites("a", "never"), numbered(4), max_tokens=4)
 
 
 def test_at_least_one_token_must_be_wanted():
     with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
-        collect_inputs(Rows(), Rows().sites("a"), numbered(4), max_tokens=0)
+        collected(Rows(), Rows().sites("a"), numbered(4), max_tokens=0)
     with pytest.raises(TypeError, match="one-shot iterator"):
-        collect_inputs(Rows(), Rows().sites("a"), iter(numbered(4)), max_tokens=1)
+        collected(Rows(), Rows().sites("a"), iter(numbered(4)), max_tokens=1)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +132,7 @@ def test_what_is_collected_is_what_enters_the_ffn(name):
         call(model, batch)
     for hook in hooks:
         hook.remove()
-    inputs = collect_inputs(model, sites, [batch], max_tokens=100)
+    inputs = collected(model, first_modules(model), [batch], max_tokens=100)
     assert list(inputs) == [site.name for site in sites]
     for site in sites:
         expected = seen[site.name].reshape(-1, site.dense().d)
@@ -149,9 +146,8 @@ def test_a_padded_torch_encoder_gives_its_tokens():
     model, x = TINY["torch encoder"].model(), TINY["torch encoder"].batch()
     padding = torch.zeros(x.shape[:2], dtype=torch.bool)
     padding[1, 4:] = True
-    sites = find_ffns(model)
     batches = [{"src": x, "src_key_padding_mask": padding}]
-    inputs = collect_inputs(model, sites, batches, max_tokens=100)
+    inputs = collected(model, first_modules(model), batches, max_tokens=100)
     assert {len(rows) for rows in inputs.values()} == {
         int((~padding).sum())
     }  # torch drops the padding itself

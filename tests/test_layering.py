@@ -23,7 +23,7 @@ ROOMS = [  # a room imports only rooms above it
     {"training"},
     {"sparsify", "cost"},
     {"routers"},
-    {"bias_correction", "calibrate", "finetune", "evaluate", "router_loss"},
+    {"calibrate", "compensation", "finetune", "evaluate", "router_loss"},
     {"layerwise", "calibrate_layers"},
     {"budget"},
     {"convert", "describe"},

@@ -66,15 +66,6 @@ def test_the_cost_of_every_expert_is_that_of_the_nearest_number_of_tokens():
     assert dataclasses.replace(ROW, every_expert={}).cost_of_every_expert(1) is None
 
 
-def test_a_file_from_before_tau_zero_was_measured_is_read(tmp_path):
-    path = tmp_path / "costs.json"
-    measured.write(path, [ROW])
-    whole = json.loads(path.read_text())
-    del whole["rows"][0]["every_expert"]
-    path.write_text(json.dumps(whole | {"crc32": measured._crc32(whole["rows"])}))
-    assert measured.read(path) == {ROW.key: dataclasses.replace(ROW, every_expert={})}
-
-
 def test_what_came_with_sadmoe_tells_of_every_share_and_of_tau_zero():
     rows = measured.read(measured.BUILT_IN)
     for row in rows.values():

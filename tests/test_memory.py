@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import sadmoe
 import torch
+from sadmoe.modules import is_out_of_memory
 
 transformers = pytest.importorskip("transformers")
 
@@ -83,6 +84,15 @@ except (MemoryError if torch.__version__ < "2.15" else RuntimeError) as error:  
 def test_threads_without_memory_raise_what_one_thread_would():
     result = subprocess.run([sys.executable, "-c", TOO_LARGE], capture_output=True, text=True)
     assert result.stdout == "std::bad_alloc (2, 16)\n", result.stderr
+
+
+def test_memory_that_lacks_for_a_copy_of_an_argument_is_told_as_such():
+    x = torch.zeros(1, 64).expand(1 << 40, 64)  # 256 TiB, were it copied
+    with pytest.raises(
+        MemoryError if torch.__version__ < "2.15" else RuntimeError, match="bad_alloc"
+    ) as raised:
+        sadmoe.ops.router_scores(x, torch.zeros(2, 64), torch.zeros(2, 2))
+    assert is_out_of_memory(raised.value)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")

@@ -9,6 +9,7 @@ import torch
 from backends import DTYPES
 from problems import assert_as_good_as_torch, experts_problem, in_double, router_problem
 from sadmoe import crossover, ops, reference
+from sadmoe.ops import call as op_call
 from sadmoe.ops import fallback
 from torch import Tensor, library
 from torch.autograd import forward_ad
@@ -304,6 +305,20 @@ def test_gradients_are_batched_by_either_of_torch_s_two_ways(gated):
     wanted = torch.autograd.functional.jacobian(f, x)
     torch.testing.assert_close(torch.autograd.functional.jacobian(f, x, vectorize=True), wanted)
     torch.testing.assert_close(torch.func.jacrev(f)(x), wanted)
+
+
+@pytest.mark.by_torch
+def test_a_vmap_of_gradients_is_of_the_experts_that_ran(monkeypatch):
+    x, _, *weights = experts_problem(5, 16, 3, 4)
+    x.requires_grad_()
+    y = ops.dynamic_k_moe(x, *router_problem(16, 3), *weights, tau=0.5, act="gelu")
+    monkeypatch.setitem(
+        op_call.BY_TORCH, "router_scores", lambda *_: pytest.fail("scored again, and rounded otherwise")
+    )
+    along = torch.randn(4, *y.shape)
+    wanted = torch.stack([torch.autograd.grad(y, x, v, retain_graph=True)[0] for v in along])
+    found = torch.vmap(lambda v: torch.autograd.grad(y, x, v, retain_graph=True)[0])(along)
+    torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.by_torch

@@ -9,9 +9,9 @@ from converted import converted, random_layer, random_rows
 from sadmoe import routers
 from sadmoe.dial import converted_layers, set_tau
 from sadmoe.gates import DynamicK
-from sadmoe.inputs import collect_inputs
 from sadmoe.routers import RouterConfig, fit_router_, fit_routers_
 from sadmoe.training import Checkpoint
+from sites import collected
 from tiny_models import TINY
 from torch import nn
 
@@ -341,8 +341,7 @@ def test_the_routers_of_a_converted_model_are_fitted_at_tau_zero():
     assert list(fits) == list(layers)
 
     expected = converted("bert")
-    sites = [routers.Place(name, layer) for name, layer in converted_layers(expected).items()]
-    for name, x in collect_inputs(expected, sites, [batch], max_tokens=100).items():
+    for name, x in collected(expected, converted_layers(expected), [batch], max_tokens=100).items():
         assert fit_router_(converted_layers(expected)[name], x, config) == fits[name]
         assert torch.equal(converted_layers(expected)[name].router.v2, layers[name].router.v2)
 

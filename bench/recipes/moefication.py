@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from sadmoe import Checkpoint, ConvertConfig, RouterConfig, SparsifyConfig, convert_, moe_layers, tau
 from sadmoe.batches import Batches
-from sadmoe.inputs import Place, held_out_and_batches, stream_inputs
+from sadmoe.inputs import held_out_and_batches, stream_inputs
 from sadmoe.layer import DynamicKMoE
 from sadmoe.reference import linear_of_experts
 from sadmoe.training.guards import seeded
@@ -53,9 +53,8 @@ def moefied(
     )  # fmt: skip
     convert_(model, batches, config, progress=False)
     layers = moe_layers(model)
-    sites = [Place(name, layer) for name, layer in layers.items()]
     with tau(model, 0.0), seeded(model, seed):
-        for name, rows in stream_inputs(model, sites, batches, max_tokens=tokens):
+        for name, rows in stream_inputs(model, layers, batches, max_tokens=tokens):
             layers[name].router = fitted(layers[name], rows, steps, checkpoint, name, seed)
     return model
 

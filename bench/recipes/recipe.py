@@ -26,6 +26,7 @@ from sadmoe import (
     SparsifyConfig,
     TopK,
     calibrate_,
+    compensate_,
     convert_,
     finetune_,
     finetune_layers_,
@@ -45,6 +46,7 @@ from workload import Workload, controls
 
 ROUTER, PROJECTION_ROUTER = 96, 32  # widths of the routers of FFNs, and of projections of attention
 CALIBRATED = 4  # batches for the tau of the last stage
+COMPENSATED, RANKS = 10, (4, 16)  # batches and ranks of shared experts
 HELD = 2**32  # bytes of inputs held together
 
 
@@ -206,6 +208,8 @@ def run_recipe(work: Workload, run: Run) -> None:
     dynamic: list[tuple[str, Gate]] = [(f"tau {t:g}", DynamicK(t)) for t in effort.taus]
     oracle: list[tuple[str, Gate]] = [(f"tau {t:g}", DynamicK(t, true_norms=True)) for t in effort.taus if t]
     results = Results(work, run, dense, facts)
+    if run.untrained:
+        return untrained_curves(recipe, results, dynamic)
     sparse = recipe.sparse(run.sizes)
     converted = recipe.converted(sparse, ours)
     shares = sorted({*effort.shares, round(recipe.share[ours], 3)}, reverse=True)
@@ -228,5 +232,26 @@ def run_recipe(work: Workload, run: Run) -> None:
     for size in others:
         model = recipe.routed(recipe.converted(sparse, size), size)
         results.add(f"sadmoe, dynamic k, s = {size}", model, dynamic, timed=True)
+    finish(results)
+
+
+def untrained_curves(recipe: Recipe, results: Results, gates: Sequence[tuple[str, Gate]]) -> None:
+    """Nothing fine-tuned but routers: the experts alone, and with a shared one in each layer, made for each tau."""
+    size, some = recipe.run.sizes[0], recipe.fitted[:: max(1, len(recipe.fitted) // COMPENSATED)]
+    name, model = f"no fine-tuning, FFNs only, s = {size}", recipe.untrained(size)
+    results.add(name, model, gates, timed=True)
+    for rank in RANKS:
+
+        def prepare(model: nn.Module, rank: int = rank) -> None:
+            if not all(layer.runs_all_experts for layer in moe_layers(model).values()):
+                compensate_(model, some, rank=rank, progress=False)
+
+        alike = f"the same, shared experts of rank {rank}"
+        results.add(alike, copy.deepcopy(model), gates, timed=True, prepare=prepare)
+    finish(results)
+
+
+def finish(results: Results) -> None:
+    """Says what was found, and where it is."""
     print(results.table())
-    print("\n" + ", ".join(str(run.file(kind)) for kind in ("json", "png", "html")))
+    print("\n" + ", ".join(str(results.run.file(kind)) for kind in ("json", "png", "html")))

@@ -52,10 +52,16 @@ class Results:
         self.histograms: dict[str, list[int]] = {}
 
     def add(
-        self, name: str, model: nn.Module, gates: Sequence[tuple[str, Gate]], *, timed: bool = False
+        self,
+        name: str,
+        model: nn.Module,
+        gates: Sequence[tuple[str, Gate]],
+        *,
+        timed: bool = False,
+        prepare: Callable[[nn.Module], None] | None = None,
     ) -> None:
         """Measures a model under every gate, if that is not done, and writes all that is known. The first one's tokens
-        are looked into."""
+        are looked into.   prepare: see `sweep`."""
         with self.run.stage(name):
             seconds = self.run.effort.timed if timed else 0.0
             of = {
@@ -65,7 +71,7 @@ class Results:
             }
             points = self.saved.get(name, of)
             if points is None:
-                points = sweep(self.work, model, gates, self.dense, seconds)
+                points = sweep(self.work, model, gates, self.dense, seconds, prepare)
                 self.saved.put(name, of, points)
             self.curves[name] = points
             if self.heat is None:

@@ -53,7 +53,7 @@ GPU = Effort(600, 3000, 1800, 900, 3000, 1200, 200_000, 1, 60_000, 10_000, 3)
 @dataclass
 class Run:
     """name: of its files and its state, such as w1-cpu or w1-cpu-x2.5.   sizes: neurons in an expert, ours first.
-    seed: of all that is random, but for the order of the data.
+    seed: of all that is random, but for the order of the data.   untrained: nothing is fine-tuned but routers.
     seconds: by stage that came to its end, of this start and those before it."""
 
     name: str
@@ -63,6 +63,7 @@ class Run:
     sizes: Sequence[int]
     device: str
     seed: int = 0
+    untrained: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
@@ -119,6 +120,7 @@ def from_command_line(
     add("--effort", choices=efforts, default=effort, help="how long it takes, and what of it (%(default)s)")
     add("--longer", type=float, default=1.0, help="times the seconds of training, for a slow machine")
     add("--sizes", type=int, nargs="+", default=sizes, help="neurons in an expert; the first is ours")
+    add("--untrained", action="store_true", help="only what has nothing fine-tuned but routers")
     add("--seed", type=int, default=0, help="of all that is random (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, default=torch.get_num_threads())
@@ -129,11 +131,12 @@ def from_command_line(
         parser.error(f"argument --sizes: expected different numbers above 0, got {args.sizes}; try 8 32")
     torch.set_num_threads(args.threads)
     asked = efforts[args.effort].longer(args.longer)
-    print(
-        f"{name}, effort {args.effort}: {asked.training(len(args.sizes)):.0f} s of training, and its measurements"
-    )
+    seconds = asked.task if args.untrained else asked.training(len(args.sizes))
+    print(f"{name}, effort {args.effort}: {seconds:.0f} s of training, and its measurements")
     longer = "" if args.longer == 1 else f"-x{args.longer:g}"
     again = "" if args.seed == 0 else f"-seed{args.seed}"
+    untrained = "-untrained" if args.untrained else ""
     return Run(
-        f"{name}-{args.effort}{longer}{again}", asked, args.data, args.out, args.sizes, args.device, args.seed
-    )
+        f"{name}-{args.effort}{longer}{untrained}{again}", asked, args.data, args.out, args.sizes, args.device,
+        args.seed, args.untrained,
+    )  # fmt: skip

@@ -110,11 +110,16 @@ class Point:
 
 
 def sweep(
-    work: Workload, model: nn.Module, gates: Sequence[tuple[str, Gate]], dense: Dense, timed: float
+    work: Workload,
+    model: nn.Module,
+    gates: Sequence[tuple[str, Gate]],
+    dense: Dense,
+    timed: float,
+    prepare: Callable[[nn.Module], None] | None = None,
 ) -> list[Point]:
     """The model under one gate after the other, which all layers get, until most is lost.
 
-    timed: seconds of timing at each point of use, 0 for none.
+    timed: seconds of timing at each point of use, 0 for none.   prepare: what is done to it at each gate.
     """
     points = []
     for setting, gate in gates:
@@ -122,6 +127,8 @@ def sweep(
             layer.gate = (
                 gate if not isinstance(gate, TopK) else TopK(max(1, round(gate.k / 1000 * layer.experts)))
             )
+        if prepare is not None:
+            prepare(model)
         point = measured(work, model, setting, dense)
         for name, call in work.timers.items() if timed and point.kept >= OF_USE else ():
             with evaluating(model):

@@ -119,8 +119,31 @@ inline std::string taken(StringHandle handle) {
   return {data, length};
 }
 
+inline int32_t device_type_of(const Tensor& t) {
+  int32_t type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+  return type;
+}
+
+// Of a tensor of those sizes, in the words that callers who look for it know.
+[[noreturn]] inline void no_memory(int32_t device_type, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  if (device_type == aoti_torch_device_type_cpu()) throw std::bad_alloc();  // as scratch does: MemoryError
+  std::ostringstream shape;
+  for (const int64_t n : sizes) shape << (shape.tellp() ? ", " : "") << n;
+  // "CUDA out of memory.", with the stop, is what finders of batch sizes look for.
+  throw std::runtime_error("sadmoe: CUDA out of memory. A tensor [" + shape.str() +
+                           "] could not be allocated, or an earlier kernel failed (CUDA_LAUNCH_BLOCKING=1 tells)");
+}
+
 // torch::stable::contiguous without its way through torch's dispatcher where there is nothing to do.
-inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor as_contiguous(const Tensor& t) {
+  if (t.is_contiguous()) return t;
+  try {
+    return torch::stable::contiguous(t);
+  } catch (const std::exception&) {  // of a copy nothing else can fail
+    no_memory(device_type_of(t), t.sizes());
+  }
+}
 
 // Whether weights [E, s, d] lie as [E, d, s], each expert's neurons side by side, and not just as well in their own order.
 inline bool is_packed(const Tensor& w) {
@@ -147,20 +170,14 @@ inline int32_t code_of(ScalarType dtype) {
 inline Tensor empty_beside(const Tensor& x, const std::vector<int64_t>& sizes, std::optional<ScalarType> dtype = std::nullopt) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
-  int32_t type, index, code;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
+  const int32_t type = device_type_of(x);
+  int32_t index, code;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &code));
   if (dtype) code = code_of(*dtype);
   AtenTensorHandle made;
-  if (aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), code, type, index, &made) != AOTI_TORCH_SUCCESS) {
-    if (type == aoti_torch_device_type_cpu()) throw std::bad_alloc();  // as scratch does: MemoryError
-    std::ostringstream shape;
-    for (const int64_t n : sizes) shape << (shape.tellp() ? ", " : "") << n;
-    // "CUDA out of memory.", with the stop, is what finders of batch sizes look for.
-    throw std::runtime_error("sadmoe: CUDA out of memory. A tensor [" + shape.str() +
-                             "] could not be allocated, or an earlier kernel failed (CUDA_LAUNCH_BLOCKING=1 tells)");
-  }
+  if (aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), code, type, index, &made) != AOTI_TORCH_SUCCESS)
+    no_memory(type, sizes);
   return Tensor(made);
 }
 

@@ -10,11 +10,11 @@ from sadmoe import hf
 from sadmoe.adapter import load_adapter, save_adapter
 from sadmoe.attention import ProjectionConfig, ProjectionReport, find_projections, replace_projections_
 from sadmoe.batches import padding_mask
-from sadmoe.bias_correction import correct_bias_
 from sadmoe.budget import BudgetReport, finetune_for_budget_
 from sadmoe.calibrate import Calibration, calibrate_
 from sadmoe.calibrate_layers import LayerCalibration, calibrate_layers_
 from sadmoe.checkpoint import SavedModelError, load, save
+from sadmoe.compensation import compensate_
 from sadmoe.convert import ConversionReport, ConvertConfig, convert_, restore_
 from sadmoe.cost import CostReport, cost
 from sadmoe.dial import set_batch_invariant, set_tau, tau
@@ -22,7 +22,7 @@ from sadmoe.ffn import DenseFFN, FFNNotFoundError, find_ffns, moe_layers
 from sadmoe.finetune import FinetuneConfig, FinetuneReport, finetune_
 from sadmoe.gates import DynamicK, TopK
 from sadmoe.int8 import Int8Report, dequantize_experts_, quantize_experts_
-from sadmoe.layer import DynamicKMoE, Router
+from sadmoe.layer import DynamicKMoE, Router, SharedExpert
 from sadmoe.layerwise import finetune_layers_
 from sadmoe.masks import record_masks
 from sadmoe.ops import build_info
@@ -62,6 +62,7 @@ __all__ = [
     "RouterConfig",
     "RouterLoss",
     "SavedModelError",
+    "SharedExpert",
     "SparsifyConfig",
     "SparsifyReport",
     "SparsityLoss",
@@ -70,8 +71,8 @@ __all__ = [
     "build_info",
     "calibrate_",
     "calibrate_layers_",
+    "compensate_",
     "convert_",
-    "correct_bias_",
     "cost",
     "dequantize_experts_",
     "find_ffns",

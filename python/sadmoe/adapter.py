@@ -1,11 +1,11 @@
 """What a conversion adds to a base checkpoint, in a file of its own: small, because the weights stay where they are.
 
-Of an FFN it holds router, permutation and gate with its tau; of a projection of attention, which the base has as a
-linear layer, the whole MLP. The metadata key "sadmoe adapter" is JSON:
+Of an FFN it holds router, shared expert, permutation and gate with its tau; of a projection of attention, which the
+base has as a linear layer, the whole MLP. The metadata key "sadmoe adapter" is JSON:
   format   version of all this
   layers   name -> what `describe.describe` says of the layer there
   base     name -> checksum of the dense weights it was made from, null where they are not known
-  rest     name -> checksum of every other tensor of the model; older files lack it
+  rest     name -> checksum of every other tensor of the model
 """
 
 import os
@@ -39,13 +39,14 @@ from sadmoe.undo import surgery
 
 FORMAT = 1
 KEY = "sadmoe adapter"
+OF_A_LAYER = ("router.", "shared.", "permutation")
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Writes what the converted model has and its base has not into one safetensors file, for `load_adapter`.
 
-    The base must be as it was converted: a model whose experts, or anything beside them, were trained since, whose
-    biases were corrected, or which was made sparse, is its own base and is saved whole (`save`, save_pretrained; of a
+    The base must be as it was converted: a model whose experts, or anything beside them, were trained since, or which
+    was made sparse, is its own base and is saved whole (`save`, save_pretrained; of a
     sparse one, before `convert_`).
     Raises ValueError where nothing is converted, peft's adapters are in it or weights are pruned, FileExistsError where
     path is there and overwrite is False, FileNotFoundError where its folder is not.
@@ -79,7 +80,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, overwrite: b
         else:
             assert isinstance(layer, DynamicKMoE)
             base[name] = _of_dense(dense_from_layer(layer))
-            own = {key: own[key] for key in ("router.v1", "router.v2", "permutation")}
+            own = {key: value for key, value in own.items() if key.startswith(OF_A_LAYER)}
         tensors |= {f"{name}.{key}": tensor for key, tensor in own.items()}
     header = {"format": FORMAT, "layers": layers, "base": base, "rest": _rest(model, layers)}
     files.write(path, files.plain(tensors), KEY, header)
@@ -99,7 +100,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise ValueError("something in this model is converted already: load_adapter takes the dense base")
     header, tensors = _read(path)
     layers = header["layers"]
-    _check_base(model, layers, header["base"], header.get("rest", {}), path)
+    _check_base(model, layers, header["base"], header["rest"], path)
     with surgery(model):
         for name, description in layers.items():
             own = {
@@ -119,13 +120,15 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         tensors, header = files.read(path, KEY)
         version = header["format"]
-        complete = version != FORMAT or header["layers"].keys() == header["base"].keys()
+        complete = version != FORMAT or (
+            header["layers"].keys() == header["base"].keys() and isinstance(header["rest"], dict)
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SavedModelError(f"{path} is no adapter that sadmoe wrote, or is damaged: {error}") from error
     if version != FORMAT:
         raise SavedModelError(f"{path} has format {version}, this sadmoe reads {FORMAT}: update sadmoe")
     if not complete:
-        raise SavedModelError(f"{path} is damaged: it does not know all of its layers' bases")
+        raise SavedModelError(f"{path} is damaged: it does not know all of its base")
     return header, tensors
 
 
@@ -152,8 +155,8 @@ def _with_bits(model: nn.Module) -> dict[str, Tensor]:
 def _check_base(
     model: nn.Module, layers: Mapping[str, Any], base: Mapping[str, Any], rest: Mapping[str, int], path: Path
 ) -> None:
-    """Raises SavedModelError unless what the layers were made from, and all beside them, is in the model, bit for bit.
-    rest: empty in files of older versions."""
+    """Raises SavedModelError unless what the layers were made from, and all beside them, is in the model, bit for
+    bit."""
     ffns = _ffns(model, layers)
     modules = dict(model.named_modules())
     wrong = []

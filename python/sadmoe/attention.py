@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from sadmoe.ffn.reads import what_else_is_read
 from sadmoe.ffn.scan import Uses
 from sadmoe.files import checksum
 from sadmoe.gradients import without_autocast
-from sadmoe.inputs import Place, held_out_and_batches, stream_inputs
+from sadmoe.inputs import held_out_and_batches, stream_inputs
 from sadmoe.modules import check_model, plain_name, refuse_distributed
 from sadmoe.reference import ACTIVATIONS
 from sadmoe.sparsify import SparsityLoss
@@ -147,6 +147,13 @@ class ProjectionReport:
         return f"{format_table(header, rows)}\n{len(self.layers)} projections in {self.seconds:.0f} s"
 
 
+class Place(NamedTuple):
+    """A projection: its path, and the linear layer."""
+
+    name: str
+    first: nn.Module
+
+
 def find_projections(
     model: nn.Module, filter: Callable[[str], bool] | None = None, *, batches: Batches | None = None
 ) -> list[Place]:
@@ -235,8 +242,9 @@ def replace_projections_(
         sites = find_projections(model, config.filter, batches=batches)
     by_name = {site.name: site for site in sites}
     stream = stream_inputs(
-        model, sites, batches, max_tokens=config.max_tokens, max_bytes=config.max_bytes, seed=config.seed,
-        skip_padding=config.skip_padding, skip_unreached=True, progress=progress,
+        model, {site.name: site.first for site in sites}, batches, max_tokens=config.max_tokens,
+        max_bytes=config.max_bytes, seed=config.seed, skip_padding=config.skip_padding, skip_unreached=True,
+        progress=progress,
     )  # fmt: skip
     built: dict[str, tuple[ProjectionMLP, ProjectionFit]] = {}
     with seeded(model, config.seed):

@@ -187,19 +187,18 @@ def real_rows(model: nn.Module, name: str, batch: Batch | None, x: Tensor) -> Te
 
     x [..., d] is what entered the module while the model ran `batch`; the result is bool [rows] for
     x.reshape(-1, d). A padding mask [B, T] applies where it has as many tokens as x: to [T, B, d], if B is not T, and
-    to models that flatten [B, T, d] first. In an encoder-decoder, what is below a module named "decoder" answers to
-    "decoder_attention_mask", or where there is none to "labels", whose padding is -100, or where it is given no tokens,
-    and so reads the encoder's behind a first one, to their mask; but for keys and values of cross-attention, which are
-    made from the encoder's tokens. Where images come beside text, what is below a module
-    named after vision answers to no mask.
+    to models that flatten [B, T, d] first. In an encoder-decoder, a module below one whose name ends in "decoder"
+    uses the first of these that there is: "decoder_attention_mask"; "labels", whose padding is -100; or, where the
+    decoder is given no tokens and so reads the encoder's, moved on by one, the encoder's mask moved on likewise. Keys
+    and values of cross-attention are made from the encoder's tokens, and use the encoder's mask. Where images come
+    beside text, what is below a module named after vision answers to no mask.
     """
     batch = _only(batch)
     sees = any(word in name for word in ("vision", "visual", "image"))
     if sees and isinstance(batch, Mapping) and "pixel_values" in batch and "input_ids" in batch:
         return None
-    decoder = (
-        "decoder" in name.split(".") and not _OF_ENCODER_STATES.search(name) and is_encoder_decoder(model)
-    )
+    below = any(part.endswith("decoder") for part in name.split(".")) and not _OF_ENCODER_STATES.search(name)
+    decoder = below and (is_encoder_decoder(model) or _mask(batch, "decoder_attention_mask") is not None)
     mask = _mask(batch, "decoder_attention_mask" if decoder else "attention_mask")
     if mask is None and decoder:
         mask = _labelled(batch)

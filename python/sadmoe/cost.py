@@ -4,6 +4,7 @@ One multiply-add is one FLOP, by the rule of the paper's evaluation code, of whi
 
     dense FFN        (1 + gated) d f + f d_out,  + f for a GELU or SiLU (QuickGELU: 3 f),  + f for the product of a GLU
     router and gate  d r + r E + 4 E + 1,  + d_out for the output bias
+    shared expert    d m + m d_out + 2 d_out,  of m neurons
     one expert       the dense FFN's with s for f,  + s for each input bias,  + d_out to add up outputs
 """
 
@@ -34,7 +35,7 @@ class LayerCost:
     share: float  # executed (token, expert) pairs over all pairs
     tokens: float  # of a sample that enter the layer, padding included; 1 where that was not measured
     dense: float  # the FFN that the layer replaces
-    router: float  # router, gate and output bias, whatever the gate then runs
+    router: float  # router, gate, shared expert and output bias, whatever the gate then runs
     pair: float  # one expert, with adding up its output
     combine: float  # of `executed`: adding up the outputs of the experts
     executed: float  # what is computed: `router` and the experts run; where tau = 0 was run, `dense`, without router
@@ -198,7 +199,8 @@ def layer_cost(layer: DynamicKMoE, share: float, *, name: str = "", tokens: floa
     gated, b_out = layer.w_gate is not None, layer.b_out is not None
     neuron = neuron_flops(d, d_out, layer.act, gated)
     input_biases = (layer.b_up is not None) + (layer.b_gate is not None)
-    router = d * r + r * experts + 4 * experts + 1 + d_out * b_out
+    shared = 0 if layer.shared is None else layer.shared.width * (d + d_out) + 2 * d_out
+    router = d * r + r * experts + 4 * experts + 1 + d_out * b_out + shared
     pair = s * (neuron + input_biases) + d_out
     executed, combine = router + share * experts * pair, share * experts * d_out
     dense = experts * s * neuron

@@ -21,6 +21,7 @@ from sadmoe.texts import load_processor, load_tokenizer, padding, paragraphs, re
 logger = logging.getLogger(__name__)
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 OF_ONE_TEXT = ("ForSequenceClassification", "ForQuestionAnswering")  # encoder-decoders that read it in both
+TABLES = {".csv", ".tsv", ".json", ".jsonl", ".parquet"}
 SHOWN = 40  # tokens of the first text: what a heat map has room for
 
 Batch = dict[str, Tensor]
@@ -79,6 +80,12 @@ def load_data(
         )
     if path.is_dir():
         raise ValueError(f"--data: a {name} takes text, and {path} is a folder: give a file of text")
+    if path.suffix.lower() in (TABLES - {".tsv"} if pairs else TABLES):
+        form = "lines of a source, a tab and a target" if pairs else "plain text"
+        raise ValueError(
+            f"--data: a {name} takes {form}, and all of {path} would be read as that, names and marks too: write its "
+            "texts to a file of that kind, or give a Python file that makes batches of them"
+        )
     tokenizer = load_tokenizer(folder)
     positions = positions_of(model)
     if positions is not None and positions < max_length:
@@ -142,9 +149,11 @@ def positions_of(model: Any) -> int | None:
 
 
 def _from_python(path: Path, folder: Path) -> Data:
+    arguments = sys.argv
     try:
         # As of a script: for modules beside it, also those that are imported when batches are read.
         sys.path.insert(0, str(path.resolve().parent))
+        sys.argv = [str(path)]
         batches = runpy.run_path(str(path)).get("batches")
         if callable(batches):
             batches = batches()
@@ -152,6 +161,8 @@ def _from_python(path: Path, folder: Path) -> Data:
         lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f", line {lines[-1]}" if lines else ""
         raise ValueError(f"--data: {path}{where} raised {type(error).__name__}: {error}") from error
+    finally:
+        sys.argv = arguments
     if not isinstance(batches, Sequence) or len(batches) == 0:
         raise ValueError(
             f"--data: {path} must set `batches` to a list of what the model is called with, or to a function that "
@@ -174,7 +185,9 @@ def _pairs(path: Path, folder: Path, model: Any, tokenizer: Any, batch_size: int
         settings = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
         with padding(tokenizer):
             made = dict(tokenizer(sources, **settings))
-            wanted = tokenizer(text_target=targets, **settings)
+            wanted = tokenizer(
+                text_target=targets, padding_side="right", **settings
+            )  # so that the start is first
         ids = wanted["input_ids"].roll(1, dims=1)  # each token is predicted from those before it
         ids[:, 0] = start
         return made | {"decoder_input_ids": ids, "decoder_attention_mask": wanted["attention_mask"]}

@@ -24,13 +24,21 @@ from sadmoe.ffn import (
 )
 from sadmoe.ffn.linears import linear_shape
 from sadmoe.gates import DynamicK, Gate, TopK
-from sadmoe.layer import DynamicKMoE
+from sadmoe.layer import DynamicKMoE, SharedExpert
 from sadmoe.training.guards import random_numbers_kept
 
 RULES: dict[str, type] = {"dynamic_k": DynamicK, "top_k": TopK}
-# Keys of a layer in int8; files of older versions hold "int8" alone.
-INT8 = {"int8", "column_scales", "rounded_router"}
-POWER = "target_power"  # of a router, where it is not 1
+KEYS = {
+    "experts",
+    "expert_size",
+    "router_width",
+    "target_power",
+    "shared",
+    "int8",
+    "rounded_router",
+    "gate",
+    "ffn",
+}
 
 
 def describe(layer: DynamicKMoE) -> dict[str, Any]:
@@ -40,22 +48,20 @@ def describe(layer: DynamicKMoE) -> dict[str, Any]:
         raise NotImplementedError(
             f"a gate of type {type(layer.gate).__name__} cannot be saved; these can: {', '.join(RULES)}"
         )
-    return _describe_int8(layer) | {
+    of_router, of_scales = layer.router.v1.dtype, None if layer.scale_up is None else layer.scale_up.dtype
+    return {
         "experts": layer.experts,
         "expert_size": layer.expert_size,
         "router_width": layer.router.v1.shape[0],
+        "target_power": layer.router.target_power,
+        "shared": None
+        if layer.shared is None
+        else {"width": layer.shared.width, "scales": layer.shared.scales},
+        "int8": layer.is_int8,
+        "rounded_router": layer.is_int8 and of_router == torch.bfloat16 != of_scales,
         "gate": {"rule": rule, **asdict(layer.gate)},  # type: ignore[call-overload]
         "ffn": spec(site_of(layer)),
-        **({} if layer.router.target_power == 1 else {POWER: layer.router.target_power}),
     }
-
-
-def _describe_int8(layer: DynamicKMoE) -> dict[str, Any]:
-    if layer.scale_up is None:
-        return {}
-    rounded = layer.router.v1.dtype == torch.bfloat16 and layer.scale_up.dtype != torch.bfloat16
-    said = {"int8": True, "column_scales": layer.scale_out is not None, "rounded_router": rounded}
-    return {key: True for key, holds in said.items() if holds}
 
 
 def describe_mlp(mlp: ProjectionMLP) -> dict[str, Any]:
@@ -82,17 +88,16 @@ def rebuild(
     """
     if isinstance(description, Mapping) and set(description) == {"projection"}:
         return _rebuild_mlp(model, name, description["projection"], keep)
-    keys = {"experts", "expert_size", "router_width", "gate", "ffn"}
-    if not isinstance(description, Mapping) or set(description) - INT8 - {POWER} != keys:
-        raise ValueError(f"{name}: its description must have {', '.join(sorted(keys))}")
+    if not isinstance(description, Mapping) or set(description) != KEYS:
+        raise ValueError(f"{name}: its description must have {', '.join(sorted(KEYS))}")
     experts, size, width = (description[key] for key in ("experts", "expert_size", "router_width"))
     if not all(isinstance(n, int) and n > 0 for n in (experts, size, width)):
         raise ValueError(
             f"{name}: experts, expert_size and router_width must be positive, got {experts}, {size}, {width}"
         )
-    power = description.get(POWER, 1.0)
+    power = description["target_power"]
     if not isinstance(power, int | float) or not 0 < power <= 2:
-        raise ValueError(f"{name}: {POWER} must be in (0, 2], got {power!r}")
+        raise ValueError(f"{name}: target_power must be in (0, 2], got {power!r}")
     ffn = description["ffn"]
     if isinstance(ffn, Mapping) and ffn.get("adapter") == "projection":
         _rebuild_mlp(model, name, {"width": experts * size, "act": ffn.get("act")}, keep)
@@ -104,9 +109,10 @@ def rebuild(
     with random_numbers_kept(dense.w_up):
         layer = layer_from_dense(dense, order, experts, width, _gate(name, description["gate"]))
     layer.router.target_power = float(power)
+    layer.shared = _shared(name, description["shared"], layer)
     swap_in(model, site, layer)
-    if description.get("int8"):
-        layer.to_int8_(**{key: bool(description.get(key)) for key in INT8 - {"int8"}})
+    if description["int8"]:
+        layer.to_int8_(rounded_router=bool(description["rounded_router"]))
 
 
 def match_activations(model: nn.Module, descriptions: Mapping[str, Any]) -> None:
@@ -138,6 +144,24 @@ def _rebuild_mlp(model: nn.Module, name: str, description: Any, keep: bool) -> N
     with random_numbers_kept(next(linear.parameters())):
         mlp = empty_mlp(linear, width, act)
     stand_in(model, name, mlp, keep=keep)
+
+
+def _shared(name: str, description: Any, layer: DynamicKMoE) -> SharedExpert | None:
+    if description is None:
+        return None
+    try:
+        width, scales = (
+            description["width"],
+            tuple((float(tau), float(scale)) for tau, scale in description["scales"]),
+        )
+        if not (
+            isinstance(width, int) and width > 0 and scales[0] == (0, 0) and sorted(scales) == list(scales)
+        ):
+            raise ValueError("it must have a positive width, and scales by ascending tau from (0, 0) on")
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"{name}: unknown shared expert {description!r}: {error}") from error
+    d, d_out, like = layer.w_up.shape[2], layer.w_down.shape[2], layer.w_up
+    return SharedExpert(d, width, d_out, like.device, like.dtype, scales)
 
 
 def _gate(name: str, description: Any) -> Gate:

@@ -29,6 +29,17 @@ def check_new(path: Path, overwrite: bool) -> None:
 
 
 @contextmanager
+def told_of(path: Path) -> Iterator[None]:
+    """Errors of writing from inside, as of a full disk, name that path, where they name none."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "filename", None) is not None:
+            raise
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a file to write beside that one, by a name that no other writer has. It takes its place at once in the end,
     or is gone where anything is raised."""
@@ -38,7 +49,8 @@ def replacing(path: Path) -> Iterator[Path]:
         return
     beside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        yield beside
+        with told_of(path):
+            yield beside
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
@@ -56,10 +68,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], key: str, header: Any) -> N
         f"{key} crc32": _crc(text + checksums),
     }
     with replacing(path) as beside:
-        try:
-            save_file(dict(tensors), beside, metadata=metadata)
-        except SafetensorError as error:  # as of a full disk, which it tells without the file
-            raise OSError(f"{path} cannot be written: {error}") from error
+        save_file(dict(tensors), beside, metadata=metadata)
 
 
 def read(path: Path, key: str) -> tuple[dict[str, Tensor], Any]:
@@ -68,32 +77,22 @@ def read(path: Path, key: str) -> tuple[dict[str, Tensor], Any]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            if key not in metadata:
-                raise ValueError(f"it has no {key!r} in its metadata")
+            texts = (key, f"{key} tensors", f"{key} crc32")
+            if missing := [text for text in texts if text not in metadata]:
+                raise ValueError(f"it has no {missing[0]!r} in its metadata")
             # cloned, because the file is only mapped: whoever cut it short later would end the process
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"it is no safetensors file, or is cut short: {error}") from error
-    text, checksums = metadata[key], metadata.get(f"{key} tensors", "")
-    if metadata.get(f"{key} crc32", _crc(text + checksums)) != _crc(text + checksums):
+    text, checksums, crc = (metadata[text] for text in texts)
+    if crc != _crc(text + checksums):
         raise ValueError("the checksum of its metadata is wrong; copy or save it again")
-    header = json.loads(text)
-    of_tensors = json.loads(checksums) if checksums else _of_earlier(header, tensors)
+    of_tensors = json.loads(checksums)
     if of_tensors.keys() != tensors.keys():
         raise ValueError("its list of tensors is not what it holds")
     if wrong := [name for name, crc in of_tensors.items() if crc32(tensors[name]) != crc]:
         raise ValueError(f"the checksum of {wrong[0]} is wrong; copy or save it again")
-    return tensors, header
-
-
-def _of_earlier(header: Any, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The checksums of files that earlier versions wrote: in the header one of each tensor, one of all, or none."""
-    crc = header.get("crc32") if isinstance(header, dict) else None
-    if isinstance(crc, dict):
-        return crc
-    if isinstance(crc, int) and crc != checksum(dict(sorted(tensors.items()))):
-        raise ValueError("the checksum of its tensors is wrong; copy or save it again")
-    return {name: crc32(tensor) for name, tensor in tensors.items()}
+    return tensors, json.loads(text)
 
 
 def _crc(text: str) -> str:

@@ -1,11 +1,10 @@
 """What enters each FFN while a model runs: a uniform sample of its tokens, in bounded memory."""
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,47 +13,6 @@ from tqdm.auto import tqdm
 from sadmoe.batches import Batches, check_batches, length, real_rows, rows_of, run, to_device
 from sadmoe.hooks import hooks_on, uncompiled
 from sadmoe.modules import device_of, evaluating
-
-
-class Site(Protocol):
-    """A place whose input is wanted: the input of the module `first`, known as `name`."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def first(self) -> nn.Module: ...
-
-
-class Place(NamedTuple):
-    """A site by its name and module, such as a projection of attention."""
-
-    name: str
-    first: nn.Module
-
-
-def collect_inputs(
-    model: nn.Module,
-    sites: Iterable[Site],
-    batches: Batches,
-    *,
-    max_tokens: int,
-    seed: int = 0,
-    skip_padding: bool = True,
-    progress: bool = False,
-) -> dict[str, Tensor]:
-    """What enters each site: name -> [n, d] with n <= max_tokens; `stream_inputs` for all sites at once."""
-    return dict(
-        stream_inputs(
-            model,
-            sites,
-            batches,
-            max_tokens=max_tokens,
-            seed=seed,
-            skip_padding=skip_padding,
-            progress=progress,
-        )
-    )
 
 
 def count_rows(
@@ -79,33 +37,31 @@ def count_rows(
 
 def stream_inputs(
     model: nn.Module,
-    sites: Iterable[Site],
+    modules: Mapping[str, nn.Module],
     batches: Batches,
     *,
     max_tokens: int,
-    max_bytes: int | None = None,
+    max_bytes: int = 2**30,
     seed: int = 0,
     skip_padding: bool = True,
     skip_unreached: bool = False,
     progress: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, inputs [n, d]) site after site: a uniform sample of at most max_tokens of the tokens.
+    """Yields (name, inputs [n, d]) module after module: a uniform sample of at most max_tokens of the tokens.
 
-    The model runs over `batches` in eval mode without gradients, once for as many sites as fit in max_bytes
-    together (at least one; None: no limit), so that inputs that were used can be freed before the next pass.
-    Sites that see the same tokens sample the same ones. skip_padding: leave padding out (see
-    `batches.real_rows`). skip_unreached: leave out sites that are never run; else they raise ValueError. Inputs come in
-    the dtype of the site's weights, where the model runs under an autocast of its own.
+    The model runs over `batches` in eval mode without gradients, once for as many modules as fit in max_bytes
+    together (at least one), so that inputs that were used can be freed before the next pass.
+    Modules that see the same tokens sample the same ones. skip_padding: leave padding out (see
+    `batches.real_rows`). skip_unreached: leave out modules that are never run; else they raise ValueError. Inputs come
+    in the dtype of the module's weights, where the model runs under an autocast of its own.
     """
     check_batches(batches)
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-    waiting = {site.name: site for site in sites}
+    waiting = dict(modules)
     while waiting:
-        collector = _Collector(
-            model, max_tokens, math.inf if max_bytes is None else max_bytes, seed, skip_padding
-        )
-        samples = _one_pass(collector, waiting.values(), batches, progress)
+        collector = _Collector(model, max_tokens, max_bytes, seed, skip_padding)
+        samples = _one_pass(collector, waiting, batches, progress)
         missed = [name for name in waiting if name not in samples and name not in collector.refused]
         if missed and not skip_unreached:
             raise ValueError(
@@ -171,11 +127,11 @@ class _Sample:
 
 @dataclass
 class _Collector:
-    """The samples of one pass; a site whose buffer does not fit in what is left of max_bytes waits."""
+    """The samples of one pass; a module whose buffer does not fit in what is left of max_bytes waits."""
 
     model: nn.Module
     max_tokens: int
-    max_bytes: float
+    max_bytes: int
     seed: int
     skip_padding: bool
     samples: dict[str, _Sample] = field(default_factory=dict)
@@ -200,7 +156,7 @@ class _Collector:
 
 
 def _one_pass(
-    collector: _Collector, sites: Iterable[Site], batches: Batches, progress: bool
+    collector: _Collector, modules: Mapping[str, nn.Module], batches: Batches, progress: bool
 ) -> dict[str, _Sample]:
     def see(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
@@ -210,9 +166,7 @@ def _one_pass(
         collector.see(name, x)
 
     device = device_of(collector.model)
-    hooks = (
-        site.first.register_forward_pre_hook(partial(see, site.name), with_kwargs=True) for site in sites
-    )
+    hooks = (m.register_forward_pre_hook(partial(see, n), with_kwargs=True) for n, m in modules.items())
     with uncompiled(), hooks_on(hooks), evaluating(collector.model):
         for batch in tqdm(batches, "inputs", length(batches), disable=not progress):
             collector.batch = to_device(batch, device)

@@ -94,18 +94,18 @@ def finetune_layers_(
         raise ValueError("no parameter of a converted layer requires a gradient, so there is none to train")
     if config.seconds is not None:
         config = replace(config, seconds=config.seconds / trained)
-    fits = []
+    fits, by_name = [], {site.name: site for site in sites}
     with all_or_nothing(model), mode(model, train=False), seeded(model, config.seed):
         for name, rows in stream_inputs(
             teacher,
-            sites,
+            {name: site.first for name, site in by_name.items()},
             batches,
             max_tokens=max_tokens,
             max_bytes=max_bytes,
             seed=config.seed,
             progress=progress,
         ):
-            dense = next(site for site in sites if site.name == name).dense()
+            dense = by_name[name].dense()
             fits.append(_fit(name, layers[name], dense, rows, batch_tokens, config, checkpoint, progress))
             logger.info("fine-tuned %s", fits[-1])
     return fits

@@ -121,7 +121,7 @@ def _costs(row: Mapping[str, Any]) -> Costs:
             raise ValueError(f"the costs at T = {T} are no costs: {curve}")
     if not curves:
         raise ValueError("a layer has no costs")
-    every_expert = {int(T): float(cost) for T, cost in row.get("every_expert", {}).items()}
+    every_expert = {int(T): float(cost) for T, cost in row["every_expert"].items()}
     if any(T < 1 or not 0 < cost < math.inf for T, cost in every_expert.items()):
         raise ValueError(f"the costs of every expert are no costs: {every_expert}")
     return Costs(

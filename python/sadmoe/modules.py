@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -80,9 +81,8 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's inputs belong: the device of its first parameter or buffer, else the CPU."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def floats_in(output: Any) -> Iterator[Tensor]:

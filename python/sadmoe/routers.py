@@ -15,7 +15,7 @@ from sadmoe.batches import Batches
 from sadmoe.checks import check_config, check_fields, check_range, named
 from sadmoe.dial import check_own_weights, converted_layers, tau
 from sadmoe.files import checksum
-from sadmoe.inputs import Place, stream_inputs
+from sadmoe.inputs import stream_inputs
 from sadmoe.layer import DynamicKMoE, Router
 from sadmoe.training.guards import all_or_nothing, seeded
 from sadmoe.training.resume import Checkpoint, Kept, check_checkpoint
@@ -164,10 +164,9 @@ def fit_routers_(
                 layer.router.load_state_dict(found[0])
                 layer.router.target_power = power_of(layer.router, configs[name].target_power)
                 fits[name] = RouterFit(**found[1])
-        sites = [Place(name, layer) for name, layer in layers.items() if name not in fits]
         stream = stream_inputs(
             model,
-            sites,
+            {name: layer for name, layer in layers.items() if name not in fits},
             batches,
             max_tokens=max_tokens,
             max_bytes=max_bytes,
@@ -234,7 +233,7 @@ def _check_fit(layer: DynamicKMoE, inputs: Tensor, config: RouterConfig) -> None
     if inputs.dim() != 2 or inputs.shape[1] != d or len(inputs) < 2 or not inputs.is_floating_point():
         raise ValueError(
             f"inputs must be floating point [n, {d}] with n >= 2, got {inputs.dtype} {list(inputs.shape)}: "
-            "pass the tokens that enter this FFN, see sadmoe.inputs.collect_inputs, some of which must not be padding"
+            "pass the tokens that enter this FFN, see sadmoe.inputs.stream_inputs, some of which must not be padding"
         )
     if config.width not in (None, width):
         raise ValueError(

@@ -1,5 +1,6 @@
 """Plain text and a transformers model of a local folder, as the batches that every step takes."""
 
+import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -65,6 +66,8 @@ def loading(folder: Path) -> Iterator[None]:
     """Of damaged files libraries raise what they like: then ValueError, which names the folder."""
     try:
         yield
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder} cannot be loaded: a file of it is no JSON: {error}") from error
     except (OSError, ValueError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:

@@ -42,19 +42,19 @@ def test_a_model_that_was_fine_tuned_or_has_relu_is_not_said_to_lose(folder, tex
     assert "nothing was fine-tuned" not in capsys.readouterr().out
 
 
-def test_biases_are_corrected_where_asked(folder, text, tmp_path, capsys):
-    plain, corrected, quick = tmp_path / "plain", tmp_path / "corrected", ("--router-width", "4")
+def test_what_is_skipped_is_made_up_for_where_asked(folder, text, tmp_path, capsys):
+    plain, made_up_for, quick = tmp_path / "plain", tmp_path / "made-up-for", ("--router-width", "4")
     assert converted(folder, text, plain, "--tau", "0.5", *quick) == 0
-    assert "bias correction" not in capsys.readouterr().out
-    assert converted(folder, text, corrected, "--tau", "0.5", "--correct-bias", *quick) == 0
+    assert "shared experts" not in capsys.readouterr().out
+    assert converted(folder, text, made_up_for, "--tau", "0.5", "--compensate", "2", *quick) == 0
     assert re.search(
-        r"bias correction took \d+% to \d+% of the squared errors of layers away", capsys.readouterr().out
+        r"shared experts take \d+% to \d+% of the squared errors of layers away", capsys.readouterr().out
     )
-    one, two = (texts.load_model(path).state_dict() for path in (plain, corrected))
-    changed = {key.rpartition(".")[2] for key in one if not torch.equal(one[key], two[key])}
-    assert changed == {"b_out"}
-    assert converted(folder, text, tmp_path / "all", "--budget", "1", "--correct-bias", *quick) == 0
-    assert "no bias was corrected: the budget pays for every expert" in capsys.readouterr().out
+    one, two = (texts.load_model(path).state_dict() for path in (plain, made_up_for))
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+    assert {key.rpartition(".shared.")[2] for key in two.keys() - one.keys()} == {"w_up", "w_down", "b_out"}
+    assert converted(folder, text, tmp_path / "all", "--budget", "1", "--compensate", "2", *quick) == 0
+    assert "nothing was made up for: the budget pays for every expert" in capsys.readouterr().out
 
 
 def test_survey_on_data_and_on_random_tokens(folder, text, capsys):

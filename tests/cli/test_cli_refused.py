@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from command_line import WORDS, bert, converted
         ("gpu", "--device gpu: "),
         ("cuda", "sees no CUDA device here"),
         ("cpu:x", "--device cpu:x: "),
+        ("meta", "--device meta: nothing is computed there"),
         pytest.param(
             "xpu", "--device xpu: ", marks=pytest.mark.skipif(torch.xpu.is_available(), reason="is one")
         ),
@@ -75,7 +77,11 @@ def broken_tokenizer(folder):
     (folder / "tokenizer.json").write_text("{}")
 
 
-@pytest.mark.parametrize("damage", [of_another_size, without_lfs, empty, broken_tokenizer])
+def half_a_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{")
+
+
+@pytest.mark.parametrize("damage", [of_another_size, without_lfs, empty, broken_tokenizer, half_a_tokenizer])
 def test_a_damaged_model_is_a_line_that_names_it(damage, text, tmp_path, capsys):
     folder = bert(tmp_path / "model")
     damage(folder)
@@ -263,6 +269,85 @@ def test_a_terminal_that_lacks_letters_or_is_gone_loses_no_model(folder, text, t
     subprocess.run([*command, *more], env=environment, stdout=writes, stderr=subprocess.DEVNULL)
     os.close(writes)
     assert (tmp_path / "two" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(BrokenPipeError(32, "Broken pipe"), 141), (OSError(28, "No space left on device"), 2)],
+)
+def test_what_cannot_be_printed_is_no_failed_run(folder, text, tmp_path, capsys, monkeypatch, error, status):
+    def prints(*words, file=None, **settings):
+        if file is None:
+            raise error
+        file.write(str(words))
+
+    monkeypatch.setattr("builtins.print", prints)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # which is put back
+    assert converted(folder, text, tmp_path / "out", "--tau", "0.1") == status
+    assert (tmp_path / "out/config.json").exists()
+    told = f"the model is saved in {tmp_path / 'out'}" in capsys.readouterr().err
+    assert told == (status == 2)
+
+
+def test_a_full_disk_names_what_could_not_be_written(folder, text, tmp_path, capsys, monkeypatch):
+    def fails(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    assert converted(folder, text, tmp_path / "moe", "--tau", "0.1") == 0
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", fails)
+    monkeypatch.setattr(Path, "write_text", fails)
+    page = tmp_path / "page.html"
+    report = [
+        "report",
+        "--model",
+        str(tmp_path / "moe"),
+        "--data",
+        str(text),
+        "--out",
+        str(page),
+        "--tau",
+        "0.5",
+    ]
+    for run, name in (
+        (lambda: converted(folder, text, tmp_path / "out", "--tau", "0.1"), tmp_path / "out"),
+        (lambda: cli.main(report), page.with_suffix(".json")),
+    ):
+        assert run() == 2
+        assert f"{name} cannot be written: [Errno 28] No space left on device" in capsys.readouterr().err
+
+
+def test_random_input_that_a_model_does_not_take_is_told(tmp_path, capsys):
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    transformers.BertForMultipleChoice(config).save_pretrained(tmp_path)
+    assert cli.main(["survey", "--model", str(tmp_path)]) == 2
+    told = "--data: this BertForMultipleChoice does not run on random input: give it some that it takes: RuntimeError"
+    assert told in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_of_data_that_can_be_read_again(folder, text, tmp_path, capsys):
+    reads, writes = os.pipe()
+    os.write(writes, text.read_bytes())
+    os.close(writes)
+    more = ("--sparsify", "0.1", "--tau", "0.1", "--checkpoint", str(tmp_path / "state"))
+    assert converted(folder, f"/dev/fd/{reads}", tmp_path / "out", *more) == 2
+    os.close(reads)
+    assert "--checkpoint: what /dev/fd/" in capsys.readouterr().err
+
+
+def test_a_checkpoint_says_of_which_data_it_is(folder, text, tmp_path, capsys):
+    more = ("--sparsify", "0.1", "--tau", "0.1", "--checkpoint", str(tmp_path / "state"), "--force")
+    assert converted(folder, text, tmp_path / "out", *more) == 0
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text() + "run\n")
+    assert converted(folder, other, tmp_path / "out", *more) == 2
+    said = capsys.readouterr().err
+    assert said.index(str(text)) < said.index(str(other))
 
 
 def test_memory_that_lacks_is_one_line(folder, text, monkeypatch, capsys):

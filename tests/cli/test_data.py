@@ -1,5 +1,6 @@
 """What --data may be: texts, pairs, images, a Python file."""
 
+import json
 import re
 import sys
 
@@ -139,6 +140,25 @@ def test_any_model_takes_the_batches_of_a_python_file(whisper, tmp_path, capsys)
         assert told in capsys.readouterr().err
 
 
+def test_a_python_file_sees_arguments_of_its_own(folder, tmp_path, capsys):
+    data, before = tmp_path / "mine.py", list(sys.argv)
+    data.write_text(
+        "import argparse, torch\nargparse.ArgumentParser().parse_args()\n"
+        "batches = [{'input_ids': torch.ones(2, 4, dtype=torch.long)}]"
+    )
+    assert cli.main(["survey", "--model", str(folder), "--data", str(data)]) == 0
+    assert sys.argv == before
+
+
+@pytest.mark.parametrize("command", ["survey", "convert"])
+def test_no_batch_of_a_python_file_ends_in_a_traceback(folder, tmp_path, capsys, command):
+    data = tmp_path / "mine.py"
+    data.write_text("import torch\nbatches = [{'input_ids': torch.full((1, 4), i)} for i in (1, 99)]")
+    out = ["--out", str(tmp_path / "out")] if command == "convert" else []
+    assert cli.main([command, "--model", str(folder), "--data", str(data), *out]) == 2
+    assert "this BertModel does not run on batch 1 of" in capsys.readouterr().err
+
+
 def test_all_batches_of_a_python_file_are_tried_before_anything_is_trained(
     folder, tmp_path, capsys, monkeypatch
 ):
@@ -178,6 +198,20 @@ def test_what_an_encoder_decoder_reads(t5, pairs):
     assert data.first["decoder_input_ids"].tolist() == [[0, *target[:-1]]]
     assert data.words[1:3] == ["experts", "run"]
     assert [len(batch["input_ids"]) for batch in data.batches] == [2] * 12
+
+
+def test_a_target_begins_with_its_start_wherever_the_tokenizer_pads(t5, tmp_path):
+    left, data = tmp_path / "left", tmp_path / "pairs.txt"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(t5)
+    tokenizer.save_pretrained(left)
+    config = json.loads((left / "tokenizer_config.json").read_text())
+    (left / "tokenizer_config.json").write_text(json.dumps(config | {"padding_side": "left"}))
+    data.write_text("run\tfew\nexperts run\tfew tokens choose them\n")
+    (batch,) = load_data(texts.load_model(t5), left, data, batch_size=2, max_length=8).batches
+    assert batch["attention_mask"][:, -1].all(), "sources are padded as the tokenizer does"
+    both = zip(batch["decoder_input_ids"], batch["decoder_attention_mask"], strict=True)
+    rows = [ids[mask.bool()].tolist() for ids, mask in both]
+    assert rows == [[0, *tokenizer(text)["input_ids"][:-1]] for text in ("few", "few tokens choose them")]
 
 
 def test_images_are_read_by_batches_and_turned_as_they_were_taken(vit, tmp_path):
@@ -306,6 +340,18 @@ def test_data_of_another_kind_is_refused(folder, vit, t5, whisper, text, pairs, 
     ):
         assert converted(model, data, tmp_path / "out") == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".JSON"])
+def test_tables_are_not_read_as_text(folder, t5, tmp_path, capsys, suffix):
+    data = tmp_path / f"table{suffix}"
+    data.write_text('{"text": "experts run"}\t{"text": "few tokens"}\n')
+    for model, form in ((folder, "plain text"), (t5, "lines of a source, a tab and a target")):
+        assert converted(model, data, tmp_path / "out") == 2
+        assert f"takes {form}, and all of {data} would be read as that" in capsys.readouterr().err
+    assert load_data(
+        texts.load_model(t5), t5, data.rename(tmp_path / "pairs.tsv"), batch_size=1, max_length=8
+    )
 
 
 def test_a_tokenizer_is_given_back_as_it_was(folder):

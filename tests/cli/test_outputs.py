@@ -67,17 +67,22 @@ def test_what_is_read_is_not_replaced(folder, text, tmp_path, capsys):
 def test_a_file_that_is_read_is_not_replaced(folder, text, tmp_path, capsys):
     out = tmp_path / "moe"
     assert converted(folder, text, out, "--tau", "0.1") == 0
-    data = text.rename(tmp_path / "reviews.json")
-    report = ["report", "--model", str(out), "--data", str(data), "--tau", "0.1", "--force", "--out"]
-    for place, read in ((data, data), (out / "config.html", out / "config.json")):
+    table = tmp_path / "reviews.json"
+    table.write_text("[]")
+
+    def report(data, page):
+        places = ["--model", str(out), "--data", str(data), "--out", str(page)]
+        return cli.main(["report", *places, "--tau", "0.1", "--force"])
+
+    for data, read in ((table, table), (text, out / "config.json")):
         before = read.read_bytes()
-        assert cli.main([*report, str(place.with_suffix(".html"))]) == 2
+        assert report(data, read.with_suffix(".html")) == 2
         assert f"{read} is read by this command, and would be replaced" in capsys.readouterr().err
         assert read.read_bytes() == before
     bench = ["bench", "--model", str(out), "--json", str(out / "config.json"), "--force"]
     assert cli.main(bench) == 2
     assert "is read by this command" in capsys.readouterr().err
-    assert cli.main([*report, str(out / "report.html")]) == 0
+    assert report(text, out / "report.html") == 0
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import argparse
 import io
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -58,7 +59,7 @@ TAUS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # to evaluate at
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. 0: done, 2: a wrong argument or file, 130: interrupted."""
+    """Runs one command. 0: done, 2: a wrong argument or file, 130: interrupted, 141: nobody reads what it prints."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(format="sadmoe: %(message)s", level=logging.WARNING)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -72,11 +73,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"sadmoe: interrupted; {_what_is_kept(arguments)}", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  for what else is printed on the way out
+        return 141
     except (
         ValueError, TypeError, OSError, ImportError, NotImplementedError, FloatingPointError, SafetensorError,
         torch.OutOfMemoryError,
     ) as error:  # fmt: skip
-        print(f"sadmoe: error: {error}", file=sys.stderr)
+        saved = f"; {_what_is_kept(arguments)}" if getattr(arguments, "saved", None) else ""
+        print(f"sadmoe: error: {error}{saved}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -13,7 +13,6 @@ from typing import Any
 from torch import nn
 
 from sadmoe.attention import ProjectionConfig, replace_projections_, scan_projections
-from sadmoe.bias_correction import correct_bias_, no_bias
 from sadmoe.budget import BudgetReport, finetune_for_budget_
 from sadmoe.cli.options import (
     add_common,
@@ -29,13 +28,14 @@ from sadmoe.cli.options import (
     seed,
     sizes_of,
 )
+from sadmoe.compensation import compensate_
 from sadmoe.convert import ConvertConfig, checked_sites, convert_
 from sadmoe.cost import cost
 from sadmoe.data import Data, images_in
 from sadmoe.dial import converted_layers
 from sadmoe.ffn import empty_mlp, moe_layers, stand_in
 from sadmoe.ffn.linears import linear_shape
-from sadmoe.files import replacing
+from sadmoe.files import replacing, told_of
 from sadmoe.int8 import quantize_experts_
 from sadmoe.mixed import fast_training
 from sadmoe.outputs import check_folder, place_for, replaced
@@ -50,9 +50,9 @@ STEPS = ("projections", "sparsify", "convert", "finetune")  # each with a folder
 BUDGET = 0.5  # where neither it nor tau is given
 UNTRAINED = (
     "nothing was fine-tuned: a model with GELU loses quality below a budget of about 0.9, one with SiLU at any; "
-    "`sadmoe evaluate` tells how much, --sparsify and --finetune win it back"
+    "`sadmoe evaluate` tells how much. --compensate 8 wins some of it back at once, --sparsify and --finetune more"
 )
-CORRECTED = 64  # batches by which biases are corrected, at most
+COMPENSATED = 64  # batches that shared experts are fitted to, at most
 PROJECTION_ROUTER = 32  # width: an MLP of attention costs an eighth of an FFN
 
 
@@ -123,10 +123,11 @@ def add_convert(commands: Any) -> None:
         help="where the long steps save themselves: the same command goes on from there after a kill",
     )
     command.add_argument(
-        "--correct-bias",
-        action="store_true",
-        help="afterwards, where nothing is fine-tuned, add what skipped experts would have added on average to the "
-        "output biases; tau is then that of --budget or --tau, and no dial any more",
+        "--compensate",
+        type=positive,
+        metavar="RANK",
+        help="afterwards, where nothing is fine-tuned, have a small expert that always runs predict what skipped ones "
+        "would have added, such as 16; for the tau of --budget or --tau, at others it does less",
     )
     command.add_argument(
         "--int8",
@@ -152,7 +153,7 @@ def _convert(arguments: argparse.Namespace) -> None:
             f"the model is {dtype_name(dtype)}: trained and saved in float32; from_pretrained(dtype=...) rounds it"
         )
         model.float()
-    data = data_of(arguments, model, try_all=_trains(arguments))
+    data = data_of(arguments, model, whole=_trains(arguments))
     _check_saving(model, data)
     _check_cuts(model, data, arguments)
     if arguments.checkpoint is not None:
@@ -168,16 +169,16 @@ def _convert(arguments: argparse.Namespace) -> None:
         told = convert_(model, data.batches, config, checkpoint=_checkpoint(arguments, "convert"))
     else:
         told = _convert_finetuned(model, dense, data, arguments)
-    corrected = _corrected(model, data, arguments.seed) if arguments.correct_bias else None
+    made_up_for = _compensated(model, data, arguments)
     rounded = quantize_experts_(model) if arguments.int8 else None
     out = place_for(arguments.out, arguments.force)
-    with replaced(out) as new:
+    with replaced(out) as new, told_of(out):
         model.save_pretrained(new)  # type: ignore[operator]
         if data.processor is not None:
             data.processor.save_pretrained(new)
     arguments.saved = out
     print(told)
-    for more in (corrected, rounded):
+    for more in (made_up_for, rounded):
         if more is not None:
             print(more)
     if out != arguments.out:
@@ -206,13 +207,18 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(
             "--finetune trains the routers on roots of norms: leave --target-power out, or --finetune"
         )
-    if arguments.correct_bias and (arguments.finetune is not None or arguments.tau == 0):
+    if arguments.compensate and (arguments.finetune is not None or arguments.tau == 0):
         raise ValueError(
-            "--correct-bias is for what skips experts and is not fine-tuned: leave it out, or give no --finetune, and "
+            "--compensate is for what skips experts and is not fine-tuned: leave it out, or give no --finetune, and "
             "--budget or a --tau above 0"
         )
     device_named(arguments.device)
     check_data(arguments)
+    if arguments.checkpoint is not None and not (arguments.data.is_file() or arguments.data.is_dir()):
+        raise ValueError(
+            f"--checkpoint: what {arguments.data} gives is gone once it is read, and could not be told from other data "
+            "later: give --data a file or a folder"
+        )
 
 
 def _conversion(arguments: argparse.Namespace) -> ConvertConfig:
@@ -268,9 +274,7 @@ def _check_cuts(model: nn.Module, data: Data, arguments: argparse.Namespace) -> 
             shape = linear_shape(place.first)
             assert shape is not None  # a projection's
             stand_in(trial, place.name, empty_mlp(place.first, width_of(*shape)), keep=False)
-    sites = checked_sites(trial, data.batches, _conversion(arguments))
-    if arguments.correct_bias and all(site.dense().b_out is None for site in sites):
-        raise no_bias(model)
+    checked_sites(trial, data.batches, _conversion(arguments))
 
 
 def _projections(arguments: argparse.Namespace) -> ProjectionConfig:
@@ -289,15 +293,17 @@ def _prepare(model: nn.Module, dense: nn.Module | None, data: Data, arguments: a
             say(sparsify_(model, data.batches, sparsify, teacher=dense, checkpoint=follow))
 
 
-def _corrected(model: nn.Module, data: Data, seed: int) -> str:
-    """What --correct-bias asks for, and what it did."""
+def _compensated(model: nn.Module, data: Data, arguments: argparse.Namespace) -> str | None:
+    """Does what --compensate asks for, and says what that was."""
+    if not arguments.compensate:
+        return None
     if all(layer.runs_all_experts for layer in converted_layers(model).values()):
-        return "no bias was corrected: the budget pays for every expert"
-    some = [data.batches[i] for i in range(0, len(data.batches), -(-len(data.batches) // CORRECTED))]
-    taken = correct_bias_(model, some, seed=seed).values()
+        return "nothing was made up for: the budget pays for every expert"
+    some = [data.batches[i] for i in range(0, len(data.batches), -(-len(data.batches) // COMPENSATED))]
+    gone = compensate_(model, some, rank=arguments.compensate, seed=arguments.seed).values()
     return (
-        f"bias correction took {min(taken):.0%} to {max(taken):.0%} of the squared errors of layers away, "
-        f"{median(taken):.0%} in the median"
+        f"shared experts take {min(gone):.0%} to {max(gone):.0%} of the squared errors of layers away, "
+        f"{median(gone):.0%} in the median"
     )
 
 
@@ -345,9 +351,8 @@ def _note_or_check_data(arguments: argparse.Namespace) -> None:
             beside.write_text(json.dumps(now))
         return
     saved = json.loads(note.read_text()) if note.exists() else {}
-    if arguments.data.suffix != ".py":  # whose place matters, for what lies beside it
-        saved["data"] = now["data"]
-    if saved != now:
+    moved = arguments.data.suffix != ".py"  # whose place matters, for what lies beside it
+    if (saved | {"data": now["data"]} if moved else saved) != now:
         raise ValueError(
             f"--checkpoint: {arguments.checkpoint} is of another run, of {saved}, not {now}: give that data "
             "again, or an empty folder"

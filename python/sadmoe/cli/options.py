@@ -93,6 +93,8 @@ def device_named(name: str) -> torch.device:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:  # of a device that torch lacks
             raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise ValueError(f"--device {name}: nothing is computed there: give cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: torch {torch.__version__} sees no CUDA device here")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -133,14 +135,13 @@ def sizes_of(arguments: argparse.Namespace) -> dict[str, int]:
     }
 
 
-def data_of(arguments: argparse.Namespace, model: nn.Module, *, try_all: bool = False) -> Data:
+def data_of(arguments: argparse.Namespace, model: nn.Module, *, whole: bool = False) -> Data:
     """What --data holds, for the model of --model, which is tried on the first and the last batch, of texts the longest
-    ones, and of a Python file on the first.   try_all: on all those of a Python file, and images are read to their
-    ends, before something long begins."""
-    data = load_data(model, arguments.model, arguments.data, **sizes_of(arguments), whole=try_all)
+    ones, and of a Python file on all.   whole: images are read to their ends, before something long begins."""
+    data = load_data(model, arguments.model, arguments.data, **sizes_of(arguments), whole=whole)
     tried = sorted({0, len(data.batches) - 1})
     if data.kind == "python":
-        tried = list(range(len(data.batches))) if try_all else [0]
+        tried = list(range(len(data.batches)))
     with evaluating(model):
         for i in tqdm(tried, "trying the batches", disable=len(tried) <= 2):
             _try(model, data.batches[i], f"batch {i} of {arguments.data}")
@@ -150,7 +151,10 @@ def data_of(arguments: argparse.Namespace, model: nn.Module, *, try_all: bool = 
 def random_input(arguments: argparse.Namespace, model: nn.Module) -> dict[str, Tensor]:
     """A batch for where no --data is given."""
     sizes = sizes_of(arguments)
-    return random_batch(model, sizes["batch_size"], sizes["max_length"])
+    batch = random_batch(model, sizes["batch_size"], sizes["max_length"])
+    with evaluating(model):
+        _try(model, batch, "random input: give it some that it takes")
+    return batch
 
 
 def _try(model: nn.Module, batch: Any, name: str) -> None:

@@ -68,7 +68,7 @@ def build_all(
     by_name = {site.name: site for site in sites if site.name not in built}
     stream = stream_inputs(
         model,
-        by_name.values(),
+        {name: site.first for name, site in by_name.items()},
         batches,
         max_tokens=config.max_tokens,
         max_bytes=config.max_bytes,

@@ -24,6 +24,20 @@ CONFIG_KEYS = (
     "activation",
     "ff_activation",
     "dense_act_fn",
+    "mlp_hidden_act",
+    "encoder_hidden_act",
+    "decoder_hidden_act",
+    "prompt_hidden_act",
+    "speech_encoder_hidden_act",
+    "projector_hidden_act",
+    "pooler_hidden_act",
+    "memory_attention_mlp_hidden_act",
+    "memory_attention_feed_forward_hidden_act",
+    "encoder_activation_function",
+    "decoder_activation_function",
+    "encoder_feedforward_activation",
+    "decoder_activation",
+    "depth_decoder_activation",
 )
 CONFIG_VALUES = {  # transformers' names of each activation; the first is written
     "relu": ("relu",),
@@ -66,7 +80,7 @@ def swap_activations_(model: nn.Module, sites: Sequence[FFNSite], act: str = "re
             undo.callback(_swap(model.get_submodule(site.block), site, act))
         if old:
             undo.callback(own_configs(model))
-            _swap_configs(model, old, act)  # in copies, which undoing lets go
+            _swap_configs(model, todo, old, act)  # in copies, which undoing lets go
         return undo.pop_all().close
 
 
@@ -88,15 +102,15 @@ def _swap(block: nn.Module, site: FFNSite, act: str) -> Undo:
     return lambda: change(originals, before)
 
 
-def _swap_configs(model: nn.Module, old: set[str], act: str) -> None:
+def _swap_configs(model: nn.Module, sites: Sequence[FFNSite], old: set[str], act: str) -> None:
     """Each config found in the model follows, if no module under it has one of the old activations left."""
     found = configs_in(model)
-    named = False
+    naming: list[str] = []  # modules whose config has a name for it
     for config, owners in found:
         changes = _config_changes(config, old, act)
         if not changes:
             continue
-        named = True
+        naming += owners
         left = [user for owner in owners for user in _users(model.get_submodule(owner), owner, old)]
         if left:
             logger.warning(
@@ -107,11 +121,15 @@ def _swap_configs(model: nn.Module, old: set[str], act: str) -> None:
             continue
         for key, value in changes.items():
             setattr(config, key, value)
-    if found and not named:
+    unnamed = [
+        site.name for site in sites if not any(not n or f"{site.name}.".startswith(f"{n}.") for n in naming)
+    ]
+    if found and unnamed:
         logger.warning(
-            "the config of this %s has no name for its activation: a dense model saved now reloads with %s. Save it "
-            "converted, or swap again after loading",
+            "the config of this %s has no name for the activation of %s: a dense model saved now reloads with %s. Save "
+            "it converted, or swap again after loading",
             type(model).__name__,
+            unnamed[0],
             " and ".join(sorted(old)),
         )
 

@@ -1,6 +1,7 @@
 """Proof by running: a module does, on a random probe, what the formula of an FFN says its parts do."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -52,8 +53,10 @@ class _Idle(_Unseen):
 
 @dataclass(frozen=True)
 class _Event:
-    """A call seen during the probe: of the module at `path`, or of F.dropout with probability p."""
+    """A call seen during the probe, on rows of that width: of the module at `path`, or of F.dropout with probability
+    p."""
 
+    width: float
     path: str | None = None
     p: float = 0.0
 
@@ -68,8 +71,13 @@ class _DropoutLog(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.dropout:
             p = args[1] if len(args) > 1 else (kwargs or {}).get("p", 0.5)
-            self.events.append(_Event(p=p))
+            self.events.append(_Event(_width(args), p=p))
         return func(*args, **(kwargs or {}))
+
+
+def _width(args: tuple[Any, ...]) -> float:
+    """Of the rows of a call's first argument; inf where that is none."""
+    return args[0].shape[-1] if args and isinstance(args[0], Tensor) and args[0].dim() else math.inf
 
 
 class _Scene(nn.Module):
@@ -165,7 +173,8 @@ def _best(sites: list[FFNSite], denses: list[DenseFFN], scene: _Scene, x: Tensor
         raise _Unseen(
             f"its {scene.parts.activation} may be that of {', '.join(idle)} too, which does not run then"
         )
-    outputs = [_run_with(scene, dense, x) for dense in denses]
+    without_ffn: list[_Event] = []  # the calls around it
+    outputs = [_run_with(scene, dense, x, without_ffn if i == 0 else None) for i, dense in enumerate(denses)]
     bias = denses[0].b_out  # what no weight has a part in
     nothing = x.new_zeros(denses[0].d_out) if bias is None else bias
     without = _run_with(scene, lambda rows: nothing.repeat(*rows.shape[:-1], 1), x)
@@ -190,7 +199,10 @@ def _best(sites: list[FFNSite], denses: list[DenseFFN], scene: _Scene, x: Tensor
         what = "gate" if scene.parts.gate else "activation"
         raise Unsupported(f"its output weights are all zero, so its {what} cannot be told")
     site = sites[best]
-    hidden, site.dropout, site.keeps_dropout = _dropouts(site.parts, scene.block, events)
+    neurons = denses[best].f
+    hidden, site.dropout, site.keeps_dropout = _dropouts(
+        site.parts, scene.block, events, without_ffn, neurons
+    )
     if hidden:
         site.parts = replace(site.parts, removed=site.parts.removed + hidden)
     return site
@@ -211,9 +223,14 @@ def _finite_alike(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x.isfinite(), y.isfinite()) for x, y in zip(a, b, strict=True))
 
 
-def _dropouts(parts: Parts, block: nn.Module, events: list[_Event]) -> tuple[tuple[str, ...], float, bool]:
+def _dropouts(
+    parts: Parts, block: nn.Module, events: list[_Event], without_ffn: list[_Event], neurons: int
+) -> tuple[tuple[str, ...], float, bool]:
     """The dropouts that act on hidden activations only, by path of module or attribute, the probability on the output,
     and whether a call of dropout between the linear layers stays, as no attribute alone holds its probability.
+
+    events, without_ffn: the calls in the block, and those with a stand-in for the FFN.   neurons: of the FFN, the width
+    of its hidden activations; what is narrower in between belongs to something beside it.
 
     Where the block stays, its dropouts stay too, but for the hidden ones, which would act on the output in
     place of the hidden activations. Where the block goes, a MoE layer keeps its output dropout, and hidden
@@ -227,12 +244,16 @@ def _dropouts(parts: Parts, block: nn.Module, events: list[_Event]) -> tuple[tup
             raise Unsupported("it has a dropout on its input, which a MoE layer does not")
         ps = [e.p for e in after if e.p > 0]
         return (), ps[0] if len(ps) == 1 else 1.0 - math.prod(1.0 - p for p in ps), False
-    inside = {e.path for e in events[start:end]} - {e.path for e in before + after}
+    between = [e for e in events[start:end] if e.width >= neurons]
+    outside = [*before, *(e for e in events[start:end] if e.width < neurons), *after]
+    inside = {e.path for e in between} - {e.path for e in outside}
     staying = [p for p in inside if p is not None and not p.startswith(f"{parts.at}.")]
     hidden = [p for p in staying if _is_dropout(block.get_submodule(p))]
-    functions = {e.p for e in events[start:end] if e.path is None and e.p > 0}
-    functions -= {block.get_submodule(p).p for p in hidden}
-    elsewhere = {e.p for e in before + after}
+    called = {e.p for e in between if e.path is None and e.p > 0} - {block.get_submodule(p).p for p in hidden}
+    elsewhere = {e.p for e in outside}
+    left = Counter(e.p for e in without_ffn if e.path is None)  # others went with what the layer replaces
+    left -= Counter(e.p for e in outside if e.path is None)
+    functions = called & left.keys()
     attributes = _probabilities(block, functions, elsewhere)
     stays = bool(functions - {getattr(block, name) for name in attributes})
     return tuple(sorted([*hidden, *attributes])), 0.0, stays
@@ -286,7 +307,7 @@ def _called(scene: _Scene, x: Tensor, events: list[_Event] | None) -> list[Tenso
         return torch.func.functional_call(scene, cast, x)
     parts = scene.parts
     seen = (
-        module.register_forward_pre_hook(lambda *_, path=path: events.append(_Event(path=path)))
+        module.register_forward_pre_hook(lambda _, args, path=path: events.append(_Event(_width(args), path)))
         for path, module in scene.block.named_modules()
         if path in (parts.up, parts.gate, parts.down, *scene.beside) or _is_dropout(module)
     )
@@ -294,12 +315,14 @@ def _called(scene: _Scene, x: Tensor, events: list[_Event] | None) -> list[Tenso
         return torch.func.functional_call(scene, cast, x)
 
 
-def _run_with(scene: _Scene, ffn: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
+def _run_with(
+    scene: _Scene, ffn: Callable[[Tensor], Tensor], x: Tensor, events: list[_Event] | None = None
+) -> list[Tensor]:
     """The output of the scene with `ffn` in the place of its FFN."""
     if scene.parts.at == "":
         return [ffn(x)]
     removed = take_apart(scene.block, scene.parts, _StandIn(ffn))
     try:
-        return _run(scene, x)
+        return _run(scene, x, events)
     finally:
         put_back(scene.block, removed)

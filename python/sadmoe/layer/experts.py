@@ -11,8 +11,7 @@ from sadmoe import ops, reference
 from sadmoe.checks import check_choice
 from sadmoe.gradients import without_autocast
 from sadmoe.layer.held import held
-from sadmoe.layer.rounding import column_scales as scales_of_columns
-from sadmoe.layer.rounding import to_int8
+from sadmoe.layer.rounding import column_scales, to_int8
 
 SCALES = {"w_up": "scale_up", "w_gate": "scale_gate", "w_down": "scale_down"}  # of weights in int8
 WAY_IN = ("w_up", "w_gate")  # what `pack_` lays out
@@ -133,11 +132,11 @@ class Experts(nn.Module):
         return parameter is not None and parameter.requires_grad
 
     @torch.no_grad()
-    def to_int8_(self, *, column_scales: bool = True) -> None:
+    def to_int8_(self) -> None:
         """Rounds the experts' weights to int8, in place: 127 steps to each side of 0 up to a neuron's largest weight.
 
-        column_scales: w_down is first divided by a scale for each column, a power of two, as some features of a
-        transformer are many times larger than the others, of which steps as large would leave little.
+        w_down is first divided by a scale for each column, a power of two, as some features of a transformer are many
+        times larger than the others, of which steps as large would leave little.
 
         Scales are rounded up to what bfloat16 holds, so casting to it loses nothing of them, nor to float16 down to
         scales of 2 ** -17. Raises ValueError where the experts are int8 already.
@@ -151,8 +150,8 @@ class Experts(nn.Module):
             if weight is None:
                 continue
             rows = weight.float()
-            if name == "w_down" and column_scales:
-                made["scale_out"] = scales_of_columns(rows).to(weight.dtype)
+            if name == "w_down":
+                made["scale_out"] = column_scales(rows).to(weight.dtype)
                 rows = rows / made["scale_out"].float()
             steps, made[scale_name] = to_int8(rows, weight.dtype)
             made[name] = nn.Parameter(steps.contiguous(), requires_grad=False)

@@ -15,6 +15,7 @@ from sadmoe.gradients import is_recomputed
 from sadmoe.layer.experts import Experts, check_mask, runs_plainly
 from sadmoe.layer.held import held
 from sadmoe.layer.router import Router
+from sadmoe.layer.shared import SharedExpert
 
 
 class DynamicKMoE(Experts):
@@ -23,7 +24,8 @@ class DynamicKMoE(Experts):
     Equivalent in torch: `reference.sparse_experts(x, gate.mask(router(x)), ...)`. With `gate = DynamicK(0.0)` it is
     the dense FFN: every expert runs, and the router is not asked.
 
-    Weights: see `Experts`. `dropout`, an nn.Dropout or None, acts on the output.
+    Weights: see `Experts`. `shared`, a SharedExpert or None, adds its output wherever tau > 0 (see `compensate_`);
+    `dropout`, an nn.Dropout or None, acts on the output.
 
     batch_invariant: must a token's bits depend on nothing but the token? Where many experts run, computing all of them
     by torch's products and masking their neurons can be faster than the sparse op, and `paths` says where; but how
@@ -47,6 +49,7 @@ class DynamicKMoE(Experts):
     bfloat16. After `pack_` the op runs at every tau, too.
     """
 
+    shared: SharedExpert | None
     dropout: nn.Dropout | None
 
     def __init__(
@@ -71,6 +74,7 @@ class DynamicKMoE(Experts):
         super().__init__(d, experts, expert_size, act, d_out=d_out, gated=gated, bias=bias, **kw)
         self._before_int8: tuple[torch.dtype, torch.dtype] | None = None  # dtypes of router and experts
         self.router = Router(d, experts, router_width, **kw)
+        self.register_module("shared", None)
         # A module, for whoever looks for such: to switch them off, or to leave them on in evaluation.
         self.register_module("dropout", nn.Dropout(dropout) if dropout else None)
         self.gate: Gate = DynamicK(0.0) if gate is None else gate
@@ -106,13 +110,13 @@ class DynamicKMoE(Experts):
         return type(self.gate) is DynamicK and self.gate.tau == 0.0
 
     @torch.no_grad()
-    def to_int8_(self, *, column_scales: bool = True, rounded_router: bool = True) -> None:
+    def to_int8_(self, *, rounded_router: bool = True) -> None:
         """Rounds the experts' weights to int8, in place: see `Experts.to_int8_`.
 
         rounded_router: a router in float32, up to half of the bytes that a token then needs, becomes bfloat16; scores
         are float32 all the same.
         """
-        super().to_int8_(column_scales=column_scales)
+        super().to_int8_()
         assert self.scale_up is not None
         self._before_int8 = self.router.v1.dtype, self.scale_up.dtype
         if rounded_router and self.router.v1.dtype == torch.float32:
@@ -145,6 +149,9 @@ class DynamicKMoE(Experts):
             y = self.op_on_all(rows) if self._op_runs_all(rows) else self.dense(rows)
         else:
             y = self._selected(rows)
+        shared: Any = self._modules["shared"]
+        if shared is not None and (scale := shared.scale(gate)):
+            y = torch.add(y, shared(rows), alpha=scale)
         if (dropout := self._modules["dropout"]) is not None:
             y = dropout(y)
         return y if flat else y.reshape(*x.shape[:-1], y.shape[-1])

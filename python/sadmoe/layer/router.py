@@ -15,8 +15,6 @@ class Router(nn.Module):
     Source: arXiv 2310.04361, section 3.
     """
 
-    target_power: float = 1.0  # of the class, for models that were pickled before there was one
-
     def __init__(
         self,
         d: int,
@@ -26,6 +24,7 @@ class Router(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        self.target_power = 1.0
         v1, v2 = (torch.empty(n, m, device=device, dtype=dtype) for n, m in ((width, d), (experts, width)))
         self.v1, self.v2 = nn.Parameter(v1, requires_grad=False), nn.Parameter(v2, requires_grad=False)
         self.reset_parameters()

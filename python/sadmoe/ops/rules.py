@@ -85,7 +85,8 @@ def _keep_moe(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _moe_backward(gradient: Gradient, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, v1, v2, *weights = ctx.saved_tensors
-    mask = dynamic_k_select(router_scores(x, v1, v2), ctx.tau)
+    # By the kernels, as before, though the gradients be those of a vmap, which else runs plain torch.
+    mask = OPS.dynamic_k_select.default(OPS.router_scores.default(x, v1, v2), ctx.tau)
     of_x, *of_weights = gradient(grad, x, mask, *weights, ctx.act)
     return of_x, None, None, *of_weights, None, None
 

@@ -215,6 +215,8 @@ def block_of(model: nn.Module, site: FFNSite) -> str:
         ):
             return path
         path = parent
+    if site.adapter == "projection":  # in a teacher a linear layer
+        return site.name
     down = join(site.block, site.parts.down)  # converted, a passthrough is there, or the MoE layer around it
     return down if is_module(model, down) else site.name
 

@@ -1,0 +1,58 @@
+"""The expert that every token runs."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from sadmoe import ops
+from sadmoe.gates import DynamicK, Gate
+
+Scales = tuple[tuple[float, float], ...]
+
+
+class SharedExpert(nn.Module):
+    """A small FFN beside the experts that a router picks: relu(x w_upᵀ) w_down + b_out.
+
+    w_up [m, d], w_down [m, d_out], b_out [d_out], uninitialised: `compensate_` makes them. scales: how much of it is
+    added at which tau, (tau, scale) from (0, 0) on, linear in between: the smaller tau, the less is skipped.
+    Source: the shared experts of DeepSeekMoE, arXiv 2401.06066, section 3.2.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        width: int,
+        d_out: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        scales: Scales = ((0.0, 0.0), (1.0, 1.0)),
+    ):
+        super().__init__()
+        self.scales = scales
+        self.w_up = nn.Parameter(torch.empty(width, d, device=device, dtype=dtype))
+        self.w_down = nn.Parameter(torch.empty(width, d_out, device=device, dtype=dtype))
+        self.b_out = nn.Parameter(torch.empty(d_out, device=device, dtype=dtype))
+
+    def scale(self, gate: Gate) -> float:
+        """How much of it is added to what that gate picks; by another rule than dynamic-k the last of `scales`."""
+        if type(gate) is not DynamicK:
+            return self.scales[-1][1]
+        for (low, before), (high, after) in pairwise(self.scales):
+            if gate.tau < high:
+                return before + (after - before) * (gate.tau - low) / (high - low)
+        return self.scales[-1][1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, d] -> [T, d_out], by the op of experts: a token's bits do not depend on its neighbours."""
+        everyone = x.new_ones(x.shape[0], 1, dtype=torch.bool)
+        up, down = self.w_up.unsqueeze(0), self.w_down.unsqueeze(0)
+        return ops.sparse_experts(x, everyone, up, down, b_out=self.b_out, act="relu")
+
+    @property
+    def width(self) -> int:
+        """Its neurons."""
+        return self.w_up.shape[0]
+
+    def extra_repr(self) -> str:
+        return f"d={self.w_up.shape[1]}, width={self.width}, d_out={self.w_down.shape[1]}"
