@@ -204,6 +204,15 @@ def test_a_token_does_not_depend_on_its_neighbours():
         assert torch.equal(torch.cat([layer(x[:1]), layer(x[1:40]), layer(x[40:])]), layer(x))
 
 
+@pytest.mark.by_torch
+def test_it_is_compiled_and_exported():
+    layer, x = next(iter(converted_layers(compensated()[0]).values())), torch.randn(20, D)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
+        exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("T")},)).module()
+        assert torch.equal(exported(x[:7]), layer(x[:7]))
+
+
 def test_it_is_trained_with_the_experts():
     model = compensated()[0]
     before = state(model)

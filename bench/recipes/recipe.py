@@ -46,7 +46,7 @@ from workload import Workload, controls
 
 ROUTER, PROJECTION_ROUTER = 96, 32  # widths of the routers of FFNs, and of projections of attention
 CALIBRATED = 4  # batches for the tau of the last stage
-COMPENSATED, RANKS = 10, (4, 16)  # batches and ranks of shared experts
+COMPENSATED, RANK = 10, 4  # batches that shared experts are fitted to, and their rank
 HELD = 2**32  # bytes of inputs held together
 
 
@@ -240,14 +240,12 @@ def untrained_curves(recipe: Recipe, results: Results, gates: Sequence[tuple[str
     size, some = recipe.run.sizes[0], recipe.fitted[:: max(1, len(recipe.fitted) // COMPENSATED)]
     name, model = f"no fine-tuning, FFNs only, s = {size}", recipe.untrained(size)
     results.add(name, model, gates, timed=True)
-    for rank in RANKS:
 
-        def prepare(model: nn.Module, rank: int = rank) -> None:
-            if not all(layer.runs_all_experts for layer in moe_layers(model).values()):
-                compensate_(model, some, rank=rank, progress=False)
+    def prepare(model: nn.Module) -> None:
+        if not all(layer.runs_all_experts for layer in moe_layers(model).values()):
+            compensate_(model, some, rank=RANK, progress=False)
 
-        alike = f"the same, shared experts of rank {rank}"
-        results.add(alike, copy.deepcopy(model), gates, timed=True, prepare=prepare)
+    results.add(f"the same, shared experts of rank {RANK}", model, gates, timed=True, prepare=prepare)
     finish(results)
 
 

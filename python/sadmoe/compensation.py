@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from operator import index
+from operator import add, index
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,7 @@ def compensate_(
 def _fitted(layer: DynamicKMoE, x: Tensor, rank: int) -> tuple[SharedExpert | None, float]:
     """The shared expert of a layer that x [n, d] enters, and the share of the squared error of held-out tokens that it
     takes away; None and 0 where it would take none."""
+    x = x[torch.randperm(len(x)).to(x.device)]  # neighbours are alike, and texts may come by length
     x = x.to((layer.w_up if layer.scale_up is None else layer.scale_up).dtype)
     missed = _missed(layer, x)
     if not missed.isfinite().all():
@@ -122,11 +124,12 @@ def _scales(layer: DynamicKMoE, x: Tensor, shared: SharedExpert) -> Scales:
 
 def _regressions(parts: Sequence[tuple[Tensor, Tensor]], rank: int) -> Iterator[SharedExpert]:
     """Of tokens x [n, d] and what they lack, y [n, d_out], in parts: y ~ x a b + bias, a [d, rank], for every ridge."""
-    tokens = sum(len(x) for x, _ in parts)
-    wide = [(x.double(), y.double()) for x, y in parts]
-    x_mean, y_mean = (sum(rows.sum(0) for rows in side) / tokens for side in zip(*wide, strict=True))
-    squares = sum(x.T @ x for x, _ in wide) / tokens - x_mean.outer(x_mean)
-    products = sum(x.T @ y for x, y in wide) / tokens - x_mean.outer(y_mean)
+    sums: tuple[Any, ...] = (0, 0, 0, 0)
+    for part in parts:
+        x, y = (rows.double() for rows in part)
+        sums = tuple(map(add, sums, (x.sum(0), y.sum(0), x.T @ x, x.T @ y)))
+    x_mean, y_mean, squares, products = (value / sum(len(x) for x, _ in parts) for value in sums)
+    squares, products = squares - x_mean.outer(x_mean), products - x_mean.outer(y_mean)
     scale = squares.diagonal().clamp(min=0).sqrt()
     scale = scale.where(scale > 1e-6 * scale.max(), 1.0)  # of what does not vary
     squares, products = squares / scale.outer(scale), products / scale.unsqueeze(1)

@@ -185,9 +185,8 @@ def _pairs(path: Path, folder: Path, model: Any, tokenizer: Any, batch_size: int
         settings = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
         with padding(tokenizer):
             made = dict(tokenizer(sources, **settings))
-            wanted = tokenizer(
-                text_target=targets, padding_side="right", **settings
-            )  # so that the start is first
+            # To the right, so that the start comes first.
+            wanted = tokenizer(text_target=targets, padding_side="right", **settings)
         ids = wanted["input_ids"].roll(1, dims=1)  # each token is predicted from those before it
         ids[:, 0] = start
         return made | {"decoder_input_ids": ids, "decoder_attention_mask": wanted["attention_mask"]}

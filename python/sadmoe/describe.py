@@ -54,9 +54,7 @@ def describe(layer: DynamicKMoE) -> dict[str, Any]:
         "expert_size": layer.expert_size,
         "router_width": layer.router.v1.shape[0],
         "target_power": layer.router.target_power,
-        "shared": None
-        if layer.shared is None
-        else {"width": layer.shared.width, "scales": layer.shared.scales},
+        "shared": layer.shared and {"width": layer.shared.width, "scales": layer.shared.scales},
         "int8": layer.is_int8,
         "rounded_router": layer.is_int8 and of_router == torch.bfloat16 != of_scales,
         "gate": {"rule": rule, **asdict(layer.gate)},  # type: ignore[call-overload]
@@ -150,13 +148,10 @@ def _shared(name: str, description: Any, layer: DynamicKMoE) -> SharedExpert | N
     if description is None:
         return None
     try:
-        width, scales = (
-            description["width"],
-            tuple((float(tau), float(scale)) for tau, scale in description["scales"]),
-        )
-        if not (
-            isinstance(width, int) and width > 0 and scales[0] == (0, 0) and sorted(scales) == list(scales)
-        ):
+        width = description["width"]
+        scales = tuple((float(tau), float(scale)) for tau, scale in description["scales"])
+        ascending = scales[0] == (0, 0) and sorted(scales) == list(scales)
+        if not (ascending and isinstance(width, int) and width > 0):
             raise ValueError("it must have a positive width, and scales by ascending tau from (0, 0) on")
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{name}: unknown shared expert {description!r}: {error}") from error

@@ -127,7 +127,7 @@ def add_convert(commands: Any) -> None:
         type=positive,
         metavar="RANK",
         help="afterwards, where nothing is fine-tuned, have a small expert that always runs predict what skipped ones "
-        "would have added, such as 16; for the tau of --budget or --tau, at others it does less",
+        "would have added: by so many numbers a token, such as 8; it fits the tau of --budget or --tau best",
     )
     command.add_argument(
         "--int8",
