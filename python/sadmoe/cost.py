@@ -38,7 +38,7 @@ class LayerCost:
     router: float  # router, gate, shared expert and output bias, whatever the gate then runs
     pair: float  # one expert, with adding up its output
     combine: float  # of `executed`: adding up the outputs of the experts
-    executed: float  # what is computed: `router` and the experts run; where tau = 0 was run, `dense`, without router
+    executed: float  # what is computed: `router` and the experts that ran; at tau = 0 `dense`, for no router is asked
 
     @property
     def all_experts(self) -> float:

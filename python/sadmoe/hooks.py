@@ -10,8 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 
 def uncompiled() -> AbstractContextManager[Any]:
-    """Inside, what torch.compile made runs as it was before, in the whole process: it would run no hook that is new to
-    it. Not to be entered from compiled code."""
+    """Inside, compiled modules run uncompiled, in the whole process: compiled code would ignore hooks that were added
+    since. Not to be entered from compiled code."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 

@@ -29,8 +29,7 @@ from sadmoe.training.resume import Checkpoint, check_checkpoint
 
 logger = logging.getLogger(__name__)
 CHUNK = 4096  # tokens whose dense outputs are computed at once
-# Of the mean of |x|^2 + |t|^2: a token of less counts as one of that, which a token of zeros needs.
-SMALL = 1e-6
+SMALL = 1e-6  # of the mean of |x|^2 + |t|^2, at least, by which an error is divided: a token may be all zeros
 
 
 @dataclass(frozen=True)

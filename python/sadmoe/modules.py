@@ -69,8 +69,8 @@ def plain_name(name: str) -> str:
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether it, or a model inside it, says so, as those of transformers do, and has a decoder: an encoder taken out
-    of one has the whole one's config."""
+    """Whether the config of the model, or of one inside it, says encoder-decoder, and a decoder is really there: an
+    encoder that was taken out of such a model still has the whole model's config."""
     return any(
         name.endswith("decoder")
         for m in model.modules()

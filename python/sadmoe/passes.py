@@ -25,6 +25,10 @@ class PassesLoss(ABC):
     def _watching(self) -> AbstractContextManager[Any]:
         """Inside, hooks give what they see to `_note`."""
 
+    @abstractmethod
+    def __call__(self, batch: Any = None) -> Tensor:
+        """The term of the passes since the last call; batch: what the model ran, which tells real tokens."""
+
     def __enter__(self: Loss) -> Loss:
         name = type(self).__name__
         if self._entered:

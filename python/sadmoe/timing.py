@@ -24,8 +24,8 @@ LONG = 1.0  # seconds of a call, beside which what the first one waits for is li
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: median, and the distance between the quartiles, or what else the timer says, as a share of
-    it, of so many calls."""
+    """Seconds of one call: the median of so many calls, and the spread as a share of it: the distance between the
+    quartiles, unless the timer says otherwise."""
 
     median: float
     spread: float

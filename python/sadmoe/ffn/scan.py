@@ -135,7 +135,7 @@ def _all_of(
 class _Found:
     """What a scan found.
 
-    by_halves: names of the sites that were proved without what is between and around their two modules.
+    by_halves: names of the sites that were proved by running their two modules alone.
     unsure: the modules of which another call would tell more.   sharing: of these, those with several FFNs that may
     share an activation.
     """

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,24 +15,13 @@ from sadmoe.dial import tau
 from sadmoe.ffn import find_ffns, swap_activations_
 from sadmoe.ffn.activation_swap import Undo
 from sadmoe.modules import evaluating, refuse_compiled
+from sadmoe.passes import PassesLoss
 from sadmoe.reference import RECTIFIERS
 from sadmoe.router_loss import RouterLoss
 from sadmoe.routers import RouterConfig
 from sadmoe.sparsify import SparsifyConfig, SparsityLoss
 from sadmoe.sparsify.penalty import Penalty
 from sadmoe.training.config import Schedule
-
-
-class Term(Protocol):
-    """What is added to a loss: it watches the model's forward passes, and is called once after each."""
-
-    def __enter__(self) -> Any: ...
-
-    def __exit__(self, *exc: object) -> None: ...
-
-    def __call__(self, batch: Any, /) -> Tensor: ...
-
-    def forget(self) -> None: ...
 
 
 class AddedLoss(TrainerCallback):
@@ -49,7 +38,7 @@ class AddedLoss(TrainerCallback):
         self._added = 0  # terms of the step
         self._trained_on = 0  # those of them that a backward pass reached
         self._arguments: Any = None
-        self._term: Term | None = None
+        self._term: PassesLoss | None = None
         self._handles: list[RemovableHandle] = []
 
     def check(self, arguments: Any) -> None:
@@ -65,7 +54,7 @@ class AddedLoss(TrainerCallback):
                 f"{type(self).__name__} is in the loss that the model returns: leave label smoothing out"
             )
 
-    def watch(self, model: nn.Module, term: Term, arguments: Any) -> None:
+    def watch(self, model: nn.Module, term: PassesLoss, arguments: Any) -> None:
         """Begins to watch the model."""
         self._arguments = arguments
         term.__enter__()

@@ -20,9 +20,9 @@ OLDEST = (8, 0)  # compute capability of a GPU that kernels are built for
 def run(op: torch._ops.OpOverload, *args: Any) -> Tensor:
     """The op; without gradients, past its rule for them.
 
-    The rule is Python: with cold caches, calling it only to learn that no gradient is wanted takes longer than a kernel
-    with one token. It is plain torch, every expert computed, inside the transforms of torch.func; and, but for graphs
-    of torch.compile, with forward-mode gradients, and on GPUs that are older than the kernels.
+    The rule is Python: with cold caches, to enter it only to learn that no gradient is wanted takes longer than a
+    kernel with one token. Plain torch, which computes every expert, runs instead inside the transforms of torch.func
+    and, outside graphs of torch.compile, with forward-mode gradients and on GPUs that are older than the kernels.
     """
     if torch._C._are_functorch_transforms_active():
         return _in_plain_torch(op, args, BY_TORCH)
@@ -72,8 +72,8 @@ def check_values(name: str, args: Iterable[Any]) -> None:
 
 
 def check_devices(*arguments: Any) -> None:
-    """Raises RuntimeError where they are on several. Beside one meta tensor, torch asks for no more than shapes, and
-    would return what no kernel has written; beside one on a device without a kernel, for what plain torch does."""
+    """Raises RuntimeError where they are on several devices. With one tensor on meta, torch would only infer shapes,
+    and return memory that no kernel wrote; with one on a device without kernels, it would run plain torch."""
     devices = {str(value.device) for value in arguments if isinstance(value, Tensor)}
     if len(devices) > 1:
         raise RuntimeError(

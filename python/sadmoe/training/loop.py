@@ -195,7 +195,8 @@ class _Update:
         return torch.stack([value.detach().double(), penalty.detach().to(self.device).double()]) * parts
 
     def _sum_gradients(self) -> None:
-        """Over the processes. What no batch of any reached has none, as in one process, and so is not decayed."""
+        """Over the processes. A parameter that no batch of any process reached keeps no gradient, as in one process, so
+        that it is not decayed."""
         if self.world == 1:
             return
         reached = torch.tensor([float(p.grad is not None) for p in self.parameters], device=self.device)

@@ -19,8 +19,8 @@ from sadmoe.hooks import hooks_on
 from sadmoe.modules import device_of, evaluating, floats_in, is_encoder_decoder, unwrapped
 
 Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> scalar; it runs the model itself
-LONGEST = 100.0  # times the median |h_dense|^2 of the tokens, as which a longer one counts
-SMALL = 1e-6  # of their mean, up to which none does, where most are all but 0
+LONGEST = 100.0  # times the median |h_dense|^2 of the tokens: a longer one counts as one of that
+SMALL = 1e-6  # of their mean, which that is at least, where most tokens are all but 0
 # Runs the model on a batch and says how far off it is. The index is the same whenever the same batch comes; None where
 # that is not known.
 Objective = Callable[[Batch, int | None], Tensor]
@@ -97,8 +97,8 @@ def distill_hidden(
     """Mean over blocks of |h - h_dense|^2 / |h_dense|^2, the norms over the real tokens together, + output_loss, of
     which "logits" is `logits_kl`.
 
-    A token counts as at most LONGEST times the median one: the first of many a decoder has a thousand times that, and
-    the others would not count.
+    A token counts as at most LONGEST times the median one: in many decoders the first has a thousand times that, and
+    would drown out the others.
     h is what leaves the block that the FFN sits in: the nearest module around it that is an entry of a
     ModuleList or Sequential, else the FFN's last linear layer. kept_bytes: of what the dense model gave, kept for when
     the same batch comes again.

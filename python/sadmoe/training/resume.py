@@ -33,9 +33,9 @@ class Checkpoint:
     """A folder in which a long step leaves its state, and how often.
 
     Call the same function again with the same model, batches, configuration, teacher, loss and folder: it goes on where
-    it was, and another one is refused, as far as it can be told (a loss by its name). A run that had ended is not run
-    again, only loaded.   every: seconds between two saves; 0: after each update. Give each
-    step a folder of its own, and keep the number of threads: what a run begins with is compared bit for bit. With
+    it was. A different run is refused, where the difference can be told (losses are known by their names alone). A run
+    that had ended is not repeated: its result is loaded.   every: seconds between two saves; 0: after each update. Give
+    each step a folder of its own, and keep the number of threads: what a run begins with is compared bit for bit. With
     several processes the first one writes, and all must see the folder.
     """
 
