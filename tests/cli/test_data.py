@@ -201,17 +201,18 @@ def test_what_an_encoder_decoder_reads(t5, pairs):
 
 
 def test_a_target_begins_with_its_start_wherever_the_tokenizer_pads(t5, tmp_path):
-    left, data = tmp_path / "left", tmp_path / "pairs.txt"
+    left, data, model, start = tmp_path / "left", tmp_path / "pairs.txt", texts.load_model(t5), 4
+    model.config.decoder_start_token_id = start  # not that of padding, as T5's is
     tokenizer = transformers.AutoTokenizer.from_pretrained(t5)
     tokenizer.save_pretrained(left)
     config = json.loads((left / "tokenizer_config.json").read_text())
     (left / "tokenizer_config.json").write_text(json.dumps(config | {"padding_side": "left"}))
     data.write_text("run\tfew\nexperts run\tfew tokens choose them\n")
-    (batch,) = load_data(texts.load_model(t5), left, data, batch_size=2, max_length=8).batches
+    (batch,) = load_data(model, left, data, batch_size=2, max_length=8).batches
     assert batch["attention_mask"][:, -1].all(), "sources are padded as the tokenizer does"
     both = zip(batch["decoder_input_ids"], batch["decoder_attention_mask"], strict=True)
     rows = [ids[mask.bool()].tolist() for ids, mask in both]
-    assert rows == [[0, *tokenizer(text)["input_ids"][:-1]] for text in ("few", "few tokens choose them")]
+    assert rows == [[start, *tokenizer(text)["input_ids"][:-1]] for text in ("few", "few tokens choose them")]
 
 
 def test_images_are_read_by_batches_and_turned_as_they_were_taken(vit, tmp_path):
