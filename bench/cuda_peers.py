@@ -43,7 +43,7 @@ from cuda_timing import captured, graph_seconds
 from layer_problem import LayerShape, shape_of, tau_of_share
 from mask_kinds import clustered, recorded, recorded_shapes, skewed
 from sadmoe import crossover, ops, reference
-from sadmoe.crossover import CONSTANTS, Card, card_for, cards, choose
+from sadmoe.crossover import CONSTANTS, Card, card_for, cards
 from torch import Tensor
 
 SIZES = {  # of experts, by layer
@@ -190,7 +190,7 @@ def measured(p: SimpleNamespace, card: Card, reasons: set[str]) -> dict:
     row = {"T": p.T, "share": share, "union": union, "seconds": times, "spread": spread}
     if {"dense", "masked", "sadmoe"} <= times.keys():
         ours, needed = times["sadmoe"], union if p.T <= 64 else share
-        way = choose(p.layer, p.T, share, card, masked=True)
+        way = "sparse" if share <= crossover.crossover(p.layer, p.T, card, masked=True) else "dense"
         row |= {
             "eta": needed * times["dense"] / ours,
             "floor": floor(p, share, union, card) / ours,

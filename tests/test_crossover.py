@@ -12,7 +12,6 @@ from sadmoe.crossover import (
     LayerShape,
     card_for,
     cards,
-    choose,
     dense_seconds,
     masked_seconds,
     sparse_seconds,
@@ -32,15 +31,14 @@ BY_CARD = pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("layer", [*BERT.values(), GEMMA], ids=str)
 def test_the_choice_is_never_slower_than_dense_by_the_model(layer, masked, card):
-    ways = set()
-    for tokens, share in itertools.product(TOKENS, SHARES):
-        way = choose(layer, tokens, share, card, masked)
+    answers = set()
+    for tokens, share in itertools.product(TOKENS, SHARES[1:]):
+        sparsely = share <= crossover.crossover(layer, tokens, card, masked)
         dense = (masked_seconds if masked else dense_seconds)(layer, tokens, card)
         sparse = sparse_seconds(layer, tokens, share, card)
-        assert (dense if way == "dense" else sparse) <= 1.0001 * min(dense, sparse), (tokens, share, way)
-        assert way in ("dense", "decode" if tokens <= 64 else "sparse")
-        ways.add(way)
-    assert "dense" in ways
+        assert (sparse if sparsely else dense) <= 1.0001 * min(dense, sparse), (tokens, share)
+        answers.add(sparsely)
+    assert False in answers
 
 
 @BY_CARD
@@ -58,9 +56,9 @@ def test_time_grows_with_the_share_the_tokens_and_the_layer(card):
 def test_what_is_known_of_the_kernels_shows(card):
     limits = [crossover.crossover(BERT[s], 8192, card) for s in BERT]
     assert limits == sorted(limits), "larger experts pay sooner"
-    assert choose(GEMMA, 1, 0.1, card) == "decode", "a tenth of the weights is read"
-    assert choose(GEMMA, 32, 0.5, card) == "dense", "32 tokens of a half each need all weights"
-    assert choose(BERT[24], 512, 0.9, card) == "dense"
+    assert crossover.crossover(GEMMA, 1, card) > 0.1, "a tenth of the weights is read"
+    assert crossover.crossover(GEMMA, 32, card) < 0.5, "32 tokens of a half each need all weights"
+    assert crossover.crossover(BERT[24], 512, card) < 0.9
 
 
 def test_blocks_of_the_down_projection_grow_with_the_tokens_as_far_as_shared_memory_goes():
@@ -117,12 +115,11 @@ def test_fp32_has_its_own_rates():
     assert dense_seconds(wide, 8192, h100) > 5 * dense_seconds(GEMMA, 8192, h100)
 
 
-def test_the_limit_is_where_the_choice_turns():
+def test_the_limit_is_where_both_take_as_long():
     h100 = cards()["H100"]
     limit = crossover.crossover(GEMMA, 1, h100)
     assert 0.1 < limit < 1
-    assert choose(GEMMA, 1, limit * 0.999, h100) == "decode"
-    assert choose(GEMMA, 1, min(1.0, limit * 1.001), h100) == "dense"
+    assert sparse_seconds(GEMMA, 1, limit, h100) == pytest.approx(dense_seconds(GEMMA, 1, h100), rel=1e-4)
 
 
 def test_every_constant_has_a_unit_a_source_and_says_whether_it_was_measured():
@@ -174,8 +171,3 @@ def test_a_card_is_found_by_its_capability():
     )
     with pytest.raises(ValueError, match=r"capability must be at least \(8, 0\), that of A100, got \(7, 5\)"):
         card_for((7, 5))
-
-
-def test_a_wrong_share_is_named():
-    with pytest.raises(ValueError, match=r"share must be the executed share, in \[0, 1\], got 1.5"):
-        choose(GEMMA, 1, 1.5, CARDS[0])

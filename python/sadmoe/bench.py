@@ -20,7 +20,7 @@ from sadmoe.data import positions_of
 from sadmoe.dial import converted_layers, gates_of, set_gates
 from sadmoe.ffn import DenseFFN, dense_from_layer, has_originals
 from sadmoe.gates import DynamicK, Gate
-from sadmoe.hooks import hooks_on
+from sadmoe.hooks import calls_seen
 from sadmoe.layer import DynamicKMoE, only_input
 from sadmoe.masks import record_masks
 from sadmoe.modules import device_of, evaluating
@@ -141,10 +141,7 @@ def _seen(model: nn.Module, layers: dict[str, DynamicKMoE], batch: Any, gates: G
     def keep(name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
         inputs[name] = only_input(args, kwargs)
 
-    hooks = (
-        layer.register_forward_pre_hook(partial(keep, n), with_kwargs=True) for n, layer in layers.items()
-    )
-    with hooks_on(hooks), record_masks(model, skip_padding=False) as record:
+    with calls_seen(layers, keep), record_masks(model, skip_padding=False) as record:
         run(model, batch)
     if missed := [name for name in layers if name not in inputs]:
         raise ValueError(

@@ -1,12 +1,15 @@
 """Hooks on modules that come off again."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.hooks import RemovableHandle
+
+M = TypeVar("M", bound=torch.nn.Module)
 
 
 def uncompiled() -> AbstractContextManager[Any]:
@@ -27,3 +30,13 @@ def hooks_on(handles: Iterable[RemovableHandle]) -> Iterator[None]:
         for handle in handles:
             stack.enter_context(handle)
         yield
+
+
+def calls_seen(
+    modules: Mapping[str, M], see: Callable[[str, M, tuple[Any, ...], dict[str, Any]], None]
+) -> AbstractContextManager[None]:
+    """Inside, see(name, module, args, kwargs) comes before every call of one of these modules."""
+    return hooks_on(
+        module.register_forward_pre_hook(partial(see, name), with_kwargs=True)
+        for name, module in modules.items()
+    )

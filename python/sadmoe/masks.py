@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sadmoe.batches import Batch, real_rows, run, to_device
 from sadmoe.dial import converted_layers, gates_of
 from sadmoe.gradients import is_recomputed
-from sadmoe.hooks import hooks_on, uncompiled
+from sadmoe.hooks import calls_seen, uncompiled
 from sadmoe.layer import DynamicKMoE, only_input
 from sadmoe.modules import device_of, evaluating
 
@@ -121,9 +121,10 @@ def record_masks(
         record.see(name, layer, only_input(args, kwargs))
 
     with ExitStack() as hooks:
+        layers = converted_layers(model)
         hooks.enter_context(uncompiled())
-        for name, layer in converted_layers(model).items():
-            hooks.enter_context(layer.register_forward_pre_hook(partial(see, name), with_kwargs=True))
+        hooks.enter_context(calls_seen(layers, see))
+        for name, layer in layers.items():
             see_norms = partial(record.see_norms, name, layer)
             layer.norms_hooks.append(see_norms)
             hooks.callback(layer.norms_hooks.remove, see_norms)
@@ -141,9 +142,6 @@ def experts_per_token(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         found[name] = layer.mask(only_input(args, kwargs)).sum(-1).cpu()
 
     layers = converted_layers(model)
-    hooks = (
-        layer.register_forward_pre_hook(partial(see, n), with_kwargs=True) for n, layer in layers.items()
-    )
-    with uncompiled(), hooks_on(hooks), evaluating(model):
+    with uncompiled(), calls_seen(layers, see), evaluating(model):
         run(model, to_device(batch, device_of(model)))
     return {name: found[name] for name in layers if name in found}

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from sadmoe import reference
 from sadmoe.batches import real_part, refuse_mask
 from sadmoe.dial import check_no_adapters, trainable_layers
-from sadmoe.hooks import hooks_on
+from sadmoe.hooks import calls_seen
 from sadmoe.layer import DynamicKMoE, only_input
 from sadmoe.modules import refuse_compiled
 from sadmoe.passes import PassesLoss
@@ -60,14 +59,10 @@ class RouterLoss(PassesLoss):
     @contextmanager
     def _watching(self) -> Iterator[None]:
         asked = [v.requires_grad for v in self.weights]
-        hooks = (
-            layer.register_forward_pre_hook(partial(self._record, name), with_kwargs=True)
-            for name, layer in self.layers.items()
-        )
         try:
             for v in self.weights:
                 v.requires_grad_()
-            with hooks_on(hooks):
+            with calls_seen(self.layers, self._record):
                 yield
         finally:
             for v, before in zip(self.weights, asked, strict=True):

@@ -6,13 +6,7 @@ r router width. Times in seconds. Nothing here runs on the device or waits for i
 """
 
 from sadmoe.crossover.card import CONSTANTS, Card, card_for, cards
-from sadmoe.crossover.choice import (
-    choose,
-    crossover,
-    dense_seconds,
-    masked_seconds,
-    sparse_seconds,
-)
+from sadmoe.crossover.choice import crossover, dense_seconds, masked_seconds, sparse_seconds
 from sadmoe.crossover.shape import LayerShape
 
 __all__ = [
@@ -21,7 +15,6 @@ __all__ = [
     "LayerShape",
     "card_for",
     "cards",
-    "choose",
     "crossover",
     "dense_seconds",
     "masked_seconds",

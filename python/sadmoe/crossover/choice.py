@@ -1,7 +1,6 @@
 """Seconds of each way through a layer, and which takes the fewest."""
 
 from functools import lru_cache
-from typing import Literal
 
 from sadmoe.crossover.card import Card
 from sadmoe.crossover.common import TILE
@@ -9,7 +8,6 @@ from sadmoe.crossover.shape import LayerShape
 from sadmoe.crossover.way_in import up_seconds
 from sadmoe.crossover.way_out import down_seconds
 
-Way = Literal["dense", "decode", "sparse"]
 DECODE_TOKENS = 64  # the op takes its decode kernels up to here
 
 
@@ -57,20 +55,6 @@ def crossover(layer: LayerShape, tokens: int, card: Card, masked: bool = False, 
         middle = (low + high) / 2
         low, high = (middle, high) if sparse_seconds(layer, tokens, middle, card) <= dense else (low, middle)
     return low
-
-
-def choose(layer: LayerShape, tokens: int, share: float, card: Card, masked: bool = False) -> Way:
-    """The way that takes least time, so by the model never slower than dense.
-
-    share: what is expected to be executed, in [0, 1], such as calibration found; an overestimate is safe. Raises
-    ValueError for a share outside.
-    """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share must be the executed share, in [0, 1], got {share}")
-    limit = crossover(layer, tokens, card, masked)
-    if limit == 0 or share > limit:
-        return "dense"
-    return "decode" if tokens <= DECODE_TOKENS else "sparse"
 
 
 def _router_seconds(layer: LayerShape, tokens: int, card: Card) -> float:

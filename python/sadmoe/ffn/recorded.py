@@ -3,8 +3,6 @@
 import copy
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from sadmoe.batches import Batch, run, to_device
 from sadmoe.ffn.linears import linear_shape
 from sadmoe.ffn.probe import Call
 from sadmoe.ffn.sites import Parts
-from sadmoe.hooks import hooks_on, takes_hooks, uncompiled
+from sadmoe.hooks import calls_seen, takes_hooks, uncompiled
 from sadmoe.modules import device_of, evaluating
 
 
@@ -35,13 +33,10 @@ def record_calls(
         with suppress(Exception):  # of a foreign argument, which then cannot be given again
             calls[name] = _again(copy.deepcopy((args, kwargs)))
 
-    modules = ((name, model.get_submodule(name)) for name in names)
-    linears = (
-        (name, m) for name, m in model.named_modules() if takes_hooks(m) and linear_shape(m) is not None
-    )
-    hooks = (m.register_forward_pre_hook(partial(see, name), with_kwargs=True) for name, m in modules)
-    told = (m.register_forward_pre_hook(lambda *_, name=name: ran.add(name)) for name, m in linears)
-    with uncompiled(), hooks_on(chain(hooks, told)), evaluating(model):
+    modules = {name: model.get_submodule(name) for name in names}
+    linears = {name: m for name, m in model.named_modules() if takes_hooks(m) and linear_shape(m) is not None}
+    seen, told = calls_seen(modules, see), calls_seen(linears, lambda name, *_: ran.add(name))
+    with uncompiled(), seen, told, evaluating(model):
         runner(model, to_device(batch, device_of(model)))
     return calls, ran
 
