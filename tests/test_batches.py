@@ -1,6 +1,8 @@
+import warnings
 from collections import OrderedDict, UserDict, namedtuple
 from types import MappingProxyType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from sadmoe.batches import answer, check_batches, length, padding_mask, real_rows, run, samples_in, to_device
@@ -74,6 +76,26 @@ def test_a_batch_says_how_the_model_is_called(batch, sum_):
 def test_a_batch_that_the_model_does_not_take_is_named(batch, said):
     with pytest.raises(TypeError, match=f"a ReLU cannot be called with the batch, {said}"):
         run(nn.ReLU(), batch)
+
+
+@pytest.mark.parametrize(
+    ("x", "told"),
+    [
+        (np.ones((2, 3)), r"'x' holds a numpy.ndarray: give torch.as_tensor of it"),
+        ([np.ones(3)], r"'x' holds a numpy.ndarray"),
+        ([[1, 2], [3]], r"'x' is a list of numbers: tokenizers .* by return_tensors=\"pt\""),
+    ],
+)
+def test_numbers_in_no_tensor_are_named_where_the_model_does_not_take_them(x, told):
+    class Sized(nn.Module):
+        def forward(self, x):
+            return x.relu()
+
+    with pytest.raises(TypeError, match=f"a Sized cannot run the batch: {told}"):
+        run(Sized(), {"x": x})
+    with pytest.raises(TypeError, match=told.replace("'x'", "0")):
+        run(Sized(), (x,))
+    assert run(nn.Identity(), (x,)) is not None
 
 
 def test_a_mistake_inside_the_model_stays_as_it_is():
@@ -227,7 +249,14 @@ def test_samples_in_a_tuple_of_one_mapping_are_those_of_the_mapping():
 
 
 def test_real_rows_are_unknown_when_the_mask_is_of_another_length():
-    assert real_rows(Add(), "layers.0", {"attention_mask": MASK}, torch.zeros(2, 4, 5)) is None
+    with pytest.warns(UserWarning, match="of 3 tokens, and layers of this Add run on 4: all of these count"):
+        assert real_rows(Add(), "layers.0", {"attention_mask": MASK}, torch.zeros(2, 4, 5)) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # none of keys that are made of an image's patches
+        assert (
+            real_rows(Add(), "crossattention.self.key", {"attention_mask": MASK}, torch.zeros(2, 4, 5))
+            is None
+        )
     assert real_rows(Add(), "layers.0", (torch.zeros(2),), torch.zeros(2, 3, 5)) is None
 
 
@@ -382,4 +411,5 @@ def test_a_model_that_fills_up_to_a_window_has_no_more_real_tokens_than_the_batc
     assert real_rows(model, "layer", batch, torch.zeros(2, 8, 5)).view(2, 8).sum(1).tolist() == [3, 1]
     assert real_rows(model, "layer", batch, torch.zeros(8, 2, 5)).view(8, 2).sum(0).tolist() == [3, 1]
     model.config = SimpleNamespace()
-    assert real_rows(model, "layer", batch, torch.zeros(2, 8, 5)) is None
+    with pytest.warns(UserWarning, match="of 3 tokens, and layers of this Identity run on 8"):
+        assert real_rows(model, "layer", batch, torch.zeros(2, 8, 5)) is None

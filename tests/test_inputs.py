@@ -3,7 +3,7 @@ import torch
 from sadmoe.ffn import find_ffns
 from sadmoe.inputs import held_out_and_batches, stream_inputs
 from sites import collected, first_modules
-from tiny_models import TINY, call
+from tiny_models import SIZES, TINY, WAVES, call
 from torch import nn
 
 
@@ -163,3 +163,41 @@ def test_batches_are_of_one_length_so_that_every_token_counts_alike(rows, size, 
     assert [len(batch["x"]) for batch in batches] == lengths
     assert torch.equal(torch.cat([test["x"], *(batch["x"] for batch in batches)]), x)
     assert all(torch.equal(batch["x"], -batch["y"]) for batch in (test, *batches))
+
+
+def _parakeet():
+    """An encoder of spectra, 8 frames of 64."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_mel_bins": 16, "subsampling_conv_channels": 8, "conv_kernel_size": 9}
+    model = transformers.ParakeetEncoder(transformers.ParakeetEncoderConfig(**SIZES, **sizes)).eval()
+    mask = torch.ones(2, 64, dtype=torch.int64)
+    mask[1, 40:] = 0
+    return model, {"input_features": torch.randn(2, 64, 16), "attention_mask": mask}
+
+
+@pytest.mark.parametrize(
+    ("make", "frames"),
+    [(lambda: (TINY["wav2vec2"].model(), TINY["wav2vec2"].batch()), 19 + 9), (_parakeet, 8 + 5)],
+    ids=["wav2vec2", "parakeet"],
+)
+def test_of_sounds_the_frames_of_padding_are_left_out(make, frames, recwarn):
+    model, batch = make()
+    modules = first_modules(model)
+    for name, rows in stream_inputs(model, modules, [batch], max_tokens=100):
+        assert len(rows) == frames, name
+    for name, rows in stream_inputs(model, modules, [batch], max_tokens=100, skip_padding=False):
+        assert len(rows) > frames, name
+    assert not [w for w in recwarn if "real tokens" in str(w.message)]
+
+
+def test_a_mask_that_cannot_be_used_is_told_where_it_leaves_tokens_out(recwarn):
+    transformers = pytest.importorskip("transformers")
+    sizes = WAVES | {"conv_stride": (5, *6 * (2,)), "conv_kernel": (10, *4 * (3,), 2, 2), "squeeze_factor": 2}
+    model, batch = transformers.SEWModel(transformers.SEWConfig(**sizes)).eval(), TINY["wav2vec2"].batch()
+    modules = first_modules(model)
+    whole = {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}
+    assert all(len(rows) == 2 * 9 for _, rows in stream_inputs(model, modules, [whole], max_tokens=100))
+    assert not [w for w in recwarn if "real tokens" in str(w.message)]
+    told = "attention_mask is of 6400 tokens, and layers of this SEWModel run on 9: all of these count as real tokens"
+    with pytest.warns(UserWarning, match=told):
+        assert all(len(rows) == 2 * 9 for _, rows in stream_inputs(model, modules, [batch], max_tokens=100))

@@ -63,6 +63,16 @@ def tokens() -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def waves() -> dict[str, Tensor]:
+    """Two sounds of 19 and of 9 frames, as `WAVES` cuts them."""
+    mask = torch.ones(2, 6400, dtype=torch.int64)
+    mask[1, 3200:] = 0
+    return {
+        "input_values": torch.randn(2, 6400, generator=torch.Generator().manual_seed(2)) * mask,
+        "attention_mask": mask,
+    }
+
+
 def pixels() -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))}
 
@@ -105,6 +115,25 @@ GPT2 = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+WAVES = SIZES | {
+    "vocab_size": 50,
+    "conv_dim": (8,) * 7,
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 2,
+}
+WHISPER = {
+    "vocab_size": 50,
+    "d_model": D,
+    **{
+        f"{side}_{name}": n
+        for side in ("encoder", "decoder")
+        for name, n in (("layers", 1), ("attention_heads", 4), ("ffn_dim", F_))
+    },
+    "num_mel_bins": 8,
+    "max_source_positions": 9,
+    "max_target_positions": 16,
+    **{f"{name}_token_id": i for i, name in enumerate(("pad", "bos", "eos", "decoder_start"))},
+}
 OPT = {"vocab_size": 50, "hidden_size": D, "word_embed_proj_dim": D, "ffn_dim": F_, "num_hidden_layers": 2}
 
 
@@ -114,6 +143,11 @@ def _layers(pattern: str, count: int = 2) -> tuple[str, ...]:
 
 def _t5_batch() -> dict[str, Tensor]:
     return tokens() | {"decoder_input_ids": tokens()["input_ids"]}
+
+
+def _whisper_batch() -> dict[str, Tensor]:
+    spectra = torch.randn(2, 8, 18, generator=torch.Generator().manual_seed(2))
+    return {"input_features": spectra, "decoder_input_ids": tokens()["input_ids"]}
 
 
 def _timm_vit(**kw: Any) -> nn.Module:
@@ -293,6 +327,22 @@ TINY: dict[str, Tiny] = {
         "whole_fused",
         "silu",
         gated=True,
+        needs=HF,
+    ),
+    "wav2vec2": Tiny(
+        _hf("Wav2Vec2ForCTC", "Wav2Vec2Config", **WAVES),
+        waves,
+        _layers("wav2vec2.encoder.layers.{}.feed_forward"),
+        "whole_plain",
+        "gelu",
+        needs=HF,
+    ),
+    "whisper": Tiny(
+        _hf("WhisperForConditionalGeneration", "WhisperConfig", **WHISPER),
+        _whisper_batch,
+        ("model.encoder.layers.0.fc1", "model.decoder.layers.0.fc1"),
+        "in_block",
+        "gelu",
         needs=HF,
     ),
     "vit": Tiny(

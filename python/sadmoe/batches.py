@@ -6,11 +6,14 @@ A *batch* is one call: a Mapping becomes model(**batch), a tuple or list model(*
 
 import copy
 import re
+import warnings
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from inspect import signature
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,8 +45,10 @@ def run(model: nn.Module, batch: Batch) -> Any:
     rest = batch if isinstance(batch, tuple | list) else (batch,) if isinstance(batch, Tensor) else ()
     try:
         return model(*rest, **named)
-    except TypeError as error:
-        if not _raised_by_the_call(error):
+    except Exception as error:
+        if told := _no_tensors(named.items() or enumerate(rest)):
+            raise TypeError(f"a {type(model).__name__} cannot run the batch: {told}") from error
+        if not isinstance(error, TypeError) or not _raised_by_the_call(error):
             raise
         raise TypeError(
             f"a {type(model).__name__} cannot be called with the batch, {_said(batch)}: {error}. A batch is what the "
@@ -71,6 +76,19 @@ def _raised_by_the_call(error: TypeError) -> bool:
     while at is not None and at.tb_next is not None:
         at = at.tb_next
     return at is not None and at.tb_frame.f_code is nn.Module._call_impl.__code__
+
+
+def _no_tensors(parts: Iterable[tuple[Any, Any]]) -> str | None:
+    """Of numbers that are in no tensor, in which part of a batch they are and what to do; None where there are none."""
+    for key, value in parts:
+        leaves = tree_leaves(value)
+        if any(isinstance(leaf, np.ndarray) for leaf in leaves):
+            return f"{key!r} holds a numpy.ndarray: give torch.as_tensor of it"
+        if isinstance(value, list) and leaves and all(isinstance(leaf, int | float) for leaf in leaves):
+            return (
+                f'{key!r} is a list of numbers: tokenizers and processors give tensors by return_tensors="pt"'
+            )
+    return None
 
 
 def _said(batch: Batch) -> str:
@@ -191,7 +209,9 @@ def real_rows(model: nn.Module, name: str, batch: Batch | None, x: Tensor) -> Te
     uses the first of these that there is: "decoder_attention_mask"; "labels", whose padding is -100; or, where the
     decoder is given no tokens and so reads the encoder's, moved on by one, the encoder's mask moved on likewise. Keys
     and values of cross-attention are made from the encoder's tokens, and use the encoder's mask. Where images come
-    beside text, what is below a module named after vision answers to no mask.
+    beside text, what is below a module named after vision answers to no mask. Speech models of transformers say which
+    frames the real part of a wave becomes. A mask that leaves tokens out, of another length than x [B, T, d], is not
+    used, and told in a UserWarning.
     """
     batch = _only(batch)
     sees = any(word in name for word in ("vision", "visual", "image"))
@@ -208,9 +228,36 @@ def real_rows(model: nn.Module, name: str, batch: Batch | None, x: Tensor) -> Te
     if mask is not None and x.dim() == 3 and fills_up:  # Longformer, to its window
         tokens = x.shape[1] if x.shape[0] == mask.shape[0] else x.shape[0]
         mask = F.pad(mask, (0, max(0, tokens - mask.shape[-1])))
-    if mask is None or x.is_nested or mask.numel() != x[..., 0].numel():
+    if mask is None or x.is_nested:
         return None
+    if mask.numel() != x[..., 0].numel():
+        if x.dim() != 3 or x.shape[0] != len(mask):
+            return None
+        found = _of_frames(model, mask, x.shape[1])
+        if found is None and x.shape[1] > 1 and not mask.all() and not _OF_ENCODER_STATES.search(name):
+            warnings.warn(  # once, not for every layer
+                f"the batches' attention_mask is of {mask.shape[1]} tokens, and layers of this {type(model).__name__} "
+                f"run on {x.shape[1]}: all of these count as real tokens",
+                stacklevel=2,
+            )
+        if found is None:
+            return None
+        mask = found
     return mask_rows(mask, x.shape).to(x.device)
+
+
+def _of_frames(model: nn.Module, mask: Tensor, frames: int) -> Tensor | None:
+    """The mask [B, frames] of what a speech model makes of waves or spectra whose mask was given, where it tells."""
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "_get_feature_vector_attention_mask"):  # Wav2Vec2, HuBERT and their like
+            lengths, made = module._get_feat_extract_output_lengths, module._get_feature_vector_attention_mask
+            alone = {"add_adapter": False} if "add_adapter" in signature(lengths).parameters else {}
+            if int(lengths(torch.tensor(mask.shape[1]), **alone)) == frames:
+                return made(frames, mask, **alone).bool()
+        elif hasattr(module, "_get_output_attention_mask"):  # Parakeet and its like
+            return module._get_output_attention_mask(mask, target_length=frames).bool()
+    return None
 
 
 def mask_rows(mask: Tensor, shape: torch.Size) -> Tensor:

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sadmoe.batches import Batches, check_batches, length, real_rows, rows_of, run, to_device
-from sadmoe.hooks import hooks_on, uncompiled
+from sadmoe.hooks import calls_seen, hooks_on, uncompiled
 from sadmoe.modules import device_of, evaluating
 
 
@@ -66,7 +65,7 @@ def stream_inputs(
         if missed and not skip_unreached:
             raise ValueError(
                 f"the batches never reach {', '.join(missed)}: pass batches that run every FFN, or leave out those "
-                "that they never run"
+                "that they never run, by the filter of a config (--only)"
             )
         for name in missed:
             del waiting[name]
@@ -166,8 +165,7 @@ def _one_pass(
         collector.see(name, x)
 
     device = device_of(collector.model)
-    hooks = (m.register_forward_pre_hook(partial(see, n), with_kwargs=True) for n, m in modules.items())
-    with uncompiled(), hooks_on(hooks), evaluating(collector.model):
+    with uncompiled(), calls_seen(modules, see), evaluating(collector.model):
         for batch in tqdm(batches, "inputs", length(batches), disable=not progress):
             collector.batch = to_device(batch, device)
             run(collector.model, collector.batch)
