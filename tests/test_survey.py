@@ -157,3 +157,27 @@ def test_a_converted_model_and_one_without_ffns_are_refused():
         sadmoe.survey(3, [batch])
     with pytest.raises(sadmoe.FFNNotFoundError):
         sadmoe.survey(nn.Sequential(nn.Linear(4, 4)), [torch.ones(1, 4)])
+
+
+def test_what_these_batches_never_run_is_told_and_left_out():
+    model = two_ffns()
+    model[0].spare = two_ffns()
+    found, alone = sadmoe.survey(model, data()), sadmoe.survey(two_ffns(), data())
+    assert [ffn.name for ffn in found.ffns] == [ffn.name for ffn in alone.ffns]
+    assert found.share == alone.share
+    idle = {skipped.name: skipped.reason for skipped in found.skipped}
+    assert idle.keys() == {f"0.spare.{ffn.name}" for ffn in alone.ffns}
+    assert all(
+        "these batches never run it: convert the others by a filter (--only)" in why for why in idle.values()
+    )
+
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.spare = two_ffns()
+
+        def forward(self, x):
+            return x
+
+    with pytest.raises(ValueError, match=r"the batches never reach spare.*: pass batches that run the FFNs"):
+        sadmoe.survey(Idle(), data())

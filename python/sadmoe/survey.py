@@ -97,8 +97,8 @@ def survey(model: nn.Module, batches: Batches, *, progress: bool = False) -> Sur
     """Runs a dense model over batches, and says what converting it could save at most; the model is left as it was.
 
     batches: of what the model is for, as `convert_` takes them; of random data the shares of FLOPs are right, and the
-    activations mean little. Raises FFNNotFoundError and NotImplementedError as `find_ffns`, and ValueError where an FFN
-    is never run or the model is converted.
+    activations mean little. FFNs that they never run are `skipped`. Raises FFNNotFoundError and NotImplementedError as
+    `find_ffns`, and ValueError where no FFN is run or the model is converted.
     """
     check_model(model)
     check_batches(batches)
@@ -112,10 +112,17 @@ def survey(model: nn.Module, batches: Batches, *, progress: bool = False) -> Sur
         find_ffns(model, batches=batches)  # says why
     projections, refused = scan_projections(model, batches=batches)
     linears = [*(site.first for site in sites), *(p.first for p in projections)]
-    sparsities = measure_sparsity(model, batches, sites, progress=progress)
     counted = FlopCount(model)
     rows = count_rows(model, linears, tqdm(batches, "FLOPs", length(batches), disable=not progress), counted)
     total = counted.flops
+    idle = [site.name for site in sites if not rows[site.first]]
+    if len(idle) == len(sites):
+        raise ValueError(
+            f"the batches never reach {', '.join(shortened(idle, 5))}: pass batches that run the FFNs"
+        )
+    skipped = [*skipped, *overlooked(model, sites, skipped), *(_idle(model, name) for name in idle)]
+    sites = [site for site in sites if rows[site.first]]
+    sparsities = measure_sparsity(model, batches, sites, progress=progress)
     ffns = tuple(
         _share_of(site, sparsity, rows[site.first] / total)
         for site, sparsity in zip(sites, sparsities, strict=True)
@@ -134,9 +141,14 @@ def survey(model: nn.Module, batches: Batches, *, progress: bool = False) -> Sur
         len(projections),
         parameters,
         sum(weights.values()) / parameters,
-        (*skipped, *overlooked(model, sites, skipped)),
+        tuple(skipped),
         tuple(refused),
     )
+
+
+def _idle(model: nn.Module, name: str) -> Skipped:
+    told = "these batches never run it: convert the others by a filter (--only), or give batches that do"
+    return Skipped(name, type(model.get_submodule(name)).__name__, told)
 
 
 def _share_of(site: FFNSite, sparsity: LayerSparsity, rows_of_flops: float) -> FFNShare:

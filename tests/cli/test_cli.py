@@ -57,6 +57,23 @@ def test_what_is_skipped_is_made_up_for_where_asked(folder, text, tmp_path, caps
     assert "nothing was made up for: the budget pays for every expert" in capsys.readouterr().out
 
 
+def test_only_what_fits_a_pattern_is_changed(tmp_path, text, capsys):
+    two = bert(tmp_path / "two", num_hidden_layers=2, hidden_act="gelu")
+    out, quick = tmp_path / "moe", ("--tau", "0.2", "--router-width", "4")
+    more = ("--sparsify", "0.1", "--projections", "1")
+    assert converted(two, text, out, *quick, *more, "--only", "*.1.*", "nothing*") == 0
+    model, dense = texts.load_model(out), texts.load_model(two)
+    changed = set(moe_layers(model))
+    assert len(changed) == 5, "the FFN, and four projections"
+    assert all(".layer.1." in name for name in changed)
+    first = "encoder.layer.0.intermediate."
+    assert type(model.get_submodule(f"{first}intermediate_act_fn")) is type(
+        dense.get_submodule(f"{first}intermediate_act_fn")
+    )
+    assert converted(two, text, tmp_path / "none", *quick, "--only", "layer.1") == 2
+    assert "encoder.layer.1.intermediate" in capsys.readouterr().err, "of what there is"
+
+
 def test_survey_on_data_and_on_random_tokens(folder, text, capsys):
     assert cli.main(["survey", "--model", str(folder), "--data", str(text)]) == 0
     printed = capsys.readouterr().out

@@ -5,7 +5,9 @@ import copy
 import json
 import tempfile
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -74,6 +76,13 @@ def add_convert(commands: Any) -> None:
         help=f"FLOPs of the FFNs, a share of dense, for which tau is solved (default, without --tau: {BUDGET})",
     )
     command.add_argument("--tau", type=float, help="the threshold itself, instead of a budget")
+    command.add_argument(
+        "--only",
+        nargs="+",
+        metavar="PATTERN",
+        help="change only what has a name that fits one of these, such as '*language_model*', and leave the rest as it "
+        "is (sadmoe survey tells the names)",
+    )
     command.add_argument(
         "--expert-size", type=positive, default=32, help="neurons in an expert (default: %(default)s)"
     )
@@ -234,7 +243,15 @@ def _conversion(arguments: argparse.Namespace) -> ConvertConfig:
         router=router,
         projection_router=replace(router, width=PROJECTION_ROUTER) if arguments.projections else None,
         seed=arguments.seed,
+        filter=_filter(arguments),
     )
+
+
+def _filter(arguments: argparse.Namespace) -> Callable[[str], bool] | None:
+    """Of a name: whether --only takes it."""
+    if arguments.only is None:
+        return None
+    return lambda name: any(fnmatchcase(name, pattern) for pattern in arguments.only)
 
 
 def _trains(arguments: argparse.Namespace) -> bool:
@@ -270,7 +287,7 @@ def _check_cuts(model: nn.Module, data: Data, arguments: argparse.Namespace) -> 
     trial = copy.deepcopy(model) if arguments.projections else model
     if arguments.projections:
         width_of = _projections(arguments).width_of
-        for place in scan_projections(trial, batches=data.batches)[0]:
+        for place in scan_projections(trial, _filter(arguments), batches=data.batches)[0]:
             shape = linear_shape(place.first)
             assert shape is not None  # a projection's
             stand_in(trial, place.name, empty_mlp(place.first, width_of(*shape)), keep=False)
@@ -278,7 +295,12 @@ def _check_cuts(model: nn.Module, data: Data, arguments: argparse.Namespace) -> 
 
 
 def _projections(arguments: argparse.Namespace) -> ProjectionConfig:
-    return ProjectionConfig(steps=arguments.projections, multiple=arguments.expert_size, seed=arguments.seed)
+    return ProjectionConfig(
+        steps=arguments.projections,
+        multiple=arguments.expert_size,
+        seed=arguments.seed,
+        filter=_filter(arguments),
+    )
 
 
 def _prepare(model: nn.Module, dense: nn.Module | None, data: Data, arguments: argparse.Namespace) -> None:
@@ -290,7 +312,11 @@ def _prepare(model: nn.Module, dense: nn.Module | None, data: Data, arguments: a
         sparsify = SparsifyConfig(seconds=arguments.sparsify, seed=arguments.seed)
         follow = _checkpoint(arguments, "sparsify")
         with fast_training(*(one for one in (model, dense) if one is not None)):
-            say(sparsify_(model, data.batches, sparsify, teacher=dense, checkpoint=follow))
+            say(
+                sparsify_(
+                    model, data.batches, sparsify, teacher=dense, filter=_filter(arguments), checkpoint=follow
+                )
+            )
 
 
 def _compensated(model: nn.Module, data: Data, arguments: argparse.Namespace) -> str | None:

@@ -229,7 +229,8 @@ def measure_sparsity(
             (run if loss is None else loss)(model, current["batch"])
     if missed := [name for name, (pairs, *_) in counts.items() if pairs == 0]:
         raise ValueError(
-            f"the batches never reach {', '.join(missed)}: pass batches that run every FFN, or fewer sites"
+            f"the batches never reach {', '.join(missed)}: pass batches that run every FFN, or leave out those "
+            "that they never run, by a filter (--only)"
         )
     return [
         LayerSparsity(site.name, site.dense().f, float(zero / pairs), float(small / pairs))
