@@ -6,7 +6,12 @@ function(add_isa_source target file)
   target_include_directories(${lib} PRIVATE csrc)
   set(optimised -O3)
   if(SADMOE_SANITIZE)
-    set(optimised -O1 -g1)  # checks in every unrolled access, and debug information of all, take minutes
+    # Checks in every unrolled access, and debug information of all, take minutes: so checks are calls, and what both
+    # sanitizers see is left to AddressSanitizer.
+    set(optimised -O1 -g1 -fno-sanitize=null,object-size)
+    if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+      list(APPEND optimised --param=asan-instrumentation-with-call-threshold=0)
+    endif()
     if("-mavx512f" IN_LIST ARGN AND EXISTS /proc/cpuinfo)
       file(STRINGS /proc/cpuinfo flags REGEX "^flags" LIMIT_COUNT 1)
       if(NOT "${flags} " MATCHES " avx512f ")
