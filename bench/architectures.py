@@ -1,18 +1,18 @@
-"""The model types of transformers that take a text or an image: what sadmoe converts of them, and whether it works.
+"""The model types of transformers that take text, an image or sound: what sadmoe converts of them, and if it works.
 
     python bench/architectures.py [TYPE ...] [--out FOLDER]
 
 A random model of each type, made small by the names of its configuration's sizes, in a process of its own. Held to:
 
-  converted   FFNs that are now experts of 8 neurons, of those found or refused; the refused are listed with reasons
+  converted   FFNs that are now experts of 8 neurons, of those that ran or were refused; the refused are listed below
   tau 0       largest difference to the dense outputs, relative to the largest of them
   tau 0.5     share of the experts that ran; all outputs must be finite
   loaded      the converted model, saved and loaded by plain transformers, gives its outputs bit for bit; "-": the
               dense model, saved and loaded, does not give its own
   restored    restore_ gives the dense outputs bit for bit
 
-Types that have experts of their own, several towers, other inputs, or do not run when made small, are not tried. One
-whose FFN is then as wide as the model counts as one without: sadmoe takes it for no FFN.
+Types that have experts of their own, other inputs, or do not run when made small, are not tried. Towers for inputs that
+were not given stay dense. One whose FFN is then as wide as the model counts as one without: sadmoe takes it for none.
 Writes architectures.json and architectures.md.
 """
 
@@ -35,16 +35,36 @@ import torch
 import transformers
 from command import command
 from sadmoe.ffn import scan_ffns
+from sadmoe.inputs import stream_inputs
 from sadmoe.tables import format_table
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto import modeling_auto
 
-HEADS = ("SEQ_TO_SEQ_CAUSAL_LM", "CAUSAL_LM", "MASKED_LM", "IMAGE_CLASSIFICATION", "SEQUENCE_CLASSIFICATION")
+HEADS = (
+    *(
+        "IMAGE_TEXT_TO_TEXT",
+        "SPEECH_SEQ_2_SEQ",
+        "CTC",
+        "AUDIO_CLASSIFICATION",
+        "SEQ_TO_SEQ_CAUSAL_LM",
+        "CAUSAL_LM",
+        "MASKED_LM",
+    ),
+    *("IMAGE_CLASSIFICATION", "SEQUENCE_CLASSIFICATION"),
+)
+SOUNDS, BANDS = (
+    ("input_features", "input_values"),
+    ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim"),
+)
+IMAGE_TOKEN = 4
+TOKEN_IDS = {f"{name}_token_id": i for i, name in enumerate(("pad", "bos", "eos", "decoder_start"))}
+TOKEN_IDS |= {"image_token_id": IMAGE_TOKEN, "image_token_index": IMAGE_TOKEN}
 VOCABULARY, TOKENS, PIXELS, EXPERT = 100, 12, 64, 8
 CLOSE = 1e-4
 SIZES: list[tuple[str, Callable[[int], int]]] = [  # the first name that fits: what becomes of its size
-    (r"type_vocab|num_labels|num_channels|in_chans", lambda n: n),
+    (r"type_vocab|num_labels|num_channels|in_chans|feat_extract|mel_bins", lambda n: n),
     (r"vocab|num_embeddings", lambda n: min(n, VOCABULARY)),
     (r"(key_value|kv)_heads|num_kv", lambda n: min(n, 2)),
     (r"heads?$", lambda n: min(n, 4)),
@@ -86,7 +106,25 @@ def small(config: PretrainedConfig) -> dict[str, Any]:
         elif name == "layer_types" and value:
             kinds = list(dict.fromkeys(value))
             sizes[name], sizes["num_hidden_layers"] = (kinds * 2)[: max(2, len(kinds))], max(2, len(kinds))
+        elif isinstance(value, dict) and "rope_theta" in value:
+            sizes[name] = {**value, "mrope_section": [2, 1, 1]}  # where positions are of three kinds
+    for name, part in parts_of(config):
+        sizes[name] = {"model_type": part.model_type, **small(part)}
+    sizes |= {name: i for name, i in TOKEN_IDS.items() if getattr(config, name, None) is not None}
+    if getattr(config, "vocab_size", VOCABULARY) is None:
+        sizes["vocab_size"] = VOCABULARY
     return sizes
+
+
+def parts_of(config: PretrainedConfig) -> list[tuple[str, PretrainedConfig]]:
+    """The configurations of its towers, by name."""
+    parts = [(name, getattr(config, name, None)) for name in type(config).sub_configs]
+    return [(name, part) for name, part in parts if isinstance(part, PretrainedConfig)]
+
+
+def has_experts(config: PretrainedConfig) -> bool:
+    own = any(re.search(r"experts", name) and value for name, value in vars(config).items())
+    return own or any(has_experts(part) for _, part in parts_of(config))
 
 
 def _are_ints(value: Any) -> bool:
@@ -96,16 +134,9 @@ def _are_ints(value: Any) -> bool:
 def small_config(kind: str) -> PretrainedConfig:
     config_class = CONFIG_MAPPING[kind]
     config = config_class()
-    if any(
-        re.search(r"text|vision|audio|encoder|decoder|backbone|vlm", name)
-        for name in config_class.sub_configs
-    ):
-        raise NotTried("several towers")
-    if any(re.search(r"experts", name) and value for name, value in vars(config).items()):
+    if has_experts(config):
         raise NotTried("experts of its own")
-    tokens = {f"{name}_token_id": i for i, name in enumerate(("pad", "bos", "eos", "decoder_start"))}
-    given = {name: i for name, i in tokens.items() if getattr(config, name, None) is not None}
-    return config_class(**small(config), **given)
+    return config_class(**small(config))
 
 
 def model_class(kind: str) -> type[nn.Module]:
@@ -118,21 +149,68 @@ def model_class(kind: str) -> type[nn.Module]:
 
 
 def batch_of(model: nn.Module) -> dict[str, Tensor]:
-    """Two texts, or two images."""
-    config: Any = model.config
+    """Two texts, two images, two sounds, or two of several of them: the first that the model runs with."""
     names = inspect.signature(model.forward).parameters
-    if "input_ids" in names:
-        batch = {"input_ids": torch.randint(4, min(config.vocab_size, VOCABULARY) - 4, (2, TOKENS))}
-        if "attention_mask" in names:
-            batch["attention_mask"] = torch.ones(2, TOKENS, dtype=torch.int64)
-        if config.is_encoder_decoder:
-            batch["decoder_input_ids"] = batch["input_ids"][:, :7]
-        return batch
-    if "pixel_values" in names:
-        size = getattr(config, "image_size", PIXELS)
-        height, width = (size, size) if isinstance(size, int) else size
-        return {"pixel_values": torch.randn(2, getattr(config, "num_channels", 3), height, width)}
-    raise NotTried("neither text nor image")
+    texts, images = texts_for(model.config), images_for(model.config)
+    sounds = [{name: sound} for name in SOUNDS for sound in sounds_for(model.config)]
+    several = [
+        shown | image
+        for text in texts
+        for image in images
+        for shown in (with_image(model, text, image), text)
+    ]
+    decoded = {"decoder_input_ids": torch.randint(4, 40, (2, 7))} if model.config.is_encoder_decoder else {}
+    possible = [
+        batch | decoded for batch in (*several, *texts, *images, *sounds) if batch.keys() <= names.keys()
+    ]
+    if not possible:
+        raise NotTried("neither text, nor image, nor sound")
+    return next((batch for batch in possible if runs(model, batch)), possible[0])
+
+
+def texts_for(config: Any) -> list[dict[str, Tensor]]:
+    most = getattr(config.get_text_config(), "vocab_size", None) or VOCABULARY
+    ids = torch.randint(IMAGE_TOKEN + 1, min(most, VOCABULARY) - 4, (2, TOKENS))
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}, {"input_ids": ids}]
+
+
+def with_image(model: nn.Module, text: dict[str, Tensor], image: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The text after as many tokens that stand for the image as the model makes of it, where it says."""
+    try:
+        with torch.no_grad():
+            found = model.get_image_features(**image)
+        rows = [part.flatten(0, -2) for part in getattr(found, "pooler_output", found)]
+        tokens = F.pad(text["input_ids"], (sum(map(len, rows)) // 2, 0), value=IMAGE_TOKEN)
+    except Exception:  # there are many ways
+        return text
+    return {name: tokens if name == "input_ids" else torch.ones_like(tokens) for name in text}
+
+
+def images_for(config: Any) -> list[dict[str, Tensor]]:
+    """Of the size that the configuration has, or that of a tower."""
+    found = [
+        part for part in (config, *(part for _, part in parts_of(config))) if hasattr(part, "image_size")
+    ]
+    size = getattr(found[0], "image_size", PIXELS) if found else PIXELS
+    height, width = (size, size) if isinstance(size, int) else size
+    channels = getattr(found[0], "num_channels", 3) if found else 3
+    return [{"pixel_values": torch.randn(2, channels, height, width)}]
+
+
+def sounds_for(config: Any) -> list[Tensor]:
+    """Spectra with the frames first or last, of the sizes that the configuration has, and waves."""
+    bands = {getattr(config, name) for name in BANDS if hasattr(config, name)}
+    frames = [64, getattr(config, "max_length", 64), 2 * getattr(config, "max_source_positions", 32)]
+    spectra = [torch.randn(2, *shape) for n in bands for m in frames for shape in ((m, n), (n, m))]
+    return [*spectra, torch.randn(2, 3200)]
+
+
+def runs(model: nn.Module, batch: dict[str, Tensor]) -> bool:
+    try:
+        outputs(model, batch)
+    except Exception:
+        return False
+    return True
 
 
 def outputs(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
@@ -155,6 +233,13 @@ def loaded(model: nn.Module) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return type(model).from_pretrained(folder).eval()
+
+
+def reloads_densely(model: nn.Module, batch: dict[str, Tensor], wanted: list[Tensor]) -> bool:
+    try:
+        return same(outputs(loaded(model), batch), wanted)
+    except RuntimeError:  # transformers cannot read what it wrote
+        return False
 
 
 def looked_at(kind: str) -> dict[str, Any]:
@@ -180,16 +265,19 @@ def looked_at(kind: str) -> dict[str, Any]:
     row["refused"] = {skip.name: skip.reason for skip in skipped}
     if not sites:
         return row
-    reloads = same(outputs(loaded(model), batch), wanted)
+    first = {site.name: site.first for site in sites}
+    ran = {
+        name
+        for name, x in stream_inputs(model, first, [batch], max_tokens=99, skip_unreached=True)
+        if len(x) > 1
+    }
+    if not ran:
+        raise NotTried("its FFNs run for other inputs alone")
+    row["idle"] = sorted(first.keys() - ran)
+    reloads = reloads_densely(model, batch, wanted)
     router = sadmoe.RouterConfig(width=8, steps=2)
-    try:
-        sadmoe.convert_(
-            model, [batch], sadmoe.ConvertConfig(expert_size=EXPERT, router=router), progress=False
-        )
-    except ValueError as error:
-        if "0 tokens of these batches reach it" in str(error):
-            raise NotTried("some FFNs run for other inputs alone") from error
-        raise
+    config = sadmoe.ConvertConfig(expert_size=EXPERT, router=router, filter=ran.__contains__)
+    sadmoe.convert_(model, [batch], config, progress=False)
     row["converted"] = len(sadmoe.moe_layers(model))
     at_0 = outputs(model, batch)
     errors = [(a - b).abs().max() / b.abs().max().clamp(min=1e-9) for a, b in zip(at_0, wanted, strict=True)]
@@ -267,13 +355,15 @@ def text_of(rows: list[dict[str, Any]]) -> str:
     converted = [row for row in tried if row.get("converted") and row not in failed]
     whole = [row for row in converted if not row["refused"]]
     refused = [row for row in tried if row not in failed and row not in converted]
+    idle = [row for row in converted if row["idle"]]
     reasons = Counter(row["not tried"] for row in rows if "not tried" in row)
     header = ("type", "class", "converted", "tau 0", "tau 0.5", "loaded", "restored")
     lines = [
         f"`{command()}`",
         f"transformers {transformers.__version__}, torch {torch.__version__}: {len(rows)} types, {len(tried)} tried. "
-        f"Of {len(whole)} every FFN is converted, of {len(converted) - len(whole)} some; {len(refused)} have none that "
-        f"can be; {len(failed)} failed. Not tried: "
+        f"Of {len(whole)} every FFN that ran is converted, of {len(converted) - len(whole)} some; {len(refused)} have "
+        f"none that can be; {len(failed)} failed. In {len(idle)} types others run for inputs that were not given, and "
+        "stayed dense. Not tried: "
         + ", ".join(f"{count} ({reason})" for reason, count in reasons.most_common())
         + ".",
         "```\n" + format_table(header, [cells(row) for row in converted]) + "\n```",
