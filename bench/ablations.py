@@ -47,7 +47,7 @@ from sadmoe.dial import converted_layers
 from sadmoe.masks import record_masks
 from sadmoe.mixed import fast_training
 from sadmoe.modules import evaluating
-from sadmoe.report import Series, plot_curves
+from sadmoe.report import Panel, Series, plot_curves
 from sadmoe.tables import format_table
 from sadmoe.texts import load_model, tokenized
 from sadmoe.timing import machine
@@ -305,7 +305,8 @@ def main() -> None:
             for name, points in curves.items()
             if (good := [point for point in sorted(points) if point[1] > least])
         ]
-        plot_curves(args.png, [("", "executed share of the experts", "cosine", lines)], "MiniLM-L6: variants")
+        panel = Panel("", "executed share of the experts", "cosine", lines)
+        plot_curves(args.png, [panel], "MiniLM-L6: variants")
 
 
 if __name__ == "__main__":

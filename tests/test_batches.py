@@ -83,7 +83,10 @@ def test_a_batch_that_the_model_does_not_take_is_named(batch, said):
     [
         (np.ones((2, 3)), r"'x' holds a numpy.ndarray: give torch.as_tensor of it"),
         ([np.ones(3)], r"'x' holds a numpy.ndarray"),
-        ([[1, 2], [3]], r"'x' is a list of numbers: tokenizers .* by return_tensors=\"pt\""),
+        (
+            [[1, 2], [3]],
+            r"'x' is a list of numbers, perhaps where a tensor is meant: tokenizers .* by return_tensors=\"pt\"",
+        ),
     ],
 )
 def test_numbers_in_no_tensor_are_named_where_the_model_does_not_take_them(x, told):
@@ -91,11 +94,20 @@ def test_numbers_in_no_tensor_are_named_where_the_model_does_not_take_them(x, to
         def forward(self, x):
             return x.relu()
 
-    with pytest.raises(TypeError, match=f"a Sized cannot run the batch: {told}"):
+    with pytest.raises(TypeError, match=rf"a Sized cannot run the batch \(.*\): {told}"):
         run(Sized(), {"x": x})
     with pytest.raises(TypeError, match=told.replace("'x'", "0")):
         run(Sized(), (x,))
     assert run(nn.Identity(), (x,)) is not None
+
+
+def test_another_error_beside_a_list_of_numbers_stays_as_it_is():
+    class Broken(nn.Module):
+        def forward(self, x, sizes):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        run(Broken(), {"x": torch.ones(2), "sizes": [4, 6]})
 
 
 def test_a_mistake_inside_the_model_stays_as_it_is():
@@ -388,6 +400,12 @@ def test_the_mask_of_a_text_is_not_that_of_the_image_beside_it():
     batch["pixel_values"] = torch.zeros(2, 3, 4, 4)
     assert real_rows(nn.Linear(3, 3), "text_model.mlp", batch, x).sum() == 7
     assert real_rows(nn.Linear(3, 3), "vision_model.mlp", batch, x) is None
+    assert real_rows(nn.Linear(3, 3), "vision_language_model.language_model.mlp", batch, x).sum() == 7
+
+
+def test_a_mask_is_not_of_what_has_as_many_rows_by_chance():
+    positions = torch.zeros(1, MASK.numel(), 5)  # relative ones
+    assert real_rows(Add(), "attention.pos_key_proj", {"attention_mask": MASK}, positions) is None
 
 
 def test_evaluating_gives_every_training_flag_back():

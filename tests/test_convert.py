@@ -54,7 +54,7 @@ def test_experts_are_the_partition_of_what_the_config_names(cluster, name):
     sites, rows = find_ffns(model), {}
     inputs = collected(model, first_modules(model), batches, max_tokens=100, seed=3)
     for site in sites:
-        dense, x = site.dense(), build._some(inputs[site.name], seed=3)
+        dense, x = site.dense(), build._sampled(inputs[site.name], seed=3)
         act, up = reference.ACTIVATIONS[dense.act], nn.functional.linear(x, dense.w_up, dense.b_up)
         gated = dense.w_gate is not None
         assert gated == (name == "user glu")
@@ -145,7 +145,7 @@ def test_padding_counts_as_tokens_where_it_is_not_skipped(skip):
     assert report.tokens == (int(mask.sum()) if skip else mask.numel())
 
 
-def test_partitions_begin_as_often_as_asked(monkeypatch):
+def test_partitions_are_drawn_by_the_seed(monkeypatch):
     given = []
 
     def noted(rows, experts, **settings):
@@ -154,8 +154,8 @@ def test_partitions_begin_as_often_as_asked(monkeypatch):
 
     partition = build.partition
     monkeypatch.setattr(build, "partition", noted)
-    convert(*model_and_batches(), restarts=3, seed=5)
-    assert [(one["restarts"], one["seed"]) for one in given] == [(3, 5)] * 2
+    convert(*model_and_batches(), seed=5)
+    assert [one["seed"] for one in given] == [5] * 2
 
 
 def test_a_budget_is_met_and_reported():

@@ -5,12 +5,12 @@ import sadmoe.convert.build as build
 import sadmoe.convert.recipe as recipe
 import torch
 from conversions import convert, fingerprint, model_and_batches, raising
-from sadmoe.checkpoint import load, save
 from sadmoe.convert import restore_
 from sadmoe.cost import cost
 from sadmoe.ffn import moe_layers
 from sadmoe.gates import TopK
 from sadmoe.routers import RouterConfig
+from sadmoe.saving import load, save
 from tiny_models import TINY, call
 
 

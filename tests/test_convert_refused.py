@@ -78,7 +78,6 @@ def test_sizes_that_do_not_divide_are_refused_with_those_that_do():
         ({"experts": -1}, "experts must be at least 1, got -1"),
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
         ({"max_bytes": 0}, "max_bytes must be at least 1, got 0"),
-        ({"restarts": 0}, "restarts must be at least 1, got 0"),
     ],
 )
 def test_a_config_that_means_nothing_is_refused(fields, message):

@@ -3,10 +3,11 @@ import sadmoe
 import torch
 from converted import converted
 from sadmoe.convert import restore_
-from sadmoe.dial import check_own_weights, converted_layers, set_batch_invariant, set_tau, tau
+from sadmoe.dial import converted_layers, set_batch_invariant, set_tau, tau
 from sadmoe.ffn import moe_layers
 from sadmoe.ffn.projection import empty_mlp, stand_in
 from sadmoe.gates import DynamicK, TopK
+from sadmoe.weights import check_own_weights
 from tiny_models import TINY, call
 from torch import nn
 

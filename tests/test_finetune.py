@@ -82,11 +82,11 @@ def test_the_share_told_is_a_running_mean_of_the_executed_one(converted):
 
 
 def test_reentrant_checkpointing_which_leaves_the_penalty_no_gradient_is_an_error(converted):
-    model, config = copy.deepcopy(converted[1]), sadmoe.FinetuneConfig(steps=1, share=0.2)
+    model, config = copy.deepcopy(converted[1]), sadmoe.FinetuneConfig(steps=1, share=0.2, tau=0.3)
     layers = sadmoe.moe_layers(model)
     x = torch.randn(2, 9, 24, requires_grad=True)
     for reentrant in (False, True):
-        with finetune.ExpertPenalty(model, layers, config, 0.3) as penalty:
+        with finetune.ExpertPenalty(model, layers, config) as penalty:
             penalty.at(1.0)
             for layer in layers.values():
                 checkpoint(layer, x, use_reentrant=reentrant)
@@ -114,9 +114,9 @@ def test_the_share_is_remembered_by_updates_however_many_batches_they_have(conve
     _, model, batches = converted
     shares = []
     for accumulate in (1, 4):
-        config = sadmoe.FinetuneConfig(steps=1, accumulate=accumulate, ramp=0.0)
+        config = sadmoe.FinetuneConfig(steps=1, accumulate=accumulate, ramp=0.0, tau=0.9)
         layers = sadmoe.moe_layers(model)
-        with finetune.ExpertPenalty(model, layers, config, 0.9) as penalty, torch.no_grad():
+        with finetune.ExpertPenalty(model, layers, config) as penalty, torch.no_grad():
             penalty.at(0.5)
             for _ in range(3 * accumulate):
                 model(**batches[0])

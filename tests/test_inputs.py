@@ -1,5 +1,6 @@
 import pytest
 import torch
+from sadmoe.batches import real_rows
 from sadmoe.ffn import find_ffns
 from sadmoe.inputs import held_out_and_batches, stream_inputs
 from sites import collected, first_modules
@@ -188,6 +189,19 @@ def test_of_sounds_the_frames_of_padding_are_left_out(make, frames, recwarn):
     for name, rows in stream_inputs(model, modules, [batch], max_tokens=100, skip_padding=False):
         assert len(rows) > frames, name
     assert not [w for w in recwarn if "real tokens" in str(w.message)]
+
+
+def test_a_mask_is_used_for_frames_of_its_own_rate_alone():
+    model, batch = _parakeet()
+    whole = torch.ones(2, 64, dtype=torch.int64)
+    assert real_rows(model, "layers.0", {"attention_mask": whole}, torch.zeros(2, 16, 24)) is None, (
+        "half as often"
+    )
+    text = {"input_ids": whole[:, :6], "attention_mask": whole[:, :6]}
+    assert real_rows(model, "layers.0", batch | text, torch.zeros(2, 8, 24)) is None, (
+        "of a text beside the sound"
+    )
+    assert real_rows(model, "layers.0", batch, torch.zeros(2, 8, 24)).sum() == 8 + 5
 
 
 def test_a_mask_that_cannot_be_used_is_told_where_it_leaves_tokens_out(recwarn):

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PYTHON = ROOT / "python/sadmoe"
 ROOMS = [  # a room imports only rooms above it
     {"reference", "tables", "files", "outputs", "checks", "hooks", "modules", "undo"},
-    {"gradients"},
+    {"forward"},
     {"passes", "ops", "_partition"},
     {"gates", "crossover", "timing"},
     {"measured"},
@@ -18,7 +18,7 @@ ROOMS = [  # a room imports only rooms above it
     {"layer"},
     {"batches", "partition"},
     {"ffn"},
-    {"dial"},
+    {"dial", "weights"},
     {"inputs", "masks", "flops", "mixed"},
     {"training"},
     {"sparsify", "cost"},
@@ -27,7 +27,7 @@ ROOMS = [  # a room imports only rooms above it
     {"layerwise", "calibrate_layers"},
     {"budget"},
     {"convert", "describe"},
-    {"attention", "checkpoint", "int8", "packed"},
+    {"attention", "saving", "int8", "packed"},
     {"adapter", "survey"},
     {"hf"},
     {"report", "texts"},

@@ -55,6 +55,35 @@ def test_parts_of_a_model_may_have_attention_of_their_own():
     assert model.vision_model.config._attn_implementation == "sdpa"
 
 
+class NoSdpa(nn.Module):
+    """A part that has eager attention alone, as a ResNet has, and says so."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    def set_attn_implementation(self, implementation):
+        if implementation != "eager":
+            raise ValueError(f"does not support {implementation}")
+        self.config._attn_implementation = implementation
+
+
+class NoEager(NoSdpa):
+    def set_attn_implementation(self, implementation):
+        raise ValueError(f"does not support {implementation}")
+
+
+def test_a_part_that_refuses_an_attention_ends_no_training():
+    model = TINY["bert"].model()
+    model.backbone = NoSdpa(type(model.config)(attn_implementation="sdpa"))
+    model.other = NoEager(type(model.config)(attn_implementation="sdpa"))
+    with fast_training(model):
+        assert model.config._attn_implementation == "eager"
+        assert model.other.config._attn_implementation == "sdpa"
+    parts = (model, model.backbone, model.other)
+    assert [part.config._attn_implementation for part in parts] == ["sdpa"] * 3
+
+
 def test_float16_stays_float16(monkeypatch):
     monkeypatch.setattr(mixed, "bf16_is_faster", lambda: True)
     with fast_training(nn.Linear(2, 2).half()):

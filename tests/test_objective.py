@@ -9,7 +9,7 @@ from sadmoe.ffn import find_ffns
 from sadmoe.sparsify import SparsifyConfig, sparsify_
 from sadmoe.training.objective import Remembered, block_of, distill_hidden, distill_logits, outputs
 from states import same, state
-from tiny_models import TINY
+from tiny_models import TINY, Residual, UserFFN
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
@@ -297,3 +297,32 @@ def test_a_teacher_keeps_its_mode_and_may_not_be_compiled():
     assert all(module.training for module in teacher.modules())
     with pytest.raises(ValueError, match="teacher: is compiled"):
         sparsify_(model, [tiny.batch()], short(), teacher=torch.compile(teacher), progress=False)
+
+
+class Towers(nn.Module):
+    """Two FFNs, the second for batches that hold images alone."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.text, self.vision = (nn.ModuleList([Residual(UserFFN(nn.ReLU()))]) for _ in range(2))
+
+    def forward(self, x, image=None):
+        y = self.text[0](x)
+        return y if image is None else y + self.vision[0](image)
+
+
+def test_a_batch_may_leave_out_a_tower():
+    model, x = Towers().eval(), torch.randn(2, 5, D)
+    dense = copy.deepcopy(model)
+    with torch.no_grad():
+        model.text[0].inner.contract.weight.mul_(0.5)
+    sites = find_ffns(model)
+    objective = distill_hidden(model, dense, sites)
+    of_text = distill_hidden(model, dense, sites[:1])
+    assert objective({"x": x}) == of_text({"x": x}) > 0
+    assert objective({"x": x, "image": x}) == of_text({"x": x}) / 2, (
+        "the mean over both, of which one is as it was"
+    )
+    with pytest.raises(ValueError, match=r"a batch reaches none of vision\.0: leave it out"):
+        distill_hidden(model, dense, sites[1:])({"x": x})

@@ -273,7 +273,11 @@ def test_moments_come_back_in_the_order_of_their_weights(tmp_path):
         torch.manual_seed(0)
         model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
-        return model, optimizer, resume.Saver(Checkpoint(tmp_path), "conv", model, optimizer, {}, None)
+        return (
+            model,
+            optimizer,
+            resume.Saver(resume.Kept(Checkpoint(tmp_path), "conv", {}), model, optimizer, None),
+        )
 
     def step(model, optimizer, x):
         optimizer.zero_grad()

@@ -269,7 +269,7 @@ def test_chunks_of_targets_make_no_difference(monkeypatch):
     whole, parts = layer_of(), layer_of()
     config = RouterConfig(width=32, steps=10)
     fit_router_(whole, random_rows(200), config)
-    monkeypatch.setattr(routers, "CHUNK", 40 * 7)
+    monkeypatch.setattr(routers, "ACTIVATIONS", 40 * 7)
     fit_router_(parts, random_rows(200), config)
     torch.testing.assert_close(parts.router.v2, whole.router.v2)
 

@@ -16,6 +16,7 @@ from sadmoe.layer import DynamicKMoE
 from sadmoe.reference import linear_of_experts
 from sadmoe.training.guards import seeded
 from sadmoe.training.loop import train
+from sadmoe.training.resume import Kept
 from torch import Tensor, nn
 
 WIDTH = 128  # of the router, as in that paper's re-implementation
@@ -72,10 +73,8 @@ def fitted(
         return F.binary_cross_entropy_with_logits(router(batch["rows"]), batch["labels"])
 
     config = SparsifyConfig(steps=steps, alpha=0.0, lr=1e-3, seed=seed)
-    train(
-        router, chunks, config, objective, lambda batch: torch.zeros(()), progress=False,
-        checkpoint=checkpoint, name=name,
-    )  # fmt: skip
+    kept = Kept(checkpoint, name, {})
+    train(router, chunks, config, objective, lambda batch: torch.zeros(()), progress=False, kept=kept)
     return router
 
 

@@ -41,6 +41,7 @@ from sadmoe.mixed import fast_training
 from sadmoe.modules import mode
 from sadmoe.training.loop import train
 from sadmoe.training.objective import task
+from sadmoe.training.resume import Kept
 from torch import nn
 from workload import Workload, controls
 
@@ -55,10 +56,10 @@ def task_trained(model: nn.Module, batches: list[Any], loss: Any, lr: float, run
     model.to(run.device)
     config = SparsifyConfig(seconds=run.effort.task, alpha=0.0, lr=lr, weight_decay=0.05, seed=run.seed)
     with run.stage("task"), mode(model, train=True), fast_training(model):
+        kept = Kept(run.checkpoint("task"), "training", {})
         train(
-            model, batches, config, task(model, loss), lambda batch: torch.zeros(()), True,
-            checkpoint=run.checkpoint("task"),
-        )  # fmt: skip
+            model, batches, config, task(model, loss), lambda batch: torch.zeros(()), progress=True, kept=kept
+        )
     model.zero_grad(set_to_none=True)
     return model.eval()
 

@@ -285,8 +285,5 @@ def panels(work: Workload, curves: dict[str, list[Point]], dense: float) -> list
 
 def pictures(work: Workload, curves: dict[str, list[Point]], dense: float, path: Path) -> None:
     """The panels as a PNG."""
-    made = [
-        (p.heading, p.x_label, p.y_label, [replace(s, labels=()) for s in p.series])
-        for p in panels(work, curves, dense)
-    ]
+    made = [replace(p, series=[replace(s, labels=()) for s in p.series]) for p in panels(work, curves, dense)]
     plot_curves(path, made, work.title)

@@ -13,7 +13,6 @@ from sadmoe.batches import padding_mask
 from sadmoe.budget import BudgetReport, finetune_for_budget_
 from sadmoe.calibrate import Calibration, calibrate_
 from sadmoe.calibrate_layers import LayerCalibration, calibrate_layers_
-from sadmoe.checkpoint import SavedModelError, load, save
 from sadmoe.compensation import compensate_
 from sadmoe.convert import ConversionReport, ConvertConfig, convert_, restore_
 from sadmoe.cost import CostReport, cost
@@ -30,6 +29,7 @@ from sadmoe.packed import pack_experts_, unpack_experts_
 from sadmoe.partition import partition
 from sadmoe.router_loss import RouterLoss
 from sadmoe.routers import RouterConfig, fit_router_, fit_routers_
+from sadmoe.saving import SavedModelError, load, save
 from sadmoe.sparsify import (
     SparsifyConfig,
     SparsifyReport,

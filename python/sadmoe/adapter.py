@@ -18,9 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sadmoe import files
-from sadmoe.checkpoint import SavedModelError
 from sadmoe.describe import describe_all, rebuild
-from sadmoe.dial import check_parameters
 from sadmoe.ffn import (
     FFNSite,
     activation_at,
@@ -35,7 +33,9 @@ from sadmoe.ffn.dense import DenseFFN
 from sadmoe.ffn.linears import bias_of, linear_shape, weight_rows
 from sadmoe.layer import DynamicKMoE
 from sadmoe.modules import innermost, plain_name, refuse_distributed
+from sadmoe.saving import SavedModelError
 from sadmoe.undo import surgery
+from sadmoe.weights import check_parameters
 
 FORMAT = 1
 KEY = "sadmoe adapter"

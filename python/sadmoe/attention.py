@@ -18,7 +18,6 @@ from sadmoe.batches import Batches, check_batches, check_runs
 from sadmoe.checks import check_choice, check_config, check_fields, check_filter, check_range
 from sadmoe.ffn import (
     ATTENTION,
-    FFNSite,
     ProjectionMLP,
     empty_mlp,
     find_ffns,
@@ -26,13 +25,13 @@ from sadmoe.ffn import (
     scan_ffns,
     stand_in,
 )
-from sadmoe.ffn.linears import bias_of, linear_shape, weight_rows
+from sadmoe.ffn.linears import bias_of, linear_shape, shape_of, weight_rows
 from sadmoe.ffn.probe import Unsupported
 from sadmoe.ffn.reads import what_else_is_read
 from sadmoe.ffn.scan import Uses
 from sadmoe.files import checksum
-from sadmoe.gradients import without_autocast
-from sadmoe.inputs import held_out_and_batches, stream_inputs
+from sadmoe.forward import without_autocast
+from sadmoe.inputs import CHUNK, held_out_and_batches, stream_inputs
 from sadmoe.modules import check_model, plain_name, refuse_distributed
 from sadmoe.reference import ACTIVATIONS
 from sadmoe.sparsify import SparsityLoss
@@ -41,11 +40,10 @@ from sadmoe.training import Checkpoint, LoopConfig
 from sadmoe.training.guards import seeded
 from sadmoe.training.loop import train
 from sadmoe.training.processes import refuse_group
-from sadmoe.training.resume import check_checkpoint
+from sadmoe.training.resume import Kept, check_checkpoint
 from sadmoe.undo import surgery
 
 logger = logging.getLogger(__name__)
-CHUNK = 4096  # tokens whose targets are computed at once
 Start = Literal["low_rank", "random"]
 
 
@@ -240,9 +238,9 @@ def replace_projections_(
     started = time.perf_counter()
     with seeded(model, config.seed):  # a DataLoader may draw a number
         sites = find_projections(model, config.filter, batches=batches)
-    by_name = {site.name: site for site in sites}
+    linears = {site.name: site.first for site in sites}
     stream = stream_inputs(
-        model, {site.name: site.first for site in sites}, batches, max_tokens=config.max_tokens,
+        model, linears, batches, max_tokens=config.max_tokens,
         max_bytes=config.max_bytes, seed=config.seed, skip_padding=config.skip_padding, skip_unreached=True,
         progress=progress,
     )  # fmt: skip
@@ -250,7 +248,7 @@ def replace_projections_(
     with seeded(model, config.seed):
         for name, rows in tqdm(stream, "projections", len(sites), disable=not progress):
             with without_autocast(rows.device):
-                built[name] = _distilled(by_name[name], rows, config, checkpoint)
+                built[name] = _distilled(name, linears[name], rows, config, checkpoint)
             logger.info("%s", built[name][1])
     never = [site.name for site in sites if site.name not in built]
     told = f"{', '.join(shortened(never, 5))}: never called on these batches (a parent may read their weights itself)"
@@ -288,22 +286,21 @@ def _linears_of_attention(
 
 
 def _distilled(
-    site: Place, rows: Tensor, config: ProjectionConfig, checkpoint: Checkpoint | None
+    name: str, linear: nn.Module, rows: Tensor, config: ProjectionConfig, checkpoint: Checkpoint | None
 ) -> tuple[ProjectionMLP, ProjectionFit]:
     """The MLP of one projection, trained in float32, in the dtype of the projection at the end."""
-    shape = linear_shape(site.first)
-    assert shape is not None
-    weight: Any = site.first.weight
+    shape = shape_of(linear)
+    weight: Any = linear.weight
     width = config.width_of(*shape)
     rows = rows[torch.randperm(len(rows), device=rows.device)]
     with torch.no_grad():
-        targets = torch.cat([site.first(part).float() for part in rows.split(CHUNK)])
+        targets = torch.cat([linear(part).float() for part in rows.split(CHUNK)])
     test, batches = held_out_and_batches(
-        site.name, {"rows": rows.float(), "targets": targets}, config.batch_tokens
+        name, {"rows": rows.float(), "targets": targets}, config.batch_tokens
     )
-    mlp = empty_mlp(site.first, width, config.act).float()
+    mlp = empty_mlp(linear, width, config.act).float()
     if config.start == "low_rank":
-        start_low_rank_(mlp, site.first, torch.cat([batch["targets"] for batch in batches]))
+        start_low_rank_(mlp, linear, torch.cat([batch["targets"] for batch in batches]))
     spread = (targets - targets.mean(0)).square().sum(1).mean().clamp(min=torch.finfo(torch.float32).tiny)
 
     def error(batch: Any, index: int | None = None) -> Tensor:
@@ -315,31 +312,19 @@ def _distilled(
 
     before = judged()[0]
     about = {
-        "projection": checksum(dict(site.first.state_dict())),
+        "projection": checksum(dict(linear.state_dict())),
         **{
             field: getattr(config, field)
             for field in ("act", "start", "batch_tokens", "max_tokens", "skip_padding")
         },
     }
-    with SparsityLoss(mlp, _site_of(mlp)) as sparsity, torch.enable_grad():
-        train(
-            mlp,
-            batches,
-            config.loop(),
-            error,
-            sparsity,
-            False,
-            checkpoint=checkpoint,
-            name=site.name,
-            about=about,
-        )
-    fit = ProjectionFit(site.name, *shape, width, before, *judged())
+    sites = find_ffns(nn.ModuleDict({"mlp": mlp}))
+    with SparsityLoss(mlp, sites) as sparsity, torch.enable_grad():
+        kept = Kept(checkpoint, name, about)
+        train(mlp, batches, config.loop(), error, sparsity, progress=False, kept=kept)
+    fit = ProjectionFit(name, *shape, width, before, *judged())
     mlp.zero_grad(set_to_none=True)
     return mlp.to(weight.dtype).requires_grad_(weight.requires_grad), fit
-
-
-def _site_of(mlp: ProjectionMLP) -> list[FFNSite]:
-    return find_ffns(nn.ModuleDict({"mlp": mlp}))
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import re
 import warnings
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from inspect import signature
 from itertools import islice
 from typing import Any
@@ -45,9 +46,9 @@ def run(model: nn.Module, batch: Batch) -> Any:
     rest = batch if isinstance(batch, tuple | list) else (batch,) if isinstance(batch, Tensor) else ()
     try:
         return model(*rest, **named)
-    except Exception as error:
+    except (TypeError, AttributeError) as error:
         if told := _no_tensors(named.items() or enumerate(rest)):
-            raise TypeError(f"a {type(model).__name__} cannot run the batch: {told}") from error
+            raise TypeError(f"a {type(model).__name__} cannot run the batch ({error}): {told}") from error
         if not isinstance(error, TypeError) or not _raised_by_the_call(error):
             raise
         raise TypeError(
@@ -84,9 +85,10 @@ def _no_tensors(parts: Iterable[tuple[Any, Any]]) -> str | None:
         leaves = tree_leaves(value)
         if any(isinstance(leaf, np.ndarray) for leaf in leaves):
             return f"{key!r} holds a numpy.ndarray: give torch.as_tensor of it"
-        if isinstance(value, list) and leaves and all(isinstance(leaf, int | float) for leaf in leaves):
+        if isinstance(value, list) and leaves and all(type(leaf) in (int, float) for leaf in leaves):
             return (
-                f'{key!r} is a list of numbers: tokenizers and processors give tensors by return_tensors="pt"'
+                f"{key!r} is a list of numbers, perhaps where a tensor is meant: tokenizers and processors give those "
+                'by return_tensors="pt"'
             )
     return None
 
@@ -214,8 +216,8 @@ def real_rows(model: nn.Module, name: str, batch: Batch | None, x: Tensor) -> Te
     used, and told in a UserWarning.
     """
     batch = _only(batch)
-    sees = any(word in name for word in ("vision", "visual", "image"))
-    if sees and isinstance(batch, Mapping) and "pixel_values" in batch and "input_ids" in batch:
+    given = batch if isinstance(batch, Mapping) else {}
+    if "pixel_values" in given and "input_ids" in given and any(map(_sees, name.split("."))):
         return None
     below = any(part.endswith("decoder") for part in name.split(".")) and not _OF_ENCODER_STATES.search(name)
     decoder = below and (is_encoder_decoder(model) or _mask(batch, "decoder_attention_mask") is not None)
@@ -230,33 +232,48 @@ def real_rows(model: nn.Module, name: str, batch: Batch | None, x: Tensor) -> Te
         mask = F.pad(mask, (0, max(0, tokens - mask.shape[-1])))
     if mask is None or x.is_nested:
         return None
-    if mask.numel() != x[..., 0].numel():
-        if x.dim() != 3 or x.shape[0] != len(mask):
-            return None
-        found = _of_frames(model, mask, x.shape[1])
+    if x.dim() == 3 and x.shape[0] == len(mask) and x.shape[1] != mask.shape[1]:
+        text = given.get("input_ids")
+        of_text = isinstance(text, Tensor) and text.shape == mask.shape
+        found = None if of_text else _of_frames(model, name, mask, x.shape[1])
         if found is None and x.shape[1] > 1 and not mask.all() and not _OF_ENCODER_STATES.search(name):
             warnings.warn(  # once, not for every layer
                 f"the batches' attention_mask is of {mask.shape[1]} tokens, and layers of this {type(model).__name__} "
                 f"run on {x.shape[1]}: all of these count as real tokens",
                 stacklevel=2,
             )
-        if found is None:
-            return None
-        mask = found
+        return None if found is None else found.flatten().to(x.device)
+    if mask.numel() != x[..., 0].numel() or (x.dim() == 3 and {*x.shape[:2]} != {*mask.shape}):
+        return None  # of another meaning, such as relative positions
     return mask_rows(mask, x.shape).to(x.device)
 
 
-def _of_frames(model: nn.Module, mask: Tensor, frames: int) -> Tensor | None:
-    """The mask [B, frames] of what a speech model makes of waves or spectra whose mask was given, where it tells."""
-    module: Any
-    for module in model.modules():
-        if hasattr(module, "_get_feature_vector_attention_mask"):  # Wav2Vec2, HuBERT and their like
-            lengths, made = module._get_feat_extract_output_lengths, module._get_feature_vector_attention_mask
-            alone = {"add_adapter": False} if "add_adapter" in signature(lengths).parameters else {}
-            if int(lengths(torch.tensor(mask.shape[1]), **alone)) == frames:
-                return made(frames, mask, **alone).bool()
-        elif hasattr(module, "_get_output_attention_mask"):  # Parakeet and its like
-            return module._get_output_attention_mask(mask, target_length=frames).bool()
+def _sees(part: str) -> bool:
+    """Whether a part of a module's path is that of a tower for images."""
+    return any(word in part for word in ("vision", "visual", "image")) and not re.search(
+        "language|text", part
+    )
+
+
+def _of_frames(model: nn.Module, name: str, mask: Tensor, frames: int) -> Tensor | None:
+    """The mask [B, frames] of what the speech model around a module makes of waves or spectra whose mask was given,
+    where it tells, and they are at that rate."""
+    parts = name.split(".")
+    for n in reversed(range(len(parts))):
+        with suppress(Exception):  # of private methods, which a version or a class may not have in full
+            module: Any = model.get_submodule(".".join(parts[:n]))
+            if hasattr(module, "_get_feature_vector_attention_mask"):  # Wav2Vec2, HuBERT and their like
+                lengths, made = (
+                    module._get_feat_extract_output_lengths,
+                    module._get_feature_vector_attention_mask,
+                )
+                alone = {"add_adapter": False} if "add_adapter" in signature(lengths).parameters else {}
+                if int(lengths(torch.tensor(mask.shape[1]), **alone)) == frames:
+                    return made(frames, mask, **alone).bool()
+            elif hasattr(module, "_get_output_attention_mask"):  # Parakeet and its like
+                made = module._get_output_attention_mask
+                if made(torch.ones_like(mask)).shape[1] == frames:
+                    return made(mask, target_length=frames).bool()
     return None
 
 

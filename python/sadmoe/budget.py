@@ -72,8 +72,8 @@ def finetune_for_budget_(
     """Fine-tunes a converted model in place to do with few experts, without labels, and sets the tau for the budget.
 
     `finetune_layers_` (each layer by true norms, 30 % of the seconds), `fit_routers_`, `calibrate_`, `finetune_` (the
-    whole model by its routers, the rest), `calibrate_`: as the demo does, in bfloat16 where that is faster. Experts of
-    8 to 32 neurons do best. Freeze what need not move.
+    whole model by its routers, the rest), `calibrate_`: much as the demo does, in bfloat16 where that is faster.
+    Experts of 8 to 32 neurons do best. Freeze what need not move.
 
     budget: executed FLOPs of the converted layers over their dense FLOPs, in (0, 1].   seconds: of training; routers
     and calibration come on top.   dense: the model that is to be matched.   sparse: a copy of the model
@@ -92,17 +92,15 @@ def finetune_for_budget_(
     check_number("seconds", seconds)
     if not seconds > 0:
         raise ValueError(f"seconds must be above 0, got {seconds}")
-    for one, called in ((model, "model"), (dense, "dense"), (model if sparse is None else sparse, "sparse")):
+    sparse = dense if sparse is None else sparse
+    for one, called in ((model, "model"), (dense, "dense"), (sparse, "sparse")):
         refuse_compiled(one, called)
     refuse_distributed(model)
     if moe_layers(dense):
         raise ValueError("dense must be the model from before convert_: got one with converted layers")
-    sparse = dense if sparse is None else sparse
     layers = trainable_layers(model)
     router = replace(check_config(router, RouterConfig), seed=seed)
-    count = length(batches)
-    with seeded(model, seed):  # the same ones when a killed run is taken up again
-        some = list(islice(batches, 0, count or CALIBRATED, max(1, (count or 0) // CALIBRATED)))
+    some = _some_of(model, batches, seed)
     check_reachable(budget, cost(model, some))  # of which layers run how often
     check_output_loss(output_loss, dense, some[0])
     _check_sparse(sparse, layers, some)
@@ -132,12 +130,7 @@ def finetune_for_budget_(
         fits = fit_routers_(
             model, batches, router, max_tokens=max_tokens, checkpoint=at("routers"), progress=progress
         )
-        # Once: when a killed run is taken up again, a loader may draw others for `some`.
-        first = Kept(at("whole"), "tau", {"budget": float(budget)})
-        if found := first.load():
-            set_tau(model, found[1]["tau"])
-        else:
-            first.save({}, {"tau": calibrate_(model, some, budget=budget).tau})
+        _set_first_tau(model, some, budget, at("whole"))
         with fast_training(model, dense):
             whole = finetune_(
                 model,
@@ -152,9 +145,26 @@ def finetune_for_budget_(
     return BudgetReport(alone, fits, whole, last)
 
 
+def _some_of(model: nn.Module, batches: Batches, seed: int) -> list[Any]:
+    """Batches to calibrate on, from all over: the same ones when a killed run is taken up again."""
+    count = length(batches)
+    with seeded(model, seed):
+        return list(islice(batches, 0, count or CALIBRATED, max(1, (count or 0) // CALIBRATED)))
+
+
+def _set_first_tau(model: nn.Module, some: list[Any], budget: float, checkpoint: Checkpoint | None) -> None:
+    """That of the budget, with which the whole model is fine-tuned. Found once: when a killed run is taken up again, a
+    loader may draw others for `some`."""
+    kept = Kept(checkpoint, "tau", {"budget": float(budget)})
+    if found := kept.load():
+        set_tau(model, found[1]["tau"])
+    else:
+        kept.save({}, {"tau": calibrate_(model, some, budget=budget).tau})
+
+
 def _check_sparse(sparse: nn.Module, layers: Mapping[str, DynamicKMoE], batches: Sequence[Any]) -> None:
     """Raises ValueError where the layers compute with another activation than the FFNs that they are to match."""
-    for site in find_ffns(sparse, batches=batches) if batches else ():
+    for site in find_ffns(sparse, batches=batches):
         layer = layers.get(site.name)
         if layer is not None and site.act != layer.act:
             raise ValueError(

@@ -157,10 +157,9 @@ def _alone(
     names = [layer.name for layer in one.cost.layers]
     same = dict.fromkeys(names, 1.0)
     found = defaultdict[tuple[str, float], list[float]](list)
+    # The batches of the other passes: no bar goes over them, which would begin them twice.
     with (
-        seeded(
-            model, SEED
-        ),  # the batches of the other passes: no bar goes over them, which would begin them twice
+        seeded(model, SEED),
         evaluating(model),
         tqdm(desc="each layer alone", total=length(batches), disable=not progress) as bar,
     ):

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from sadmoe.batches import Batches
 from sadmoe.checks import named
-from sadmoe.dial import check_own_weights, check_parameters, converted_layers
+from sadmoe.dial import converted_layers
+from sadmoe.forward import without_autocast
 from sadmoe.gates import DynamicK
-from sadmoe.gradients import without_autocast
-from sadmoe.inputs import held_out_and_batches, stream_inputs
+from sadmoe.inputs import CHUNK, held_out_and_batches, stream_inputs
 from sadmoe.layer import DynamicKMoE, SharedExpert
 from sadmoe.layer.shared import Scales
 from sadmoe.modules import evaluating
 from sadmoe.training.guards import seeded
 from sadmoe.undo import surgery
+from sadmoe.weights import check_own_weights, check_parameters
 
-CHUNK = 4096  # tokens that are computed at once
 RIDGES = (1e-3, 1e-2, 1e-1)  # for inputs of variance 1; which one predicts held-out tokens best is seen
 PARTS = (0.25, 0.5, 0.75)  # of the tau fitted to, at which it is seen how much of it is missing
 

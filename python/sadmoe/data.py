@@ -278,7 +278,7 @@ def _why_no_image(file: Path, whole: bool) -> str | None:
 
     try:
         with Image.open(file) as image:
-            fine = image.mode.startswith("I") or image.mode == "F"
+            deep = image.mode.startswith("I") or image.mode == "F"
             if whole:
                 image.draft("RGB", (1, 1))  # of a JPEG an eighth of the size, from all of its bytes
                 image.load()
@@ -287,7 +287,7 @@ def _why_no_image(file: Path, whole: bool) -> str | None:
     return (
         f"{file} has more than 8 bits a colour, and all above 255 would be white: make images of 8 bits, or give a "
         "Python file that makes batches of them"
-        if fine
+        if deep
         else None
     )
 

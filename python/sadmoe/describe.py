@@ -77,12 +77,11 @@ def describe_all(model: nn.Module) -> dict[str, Any]:
 def rebuild(
     model: nn.Module, name: str, description: Any, *, keep: bool = False, order: Tensor | None = None
 ) -> None:
-    """Cuts the FFN `name` of a dense model as `describe` said, the router untrained.
+    """Cuts the FFN `name` of a dense model as `describe` said, the router untrained. Or puts an untrained MLP where the
+    projection `name` is, cut as well where `describe` said so.
 
-    order: the neuron of each slot, int64 [f]; None: as they come.
-
-    Or puts an untrained MLP where the projection `name` is, cut as well where `describe` said so; keep: hold on to the
-    projection, for `restore_`. Raises ValueError where the description is damaged or of another model.
+    keep: hold on to that projection, for `restore_`.   order: the neuron of each slot, int64 [f]; None: as they come.
+    Raises ValueError where the description is damaged or of another model.
     """
     if isinstance(description, Mapping) and set(description) == {"projection"}:
         return _rebuild_mlp(model, name, description["projection"], keep)
@@ -126,7 +125,7 @@ def match_activations(model: nn.Module, descriptions: Mapping[str, Any]) -> None
         if found not in (None, site.act):
             others.setdefault(site.act, []).append(replace(site, act=found))
     for act, sites in others.items():
-        swap_activations_(model, sites, act)
+        swap_activations_(model, sites, act, told=False)
 
 
 def _rebuild_mlp(model: nn.Module, name: str, description: Any, keep: bool) -> None:

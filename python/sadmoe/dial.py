@@ -3,11 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from torch import Tensor, nn
+from torch import nn
 
 from sadmoe.checks import check_filter, check_number
 from sadmoe.ffn import moe_layers
-from sadmoe.ffn.dense import TENSORS
 from sadmoe.gates import DynamicK, Gate
 from sadmoe.layer import DynamicKMoE
 
@@ -43,49 +42,6 @@ def trainable_layers(model: nn.Module) -> dict[str, DynamicKMoE]:
         if layer.is_packed:
             raise ValueError(f"the experts of {name} are packed, to run only: unpack_experts_(model) first")
     return layers
-
-
-def check_no_adapters(model: nn.Module, layers: Mapping[str, DynamicKMoE]) -> None:
-    """Raises ValueError where a layer is inside an adapter, without which its weights are not those that run."""
-    wrapped = {id(getattr(m, "base_layer", None)): type(m).__name__ for m in model.modules()}
-    for name, layer in layers.items():
-        if kind := wrapped.get(id(layer)):
-            raise ValueError(
-                f"{name} is inside a {kind}, which changes its weights at every call: merge the adapter "
-                "first (peft: merge_and_unload), or take it off"
-            )
-
-
-def check_own_weights(model: nn.Module, layers: Mapping[str, DynamicKMoE]) -> None:
-    """Raises ValueError where weights of a layer are not just its own: changed by an adapter around it, or sharded."""
-    check_no_adapters(model, layers)
-    for name, layer in layers.items():
-        for key, p in layer.named_parameters(recurse=False):
-            if p.is_meta:
-                raise ValueError(
-                    f"{name}.{key} has no values here (offloaded, or on the meta device): load the model whole first"
-                )
-            if type(p.data) is not Tensor:
-                raise ValueError(
-                    f"{name}.{key} is a {type(p.data).__name__}: gather the model's weights first"
-                )
-
-
-def check_parameters(layers: Mapping[str, DynamicKMoE]) -> None:
-    """Raises ValueError where a weight of a layer is no parameter of it, but made of others at every access."""
-    for name, layer in layers.items():
-        tables = {"": (layer, TENSORS), "router.": (layer.router, ("v1", "v2"))}
-        missing = [
-            before + key
-            for before, (module, keys) in tables.items()
-            for key in keys
-            if key not in module._parameters
-        ]
-        for key in missing:
-            raise ValueError(
-                f"{name}.{key} is made of other tensors at every access: make it a parameter first, by torch's "
-                "prune.remove or remove_parametrizations; sharded weights, gather"
-            )
 
 
 def gates_of(layers: Mapping[str, DynamicKMoE]) -> dict[str, Gate]:

@@ -17,8 +17,8 @@ from sadmoe.batches import Batches, check_batches, real_part, settle
 from sadmoe.checks import check_config, check_range
 from sadmoe.dial import gates_of, set_gates, trainable_layers
 from sadmoe.ffn import site_of
+from sadmoe.forward import no_gradient
 from sadmoe.gates import DynamicK, Gate
-from sadmoe.gradients import no_gradient
 from sadmoe.layer import DynamicKMoE
 from sadmoe.modules import device_of, mode, refuse_compiled, refuse_distributed
 from sadmoe.sparsify.penalty import square_hoyer
@@ -27,7 +27,7 @@ from sadmoe.training.guards import all_or_nothing, seeded
 from sadmoe.training.loop import train
 from sadmoe.training.objective import Loss, OutputLoss, check_output_loss, distill_hidden, task
 from sadmoe.training.processes import is_same, mean_over_processes, place
-from sadmoe.training.resume import Checkpoint, check_checkpoint, held_to
+from sadmoe.training.resume import Checkpoint, Kept, check_checkpoint, held_to
 
 logger = logging.getLogger(__name__)
 MEMORY = 0.9  # decay of the running mean of the executed share, per update
@@ -138,18 +138,19 @@ def finetune_(
             objective = distill_hidden(model, teacher, sites, output_loss, kept_bytes=config.kept_bytes)
             settle(model, batches)
         loop = config if config.tau is not None else replace(config, alpha=0.0)
-        about = {} if checkpoint is None else held_to(teacher, loss=loss, output_loss=output_loss)
+        kept = Kept(checkpoint, "finetune", {})
+        if checkpoint is not None:
+            kept = replace(kept, run=held_to(teacher, loss=loss, output_loss=output_loss))
         run = partial(train, model, batches, loop, objective, progress=progress)
-        run = partial(run, checkpoint=checkpoint, name="finetune")
         share = None
         if config.tau is None:
             gates = {name: _said(layer.gate) for name, layer in layers.items()}
             _check_same(gates, device_of(model))
             with hidden_kept(layers):
-                history = run(penalty_of=no_penalty, about={**about, "gates": gates})
+                history = run(no_penalty, kept=replace(kept, run={**kept.run, "gates": gates}))
         else:
-            with ExpertPenalty(model, layers, config, config.tau) as penalty:
-                history = run(penalty_of=penalty, at=penalty.at, about=about)
+            with ExpertPenalty(model, layers, config) as penalty:
+                history = run(penalty, at=penalty.at, kept=kept)
             share = penalty.share
     report = FinetuneReport(history, share, time.perf_counter() - started)
     logger.info("fine-tuned %d converted FFNs: %s", len(layers), report)
@@ -195,10 +196,9 @@ def no_penalty(batch: Any) -> Tensor:
 class ExpertPenalty:
     """Gates on true norms inside, and the penalty of the passes since it was last called."""
 
-    def __init__(
-        self, model: nn.Module, layers: Mapping[str, DynamicKMoE], config: FinetuneConfig, tau: float
-    ):
-        self.model, self.layers, self.config, self.tau = model, layers, config, tau
+    def __init__(self, model: nn.Module, layers: Mapping[str, DynamicKMoE], config: FinetuneConfig):
+        assert config.tau is not None
+        self.model, self.layers, self.config, self.tau = model, layers, config, config.tau
         self.gates = gates_of(layers)
         self.seen: dict[str, list[Tensor]] = {name: [] for name in layers}
         self.share = 1.0

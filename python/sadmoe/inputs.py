@@ -13,6 +13,8 @@ from sadmoe.batches import Batches, check_batches, length, real_rows, rows_of, r
 from sadmoe.hooks import calls_seen, hooks_on, uncompiled
 from sadmoe.modules import device_of, evaluating
 
+CHUNK = 4096  # tokens whose outputs are computed at once, of samples that are held whole
+
 
 def count_rows(
     model: nn.Module,

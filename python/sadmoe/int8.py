@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sadmoe.dial import check_own_weights, check_parameters, converted_layers
+from sadmoe.dial import converted_layers
 from sadmoe.layer import ALL_SCALES, SCALES, DynamicKMoE
 from sadmoe.tables import format_table
 from sadmoe.undo import surgery
+from sadmoe.weights import check_own_weights, check_parameters
 
 
 @dataclass(frozen=True)

@@ -18,18 +18,17 @@ from sadmoe.dial import trainable_layers
 from sadmoe.ffn import DenseFFN, FFNSite, find_ffns
 from sadmoe.files import checksum
 from sadmoe.finetune import ExpertPenalty, FinetuneConfig, trains
-from sadmoe.gradients import without_autocast
-from sadmoe.inputs import held_out_and_batches, stream_inputs
+from sadmoe.forward import without_autocast
+from sadmoe.inputs import CHUNK, held_out_and_batches, stream_inputs
 from sadmoe.layer import DynamicKMoE
 from sadmoe.modules import mode, refuse_distributed
 from sadmoe.training.config import Step
 from sadmoe.training.guards import all_or_nothing, seeded
 from sadmoe.training.loop import train
-from sadmoe.training.resume import Checkpoint, check_checkpoint
+from sadmoe.training.resume import Checkpoint, Kept, check_checkpoint
 
 logger = logging.getLogger(__name__)
-CHUNK = 4096  # tokens whose dense outputs are computed at once
-SMALL = 1e-6  # of the mean of |x|^2 + |t|^2, at least, by which an error is divided: a token may be all zeros
+LEAST = 1e-6  # of the mean of |x|^2 + |t|^2, at least, by which an error is divided: a token may be all zeros
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def finetune_layers_(
     batch_tokens: in each update, about.   max_tokens: inputs of a layer to train on, of which a tenth is held out.
     max_bytes: of inputs held together, see `stream_inputs`.
     checkpoint: where to resume from after a kill, a file for each layer, see `Checkpoint`.
-    A layer that is frozen is measured alone. Raises ValueError where all are, or where `teacher` has no FFN of a
+    A layer that is frozen is only measured. Raises ValueError where all are, or where `teacher` has no FFN of a
     layer's name and sizes. After any error the model is as it was.
     """
     check_config(config, FinetuneConfig)
@@ -127,7 +126,7 @@ def _fit(
     rows = rows.to(layer.w_up.dtype)  # the teacher's may be another
     # Of the residual sum, token by token.
     scale = rows.float().square().sum(-1) + targets.float().square().sum(-1)
-    scale = scale.clamp(min=max(SMALL * scale.mean().item(), torch.finfo(scale.dtype).tiny))
+    scale = scale.clamp(min=max(LEAST * scale.mean().item(), torch.finfo(scale.dtype).tiny))
     test, batches = held_out_and_batches(
         name, {"rows": rows, "targets": targets, "scale": scale}, batch_tokens
     )
@@ -136,16 +135,15 @@ def _fit(
         wrong = layer(batch["rows"]).float() - batch["targets"].float()
         return wrong.square().sum(-1).div(batch["scale"]).mean()
 
-    assert config.tau is not None
-    with ExpertPenalty(layer, {name: layer}, config, config.tau) as penalty:
+    with ExpertPenalty(layer, {name: layer}, config) as penalty:
         history = []
         if trains(layer):
             teacher = {"teacher": checksum(dense.tensors), "act": dense.act}
             about = {"batch_tokens": batch_tokens, "tokens": len(rows), **teacher}
+            kept = Kept(checkpoint, name, about)
             history = train(
-                layer, batches, config, error, penalty, progress, penalty.at, checkpoint=checkpoint, name=name,
-                about=about,
-            )  # fmt: skip
+                layer, batches, config, error, penalty, progress=progress, at=penalty.at, kept=kept
+            )
         penalty.at(1.0)
         with torch.no_grad():
             missed, share = error(test).item(), layer.mask(test["rows"]).float().mean().item()

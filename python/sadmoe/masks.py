@@ -1,6 +1,6 @@
 """Which experts a model runs, counted while it runs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sadmoe.batches import Batch, real_rows, run, to_device
 from sadmoe.dial import converted_layers, gates_of
-from sadmoe.gradients import is_recomputed
+from sadmoe.forward import is_recomputed
 from sadmoe.hooks import calls_seen, uncompiled
 from sadmoe.layer import DynamicKMoE, only_input
 from sadmoe.modules import device_of, evaluating
@@ -48,9 +48,10 @@ class LayerMasks:
 class MaskRecord:
     """What `record_masks` counts: `layers`, by name, and their `share` together."""
 
-    def __init__(self, model: nn.Module, skip_padding: bool, same_gates: bool):
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, DynamicKMoE], skip_padding: bool, same_gates: bool
+    ):
         self.model, self.skip_padding = model, skip_padding
-        layers = converted_layers(model)
         self.layers = {
             name: LayerMasks(torch.zeros(layer.experts + 1, dtype=torch.int64, device="cpu"))
             for name, layer in layers.items()
@@ -73,12 +74,12 @@ class MaskRecord:
         finally:
             self._batch = former
 
-    def see(self, name: str, layer: DynamicKMoE, x: Tensor) -> None:
-        """Counts one call of a layer with input x [..., d]; of one by true norms, `see_norms` is told."""
+    def _see(self, name: str, layer: DynamicKMoE, args: Any, kwargs: Any) -> None:
+        """Counts one call of a layer; of one by true norms, `_see_norms` is told."""
         if not layer.gate.true_norms:
-            self._count(name, layer, x, layer.mask)
+            self._count(name, layer, only_input(args, kwargs), layer.mask)
 
-    def see_norms(self, name: str, layer: DynamicKMoE, norms: Tensor) -> None:
+    def _see_norms(self, name: str, layer: DynamicKMoE, norms: Tensor) -> None:
         """Counts one call of a layer whose gate goes by these norms [..., E]."""
         self._count(name, layer, norms.detach(), layer.gate.mask)
 
@@ -115,17 +116,13 @@ def record_masks(
     skip_padding: see `batches.real_rows`.   same_gates: count only calls under the gates that the layers have at first,
     so that the model may run under `tau(model, 0.0)` in between.
     """
-    record = MaskRecord(model, skip_padding, same_gates)
-
-    def see(name: str, layer: DynamicKMoE, args: Any, kwargs: Any) -> None:
-        record.see(name, layer, only_input(args, kwargs))
-
+    layers = converted_layers(model)
+    record = MaskRecord(model, layers, skip_padding, same_gates)
     with ExitStack() as hooks:
-        layers = converted_layers(model)
         hooks.enter_context(uncompiled())
-        hooks.enter_context(calls_seen(layers, see))
+        hooks.enter_context(calls_seen(layers, record._see))
         for name, layer in layers.items():
-            see_norms = partial(record.see_norms, name, layer)
+            see_norms = partial(record._see_norms, name, layer)
             layer.norms_hooks.append(see_norms)
             hooks.callback(layer.norms_hooks.remove, see_norms)
         yield record

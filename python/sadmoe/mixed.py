@@ -1,16 +1,15 @@
 """Training in bfloat16 where that is faster."""
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import cache
-from statistics import median
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from sadmoe.modules import device_of
+from sadmoe.timing import measure
 
 
 @contextmanager
@@ -33,26 +32,36 @@ def _eager_attention(models: Sequence[nn.Module]) -> Iterator[None]:
     parts: list[Any] = [
         part for model in models for part in model.modules() if hasattr(part, "set_attn_implementation")
     ]
-    usual = [part.config._attn_implementation for part in parts]
+
+    def configs() -> list[Any]:  # training may give a model others
+        return [config for part in parts for config in _with_parts(part.config)]
+
+    usual = [config._attn_implementation for config in configs()]
     try:
         for part in parts:
-            part.set_attn_implementation("eager")
+            with suppress(ValueError, NotImplementedError):  # of one that cannot
+                part.set_attn_implementation("eager")
         yield
     finally:
-        for part, implementation in zip(parts, usual, strict=True):  # the outer first: it sets those inside
-            part.set_attn_implementation(implementation)
+        # The outer first: it sets those inside.
+        for config, implementation in zip(configs(), usual, strict=True):
+            config._attn_implementation = implementation
+
+
+def _with_parts(config: Any) -> Iterator[Any]:
+    """It, and the configs in it."""
+    yield config
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            yield from _with_parts(part)
 
 
 @cache
 def bf16_is_faster() -> bool:
     """Whether this processor multiplies bfloat16 faster than float32; asked once in a process."""
-    seconds = []
+    products: dict[torch.dtype, Callable[[], object]] = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.ones(size, dtype=dtype, device="cpu") for size in ((768, 384), (384, 1536)))
-        samples = []
-        for _ in range(5):
-            started = time.perf_counter()
-            a @ b
-            samples.append(time.perf_counter() - started)
-        seconds.append(median(samples))
-    return seconds[1] < 0.8 * seconds[0]
+        products[dtype] = partial(torch.mm, a, b)
+    times = measure(products, seconds=0.0)
+    return times[torch.bfloat16].median < 0.8 * times[torch.float32].median

@@ -4,8 +4,9 @@ from contextlib import ExitStack
 
 from torch import nn
 
-from sadmoe.dial import check_own_weights, converted_layers
+from sadmoe.dial import converted_layers
 from sadmoe.ops import packing_gains
+from sadmoe.weights import check_own_weights
 
 
 def pack_experts_(model: nn.Module) -> tuple[str, ...]:

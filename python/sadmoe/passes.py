@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from sadmoe.gradients import is_recomputed
+from sadmoe.forward import is_recomputed
 
 Loss = TypeVar("Loss", bound="PassesLoss")
 

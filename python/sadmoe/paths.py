@@ -22,9 +22,7 @@ from sadmoe.timing import processor
 
 NOT_YET = -1  # instead of a count
 WORTH = {"cpu": 1.1, "cuda": 1.05}  # how many times faster dense must be where nobody asked for it
-SURE = (
-    0.95  # of dense's time, at most, where the op replaces it unasked by costs that another machine measured
-)
+SURE = 0.95  # of dense's time, at most, where the op replaces it unasked by another machine's costs
 ELSEWHERE = "kernels avx512bf16"  # on a Zen 4: whose costs go for kernels that have none
 ALIKE = 2.0  # the sum of |log(ratio)| over the sizes of two layers, up to which they count as alike
 

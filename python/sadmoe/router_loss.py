@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from sadmoe import reference
 from sadmoe.batches import real_part, refuse_mask
-from sadmoe.dial import check_no_adapters, trainable_layers
+from sadmoe.dial import trainable_layers
+from sadmoe.forward import without_autocast
 from sadmoe.hooks import calls_seen
 from sadmoe.layer import DynamicKMoE, only_input
 from sadmoe.modules import refuse_compiled
 from sadmoe.passes import PassesLoss
 from sadmoe.routers import RouterConfig, power_of, set_powers
+from sadmoe.weights import check_no_adapters
 
 EQUAL = 1e-9  # of a layer's SSE: an SST below it is rounding, of norms that are all equal
 
@@ -100,7 +102,7 @@ class RouterLoss(PassesLoss):
 def _unexplained(layer: DynamicKMoE, rows: Tensor, power: float | None) -> tuple[Tensor, Tensor]:
     """SSE of the router and SST of its targets over (token, expert) pairs."""
     rows = rows.to(layer.w_up.dtype)
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows.device):
         targets = layer.expert_norms(rows).pow(power_of(layer.router, power))
         v1, v2 = (v.float() for v in (layer.router.v1, layer.router.v2))
         errors = reference.router_scores(rows.float(), v1, v2) - targets

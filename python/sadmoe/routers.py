@@ -13,15 +13,17 @@ from tqdm.auto import tqdm
 from sadmoe import reference
 from sadmoe.batches import Batches
 from sadmoe.checks import check_config, check_fields, check_range, named
-from sadmoe.dial import check_own_weights, converted_layers, tau
+from sadmoe.dial import converted_layers, tau
 from sadmoe.files import checksum
+from sadmoe.forward import without_autocast
 from sadmoe.inputs import stream_inputs
 from sadmoe.layer import DynamicKMoE, Router
 from sadmoe.training.guards import all_or_nothing, seeded
 from sadmoe.training.resume import Checkpoint, Kept, check_checkpoint
+from sadmoe.weights import check_own_weights
 
 HELD_OUT = 0.1  # share of the tokens that training never sees
-CHUNK = 2**22  # activations held at once while norms are computed
+ACTIVATIONS = 2**22  # activations held at once while norms are computed
 WIDTH = 128  # of a new router
 REPORTED_SHARE = 0.25  # executed share at which `captured` is reported
 
@@ -97,11 +99,7 @@ def fit_router_(
     _check_fit(layer, inputs, config)
     power = power_of(layer.router, config.target_power)
     generator = torch.Generator().manual_seed(config.seed)
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast(inputs.device.type, enabled=False),
-    ):
+    with torch.inference_mode(False), torch.enable_grad(), without_autocast(inputs.device):
         problem = _Problem.of(layer, inputs, power)
         order = torch.randperm(len(inputs), generator=generator, device="cpu")
         held_out, train = order.tensor_split([math.ceil(HELD_OUT * len(inputs))])
@@ -212,7 +210,7 @@ class _Problem:
 
     @staticmethod
     def of(layer: DynamicKMoE, inputs: Tensor, power: float) -> "_Problem":
-        rows = max(1, CHUNK // (layer.experts * layer.expert_size))
+        rows = max(1, ACTIVATIONS // (layer.experts * layer.expert_size))
         # Of the experts; inputs that ran under autocast may be of another.
         dtype = (layer.w_up if layer.scale_up is None else layer.scale_up).dtype
         norms = torch.cat([layer.expert_norms(x.to(dtype)) for x in inputs.split(rows)])

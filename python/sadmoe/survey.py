@@ -10,7 +10,7 @@ from sadmoe.attention import scan_projections
 from sadmoe.batches import Batches, check_batches, length
 from sadmoe.cost import neuron_flops
 from sadmoe.ffn import FFNSite, Skipped, find_ffns, moe_layers, overlooked, scan_ffns
-from sadmoe.ffn.linears import linear_shape
+from sadmoe.ffn.linears import shape_of
 from sadmoe.flops import FlopCount
 from sadmoe.inputs import count_rows
 from sadmoe.modules import check_model, refuse_compiled
@@ -128,7 +128,7 @@ def survey(model: nn.Module, batches: Batches, *, progress: bool = False) -> Sur
         for site, sparsity in zip(sites, sparsities, strict=True)
     )
     projections = [p for p in projections if rows[p.first]]
-    of_projections = sum(rows[p.first] * math.prod(_shape(p.first)) for p in projections)
+    of_projections = sum(rows[p.first] * math.prod(shape_of(p.first)) for p in projections)
     weights = {
         id(p): p.numel() for site in sites for linear in site.linears.values() for p in linear.parameters()
     }
@@ -156,12 +156,6 @@ def _share_of(site: FFNSite, sparsity: LayerSparsity, rows_of_flops: float) -> F
     dense = site.dense()
     flops = dense.f * neuron_flops(dense.d, dense.d_out, site.act, dense.gated)
     return FFNShare(site.name, site.act, dense.gated, dense.d, dense.f, rows_of_flops * flops, sparsity)
-
-
-def _shape(linear: nn.Module) -> tuple[int, int]:
-    shape = linear_shape(linear)
-    assert shape is not None  # a site's
-    return shape
 
 
 def _fewer(share: float) -> str:

@@ -1,4 +1,4 @@
-"""The one timer of `sadmoe bench` and the benches.
+"""How long calls take, for `sadmoe bench` and the benches, and steps.
 
 Variants take turns, so that the machine's drift falls on all of them alike, and in a new order every round, for what
 one leaves in the caches makes the next one faster or slower.
@@ -9,7 +9,8 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -87,6 +88,23 @@ def waiting(call: Callable[[], object], device: torch.device) -> Callable[[], ob
 def _timing(values: list[float]) -> Timing:
     low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else 3 * values
     return Timing(median, (high - low) / median, len(values))
+
+
+class Clock:
+    """Seconds spent on each step, in the order in which the steps began. Prints as one line."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
+
+    def __str__(self) -> str:
+        steps = ", ".join(f"{step} {seconds:.0f}" for step, seconds in self.seconds.items())
+        return f"{sum(self.seconds.values()):.0f} s in all: {steps}"
 
 
 def processor(info: Path = Path("/proc/cpuinfo")) -> str:

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-from sadmoe import cli, moe_layers, texts
+from sadmoe import cli, cost, moe_layers, texts
 from sadmoe.cli import convert as convert_command
 from sadmoe.ops import layout
-from sadmoe.report import Series, plot_curves
+from sadmoe.report import Panel, Series, plot_curves
 
 transformers = pytest.importorskip("transformers")
 from command_line import bert, converted, evaluated
@@ -53,6 +53,11 @@ def test_what_is_skipped_is_made_up_for_where_asked(folder, text, tmp_path, caps
     one, two = (texts.load_model(path).state_dict() for path in (plain, made_up_for))
     assert all(torch.equal(value, two[key]) for key, value in one.items())
     assert {key.rpartition(".shared.")[2] for key in two.keys() - one.keys()} == {"w_up", "w_down", "b_out"}
+    within = tmp_path / "within"
+    assert converted(folder, text, within, "--budget", "0.6", "--compensate", "2", *quick) == 0
+    model, tokenizer = texts.load_model(within), texts.load_tokenizer(within)
+    batches = texts.tokenized(tokenizer, sorted(texts.paragraphs(text), key=len))
+    assert 0.5 < cost(model, batches).layers_of_dense < 0.61, "shared experts included"
     assert converted(folder, text, tmp_path / "all", "--budget", "1", "--compensate", "2", *quick) == 0
     assert "nothing was made up for: the budget pays for every expert" in capsys.readouterr().out
 
@@ -346,5 +351,6 @@ def test_help_teaches(capsys):
 def test_a_plot_is_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "curve.png"
-    plot_curves(path, [("cost", "x", "y", [Series("ours", [0.1, 0.2], [1, 2], ["a", "b"])])], "title")
+    panel = Panel("cost", "x", "y", [Series("ours", [0.1, 0.2], [1, 2], ["a", "b"])])
+    plot_curves(path, [panel], "title")
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -63,9 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     logging.basicConfig(format="sadmoe: %(message)s", level=logging.WARNING)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # no result is lost for a letter that a terminal lacks
+        # No result is lost for a letter that a terminal lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if getattr(arguments, "threads", None):
         torch.set_num_threads(arguments.threads)
     try:

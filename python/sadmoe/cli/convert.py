@@ -16,6 +16,7 @@ from torch import nn
 
 from sadmoe.attention import ProjectionConfig, replace_projections_, scan_projections
 from sadmoe.budget import BudgetReport, finetune_for_budget_
+from sadmoe.calibrate import calibrate_
 from sadmoe.cli.options import (
     add_common,
     add_data,
@@ -36,7 +37,7 @@ from sadmoe.cost import cost
 from sadmoe.data import Data, images_in
 from sadmoe.dial import converted_layers
 from sadmoe.ffn import empty_mlp, moe_layers, stand_in
-from sadmoe.ffn.linears import linear_shape
+from sadmoe.ffn.linears import shape_of
 from sadmoe.files import replacing, told_of
 from sadmoe.int8 import quantize_experts_
 from sadmoe.mixed import fast_training
@@ -80,8 +81,8 @@ def add_convert(commands: Any) -> None:
         "--only",
         nargs="+",
         metavar="PATTERN",
-        help="change only what has a name that fits one of these, such as '*language_model*', and leave the rest as it "
-        "is (sadmoe survey tells the names)",
+        help="convert only what has a name that fits one of these, such as '*language_model*' (sadmoe survey tells the "
+        "names); training still moves all weights",
     )
     command.add_argument(
         "--expert-size", type=positive, default=32, help="neurons in an expert (default: %(default)s)"
@@ -288,9 +289,8 @@ def _check_cuts(model: nn.Module, data: Data, arguments: argparse.Namespace) -> 
     if arguments.projections:
         width_of = _projections(arguments).width_of
         for place in scan_projections(trial, _filter(arguments), batches=data.batches)[0]:
-            shape = linear_shape(place.first)
-            assert shape is not None  # a projection's
-            stand_in(trial, place.name, empty_mlp(place.first, width_of(*shape)), keep=False)
+            width = width_of(*shape_of(place.first))
+            stand_in(trial, place.name, empty_mlp(place.first, width), keep=False)
     checked_sites(trial, data.batches, _conversion(arguments))
 
 
@@ -327,6 +327,9 @@ def _compensated(model: nn.Module, data: Data, arguments: argparse.Namespace) ->
         return "nothing was made up for: the budget pays for every expert"
     some = [data.batches[i] for i in range(0, len(data.batches), -(-len(data.batches) // COMPENSATED))]
     gone = compensate_(model, some, rank=arguments.compensate, seed=arguments.seed).values()
+    budget = _conversion(arguments).budget
+    if budget is not None:  # which pays for shared experts, too
+        calibrate_(model, data.batches, budget=budget, progress=True)
     return (
         f"shared experts take {min(gone):.0%} to {max(gone):.0%} of the squared errors of layers away, "
         f"{median(gone):.0%} in the median"

@@ -1,8 +1,5 @@
 """The layers of a conversion, each built beside its FFN; nothing here touches the model."""
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +18,7 @@ from sadmoe.partition import partition, slots
 from sadmoe.reference import RECTIFIERS
 from sadmoe.routers import WIDTH, fit_router_
 from sadmoe.sparsify.penalty import SMALL
+from sadmoe.timing import Clock
 from sadmoe.training.guards import random_numbers_kept
 from sadmoe.training.resume import Checkpoint, Kept
 
@@ -39,19 +37,6 @@ class Built:
     sample: Tensor
 
 
-class Clock:
-    """Seconds spent on each step, in the order in which the steps began."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, step: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
-
-
 def build_all(
     model: nn.Module,
     sites: list[FFNSite],
@@ -63,8 +48,8 @@ def build_all(
 ) -> list[Built]:
     """The layers in the order of the sites, those in the checkpoint loaded. Inputs are let go when a layer is built."""
     whole = 0 if checkpoint is None else checksum(dict(model.state_dict()))
-    kept = {site.name: Kept(checkpoint, site.name, _run(site, config, whole)) for site in sites}
-    built = {site.name: _again(site, config, *found) for site in sites if (found := kept[site.name].load())}
+    kept = {site.name: Kept(checkpoint, site.name, _made_from(site, config, whole)) for site in sites}
+    built = {site.name: _loaded(site, config, *found) for site in sites if (found := kept[site.name].load())}
     by_name = {site.name: site for site in sites if site.name not in built}
     stream = stream_inputs(
         model,
@@ -92,12 +77,12 @@ def build_all(
 def _build(site: FFNSite, inputs: Tensor, config: ConvertConfig, clock: Clock, progress: bool) -> Built:
     dense, config = site.dense(), config.of(site.adapter)
     experts = config.experts_of(dense.f)
-    some = _some(inputs, config.seed)
+    some = _sampled(inputs, config.seed)
     with clock("partition"), named(site.name):
         alike = _activity(dense, some) if config.cluster == "activity" else dense.first
         if not alike.isfinite().all():
             raise ValueError("not every activation is finite; look for NaN or inf in inputs or weights")
-        labels = partition(alike, experts, seed=config.seed, restarts=config.restarts, progress=progress)
+        labels = partition(alike, experts, seed=config.seed, progress=progress)
     with clock("routers"):
         layer = _layer(dense, slots(labels, experts), config)
         with named(site.name):
@@ -105,7 +90,7 @@ def _build(site: FFNSite, inputs: Tensor, config: ConvertConfig, clock: Clock, p
     return Built(site, dense, layer, fit.r2, len(inputs), some)
 
 
-def _some(inputs: Tensor, seed: int) -> Tensor:
+def _sampled(inputs: Tensor, seed: int) -> Tensor:
     """LOOKED_AT rows, drawn anew: inputs come in the order of the batches, whose first ones may be of a kind."""
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed), device="cpu")
     return inputs[order[:LOOKED_AT].to(inputs.device)]
@@ -123,10 +108,10 @@ def _layer(dense: DenseFFN, order: Tensor, config: ConvertConfig) -> DynamicKMoE
 # What is kept of a layer that was built: the order of its neurons, its router, and what its report is made from.
 
 
-def _run(site: FFNSite, config: ConvertConfig, model: int) -> dict[str, Any]:
+def _made_from(site: FFNSite, config: ConvertConfig, model: int) -> dict[str, Any]:
     """What that is a function of, but for the batches.   model: checksum of all that makes what enters the layer."""
     dense, config = site.dense(), config.of(site.adapter)
-    names = ("cluster", "restarts", "seed", "max_tokens", "skip_padding")
+    names = ("cluster", "seed", "max_tokens", "skip_padding")
     return {
         "experts": config.experts_of(dense.f),
         "router": {
@@ -145,12 +130,12 @@ def _to_keep(one: Built) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {"r2": one.r2, "tokens": one.tokens}
 
 
-def _again(site: FFNSite, config: ConvertConfig, tensors: dict[str, Tensor], state: dict[str, Any]) -> Built:
-    dense = site.dense()
+def _loaded(site: FFNSite, config: ConvertConfig, tensors: dict[str, Tensor], state: dict[str, Any]) -> Built:
+    dense, config = site.dense(), config.of(site.adapter)
     device = dense.w_up.device
-    layer = _layer(dense, tensors["permutation"].to(device), config.of(site.adapter))
+    layer = _layer(dense, tensors["permutation"].to(device), config)
     layer.router.load_state_dict({name: tensors[name] for name in ("v1", "v2")})
-    layer.router.target_power = config.of(site.adapter).router.target_power or 1.0
+    layer.router.target_power = config.router.target_power or 1.0
     return Built(site, dense, layer, state["r2"], state["tokens"], tensors["sample"].to(device))
 
 

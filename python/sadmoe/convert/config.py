@@ -28,7 +28,6 @@ class ConvertConfig:
     cluster: what makes neurons alike: "activity", counting for the same tokens (with ReLU firing for them, else adding
         about as much to the output), or "weights", their input weights, as in the paper, which kept less wherever both
         were tried.
-    restarts: runs of the k-means, the best of which is kept; more take that much longer for little.
     seed: of the sample of inputs, of the k-means, and of the order in which a DataLoader shuffles; the routers have
         their own in `router`.
     filter: of an FFN's name; False leaves it dense. None: convert all.
@@ -45,7 +44,6 @@ class ConvertConfig:
     max_bytes: int = 2**30
     skip_padding: bool = True
     cluster: Cluster = "activity"
-    restarts: int = 1
     seed: int = 0
     filter: Callable[[str], bool] | None = None
     projection_expert_size: int | None = None
@@ -64,7 +62,7 @@ class ConvertConfig:
                 f"got tau={self.tau} and budget={self.budget}"
             )
         sizes = ("expert_size", "experts", "projection_expert_size")
-        check_range(self, *sizes, "max_tokens", "max_bytes", "restarts", least=1)
+        check_range(self, *sizes, "max_tokens", "max_bytes", least=1)
         if self.budget is not None and not 0 < self.budget <= 1:
             raise ValueError(
                 f"ConvertConfig: budget must be in (0, 1], a share of the dense FLOPs, got {self.budget}"

@@ -12,11 +12,11 @@ from sadmoe import ops
 from sadmoe.batches import Batches, check_batches, check_runs
 from sadmoe.calibrate import calibrate_
 from sadmoe.checks import check_config
-from sadmoe.convert.build import Built, Clock, build_all
+from sadmoe.convert.build import Built, build_all
 from sadmoe.convert.config import ConvertConfig
 from sadmoe.convert.report import ConversionReport, LayerReport
 from sadmoe.cost import layer_cost
-from sadmoe.dial import check_own_weights, tau
+from sadmoe.dial import tau
 from sadmoe.ffn import (
     FFNSite,
     check_originals,
@@ -34,9 +34,11 @@ from sadmoe.inputs import count_rows
 from sadmoe.modules import check_model, evaluating, refuse_compiled, refuse_distributed
 from sadmoe.routers import WIDTH
 from sadmoe.tables import shortened
+from sadmoe.timing import Clock
 from sadmoe.training.guards import seeded
 from sadmoe.training.resume import Checkpoint, check_checkpoint
 from sadmoe.undo import surgery
+from sadmoe.weights import check_own_weights
 
 
 def convert_(

@@ -36,7 +36,7 @@ class ConversionReport:
     layers: tuple[LayerReport, ...]
     tau: float
     budget: float | None  # that tau was solved for
-    tokens: int  # inputs of each layer that its router was made from
+    tokens: int  # inputs that a router was made from, of the layer with most
     seconds: dict[str, float]
 
     @property

@@ -1,7 +1,6 @@
 """`sadmoe demo`: the whole method on a real model and real text, as one table."""
 
 import copy
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from sadmoe.routers import RouterConfig, fit_routers_
 from sadmoe.sparsify import SparsifyConfig, sparsify_
 from sadmoe.tables import to_json
 from sadmoe.texts import tokenized
+from sadmoe.timing import Clock
 
 SECONDS = 198.0  # of training, two thirds of the whole demo on two cores
 EXPERT_SIZE = 8  # neurons: larger experts run faster at the same share, but hold more that do not count
@@ -57,26 +57,26 @@ def run_demo(out: Path, *, seconds: float = SECONDS, force: bool = False) -> str
     stays, and a folder beside it is taken.   Raises ImportError where the demo's extras are not installed.
     """
     matplotlib_pyplot()
-    laps = Laps()
-    dense, tokenizer = minilm()
-    train, held_out = split(topics())
-    train += long_topics()
-    tests = tokenized(tokenizer, by_length(tokenizer, held_out), batch_size=32)
-    rows, wanted = controls(dense, tests)
-    laps.lap("controls")
-    model, solved, told = converted(dense, tokenizer, train, seconds, laps)
-    rounded = copy.deepcopy(model)
-    quantize_experts_(rounded)
-    ways = [Way(CONVERTED, model, value) for value in sorted({0.0, *TAUS, solved})]
-    ways.append(Way("converted, experts in int8", rounded, solved))
-    rows += sweep(dense, ways, tests, wanted)
-    laps.lap("table")
+    clock = Clock()
+    with clock("controls"):
+        dense, tokenizer = minilm()
+        train, held_out = split(topics())
+        train += long_topics()
+        tests = tokenized(tokenizer, by_length(tokenizer, held_out), batch_size=32)
+        rows, wanted = controls(dense, tests)
+    model, solved, told = converted(dense, tokenizer, train, seconds, clock)
+    with clock("table"):
+        rounded = copy.deepcopy(model)
+        quantize_experts_(rounded)
+        ways = [Way(CONVERTED, model, value) for value in sorted({0.0, *TAUS, solved})]
+        ways.append(Way("converted, experts in int8", rounded, solved))
+        rows += sweep(dense, ways, tests, wanted)
 
     out = place_for(out, force)
     text = "\n\n".join(
         (
             f"MiniLM-L6, {len(train)} paragraphs to train on, {len(held_out)} held out, "
-            f"{torch.get_num_threads()} threads\n{laps}",
+            f"{torch.get_num_threads()} threads\n{clock}",
             told,
             table(rows),
             f"saved with tau = {solved:.4f}, for {BUDGET:.1%} of the FFNs' FLOPs, in {out / 'model'}; reloaded, "
@@ -92,59 +92,41 @@ def run_demo(out: Path, *, seconds: float = SECONDS, force: bool = False) -> str
     return text
 
 
-class Laps:
-    """Where the time went. Prints as one line."""
-
-    def __init__(self) -> None:
-        self.started = self.last = time.perf_counter()
-        self.laps: list[str] = []
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps.append(f"{name} {now - self.last:.0f}")
-        self.last = now
-
-    def __str__(self) -> str:
-        return f"{time.perf_counter() - self.started:.0f} s in all: {', '.join(self.laps)}"
-
-
 def converted(
-    dense: nn.Module, tokenizer: Any, texts: Sequence[str], seconds: float, laps: Laps
+    dense: nn.Module, tokenizer: Any, texts: Sequence[str], seconds: float, clock: Clock
 ) -> tuple[nn.Module, float, str]:
     """The recipe: a copy of `dense` made sparse, converted, and taught to do with few experts; the tau that is set;
     and what to tell of it.
 
     seconds: of training, split as the configurations above split SECONDS.
     """
-    batches, more = (
-        tokenized(tokenizer, by_length(tokenizer, some), batch_size=24)
-        for some in (texts, [*texts, *recombined(texts, len(texts))])
-    )
+    with clock("texts"):
+        batches, more = (
+            tokenized(tokenizer, by_length(tokenizer, some), batch_size=24)
+            for some in (texts, [*texts, *recombined(texts, len(texts))])
+        )
 
     def scaled(config: Any) -> Any:
         return replace(config, seconds=config.seconds * seconds / SECONDS)
 
     model = copy.deepcopy(dense)
     train_ffns_(model)
-    with fast_training(model, dense):
+    with clock("sparsify"), fast_training(model, dense):
         sparsified = sparsify_(model, more, scaled(SPARSIFY))
-    laps.lap("sparsify")
     teacher = copy.deepcopy(model)
     config = ConvertConfig(expert_size=EXPERT_SIZE, router=UNTRAINED, max_tokens=8192)
-    convert_(model, batches[::CLUSTERED], config)
-    laps.lap("convert")
-    with fast_training(model, teacher):
+    with clock("convert"):
+        convert_(model, batches[::CLUSTERED], config)
+    with clock("layers"), fast_training(model, teacher):
         finetune_layers_(model, batches, scaled(LAYERS), teacher=teacher, batch_tokens=768)
-    laps.lap("layers")
-    with fast_training(model):
+    with clock("routers"), fast_training(model):
         fits = fit_routers_(model, batches, ROUTERS, max_tokens=ROUTED_TOKENS, progress=True)
-    laps.lap("routers")
-    calibrate_(model, batches[::8], budget=BUDGET, progress=True)
-    with fast_training(model, dense):
+    with clock("calibrate"):
+        calibrate_(model, batches[::8], budget=BUDGET, progress=True)
+    with clock("routed"), fast_training(model, dense):
         finetune_(model, more, scaled(ROUTED), teacher=dense, output_loss=embedding_error)
-    laps.lap("routed")
-    solved = calibrate_(model, batches[::4], budget=BUDGET, progress=True).tau
-    laps.lap("calibrate")
+    with clock("calibrate"):
+        solved = calibrate_(model, batches[::4], budget=BUDGET, progress=True).tau
     r2 = " ".join(f"{fit.r2:.2f}" for fit in fits.values())
     return (
         model,

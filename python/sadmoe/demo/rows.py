@@ -20,7 +20,7 @@ from sadmoe.ffn import FFNSite, find_ffns
 from sadmoe.hooks import hooks_on
 from sadmoe.masks import MaskRecord, record_masks
 from sadmoe.modules import evaluating
-from sadmoe.report import Series, plot_curves
+from sadmoe.report import Panel, Series, plot_curves
 from sadmoe.tables import format_table
 
 CONVERTED = "converted"
@@ -210,7 +210,6 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     ):
         points = sorted((getattr(row, key), row.fidelity.cosine, f"{row.share:.0%}") for row in ours)
         x, y, labels = zip(*points, strict=True)
-        panels.append(
-            (heading, label, axis, [Series("converted", x, y, labels), Series("dense", [1], [1], line=False)])
-        )
+        series = [Series("converted", x, y, labels), Series("dense", [1], [1], line=False)]
+        panels.append(Panel(heading, label, axis, series))
     plot_curves(path, panels, "MiniLM-L6 on held-out paragraphs of Python's documentation")

@@ -16,7 +16,7 @@ from sadmoe.ffn.projection import (
     stand_in,
 )
 from sadmoe.ffn.scan import ATTENTION, FFNNotFoundError, Skipped, find_ffns, overlooked, scan_ffns
-from sadmoe.ffn.sites import FFNSite, Parts, site_from_spec, spec
+from sadmoe.ffn.sites import FFNSite, site_from_spec, spec
 from sadmoe.ffn.surgery import hooked, moe_layers, replaced_module, site_of, swap_in, swap_out
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "DenseFFN",
     "FFNNotFoundError",
     "FFNSite",
-    "Parts",
     "ProjectionMLP",
     "Skipped",
     "activation_at",

@@ -57,13 +57,15 @@ def activation_at(model: nn.Module, site: FFNSite) -> str | None:
     return which_activation(lookup(model.get_submodule(site.block), site.parts.activation)[2])
 
 
-def swap_activations_(model: nn.Module, sites: Sequence[FFNSite], act: str = "relu") -> Undo:
+def swap_activations_(
+    model: nn.Module, sites: Sequence[FFNSite], act: str = "relu", *, told: bool = True
+) -> Undo:
     """Replaces the activation of every site by `act`, in place; call what it returns to undo it.
 
     A transformers config follows, in a copy of the model's own, so that the dense model can be saved and reloaded;
     unless something beside the sites still uses the old activation (an FFN left out, a head), as the config has one
-    name for all, or it has no name for it: both are logged. act: a key of `reference.ACTIVATIONS`. Source: the ReLU
-    swap of arXiv 2310.04361, section 3.
+    name for all, or it has no name for it: both are logged, if told. act: a key of `reference.ACTIVATIONS`.
+    Source: the ReLU swap of arXiv 2310.04361, section 3.
     Raises NotImplementedError, with nothing changed, where a forward calls its activation as a function.
     """
     check_choice("act", act, ACTIVATION_MODULES)
@@ -80,7 +82,8 @@ def swap_activations_(model: nn.Module, sites: Sequence[FFNSite], act: str = "re
             undo.callback(_swap(model.get_submodule(site.block), site, act))
         if old:
             undo.callback(own_configs(model))
-            _swap_configs(model, todo, old, act)  # in copies, which undoing lets go
+            level = logging.WARNING if told else logging.DEBUG
+            _swap_configs(model, todo, old, act, level)  # in copies, which undoing lets go
         return undo.pop_all().close
 
 
@@ -102,7 +105,7 @@ def _swap(block: nn.Module, site: FFNSite, act: str) -> Undo:
     return lambda: change(originals, before)
 
 
-def _swap_configs(model: nn.Module, sites: Sequence[FFNSite], old: set[str], act: str) -> None:
+def _swap_configs(model: nn.Module, sites: Sequence[FFNSite], old: set[str], act: str, level: int) -> None:
     """Each config found in the model follows, if no module under it has one of the old activations left."""
     found = configs_in(model)
     naming: list[str] = []  # modules whose config has a name for it
@@ -113,7 +116,8 @@ def _swap_configs(model: nn.Module, sites: Sequence[FFNSite], old: set[str], act
         naming += owners
         left = [user for owner in owners for user in _users(model.get_submodule(owner), owner, old)]
         if left:
-            logger.warning(
+            logger.log(
+                level,
                 "the config keeps %s, as %s uses it too: a dense model saved now reloads with it everywhere",
                 ", ".join(f"{key}={getattr(config, key)}" for key in changes),
                 left[0],
@@ -125,7 +129,8 @@ def _swap_configs(model: nn.Module, sites: Sequence[FFNSite], old: set[str], act
         site.name for site in sites if not any(not n or f"{site.name}.".startswith(f"{n}.") for n in naming)
     ]
     if found and unnamed:
-        logger.warning(
+        logger.log(
+            level,
             "the config of this %s has no name for the activation of %s: a dense model saved now reloads with %s. Save "
             "it converted, or swap again after loading",
             type(model).__name__,

@@ -15,6 +15,13 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return shape if all(isinstance(n, int) for n in shape) else None  # type: ignore[return-value]
 
 
+def shape_of(linear: nn.Module) -> tuple[int, int]:
+    """(in, out) of what is known to be a linear layer."""
+    shape = linear_shape(linear)
+    assert shape is not None
+    return shape
+
+
 def why_not_plain(module: nn.Module) -> str | None:
     """Why the weights of a linear layer cannot be read and put back (quantised, wrapped), else None.
 

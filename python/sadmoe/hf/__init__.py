@@ -35,7 +35,7 @@ def register() -> None:
     if describe_to_transformers not in after_surgery:
         after_surgery.append(describe_to_transformers)
     if MODELS in sys.modules:
-        _import_quantizer()
+        _import_parts()
     elif not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watcher())
 
@@ -54,7 +54,7 @@ def describe_to_transformers(model: nn.Module) -> None:
         logger.warning("save_pretrained will refuse this model as it is now: %s", error)
 
 
-def _import_quantizer() -> None:
+def _import_parts() -> None:
     try:
         importlib.import_module(QUANTIZER)
         importlib.import_module(EXPERTS)
@@ -97,4 +97,4 @@ class _ThenRegister(importlib.abc.Loader):
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Watcher)]
-        _import_quantizer()
+        _import_parts()

@@ -26,9 +26,9 @@ OLDEST = "5.7"  # transformers in which `set_experts_implementation` knows names
 SEEN = 16  # values of a weight on the CPU, to notice what wrote to it
 _TAU, _ACT, _ACT_OF = "sadmoe_tau", "sadmoe_act", "sadmoe_act_of"  # in the __dict__ of an experts module
 
-Packed = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 # Beside the modules, not in them, where it would be saved and copied.
-_kept: WeakKeyDictionary[nn.Module, tuple[list[ref[Tensor]], Any, Packed]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[nn.Module, tuple[list[ref[Tensor]], Any, Weights]] = WeakKeyDictionary()
 
 
 def set_experts_tau(model: nn.Module, tau: float) -> None:
@@ -113,7 +113,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     here = pairs < self.num_experts
     mask = F.one_hot(pairs, self.num_experts + 1)[:, : self.num_experts].bool()
     rows = hidden_states.repeat_interleave(top_k_index.shape[1], dim=0)
-    w_up, w_down, w_gate, b_up, b_gate, b_down = _packed(self)
+    w_up, w_down, w_gate, b_up, b_gate, b_down = _weights_of(self)
     y = ops.sparse_experts(rows, mask, w_up, w_down, b_up, w_gate, b_gate, act=act)
     if b_down is not None:
         y = y + b_down[pairs.where(here, 0)]
@@ -147,7 +147,7 @@ def _check(experts: Any) -> str:
     return act
 
 
-def _packed(experts: Any) -> Packed:
+def _weights_of(experts: Any) -> Weights:
     """w_up, w_down, w_gate, b_up, b_gate [E, s, ...] and the down bias [E, d], contiguous, as the kernels read them.
 
     Kept for the next call, which takes the experts' memory again, as long as the weights are the same tensors and
@@ -188,7 +188,7 @@ def _in_layout(
     down: Tensor,
     first_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
-) -> Packed:
+) -> Weights:
     first = first.transpose(1, 2) if experts.is_transposed else first  # [E, s or 2 s, d]
     down = down if experts.is_transposed else down.transpose(1, 2)  # [E, s, d]
     if not _has_gate(experts):

@@ -12,16 +12,15 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sadmoe.checkpoint import FORMAT, SavedModelError, check_safetensors
 from sadmoe.convert import restore_
 from sadmoe.describe import describe_all, match_activations, rebuild
-from sadmoe.dial import check_parameters
 from sadmoe.ffn import (
     bare_mlps,
     configs_in,
@@ -32,6 +31,8 @@ from sadmoe.ffn import (
     site_of,
 )
 from sadmoe.ffn.lookup import join
+from sadmoe.saving import FORMAT, SavedModelError
+from sadmoe.weights import check_parameters
 
 logger = logging.getLogger(__name__)
 _LANGUAGE = re.compile(r"^(model\.)?language_model\.")
@@ -110,7 +111,7 @@ class SadmoeQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         files = kwargs.get("checkpoint_files") or ()
         for file in files:
-            check_safetensors(Path(file))
+            _check_safetensors(Path(file))
         # and not from tensors of the caller's, which may be mapped, and changed since
         self._from_files = bool(files)
         config: Any = self.quantization_config
@@ -417,3 +418,12 @@ def _check_loaded(model: nn.Module, shapes: dict[str, torch.Size], from_files: b
             raise SavedModelError(
                 f"the weights do not fit config.json: {name} is {list(tensors[name].shape)}, not {list(shape)}"
             )
+
+
+def _check_safetensors(path: Path) -> None:
+    """Raises SavedModelError unless `path` is a safetensors file of the length that its header says."""
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except SafetensorError as error:
+        raise SavedModelError(f"{path} is no safetensors file, or is cut short: {error}") from error

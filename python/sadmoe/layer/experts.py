@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 
 from sadmoe import ops, reference
 from sadmoe.checks import check_choice
-from sadmoe.gradients import without_autocast
+from sadmoe.forward import without_autocast
 from sadmoe.layer.held import held
 from sadmoe.layer.rounding import column_scales, to_int8
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from sadmoe import ops, paths, reference
 from sadmoe.crossover import LayerShape
+from sadmoe.forward import is_recomputed
 from sadmoe.gates import DynamicK, Gate
-from sadmoe.gradients import is_recomputed
 from sadmoe.layer.experts import Experts, check_mask, runs_plainly
 from sadmoe.layer.held import held
 from sadmoe.layer.router import Router

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
-from sadmoe import gradients
+from sadmoe.forward import without_autocast
+from sadmoe.ops import gradients
 from sadmoe.ops.autocast import ARGUMENTS
 from sadmoe.ops.call import check_devices
 from sadmoe.ops.compiled import OPS
@@ -53,7 +54,7 @@ def _as_forward(backward: Gradient) -> Gradient:
     """The gradient out of autocast: what was kept is of the dtypes of the forward pass, also in another one's block."""
 
     def run(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with gradients.without_autocast(grad.device):
+        with without_autocast(grad.device):
             return backward(ctx, grad)
 
     return run

@@ -4,19 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sadmoe.report.plots import Series
+from sadmoe.report.plots import Panel
 from sadmoe.report.svg import bars, curves, escaped, heat, sample
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One chart of curves. better: what the reader should look for, as "upper left"."""
-
-    heading: str
-    x_label: str
-    y_label: str
-    series: Sequence[Series]
-    better: str = ""
 
 
 @dataclass(frozen=True)

@@ -29,17 +29,27 @@ class Series:
         return self.line and not self.marks
 
 
-def plot_curves(path: Path, panels: Sequence[tuple[str, str, str, Sequence[Series]]], title: str) -> None:
-    """Writes a picture of panels side by side, each (heading, x label, y label, series); a name has one colour and
-    mark in all, told below. Needs matplotlib."""
+@dataclass(frozen=True)
+class Panel:
+    """One chart of curves. better: what the reader should look for, as "upper left"."""
+
+    heading: str
+    x_label: str
+    y_label: str
+    series: Sequence[Series]
+    better: str = ""
+
+
+def plot_curves(path: Path, panels: Sequence[Panel], title: str) -> None:
+    """Writes a picture of panels side by side; a name has one colour and mark in all, told below. Needs matplotlib."""
     pyplot = matplotlib_pyplot()
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(6.2 * len(panels), 4.9), squeeze=False, layout="constrained"
     )
     looks: dict[str, int] = {}
     lines: dict[str, Any] = {}
-    for axis, (heading, x_label, y_label, series) in zip(axes[0], panels, strict=True):
-        for one in series:
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for one in panel.series:
             again, colour = divmod(looks.setdefault(one.name, len(looks)), COLOURS)
             mark = MARKS[again % len(MARKS)]
             look = "--" if one.is_level else f"{mark}-" if one.line else "s"
@@ -49,7 +59,7 @@ def plot_curves(path: Path, panels: Sequence[tuple[str, str, str, Sequence[Serie
                 axis.annotate(
                     label, (x, y), textcoords="offset points", xytext=(5, -11), fontsize=8, color="0.35"
                 )
-        axis.set(title=heading, xlabel=x_label, ylabel=y_label)
+        axis.set(title=panel.heading, xlabel=panel.x_label, ylabel=panel.y_label)
         axis.grid(alpha=0.3)
     columns = 2 * len(panels)
     figure.legend(

@@ -27,7 +27,7 @@ from sadmoe.batches import (
 )
 from sadmoe.checks import check_choice
 from sadmoe.ffn import FFNSite, find_ffns
-from sadmoe.gradients import no_gradient
+from sadmoe.forward import no_gradient
 from sadmoe.hooks import hooks_on, uncompiled
 from sadmoe.modules import device_of, evaluating, refuse_compiled
 from sadmoe.passes import PassesLoss

@@ -21,7 +21,7 @@ from sadmoe.training import Checkpoint, Step, processes
 from sadmoe.training.guards import all_or_nothing, seeded
 from sadmoe.training.loop import train
 from sadmoe.training.objective import Loss, Objective, distill_hidden, distill_logits, task
-from sadmoe.training.resume import check_checkpoint, held_to
+from sadmoe.training.resume import Kept, check_checkpoint, held_to
 
 logger = logging.getLogger(__name__)
 MEASURED_BATCHES = 8  # of the training batches, for the sparsity before and after
@@ -134,10 +134,8 @@ def sparsify_(
                 settle(model, sample)
             penalty = SparsityLoss(model, sites, penalty=config.penalty, displacement=config.displacement)
             with penalty:
-                history = train(
-                    model, batches, config, objective, penalty, progress, checkpoint=checkpoint, name="sparsify",
-                    about={"ffns": [site.name for site in sites], **held},
-                )  # fmt: skip
+                kept = Kept(checkpoint, "sparsify", {"ffns": [site.name for site in sites], **held})
+                history = train(model, batches, config, objective, penalty, progress=progress, kept=kept)
         after = measure_sparsity(model, sample, sites, loss=loss)
     report = SparsifyReport(before, after, history, time.perf_counter() - started)
     logger.info("sparsified %d FFNs: %.1f %% of the activations are exactly 0", len(sites), 100 * report.zero)

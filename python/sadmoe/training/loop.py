@@ -3,8 +3,8 @@
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, astuple, replace
 from functools import partial
 from typing import Any
 
@@ -18,10 +18,11 @@ from sadmoe.training import processes
 from sadmoe.training.config import LoopConfig, Step
 from sadmoe.training.guards import Apart, reseed, seeded
 from sadmoe.training.objective import Objective
-from sadmoe.training.resume import Checkpoint, Saver
+from sadmoe.training.resume import Kept, Saver
 
 PenaltyOf = Callable[[Any], Tensor]
 Read = Callable[[], tuple[int | None, Batch]]  # reads a batch, see `_endless`
+UNKEPT = Kept(None, "training", {})
 BIASES = ("b_up", "b_gate")  # of a converted layer, [E, s]
 
 
@@ -31,18 +32,15 @@ def train(
     config: LoopConfig,
     objective: Objective,
     penalty_of: PenaltyOf,
+    *,
     progress: bool,
     at: Callable[[float], None] = lambda done: None,
-    *,
-    checkpoint: Checkpoint | None = None,
-    name: str = "training",
-    about: Mapping[str, Any] | None = None,
+    kept: Kept = UNKEPT,
 ) -> list[Step]:
     """Minimises objective(batch, index) + alpha * penalty_of(batch) by the config's schedule.
 
-    at(done) is called before each update with the share of the run that is over.   name: of the run, for its bar, its
-    errors and `checkpoint`.   about: what else makes it another run, as JSON has it, so that its checkpoint is not
-    taken.
+    at(done) is called before each update with the share of the run that is over.   kept: the run's name, also for its
+    bar and its errors, where it saves itself, and what beside config and weights makes it another run.
     In a process group the batches of each update are shared out; every process must be given the same ones. Random
     numbers, such as those of dropout, are drawn by the seed and the number of the batch: the same in one process or
     several, and after a run was taken up again. The caller's own random state is left as it was.
@@ -50,14 +48,14 @@ def train(
     """
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
-            f"{name} was called under torch.inference_mode, where nothing can be trained: leave it first"
+            f"{kept.name} was called under torch.inference_mode, where nothing can be trained: leave it first"
         )
     processes.as_first_([*model.parameters(), *model.buffers()])
-    update = _Update(name, model, config, objective, penalty_of, _endless(batches, config.seed))
+    update = _Update(kept.name, model, config, objective, penalty_of, _endless(batches, config.seed))
     saver = None
-    if checkpoint is not None:
-        run = {"config": {**asdict(config), **(about or {})}}
-        saver = Saver(checkpoint, name, model, update.optimizer, run, penalty_of)
+    if kept.checkpoint is not None:
+        of_run = replace(kept, run={"config": {**asdict(config), **kept.run}})
+        saver = Saver(of_run, model, update.optimizer, penalty_of)
     history, before = update.resumed(saver)
     device, started = device_of(model), time.perf_counter() - before
     if not processes.is_same(len(history), device):
@@ -71,7 +69,7 @@ def train(
             total=config.steps or math.ceil(config.seconds or 0),
             initial=len(history) if config.steps else 0,
             unit="step" if config.steps else "s",
-            desc=name,
+            desc=kept.name,
             disable=not progress,
         ) as bar,
     ):
@@ -142,7 +140,7 @@ class _Update:
     def resumed(self, saver: Saver | None) -> tuple[list[Step], float]:
         """History and seconds of what is saved, the batches that it used left behind; nothing at the first start."""
         state = None if saver is None else saver.resume()
-        if saver is None or state is None:
+        if state is None:
             return [], 0.0
         history = [Step(*step) for step in state["history"]]
         if _done(self.config, len(history), state["seconds"]) < 1:

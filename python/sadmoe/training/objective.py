@@ -14,13 +14,13 @@ from sadmoe.batches import Batch, check_repeats, real_rows, run, to_device
 from sadmoe.checks import check_choice
 from sadmoe.ffn import FFNSite
 from sadmoe.ffn.lookup import is_module, join
-from sadmoe.gradients import is_recomputed, no_gradient
+from sadmoe.forward import is_recomputed, no_gradient
 from sadmoe.hooks import hooks_on
 from sadmoe.modules import device_of, evaluating, floats_in, is_encoder_decoder, unwrapped
 
 Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> scalar; it runs the model itself
 LONGEST = 100.0  # times the median |h_dense|^2 of the tokens: a longer one counts as one of that
-SMALL = 1e-6  # of their mean, which that is at least, where most tokens are all but 0
+LEAST = 1e-6  # of their mean, which that is at least, where most tokens are all but 0
 # Runs the model on a batch and says how far off it is. The index is the same whenever the same batch comes; None where
 # that is not known.
 Objective = Callable[[Batch, int | None], Tensor]
@@ -94,8 +94,8 @@ def distill_hidden(
     *,
     kept_bytes: int = 0,
 ) -> Objective:
-    """Mean over blocks of |h - h_dense|^2 / |h_dense|^2, the norms over the real tokens together, + output_loss, of
-    which "logits" is `logits_kl`.
+    """Mean over the blocks that a batch runs of |h - h_dense|^2 / |h_dense|^2, the norms over the real tokens together,
+    + output_loss, of which "logits" is `logits_kl`.
 
     A token counts as at most LONGEST times the median one: in many decoders the first has a thousand times that, and
     would drown out the others.
@@ -116,15 +116,22 @@ def distill_hidden(
 
     def objective(batch: Batch, index: int | None = None) -> Tensor:
         targets, wanted = kept.get(index, lambda: dense_states(batch))
-        steady.check(targets[names[-1]], lambda: dense_states(batch, names[-1:])[0][names[-1]])
+        ran = [name for name in names if targets[name]]  # a batch of text alone runs no tower for images
+        if not ran:
+            raise ValueError(
+                f"a batch reaches none of {', '.join(names)}: leave it out, or leave these out by a filter"
+            )
+        steady.check(targets[ran[-1]], lambda: dense_states(batch, ran[-1:])[0][ran[-1]])
         with padded(), outputs(model, names) as hidden:
             given = run(model, batch)
-        missed = [name for name in names if len(hidden[name]) != len(targets[name]) or not hidden[name]]
-        if missed:
-            raise ValueError(f"the batches never reach {', '.join(missed)}: pass batches that run every FFN")
+        if differing := [name for name in names if len(hidden[name]) != len(targets[name])]:
+            raise ValueError(
+                f"teacher must run the blocks that the model runs, but runs {differing[0]} "
+                f"{len(targets[differing[0]])} times, not {len(hidden[differing[0]])}"
+            )
         other = [
             f"{name} {list(h.shape)}, not {list(t.shape)}"
-            for name in names
+            for name in ran
             for h, t in zip(hidden[name], targets[name], strict=True)
             if h.shape != t.shape
         ]
@@ -132,11 +139,11 @@ def distill_hidden(
             raise ValueError(
                 f"teacher must be a model of the same sizes, but what leaves blocks differs: {other[0]}"
             )
-        if cut := [name for name in names if _is_cut_off(model.get_submodule(name), hidden[name])]:
+        if cut := [name for name in ran if _is_cut_off(model.get_submodule(name), hidden[name])]:
             raise no_gradient(f"to compare what leaves {cut[0]} by")
         errors = [
             _relative_error(h, t, real_rows(model, name, batch, h))
-            for name in names
+            for name in ran
             for h, t in zip(hidden[name], targets[name], strict=True)
         ]
         error = torch.stack(errors).mean()
@@ -265,7 +272,7 @@ def _relative_error(h: Tensor, target: Tensor, real: Tensor | None) -> Tensor:
     wrong, sizes = h - target, target.square().sum(-1)
     if real is not None:
         wrong, sizes = wrong.where(real.unsqueeze(-1), 0), sizes.where(real, torch.nan)
-    most = torch.maximum(LONGEST * sizes.nanmedian(), SMALL * sizes.nanmean())  # NaN where there are none
+    most = torch.maximum(LONGEST * sizes.nanmedian(), LEAST * sizes.nanmean())  # NaN where there are none
     sizes = sizes.nan_to_num(0)
     weight = torch.where(sizes > most, most / sizes, 1.0)
     tiny = torch.finfo(torch.float32).tiny

@@ -9,10 +9,11 @@ is JSON:
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -156,28 +157,17 @@ class Kept:
 class Saver:
     """Saves a training loop when it is time, and brings it back."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        name: str,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        config: dict[str, Any],
-        memory: Any,
-    ):
-        self.path, self.every = checkpoint.file(name), checkpoint.every
+    def __init__(self, kept: Kept, model: nn.Module, optimizer: torch.optim.Optimizer, memory: Any):
         self.model, self.optimizer, self.memory = model, optimizer, memory
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.run = {
-            "weights": files.checksum(dict(model.named_parameters())),  # of all, frozen ones too
-            "trained": sorted(self.trained),
-            **config,
-        }
+        weights = files.checksum(dict(model.named_parameters()))  # of all, frozen ones too
+        self.kept = replace(kept, run={"weights": weights, "trained": sorted(self.trained), **kept.run})
+        self.every = math.inf if kept.checkpoint is None else kept.checkpoint.every
         self.saved = time.perf_counter()
 
     def resume(self) -> dict[str, Any] | None:
         """Puts weights, moments and memory back as saved; the state that `save` was given, None at the first start."""
-        found = read(self.path, self.run)
+        found = self.kept.load()
         if found is None:
             return None
         tensors, state = found
@@ -208,7 +198,7 @@ class Saver:
         for name, p in self.trained.items():
             tensors |= {f"{key}.{name}": t for key, t in self.optimizer.state.get(p, {}).items()}
         memory = self.memory.state_dict() if isinstance(self.memory, Stateful) else None
-        write(self.path, tensors, self.run, {**state(), "memory": memory})
+        self.kept.save(tensors, {**state(), "memory": memory})
         self.saved = time.perf_counter()
 
     def _state(self) -> dict[str, Tensor]:

@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sadmoe import files
 from sadmoe.describe import describe_all, match_activations, rebuild
-from sadmoe.dial import check_no_adapters, check_parameters
 from sadmoe.ffn import moe_layers
 from sadmoe.modules import innermost, plain_name, refuse_distributed, unwrapped
 from sadmoe.undo import surgery
+from sadmoe.weights import check_no_adapters, check_parameters
 
 FORMAT = 1
 KEY = "sadmoe"
@@ -71,22 +70,17 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> None:
         )
     header, tensors = _read(path)
     skeleton = _skeleton(model)
-    _rebuild_all(skeleton, header["layers"], path)
+    for name, description in header["layers"].items():
+        try:
+            rebuild(skeleton, name, description)
+        except ValueError as error:
+            raise SavedModelError(f"{path} does not fit this {type(model).__name__}: {error}") from error
     _check_same(skeleton, tensors, path)
     with surgery(model):
         match_activations(model, header["layers"])
         for name, description in header["layers"].items():
             rebuild(model, name, description)
         _fill(model, tensors)
-
-
-def check_safetensors(path: Path) -> None:
-    """Raises SavedModelError unless `path` is a safetensors file of the length that its header says."""
-    try:
-        with safe_open(path, "pt"):
-            pass
-    except SafetensorError as error:
-        raise SavedModelError(f"{path} is no safetensors file, or is cut short: {error}") from error
 
 
 def _everything(model: nn.Module) -> dict[str, Tensor]:
@@ -166,14 +160,6 @@ def _skeleton(model: nn.Module) -> nn.Module:
             nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
         )
     return copy.deepcopy(model, memo)
-
-
-def _rebuild_all(skeleton: nn.Module, layers: dict[str, Any], path: Path) -> None:
-    for name, description in layers.items():
-        try:
-            rebuild(skeleton, name, description)
-        except ValueError as error:
-            raise SavedModelError(f"{path} does not fit this {type(skeleton).__name__}: {error}") from error
 
 
 def _check_same(skeleton: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

@@ -1,8 +1,7 @@
 """Gradients of the ops by hand, the mask held constant. Only inputs are saved: intermediates are computed again."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -26,24 +25,6 @@ def _silu_backward(grad: Tensor, z: Tensor) -> Tensor:
         return aten.silu_backward(grad, z)
     opened = z.sigmoid()  # torch's has no gradient of its own
     return grad * opened * (1 + z * (1 - opened))
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Inside, nothing on the device is cast."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
-
-
-def no_gradient(what: str = "for the penalty") -> RuntimeError:
-    """Of a forward pass that should have left one."""
-    return RuntimeError(
-        f"the forward pass left no gradient {what}: it ran under no_grad, or with reentrant checkpointing (set "
-        "gradient_checkpointing_kwargs={'use_reentrant': False})"
-    )
-
-
-def is_recomputed() -> bool:
-    """Whether this forward is that of gradient checkpointing, run again in backward: hooks that record have seen it."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def of_router_scores(grad: Tensor, x: Tensor, v1: Tensor, v2: Tensor) -> tuple[Tensor | None, ...]:
@@ -75,9 +56,8 @@ def of_sparse_experts(
     None for those that are None or require no gradient.
     """
     experts = len(w_up)
-    up = of_chosen(
-        linear_of_experts(x, w_up, b_up), mask, experts
-    )  # of others it may be inf, whose slope is NaN
+    # Of others it may be inf, whose slope is NaN.
+    up = of_chosen(linear_of_experts(x, w_up, b_up), mask, experts)
     grad_hidden = of_chosen(grad @ w_down.flatten(0, 1).T, mask, experts)
     if w_gate is None:
         hidden = ACTIVATIONS[act](up)

@@ -5,13 +5,13 @@ import zlib
 from pathlib import Path
 
 import pytest
-import sadmoe.checkpoint as checkpoint
 import torch
 from checkpoint_files import flip_a_bit, rewrite
 from conversions import fingerprint
 from converted import converted
-from sadmoe.checkpoint import SavedModelError, load, save
+from sadmoe import saving
 from sadmoe.files import crc32
+from sadmoe.saving import SavedModelError, load, save
 from safetensors.torch import save_file
 from tiny_models import TINY
 from torch import nn
@@ -179,7 +179,7 @@ def test_a_load_that_is_interrupted_leaves_the_model_alone(file, monkeypatch):
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_fill", interrupted)
+    monkeypatch.setattr(saving, "_fill", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load(model, file)
     assert fingerprint(model) == before

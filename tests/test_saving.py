@@ -10,12 +10,12 @@ import torch
 from conversions import fingerprint
 from converted import converted
 from sadmoe import files
-from sadmoe.checkpoint import load, save
 from sadmoe.convert import ConvertConfig, convert_, restore_
 from sadmoe.dial import set_tau
 from sadmoe.ffn import find_ffns, layer_from_dense, moe_layers, swap_activations_, swap_in
 from sadmoe.gates import DynamicK, TopK
 from sadmoe.routers import RouterConfig
+from sadmoe.saving import load, save
 from safetensors.torch import load_file
 from tiny_models import TINY, UserFFN, call
 from torch import Tensor, nn
