@@ -216,24 +216,16 @@ def real_rows(model: nn.Module, name: str, batch: Batch | None, x: Tensor) -> Te
     used, and told in a UserWarning.
     """
     batch = _only(batch)
-    given = batch if isinstance(batch, Mapping) else {}
-    if "pixel_values" in given and "input_ids" in given and any(map(_sees, name.split("."))):
-        return None
-    below = any(part.endswith("decoder") for part in name.split(".")) and not _OF_ENCODER_STATES.search(name)
-    decoder = below and (is_encoder_decoder(model) or _mask(batch, "decoder_attention_mask") is not None)
-    mask = _mask(batch, "decoder_attention_mask" if decoder else "attention_mask")
-    if mask is None and decoder:
-        mask = _labelled(batch)
-    if mask is None and decoder:
-        mask = _moved_on(batch)
-    fills_up = getattr(getattr(model, "config", None), "attention_window", None)
-    if mask is not None and x.dim() == 3 and fills_up:  # Longformer, to its window
-        tokens = x.shape[1] if x.shape[0] == mask.shape[0] else x.shape[0]
-        mask = F.pad(mask, (0, max(0, tokens - mask.shape[-1])))
+    mask = _mask_for(model, name, batch)
     if mask is None or x.is_nested:
         return None
+    if x.dim() == 3 and getattr(
+        getattr(model, "config", None), "attention_window", None
+    ):  # Longformer fills up to it
+        tokens = x.shape[1] if x.shape[0] == mask.shape[0] else x.shape[0]
+        mask = F.pad(mask, (0, max(0, tokens - mask.shape[-1])))
     if x.dim() == 3 and x.shape[0] == len(mask) and x.shape[1] != mask.shape[1]:
-        text = given.get("input_ids")
+        text = batch.get("input_ids") if isinstance(batch, Mapping) else None
         of_text = isinstance(text, Tensor) and text.shape == mask.shape
         found = None if of_text else _of_frames(model, name, mask, x.shape[1])
         if found is None and x.shape[1] > 1 and not mask.all() and not _OF_ENCODER_STATES.search(name):
@@ -248,11 +240,22 @@ def real_rows(model: nn.Module, name: str, batch: Batch | None, x: Tensor) -> Te
     return mask_rows(mask, x.shape).to(x.device)
 
 
+def _mask_for(model: nn.Module, name: str, batch: Any) -> Tensor | None:
+    """The mask in a batch that what enters module `name` answers to, as `real_rows` says."""
+    parts = name.split(".")
+    given = batch if isinstance(batch, Mapping) else {}
+    if "pixel_values" in given and "input_ids" in given and any(map(_sees, parts)):
+        return None
+    below = any(part.endswith("decoder") for part in parts) and not _OF_ENCODER_STATES.search(name)
+    if not (below and (is_encoder_decoder(model) or _mask(batch, "decoder_attention_mask") is not None)):
+        return _mask(batch, "attention_mask")
+    possible = (_mask(batch, "decoder_attention_mask"), _labelled(batch), _moved_on(batch))
+    return next((mask for mask in possible if mask is not None), None)
+
+
 def _sees(part: str) -> bool:
     """Whether a part of a module's path is that of a tower for images."""
-    return any(word in part for word in ("vision", "visual", "image")) and not re.search(
-        "language|text", part
-    )
+    return bool(re.search("vision|visual|image", part)) and not re.search("language|text", part)
 
 
 def _of_frames(model: nn.Module, name: str, mask: Tensor, frames: int) -> Tensor | None:
@@ -263,13 +266,10 @@ def _of_frames(model: nn.Module, name: str, mask: Tensor, frames: int) -> Tensor
         with suppress(Exception):  # of private methods, which a version or a class may not have in full
             module: Any = model.get_submodule(".".join(parts[:n]))
             if hasattr(module, "_get_feature_vector_attention_mask"):  # Wav2Vec2, HuBERT and their like
-                lengths, made = (
-                    module._get_feat_extract_output_lengths,
-                    module._get_feature_vector_attention_mask,
-                )
+                lengths = module._get_feat_extract_output_lengths
                 alone = {"add_adapter": False} if "add_adapter" in signature(lengths).parameters else {}
                 if int(lengths(torch.tensor(mask.shape[1]), **alone)) == frames:
-                    return made(frames, mask, **alone).bool()
+                    return module._get_feature_vector_attention_mask(frames, mask, **alone).bool()
             elif hasattr(module, "_get_output_attention_mask"):  # Parakeet and its like
                 made = module._get_output_attention_mask
                 if made(torch.ones_like(mask)).shape[1] == frames:
