@@ -191,6 +191,19 @@ def test_of_sounds_the_frames_of_padding_are_left_out(make, frames, recwarn):
     assert not [w for w in recwarn if "real tokens" in str(w.message)]
 
 
+def test_after_an_adapter_frames_of_padding_are_left_out_too(recwarn):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Wav2Vec2Config(
+        **WAVES, add_adapter=True, num_adapter_layers=2, output_hidden_size=24
+    )
+    model, batch = transformers.Wav2Vec2Model(config).eval(), TINY["wav2vec2"].batch()
+    x = model(**batch).last_hidden_state
+    assert x.shape[1] < 19
+    long, short = real_rows(model, "", batch, x).view(2, -1).sum(1).tolist()
+    assert long == x.shape[1] > short > 0
+    assert not [w for w in recwarn if "real tokens" in str(w.message)]
+
+
 def test_a_mask_is_used_for_frames_of_its_own_rate_alone():
     model, batch = _parakeet()
     whole = torch.ones(2, 64, dtype=torch.int64)

@@ -267,9 +267,12 @@ def _of_frames(model: nn.Module, name: str, mask: Tensor, frames: int) -> Tensor
             module: Any = model.get_submodule(".".join(parts[:n]))
             if hasattr(module, "_get_feature_vector_attention_mask"):  # Wav2Vec2, HuBERT and their like
                 lengths = module._get_feat_extract_output_lengths
-                alone = {"add_adapter": False} if "add_adapter" in signature(lengths).parameters else {}
-                if int(lengths(torch.tensor(mask.shape[1]), **alone)) == frames:
-                    return module._get_feature_vector_attention_mask(frames, mask, **alone).bool()
+                adapts = (
+                    "add_adapter" in signature(lengths).parameters
+                )  # a part that makes fewer frames of them
+                for given in [{"add_adapter": False}, {"add_adapter": True}] if adapts else [{}]:
+                    if int(lengths(torch.tensor(mask.shape[1]), **given)) == frames:
+                        return module._get_feature_vector_attention_mask(frames, mask, **given).bool()
             elif hasattr(module, "_get_output_attention_mask"):  # Parakeet and its like
                 made = module._get_output_attention_mask
                 if made(torch.ones_like(mask)).shape[1] == frames:

@@ -51,7 +51,7 @@ def _eager_attention(models: Sequence[nn.Module]) -> Iterator[None]:
 def _with_parts(config: Any) -> Iterator[Any]:
     """It, and the configs in it."""
     yield config
-    for name in config.sub_configs:
+    for name in getattr(config, "sub_configs", ()):
         if (part := getattr(config, name, None)) is not None:
             yield from _with_parts(part)
 
