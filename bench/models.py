@@ -1,13 +1,14 @@
 """Whole models, dense beside converted, at fixed executed shares: MiniLM, SmolLM2 and DINOv2, where their packages are.
 
-    python bench/models.py [--models minilm smollm2 vit] [--shares 0.25 0.5] [--packed] [--int8] [--threads 1]
-                           [--json FILE]
+    python bench/models.py [--models minilm smollm2 vit] [--shares 0.25 0.5] [--packed] [--int8] [--bf16]
+                           [--threads 1] [--json FILE]
 
 It is time that is measured, not quality: the models are converted without fine-tuning, with routers trained for a few
 steps, and every layer's tau is solved for the share on the scores of its own inputs. So the outputs are of no use, and
 the masks less clustered and less skewed than those of a fine-tuned model. --packed, --int8: beside it with experts
-packed, in int8. The executed share printed is that of the timed inputs; that of a decode is of its prompt. Models take
-turns. bench/recipes/fetch.sh brings the packages.
+packed, in int8. --bf16: beside it dense and converted in bfloat16, as times faster than dense in float32, too. The
+executed share printed is that of the timed inputs; that of a decode is of its prompt. Models take turns.
+bench/recipes/fetch.sh brings the packages.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import torch
 from command import command
 from layer_problem import ROUTER_WIDTH, tau_of_share
 from recipes import sources
+from recipes.workload import in_bf16
 from sadmoe import ConvertConfig, convert_, pack_experts_, quantize_experts_, set_tau
 from sadmoe.demo import minilm, topics
 from sadmoe.dial import converted_layers
@@ -119,8 +121,11 @@ def executed(model: nn.Module, batch: Batch) -> float:
     return record.share
 
 
-def timed(workload: Workload, models: dict[str, nn.Module], shares: list[float]) -> list[dict]:
-    """A row for every call and share, with a column for each of the converted models, which are one and the same."""
+def timed(
+    workload: Workload, dense: dict[str, nn.Module], models: dict[str, nn.Module], shares: list[float]
+) -> list[dict]:
+    """A row for every call and share, with a column for each of the dense models, and of the converted ones, all of
+    which are one and the same."""
     rows, model = [], next(iter(models.values()))
     for name, (batch, call) in workload.calls.items():
         taus = {share: taus_at(model, batch, share) for share in shares}
@@ -132,10 +137,11 @@ def timed(workload: Workload, models: dict[str, nn.Module], shares: list[float])
             return call(models[name], batch)
 
         variants = {f"{name} {s}": partial(at, name, s) for name in models for s in shares}
-        times = measure({"dense": partial(call, workload.model, batch)} | variants)
+        times = measure({name: partial(call, one, batch) for name, one in dense.items()} | variants)
         for share in shares:
             set_tau(model, taus[share])
-            columns = {"dense": times["dense"]} | {name: times[f"{name} {share}"] for name in models}
+            columns = {name: times[name] for name in dense}
+            columns |= {name: times[f"{name} {share}"] for name in models}
             rows.append(
                 {
                     "call": name,
@@ -143,7 +149,9 @@ def timed(workload: Workload, models: dict[str, nn.Module], shares: list[float])
                     "share": executed(model, batch),
                     "seconds": {name: time.median for name, time in columns.items()},
                     "spread": {name: time.spread for name, time in columns.items()},
-                    "speedup": {name: times["dense"].median / columns[name].median for name in models},
+                    "speedup": {
+                        n: times["dense"].median / t.median for n, t in columns.items() if n != "dense"
+                    },
                 }
             )
     return rows
@@ -165,12 +173,14 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5])
     parser.add_argument("--packed", action="store_true")
     parser.add_argument("--int8", action="store_true")
+    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     title = machine()
-    columns = ["dense", "sadmoe"] + ["packed"] * args.packed + ["int8"] * args.int8
+    columns = ["dense"] + ["dense bf16"] * args.bf16 + ["sadmoe"] + ["packed"] * args.packed
+    columns += ["int8"] * args.int8 + ["sadmoe bf16"] * args.bf16
     print(
         f"# {title}, float32\n{'model':8} {'call':20}  share{''.join(f'{name:>17}' for name in columns)}  faster"
     )
@@ -181,7 +191,7 @@ def main() -> None:
         except (ImportError, SystemExit) as missing:
             print(f"{name} is left out: {missing}", file=sys.stderr)
             continue
-        models = {"sadmoe": converted(workload)}
+        dense, models = {"dense": workload.model}, {"sadmoe": converted(workload)}
         if args.packed:
             models["packed"] = copy.deepcopy(models["sadmoe"])
             if not pack_experts_(models["packed"]):
@@ -189,8 +199,10 @@ def main() -> None:
         if args.int8:
             models["int8"] = copy.deepcopy(models["sadmoe"])
             quantize_experts_(models["int8"])
+        if args.bf16:
+            dense["dense bf16"], models["sadmoe bf16"] = in_bf16(workload.model), in_bf16(models["sadmoe"])
         with torch.inference_mode():
-            for row in timed(workload, models, args.shares):
+            for row in timed(workload, dense, models, args.shares):
                 rows.append({"model": name} | row)
                 print(line(rows[-1]), flush=True)
     print("Times in ms: median and distance of the quartiles.")

@@ -431,3 +431,25 @@ def test_a_model_that_fills_up_to_a_window_has_no_more_real_tokens_than_the_batc
     model.config = SimpleNamespace()
     with pytest.warns(UserWarning, match="of 3 tokens, and layers of this Identity run on 8"):
         assert real_rows(model, "layer", batch, torch.zeros(2, 8, 5)) is None
+
+
+def test_several_texts_a_sample_have_one_mask_of_all():
+    """As BertForMultipleChoice takes them."""
+    mask = torch.tensor([[[1, 1, 0], [1, 0, 0]]]).expand(4, 2, 3)
+    batch = {"input_ids": torch.zeros(4, 2, 3, dtype=torch.int64), "attention_mask": mask}
+    assert torch.equal(padding_mask(batch), mask.flatten(0, 1).bool())
+    real = real_rows(nn.Identity(), "encoder.0", batch, torch.zeros(8, 3, 5))
+    assert torch.equal(real, mask.flatten().bool())
+    assert padding_mask({"attention_mask": mask}) is None, "of what, nothing says"
+
+
+def test_masks_of_parts_of_a_batch_are_told_not_to_be_used():
+    part = {"input_ids": torch.ones(2, 3, dtype=torch.int64), "attention_mask": torch.ones(2, 3)}
+    padded = {**part, "attention_mask": torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])}
+    with pytest.warns(UserWarning, match="an attention_mask in each of positive, and no part"):
+        assert (
+            real_rows(nn.Identity(), "", {"anchor": part, "positive": padded}, torch.zeros(2, 3, 5)) is None
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert real_rows(nn.Identity(), "", {"anchor": part}, torch.zeros(2, 3, 5)) is None

@@ -68,19 +68,25 @@ def test_the_budget_is_met_and_the_model_is_nearer_to_the_dense_one_than_by_cali
     assert f"tau {report.calibration.tau:.4f} executes" in told
 
 
-def test_every_argument_reaches_the_step_that_it_is_for(model, dense, monkeypatch):
-    def loss(output, wanted, batch):
-        return (output.last_hidden_state - wanted.last_hidden_state).square().mean()
-
-    given = {}
+@pytest.fixture
+def given(monkeypatch):
+    """By step, the settings and the arguments by name that it was last called with."""
+    seen = {}
     for name in ("finetune_layers_", "fit_routers_", "finetune_"):
         step = getattr(budget, name)
 
         def noted(model, batches, config, *args, name=name, step=step, **settings):
-            given[name] = config, settings
+            seen[name] = config, settings
             return step(model, batches, config, *args, **settings)
 
         monkeypatch.setattr(budget, name, noted)
+    return seen
+
+
+def test_every_argument_reaches_the_step_that_it_is_for(model, dense, given):
+    def loss(output, wanted, batch):
+        return (output.last_hidden_state - wanted.last_hidden_state).square().mean()
+
     router = sadmoe.RouterConfig(width=99, steps=7)
     finetuned(model, dense, seconds=0.5, router=router, max_tokens=50, seed=3, output_loss=loss)
     layers, routers, whole = (given[name] for name in ("finetune_layers_", "fit_routers_", "finetune_"))
@@ -146,7 +152,7 @@ def test_oracles_and_loaders_do(model, dense):
     assert [layer.gate for layer in moe_layers(model).values()] == [DynamicK(report.calibration.tau)] * 2
 
 
-def test_with_projections_it_is_taught_by_what_was_converted(dense):
+def test_with_projections_it_is_taught_by_what_was_converted(dense, given):
     model = copy.deepcopy(dense)
     sadmoe.replace_projections_(model, text_batches(), sadmoe.ProjectionConfig(steps=2), progress=False)
     sparse = copy.deepcopy(model)
@@ -160,6 +166,8 @@ def test_with_projections_it_is_taught_by_what_was_converted(dense):
     assert len(report.layers) == len(moe_layers(model)) == 10
     widths = {len(layer.router.v1) for layer in moe_layers(model).values()}
     assert widths == {2, 4}
+    assert given["finetune_layers_"][1]["teacher"] is sparse
+    assert given["finetune_"][1]["teacher"] is dense
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,8 @@ def test_the_model_comes_back_in_its_mode_without_hooks(model, batches):
     model.train()
     calibrate_(model, batches[:1], budget=0.6)
     assert model.training
-    assert not any(layer._forward_pre_hooks for layer in converted_layers(model).values())
+    layers = converted_layers(model).values()
+    assert not any(layer._forward_pre_hooks or layer.norms_hooks for layer in layers)
     model.eval()
 
 

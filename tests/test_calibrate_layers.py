@@ -1,5 +1,6 @@
 """A tau for each layer, all for one budget."""
 
+import copy
 import math
 
 import pytest
@@ -195,3 +196,10 @@ def test_taus_by_name_are_set_all_or_none(model):
     with sadmoe.tau(model, {names[0]: 0.1, names[1]: 0.2}):
         assert list(taus_of(model).values()) == [0.1, 0.2]
     assert gates(model) == [TopK(3)] * 2
+
+
+def test_what_is_compiled_is_not_compiled_for_every_tau(model):
+    compiled = copy.deepcopy(model)
+    compiled.compile(fullgraph=True, backend="eager")  # which would refuse the ninth
+    found = calibrate_layers_(compiled, text_batches(), budget=0.7)
+    assert found.taus == calibrate_layers_(model, text_batches(), budget=0.7).taus

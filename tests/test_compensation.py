@@ -119,15 +119,15 @@ def test_a_smaller_tau_adds_as_much_as_is_missing_there():
     model, _ = compensated(rank=8)
     for name, x in entering(model).items():
         layer = model.get_submodule(name)
-        scales = [layer.shared.scale(DynamicK(tau)) for tau in (0.0, 0.1, 0.2, 0.35, 0.5, 0.9)]
+        scales = [layer.shared.scale(DynamicK(tau), 1.0) for tau in (0.0, 0.1, 0.2, 0.35, 0.5, 0.9)]
         assert scales[0] == 0.0
         assert scales[-2:] == [1.0, 1.0]
         assert 0 < scales[2] < 0.9
         for tau in (0.125, 0.2, 0.25, 0.375, 0.45):
             layer.gate = DynamicK(tau)
             assert missing(layer, x) < 1.02 * missing(without(layer), x), tau
-        middle = layer.shared.scale(DynamicK(0.1875))
-        assert middle == pytest.approx(sum(layer.shared.scale(DynamicK(t)) for t in (0.125, 0.25)) / 2)
+        middle = layer.shared.scale(DynamicK(0.1875), 1.0)
+        assert middle == pytest.approx(sum(layer.shared.scale(DynamicK(t), 1.0) for t in (0.125, 0.25)) / 2)
 
 
 def test_once_more_replaces_it():
@@ -288,3 +288,21 @@ def test_a_damaged_description_is_refused(wrong):
     description["shared"] |= wrong
     with pytest.raises(ValueError, match=f"{name}: unknown shared expert"):
         sadmoe.describe.rebuild(TINY["bert"].model(), name, description)
+
+
+def test_layers_that_the_filter_refuses_stay_as_they_are():
+    model = skipping()
+    first, second = converted_layers(model)
+    assert list(sadmoe.compensate_(model, batches(), filter=second.__eq__, progress=False)) == [second]
+    assert model.get_submodule(first).shared is None
+
+
+def test_a_gate_on_true_norms_gets_as_much_as_the_router_s_that_it_equals():
+    model = skipping()
+    for layer in converted_layers(model).values():
+        layer.router.target_power = 0.5
+    sadmoe.compensate_(model, batches(), progress=False)
+    layer = next(layer for layer in converted_layers(model).values() if layer.shared is not None)
+    for tau in (0.1, 0.3, 0.45):
+        by_router, by_norms = DynamicK(tau), DynamicK(tau**2, true_norms=True)
+        assert 0 < layer.shared.scale(by_router, 0.5) == pytest.approx(layer.shared.scale(by_norms, 0.5))

@@ -90,6 +90,11 @@ def test_another_seed_gives_another_partition():
     assert any(not torch.equal(a.permutation, b.permutation) for a, b in layers)
 
 
+def test_no_more_tokens_than_asked_for_make_a_router():
+    model, batches = model_and_batches()
+    assert convert(model, batches, max_tokens=7).tokens == 7
+
+
 def test_the_users_random_numbers_are_not_touched_and_a_loader_shuffles_by_the_seed():
     rows = torch.randn(16, 24, generator=torch.Generator().manual_seed(1))
 

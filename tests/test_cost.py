@@ -214,7 +214,8 @@ def test_counting_leaves_the_model_as_it_was():
     model = converted("bert").train()
     cost(model, [TINY["bert"].batch()])
     assert model.training
-    assert not any(m._forward_pre_hooks or m._forward_hooks for m in converted_layers(model).values())
+    layers = converted_layers(model).values()
+    assert not any(m._forward_pre_hooks or m._forward_hooks or m.norms_hooks for m in layers)
 
 
 class Computed:

@@ -258,11 +258,14 @@ def test_lora_on_the_experts_trains():
 # ---------------------------------------------------------------- torch.compile
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["bert", "llama", "vit"])
-def test_a_converted_model_compiles_whole(name):
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [("bert", "aot_eager"), ("vit", "aot_eager"), pytest.param("llama", "inductor", marks=pytest.mark.slow)],
+)
+def test_a_converted_model_compiles_whole(name, backend):
     model, batch = full(name), TINY[name].batch()
-    compiled = torch.compile(model, fullgraph=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     with torch.no_grad():
         torch.testing.assert_close(call(compiled, batch), call(model, batch), rtol=1e-4, atol=1e-4)
 

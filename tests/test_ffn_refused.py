@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import torch.nn.utils.prune
 from sadmoe.ffn import (
     FFNNotFoundError,
+    ProjectionMLP,
     find_ffns,
     layer_from_dense,
     overlooked,
@@ -533,3 +534,10 @@ def test_dropout_of_the_input_is_refused():
             return self.contract(F.relu(self.expand(self.drop(x))))
 
     assert "it has a dropout on its input" in reason(Inside())
+
+
+def test_an_mlp_of_attention_with_another_activation_says_which():
+    mlp = ProjectionMLP(D, F_, D)
+    mlp.act = nn.Hardswish()
+    with pytest.raises(NotImplementedError, match=r"its activation, act \(Hardswish\), is none of"):
+        find_ffns(nn.Sequential(mlp))

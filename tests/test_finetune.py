@@ -5,6 +5,7 @@ import copy
 import pytest
 import sadmoe
 import torch
+from conversions import fingerprint
 from sadmoe import finetune
 from sadmoe.gates import DynamicK
 from tiny_models import TINY
@@ -108,6 +109,21 @@ def test_the_penalty_rests_below_the_share(converted):
     without, _ = tuned(converted, alpha=0.0, share=1.0, tau=0.0)
     for a, b in zip(resting.parameters(), without.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_penalty_counts_until_the_running_mean_is_at_the_share(converted):
+    _, model, batches = copy.deepcopy(converted)
+    config = sadmoe.FinetuneConfig(steps=1, ramp=0.0, tau=0.9, share=0.8)
+    counts = []
+    with finetune.ExpertPenalty(model, sadmoe.moe_layers(model), config) as penalty:
+        penalty.at(1.0)
+        for _ in range(12):
+            model(**batches[0])
+            counts.append(penalty(batches[0]).requires_grad)
+            assert counts[-1] == (penalty.share > 0.8)
+    assert counts == sorted(counts, reverse=True)
+    assert counts[1]  # what ran then was below the share, the mean was not
+    assert not counts[-1]
 
 
 def test_the_share_is_remembered_by_updates_however_many_batches_they_have(converted):
@@ -225,8 +241,9 @@ def test_weights_of_16_bits_are_warned_of(converted):
 def test_the_teacher_is_left_as_it_was(converted):
     teacher, model, batches = (copy.deepcopy(one) for one in converted)
     teacher.train()
+    before = fingerprint(teacher)
     sadmoe.finetune_(model, batches, sadmoe.FinetuneConfig(steps=1), teacher=teacher, progress=False)
-    assert all(module.training for module in teacher.modules())
+    assert fingerprint(teacher) == before
 
 
 def test_a_batch_of_padding_alone_teaches_nothing(converted):

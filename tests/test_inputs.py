@@ -88,7 +88,7 @@ def test_sites_that_do_not_fit_together_take_another_pass(max_bytes, passes):
     stream = stream_inputs(model, model.sites("b", "a"), numbered(30, 30), max_tokens=10, max_bytes=max_bytes)
     inputs = dict(stream)
     assert model.calls == 2 * passes
-    assert list(inputs) == ["b", "a"] or passes == 2
+    assert set(inputs) == {"a", "b"}
     assert torch.equal(inputs["b"], 2 * inputs["a"])
 
 

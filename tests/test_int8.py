@@ -124,6 +124,34 @@ def test_a_token_does_not_depend_on_its_neighbours_or_threads(isa, dtype):
     assert_the_same_in_parts(run, x, whole)
 
 
+@pytest.mark.parametrize("T", [1, 9, 40])
+def test_arguments_are_read_right_wherever_they_lie_and_whatever_a_mask_holds(isa, T):
+    args = int8_problem(T=T, d=64, E=7, s=16, gated=True)
+    wanted = ops.sparse_experts_int8(*args)
+
+    def strided(t):
+        return None if t is None else torch.stack([t, torch.zeros_like(t)], dim=-1)[..., 0]
+
+    def shifted(t):
+        return None if t is None else torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+    for moved in (strided, shifted):
+        assert torch.equal(ops.sparse_experts_int8(*map(moved, args)), wanted)
+    args[1] = (args[1].to(torch.uint8) * 128).view(torch.bool)
+    assert torch.equal(ops.sparse_experts_int8(*args), wanted)
+
+
+@pytest.mark.parametrize("T", [0, 1, 40])
+def test_a_router_or_an_output_may_be_empty(isa, T):
+    x, mask, *experts = int8_problem(T=T, d=48, E=6, s=20)
+    v1, v2 = torch.zeros(0, 48), torch.zeros(6, 0)
+    every = ops.sparse_experts_int8(x, torch.ones_like(mask), *experts)
+    assert torch.equal(ops.dynamic_k_moe_int8(x, v1, v2, *experts, tau=0.5), every), "a row of zeros runs all"
+    for i, of_columns in ((1, experts[1][..., :0]), (8, experts[8][:0]), (9, experts[9][:0])):
+        experts[i] = of_columns
+    assert ops.sparse_experts_int8(x, mask, *experts).shape == (T, 0)
+
+
 @pytest.mark.by_torch
 @pytest.mark.parametrize("gated", [False, True])
 def test_gradients_reach_x_and_biases(gated):
@@ -314,18 +342,18 @@ def test_devices_without_a_kernel_widen_the_weights(gated):
 
 
 @pytest.mark.parametrize(
-    ("place", "wrong"),
+    ("place", "wrong", "kernels"),
     [
-        (2, lambda w_up: w_up.to(torch.uint8)),
-        (4, lambda scale_up: scale_up[:, :1]),
-        (11, lambda scale_out: scale_out[:1]),
+        (2, lambda w_up: w_up.to(torch.uint8), "w_up must be int8, got"),
+        (4, lambda scale_up: scale_up[:, :1], r"scale_up must be \[E, s\]"),
+        (11, lambda scale_out: scale_out[:1], r"scale_out must be \[d_out\]"),
     ],
     ids=["weights", "scales", "scales of columns"],
 )
-def test_devices_without_a_kernel_refuse_what_kernels_refuse(place, wrong):
+def test_devices_without_a_kernel_refuse_what_kernels_refuse(place, wrong, kernels):
     problem = int8_problem(T=9, d=12, E=3, s=4, gated=True)
     problem[place] = wrong(problem[place])
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match=kernels):
         ops.sparse_experts_int8(*problem)
     told = r"weights must be int8 \[E, s, n\] with scales \[E, s\] and \[n\], got"
     with pytest.raises(RuntimeError, match=told):

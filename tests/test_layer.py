@@ -193,8 +193,12 @@ def test_experts_in_float64_sum_up_to_the_dense_ffn(gated, bias, act):
     hidden = reference.ACTIVATIONS[act](up)
     if gated:
         hidden = reference.ACTIVATIONS[act](torch.nn.functional.linear(x, w_gate, b_gate)) * up
-    out = 0.0 if b_out is None else b_out
-    torch.testing.assert_close(sum(parts) + out, hidden @ w_down + out, rtol=0, atol=1e-10)
+    torch.testing.assert_close(sum(parts), hidden @ w_down, rtol=0, atol=1e-10)
+    dense = hidden @ w_down + (0.0 if b_out is None else b_out)
+    layer.gate = DynamicK(0.0)
+    torch.testing.assert_close(layer(x), dense, rtol=0, atol=1e-10)
+    layer.gate = DynamicK(1e-12)  # every expert, by the experts' op and not by torch's products
+    torch.testing.assert_close(layer.float()(x.float()), dense.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_no_tokens_give_gradients_of_zero():

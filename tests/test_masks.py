@@ -187,7 +187,8 @@ def test_nothing_stays_behind_also_after_an_error():
     model = converted("bert")
     with pytest.raises(KeyError), record_masks(model):
         raise KeyError
-    assert not any(layer._forward_pre_hooks for layer in converted_layers(model).values())
+    layers = converted_layers(model).values()
+    assert not any(layer._forward_pre_hooks or layer.norms_hooks for layer in layers)
 
 
 def test_a_layer_that_saw_nothing_has_no_share():

@@ -294,9 +294,12 @@ def test_experts_are_numbered_by_their_first_neuron():
 
 def test_restarts_and_steps_never_raise_the_inertia():
     weights = rows(384, 24)
-    once, thrice = partition(weights, 24), partition(weights, 24, restarts=3)
-    assert inertia(weights, thrice) <= inertia(weights, once)
-    assert inertia(weights, once) <= inertia(weights, partition(weights, 24, max_iter=1))
+    once, tenth = partition(weights, 24), partition(weights, 24, restarts=10)
+    assert (
+        inertia(weights, tenth)
+        < inertia(weights, once)
+        < inertia(weights, partition(weights, 24, max_iter=1))
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

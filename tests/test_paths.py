@@ -175,8 +175,8 @@ def test_by_default_in_float32_and_always_when_asked_a_token_does_not_depend_on_
     layer.batch_invariant = None if dtype == torch.float32 else True
     x = random_rows(70, 64).to(dtype)
     with torch.no_grad():
-        for tau in (0.3, 0.01):
-            layer.gate = DynamicK(tau)
+        for gate in (DynamicK(0.3), DynamicK(0.01), TopK(3), TopK(15)):
+            layer.gate = gate
             whole = layer(x)
             for rows in (slice(0, 1), slice(3, 10), slice(5, 70)):
                 assert torch.equal(layer(x[rows]), whole[rows])

@@ -161,11 +161,13 @@ def test_a_decoder_answers_to_its_own_mask():
     model, batch = tiny.model(), tiny.batch()
     mask = torch.ones(2, 9, dtype=torch.int64)
     mask[:, 4:] = 0
-    with torch.no_grad(), SparsityLoss(model) as sparsity:
-        model(**batch)
-        whole = sparsity(batch)
-        model(**batch)
-        assert sparsity({**batch, "decoder_attention_mask": mask}) != whole
+    for tower, heeds in (("encoder", False), ("decoder", True)):
+        sites = [site for site in find_ffns(model) if site.name.startswith(tower)]
+        with torch.no_grad(), SparsityLoss(model, sites) as sparsity:
+            model(**batch)
+            whole = sparsity(batch)
+            model(**batch)
+            assert (sparsity({**batch, "decoder_attention_mask": mask}) != whole) == heeds
 
 
 def test_it_forgets_each_pass():

@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -75,11 +76,31 @@ def start(out: Path) -> Run:
 
 
 @pytest.mark.slow
-def test_a_recipe_runs_tells_all_of_it_and_is_not_trained_twice(tmp_path, small_routers, capsys):
-    recipe.run_recipe(workload(), start(tmp_path))
+def test_a_recipe_goes_on_after_a_failure_tells_all_of_it_and_is_not_trained_twice(
+    tmp_path, small_routers, monkeypatch, capsys
+):
+    def fails(*args):
+        raise RuntimeError("out of memory")
+
+    run = partial(replace, start(tmp_path), bf16=True)
+    with monkeypatch.context() as broken:
+        broken.setattr(recipe, "moefied", fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            recipe.run_recipe(workload(), run())
+    before = json.loads((tmp_path / "tiny-micro.json").read_text())["curves"]
+    same = ("the same, static top-k", "the same, oracle gate")
+    untrained = ("no fine-tuning, " + name for name in ("FFNs only, s = 4", "static top-k", "oracle gate"))
+    in_bf16 = ("in bf16: dense", "in bf16: dynamic k, s = 4")
+    ours = ("sadmoe, dynamic k, s = 4", *in_bf16, *same, "fine-tuned with static top-k")
+    assert list(before) == [*ours, *untrained]
+    assert (tmp_path / "tiny-micro.png").exists()
+    assert "the same, oracle gate" in (tmp_path / "tiny-micro.html").read_text()
+
+    recipe.run_recipe(workload(), run())
     found = json.loads((tmp_path / "tiny-micro.json").read_text())
     assert found["dense"] == 1
-    assert len(found["curves"]) == 10
+    assert len(found["curves"]) == 12
+    assert before.items() <= found["curves"].items(), "what was measured is kept"
     assert found["samples"] == {"train": 8, "picks": 2, "tests": 2}
     assert found["dense_on_picks"] == 1
     for points in found["curves"].values():
@@ -87,6 +108,11 @@ def test_a_recipe_runs_tells_all_of_it_and_is_not_trained_twice(tmp_path, small_
         assert all(point["kept"] == pytest.approx(point["metric"]) for point in points)
         assert all(0 < point["picked"] <= 1 for point in points)
     ours = next(iter(found["curves"].values()))
+    (dense,), rounded = (found["curves"][name] for name in in_bf16)
+    assert dense["flops"] == 1
+    assert 0.9 < dense["metric"] < 1, "rounded"
+    assert [p["metric"] for p in rounded] == pytest.approx([p["metric"] for p in ours], rel=0.05)
+    assert rounded[0]["metric"] != ours[0]["metric"]
     assert [point["setting"] for point in ours] == ["tau 0", "tau 0.1", "tau 1"]
     assert ours[0]["flops"] == 1 > ours[2]["flops"]
     assert ours[2]["picked"] != ours[2]["kept"]
@@ -106,9 +132,7 @@ def test_a_recipe_runs_tells_all_of_it_and_is_not_trained_twice(tmp_path, small_
     assert "FLOPs saved" in told
     assert "] s2 routed: took" in told
 
-    recipe.run_recipe(
-        workload(), start(tmp_path)
-    )  # as after a kill at the very end: nothing is trained again
+    recipe.run_recipe(workload(), run())  # as after a kill at the very end: nothing is trained again
     again = json.loads((tmp_path / "tiny-micro.json").read_text())
     assert again["curves"] == found["curves"], "nor measured"
     assert again["router_r2"] == found["router_r2"]
@@ -174,25 +198,6 @@ def test_a_run_of_what_is_not_fine_tuned(tmp_path, small_routers):
     others = alone.keys() & shared.keys() - {"tau 0"}
     assert others
     assert all(alone[tau]["metric"] != shared[tau]["metric"] for tau in others)
-
-
-@pytest.mark.slow
-def test_what_was_measured_before_a_failure_is_on_disk(tmp_path, small_routers, monkeypatch):
-    def fails(*args):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(recipe, "moefied", fails)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        recipe.run_recipe(workload(), start(tmp_path))
-    found = json.loads((tmp_path / "tiny-micro.json").read_text())
-    same = ("the same, static top-k", "the same, oracle gate")
-    ours = ("sadmoe, dynamic k, s = 4", *same, "fine-tuned with static top-k")
-    assert list(found["curves"]) == [
-        *ours,
-        *("no fine-tuning, " + name for name in ("FFNs only, s = 4", "static top-k", "oracle gate")),
-    ]
-    assert (tmp_path / "tiny-micro.png").exists()
-    assert "the same, oracle gate" in (tmp_path / "tiny-micro.html").read_text()
 
 
 def test_a_curve_ends_where_most_is_lost():

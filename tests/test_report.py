@@ -10,9 +10,10 @@ import sadmoe
 import torch
 from converted import converted
 from sadmoe import cli
+from sadmoe.data import Data
 from sadmoe.evaluate import _Variant, evaluate, table
 from sadmoe.gates import DynamicK, TopK
-from sadmoe.model_report import sentence_heat, short_names, told
+from sadmoe.model_report import heats_of, sentence_heat, short_names, told
 from sadmoe.report import Heat, Page, Panel, Series, write_page
 from sadmoe.report.svg import bars, curves, heat, ticks
 from tiny_models import TINY
@@ -297,3 +298,14 @@ def test_gates_are_told_in_words():
     assert told([DynamicK(0.2), DynamicK(0.05)]) == "a tau for each layer, 0.05 to 0.2"
     assert told([TopK(3)] * 2) == "TopK(k=3, true_norms=False)"
     assert told([TopK(3), DynamicK(0.2)]) == "gates of several kinds"
+
+
+def test_a_heat_map_of_an_image_has_a_limit(monkeypatch):
+    model = converted("vit")
+    data = Data([], None, "images", {"pixel_values": TINY["vit"].batch()["pixel_values"][:1]})
+    (whole,) = heats_of(model, data)
+    monkeypatch.setattr("sadmoe.model_report.WIDEST", 3)
+    (cut,) = heats_of(model, data)
+    assert f"the first 3 of {len(whole.columns)}" in cut.heading
+    assert list(cut.columns) == ["0", "1", "2"]
+    assert [list(row) for row in cut.values] == [list(row[:3]) for row in whole.values]

@@ -376,3 +376,20 @@ def test_a_kill_dash_nine_loses_at_most_an_interval(tmp_path):
         step(model, dense, Checkpoint(folder))
         step(uninterrupted, dense, None)
         assert same(state(model), state(uninterrupted)), step.__name__
+
+
+@pytest.mark.parametrize("step", ALL)
+def test_what_had_ended_is_only_loaded(step, tmp_path, monkeypatch):
+    model, dense = start(step)
+    step(model, dense, Checkpoint(tmp_path))
+    monkeypatch.setattr("sadmoe.files.write", lambda *args: pytest.fail("it was saved again"))
+    again, dense = start(step)
+    step(again, dense, Checkpoint(tmp_path))
+    assert same(state(again), state(model))
+
+
+def test_what_a_kill_left_half_written_is_gone_after_the_next_save(tmp_path):
+    (tmp_path / ".sparsify.safetensors.tmp").write_bytes(b"half of a file")
+    model, dense = start(sparsify)
+    sparsify(model, dense, Checkpoint(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["sparsify.safetensors"]

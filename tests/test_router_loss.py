@@ -199,3 +199,12 @@ def test_an_entry_that_fails_leaves_no_hook_and_no_flag():
     assert not any(layer._forward_pre_hooks for layer in sadmoe.moe_layers(model).values())
     with routers:
         assert all(v.requires_grad for v in routers.weights)
+
+
+def test_routers_that_no_pass_reached_predict_what_they_did():
+    model, batch = converted("t5"), TINY["t5"].batch()
+    with sadmoe.RouterLoss(model, target_power=0.5) as routers:
+        model.encoder(input_ids=batch["input_ids"])
+        routers()
+    powers = {name.split(".")[0]: m.router.target_power for name, m in moe_layers(model).items()}
+    assert powers == {"encoder": 0.5, "decoder": 1.0}

@@ -12,6 +12,7 @@ from sadmoe.gates import DynamicK
 from sadmoe.routers import RouterConfig, fit_router_, fit_routers_
 from sadmoe.training import Checkpoint
 from sites import collected
+from states import state
 from tiny_models import TINY
 from torch import nn
 
@@ -377,3 +378,16 @@ def test_inputs_that_cannot_be_used_leave_every_router_as_it_was(tmp_path):
         assert list(tmp_path.iterdir())
         for name, layer in converted_layers(model).items():
             assert torch.equal(layer.router.v2, before[name])
+
+
+def test_routers_that_the_filter_refuses_stay_as_they_are():
+    model, batch = converted("bert"), TINY["bert"].batch()
+    before = state(model)
+    _, second = converted_layers(model)
+    fits = fit_routers_(model, [batch], RouterConfig(steps=2, target_power=0.5), filter=second.__eq__)
+    assert list(fits) == [second]
+    assert {name for name, value in state(model).items() if not torch.equal(value, before[name])} == {
+        f"{second}.router.{part}" for part in ("v1", "v2")
+    }
+    powers = [layer.router.target_power for layer in converted_layers(model).values()]
+    assert powers == [1.0, 0.5]

@@ -14,7 +14,7 @@ from sadmoe.ffn.activations import ACTIVATION_MODULES
 from sadmoe.sparsify import SparsifyConfig, measure_sparsity, sparsify_
 from sadmoe.training.loop import _endless
 from states import same, state
-from tiny_models import TINY, tokens
+from tiny_models import TINY, call, tokens
 from torch import Tensor, nn
 from two_ffns import D, data, mean_square, run_sparsify, short, two_ffns
 
@@ -437,3 +437,22 @@ def test_it_trains_also_under_no_grad_and_says_where_it_cannot():
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"called under torch\.inference_mode"):
         run_sparsify(inside, short(objective="task"), loss=mean_square)
     assert same(state(plain), state(inside))
+
+
+def test_an_autocast_around_a_run_that_fails_keeps_no_cast_of_what_was_tried():
+    tiny, calls = TINY["bert"], []
+    model, batch = tiny.model().eval(), tiny.batch()
+
+    def loss(model: nn.Module, batch: dict) -> Tensor:
+        calls.append(1)
+        value = model(**batch).last_hidden_state.square().mean()  # which fills the cache
+        if len(calls) == 3:
+            raise KeyError
+        return value
+
+    config = SparsifyConfig(steps=9, lr=1e-2, objective="task", relu_swap=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = call(model, batch)
+        with pytest.raises(KeyError):
+            sparsify_(model, [batch], config, loss=loss, progress=False)
+        assert torch.equal(call(model, batch), wanted)

@@ -43,7 +43,7 @@ from sadmoe.training.loop import train
 from sadmoe.training.objective import task
 from sadmoe.training.resume import Kept
 from torch import nn
-from workload import Workload, controls
+from workload import Workload, controls, in_bf16
 
 ROUTER, PROJECTION_ROUTER = 96, 32  # widths of the routers of FFNs, and of projections of attention
 CALIBRATED = 4  # batches for the tau of the last stage
@@ -217,6 +217,9 @@ def run_recipe(work: Workload, run: Run) -> None:
     static: list[tuple[str, Gate]] = [(f"top {s:.1%}", TopK(round(1000 * s))) for s in shares]
     model = recipe.routed(converted, ours)
     results.add(f"sadmoe, dynamic k, s = {ours}", model, dynamic, timed=True)
+    if run.bf16:
+        results.add("in bf16: dense", in_bf16(work.dense), [("every neuron", DynamicK(0.0))], timed=True)
+        results.add(f"in bf16: dynamic k, s = {ours}", in_bf16(model), dynamic, timed=True)
     results.add("the same, static top-k", model, static, timed=True)
     results.add("the same, oracle gate", model, oracle)
     results.add("fine-tuned with static top-k", recipe.static(converted, ours), static, timed=True)

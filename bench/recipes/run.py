@@ -54,6 +54,7 @@ GPU = Effort(600, 3000, 1800, 900, 3000, 1200, 200_000, 1, 60_000, 10_000, 3)
 class Run:
     """name: of its files and its state, such as w1-cpu or w1-cpu-x2.5.   sizes: neurons in an expert, ours first.
     seed: of all that is random, but for the order of the data.   untrained: nothing is fine-tuned but routers.
+    bf16: dense and ours in bfloat16 are measured, too.
     seconds: by stage that came to its end, of this start and those before it."""
 
     name: str
@@ -64,6 +65,7 @@ class Run:
     device: str
     seed: int = 0
     untrained: bool = False
+    bf16: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
@@ -121,6 +123,7 @@ def from_command_line(
     add("--longer", type=float, default=1.0, help="times the seconds of training, for a slow machine")
     add("--sizes", type=int, nargs="+", default=sizes, help="neurons in an expert; the first is ours")
     add("--untrained", action="store_true", help="only what has nothing fine-tuned but routers")
+    add("--bf16", action="store_true", help="dense and ours in bfloat16, too, beside dense in float32")
     add("--seed", type=int, default=0, help="of all that is random (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, default=torch.get_num_threads())
@@ -138,5 +141,5 @@ def from_command_line(
     untrained = "-untrained" if args.untrained else ""
     return Run(
         f"{name}-{args.effort}{longer}{untrained}{again}", asked, args.data, args.out, args.sizes, args.device,
-        args.seed, args.untrained,
+        args.seed, args.untrained, args.bf16,
     )  # fmt: skip

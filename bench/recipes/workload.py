@@ -1,5 +1,6 @@
 """What a recipe is run on, and what is measured of a model on it."""
 
+import copy
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,6 +22,7 @@ from sadmoe.report import Heat
 from sadmoe.timing import measure, waiting
 from sadmoe.training.objective import OutputLoss
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 LOST = 0.75  # of a curve's best: where less is kept, it ends
 OF_USE = 0.9  # of the dense metric: where less is kept, nobody asks how fast it is
@@ -89,11 +91,11 @@ class Dense(NamedTuple):
 
 @dataclass
 class Point:
-    """One gate of one curve, on the tests. share: executed pairs; spread: standard deviation of a token's share, mean
-    over layers. ffn_flops, flops: of the converted layers, and of the whole model, over dense. picked: what is kept of
-    the dense metric on the picks. error: one standard error of kept, where the metric is a share of the samples; the
-    same samples are right or wrong by both models. gains: by timer; spreads: of the times, distance of the quartiles
-    over the median (0.1 is 10 %), the wider of dense and ours; calls: timed."""
+    """One gate of one curve, on the tests, or a model that has none. share: executed pairs; spread: standard deviation
+    of a token's share, mean over layers. ffn_flops, flops: of the converted layers, and of the whole model, over
+    dense. picked: what is kept of the dense metric on the picks. error: one standard error of kept, where the metric
+    is a share of the samples; the same samples are right or wrong by both models. gains: by timer; spreads: of the
+    times, distance of the quartiles over the median (0.1 is 10 %), the wider of dense and ours; calls: timed."""
 
     setting: str
     share: float
@@ -151,23 +153,45 @@ def sweep(
 
 
 def measured(work: Workload, model: nn.Module, setting: str, dense: Dense) -> Point:
-    """Cost and metric of the model as its gates stand."""
+    """Cost and metric of the model as its gates stand, or of one in which nothing is converted."""
     count, samples, rights = FlopCount(model), sum(map(samples_in, work.tests)), list[Tensor]()
-    with record_masks(model) as record:
+    shares = {"share": 1.0, "spread": 0.0, "ffn_flops": 1.0, "flops": 1.0}
+    if moe_layers(model):
+        with record_masks(model) as record:
 
-        @contextmanager
-        def counted(batch: Any) -> Iterator[None]:
-            with count, record.batch(batch):
-                yield
+            @contextmanager
+            def counted(batch: Any) -> Iterator[None]:
+                with count, record.batch(batch):
+                    yield
 
-        value = work.value(model, work.tests, counted, rights)
-    report = cost_of_masks(model, record.layers, samples, count.flops / samples)
-    spread = statistics.mean(_spread(counts.histogram) for counts in record.layers.values())
+            value = work.value(model, work.tests, counted, rights)
+        report = cost_of_masks(model, record.layers, samples, count.flops / samples)
+        spread = statistics.mean(_spread(counts.histogram) for counts in record.layers.values())
+        shares = {
+            "share": report.share,
+            "spread": spread,
+            "ffn_flops": report.layers_of_dense,
+            "flops": report.of_dense,
+        }
+    else:
+        value = work.value(model, work.tests, rights=rights)
     kept, picked = work.kept(value, dense.tests), work.kept(work.value(model, work.picks), dense.picks)
     error = error_of_ratio(torch.cat(rights), torch.cat(tuple(dense.rights))) if rights else None
-    return Point(
-        setting, report.share, spread, report.layers_of_dense, report.of_dense, value, kept, picked, error
-    )
+    return Point(setting, metric=value, kept=kept, picked=picked, error=error, **shares)
+
+
+def in_bf16(model: nn.Module) -> nn.Module:
+    """A copy in bfloat16 that takes and gives float32."""
+
+    def cast(values: Any, dtype: torch.dtype) -> Any:
+        return tree_map(
+            lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, values
+        )
+
+    model = copy.deepcopy(model).bfloat16()
+    model.register_forward_pre_hook(lambda _, *given: cast(given, torch.bfloat16), with_kwargs=True)
+    model.register_forward_hook(lambda _, args, output: cast(output, torch.float32))
+    return model
 
 
 def error_of_ratio(ours: Tensor, dense: Tensor) -> float:

@@ -36,16 +36,18 @@ T* written(OnDevice& device, const char* name, const Tensor& t) {
 }
 
 Tensor run_router(OnDevice& device, const char* op, const Tensor& x, View rows, const Router& router, const RouterShape& shape) {
+  const cuda::Options now = options;  // which another thread may set
   const Tensor hidden = empty_beside(x, {shape.T, shape.r}, ScalarType::Float);
   const Tensor scores = empty_beside(x, {shape.T, shape.E}, ScalarType::Float);
-  check_launch(cuda::router_scores(rows, router, shape, options, written<float>(device, "hidden", hidden),
+  check_launch(cuda::router_scores(rows, router, shape, now, written<float>(device, "hidden", hidden),
                                    written<float>(device, "scores", scores), device.stream()),
                op);
   return scores;
 }
 
 Tensor run_experts(OnDevice& device, const char* op, const Tensor& x, Experts& p, const Choice& choice) {
-  const cuda::Workspace size = cuda::workspace(p.shape, p.x.dtype, options);
+  const cuda::Options now = options;
+  const cuda::Workspace size = cuda::workspace(p.shape, p.x.dtype, now);
   const Tensor words = empty_beside(x, {size.words}, ScalarType::Int);
   const Tensor starts = empty_beside(x, {size.starts}, ScalarType::Int);
   const Tensor rows = empty_beside(x, {size.rows}, ScalarType::Int);
@@ -54,7 +56,7 @@ Tensor run_experts(OnDevice& device, const char* op, const Tensor& x, Experts& p
   p.y = written<void>(device, "y", y);
   const cuda::Scratch scratch{written<int32_t>(device, "words", words), written<int32_t>(device, "starts", starts),
                               written<int32_t>(device, "rows", rows), written<void>(device, "h", h)};
-  check_launch(cuda::sparse_experts(p, choice, options, size, scratch, device.stream()), op);
+  check_launch(cuda::sparse_experts(p, choice, now, size, scratch, device.stream()), op);
   return y;
 }
 

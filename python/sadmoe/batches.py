@@ -198,7 +198,7 @@ def length(batches: Batches) -> int | None:
 
 def padding_mask(batch: Batch) -> Tensor | None:
     """bool [B, T], True for real tokens: "attention_mask" of a Mapping, or of one that a tuple begins with, where it is
-    a 2-D tensor; else None."""
+    a 2-D tensor, or [..., T] as "input_ids" are, which makes one of all texts; else None."""
     return _mask(batch, "attention_mask")
 
 
@@ -212,11 +212,17 @@ def real_rows(model: nn.Module, name: str, batch: Batch | None, x: Tensor) -> Te
     decoder is given no tokens and so reads the encoder's, moved on by one, the encoder's mask moved on likewise. Keys
     and values of cross-attention are made from the encoder's tokens, and use the encoder's mask. Where images come
     beside text, what is below a module named after vision answers to no mask. Speech models of transformers say which
-    frames the real part of a wave becomes. A mask that leaves tokens out, of another length than x [B, T, d], is not
-    used, and told in a UserWarning.
+    frames the real part of a wave becomes. A mask that leaves tokens out is not used, and told in a UserWarning, where
+    it is of another length than x [B, T, d], or in a mapping inside the batch.
     """
     batch = _only(batch)
     mask = _mask_for(model, name, batch)
+    if mask is None and (parts := _masked_parts(batch)):
+        warnings.warn(
+            f"the batches hold an attention_mask in each of {', '.join(parts)}, and no part of the model is known to "
+            "answer to one of them: all tokens count as real",
+            stacklevel=2,
+        )
     if mask is None or x.is_nested:
         return None
     if x.dim() == 3 and getattr(
@@ -251,6 +257,13 @@ def _mask_for(model: nn.Module, name: str, batch: Any) -> Tensor | None:
         return _mask(batch, "attention_mask")
     possible = (_mask(batch, "decoder_attention_mask"), _labelled(batch), _moved_on(batch))
     return next((mask for mask in possible if mask is not None), None)
+
+
+def _masked_parts(batch: Any) -> list[str]:
+    """The mappings in a batch that are a mapping's values and leave tokens out."""
+    parts = batch.items() if isinstance(batch, Mapping) else ()
+    masks = {str(key): _mask(part, "attention_mask") for key, part in parts if isinstance(part, Mapping)}
+    return [key for key, mask in masks.items() if mask is not None and not mask.all()]
 
 
 def _sees(part: str) -> bool:
@@ -361,5 +374,9 @@ def _moved_on(batch: Batch) -> Tensor | None:
 
 def _mask(batch: Batch, key: str) -> Tensor | None:
     batch = _only(batch)
-    mask = batch.get(key) if isinstance(batch, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    if not isinstance(batch, Mapping) or not isinstance(mask := batch.get(key), Tensor):
+        return None
+    ids = batch.get(key.replace("attention_mask", "input_ids"))
+    if mask.dim() > 2 and isinstance(ids, Tensor) and ids.shape == mask.shape:
+        mask = mask.flatten(0, -2)  # several texts a sample, one after the other: multiple choice
+    return mask.bool() if mask.dim() == 2 else None

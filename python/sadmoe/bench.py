@@ -83,7 +83,7 @@ def random_batch(model: nn.Module, samples: int, length: int) -> dict[str, Tenso
     sides = getattr(config, "image_size", None)
     sides = (sides, sides) if isinstance(sides, int) else sides
     if kind == "pixel_values" and isinstance(sides, Sequence) and len(sides) == 2:
-        size = (samples, config.num_channels, *sides)
+        size = (samples, getattr(config, "num_channels", 3), *sides)
         dtype = next(model.parameters()).dtype
         return {kind: torch.randn(size, generator=generator, device="cpu").to(dtype)}
     if kind != "input_ids" or not isinstance(getattr(config, "vocab_size", None), int):

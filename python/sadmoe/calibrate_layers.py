@@ -17,6 +17,7 @@ from sadmoe.batches import Batch, Batches, answer, check_batches, check_repeats,
 from sadmoe.calibrate import SEED, BudgetError, Calibration, TauSearch, check_budget
 from sadmoe.cost import CostReport
 from sadmoe.dial import Filter, converted_layers, set_tau, tau
+from sadmoe.hooks import uncompiled
 from sadmoe.modules import device_of, evaluating
 from sadmoe.training.guards import seeded
 from sadmoe.training.objective import Loss
@@ -159,6 +160,7 @@ def _alone(
     found = defaultdict[tuple[str, float], list[float]](list)
     # The batches of the other passes: no bar goes over them, which would begin them twice.
     with (
+        uncompiled(),  # what was compiled would be compiled anew for each tau
         seeded(model, SEED),
         evaluating(model),
         tqdm(desc="each layer alone", total=length(batches), disable=not progress) as bar,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sadmoe.batches import Batches
 from sadmoe.checks import named
-from sadmoe.dial import converted_layers
+from sadmoe.dial import Filter, converted_layers
 from sadmoe.forward import without_autocast
 from sadmoe.gates import DynamicK
 from sadmoe.inputs import CHUNK, held_out_and_batches, stream_inputs
@@ -30,6 +30,7 @@ def compensate_(
     batches: Batches,
     *,
     rank: int = 8,
+    filter: Filter | None = None,
     max_tokens: int = 20_000,
     skip_padding: bool = True,
     seed: int = 0,
@@ -49,8 +50,8 @@ def compensate_(
     Returns by layer the share of the squared error of its output, on held-out tokens, that is gone.
 
     rank: 8 are 1 % of the FLOPs of an FFN of 384 x 1,536, and half as many of one of 768 x 3,072.   batches: as in
-    `convert_`; in several processes each must be given the same.   max_tokens, skip_padding, seed: of the tokens of
-    each layer, see `stream_inputs`; a tenth of them is held out.
+    `convert_`; in several processes each must be given the same.   filter: of a layer's name; False leaves it as it
+    is.   max_tokens, skip_padding, seed: of the tokens of each layer, see `stream_inputs`; a tenth of them is held out.
     Source: reduced-rank regression (Izenman 1975, doi 10.1016/0047-259X(75)90042-1), with a ridge. ZeroQuant-V2 (arXiv
     2303.08302) does so for rounded weights.
     Raises ValueError where nothing is converted, every layer runs all experts, rank is below 1, weights of a layer are
@@ -59,7 +60,7 @@ def compensate_(
     """
     if index(rank) < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
-    layers = converted_layers(model)
+    layers = converted_layers(model, filter)
     check_own_weights(model, layers)
     check_parameters(layers)
     skipping = {name: layer for name, layer in layers.items() if not layer.runs_all_experts}
@@ -113,13 +114,13 @@ def _scales(layer: DynamicKMoE, x: Tensor, shared: SharedExpert) -> Scales:
         return shared.scales
     with torch.no_grad():
         whole = shared(x).double()
-    scales = [(0.0, 0.0)]
+    scales, power = [(0.0, 0.0)], layer.router.target_power
     for part in PARTS:
         layer.gate = replace(gate, tau=gate.tau * part)
         scale = (_missed(layer, x) * whole).sum() / whole.square().sum()
-        scales.append((layer.gate.tau, scale.clamp(0, 1).item()))
+        scales.append((shared.compared(layer.gate, power), scale.clamp(0, 1).item()))
     layer.gate = gate
-    return (*scales, (gate.tau, 1.0))
+    return (*scales, (shared.compared(gate, power), 1.0))
 
 
 def _regressions(parts: Sequence[tuple[Tensor, Tensor]], rank: int) -> Iterator[SharedExpert]:

@@ -40,14 +40,15 @@ def told_of(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a file to write beside that one, by a name that no other writer has. It takes its place at once in the end,
-    or is gone where anything is raised."""
+def replacing(path: Path, beside: Path | None = None) -> Iterator[Path]:
+    """Gives a file to write beside that one, by a name that no other writer has, or `beside`. It takes its place at
+    once in the end, or is gone where anything is raised."""
     path = path.resolve()  # the file that a link leads to
     if path.exists() and not path.is_file():  # a device, a pipe
         yield path
         return
-    beside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    if beside is None:
+        beside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         with told_of(path):
             yield beside
@@ -56,8 +57,11 @@ def replacing(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], key: str, header: Any) -> None:
+def write(
+    path: Path, tensors: Mapping[str, Tensor], key: str, header: Any, beside: Path | None = None
+) -> None:
     """Replaces the file at once. tensors: on the CPU, contiguous, no two in one storage.   header: goes under `key`.
+    beside: see `replacing`.
 
     "`key` tensors" holds a checksum of each tensor, "`key` crc32" one of both texts."""
     text, checksums = json.dumps(header), json.dumps({name: crc32(t) for name, t in tensors.items()})
@@ -67,8 +71,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], key: str, header: Any) -> N
         f"{key} tensors": checksums,
         f"{key} crc32": _crc(text + checksums),
     }
-    with replacing(path) as beside:
-        save_file(dict(tensors), beside, metadata=metadata)
+    with replacing(path, beside) as new:
+        save_file(dict(tensors), new, metadata=metadata)
 
 
 def read(path: Path, key: str) -> tuple[dict[str, Tensor], Any]:

@@ -229,16 +229,15 @@ class ExpertPenalty:
         set_gates(self.layers, dict.fromkeys(self.layers, gate))
 
     def __call__(self, batch: Any) -> Tensor:
-        values, shares = [], []
+        values, shares, device = [], [], device_of(self.model)
         for name, norms in self.seen.items():
             for one in norms:
                 kept = real_part(self.model, name, batch, one)
                 if not len(kept):  # a batch of padding alone
                     continue
-                values.append(square_hoyer(kept).mean() / kept.shape[1])
-                shares.append(self.layers[name].gate.mask(kept.detach()).float().mean())
+                values.append((square_hoyer(kept).mean() / kept.shape[1]).to(device))
+                shares.append(self.layers[name].gate.mask(kept.detach()).float().mean().to(device))
             norms.clear()
-        device = device_of(self.model)
         now = mean_over_processes(torch.stack(shares).mean().item() if shares else self.share, device)
         self.share = self.decay * self.share + (1 - self.decay) * now
         mean = torch.stack(values).mean() if values else torch.zeros((), device=device)

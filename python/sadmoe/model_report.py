@@ -3,6 +3,7 @@
 import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from sadmoe.modules import device_of, evaluating, is_encoder_decoder
 from sadmoe.report import Heat, Page, Panel, Series
 from sadmoe.tables import si
 
+WIDEST = 300  # tokens of an image in a heat map
 NOTES = {  # by what errors are relative to
     "dense": "error: of the last hidden states or logits, |y - y0| / |y0|, y0 those of the dense model.",
     "tau 0": "error: of the last hidden states or logits, |y - y0| / |y0|, y0 those at tau = 0. What training changed "
@@ -105,8 +107,11 @@ def heats_of(model: nn.Module, data: Data, sentence: str | None = None) -> list[
     if data.kind == "images":
         counts = Counter(k.numel() for k in experts_per_token(model, data.first).values())
         ((tokens, _),) = counts.most_common(1)
-        heading = f"Experts of each token of the first image at {now}"
-        return [layer_heat(heading, model, data.first, [str(i) for i in range(tokens)])]
+        many = f", the first {WIDEST} of {tokens}" if tokens > WIDEST else ""
+        heading = f"Experts of each token of the first image{many} at {now}"
+        heat = layer_heat(heading, model, data.first, [str(i) for i in range(tokens)])
+        rows = [values[:WIDEST] for values in heat.values]
+        return [replace(heat, values=rows, columns=heat.columns[:WIDEST])]
     if sentence is not None:
         return [sentence_heat(heading, model, data.processor, sentence)]
     return [layer_heat(heading, model, data.first, data.words)]

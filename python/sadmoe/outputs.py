@@ -1,6 +1,7 @@
 """Folders and files that a command writes: what is there already is replaced only when asked, and lost never."""
 
 import json
+import logging
 import os
 import re
 import secrets
@@ -18,6 +19,10 @@ SAVED = re.compile(
 )
 
 
+LEFT = re.compile(r"\.sadmoe\.[0-9a-f]{8}\.(new|former)")  # what `replaced` writes in, until it is done
+logger = logging.getLogger(__name__)
+
+
 def check_folder(folder: Path, force: bool, reads: Sequence[Path] = ()) -> None:
     """Raises an error unless `folder` can be written: absent or empty, or with `force` what sadmoe wrote, and nothing
     of what the command `reads` is in it. Leaves all as it is."""
@@ -31,7 +36,12 @@ def check_folder(folder: Path, force: bool, reads: Sequence[Path] = ()) -> None:
         raise NotADirectoryError(f"{folder} is a file, and a folder is to be written: choose another name")
     if not above.is_dir():
         raise NotADirectoryError(f"{folder} cannot be written: {above} is a file")
-    if not folder.exists() or not any(folder.iterdir()):
+    if left := [path for path in folder.iterdir() if LEFT.fullmatch(path.name)] if folder.exists() else []:
+        names = ", ".join(str(path) for path in left)
+        logger.warning(
+            "of a command that was killed while it saved, and of no use if it runs no more: %s", names
+        )
+    if not folder.exists() or all(path in left for path in folder.iterdir()):
         check_writable(above, folder)
         return
     if not force:
@@ -138,11 +148,12 @@ def _exchange(
 
 def _is_ours(folder: Path) -> bool:
     """Whether it holds a converted model, or what the demo wrote."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        return config["quantization_config"]["quant_method"] == "sadmoe"
-    except (OSError, ValueError, KeyError, TypeError):
-        return _is_of_the_demo(folder / "demo.json")
+    for place in (folder, *folder.glob(".sadmoe.*.former")):  # a kill may have left it there
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            config = json.loads((place / "config.json").read_text())
+            if config["quantization_config"]["quant_method"] == "sadmoe":
+                return True
+    return _is_of_the_demo(folder / "demo.json")
 
 
 def _is_of_the_demo(file: Path) -> bool:

@@ -13,7 +13,7 @@ from sadmoe.dial import trainable_layers
 from sadmoe.forward import without_autocast
 from sadmoe.hooks import calls_seen
 from sadmoe.layer import DynamicKMoE, only_input
-from sadmoe.modules import refuse_compiled
+from sadmoe.modules import device_of, refuse_compiled
 from sadmoe.passes import PassesLoss
 from sadmoe.routers import RouterConfig, power_of, set_powers
 from sadmoe.weights import check_no_adapters
@@ -88,11 +88,12 @@ class RouterLoss(PassesLoss):
             for name, layer in self.layers.items()
             if name in seen
         ]
-        errors, around = (torch.stack(sums) for sums in zip(*parts, strict=True))
+        device = device_of(self.model)  # of one that lies on several, the first
+        errors, around = (torch.stack([one.to(device) for one in sums]) for sums in zip(*parts, strict=True))
         told = around > EQUAL * errors.detach()
         loss = (errors * told / around.where(told, 1)).sum() / told.sum().clamp(min=1)
         if loss.requires_grad and self.target_power is not None:  # they are trained for it
-            set_powers(self.layers, dict.fromkeys(self.layers, self.target_power))
+            set_powers(self.layers, dict.fromkeys(seen, self.target_power))
         return loss
 
     def _record(self, name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from sadmoe import reference
 from sadmoe.batches import Batches
 from sadmoe.checks import check_config, check_fields, check_range, named
-from sadmoe.dial import converted_layers, tau
+from sadmoe.dial import Filter, converted_layers, tau
 from sadmoe.files import checksum
 from sadmoe.forward import without_autocast
 from sadmoe.inputs import stream_inputs
@@ -119,6 +119,7 @@ def fit_routers_(
     batches: Batches,
     config: RouterConfig | None = None,
     *,
+    filter: Filter | None = None,
     max_tokens: int = 20_000,
     max_bytes: int = 2**30,
     skip_padding: bool = True,
@@ -127,14 +128,15 @@ def fit_routers_(
 ) -> dict[str, RouterFit]:
     """Trains the routers of a converted model anew: `fit_router_` on what enters each layer at tau = 0.
 
-    config: its width is not asked for, each router keeps its own.   max_tokens, max_bytes, skip_padding: see
-    `stream_inputs`. Gates stay as they are.
+    config: its width is not asked for, each router keeps its own.   filter: of a layer's name; False leaves its router
+    as it is, as that of a layer that the batches never run.   max_tokens, max_bytes, skip_padding: see `stream_inputs`.
+    Gates stay as they are.
     checkpoint: where to resume from after a kill: routers that were done are loaded, see `Checkpoint`.
     Raises ValueError where nothing was converted, where a layer is inside an adapter, sharded or on the meta device,
     or where inputs are not finite. Whatever is raised, the routers are as they were.
     """
     check_checkpoint(checkpoint)
-    layers = converted_layers(model)
+    layers = converted_layers(model, filter)
     check_own_weights(model, layers)
     config = RouterConfig() if config is None else check_config(config, RouterConfig)
     configs = {

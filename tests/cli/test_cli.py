@@ -1,6 +1,7 @@
 """The command line on a tiny model of a local folder: what it writes, prints and refuses."""
 
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -57,7 +58,11 @@ def test_what_is_skipped_is_made_up_for_where_asked(folder, text, tmp_path, caps
     assert converted(folder, text, within, "--budget", "0.6", "--compensate", "2", *quick) == 0
     model, tokenizer = texts.load_model(within), texts.load_tokenizer(within)
     batches = texts.tokenized(tokenizer, sorted(texts.paragraphs(text), key=len))
-    assert 0.5 < cost(model, batches).layers_of_dense < 0.61, "shared experts included"
+    found = cost(model, batches)
+    assert 0.5 < found.layers_of_dense < 0.61, "shared experts included"
+    (layer,) = moe_layers(model).values()
+    told = f"with them tau is {layer.gate.tau:.4g}, and {found.share:.1%} of the experts run"
+    assert told in capsys.readouterr().out
     assert converted(folder, text, tmp_path / "all", "--budget", "1", "--compensate", "2", *quick) == 0
     assert "nothing was made up for: the budget pays for every expert" in capsys.readouterr().out
 
@@ -354,3 +359,10 @@ def test_a_plot_is_a_picture(tmp_path):
     panel = Panel("cost", "x", "y", [Series("ours", [0.1, 0.2], [1, 2], ["a", "b"])])
     plot_curves(path, [panel], "title")
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_is_warned_of_twice(capsys):
+    handler = cli._once()
+    for text in ("an FFN is left out", "another", "an FFN is left out"):
+        handler.handle(logging.makeLogRecord({"msg": text, "levelno": logging.WARNING}))
+    assert capsys.readouterr().err.splitlines() == ["an FFN is left out", "another"]

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,11 @@ def test_models_are_put_where_device_says(folder, text, monkeypatch, capsys):
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *where: moved.append(where) or to(self, *where))
     assert cli.main(["survey", "--model", str(folder), "--data", str(text), "--device", "cpu:0"]) == 0
     assert moved == [(torch.device("cpu:0"),)]
+
+
+def test_texts_are_cut_to_the_positions_where_no_length_is_asked_for(text, tmp_path):
+    bert(tmp_path / "short", max_position_embeddings=16)
+    assert converted(tmp_path / "short", text, tmp_path / "out", "--tau", "0.2") == 0
 
 
 def test_roberta_s_first_positions_are_no_token_s(text, tmp_path, capsys):
@@ -176,6 +182,10 @@ def test_a_device_without_memory_left_is_one_line(folder, text, tmp_path, capsys
         (("--budget", "0.001"), "budget 0.001 cannot be met: router and one expert cost"),
         (("--budget", "0.1", "--projections", "9"), "budget 0.1 cannot be met: router and one expert cost"),
         (("--expert-size", "33", "--projections", "9"), "neurons do not split into experts of 33"),
+        (
+            ("--budget", "0.4", "--router-width", "4", "--compensate", "32"),
+            "and a shared one of rank 32, cost",
+        ),
     ],
 )
 def test_what_cannot_be_cut_is_refused_before_it_is_trained(
@@ -273,7 +283,11 @@ def test_a_terminal_that_lacks_letters_or_is_gone_loses_no_model(folder, text, t
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(BrokenPipeError(32, "Broken pipe"), 141), (OSError(28, "No space left on device"), 2)],
+    [
+        (BrokenPipeError(32, "Broken pipe"), 141),
+        (OSError(28, "No space left on device"), 2),
+        (MemoryError("no more"), 2),
+    ],
 )
 def test_what_cannot_be_printed_is_no_failed_run(folder, text, tmp_path, capsys, monkeypatch, error, status):
     def prints(*words, file=None, **settings):
@@ -377,3 +391,26 @@ def test_what_is_not_there_is_named(folder, text, tmp_path, capsys):
     assert converted(bare, text, tmp_path / "out") == 2
     assert "bare has no tokenizer: put the model's there" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_activation_that_cannot_be_swapped_is_told_before_anything_is_trained(
+    folder, text, tmp_path, monkeypatch, capsys
+):
+    """As that of ESM, which its forward calls as a function."""
+    monkeypatch.setattr(
+        convert_command, "replace_projections_", lambda *_, **__: pytest.fail("it was trained")
+    )
+    found = convert_command.checked_sites
+
+    def called_as_functions(*args, **kw):
+        sites = found(*args, **kw)
+        for site in sites:
+            site.act, site.parts = "gelu", replace(site.parts, activation=None)
+        return sites
+
+    monkeypatch.setattr(convert_command, "checked_sites", called_as_functions)
+    assert (
+        converted(folder, text, tmp_path / "out", "--tau", "0.2", "--projections", "9", "--sparsify", "9")
+        == 2
+    )
+    assert "is a function called in forward, which cannot be swapped for relu" in capsys.readouterr().err

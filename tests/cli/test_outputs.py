@@ -260,3 +260,21 @@ def leave_unfinished():
     (tmp := next(Path().iterdir()) / "half").mkdir()
     (tmp / "new").touch()
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_kill_while_saving_hinders_no_later_run(folder, text, tmp_path, caplog, begun):
+    """begun: the old model was already moved."""
+    out, new = tmp_path / "moe", ".sadmoe.0123abcd.new"
+    out.mkdir()
+    force = ["--force"] if begun else []
+    if begun:
+        assert converted(folder, text, out, "--tau", "0.1") == 0
+        (out / ".sadmoe.0123abcd.former").mkdir()
+        (out / "config.json").rename(out / ".sadmoe.0123abcd.former/config.json")
+    (out / new).mkdir()
+    (out / new / "model.safetensors").write_text("half of it")
+    assert converted(folder, text, out, "--tau", "0.2", *force) == 0
+    assert "of a command that was killed while it saved, and of no use if it runs no more: " in caplog.text
+    assert str(out / new) in caplog.text
+    assert '"tau": 0.2' in (out / "config.json").read_text()

@@ -61,7 +61,7 @@ TAUS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # to evaluate at
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. 0: done, 2: a wrong argument or file, 130: interrupted, 141: nobody reads what it prints."""
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(format="sadmoe: %(message)s", level=logging.WARNING)
+    logging.basicConfig(format="sadmoe: %(message)s", level=logging.WARNING, handlers=[_once()])
     if isinstance(sys.stdout, io.TextIOWrapper):
         # No result is lost for a letter that a terminal lacks.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -79,17 +79,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         ValueError, TypeError, OSError, ImportError, NotImplementedError, FloatingPointError, SafetensorError,
         torch.OutOfMemoryError,
     ) as error:  # fmt: skip
-        saved = f"; {_what_is_kept(arguments)}" if getattr(arguments, "saved", None) else ""
-        print(f"sadmoe: error: {error}{saved}", file=sys.stderr)
+        print(f"sadmoe: error: {error}{_what_was_saved(arguments)}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
+            if saved := _what_was_saved(arguments):
+                print(f"sadmoe: error{saved}", file=sys.stderr)
             raise
-        print(
-            f"sadmoe: error: out of memory; try less of --data, or smaller batches: {error}", file=sys.stderr
-        )
+        advice = "out of memory; try less of --data, or smaller batches"
+        print(f"sadmoe: error: {advice}: {error}{_what_was_saved(arguments)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _once() -> logging.Handler:
+    """Says what is logged, but nothing twice: several steps may look for FFNs, and find the same to warn of."""
+    told: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        known = (message := record.getMessage()) in told
+        told.add(message)
+        return not known
+
+    handler = logging.StreamHandler()
+    handler.addFilter(is_new)
+    return handler
+
+
+def _what_was_saved(arguments: argparse.Namespace) -> str:
+    """After an error: what came to its end before it."""
+    return f"; {_what_is_kept(arguments)}" if getattr(arguments, "saved", None) else ""
 
 
 def _what_is_kept(arguments: argparse.Namespace) -> str:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from sadmoe.batches import run, to_device
 from sadmoe.bench import random_batch
-from sadmoe.data import Data, load_data
+from sadmoe.data import Data, load_data, positions_of
 from sadmoe.modules import device_of, evaluating, is_out_of_memory
 from sadmoe.texts import load_model
 
@@ -74,7 +74,7 @@ def add_data(command: argparse.ArgumentParser, *, default: str | None = None) ->
 
 
 def add_common(command: argparse.ArgumentParser, *, writes: bool = True) -> None:
-    """What every command has."""
+    """What every command has that runs a model."""
     command.add_argument(
         "--threads", type=positive, help="CPU threads for torch (default: torch's own choice)"
     )
@@ -138,7 +138,10 @@ def sizes_of(arguments: argparse.Namespace) -> dict[str, int]:
 def data_of(arguments: argparse.Namespace, model: nn.Module, *, whole: bool = False) -> Data:
     """What --data holds, for the model of --model, which is tried on the first and the last batch, of texts the longest
     ones, and of a Python file on all.   whole: images are read to their ends, before something long begins."""
-    data = load_data(model, arguments.model, arguments.data, **sizes_of(arguments), whole=whole)
+    sizes = sizes_of(arguments)
+    if arguments.max_length is None:
+        sizes["max_length"] = min(sizes["max_length"], positions_of(model) or sizes["max_length"])
+    data = load_data(model, arguments.model, arguments.data, **sizes, whole=whole)
     tried = sorted({0, len(data.batches) - 1})
     if data.kind == "python":
         tried = list(range(len(data.batches)))

@@ -31,6 +31,7 @@ from sadmoe.ffn import (
 )
 from sadmoe.gates import DynamicK
 from sadmoe.inputs import count_rows
+from sadmoe.layer import SharedExpert
 from sadmoe.modules import check_model, evaluating, refuse_compiled, refuse_distributed
 from sadmoe.routers import WIDTH
 from sadmoe.tables import shortened
@@ -121,9 +122,12 @@ def restore_(model: nn.Module, *, projections: bool = True) -> None:
             put_back_projections(model)
 
 
-def checked_sites(model: nn.Module, batches: Batches, config: ConvertConfig) -> list[FFNSite]:
+def checked_sites(
+    model: nn.Module, batches: Batches, config: ConvertConfig, *, rank: int = 0
+) -> list[FFNSite]:
     """The FFNs to convert, each of which can be cut. Raises what `convert_` raises where one cannot, or the budget is
-    below the floor: nothing is run for it but probes, and the first batch where it lies between the floors of FFNs."""
+    below the floor: nothing is run for it but probes, and the first batch where it lies between the floors of FFNs.
+    rank: of shared experts, which the budget is to pay for as well."""
     refuse_compiled(model)
     refuse_distributed(model)
     for name, parameter in model.named_parameters():
@@ -144,12 +148,17 @@ def checked_sites(model: nn.Module, batches: Batches, config: ConvertConfig) -> 
     if wrong:
         raise ValueError("nothing was converted, because of\n" + "\n".join(wrong))
     if config.budget is not None and config.budget < 1:  # 1 is tau = 0, which is dense
-        _check_budget(model, sites, batches, config, config.budget)
+        _check_budget(model, sites, batches, config, config.budget, rank)
     return sites
 
 
 def _check_budget(
-    model: nn.Module, sites: list[FFNSite], batches: Batches, config: ConvertConfig, budget: float
+    model: nn.Module,
+    sites: list[FFNSite],
+    batches: Batches,
+    config: ConvertConfig,
+    budget: float,
+    rank: int,
 ) -> None:
     """Refuses what no tau can meet before routers are trained for it, by the closed forms of the cost."""
     costs = []
@@ -157,6 +166,7 @@ def _check_budget(
         dense, own = site.dense(), config.of(site.adapter)
         order = torch.empty(dense.f, dtype=torch.int64, device="meta")
         layer = layer_from_dense(dense.to("meta"), order, own.experts_of(dense.f), own.router.width or WIDTH)
+        layer.shared = SharedExpert(dense.d, 2 * rank, dense.d_out, torch.device("meta")) if rank else None
         costs.append(layer_cost(layer, share=1.0))
     floors = [cost.floor / cost.dense for cost in costs]
     floor = min(floors)
@@ -165,9 +175,10 @@ def _check_budget(
         if len(set(rows.values())) == 1:  # else not known: another batch may have others
             floor = sum(cost.floor for cost in costs) / sum(cost.dense for cost in costs)
     if budget < floor:
+        shared, lower = (f", and a shared one of rank {rank},", ", a lower rank") if rank else ("", "")
         raise ValueError(
-            f"budget {budget} cannot be met: router and one expert cost {floor:.3f} of the dense FLOPs "
-            "or more; raise it, or take a narrower router (RouterConfig(width=...)) or smaller experts"
+            f"budget {budget} cannot be met: router and one expert{shared} cost {floor:.3f} of the dense FLOPs "
+            f"or more; raise it, or take a narrower router (RouterConfig(width=...)){lower} or smaller experts"
         )
 
 

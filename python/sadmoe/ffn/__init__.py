@@ -1,6 +1,6 @@
 """FFNs of a model: found by structure, read as values, replaced by MoE layers and put back."""
 
-from sadmoe.ffn.activation_swap import activation_at, swap_activations_
+from sadmoe.ffn.activation_swap import activation_at, check_swappable, swap_activations_
 from sadmoe.ffn.adapters import ADAPTERS
 from sadmoe.ffn.configs import configs_in, own_configs
 from sadmoe.ffn.dense import DenseFFN, dense_from_layer, layer_from_dense
@@ -30,6 +30,7 @@ __all__ = [
     "activation_at",
     "bare_mlps",
     "check_originals",
+    "check_swappable",
     "configs_in",
     "dense_from_layer",
     "empty_mlp",

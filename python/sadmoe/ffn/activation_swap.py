@@ -69,13 +69,8 @@ def swap_activations_(
     Raises NotImplementedError, with nothing changed, where a forward calls its activation as a function.
     """
     check_choice("act", act, ACTIVATION_MODULES)
+    check_swappable(sites, act)
     todo = [site for site in sites if site.act != act]
-    fixed = [site.name for site in todo if site.parts.activation is None]
-    if fixed:
-        raise NotImplementedError(
-            f"the activation of {', '.join(fixed)} is a function called in forward, which cannot be "
-            f"swapped for {act}; make it a module (self.act = nn.GELU()) or an attribute"
-        )
     old = {site.act for site in todo}
     with ExitStack() as undo:
         for site in todo:
@@ -85,6 +80,15 @@ def swap_activations_(
             level = logging.WARNING if told else logging.DEBUG
             _swap_configs(model, todo, old, act, level)  # in copies, which undoing lets go
         return undo.pop_all().close
+
+
+def check_swappable(sites: Sequence[FFNSite], act: str) -> None:
+    """Raises NotImplementedError where a forward calls another activation than `act` as a function."""
+    if fixed := [site.name for site in sites if site.act != act and site.parts.activation is None]:
+        raise NotImplementedError(
+            f"the activation of {', '.join(fixed)} is a function called in forward, which cannot be "
+            f"swapped for {act}; make it a module (self.act = nn.GELU()) or an attribute"
+        )
 
 
 def _swap(block: nn.Module, site: FFNSite, act: str) -> Undo:

@@ -49,16 +49,16 @@ Adapter = Callable[[nn.Module], Iterator[Proposal]]
 def projection(module: nn.Module) -> Iterator[Proposal]:
     """The MLP that stands for a projection of attention, whatever its widths: the MoE layer takes its place."""
     if isinstance(module, ProjectionMLP):
-        parts = Parts("", "up", "down", activation="act")
-        yield Proposal(parts, (module.act_name,) if module.act_name else (), (_call_once,), True)
+        parts, name = Parts("", "up", "down", activation="act"), module.act_name
+        refusal = None if name else _unknown(module, ["act"])
+        yield Proposal(parts, (name,) if name else (), (_call_once,), True, refusal)
 
 
 def whole_plain(module: nn.Module) -> Iterator[Proposal]:
     """A module that is linear, activation, linear: the MoE layer takes its place (GPT-2, ViT, T5, timm)."""
     linears = _all_linears(module)
     if len(linears) == 2:
-        for up, down in _pairs(linears):
-            yield from _whole(module, [Parts("", up, down)])
+        yield from _whole(module, linears, [Parts("", up, down) for up, down in _pairs(linears)])
 
 
 def whole_gated(module: nn.Module) -> Iterator[Proposal]:
@@ -70,7 +70,7 @@ def whole_gated(module: nn.Module) -> Iterator[Proposal]:
             for gate, up, down in permutations(linears)
             if linears[gate] == linears[up] and _is_pair(linears[up], linears[down])
         ]
-        yield from _whole(module, parts)
+        yield from _whole(module, linears, parts)
 
 
 def whole_fused(module: nn.Module) -> Iterator[Proposal]:
@@ -83,7 +83,7 @@ def whole_fused(module: nn.Module) -> Iterator[Proposal]:
             if linears[up][1] % 2 == 0 and _is_pair((linears[up][0], linears[up][1] // 2), linears[down])
             for half in ("first", "second")
         ]
-        yield from _whole(module, parts)
+        yield from _whole(module, linears, parts)
 
 
 def in_block(module: nn.Module) -> Iterator[Proposal]:
@@ -161,13 +161,14 @@ def _call_pair_with_residual(block: nn.Module, parts: Parts, x: Tensor) -> Any:
     return block.get_submodule(parts.down.rpartition(".")[0])(block.get_submodule(parts.at)(x), x)
 
 
-def _whole(module: nn.Module, proposals: list[Parts]) -> Iterator[Proposal]:
-    linears = _all_linears(module)
+def _whole(
+    module: nn.Module, linears: dict[str, tuple[int, int]], proposals: list[Parts]
+) -> Iterator[Proposal]:
+    name, acts, refusal = _activation(module) if proposals else (None, (), None)
     for p in proposals:
         likely = p.gate not in (None, p.up) or _in_order(linears, p.up, p.down)
         # Of a module around others, what is inside may be an FFN, and is then told of.
         likely = likely and not any("." in path for path in linears)
-        name, acts, refusal = _activation(module)
         yield Proposal(replace(p, activation=name), acts, (_call_once,), likely, refusal)
 
 

@@ -135,7 +135,8 @@ def verify(
     for dtype in (torch.float64, torch.float32):  # float32 for devices and modules that insist on it
         for call in calls:
             try:
-                denses = [replace(dense.to(dtype), act=act) for act in acts]
+                exact = dense.to(dtype)
+                denses = [replace(exact, act=act) for act in acts]
                 x = _probe_input(denses[0], dtype)
                 with quiet(block):
                     return _best(sites, denses, _Scene(block, parts, call, beside), x)

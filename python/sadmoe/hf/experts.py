@@ -11,7 +11,6 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
@@ -111,7 +110,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         weights = weights * (weights.sum(-1, keepdim=True) / left) * kept
         pairs = pairs.where(kept.flatten(), self.num_experts)
     here = pairs < self.num_experts
-    mask = F.one_hot(pairs, self.num_experts + 1)[:, : self.num_experts].bool()
+    mask = pairs.unsqueeze(1) == torch.arange(self.num_experts, device=pairs.device)
     rows = hidden_states.repeat_interleave(top_k_index.shape[1], dim=0)
     w_up, w_down, w_gate, b_up, b_gate, b_down = _weights_of(self)
     y = ops.sparse_experts(rows, mask, w_up, w_down, b_up, w_gate, b_gate, act=act)

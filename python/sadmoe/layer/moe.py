@@ -150,7 +150,7 @@ class DynamicKMoE(Experts):
         else:
             y = self._selected(rows)
         shared: Any = self._modules["shared"]
-        if shared is not None and (scale := shared.scale(gate)):
+        if shared is not None and (scale := shared.scale(gate, self.router.target_power)):
             y = torch.add(y, shared(rows), alpha=scale)
         if (dropout := self._modules["dropout"]) is not None:
             y = dropout(y)

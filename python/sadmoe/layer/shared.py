@@ -15,7 +15,8 @@ class SharedExpert(nn.Module):
     """A small FFN beside the experts that a router picks: relu(x w_upᵀ) w_down + b_out.
 
     w_up [m, d], w_down [m, d_out], b_out [d_out], uninitialised: `compensate_` makes them. scales: how much of it is
-    added at which tau, (tau, scale) from (0, 0) on, linear in between: the smaller tau, the less is skipped.
+    added at which tau of the router, (tau, scale) from (0, 0) on, linear in between: the smaller tau, the less is
+    skipped.
     Source: the shared experts of DeepSeekMoE, arXiv 2401.06066, section 3.2.
     """
 
@@ -34,14 +35,21 @@ class SharedExpert(nn.Module):
         self.w_down = nn.Parameter(torch.empty(width, d_out, device=device, dtype=dtype))
         self.b_out = nn.Parameter(torch.empty(d_out, device=device, dtype=dtype))
 
-    def scale(self, gate: Gate) -> float:
-        """How much of it is added to what that gate picks; by another rule than dynamic-k the last of `scales`."""
+    def scale(self, gate: Gate, power: float) -> float:
+        """How much of it is added to what that gate picks; by another rule than dynamic-k the last of `scales`.
+        power: of the norms that the router predicts."""
         if type(gate) is not DynamicK:
             return self.scales[-1][1]
+        tau = self.compared(gate, power)
         for (low, before), (high, after) in pairwise(self.scales):
-            if gate.tau < high:
-                return before + (after - before) * (gate.tau - low) / (high - low)
+            if tau < high:
+                return before + (after - before) * (tau - low) / (high - low)
         return self.scales[-1][1]
+
+    @staticmethod
+    def compared(gate: DynamicK, power: float) -> float:
+        """The tau of a gate as its router's: one on true norms compares these, a router their power."""
+        return gate.tau**power if gate.true_norms else gate.tau
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, d] -> [T, d_out], by the op of experts: a token's bits do not depend on its neighbours."""

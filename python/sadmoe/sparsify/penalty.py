@@ -132,8 +132,11 @@ class SparsityLoss(PassesLoss):
         refuse_mask(batch, "mask")
         seen = self._taken()
         self._check_gradient(seen)
+        device = device_of(self.model)  # of one that lies on several, the first
         means = [
-            torch.stack([self._mean(site, values, batch, mask) for values in seen[site.name]]).mean()
+            torch.stack([self._mean(site, values, batch, mask) for values in seen[site.name]])
+            .mean()
+            .to(device)
             for site in self.sites
             if site.name in seen
         ]

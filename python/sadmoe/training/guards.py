@@ -25,6 +25,7 @@ def all_or_nothing(model: nn.Module) -> Iterator[list[Callable[[], None]]]:
         with torch.no_grad():
             for tensor, value in zip(tensors, saved, strict=True):
                 tensor.copy_(value)
+        torch.clear_autocast_cache()  # an autocast around it keeps casts of what was there
         raise
     finally:
         model.zero_grad(set_to_none=True)

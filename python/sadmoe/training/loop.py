@@ -57,17 +57,17 @@ def train(
         of_run = replace(kept, run={"config": {**asdict(config), **kept.run}})
         saver = Saver(of_run, model, update.optimizer, penalty_of)
     history, before = update.resumed(saver)
-    device, started = device_of(model), time.perf_counter() - before
-    if not processes.is_same(len(history), device):
+    device, started, found = device_of(model), time.perf_counter() - before, len(history)
+    if not processes.is_same(found, device):
         raise RuntimeError(
-            f"checkpoint: this process found a run of {len(history)} updates, and others not: give a folder that all "
+            f"checkpoint: this process found a run of {found} updates, and others not: give a folder that all "
             "processes see"
         )
     with (
         seeded(model, config.seed) as update.cuda_devices,
         tqdm(
             total=config.steps or math.ceil(config.seconds or 0),
-            initial=len(history) if config.steps else 0,
+            initial=found if config.steps else 0,
             unit="step" if config.steps else "s",
             desc=kept.name,
             disable=not progress,
@@ -88,7 +88,7 @@ def train(
                 saver.save(state)
             bar.update(1 if config.steps else min(int(elapsed()), bar.total) - bar.n)
             bar.set_postfix(objective=f"{history[-1].objective:.4f}", penalty=f"{history[-1].penalty:.4f}")
-    if saver is not None:
+    if saver is not None and len(history) > found:
         saver.save(state, last=True)
     return history
 
@@ -183,14 +183,14 @@ class _Update:
         value = self.objective(batch, index)
         penalty = self.penalty_of(batch)
         parts = 1 / self.config.accumulate
-        whole = value + alpha * penalty
+        whole = value + alpha * penalty.to(value.device)
         if not whole.requires_grad:
             raise ValueError(
                 f"{self.name}: no parameter that requires a gradient has a part in the objective: let others require "
                 "one, or choose an objective that they reach"
             )
         (whole * parts).backward()
-        return torch.stack([value.detach().double(), penalty.detach().to(self.device).double()]) * parts
+        return torch.stack([one.detach().to(self.device).double() for one in (value, penalty)]) * parts
 
     def _sum_gradients(self) -> None:
         """Over the processes. A parameter that no batch of any process reached keeps no gradient, as in one process, so

@@ -146,7 +146,7 @@ def distill_hidden(
             for name in ran
             for h, t in zip(hidden[name], targets[name], strict=True)
         ]
-        error = torch.stack(errors).mean()
+        error = torch.stack([one.to(errors[0].device) for one in errors]).mean()
         return error if distance is None else error + distance(given, wanted, batch)
 
     return objective

@@ -73,7 +73,8 @@ class Stateful(Protocol):
 def write(path: Path, tensors: Mapping[str, Tensor], run: dict[str, Any], state: dict[str, Any]) -> None:
     """Replaces the file at once. What differs from `run` when it is read is another run."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write(path, files.plain(tensors), KEY, {"format": FORMAT, "run": run, "state": state})
+    beside = path.with_name(f".{path.name}.tmp")  # always the same, so that kills leave one at most
+    files.write(path, files.plain(tensors), KEY, {"format": FORMAT, "run": run, "state": state}, beside)
 
 
 def read(path: Path, run: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -174,6 +175,7 @@ class Saver:
         with torch.no_grad():
             for name, target in self._state().items():
                 target.copy_(tensors[f"weights.{name}"])
+        torch.clear_autocast_cache()  # an autocast around it keeps casts of what was there
         order = [p for group in self.optimizer.param_groups for p in group["params"]]
         names = {id(p): name for name, p in self.trained.items()}
         moments = {
