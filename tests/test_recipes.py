@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib")
 sys.path.append(str(Path(__file__).parent.parent / "bench/recipes"))
 
 import moefication
+import picture
 import recipe
 from results import Saved, best, kept_by, panels, times_faster, working_tau
 from run import CPU, GPU, Effort, Run, from_command_line
@@ -113,6 +114,9 @@ def test_a_recipe_goes_on_after_a_failure_tells_all_of_it_and_is_not_trained_twi
     assert 0.9 < dense["metric"] < 1, "rounded"
     assert [p["metric"] for p in rounded] == pytest.approx([p["metric"] for p in ours], rel=0.05)
     assert rounded[0]["metric"] != ours[0]["metric"]
+    drawn = {series.name: list(series.y) for series in picture.panel(found).series}
+    in_both = {"dense, bf16": [dense], "converted, fp32": ours, "converted, bf16": rounded}
+    assert drawn == {"dense, fp32": [1], **{k: [p["metric"] for p in ps] for k, ps in in_both.items()}}
     assert [point["setting"] for point in ours] == ["tau 0", "tau 0.1", "tau 1"]
     assert ours[0]["flops"] == 1 > ours[2]["flops"]
     assert ours[2]["picked"] != ours[2]["kept"]

@@ -1,0 +1,43 @@
+"""README's picture: of runs with --bf16, the metric over times faster than dense in float32, a panel a run.
+
+python bench/recipes/picture.py bench/results/w3-zen4.json bench/results/w1-zen4.json --out bench/results/bf16-zen4.png
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from sadmoe.report import Panel, Series, plot_curves
+
+SHOWN = {
+    "sadmoe, dynamic k": "converted, fp32",
+    "in bf16: dense": "dense, bf16",
+    "in bf16: dynamic k": "converted, bf16",
+}
+
+
+def panel(found: dict[str, Any]) -> Panel:
+    """The dense model, and of each curve shown, in the first size of experts, the points that were timed."""
+    series = [Series("dense, fp32", [1.0], [found["dense"]], line=False)]
+    for begin, name in SHOWN.items():
+        curve = next(points for method, points in found["curves"].items() if method.startswith(begin))
+        timed = [point for point in curve if point["gains"]]
+        gains = [next(iter(point["gains"].values())) for point in timed]
+        series.append(Series(name, gains, [point["metric"] for point in timed], line=len(timed) > 1))
+    return Panel(found["title"], "times faster than dense in fp32", found["metric"], series)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    found = [json.loads(path.read_text()) for path in args.files]
+    plot_curves(args.out, [panel(one) for one in found], found[0]["machine"])
+
+
+if __name__ == "__main__":
+    main()
