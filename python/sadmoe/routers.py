@@ -155,8 +155,8 @@ def fit_routers_(
     with (
         all_or_nothing(routers) as undo,
         tau(model, 0.0),
-        seeded(model, config.seed),
-    ):  # a DataLoader may draw
+        seeded(model, config.seed),  # a DataLoader may draw
+    ):
         undo.append(partial(set_powers, layers, powers))
         fits = {}
         for name, layer in layers.items():

@@ -21,9 +21,9 @@ namespace sadmoe::test {
 namespace {
 
 // Sizes on both sides of vectors of 4, 8, 16 and 32, of register tiles, and of blocks of tokens, rows, columns, and entries of a
-// row; the last ten: rows in parts, several blocks of rows, wide pieces of neurons for a row alone, for tiles of int8 sums in
-// parts, and more rows and columns than are done at once, chains of experts in narrow strips of columns, and weights and
-// routers of more tiles than of rows, whole and not, with one tile of tokens, and with pairs of tiles of rows.
+// row; from the one of 120 tokens on: rows in parts, several blocks of rows, wide pieces of neurons for a row alone, for tiles of
+// int8 sums in parts, and more rows and columns than are done at once, chains of experts in narrow strips of columns, and weights
+// and routers of more tiles than of rows, whole and not, with one tile of tokens, and with pairs of tiles of rows.
 constexpr Shape kShapes[] = {
     {1, 1, 1, 1, 1, 1},       {1, 33, 5, 6, 33, 9},     {2, 31, 3, 7, 17, 4},    {3, 64, 4, 16, 48, 16},
     {4, 15, 17, 3, 95, 31},   {5, 100, 6, 24, 77, 7},   {6, 47, 9, 13, 130, 3},  {7, 65, 3, 32, 129, 5},

@@ -112,7 +112,7 @@ def _what_was_saved(arguments: argparse.Namespace) -> str:
 
 
 def _what_is_kept(arguments: argparse.Namespace) -> str:
-    """After an interruption."""
+    """After an interruption or an error."""
     if saved := getattr(arguments, "saved", None):
         return f"the model is saved in {saved}"
     if getattr(arguments, "calibrate", False):

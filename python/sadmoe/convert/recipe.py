@@ -53,8 +53,8 @@ def convert_(
     """Turns the FFNs of a model into dynamic-k mixtures of experts, in place (arXiv 2310.04361, section 3).
 
     All is checked, then built beside the model from what the dense model computes, then swapped in: whatever fails,
-    Ctrl-C included, leaves the model as it was. Takes
-    the memory of the FFNs twice until it returns. The same model, batches and config give the same layers, bit for bit.
+    Ctrl-C included, leaves the model as it was. It takes the memory of the FFNs twice until it returns. The same model,
+    batches and config give the same layers, bit for bit.
     FFNs that were converted before keep their layers and gates, and run at tau = 0 while others are built: so parts of
     a model can be converted one after the other, with batches and a budget of their own.
 

@@ -74,7 +74,7 @@ def down_seconds(layer: LayerShape, tokens: int, share: float, card: Card) -> fl
 def crowd_down_seconds(layer: LayerShape, tokens: int, share: float, card: Card) -> float:
     """hopper_down.cuh or crowd.cuh: a block's tokens by 64 columns through all experts, their sums in registers."""
     blocks, depth = _crowd_blocks(layer, tokens, card), _crowd_depth(layer, card) * layer.experts
-    idle = -(-blocks // card.processors) * card.processors / blocks  # processors in the last wave
+    unfilled = -(-blocks // card.processors) * card.processors / blocks  # the last wave is not full
     warpgroups = _down_has_warpgroups(layer, card)
     rows = blocks * (_CROWD if warpgroups else _CROWD_ROWS[layer.bytes_each])  # that go through all experts
     work = 2 * rows * TILE * depth
@@ -84,7 +84,7 @@ def crowd_down_seconds(layer: LayerShape, tokens: int, share: float, card: Card)
     shared = operands * depth * layer.bytes_each
     adding = 1.5 * rows * TILE * layer.experts / (128 * card.processors * card.clock)
     rate = card.dense_16 * card.hopper_16 if warpgroups else card.ours(layer.bytes_each)
-    return idle * (slowest_of(work, l2, shared, rate, card) + adding) + card.launch
+    return unfilled * (slowest_of(work, l2, shared, rate, card) + adding) + card.launch
 
 
 def compact_down_seconds(layer: LayerShape, tokens: int, share: float, card: Card) -> float:

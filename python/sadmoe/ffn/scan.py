@@ -253,7 +253,7 @@ def _look_at(
 
 
 def _overlap(a: Parts, b: Parts) -> bool:
-    """Whether a linear layer has a part in both."""
+    """Whether they have a linear layer in common."""
     return bool({a.up, a.gate, a.down} & {b.up, b.gate, b.down} - {None})
 
 

@@ -22,7 +22,7 @@ class Parts:
     at: where the MoE layer goes ("" = in place of the block).   up, gate, down: the linear layers; a linear
     layer that computes gate and up in one is both, and gate_half says which half of its output is the gate
     ("first", "second"). activation: module or function attribute, None where forward calls a function.
-    removed: what else becomes a passthrough when the MoE layer goes in.
+    removed: what else becomes a passthrough, or 0, when the MoE layer goes in.
     """
 
     at: str

@@ -131,8 +131,8 @@ class SadmoeQuantizer(HfQuantizer):
         tensors = _layer_tensors(model)
         self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self._whole = {name: t.dtype for name, t in tensors.items() if not t.is_floating_point()}
-        # Before 5.22, which asks that function, transformers leaves weights whose names it changes in the dtype of the
-        # file, whichever was asked for, unless it believes that it quantizes the model itself, which is in one thread.
+        # Older ones of transformers, without get_new_dtype, keep weights whose names they change in the dtype of the
+        # file, whichever was asked for, unless pre_quantized is False: then they read it in one thread.
         self.pre_quantized = hasattr(HfQuantizer, "get_new_dtype")
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

@@ -29,9 +29,8 @@ def cpu_isa() -> str:
 def allow_tf32(allow: bool) -> None:
     """Whether tensor cores may multiply float32 experts on CUDA, operands rounded to 11 bits; at first they may not.
 
-    For the whole process, like torch's own setting, which is not looked at; not while another thread is inside an op.
-    The router is always float32. Raises
-    RuntimeError where sadmoe was built without CUDA kernels.
+    For the whole process, like torch's own setting, which is not looked at. Not while another thread is inside an op.
+    The router is always float32. Raises RuntimeError where sadmoe was built without CUDA kernels.
     """
     if "cuda: yes" not in build_info():
         raise RuntimeError(f"allow_tf32 is for CUDA kernels, and sadmoe was built without ({build_info()})")

@@ -17,8 +17,8 @@ def packed(weight: Tensor) -> Tensor:
 def packing_gains(weight: Tensor) -> bool:
     """Whether the kernels in use are faster when w_up [E, s, d] is packed, by what was measured on a Zen 5.
 
-    With AVX-512, in experts of a multiple of 32 neurons up to 256. AMX, whose tiles want rows in bfloat16, was not
-    tried, nor float16, which runs as bfloat16 does without AVX512-BF16.
+    With AVX-512, in experts of a multiple of 32 neurons up to 256. float16, which runs as bfloat16 does without
+    AVX512-BF16, was not timed; AMX, whose tiles want rows in bfloat16, was not tried.
     """
     s, wide = weight.shape[1], cpu_isa().startswith("avx512")
     return weight.is_cpu and weight.dtype in DTYPES and wide and s % FULL == 0 and s <= LARGEST
