@@ -298,7 +298,11 @@ def test_a_longer_run_has_files_and_a_state_of_its_own(monkeypatch, capsys, tmp_
     assert f"{CPU.longer(2.5).training(1):.0f} s of training" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["w9", "--device", "cpu", *out])
     assert from_command_line("w9", "", {"cpu": CPU, "gpu": GPU}, effort="gpu").name == "w9-gpu"
-    monkeypatch.setattr(sys, "argv", ["w9", "--longer", "0"])
-    with pytest.raises(SystemExit):
-        from_command_line("w9", "", {"cpu": CPU})
-    assert "argument --longer: expected a number above 0" in capsys.readouterr().err
+    for wrong, told in (
+        (["--longer", "0"], "argument --longer: expected a number above 0"),
+        (["--bf16", "--untrained"], "argument --bf16: is of models that were fine-tuned"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["w9", *wrong])
+        with pytest.raises(SystemExit):
+            from_command_line("w9", "", {"cpu": CPU})
+        assert told in capsys.readouterr().err

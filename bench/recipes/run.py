@@ -132,6 +132,8 @@ def from_command_line(
         parser.error(f"argument --longer: expected a number above 0, got {args.longer:g}; try 2")
     if min(args.sizes) < 1 or len(set(args.sizes)) < len(args.sizes):
         parser.error(f"argument --sizes: expected different numbers above 0, got {args.sizes}; try 8 32")
+    if args.bf16 and args.untrained:
+        parser.error("argument --bf16: is of models that were fine-tuned; leave out --untrained")
     torch.set_num_threads(args.threads)
     asked = efforts[args.effort].longer(args.longer)
     seconds = asked.task if args.untrained else asked.training(len(args.sizes))
