@@ -3,6 +3,8 @@
 #include <type_traits>
 
 #include "cpu/ahead.h"
+#include "cpu/columns.h"
+#include "cpu/held.h"
 #include "cpu/kernels.h"
 #include "cpu/unroll.h"
 #include "cpu/widen.h"
@@ -15,34 +17,6 @@ constexpr int64_t kStrip = 72;  // columns of y, of 512 tokens 144 KiB, that sta
 struct Turn {
   bool first = true, last = true;
 };
-
-// A vector of columns; Part: the first part columns, and zeros.
-template <bool Part, class Vec, class F>
-[[gnu::always_inline]] inline Vec load_columns(const F* from, int64_t part) {
-  if constexpr (Part)
-    return Vec::load_part(from, part);
-  else
-    return Vec::load(from);
-}
-template <bool Part, class Vec, class F>
-[[gnu::always_inline]] inline void store_columns(Vec columns, F* to, int64_t part) {
-  if constexpr (Part)
-    columns.store_part(to, part);
-  else
-    columns.store(to);
-}
-
-// body(half, Part, part) for the two vectors of a group of columns, of which, if Part, the group has the first part.
-template <class Vec, bool Part, class Body>
-[[gnu::always_inline]] inline void each_half(int64_t part, const Body& body) {
-  unroll<2>([&](auto half) {
-    const int64_t left = part - half.value * Vec::width;
-    if (!Part || left >= Vec::width)
-      body(half, std::false_type{}, 0);
-    else if (left > 0)
-      body(half, std::true_type{}, left);
-  });
-}
 
 // sums[i][v] += sum over j < m of row(i)[j] w[j, v], with w [m, .] of leading dimension ld: what tiles spend their time on.
 template <bool Part, class Vec, class W, int Rows, int Vecs, class RowOf, class Walk>
@@ -147,6 +121,7 @@ void accumulate_in_turns(const Accumulate& p, int64_t neurons) {
 // more neurons than were fetched.
 template <class Vec, class W>
 void accumulate(const Accumulate& p) {
+  if (few_neurons<Vec::held>(p, [&](auto m) { accumulate_held<Vec, HeldFloats<Vec, W, m.value>>(p, p.next); })) return;
   if constexpr (Vec::copied > 0) {
     constexpr int64_t kManyRows = 8, kManyColumns = 1024, kColumns = Vec::accumulate_vecs * Vec::width;
     const int64_t most = p.m > 0 ? Vec::copied / p.m / kColumns * kColumns : 0;
@@ -179,25 +154,8 @@ void accumulate(const Accumulate& p) {
 
 // What follows multiplies entries of 16 bits, and sums the products of two neighbours: Pair is Ints or Pairs (see table.h).
 //
-// The weights of two neurons at once, pairs of one column beside each other: as they are, or from a copy of such pairs, group
-// after group of Pair::width columns, for all neurons. Part: of a group, part columns.
-template <class Pair, bool Part>
-struct PairsInPlace {
-  using Weight = typename Pair::Weight;
-  const Weight* w;
-  int64_t ld, m, part;
-
-  PairsInPlace(const void* w, int64_t ld, int64_t m, int64_t part) : w(static_cast<const Weight*>(w)), ld(ld), m(m), part(part) {}
-  PairsInPlace(const Accumulate& p, int64_t part) : PairsInPlace(p.w, p.ld_w, p.m, part) {}
-
-  void load(int64_t j, int64_t c, Pair* out) const {
-    static constexpr Weight kNone[Pair::width] = {};  // past the last neuron
-    const Weight* even = w + j * ld + c;
-    const Weight* odd = j + 1 < m ? even + ld : kNone;
-    Part ? Pair::load_pairs_part(even, odd, part, out) : Pair::load_pairs(even, odd, out);
-  }
-};
-
+// The weights of two neurons from a copy of their pairs, group after group of Pair::width columns, for all neurons; see
+// PairsInPlace.
 template <class Pair>
 struct CopiedPairs {
   const typename Pair::Entry* copy;
@@ -250,18 +208,13 @@ template <class Pair, class Vec, int Rows, int Groups, bool Part, class Weights>
   add_products_of_pairs<Pair>(sums, row, weights, c0, p.m, ahead);
   each([&](auto i, auto g) {
     float* y = p.y + (p.rows ? p.rows[i0 + i.value] : i0 + i.value) * p.ld_y + c0 + g.value * Pair::width;
-    const auto added = [&](Vec sum, Vec before) {
-      if constexpr (std::is_same_v<Entry, int16_t>)
-        return fma(sum, Vec::set(p.steps[i0 + i.value]), before);
-      else
-        return sum + before;
-    };
     Vec columns[2];
     Pair::to_floats(sums[i.value][g.value], columns);
-    each_half<Vec, Part>(part, [&](auto half, auto is_part, int64_t left) {
+    each_vector<2, Vec, Part>(part, [&](auto half, auto is_part, int64_t left) {
       constexpr bool kPart = decltype(is_part)::value;
       float* to = y + half.value * Vec::width;
-      store_columns<kPart>(added(columns[half.value], load_columns<kPart, Vec>(to, left)), to, left);
+      const Vec before = load_columns<kPart, Vec>(to, left);
+      store_columns<kPart>(added<Entry>(p, i0 + i.value, columns[half.value], before), to, left);
     });
   });
 }
@@ -298,6 +251,8 @@ void accumulate_pairs(const Accumulate& p) {
   using Weight = typename Pair::Weight;
   constexpr int64_t kWidth = Pair::width, kFar = 512 * 1024;  // bytes that would leave the caches before their turn
   const void* next = p.m * p.columns * int64_t(sizeof(Weight)) <= kFar ? p.next : nullptr;
+  const AheadInRows<Vec> ahead = ahead_of<Vec, Weight>(p, next, p.m, p.columns);
+  if (few_neurons<Pair::held>(p, [&](auto m) { accumulate_held<Vec, HeldPairs<Vec, Pair, m.value>>(p, next); })) return;
   if constexpr (Pair::copied > 0) {
     constexpr int64_t kGroups = Pair::accumulate_groups * kWidth;
     const int64_t most = p.m > 0 ? Pair::copied / ((p.m + 1) / 2 * 2) / kGroups * kGroups : 0;
@@ -323,9 +278,8 @@ void accumulate_pairs(const Accumulate& p) {
       });
     }
   }
-  accumulate_pair_columns<Pair, Vec>(p, ahead_of<Vec, Weight>(p, next, p.m, p.columns), [&](auto part, int64_t columns) {
-    return PairsInPlace<Pair, decltype(part)::value>(p, columns);
-  });
+  accumulate_pair_columns<Pair, Vec>(
+      p, ahead, [&](auto part, int64_t columns) { return PairsInPlace<Pair, decltype(part)::value>(p, columns); });
 }
 
 }  // namespace sadmoe::cpu

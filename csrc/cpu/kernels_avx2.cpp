@@ -30,7 +30,7 @@ struct Vec {
   static constexpr int width = 8, sums = 8;
   static constexpr int project_rows = 3, project_columns = 4;     // 12 sums, 3 rows, 1 weight: all 16 registers
   static constexpr int accumulate_rows = 4, accumulate_vecs = 3;  // 12 sums, 3 weights, 1 activation: all 16 registers
-  static constexpr int copied = 8192;
+  static constexpr int copied = 8192, held = 0;
   static constexpr int fetched = kSecondLevel;
 
   __m256 v;
@@ -117,7 +117,7 @@ struct Ints {
   static constexpr int width = 16, sums = 8;
   static constexpr int project_rows = 2, project_columns = 4;
   static constexpr int accumulate_rows = 4, accumulate_groups = 1;  // 8 sums, 2 weights, 1 pair of activations, 1 product
-  static constexpr int copied = 8192;
+  static constexpr int copied = 8192, held = 8;
   static constexpr int fetched = Vec::fetched;
 
   __m256i v;
@@ -154,10 +154,9 @@ struct Ints {
     return {_mm256_cvtepi32_ps(
         _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)))};
   }
-  static void to_floats(const Ints* sums, Vec* out) {
-    out[0].v = _mm256_cvtepi32_ps(sums[0].v);
-    out[1].v = _mm256_cvtepi32_ps(sums[1].v);
-  }
+  static void put_in_order(Ints*) {}  // as they are
+  static Vec to_floats(Ints sum) { return {_mm256_cvtepi32_ps(sum.v)}; }
+  static void to_floats(const Ints* sums, Vec* out) { out[0] = to_floats(sums[0]), out[1] = to_floats(sums[1]); }
 
   friend Ints fma(Ints a, Ints b, Ints sum) {
     asm("vpaddd %1, %0, %0" : "+x"(sum.v) : "x"(_mm256_madd_epi16(a.v, b.v)));  // of the intrinsic, GCC copies every sum

@@ -68,7 +68,7 @@ struct PackedPairs {
       float* out = p.out + (i0 + i.value) * p.ld + j0 + g.value * width;
       Vec neurons[2];
       Pair::to_floats(sums[i.value][g.value], neurons);
-      each_half<Vec, Part>(part, [&](auto half, auto is_part, int64_t left) {
+      each_vector<2, Vec, Part>(part, [&](auto half, auto is_part, int64_t left) {
         put<Vec, decltype(is_part)::value>(neurons[half.value], span, out + half.value * Vec::width, left);
       });
     });

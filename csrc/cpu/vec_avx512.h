@@ -16,6 +16,7 @@ struct Vec {
   static constexpr int project_rows = 6, project_columns = 4;     // 24 sums, 10 loads a step
   static constexpr int accumulate_rows = 6, accumulate_vecs = 4;  // 24 sums, 4 weights, 1 activation: 29 of 32 registers
   static constexpr int copied = 0;                                // 8192 are 5 % slower on a Zen 5
+  static constexpr int held = 16;
 #ifdef SADMOE_ZEN5
   static constexpr int fetched = kFirstLevel;
 #else
@@ -108,7 +109,7 @@ struct Ints {
   static constexpr int width = 32, sums = 16;
   static constexpr int project_rows = rows, project_columns = 4;
   static constexpr int accumulate_rows = rows, accumulate_groups = 2;
-  static constexpr int copied = 8192;
+  static constexpr int copied = 8192, held = 16;
   static constexpr int fetched = Vec::fetched;
 
   __m512i v;
@@ -152,9 +153,16 @@ struct Ints {
     });
     return {_mm512_cvtepi32_ps(halve(halve(quads[0], quads[1]), halve(quads[2], quads[3])))};
   }
+  static void put_in_order(Ints* both) {
+    const __m512i first = both[0].v, second = both[1].v;
+    both[0].v = _mm512_shuffle_i32x4(first, second, 0x44);
+    both[1].v = _mm512_shuffle_i32x4(first, second, 0xee);
+  }
+  static Vec to_floats(Ints sum) { return {_mm512_cvtepi32_ps(sum.v)}; }
   static void to_floats(const Ints* sums, Vec* out) {
-    out[0].v = _mm512_cvtepi32_ps(_mm512_shuffle_i32x4(sums[0].v, sums[1].v, 0x44));
-    out[1].v = _mm512_cvtepi32_ps(_mm512_shuffle_i32x4(sums[0].v, sums[1].v, 0xee));
+    Ints both[2] = {sums[0], sums[1]};
+    put_in_order(both);
+    out[0] = to_floats(both[0]), out[1] = to_floats(both[1]);
   }
 
   friend Ints fma(Ints a, Ints b, Ints sum) {

@@ -14,7 +14,7 @@ struct Pairs {
   static constexpr int width = 32, sums = 16;
   static constexpr int project_rows = 6, project_columns = 4;       // 24 sums, 6 rows, 1 weight
   static constexpr int accumulate_rows = 6, accumulate_groups = 2;  // 24 sums, 4 weights, 1 pair of activations
-  static constexpr int copied = 8192;
+  static constexpr int copied = 8192, held = 16;
   static constexpr int fetched = Vec::fetched;
 
   __m512i v;
@@ -39,11 +39,22 @@ struct Pairs {
   }
 
   static Vec reduce(const Vec* a) { return Vec::reduce(a); }
-  static void to_floats(const Vec* sums, Vec* out) {
+  static void in_order(__m512i a, __m512i b, __m512i* out) {
     const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    out[0].v = _mm512_permutex2var_ps(sums[0].v, low, sums[1].v);
-    out[1].v = _mm512_permutex2var_ps(sums[0].v, high, sums[1].v);
+    out[0] = _mm512_permutex2var_epi32(a, low, b);
+    out[1] = _mm512_permutex2var_epi32(a, high, b);
+  }
+  static void put_in_order(Pairs* pairs) {
+    __m512i out[2];
+    in_order(pairs[0].v, pairs[1].v, out);
+    pairs[0].v = out[0], pairs[1].v = out[1];
+  }
+  static Vec to_floats(Vec sum) { return sum; }
+  static void to_floats(const Vec* sums, Vec* out) {
+    __m512i both[2];
+    in_order(_mm512_castps_si512(sums[0].v), _mm512_castps_si512(sums[1].v), both);
+    unroll<2>([&](auto i) { out[i.value].v = _mm512_castsi512_ps(both[i.value]); });
   }
 
   friend void hold(Pairs& a) { asm("" : "+v"(a.v)); }

@@ -23,7 +23,8 @@ namespace {
 // Sizes on both sides of vectors of 4, 8, 16 and 32, of register tiles, and of blocks of tokens, rows, columns, and entries of a
 // row; from the one of 120 tokens on: rows in parts, several blocks of rows, wide pieces of neurons for a row alone, for tiles of
 // int8 sums in parts, and more rows and columns than are done at once, chains of experts in narrow strips of columns, and weights
-// and routers of more tiles than of rows, whole and not, with one tile of tokens, and with pairs of tiles of rows.
+// and routers of more tiles than of rows, whole and not, with one tile of tokens, and with pairs of tiles of rows; last, few
+// neurons, whose weights are held in registers.
 constexpr Shape kShapes[] = {
     {1, 1, 1, 1, 1, 1},       {1, 33, 5, 6, 33, 9},     {2, 31, 3, 7, 17, 4},    {3, 64, 4, 16, 48, 16},
     {4, 15, 17, 3, 95, 31},   {5, 100, 6, 24, 77, 7},   {6, 47, 9, 13, 130, 3},  {7, 65, 3, 32, 129, 5},
@@ -32,7 +33,8 @@ constexpr Shape kShapes[] = {
     {1100, 9, 3, 17, 35, 4},  {120, 8, 17, 9, 400, 4},  {20, 2501, 2, 17, 5, 3}, {360, 140, 2, 5, 5, 3},
     {1, 9, 5, 6, 601, 3},     {200, 530, 2, 35, 21, 3}, {90, 7, 2, 519, 139, 3}, {170, 129, 2, 130, 140, 3},
     {100, 3, 65, 2, 150, 40}, {20, 96, 3, 48, 40, 33},  {16, 64, 3, 32, 40, 64}, {100, 64, 3, 96, 40, 128},
-    {60, 20, 3, 100, 70, 4},  {6, 5, 3, 11, 2070, 3},
+    {60, 20, 3, 100, 70, 4},  {6, 5, 3, 11, 2070, 3},   {60, 24, 3, 4, 71, 4},   {50, 24, 3, 8, 110, 4},
+    {60, 24, 3, 12, 93, 4},   {40, 20, 5, 16, 39, 4},
 };
 constexpr DType kDtypes[] = {DType::f32, DType::bf16, DType::f16};
 constexpr const char* kDtypeNames[] = {"float32", "bfloat16", "float16"};
