@@ -105,8 +105,8 @@ def test_an_instruction_set_file_includes_only_its_template():
         waiting += headers - reached
         reached |= headers
     tiles = {"tile_unit", "tiles_amx", "int_tiles_amx"}
-    algorithms = {"table", "ahead", "project", "packed", "accumulate", "activate", "quantize"}
-    vectors = {"vec_avx512", "vec_avx512bf16", "half", "unroll", "widen"}
+    algorithms = {"table", "ahead", "project", "packed", "accumulate", "held", "activate", "quantize"}
+    vectors = {"vec_avx512", "vec_avx512bf16", "half", "unroll", "widen", "columns"}
     names = {f"cpu/{name}.h" for name in {"kernels", *tiles, *algorithms, *vectors}}
     assert reached == names | {"cpu/kernels.inc"}
 
