@@ -76,7 +76,7 @@ def test_sizes_that_do_not_divide_are_refused_with_those_that_do():
         ({"tau": 1.5}, r"tau must be in \[0, 1\]"),
         ({"expert_size": 0}, "expert_size must be at least 1, got 0"),
         ({"experts": -1}, "experts must be at least 1, got -1"),
-        ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        ({"max_tokens": 1}, "max_tokens must be at least 2, got 1"),
         ({"max_bytes": 0}, "max_bytes must be at least 1, got 0"),
     ],
 )

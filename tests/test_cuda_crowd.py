@@ -43,6 +43,11 @@ def with_crowds(gpu, run, share, warpgroups):
     return result, None if before is None else products() - before
 
 
+def has_bias(number, warpgroups, dtype):
+    """Of every other problem: a bias is where sums begin, whatever their shape. Each has one by some of WAYS."""
+    return (number + warpgroups + (dtype == torch.float16)) % 2 == 1
+
+
 def bits(t):
     return t.view(torch.int16)
 
@@ -63,14 +68,15 @@ def test_crowds_are_a_kernel_of_their_own(native, warpgroups, dtype):
 @pytest.mark.parametrize(("warpgroups", "dtype"), WAYS)
 @pytest.mark.parametrize("name", CROWDS)
 def test_a_crowd_has_the_bits_of_others(gpu, name, warpgroups, dtype):
-    for bias in (False, True):
-        args = experts_problem(**CROWDS[name], bias=bias, dtype=dtype)
-        run = partial(gpu.sparse_experts, *args, act="gelu")
-        alone, fewer = with_crowds(gpu, run, NEVER, warpgroups)
-        crowd, more = with_crowds(gpu, run, ALWAYS, warpgroups)
-        assert torch.equal(bits(crowd), bits(alone)), bias
-        if more is not None and warpgroups and dtype != torch.float32 and args[3].shape[2] % 8 == 0:
-            assert (more > fewer) == args[1].any(), "products of warpgroups"
+    args = experts_problem(
+        **CROWDS[name], bias=has_bias(list(CROWDS).index(name), warpgroups, dtype), dtype=dtype
+    )
+    run = partial(gpu.sparse_experts, *args, act="gelu")
+    alone, fewer = with_crowds(gpu, run, NEVER, warpgroups)
+    crowd, more = with_crowds(gpu, run, ALWAYS, warpgroups)
+    assert torch.equal(bits(crowd), bits(alone))
+    if more is not None and warpgroups and dtype != torch.float32 and args[3].shape[2] % 8 == 0:
+        assert (more > fewer) == args[1].any(), "products of warpgroups"
     assert_as_good_as_torch(
         crowd,
         reference.sparse_experts(*args, act="gelu"),

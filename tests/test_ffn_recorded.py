@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from conversions import convert, fingerprint
+from conversions import convert
 from sadmoe.adapter import load_adapter, save_adapter
 from sadmoe.convert import restore_
 from sadmoe.dial import set_tau
@@ -45,7 +45,7 @@ def test_a_block_that_takes_more_than_hidden_states_is_proved_by_a_batch(tmp_pat
         find_ffns(model)
     names = ["blocks.0.fc1", "blocks.1.fc1"]
     assert [site.name for site in find_ffns(model, batches=batches)] == names
-    before, wanted = fingerprint(model), call(model, batches[0])
+    before, wanted = state(model), call(model, batches[0])
     report = convert(model, batches)
     assert [row.name for row in report.layers] == names
     torch.testing.assert_close(call(model, batches[0]), wanted)
@@ -53,7 +53,7 @@ def test_a_block_that_takes_more_than_hidden_states_is_proved_by_a_batch(tmp_pat
     save_adapter(model, tmp_path / "a.safetensors")
     converted = call(model, batches[0])
     restore_(model)
-    assert fingerprint(model)[0] == before[0]
+    assert_same_state(before, state(model))
     assert torch.equal(call(model, batches[0]), wanted)
     load_adapter(model, tmp_path / "a.safetensors")  # without a batch: the file says where
     assert torch.equal(call(model, batches[0]), converted)

@@ -175,7 +175,8 @@ def test_a_failure_leaves_the_model_as_it_was(converted):
 def test_a_table_that_a_model_keeps_in_evaluation_mode_holds_no_graph(taught):
     teacher = nn.Sequential(KeepsTable(), *two_ffns())
     model = copy.deepcopy(teacher)
-    sadmoe.convert_(model, data(), sadmoe.ConvertConfig(experts=4, tau=0.2), progress=False)
+    router = sadmoe.RouterConfig(steps=2, width=4)
+    sadmoe.convert_(model, data(), sadmoe.ConvertConfig(experts=4, tau=0.2, router=router), progress=False)
     config, how = sadmoe.FinetuneConfig(steps=3), {"teacher": teacher} if taught else {"loss": mean_square}
     assert len(sadmoe.finetune_(model.train(), data(), config, **how, progress=False).history) == 3
 

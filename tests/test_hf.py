@@ -158,6 +158,59 @@ def test_models_that_share_a_config_keep_their_own_account(tmp_path):
     assert "quantization_config" not in saved
 
 
+def tower_alone(change, model, tower, tmp_path):
+    """The model after a change of a part of it, and as it is saved whole and loaded again."""
+    transformers.logging.set_verbosity_error()
+    change(model.get_submodule(tower), [{"input_ids": torch.randint(5, 49, (2, 6))}])
+    model.save_pretrained(tmp_path)
+    return type(model).from_pretrained(tmp_path)
+
+
+def sparsified(part, batches):
+    sadmoe.sparsify_(part, batches, sadmoe.SparsifyConfig(steps=1), progress=False)
+
+
+def cut(part, batches):
+    config = sadmoe.ConvertConfig(expert_size=5, router=sadmoe.RouterConfig(width=4, steps=5))
+    sadmoe.convert_(part, batches, config, progress=False)
+
+
+@pytest.mark.parametrize("name", ["clip", "clip twice"])
+def test_a_whole_model_is_saved_with_the_activation_that_a_part_was_given(name, tmp_path):
+    model = TINY["clip"].model()
+    again = tower_alone(sparsified, model, "text_model", tmp_path)
+    if name == "clip twice":  # what was loaded has a config of its own, and so has what is saved once more
+        model.save_pretrained(tmp_path)
+        again = type(model).from_pretrained(tmp_path)
+    assert config_of(tmp_path)["text_config"]["hidden_act"] == "relu"
+    assert config_of(tmp_path)["vision_config"]["hidden_act"] == "quick_gelu"
+    assert same(model, again, "clip")
+
+
+def test_a_head_is_saved_with_the_activation_that_its_body_was_given(tmp_path):
+    model = transformers.BertForSequenceClassification(TINY["bert"].model().config).eval()
+    again = tower_alone(sparsified, model, "bert", tmp_path)
+    assert again.config.hidden_act == "relu"
+    assert same(model, again, "bert")
+
+
+def test_what_a_head_still_uses_is_kept_in_the_config_and_told(tmp_path, caplog):
+    model = transformers.BertForMaskedLM(TINY["bert"].model().config).eval()
+    tower_alone(sparsified, model, "bert", tmp_path)
+    assert config_of(tmp_path)["hidden_act"] == "gelu"
+    assert "the config keeps hidden_act=gelu, as cls.predictions" in caplog.text
+
+
+def test_a_tower_that_was_converted_alone_is_read_from_the_whole_model(tmp_path):
+    model = TINY["clip"].model()
+    again = tower_alone(cut, model, "text_model", tmp_path)
+    assert same(model, again, "clip")
+    tower = transformers.CLIPTextModel.from_pretrained(tmp_path)
+    assert len(sadmoe.moe_layers(tower)) == len(sadmoe.moe_layers(model))
+    ids = torch.randint(5, 49, (2, 6))
+    assert torch.equal(tower(ids).pooler_output, model.text_model(ids).pooler_output)
+
+
 def test_both_names_of_activations_follow_in_the_config(tmp_path):
     config = transformers.MoonshineConfig(
         vocab_size=100, hidden_size=32, intermediate_size=64, encoder_num_hidden_layers=1, decoder_num_hidden_layers=1,
@@ -345,6 +398,19 @@ def test_a_transformers_that_is_too_old_is_a_warning_and_not_an_error(monkeypatc
         UserWarning, match=r"cannot register with this version of transformers .*register_quantizer.*"
     ):
         sadmoe.hf.register()
+
+
+def test_finders_of_an_older_kind_are_passed_by(monkeypatch):
+    class Old:
+        def find_module(self, name, path=None):
+            return None
+
+    watcher = sadmoe.hf._Watcher()
+    monkeypatch.setattr(sys, "meta_path", [Old(), watcher, *sys.meta_path])
+    assert (
+        watcher.find_spec("transformers.modeling_utils", transformers.__path__).name
+        == "transformers.modeling_utils"
+    )
 
 
 def test_registering_again_changes_nothing():

@@ -145,3 +145,20 @@ def test_a_model_quantized_by_others_keeps_its_quantizer_and_says_so(caplog):
     assert (
         "BertModel is quantized by Other: save_pretrained will not save that it was converted" in caplog.text
     )
+
+
+def test_what_others_say_in_a_config_that_parts_share_stays(caplog):
+    class Other(SadmoeQuantizer.__base__):
+        is_trainable = True
+
+        def is_serializable(self) -> bool:
+            return True
+
+    model = converted("llama")
+    theirs = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    model.hf_quantizer, model.config.quantization_config = Other(theirs), theirs
+    sadmoe.hf.describe_to_transformers(model)
+    assert model.config.quantization_config.load_in_8bit
+    sadmoe.restore_(model)
+    sadmoe.hf.describe_to_transformers(model)
+    assert model.config.quantization_config.load_in_8bit

@@ -223,6 +223,17 @@ def test_copies_of_the_weights_are_let_go_when_asked_and_in_training():
 
 
 @runs_others
+def test_no_copies_are_kept_of_weights_that_are_brought_for_a_call():
+    accelerate = pytest.importorskip("accelerate")
+    model = on_sadmoe(stock("mixtral"))
+    wanted = logits(model)
+    experts.release_experts(model)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    assert torch.equal(logits(model), wanted)
+    assert not any(m in experts._kept for m in model.modules())
+
+
+@runs_others
 def test_tau_finds_a_model_inside_a_module_of_one_s_own():
     inside = stock("mixtral")
     wanted = logits(on_sadmoe(copy.deepcopy(inside), 1.0))

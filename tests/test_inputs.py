@@ -110,11 +110,11 @@ def test_a_site_that_never_runs_is_named():
         collected(model, model.sites("a", "never"), numbered(4), max_tokens=4)
 
 
-def test_at_least_one_token_must_be_wanted():
-    with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
-        collected(Rows(), Rows().sites("a"), numbered(4), max_tokens=0)
+def test_at_least_two_tokens_must_be_wanted():
+    with pytest.raises(ValueError, match="max_tokens must be at least 2, to hold some out, got 1"):
+        collected(Rows(), Rows().sites("a"), numbered(4), max_tokens=1)
     with pytest.raises(TypeError, match="one-shot iterator"):
-        collected(Rows(), Rows().sites("a"), iter(numbered(4)), max_tokens=1)
+        collected(Rows(), Rows().sites("a"), iter(numbered(4)), max_tokens=2)
 
 
 @pytest.mark.parametrize(

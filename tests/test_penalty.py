@@ -337,3 +337,29 @@ def test_a_model_inside_it_is_copied():
         again = copy.deepcopy(model)
         assert sparsity() > 0
     assert torch.equal(again(data()[0]), model(data()[0]))
+
+
+class Picks(nn.Module):
+    """Runs its FFN on some of the rows, which may be none."""
+
+    def __init__(self):
+        super().__init__()
+        self.ffn = two_ffns()[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ffn(x[x[:, 0] > 0])
+
+
+def test_of_no_rows_there_is_no_penalty():
+    model = Picks()
+    with SparsityLoss(model) as sparsity:
+        model(-torch.ones(3, D))
+        assert sparsity() == 0
+
+
+def test_a_batch_that_runs_none_of_the_ffns_is_told():
+    model = nn.ModuleList([*two_ffns(), nn.Linear(D, D)])
+    with SparsityLoss(model) as sparsity:
+        model[2](torch.ones(3, D))
+        with pytest.raises(RuntimeError, match="leave out batches that run nothing of what it watches"):
+            sparsity()

@@ -177,3 +177,15 @@ def test_files_of_earlier_and_later_versions_say_what_to_do(tmp_path):
             ValueError, match=f"has format {version}, this sadmoe reads {resume.FORMAT}: {advice}"
         ):
             resume.read(tmp_path / "run.safetensors", {})
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_done(tmp_path, monkeypatch):
+    model, dense = start(sparsify)
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(NotADirectoryError, match=r"checkpoint: .*file is no folder"):
+            sparsify(model, dense, Checkpoint(folder))
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(PermissionError, match="checkpoint: nothing can be written into"):
+        sparsify(model, dense, Checkpoint(tmp_path / "new" / "folder"))
+    assert not (tmp_path / "new").exists()

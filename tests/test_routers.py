@@ -391,3 +391,18 @@ def test_routers_that_the_filter_refuses_stay_as_they_are():
     }
     powers = [layer.router.target_power for layer in converted_layers(model).values()]
     assert powers == [1.0, 0.5]
+
+
+def test_nothing_is_trained_that_inputs_were_computed_by():
+    layer, before = layer_of(), nn.Linear(24, 24)
+    rows = before(random_rows(60))
+    wanted, other = copy.deepcopy(layer), RouterConfig(width=32, steps=3)
+    fit = fit_router_(layer, rows, other)
+    assert fit == fit_router_(wanted, rows.detach(), other)
+    assert before.weight.grad is None
+
+
+def test_inputs_may_be_in_double_precision():
+    layer, rows = layer_of(), random_rows(60)
+    wanted, config = copy.deepcopy(layer), RouterConfig(width=32, steps=3)
+    assert fit_router_(layer, rows.double(), config) == fit_router_(wanted, rows, config)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(run_demo, "topics", lambda: texts)
     monkeypatch.setattr(run_demo, "long_topics", lambda: longer)
     monkeypatch.setattr(run_demo, "split", lambda some: demo.split(some, HELD_OUT))
+    monkeypatch.setattr(run_demo, "ROUTERS", replace(run_demo.ROUTERS, steps=100))
 
 
 def test_the_demo_prints_and_writes_what_it_promises(tiny, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Every function that leaves padding out counts it where it is told to."""
+"""What leaves padding out counts it where it is told to."""
 
 import copy
 from collections.abc import Callable

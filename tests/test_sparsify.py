@@ -16,7 +16,7 @@ from sadmoe.training.loop import _endless
 from states import same, state
 from tiny_models import TINY, call, tokens
 from torch import Tensor, nn
-from two_ffns import D, data, mean_square, run_sparsify, short, two_ffns
+from two_ffns import FF, D, data, mean_square, run_sparsify, short, two_ffns
 
 
 @pytest.mark.parametrize("objective", ["task", "distill_hidden", "distill_logits"])
@@ -456,3 +456,61 @@ def test_an_autocast_around_a_run_that_fails_keeps_no_cast_of_what_was_tried():
         with pytest.raises(KeyError):
             sparsify_(model, [batch], config, loss=loss, progress=False)
         assert torch.equal(call(model, batch), wanted)
+
+
+class Towers(nn.Module):
+    """Two FFNs, of which a batch runs the one that it names."""
+
+    def __init__(self):
+        super().__init__()
+        self.text, self.image = two_ffns()
+
+    def forward(self, text=None, image=None):
+        return self.image(image) if text is None else self.text(text)
+
+
+def test_an_ffn_may_run_in_later_batches_alone():
+    batches = [{"text": x} for x in data(9)] + [{"image": x} for x in data(2)]
+
+    def loss(model, batch):
+        return model(**batch).square().mean()
+
+    report = sparsify_(Towers(), batches, short(steps=2, objective="task"), loss=loss, progress=False)
+    assert [layer.name for layer in report.before] == ["text.inner", "image.inner"]
+    assert all(0 < layer.zero < 1 for layer in (*report.before, *report.after))
+    with pytest.raises(ValueError, match=r"the batches never reach image\.inner"):
+        sparsify_(Towers(), batches[:9], short(steps=2, objective="task"), loss=loss, progress=False)
+
+
+def test_a_teacher_may_not_share_what_is_trained():
+    model = two_ffns()
+    with pytest.raises(ValueError, match=r"teacher has 0\.norm\.weight of the model that is trained"):
+        sparsify_(model, data(), short(), teacher=nn.Sequential(*model), progress=False)
+
+
+def test_weights_with_gaps_in_memory_are_trained_as_others():
+    model, gaps = two_ffns(), two_ffns()
+    linear = gaps[0].inner.expand
+    around = torch.zeros(FF, D + 5)
+    around[:, :D] = linear.weight.detach()
+    linear.weight = nn.Parameter(around[:, :D])
+    assert not linear.weight.is_contiguous()
+    run_sparsify(model, short(steps=3))
+    run_sparsify(gaps, short(steps=3))
+    torch.testing.assert_close(linear.weight, model[0].inner.expand.weight)
+    assert not around[:, D:].any()
+
+
+def test_a_buffer_whose_entries_are_one_is_put_back():
+    model = two_ffns()
+    model.register_buffer("scale", torch.tensor(1.0).expand(7))
+    before = state(model)
+    with pytest.raises(KeyboardInterrupt):
+        sparsify_(model, data(), short(objective="task"), loss=_interrupted, progress=False)
+    assert same(state(model), before)
+
+
+def _interrupted(model: nn.Module, batch: Tensor) -> Tensor:
+    if model.training:
+        raise KeyboardInterrupt
+    return mean_square(model, batch)

@@ -19,6 +19,7 @@ from sources import minilm_classifier, movie_polarity
 from torch import Tensor
 from workload import Workload, inputs
 
+EFFORTS = {"tiny": TINY, "cpu": CPU, "gpu": GPU}
 SENTENCE = "A film of rare charm that, for all its talk, never once forgets to be funny."
 
 
@@ -42,7 +43,7 @@ def accuracy(outputs: Iterable[tuple[Any, Any]]) -> float:
 
 
 def main() -> None:
-    run = from_command_line("w1", __doc__ or "", {"tiny": TINY, "cpu": CPU, "gpu": GPU})
+    run = from_command_line("w1", __doc__ or "", EFFORTS)
     effort = run.effort
     torch.manual_seed(run.seed)  # of the fresh head
     data, (model, tokenizer) = movie_polarity(run.data), minilm_classifier()

@@ -121,7 +121,7 @@ void accumulate_in_turns(const Accumulate& p, int64_t neurons) {
 // more neurons than were fetched.
 template <class Vec, class W>
 void accumulate(const Accumulate& p) {
-  if (few_neurons<Vec::held>(p, [&](auto m) { accumulate_held<Vec, HeldFloats<Vec, W, m.value>>(p, p.next); })) return;
+  if (few_neurons<Vec::held_neurons>(p, [&](auto m) { accumulate_held<Vec, HeldFloats<Vec, W, m.value>>(p, p.next); })) return;
   if constexpr (Vec::copied > 0) {
     constexpr int64_t kManyRows = 8, kManyColumns = 1024, kColumns = Vec::accumulate_vecs * Vec::width;
     const int64_t most = p.m > 0 ? Vec::copied / p.m / kColumns * kColumns : 0;
@@ -252,7 +252,7 @@ void accumulate_pairs(const Accumulate& p) {
   constexpr int64_t kWidth = Pair::width, kFar = 512 * 1024;  // bytes that would leave the caches before their turn
   const void* next = p.m * p.columns * int64_t(sizeof(Weight)) <= kFar ? p.next : nullptr;
   const AheadInRows<Vec> ahead = ahead_of<Vec, Weight>(p, next, p.m, p.columns);
-  if (few_neurons<Pair::held>(p, [&](auto m) { accumulate_held<Vec, HeldPairs<Vec, Pair, m.value>>(p, next); })) return;
+  if (few_neurons<Pair::held_neurons>(p, [&](auto m) { accumulate_held<Vec, HeldPairs<Vec, Pair, m.value>>(p, next); })) return;
   if constexpr (Pair::copied > 0) {
     constexpr int64_t kGroups = Pair::accumulate_groups * kWidth;
     const int64_t most = p.m > 0 ? Pair::copied / ((p.m + 1) / 2 * 2) / kGroups * kGroups : 0;

@@ -118,15 +118,15 @@ void accumulate_held(const Accumulate& p, const void* next) {
   if (c < p.columns) accumulate_rows<Vec, Held, 1, true>(p, c, p.columns - c);
 }
 
-// Whether it was done by body(Index<m>): where so many registers hold the weights of m neurons, four, eight, twelve or sixteen.
-// With few rows an expert the time is spent fetching weights, whose pieces are shorter here.
-template <int Registers, class Body>
+// Whether it was done by body(Index<m>), for m of four, eight .. Most neurons. With few rows an expert the time is spent fetching
+// weights, whose pieces are shorter here.
+template <int Most, class Body>
 bool few_neurons(const Accumulate& p, const Body& body) {
   constexpr int64_t kRows = 8;
-  if constexpr (Registers >= 4) {
-    if (p.m != Registers) return few_neurons<Registers - 4>(p, body);
+  if constexpr (Most > 0) {
+    if (p.m != Most) return few_neurons<Most - 4>(p, body);
     if (p.mean_rows < kRows) return false;
-    body(Index<Registers>{});
+    body(Index<Most>{});
     return true;
   }
   return false;

@@ -30,7 +30,7 @@ struct Vec {
   static constexpr int width = 8, sums = 8;
   static constexpr int project_rows = 3, project_columns = 4;     // 12 sums, 3 rows, 1 weight: all 16 registers
   static constexpr int accumulate_rows = 4, accumulate_vecs = 3;  // 12 sums, 3 weights, 1 activation: all 16 registers
-  static constexpr int copied = 8192, held = 0;
+  static constexpr int copied = 8192, held = 8, held_neurons = 4;
   static constexpr int fetched = kSecondLevel;
 
   __m256 v;
@@ -117,7 +117,7 @@ struct Ints {
   static constexpr int width = 16, sums = 8;
   static constexpr int project_rows = 2, project_columns = 4;
   static constexpr int accumulate_rows = 4, accumulate_groups = 1;  // 8 sums, 2 weights, 1 pair of activations, 1 product
-  static constexpr int copied = 8192, held = 8;
+  static constexpr int copied = 8192, held = 8, held_neurons = 8;
   static constexpr int fetched = Vec::fetched;
 
   __m256i v;

@@ -10,7 +10,8 @@
 //   reduce(v[sums])           lane i is the sum of v[i], by one fixed tree
 //   project_rows, project_columns, accumulate_rows, accumulate_vecs: register tiles
 //   copied                    floats of weights that are copied for many rows to read, see accumulate.h; 0: none
-//   held                      registers for weights of few neurons, see held.h; 0: none, as their tiles are as fast
+//   held, held_neurons        registers for the weights of few neurons, see held.h, and how many neurons these are at most, a
+//                             multiple of four: of more, tiles of rows are as fast
 //   fetched                   the cache that what comes next is fetched into, see ahead.h
 //   hold(v)                   keeps v in a register, lest its load be folded into every use
 // Ints is `width` integers of 16 bits, Ints::Sum half as many of 32, as many as floats in a Vec. Pairs, of instruction sets that
@@ -22,7 +23,8 @@
 //   reduce(sum[sums])         a Vec whose lane i is the sum of sum[i]
 //   to_floats(sum[2], v[2])   the sums of width columns in their order
 //   put_in_order(v[2])        the same of such pairs; to_floats(sum): what they sum up to. Where weights of pairs are held
-//   project_rows, project_columns, accumulate_rows, accumulate_groups (of width columns), copied (entries of 16 bits), held
+//   project_rows, project_columns, accumulate_rows, accumulate_groups (of width columns), copied (entries of 16 bits), held,
+//   held_neurons
 // For all, Entry is what a row in memory is made of, Sum what products are summed in, and sums how many lanes that has.
 #pragma once
 #include "cpu/accumulate.h"

@@ -41,7 +41,9 @@ def run(model: nn.Module, batch: Batch) -> Any:
     """The model's output on one batch, which must already be on the model's device (see `to_device`)."""
     if not isinstance(batch, Mapping | tuple | list | Tensor):
         raise TypeError(f"a batch must be a Mapping, a tuple, a list or a Tensor, got {type(batch).__name__}")
-    batch = _each(batch, lambda tensor: tensor)  # in new containers: some models write their answer into them
+    batch = each_tensor(
+        batch, lambda tensor: tensor
+    )  # in new containers: some models write their answer into them
     named = dict(batch) if isinstance(batch, Mapping) else {}
     rest = batch if isinstance(batch, tuple | list) else (batch,) if isinstance(batch, Tensor) else ()
     try:
@@ -136,15 +138,15 @@ def _first_part(model: nn.Module, output: Any, given: list[Any]) -> Any:
 def to_device(batch: Any, device: torch.device | str) -> Any:
     """The batch with every tensor inside it on `device`; what is no tensor stays as it is. A kind of dict of its own
     (BatchEncoding, ModelOutput) stays of that kind, any other mapping becomes a dict."""
-    return _each(batch, lambda tensor: tensor.to(device))
+    return each_tensor(batch, lambda tensor: tensor.to(device))
 
 
-def _each(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def each_tensor(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The batch, in new containers, with what the change makes of every tensor inside it."""
     if isinstance(batch, Tensor):
         return change(batch)
     if isinstance(batch, Mapping):
-        moved = {key: _each(value, change) for key, value in batch.items()}
+        moved = {key: each_tensor(value, change) for key, value in batch.items()}
         if type(batch) is dict or not isinstance(batch, dict | UserDict):
             return moved
         same = copy.copy(batch)
@@ -152,9 +154,9 @@ def _each(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
             same[key] = value
         return same
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_each(value, change) for value in batch))
+        return type(batch)(*(each_tensor(value, change) for value in batch))
     if isinstance(batch, tuple | list):
-        return type(batch)(_each(value, change) for value in batch)
+        return type(batch)(each_tensor(value, change) for value in batch)
     return batch
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from sadmoe.batches import Batches, check_batches, length
 from sadmoe.calibrate import Calibration, calibrate_, check_budget, check_reachable
 from sadmoe.checks import check_config, check_number
 from sadmoe.cost import cost
-from sadmoe.dial import gates_of, set_gates, set_tau, trainable_layers
+from sadmoe.dial import set_gates, set_tau, trainable_layers
 from sadmoe.ffn import find_ffns, moe_layers
 from sadmoe.finetune import FinetuneConfig, FinetuneReport, finetune_
 from sadmoe.gates import DynamicK
@@ -21,7 +20,7 @@ from sadmoe.layer import DynamicKMoE
 from sadmoe.layerwise import LayerFit, finetune_layers_
 from sadmoe.mixed import fast_training
 from sadmoe.modules import refuse_compiled, refuse_distributed
-from sadmoe.routers import RouterConfig, RouterFit, fit_routers_, set_powers
+from sadmoe.routers import RouterConfig, RouterFit, fit_routers_
 from sadmoe.training import Checkpoint
 from sadmoe.training.guards import all_or_nothing, seeded
 from sadmoe.training.objective import OutputLoss, check_output_loss
@@ -111,11 +110,7 @@ def finetune_for_budget_(
         folder = Path(checkpoint.folder) / f"{step} {float(budget)!r}"  # layers, too, are trained for it
         return replace(checkpoint, folder=folder)
 
-    with all_or_nothing(model) as undo:
-        undo.append(partial(set_gates, layers, gates_of(layers)))
-        undo.append(
-            partial(set_powers, layers, {n: layer.router.target_power for n, layer in layers.items()})
-        )
+    with all_or_nothing(model):
         set_gates(layers, dict.fromkeys(layers, DynamicK(0.0)))  # by the routers, whatever they were
         with fast_training(model, sparse):
             alone = finetune_layers_(

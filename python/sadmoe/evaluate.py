@@ -25,12 +25,12 @@ PASSES = 3  # of each variant over the batches, in turns, of which the median co
 
 @dataclass(frozen=True)
 class Point:
-    """One tau. share: executed pairs. ffn_flops, flops: of the converted layers and of the whole model, over dense.
-    error: |y - y0| / |y0| of the last hidden states or logits at real tokens, y0 those of `base`: "dense", the model
-    that this one was converted from, or "tau 0", itself with every expert on. seconds: of a pass over the batches.
-    gain: how many times faster than `base`."""
+    """One tau, or None: the gates as they were. share: executed pairs. ffn_flops, flops: of the converted layers and of
+    the whole model, over dense. error: |y - y0| / |y0| of the last hidden states or logits at real tokens, y0 those of
+    `base`: "dense", the model that this one was converted from, or "tau 0", itself with every expert on. seconds: of a
+    pass over the batches. gain: how many times faster than `base`."""
 
-    tau: float
+    tau: float | None
     share: float
     ffn_flops: float
     flops: float
@@ -42,7 +42,7 @@ class Point:
     def cells(self) -> tuple[str, ...]:
         """Its row under `header`."""
         return (
-            f"{self.tau:g}",
+            "saved" if self.tau is None else f"{self.tau:g}",
             f"{self.share:.1%}",
             f"{self.ffn_flops:.1%}",
             f"{self.flops:.1%}",
@@ -83,12 +83,12 @@ class _Variant:
 def evaluate(
     model: nn.Module,
     batches: Batches,
-    taus: Sequence[float],
+    taus: Sequence[float | None],
     *,
     dense: nn.Module | None = None,
     progress: bool = False,
 ) -> list[Point]:
-    """Runs a converted transformers model over batches at every tau; its gates come back.
+    """Runs a converted transformers model over batches at every tau, at None by the gates that it has, which come back.
 
     dense: the model that it was converted from, which errors and times are then measured against, instead of tau = 0.
     Raises ValueError where that is converted itself, or its outputs are of other sizes or all 0.
@@ -108,22 +108,13 @@ def evaluate(
             with variant.on():
                 reports.append(cost(model, batches))
         seconds = _seconds([base, *variants], batches, progress)
-    points = []
-    for value, variant, error, report in zip(taus, variants, errors, reports, strict=True):
-        took, name = seconds[variant], "tau 0" if dense is None else "dense"
-        points.append(
-            Point(
-                value,
-                report.share,
-                report.layers_of_dense,
-                report.of_dense,
-                error,
-                took,
-                seconds[base] / took,
-                name,
-            )
-        )
-    return points
+    name = "tau 0" if dense is None else "dense"
+    found = zip(variants, reports, errors, strict=True)
+    return [
+        Point(variant.tau, r.share, r.layers_of_dense, r.of_dense, error, took, seconds[base] / took, name)
+        for variant, r, error in found
+        for took in [seconds[variant]]
+    ]
 
 
 def header(base: str) -> tuple[str, ...]:

@@ -57,8 +57,8 @@ def stream_inputs(
     in the dtype of the module's weights, where the model runs under an autocast of its own.
     """
     check_batches(batches)
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    if max_tokens < 2:
+        raise ValueError(f"max_tokens must be at least 2, to hold some out, got {max_tokens}")
     waiting = dict(modules)
     while waiting:
         collector = _Collector(model, max_tokens, max_bytes, seed, skip_padding)

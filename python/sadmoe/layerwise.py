@@ -82,8 +82,6 @@ def finetune_layers_(
         raise ValueError("finetune_layers_ picks experts by their true norms: give config.tau a threshold")
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
-    if max_tokens < 2:
-        raise ValueError(f"max_tokens must be at least 2, to hold some out, got {max_tokens}")
     layers = trainable_layers(model)
     with seeded(model, config.seed):  # a DataLoader may draw a number
         sites = _teachers(teacher, layers, batches)
@@ -123,7 +121,7 @@ def _fit(
     rows = rows[torch.randperm(len(rows), device=rows.device)]
     with without_autocast(rows.device):
         targets = torch.cat([dense(part) for part in rows.split(CHUNK)])
-    rows = rows.to(layer.w_up.dtype)  # the teacher's may be another
+    rows, targets = rows.to(layer.w_up), targets.to(layer.w_up.device)  # the teacher's may be others
     # Of the residual sum, token by token.
     scale = rows.float().square().sum(-1) + targets.float().square().sum(-1)
     scale = scale.clamp(min=max(LEAST * scale.mean().item(), torch.finfo(scale.dtype).tiny))

@@ -79,8 +79,9 @@ def short_names(names: Iterable[str]) -> list[str]:
 
 
 def _panels(points: Sequence[Point]) -> list[Panel]:
-    ordered = sorted(points, key=lambda point: point.tau)
-    labels, errors = [f"tau {point.tau:g}" for point in ordered], [point.error for point in ordered]
+    ordered = sorted(points, key=lambda point: -point.share)
+    labels = ["as saved" if point.tau is None else f"tau {point.tau:g}" for point in ordered]
+    errors = [point.error for point in ordered]
     whole, ffns = [100 * p.flops for p in ordered], [100 * p.ffn_flops for p in ordered]
     costs = [Series("whole model", whole, errors, labels), Series("converted layers", ffns, errors, labels)]
     gains = [Series("whole model", [p.gain for p in ordered], errors, labels)]

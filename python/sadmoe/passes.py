@@ -66,7 +66,8 @@ class PassesLoss(ABC):
             )
         if not self._seen:
             raise RuntimeError(
-                f"{name} has seen no forward pass since it was last called: run the model first"
+                f"{name} has seen no forward pass since it was last called: run the model first, and leave out batches "
+                "that run nothing of what it watches"
             )
         seen, self._seen = self._seen, defaultdict(list)
         return seen

@@ -15,7 +15,7 @@ from sadmoe.hooks import calls_seen
 from sadmoe.layer import DynamicKMoE, only_input
 from sadmoe.modules import device_of, refuse_compiled
 from sadmoe.passes import PassesLoss
-from sadmoe.routers import RouterConfig, power_of, set_powers
+from sadmoe.routers import RouterConfig, power_of
 from sadmoe.weights import check_no_adapters
 
 EQUAL = 1e-9  # of a layer's SSE: an SST below it is rounding, of norms that are all equal
@@ -93,7 +93,8 @@ class RouterLoss(PassesLoss):
         told = around > EQUAL * errors.detach()
         loss = (errors * told / around.where(told, 1)).sum() / told.sum().clamp(min=1)
         if loss.requires_grad and self.target_power is not None:  # they are trained for it
-            set_powers(self.layers, dict.fromkeys(seen, self.target_power))
+            for name in seen:
+                self.layers[name].router.target_power = self.target_power
         return loss
 
     def _record(self, name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:

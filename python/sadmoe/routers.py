@@ -1,9 +1,7 @@
 """Training of the routers: regression of every expert's output norm. Source: arXiv 2310.04361, section 3."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +16,7 @@ from sadmoe.files import checksum
 from sadmoe.forward import without_autocast
 from sadmoe.inputs import stream_inputs
 from sadmoe.layer import DynamicKMoE, Router
+from sadmoe.ops import DTYPES
 from sadmoe.training.guards import all_or_nothing, seeded
 from sadmoe.training.resume import Checkpoint, Kept, check_checkpoint
 from sadmoe.weights import check_own_weights
@@ -97,6 +96,7 @@ def fit_router_(
     """
     config = RouterConfig() if config is None else check_config(config, RouterConfig)
     _check_fit(layer, inputs, config)
+    inputs = inputs.detach() if inputs.dtype in DTYPES else inputs.detach().float()
     power = power_of(layer.router, config.target_power)
     generator = torch.Generator().manual_seed(config.seed)
     with torch.inference_mode(False), torch.enable_grad(), without_autocast(inputs.device):
@@ -147,17 +147,15 @@ def fit_routers_(
         )
         for name, layer in layers.items()
     }
-    powers = {name: layer.router.target_power for name, layer in layers.items()}
     whole = 0 if checkpoint is None else checksum(_all_but_routers(model))
     told = {"max_tokens": max_tokens, "skip_padding": skip_padding, "model": whole}
     kept = {name: Kept(checkpoint, name, {"config": asdict(configs[name]), **told}) for name in layers}
     routers = nn.ModuleList(layer.router for layer in layers.values())
     with (
-        all_or_nothing(routers) as undo,
+        all_or_nothing(routers),
         tau(model, 0.0),
         seeded(model, config.seed),  # a DataLoader may draw
     ):
-        undo.append(partial(set_powers, layers, powers))
         fits = {}
         for name, layer in layers.items():
             if found := kept[name].load():
@@ -184,12 +182,6 @@ def fit_routers_(
 def power_of(router: Router, asked: float | None) -> float:
     """What the router is to predict: as asked, or as before."""
     return router.target_power if asked is None else asked
-
-
-def set_powers(layers: Mapping[str, DynamicKMoE], powers: Mapping[str, float]) -> None:
-    """What the routers of those layers predict, as `Router.target_power`."""
-    for name, power in powers.items():
-        layers[name].router.target_power = power
 
 
 def _all_but_routers(model: nn.Module) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from sadmoe import cli, cost, moe_layers, texts
 from sadmoe.cli import convert as convert_command
+from sadmoe.gates import DynamicK
 from sadmoe.ops import layout
 from sadmoe.report import Panel, Series, plot_curves
 
@@ -36,10 +37,30 @@ def test_convert_then_evaluate(folder, text, tmp_path, capsys):
     )
 
 
-def test_a_model_that_was_fine_tuned_or_has_relu_is_not_said_to_lose(folder, text, tmp_path, capsys):
+def test_gates_that_are_no_one_tau_are_evaluated_as_they_were_saved(tmp_path, text, capsys):
+    two, out = bert(tmp_path / "two", num_hidden_layers=2), tmp_path / "moe"
+    assert converted(two, text, out, "--tau", "0.2", "--router-width", "4") == 0
+    model = texts.load_model(out)
+    for layer, tau in zip(moe_layers(model).values(), (0.0, 1.0), strict=True):
+        layer.gate = DynamicK(tau)
+    model.save_pretrained(out)
+    capsys.readouterr()
+    assert evaluated(out, text) == 0
+    rows = [row.split() for row in capsys.readouterr().out.strip().splitlines()[1:]]
+    assert [row[0] for row in rows] == ["0", "0.01", "0.03", "0.1", "0.3", "1", "saved"]
+    shares = {row[0]: float(row[1].rstrip("%")) for row in rows}
+    assert shares["saved"] == pytest.approx((shares["0"] + shares["1"]) / 2, abs=0.1)
+    page = tmp_path / "page.html"
+    assert cli.main(["report", "--model", str(out), "--data", str(text), "--out", str(page)]) == 0
+    assert "as saved" in page.read_text()
+
+
+def test_a_model_that_loses_nothing_or_is_made_up_for_is_not_said_to_lose(folder, text, tmp_path, capsys):
     assert converted(folder, text, tmp_path / "a", "--tau", "0.2", "--sparsify", "0.1") == 0
     relu = bert(tmp_path / "relu", hidden_act="relu")
     assert converted(relu, text, tmp_path / "b", "--tau", "0.2") == 0
+    assert converted(folder, text, tmp_path / "c", "--tau", "0.2", "--compensate", "2") == 0
+    assert converted(folder, text, tmp_path / "d", "--tau", "0") == 0
     assert "nothing was fine-tuned" not in capsys.readouterr().out
 
 

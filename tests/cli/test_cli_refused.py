@@ -1,5 +1,6 @@
 """Mistakes on the command line: a line that says what to do, before anything is loaded or trained."""
 
+import io
 import os
 import re
 import subprocess
@@ -130,6 +131,13 @@ def test_a_number_that_is_not_above_0_is_refused_by_its_flag(flag, value, tmp_pa
         converted(tmp_path / "no model", tmp_path / "no data", tmp_path / "out", flag, value)
     kind = "number" if flag in ("--sparsify", "--finetune") else "whole number"
     assert f"argument {flag}: must be a {kind} above 0, got '{value}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report", "bench"])
+def test_a_tau_that_is_no_share_is_refused_by_its_flag(command, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([command, "--model", str(tmp_path), "--data", str(tmp_path), "--tau", "0.1", "1.5"])
+    assert "argument --tau: must be a number from 0 to 1, got '1.5'" in capsys.readouterr().err
 
 
 def test_a_seed_that_torch_does_not_take_is_refused_by_its_flag(tmp_path, capsys):
@@ -267,7 +275,7 @@ def test_a_terminal_that_lacks_letters_or_is_gone_loses_no_model(folder, text, t
         "--expert-size",
         "8",
     ]
-    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
         [*command, "--out", tmp_path / "one", "--tau", "0.1"], env=environment, capture_output=True
     )
@@ -275,10 +283,30 @@ def test_a_terminal_that_lacks_letters_or_is_gone_loses_no_model(folder, text, t
     assert b"R\\xb2" in done.stdout
     reads, writes = os.pipe()
     os.close(reads)  # as of `| head` that has gone
-    more = ["--out", tmp_path / "two", "--tau", "0.1", "--sparsify", "1"]
-    subprocess.run([*command, *more], env=environment, stdout=writes, stderr=subprocess.DEVNULL)
-    os.close(writes)
+    more = ["--out", tmp_path / "two", "--tau", "0.1", "--projections", "2", "--sparsify", "1"]
+    done = subprocess.run([*command, *more], env=environment, stdout=writes, stderr=subprocess.PIPE)
+    assert done.returncode == 0
+    assert b"Exception ignored" not in done.stderr
     assert (tmp_path / "two" / "config.json").exists()
+    done = subprocess.run([*command[:3], "info"], stdout=writes, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (141, b"")
+    os.close(writes)
+
+
+class Full(io.RawIOBase):
+    """A file on a full disk."""
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        raise OSError(28, "No space left on device")
+
+
+def test_output_that_cannot_be_written_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(Full()), encoding="utf-8"))
+    assert cli.main(["info"]) == 2
+    assert capsys.readouterr().err == "sadmoe: error: [Errno 28] No space left on device\n"
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import argparse
 import io
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -23,9 +22,11 @@ from sadmoe.cli.options import (
     add_data,
     add_model,
     data_of,
+    let_go_of_stdout,
     loaded,
     positive_number,
     random_input,
+    share,
 )
 from sadmoe.demo.recipe import SECONDS, run_demo
 from sadmoe.dial import converted_layers, gates_of
@@ -59,7 +60,8 @@ TAUS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # to evaluate at
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. 0: done, 2: a wrong argument or file, 130: interrupted, 141: nobody reads what it prints."""
+    """Runs one command. 0: done, 2: a wrong argument or file, 130: interrupted, 141: nobody reads what it prints,
+    and nothing else was to be done."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(format="sadmoe: %(message)s", level=logging.WARNING, handlers=[_once()])
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -69,11 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(arguments.threads)
     try:
         arguments.command(arguments)
+        _flush()
     except KeyboardInterrupt:
         print(f"sadmoe: interrupted; {_what_is_kept(arguments)}", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  for what else is printed on the way out
+        let_go_of_stdout()
         return 141
     except (
         ValueError, TypeError, OSError, ImportError, NotImplementedError, FloatingPointError, SafetensorError,
@@ -90,6 +93,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sadmoe: error: {advice}: {error}{_what_was_saved(arguments)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _flush() -> None:
+    """Raises what keeps the output from being written, such as a full disk, while it can be told."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        let_go_of_stdout()
+        raise
 
 
 def _once() -> logging.Handler:
@@ -227,9 +239,9 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
     add_data(command)
     command.add_argument(
         "--tau",
-        type=float,
+        type=share,
         nargs="+",
-        help=f"tau to run at (default: {' '.join(f'{tau:g}' for tau in TAUS)} and the one that it was saved with)",
+        help=f"tau to run at (default: {' '.join(f'{tau:g}' for tau in TAUS)} and as it was saved)",
     )
 
 
@@ -265,7 +277,7 @@ def _report(arguments: argparse.Namespace) -> None:
     if arguments.sentence is not None and data.kind != "text":
         raise ValueError(f"--sentence: this {type(model).__name__} is not run on text alone; leave it out")
     heats = heats_of(model, data, arguments.sentence)  # first, as the sentence may be none
-    points = evaluate(model, data.batches, sorted(_taus(arguments, model)), dense=dense, progress=True)
+    points = evaluate(model, data.batches, _taus(arguments, model), dense=dense, progress=True)
     made = report_page(model, data, points, heats)
     with replacing(numbers) as beside:
         beside.write_text(to_json([asdict(point) for point in points]))
@@ -274,13 +286,13 @@ def _report(arguments: argparse.Namespace) -> None:
     print(f"{table(points)}\n\n{page}, and the numbers in {numbers}")
 
 
-def _taus(arguments: argparse.Namespace, model: nn.Module) -> list[float]:
-    """Those of --tau, or TAUS and the one that the model was saved with, where all its layers have the same."""
+def _taus(arguments: argparse.Namespace, model: nn.Module) -> list[float | None]:
+    """Those of --tau, or TAUS and the one that the model was saved with; None stands for gates that are no one tau."""
     if arguments.tau is not None:
-        return arguments.tau
+        return sorted(arguments.tau)
     gates = set(gates_of(converted_layers(model)).values())
     saved = {gate.tau for gate in gates if isinstance(gate, DynamicK)} if len(gates) == 1 else set()
-    return sorted({*TAUS, *saved})
+    return [*sorted({*TAUS, *saved}), *([] if saved else [None])]
 
 
 def _models(arguments: argparse.Namespace) -> tuple[nn.Module, nn.Module | None]:

@@ -202,10 +202,14 @@ def _convert(arguments: argparse.Namespace) -> None:
     )
     if arguments.finetune is not None:
         print(f"\n{cost(model, data.batches, progress=True)}")
-    elif arguments.sparsify is None and any(
-        layer.act not in RECTIFIERS for layer in converted_layers(model).values()
-    ):
+    elif arguments.sparsify is None and not arguments.compensate and _skips_dense_ones(model):
         print(f"\n{UNTRAINED}")
+
+
+def _skips_dense_ones(model: nn.Module) -> bool:
+    """Whether experts are skipped of an activation that is never 0."""
+    layers = converted_layers(model).values()
+    return any(layer.act not in RECTIFIERS and not layer.runs_all_experts for layer in layers)
 
 
 def _check(arguments: argparse.Namespace) -> None:

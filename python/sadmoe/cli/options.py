@@ -2,6 +2,8 @@
 
 import argparse
 import math
+import os
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -42,6 +44,7 @@ positive = _number(int, lambda n: n > 0, "whole number above 0")
 seed = _number(int, lambda n: 0 <= n < 2**63, "whole number from 0 to 2^63 - 1")  # what torch takes
 not_negative = _number(float, lambda n: 0 <= n < math.inf, "number of at least 0")
 positive_number = _number(float, lambda n: 0 < n < math.inf, "number above 0")
+share = _number(float, lambda n: 0 <= n <= 1, "number from 0 to 1")
 
 
 def add_model(command: argparse.ArgumentParser, *, dense: bool = False) -> None:
@@ -173,5 +176,13 @@ def _try(model: nn.Module, batch: Any, name: str) -> None:
 
 def say(text: object) -> None:
     """Prints what is told between steps, of which none is lost where nobody reads it any more."""
-    with suppress(BrokenPipeError):
-        print(text)
+    try:
+        print(text, flush=True)  # or the next progress bar would, which takes no closed pipe
+    except BrokenPipeError:
+        let_go_of_stdout()
+
+
+def let_go_of_stdout() -> None:
+    """What is printed, and was and could not be written, goes nowhere: Python would try again on the way out."""
+    with suppress(OSError), open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())

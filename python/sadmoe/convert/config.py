@@ -62,7 +62,8 @@ class ConvertConfig:
                 f"got tau={self.tau} and budget={self.budget}"
             )
         sizes = ("expert_size", "experts", "projection_expert_size")
-        check_range(self, *sizes, "max_tokens", "max_bytes", least=1)
+        check_range(self, *sizes, "max_bytes", least=1)
+        check_range(self, "max_tokens", least=2)  # to hold some out
         if self.budget is not None and not 0 < self.budget <= 1:
             raise ValueError(
                 f"ConvertConfig: budget must be in (0, 1], a share of the dense FLOPs, got {self.budget}"

@@ -1,8 +1,8 @@
 """FFNs of a model: found by structure, read as values, replaced by MoE layers and put back."""
 
-from sadmoe.ffn.activation_swap import activation_at, check_swappable, swap_activations_
+from sadmoe.ffn.activation_swap import activation_at, check_swappable, join_configs, swap_activations_
 from sadmoe.ffn.adapters import ADAPTERS
-from sadmoe.ffn.configs import configs_in, own_configs
+from sadmoe.ffn.configs import configs_in, parted_configs
 from sadmoe.ffn.dense import DenseFFN, dense_from_layer, layer_from_dense
 from sadmoe.ffn.projection import (
     ProjectionMLP,
@@ -37,11 +37,12 @@ __all__ = [
     "find_ffns",
     "has_originals",
     "hooked",
+    "join_configs",
     "layer_from_dense",
     "moe_layers",
     "original_of",
     "overlooked",
-    "own_configs",
+    "parted_configs",
     "projection_mlps",
     "put_back_projections",
     "replaced_module",

@@ -10,7 +10,7 @@ from torch import nn
 from sadmoe import reference
 from sadmoe.checks import check_choice
 from sadmoe.ffn.activations import ACTIVATION_MODULES, activation_children, which_activation
-from sadmoe.ffn.configs import configs_in, own_configs
+from sadmoe.ffn.configs import configs_in, own_configs, parted_configs
 from sadmoe.ffn.lookup import join, lookup
 from sadmoe.ffn.sites import FFNSite
 from sadmoe.ffn.surgery import FAST_PATH, put_back
@@ -114,21 +114,9 @@ def _swap_configs(model: nn.Module, sites: Sequence[FFNSite], old: set[str], act
     found = configs_in(model)
     naming: list[str] = []  # modules whose config has a name for it
     for config, owners in found:
-        changes = _config_changes(config, old, act)
-        if not changes:
-            continue
-        naming += owners
-        left = [user for owner in owners for user in _users(model.get_submodule(owner), owner, old)]
-        if left:
-            logger.log(
-                level,
-                "the config keeps %s, as %s uses it too: a dense model saved now reloads with it everywhere",
-                ", ".join(f"{key}={getattr(config, key)}" for key in changes),
-                left[0],
-            )
-            continue
-        for key, value in changes.items():
-            setattr(config, key, value)
+        if changes := _config_changes(config, old, act):
+            naming += owners
+            _change_config(model, config, owners, changes, old, level)
     unnamed = [
         site.name for site in sites if not any(not n or f"{site.name}.".startswith(f"{n}.") for n in naming)
     ]
@@ -141,6 +129,45 @@ def _swap_configs(model: nn.Module, sites: Sequence[FFNSite], old: set[str], act
             unnamed[0],
             " and ".join(sorted(old)),
         )
+
+
+def _change_config(
+    model: nn.Module, config: Any, owners: list[str], changes: dict[str, str], old: set[str], level: int
+) -> None:
+    left = [user for owner in owners for user in _users(model.get_submodule(owner), owner, old)]
+    if left:
+        logger.log(
+            level,
+            "the config keeps %s, as %s uses it too: a dense model saved now reloads with it everywhere",
+            ", ".join(f"{key}={getattr(config, key)}" for key in changes),
+            left[0],
+        )
+        return
+    for key, value in changes.items():
+        setattr(config, key, value)
+
+
+def join_configs(model: nn.Module) -> None:
+    """`own_configs`, and those of the whole model follow what was swapped in a part of it alone."""
+    parted = [
+        (owners, *_swapped(origin, own))
+        for origin, own in parted_configs(model)
+        for config, owners in configs_in(model)
+        if config is origin
+    ]
+    own_configs(model)
+    for owners, old, act in parted:
+        config = model.get_submodule(owners[0]).config
+        if act is not None and (changes := _config_changes(config, old, act)):
+            _change_config(model, config, owners, changes, old, logging.WARNING)
+
+
+def _swapped(origin: Any, config: Any) -> tuple[set[str], str | None]:
+    """The activations that the one has, and the one that the other has in their place; None where they are the same."""
+    names = {value: name for name, values in CONFIG_VALUES.items() for value in values}
+    both = [[names.get(str(getattr(each, key, ""))) for key in CONFIG_KEYS] for each in (origin, config)]
+    changed = [(before, now) for before, now in zip(*both, strict=True) if before and now and before != now]
+    return {before for before, _ in changed}, changed[0][1] if changed else None
 
 
 def _config_changes(config: Any, old: set[str], act: str) -> dict[str, str]:

@@ -1,10 +1,14 @@
 """The configs of transformers that modules of a model hold."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import ref
 
 from torch import nn
+
+# By id, what a config was copied from: that config is alive as long as its entry is.
+_origins: dict[int, tuple[ref[Any], list[ref[Any]]]] = {}
 
 
 def configs_in(model: nn.Module) -> list[tuple[Any, list[str]]]:
@@ -20,16 +24,51 @@ def configs_in(model: nn.Module) -> list[tuple[Any, list[str]]]:
 def own_configs(model: nn.Module) -> Callable[[], None]:
     """Gives the model copies of its configs, which other models may hold too; call what it returns to undo it.
 
-    A config inside another, that of an encoder say, stays the same object in both places.
+    A config inside another, that of an encoder say, stays the same object in both places: also where the encoder was
+    given a copy of it before, alone.
     """
     memo: dict[int, Any] = {}
+    for origin, own in parted_configs(model):
+        if not any(origin is held for held, _ in configs_in(model)):
+            memo[id(origin)] = copy.deepcopy(own, memo)
     former = [(model.get_submodule(name), config) for config, owners in configs_in(model) for name in owners]
     copies = [copy.deepcopy(config, memo) for _, config in former]
-    for (module, _), config in zip(former, copies, strict=True):
-        module.__dict__["config"] = config
+    for (module, config), new in zip(former, copies, strict=True):
+        module.__dict__["config"] = new
+        _note_origin(new, config)
 
     def undo() -> None:
         for module, config in former:
             module.__dict__["config"] = config
 
     return undo
+
+
+def parted_configs(model: nn.Module) -> list[tuple[Any, Any]]:
+    """What a part of the model was given a copy of for itself, and that copy, where the rest of the model still has
+    what it was copied from."""
+    held = [config for config, _ in configs_in(model)]
+    inside = {id(each): each for config in held for each in _with_inner(config)}
+    return [
+        (inside[id(origin)], config)
+        for config in held
+        for origin in _origins_of(config)
+        if id(origin) in inside
+    ]
+
+
+def _with_inner(config: Any) -> Iterator[Any]:
+    yield config
+    for value in vars(config).values():
+        if hasattr(value, "model_type"):
+            yield from _with_inner(value)
+
+
+def _note_origin(new: Any, config: Any) -> None:
+    key, origins = id(new), [ref(config), *map(ref, _origins_of(config))]
+    _origins[key] = (ref(new, lambda _: _origins.pop(key, None)), origins)
+
+
+def _origins_of(config: Any) -> list[Any]:
+    _, origins = _origins.get(id(config), (None, []))
+    return [origin for each in origins if (origin := each()) is not None]

@@ -76,5 +76,7 @@ def fill_(module: nn.Module, rows: Tensor, bias: Tensor | None, trainable: tuple
 
 def _is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D, by its name and its shape: transformers itself is never imported."""
+    if type(module).__name__ != "Conv1D":  # else its weight may be computed whenever it is asked for
+        return False
     weight = getattr(module, "weight", None)
-    return type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2
+    return isinstance(weight, Tensor) and weight.dim() == 2

@@ -16,9 +16,10 @@ from torch.overrides import TorchFunctionMode
 from sadmoe.ffn.activations import is_bare
 from sadmoe.ffn.dense import DenseFFN
 from sadmoe.ffn.linears import linear_shape
+from sadmoe.ffn.lookup import lookup
 from sadmoe.ffn.quiet import quiet
 from sadmoe.ffn.sites import FFNSite, Parts, site_of_parts
-from sadmoe.ffn.surgery import put_back, take_apart
+from sadmoe.ffn.surgery import passthrough, put_back, take_apart
 from sadmoe.hooks import hooks_on
 from sadmoe.modules import floats_in
 from sadmoe.undo import snapshot
@@ -200,6 +201,8 @@ def _best(sites: list[FFNSite], denses: list[DenseFFN], scene: _Scene, x: Tensor
         what = "gate" if scene.parts.gate else "activation"
         raise Unsupported(f"its output weights are all zero, so its {what} cannot be told")
     site = sites[best]
+    if share > 0 and _is_unused(scene, x, y):
+        site.parts = replace(site.parts, activation=None)  # forward calls a function, which cannot be swapped
     neurons = denses[best].f
     hidden, site.dropout, site.keeps_dropout = _dropouts(
         site.parts, scene.block, events, without_ffn, neurons
@@ -207,6 +210,19 @@ def _best(sites: list[FFNSite], denses: list[DenseFFN], scene: _Scene, x: Tensor
     if hidden:
         site.parts = replace(site.parts, removed=site.parts.removed + hidden)
     return site
+
+
+def _is_unused(scene: _Scene, x: Tensor, y: list[Tensor]) -> bool:
+    """Whether the block gives the same without the activation module that it has."""
+    path = scene.parts.activation
+    if path is None or path in scene.parts.removed:
+        return False
+    old = lookup(scene.block, path)[2]
+    put_back(scene.block, {path: nn.Identity() if isinstance(old, nn.Module) else passthrough})
+    try:
+        return _distance(_run(scene, x), y) == 0
+    finally:
+        put_back(scene.block, {path: old})
 
 
 def _distance(a: list[Tensor], b: list[Tensor]) -> float:

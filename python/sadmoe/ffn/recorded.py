@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from sadmoe.batches import Batch, run, to_device
+from sadmoe.batches import Batch, each_tensor, run, to_device
 from sadmoe.ffn.linears import linear_shape
 from sadmoe.ffn.probe import Call
 from sadmoe.ffn.sites import Parts
@@ -43,18 +42,10 @@ def record_calls(
 
 def _again(arguments: Any) -> Call:
     def call(block: nn.Module, parts: Parts, x: Tensor) -> Any:
-        args, kwargs = _cast(copy.deepcopy(arguments), x.dtype)
+        def as_x(t: Tensor) -> Tensor:
+            return t.to(x.dtype) if t.is_floating_point() else t
+
+        args, kwargs = each_tensor(copy.deepcopy(arguments), as_x)
         return block(*args, **kwargs)
 
     return call
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """The floating-point tensors in it, of tuples, lists and dicts, as that dtype."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {key: _cast(each, dtype) for key, each in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_cast(each, dtype) for each in value)
-    return value

@@ -74,7 +74,9 @@ class _Watcher(importlib.abc.MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != MODELS:
             return None
-        specs = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        others = (finder for finder in sys.meta_path if finder is not self)
+        finders = (finder for finder in others if hasattr(finder, "find_spec"))  # which those of old lack
+        specs = (finder.find_spec(fullname, path, target) for finder in finders)
         spec = next((spec for spec in specs if spec is not None), None)
         if spec is not None and spec.loader is not None:
             spec.loader = _ThenRegister(spec.loader)

@@ -151,7 +151,8 @@ def _weights_of(experts: Any) -> Weights:
 
     Kept for the next call, which takes the experts' memory again, as long as the weights are the same tensors and
     nothing wrote to them in place: what `.data` writes is seen on the CPU, where a few values are compared, but not on
-    CUDA, which would have to be waited for. In training, where gradients pass through, made each time.
+    CUDA, which would have to be waited for. Made each time in training, where gradients pass through, and where
+    accelerate brings the weights for a call and takes them away again.
     """
     names = ("gate_up_proj" if _has_gate(experts) else "up_proj", "down_proj")
     biases = tuple(f"{name}_bias" for name in names) if experts.has_bias else ()
@@ -159,7 +160,7 @@ def _weights_of(experts: Any) -> Weights:
     training = torch.is_grad_enabled() and any(p.requires_grad for p in sources)
     if torch.compiler.is_compiling():
         return _in_layout(experts, *sources)
-    if training:
+    if training or _are_brought(experts):
         _kept.pop(experts, None)
         return _in_layout(experts, *sources)
     key = [(p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version, _some_of(p)) for p in sources]
@@ -171,6 +172,11 @@ def _weights_of(experts: Any) -> Weights:
         with torch.inference_mode(False), torch.no_grad():
             kept = _kept[experts] = ([ref(p) for p in sources], key, _in_layout(experts, *sources))
     return kept[2]
+
+
+def _are_brought(experts: nn.Module) -> bool:
+    hook = getattr(experts, "_hf_hook", None)
+    return any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,)))
 
 
 def _some_of(weight: Tensor) -> list[float]:

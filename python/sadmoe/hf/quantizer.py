@@ -24,8 +24,9 @@ from sadmoe.describe import describe_all, match_activations, rebuild
 from sadmoe.ffn import (
     bare_mlps,
     configs_in,
+    join_configs,
     moe_layers,
-    own_configs,
+    parted_configs,
     projection_mlps,
     replaced_module,
     site_of,
@@ -77,23 +78,14 @@ class SadmoeQuantizer(HfQuantizer):
     A model that has it is not quantized in any other sense: it trains, casts, compiles and moves as before.
     """
 
-    # So a dense checkpoint cannot be converted on the way in: convert_ needs batches.
-    requires_calibration = True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Yes: experts are plain parameters; but experts in int8, and routers, which `fit_routers_` trains, stay."""
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        """Yes: without it Trainer would ask for adapters."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """Yes: the ops have no graph break."""
-        return True
+    requires_calibration = (
+        True  # a dense checkpoint cannot be converted on the way in: convert_ needs batches
+    )
+    is_trainable = (
+        True  # experts are plain parameters; but experts in int8, and routers, see fit_routers_, stay
+    )
+    is_qat_trainable = True  # else Trainer would ask for adapters
+    is_compileable = True  # the ops have no graph break
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Yes: plain tensors, and what config.json says."""
@@ -127,7 +119,7 @@ class SadmoeQuantizer(HfQuantizer):
         if moe_layers(model):
             model._no_split_modules = {*(model._no_split_modules or ()), _LAYER_CLASS}
         _leave_owners_alone(model)
-        _show_replaced(model)
+        self._shown = _show_replaced(model)
         tensors = _layer_tensors(model)
         self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self._whole = {name: t.dtype for name, t in tensors.items() if not t.is_floating_point()}
@@ -137,7 +129,8 @@ class SadmoeQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         self.pre_quantized = True
-        _hide_replaced(model)
+        for layer, name in self._shown:
+            del layer.__dict__[name]
         _check_loaded(model, self._shapes, self._from_files)
         _whole_again(model, self._whole)
         _align(model, _mapped_files() if self._from_files else [])
@@ -166,8 +159,8 @@ def describe_in_configs(model: nn.Module) -> None:
     models = _transformers_models(model)
     if not models:
         return
-    if describe_all(model) or any(_says_converted(module) for module in models):
-        own_configs(model)
+    if describe_all(model) or any(_says_converted(module) for module in models) or parted_configs(model):
+        join_configs(model)
         _describe_each(models)
 
 
@@ -190,14 +183,20 @@ _describe_before_saving()
 
 
 def _describe_each(models: list[Any]) -> None:
+    foreign = {id(module.config) for module in models if _quantized_by_others(module)}
     for module in reversed(models):  # the outermost last: parts often share its config
-        _describe(module)
+        if id(module.config) not in foreign or _quantized_by_others(module):
+            _describe(module)
+
+
+def _quantized_by_others(model: Any) -> bool:
+    quantizer = getattr(model, "hf_quantizer", None)
+    return quantizer is not None and not isinstance(quantizer, SadmoeQuantizer)
 
 
 def _describe(model: Any) -> None:
     layers = describe_all(model)
-    ours = isinstance(getattr(model, "hf_quantizer", None), SadmoeQuantizer)
-    if layers and not ours and getattr(model, "hf_quantizer", None) is not None:
+    if layers and _quantized_by_others(model):
         logger.warning(
             "%s is quantized by %s: save_pretrained will not save that it was converted too; use sadmoe.save",
             type(model).__name__,
@@ -209,7 +208,7 @@ def _describe(model: Any) -> None:
     else:
         if _says_converted(model):
             del model.config.quantization_config
-        if ours:
+        if isinstance(getattr(model, "hf_quantizer", None), SadmoeQuantizer):
             del model.hf_quantizer
             model._no_split_modules = {*(getattr(model, "_no_split_modules", None) or ())} - {_LAYER_CLASS}
 
@@ -345,23 +344,17 @@ def _leave_owners_alone(model: nn.Module) -> None:
             owner(name)._is_hf_initialized = True
 
 
-def _show_replaced(model: nn.Module) -> None:
-    """Lets the converted layers have the parts of the FFNs that they replaced, which hold no data: modules further out
-    may initialise these (V-JEPA 2's pooler)."""
-    for layer, name, part in _replaced_parts(model):
-        if name not in {*layer._modules, *layer._parameters, *layer._buffers}:
-            layer.__dict__.setdefault(name, part)
-
-
-def _hide_replaced(model: nn.Module) -> None:
-    for layer, name, part in _replaced_parts(model):
-        if layer.__dict__.get(name) is part:
-            del layer.__dict__[name]
-
-
-def _replaced_parts(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
-    whole = [(layer, replaced_module(layer)) for layer in moe_layers(model).values()]
-    return [(layer, *part) for layer, ffn in whole if ffn is not None for part in ffn.named_children()]
+def _show_replaced(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Lets the converted layers have the parts of the FFNs that they replaced, which hold no data, and says which:
+    modules further out may initialise these (V-JEPA 2's pooler)."""
+    shown: list[tuple[nn.Module, str]] = []
+    for layer in moe_layers(model).values():
+        ffn = replaced_module(layer)
+        for name, part in () if ffn is None else ffn.named_children():
+            if name not in {*layer.__dict__, *layer._modules, *layer._parameters, *layer._buffers}:
+                layer.__dict__[name] = part
+                shown.append((layer, name))
+    return shown
 
 
 def _align(model: nn.Module, files: list[range]) -> None:

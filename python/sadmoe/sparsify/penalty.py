@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -159,7 +160,9 @@ class SparsityLoss(PassesLoss):
     def _mean(self, site: FFNSite, values: Tensor, batch: Batch | None, mask: Tensor | None) -> Tensor:
         if mask is None:
             real = real_rows(self.model, site.name, batch, values.unsqueeze(-1))
-            return values.mean() if real is None else _masked_mean(values, real)
+            if real is None:  # of no rows 0, not NaN
+                return values.mean() if values.numel() else values.sum()
+            return _masked_mean(values, real)
         if mask.numel() != values.numel():
             raise ValueError(
                 f"mask must have one entry for each of the {values.numel()} tokens {tuple(values.shape)} "
@@ -211,7 +214,30 @@ def measure_sparsity(
     """
     check_batches(batches)
     sites = find_ffns(model, batches=batches) if sites is None else _some(sites)
-    # Of each: pairs, zero, small.
+    return _of_counts(sites, _count(model, batches, sites, loss, progress))
+
+
+def measure_first(
+    model: nn.Module, batches: Batches, sites: Sequence[FFNSite], loss: Loss | None, least: int
+) -> tuple[list[LayerSparsity], list[Batch]]:
+    """`measure_sparsity` over the first so many batches, which are given back, and as many again until every FFN has
+    run."""
+    taken: list[Batch] = []
+    counts = {site.name: torch.zeros(3, dtype=torch.float64, device="cpu") for site in sites}
+    stream = iter(batches)
+    while some := list(islice(stream, least)):
+        taken += some
+        for name, more in _count(model, some, sites, loss, False).items():
+            counts[name] += more
+        if all(pairs for pairs, *_ in counts.values()):
+            break
+    return _of_counts(sites, counts), taken
+
+
+def _count(
+    model: nn.Module, batches: Batches, sites: Sequence[FFNSite], loss: Loss | None, progress: bool
+) -> dict[str, Tensor]:
+    """Of each site [3]: pairs of a token and a neuron, of these zero ones and small ones."""
     counts = {site.name: torch.zeros(3, dtype=torch.float64, device="cpu") for site in sites}
     current: dict[str, Any] = {}
 
@@ -230,6 +256,10 @@ def measure_sparsity(
         for batch in tqdm(batches, "activations", length(batches), disable=not progress):
             current["batch"] = to_device(batch, device_of(model))
             (run if loss is None else loss)(model, current["batch"])
+    return counts
+
+
+def _of_counts(sites: Sequence[FFNSite], counts: Mapping[str, Tensor]) -> list[LayerSparsity]:
     if missed := [name for name, (pairs, *_) in counts.items() if pairs == 0]:
         raise ValueError(
             f"the batches never reach {', '.join(missed)}: pass batches that run every FFN, or leave out those "

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import islice
 
 from torch import nn
 
@@ -16,7 +15,7 @@ from sadmoe.ffn import FFNSite, find_ffns, swap_activations_
 from sadmoe.modules import mode, refuse_compiled, refuse_distributed
 from sadmoe.reference import RECTIFIERS
 from sadmoe.sparsify.config import SparsifyConfig
-from sadmoe.sparsify.penalty import LayerSparsity, SparsityLoss, measure_sparsity
+from sadmoe.sparsify.penalty import LayerSparsity, SparsityLoss, measure_first, measure_sparsity
 from sadmoe.training import Checkpoint, Step, processes
 from sadmoe.training.guards import all_or_nothing, seeded
 from sadmoe.training.loop import train
@@ -114,16 +113,15 @@ def sparsify_(
     with seeded(model, config.seed):  # a DataLoader may draw a number
         sites = find_ffns(model, filter, batches=batches, loss=loss)
     started = time.perf_counter()
-    with all_or_nothing(model) as undo, seeded(model, config.seed):
+    with all_or_nothing(model), seeded(model, config.seed):
         processes.as_first_([*model.parameters(), *model.buffers()])  # the teacher is a copy of it
-        sample = list(islice(batches, MEASURED_BATCHES))
-        before = measure_sparsity(model, sample, sites, loss=loss)
+        before, sample = measure_first(model, batches, sites, loss, MEASURED_BATCHES)
         dense = None
         if config.objective != "task":
             dense = copy.deepcopy(model).requires_grad_(False) if teacher is None else teacher
         if config.relu_swap:
             dense_acts = [site for site in sites if site.act not in RECTIFIERS]
-            undo.append(swap_activations_(model, dense_acts, "relu"))
+            swap_activations_(model, dense_acts, "relu")
         objective = _objective(model, dense, config, sites, loss)
         held = {} if checkpoint is None else held_to(teacher, loss=loss)
         with (

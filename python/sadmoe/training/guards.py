@@ -1,7 +1,7 @@
 """What training a model in place must give back: its tensors if it fails, the random state."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,26 +9,33 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from sadmoe.undo import snapshot
+
 
 @contextmanager
-def all_or_nothing(model: nn.Module) -> Iterator[list[Callable[[], None]]]:
-    """On any exception the model's tensors are what they were, and the steps in the list are undone, the
-    last first."""
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """On any exception the model's modules hold what they did, activations, configs and gates too, and its tensors are
+    what they were."""
     tensors = [*model.parameters(), *model.buffers()]
     saved = [t.detach().clone() for t in tensors]
-    undo: list[Callable[[], None]] = []
+    put_back = snapshot(model)
     try:
-        yield undo
+        yield
     except BaseException:
-        for step in reversed(undo):
-            step()
+        put_back()
         with torch.no_grad():
             for tensor, value in zip(tensors, saved, strict=True):
-                tensor.copy_(value)
+                put_in(tensor, value)
         torch.clear_autocast_cache()  # an autocast around it keeps casts of what was there
         raise
     finally:
         model.zero_grad(set_to_none=True)
+
+
+def put_in(tensor: Tensor, value: Tensor) -> None:
+    """Writes it where that changes anything: what several positions share (an expanded buffer) cannot be written."""
+    if not torch.equal(tensor, value):
+        tensor.copy_(value)
 
 
 @contextmanager

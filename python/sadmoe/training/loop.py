@@ -134,7 +134,7 @@ class _Update:
             [g for g in groups if g["params"]],
             lr=config.lr,
             weight_decay=config.weight_decay,
-            fused=not any(p.is_complex() for p in self.parameters),  # which takes none of them
+            fused=all(map(_is_plain, self.parameters)),
         )
 
     def resumed(self, saver: Saver | None) -> tuple[list[Step], float]:
@@ -203,6 +203,12 @@ class _Update:
             if times and p.grad is None:
                 p.grad = torch.zeros_like(p)
         processes.sum_(p.grad for p in self.parameters if p.grad is not None)
+
+
+def _is_plain(p: Tensor) -> bool:
+    """Whether a fused AdamW can take it: not complex, and a view without gaps, as its moments and gradients have none,
+    and it walks all by one index."""
+    return not p.is_complex() and torch.empty_like(p, device="meta").stride() == p.stride()
 
 
 def _done(config: LoopConfig, steps: int, seconds: float) -> float:

@@ -156,6 +156,11 @@ def _check_teacher(model: nn.Module, teacher: nn.Module, blocks: Sequence[str]) 
     """Raises ValueError where the teacher is the model itself, or a model of other blocks."""
     if unwrapped(teacher) is unwrapped(model):
         raise ValueError("teacher is the model that is trained itself: pass a copy of it from before")
+    trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    if shared := [trained[id(p)] for p in teacher.parameters() if id(p) in trained]:
+        raise ValueError(
+            f"teacher has {shared[0]} of the model that is trained, and would change with it: pass a copy.deepcopy"
+        )
     if missing := [name for name in blocks if not is_module(teacher, name)]:
         raise ValueError(f"teacher must be a model of the same blocks, but has no {', '.join(missing)}")
     for name in dict.fromkeys(name.rpartition(".")[0] for name in blocks):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sadmoe import files
 from sadmoe.checks import check_fields
+from sadmoe.training.guards import put_in
 from sadmoe.training.processes import place
 
 FORMAT = 6
@@ -54,11 +55,20 @@ class Checkpoint:
 
 
 def check_checkpoint(checkpoint: Any) -> None:
-    """Raises TypeError unless it is a Checkpoint, or None."""
-    if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
+    """Raises TypeError unless it is a Checkpoint, or None; OSError where its folder cannot be written, which would be
+    told at the first save alone."""
+    if checkpoint is None:
+        return
+    if not isinstance(checkpoint, Checkpoint):
         raise TypeError(
             f"checkpoint must be a Checkpoint or None, got {checkpoint!r}: give Checkpoint(folder)"
         )
+    folder = Path(checkpoint.folder).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"checkpoint: {there} is no folder: give another one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"checkpoint: nothing can be written into {there}: give another folder")
 
 
 @runtime_checkable
@@ -174,7 +184,7 @@ class Saver:
         tensors, state = found
         with torch.no_grad():
             for name, target in self._state().items():
-                target.copy_(tensors[f"weights.{name}"])
+                put_in(target, tensors[f"weights.{name}"].to(target.device))
         torch.clear_autocast_cache()  # an autocast around it keeps casts of what was there
         order = [p for group in self.optimizer.param_groups for p in group["params"]]
         names = {id(p): name for name, p in self.trained.items()}
