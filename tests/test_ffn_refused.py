@@ -565,6 +565,23 @@ def test_an_activation_that_forward_does_not_use_cannot_be_swapped():
         sadmoe.sparsify_(model, [torch.randn(4, 24)], sadmoe.SparsifyConfig(steps=1), progress=False)
 
 
+class InPlace(Unused):
+    """Calls its activation with more than the input."""
+
+    def __init__(self):
+        super().__init__()
+        del self.act
+        self.act = F.relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.contract(self.act(self.expand(x), inplace=True))
+
+
+def test_an_activation_may_take_more_than_its_input():
+    (site,) = find_ffns(nn.Sequential(InPlace()))
+    assert (site.act, site.parts.activation) == ("relu", "act")
+
+
 def test_weights_that_are_computed_are_not_asked_for():
     model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(24, 24)), *two_ffns()).train()
     before = state(model)

@@ -194,6 +194,15 @@ def test_a_head_is_saved_with_the_activation_that_its_body_was_given(tmp_path):
     assert same(model, again, "bert")
 
 
+def test_a_save_between_two_changes_of_a_body_loses_none(tmp_path):
+    model = transformers.BertForSequenceClassification(TINY["bert"].model().config).eval()
+    tower_alone(cut, model, "bert", tmp_path)
+    sadmoe.restore_(model)
+    again = tower_alone(sparsified, model, "bert", tmp_path)
+    assert again.config.hidden_act == "relu"
+    assert same(model, again, "bert")
+
+
 def test_what_a_head_still_uses_is_kept_in_the_config_and_told(tmp_path, caplog):
     model = transformers.BertForMaskedLM(TINY["bert"].model().config).eval()
     tower_alone(sparsified, model, "bert", tmp_path)

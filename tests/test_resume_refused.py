@@ -189,3 +189,12 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_done(tmp_pat
     with pytest.raises(PermissionError, match="checkpoint: nothing can be written into"):
         sparsify(model, dense, Checkpoint(tmp_path / "new" / "folder"))
     assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_has_ended_is_loaded_from_a_folder_that_may_only_be_read(tmp_path, monkeypatch):
+    model, dense = start(sparsify)
+    sparsify(model, dense, Checkpoint(tmp_path))
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    again, dense = start(sparsify)
+    sparsify(again, dense, Checkpoint(tmp_path))
+    assert all(map(torch.equal, again.state_dict().values(), model.state_dict().values()))

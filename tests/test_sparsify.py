@@ -472,14 +472,35 @@ class Towers(nn.Module):
 def test_an_ffn_may_run_in_later_batches_alone():
     batches = [{"text": x} for x in data(9)] + [{"image": x} for x in data(2)]
 
-    def loss(model, batch):
-        return model(**batch).square().mean()
-
-    report = sparsify_(Towers(), batches, short(steps=2, objective="task"), loss=loss, progress=False)
+    report = sparsify_(Towers(), batches, short(steps=2, objective="task"), loss=text_loss, progress=False)
     assert [layer.name for layer in report.before] == ["text.inner", "image.inner"]
     assert all(0 < layer.zero < 1 for layer in (*report.before, *report.after))
     with pytest.raises(ValueError, match=r"the batches never reach image\.inner"):
-        sparsify_(Towers(), batches[:9], short(steps=2, objective="task"), loss=loss, progress=False)
+        sparsify_(Towers(), batches[:9], short(steps=2, objective="task"), loss=text_loss, progress=False)
+
+
+class Counting(torch.utils.data.IterableDataset):
+    """Batches of text without an end."""
+
+    def __init__(self):
+        self.given = 0
+
+    def __iter__(self):
+        while True:
+            self.given += 1
+            yield {"text": data(1)[0]}
+
+
+def test_an_ffn_that_never_runs_is_told_of_data_without_an_end(monkeypatch):
+    monkeypatch.setattr("sadmoe.sparsify.penalty.FURTHER", 2)
+    batches = Counting()
+    with pytest.raises(ValueError, match=r"the batches never reach image\.inner"):
+        sparsify_(Towers(), batches, short(steps=2, objective="task"), loss=text_loss, progress=False)
+    assert batches.given < 30
+
+
+def text_loss(model: nn.Module, batch: dict) -> Tensor:
+    return model(**batch).square().mean()
 
 
 def test_a_teacher_may_not_share_what_is_trained():

@@ -251,7 +251,6 @@ void accumulate_pairs(const Accumulate& p) {
   using Weight = typename Pair::Weight;
   constexpr int64_t kWidth = Pair::width, kFar = 512 * 1024;  // bytes that would leave the caches before their turn
   const void* next = p.m * p.columns * int64_t(sizeof(Weight)) <= kFar ? p.next : nullptr;
-  const AheadInRows<Vec> ahead = ahead_of<Vec, Weight>(p, next, p.m, p.columns);
   if (few_neurons<Pair::held_neurons>(p, [&](auto m) { accumulate_held<Vec, HeldPairs<Vec, Pair, m.value>>(p, next); })) return;
   if constexpr (Pair::copied > 0) {
     constexpr int64_t kGroups = Pair::accumulate_groups * kWidth;
@@ -278,8 +277,9 @@ void accumulate_pairs(const Accumulate& p) {
       });
     }
   }
-  accumulate_pair_columns<Pair, Vec>(
-      p, ahead, [&](auto part, int64_t columns) { return PairsInPlace<Pair, decltype(part)::value>(p, columns); });
+  accumulate_pair_columns<Pair, Vec>(p, ahead_of<Vec, Weight>(p, next, p.m, p.columns), [&](auto part, int64_t columns) {
+    return PairsInPlace<Pair, decltype(part)::value>(p, columns);
+  });
 }
 
 }  // namespace sadmoe::cpu

@@ -16,6 +16,7 @@ struct HeldFloats {
   using Entry = float;
   using Weight = W;
   static constexpr int width = Vec::width, most = Vec::held / M;  // vectors at once
+  static_assert(most > 0);
 
   template <int Vecs, bool Part>
   struct Tile {
@@ -46,6 +47,7 @@ struct HeldPairs {
   using Weight = typename Pair::Weight;
   static constexpr int width = Pair::width, groups = Pair::held / M;
   static constexpr int most = groups < Pair::accumulate_groups ? groups : Pair::accumulate_groups;
+  static_assert(most > 0);
 
   template <int Groups, bool Part>
   struct Tile {
@@ -81,13 +83,14 @@ struct HeldPairs {
 template <class Vec, class Held, int Vecs, bool Part>
 [[gnu::flatten]] void accumulate_rows(const Accumulate& p, int64_t c0, int64_t part) {
   using Entry = typename Held::Entry;
-  const typename Held::template Tile<Vecs, Part> weights(p, c0, part);
+  using Tile = typename Held::template Tile<Vecs, Part>;
+  const Tile weights(p, c0, part);
   const Entry* h = static_cast<const Entry*>(p.h);
   for (int64_t i = 0; i < p.n; ++i, h += p.ld_h) {
-    Vec sums[weights.vecs];
+    Vec sums[Tile::vecs];
     weights.sum(h, sums);
     float* y = p.y + (p.rows ? p.rows[i] : i) * p.ld_y + c0;
-    each_vector<weights.vecs, Vec, Part>(part, [&](auto v, auto is_part, int64_t left) {
+    each_vector<Tile::vecs, Vec, Part>(part, [&](auto v, auto is_part, int64_t left) {
       constexpr bool kPart = decltype(is_part)::value;
       float* to = y + v.value * Vec::width;
       store_columns<kPart>(added<Entry>(p, i, sums[v.value], load_columns<kPart, Vec>(to, left)), to, left);

@@ -12,6 +12,7 @@ import pytest
 import torch
 from sadmoe import cli
 from sadmoe.cli import convert as convert_command
+from sadmoe.cli.options import say
 
 transformers = pytest.importorskip("transformers")
 from command_line import WORDS, bert, converted
@@ -307,6 +308,14 @@ def test_output_that_cannot_be_written_is_told(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(Full()), encoding="utf-8"))
     assert cli.main(["info"]) == 2
     assert capsys.readouterr().err == "sadmoe: error: [Errno 28] No space left on device\n"
+    monkeypatch.setattr(sys, "stdout", None)  # as Python sets it where it is closed
+    assert cli.main(["info"]) == 0
+
+
+def test_what_is_told_between_steps_ends_nothing_where_a_disk_is_full(monkeypatch, caplog):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(Full()), encoding="utf-8"))
+    say("a step is done")
+    assert "what is printed from here on is lost: [Errno 28] No space left on device" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import io
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +27,7 @@ from sadmoe.cli.options import (
     loaded,
     positive_number,
     random_input,
-    share,
+    zero_to_one,
 )
 from sadmoe.demo.recipe import SECONDS, run_demo
 from sadmoe.dial import converted_layers, gates_of
@@ -82,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ValueError, TypeError, OSError, ImportError, NotImplementedError, FloatingPointError, SafetensorError,
         torch.OutOfMemoryError,
     ) as error:  # fmt: skip
+        with suppress(OSError):  # it may be of what was printed, and would come again on the way out
+            _flush()
         print(f"sadmoe: error: {error}{_what_was_saved(arguments)}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
@@ -98,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _flush() -> None:
     """Raises what keeps the output from being written, such as a full disk, while it can be told."""
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is where it was closed
+            sys.stdout.flush()
     except OSError:
         let_go_of_stdout()
         raise
@@ -239,7 +243,7 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
     add_data(command)
     command.add_argument(
         "--tau",
-        type=share,
+        type=zero_to_one,
         nargs="+",
         help=f"tau to run at (default: {' '.join(f'{tau:g}' for tau in TAUS)} and as it was saved)",
     )

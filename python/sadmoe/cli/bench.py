@@ -19,7 +19,7 @@ from sadmoe.cli.options import (
     loaded,
     not_negative,
     random_input,
-    share,
+    zero_to_one,
 )
 from sadmoe.dial import converted_layers, set_batch_invariant
 from sadmoe.ffn import moe_layers
@@ -47,7 +47,7 @@ def add_bench(commands: Any) -> None:
     add_model(command)
     command.add_argument(
         "--tau",
-        type=share,
+        type=zero_to_one,
         nargs="*",
         default=[],
         help="further tau to time, beside the one that the model was saved with",

@@ -1,6 +1,7 @@
 """Arguments that several commands of the command line share."""
 
 import argparse
+import logging
 import math
 import os
 import sys
@@ -44,7 +45,7 @@ positive = _number(int, lambda n: n > 0, "whole number above 0")
 seed = _number(int, lambda n: 0 <= n < 2**63, "whole number from 0 to 2^63 - 1")  # what torch takes
 not_negative = _number(float, lambda n: 0 <= n < math.inf, "number of at least 0")
 positive_number = _number(float, lambda n: 0 < n < math.inf, "number above 0")
-share = _number(float, lambda n: 0 <= n <= 1, "number from 0 to 1")
+zero_to_one = _number(float, lambda n: 0 <= n <= 1, "number from 0 to 1")
 
 
 def add_model(command: argparse.ArgumentParser, *, dense: bool = False) -> None:
@@ -175,11 +176,13 @@ def _try(model: nn.Module, batch: Any, name: str) -> None:
 
 
 def say(text: object) -> None:
-    """Prints what is told between steps, of which none is lost where nobody reads it any more."""
+    """Prints what is told between steps, of which none is lost where nobody reads it any more, or a disk is full."""
     try:
         print(text, flush=True)  # or the next progress bar would, which takes no closed pipe
-    except BrokenPipeError:
+    except OSError as error:
         let_go_of_stdout()
+        if not isinstance(error, BrokenPipeError):
+            logging.getLogger(__name__).warning("what is printed from here on is lost: %s", error)
 
 
 def let_go_of_stdout() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 from weakref import ref
 
@@ -25,17 +26,19 @@ def own_configs(model: nn.Module) -> Callable[[], None]:
     """Gives the model copies of its configs, which other models may hold too; call what it returns to undo it.
 
     A config inside another, that of an encoder say, stays the same object in both places: also where the encoder was
-    given a copy of it before, alone.
+    given a copy of it before, alone; but in a deep copy of the model nothing is known of that.
     """
     memo: dict[int, Any] = {}
-    for origin, own in parted_configs(model):
-        if not any(origin is held for held, _ in configs_in(model)):
+    held = configs_in(model)
+    for origin, own in reversed(parted_configs(model)):  # what is inside another first
+        if not any(origin is config for config, _ in held):
             memo[id(origin)] = copy.deepcopy(own, memo)
-    former = [(model.get_submodule(name), config) for config, owners in configs_in(model) for name in owners]
+    former = [(model.get_submodule(name), config) for config, owners in held for name in owners]
     copies = [copy.deepcopy(config, memo) for _, config in former]
     for (module, config), new in zip(former, copies, strict=True):
         module.__dict__["config"] = new
-        _note_origin(new, config)
+        also = [memo[id(origin)] for origin in _origins_of(config) if id(origin) in memo]
+        _note_origins(new, [config, *_origins_of(config), *(one for one in also if one is not new)])
 
     def undo() -> None:
         for module, config in former:
@@ -48,6 +51,8 @@ def parted_configs(model: nn.Module) -> list[tuple[Any, Any]]:
     """What a part of the model was given a copy of for itself, and that copy, where the rest of the model still has
     what it was copied from."""
     held = [config for config, _ in configs_in(model)]
+    if not any(map(_origins_of, held)):
+        return []
     inside = {id(each): each for config in held for each in _with_inner(config)}
     return [
         (inside[id(origin)], config)
@@ -59,14 +64,15 @@ def parted_configs(model: nn.Module) -> list[tuple[Any, Any]]:
 
 def _with_inner(config: Any) -> Iterator[Any]:
     yield config
-    for value in vars(config).values():
+    for value in getattr(config, "__dict__", {}).values():
         if hasattr(value, "model_type"):
             yield from _with_inner(value)
 
 
-def _note_origin(new: Any, config: Any) -> None:
-    key, origins = id(new), [ref(config), *map(ref, _origins_of(config))]
-    _origins[key] = (ref(new, lambda _: _origins.pop(key, None)), origins)
+def _note_origins(new: Any, origins: list[Any]) -> None:
+    key = id(new)
+    with suppress(TypeError):  # of a class without weak references
+        _origins[key] = (ref(new, lambda _: _origins.pop(key, None)), list(map(ref, origins)))
 
 
 def _origins_of(config: Any) -> list[Any]:

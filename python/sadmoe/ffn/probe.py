@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from sadmoe.ffn.activations import is_bare
 from sadmoe.ffn.dense import DenseFFN
 from sadmoe.ffn.linears import linear_shape
-from sadmoe.ffn.lookup import lookup
+from sadmoe.ffn.lookup import lookup, put
 from sadmoe.ffn.quiet import quiet
 from sadmoe.ffn.sites import FFNSite, Parts, site_of_parts
 from sadmoe.ffn.surgery import passthrough, put_back, take_apart
@@ -218,11 +218,13 @@ def _is_unused(scene: _Scene, x: Tensor, y: list[Tensor]) -> bool:
     if path is None or path in scene.parts.removed:
         return False
     old = lookup(scene.block, path)[2]
-    put_back(scene.block, {path: nn.Identity() if isinstance(old, nn.Module) else passthrough})
+    put(scene.block, path, nn.Identity() if isinstance(old, nn.Module) else passthrough)
     try:
         return _distance(_run(scene, x), y) == 0
+    except Exception:  # of a call that takes more than the activation's input
+        return False
     finally:
-        put_back(scene.block, {path: old})
+        put(scene.block, path, old)
 
 
 def _distance(a: list[Tensor], b: list[Tensor]) -> float:

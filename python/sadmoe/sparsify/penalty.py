@@ -36,6 +36,7 @@ from sadmoe.training.objective import Loss
 
 Penalty = Literal["hoyer", "l1"]
 FLOOR = 3e-8  # activations below it fade to none: root of the 1e-15 that the paper's code adds to sum a^2
+FURTHER = 64  # of the training batches, to find such as run every FFN
 SMALL = 0.01  # share of a token's largest |activation| below which a neuron counts as small
 
 
@@ -220,16 +221,18 @@ def measure_sparsity(
 def measure_first(
     model: nn.Module, batches: Batches, sites: Sequence[FFNSite], loss: Loss | None, least: int
 ) -> tuple[list[LayerSparsity], list[Batch]]:
-    """`measure_sparsity` over the first so many batches, which are given back, and as many again until every FFN has
-    run."""
+    """`measure_sparsity` over the first so many batches, and over such of the next ones, FURTHER times as many at most,
+    as run an FFN that had not run; these batches are given back."""
     taken: list[Batch] = []
     counts = {site.name: torch.zeros(3, dtype=torch.float64, device="cpu") for site in sites}
     stream = iter(batches)
-    while some := list(islice(stream, least)):
-        taken += some
-        for name, more in _count(model, some, sites, loss, False).items():
-            counts[name] += more
-        if all(pairs for pairs, *_ in counts.values()):
+    for _ in range(1 + FURTHER):
+        some = list(islice(stream, least))
+        found = _count(model, some, sites, loss, False)
+        if not taken or any(found[name][0] and not pairs for name, (pairs, *_) in counts.items()):
+            taken += some
+            counts = {name: count + found[name] for name, count in counts.items()}
+        if not some or all(pairs for pairs, *_ in counts.values()):
             break
     return _of_counts(sites, counts), taken
 

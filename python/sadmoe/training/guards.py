@@ -33,8 +33,11 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
 
 
 def put_in(tensor: Tensor, value: Tensor) -> None:
-    """Writes it where that changes anything: what several positions share (an expanded buffer) cannot be written."""
-    if not torch.equal(tensor, value):
+    """Writes it, but for a tensor of which positions share memory (an expanded buffer): no training can write that."""
+    strided = tensor.layout == torch.strided
+    if not (
+        strided and any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    ):
         tensor.copy_(value)
 
 

@@ -55,8 +55,8 @@ class Checkpoint:
 
 
 def check_checkpoint(checkpoint: Any) -> None:
-    """Raises TypeError unless it is a Checkpoint, or None; OSError where its folder cannot be written, which would be
-    told at the first save alone."""
+    """Raises TypeError unless it is a Checkpoint, or None; OSError where it is new and cannot be written, which the
+    first save would tell else."""
     if checkpoint is None:
         return
     if not isinstance(checkpoint, Checkpoint):
@@ -64,6 +64,8 @@ def check_checkpoint(checkpoint: Any) -> None:
             f"checkpoint must be a Checkpoint or None, got {checkpoint!r}: give Checkpoint(folder)"
         )
     folder = Path(checkpoint.folder).absolute()
+    if place()[0] != 0 or any(folder.glob("*.safetensors")):  # which writes nothing, or may only be read
+        return
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
         raise NotADirectoryError(f"checkpoint: {there} is no folder: give another one")
@@ -184,7 +186,7 @@ class Saver:
         tensors, state = found
         with torch.no_grad():
             for name, target in self._state().items():
-                put_in(target, tensors[f"weights.{name}"].to(target.device))
+                put_in(target, tensors[f"weights.{name}"])
         torch.clear_autocast_cache()  # an autocast around it keeps casts of what was there
         order = [p for group in self.optimizer.param_groups for p in group["params"]]
         names = {id(p): name for name, p in self.trained.items()}
