@@ -8,7 +8,7 @@ from weakref import ref
 
 from torch import nn
 
-# By id, what a config was copied from: that config is alive as long as its entry is.
+# By the id of a config: itself, and what it was copied from. An entry goes when its config does.
 _origins: dict[int, tuple[ref[Any], list[ref[Any]]]] = {}
 
 
