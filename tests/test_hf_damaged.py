@@ -131,13 +131,16 @@ def test_a_dense_checkpoint_is_not_converted_on_the_way_in(tmp_path):
         transformers.AutoModel.from_pretrained(tmp_path, quantization_config=config)
 
 
+class Other(SadmoeQuantizer.__base__):
+    """A quantizer of somebody else's."""
+
+    is_trainable = True
+
+    def is_serializable(self) -> bool:
+        return True
+
+
 def test_a_model_quantized_by_others_keeps_its_quantizer_and_says_so(caplog):
-    class Other(SadmoeQuantizer.__base__):
-        is_trainable = True
-
-        def is_serializable(self) -> bool:
-            return True
-
     model = converted("bert")
     model.hf_quantizer = Other(SadmoeConfig({"x": {}}))
     sadmoe.hf.describe_to_transformers(model)
@@ -147,13 +150,7 @@ def test_a_model_quantized_by_others_keeps_its_quantizer_and_says_so(caplog):
     )
 
 
-def test_what_others_say_in_a_config_that_parts_share_stays(caplog):
-    class Other(SadmoeQuantizer.__base__):
-        is_trainable = True
-
-        def is_serializable(self) -> bool:
-            return True
-
+def test_what_others_say_in_a_config_that_parts_share_stays():
     model = converted("llama")
     theirs = transformers.BitsAndBytesConfig(load_in_8bit=True)
     model.hf_quantizer, model.config.quantization_config = Other(theirs), theirs
