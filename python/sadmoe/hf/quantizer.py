@@ -78,14 +78,14 @@ class SadmoeQuantizer(HfQuantizer):
     A model that has it is not quantized in any other sense: it trains, casts, compiles and moves as before.
     """
 
-    requires_calibration = (
-        True  # a dense checkpoint cannot be converted on the way in: convert_ needs batches
-    )
-    is_trainable = (
-        True  # experts are plain parameters; but experts in int8, and routers, see fit_routers_, stay
-    )
-    is_qat_trainable = True  # else Trainer would ask for adapters
-    is_compileable = True  # the ops have no graph break
+    # So a dense checkpoint cannot be converted on the way in: convert_ needs batches.
+    requires_calibration = True
+    # Experts are plain parameters; experts in int8, and routers, which `fit_routers_` trains, stay.
+    is_trainable = True
+    # Else Trainer would ask for adapters.
+    is_qat_trainable = True
+    # The ops have no graph break.
+    is_compileable = True
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Yes: plain tensors, and what config.json says."""

@@ -34,10 +34,8 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
 
 def put_in(tensor: Tensor, value: Tensor) -> None:
     """Writes it, but for a tensor of which positions share memory (an expanded buffer): no training can write that."""
-    strided = tensor.layout == torch.strided
-    if not (
-        strided and any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    ):
+    steps = tensor.stride() if tensor.layout == torch.strided else ()
+    if all(n <= 1 or step for n, step in zip(tensor.shape, steps, strict=False)):
         tensor.copy_(value)
 
 
