@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import sadmoe
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
@@ -543,43 +542,6 @@ def test_an_mlp_of_attention_with_another_activation_says_which():
     mlp.act = nn.Hardswish()
     with pytest.raises(NotImplementedError, match=r"its activation, act \(Hardswish\), is none of"):
         find_ffns(nn.Sequential(mlp))
-
-
-class Unused(nn.Module):
-    """Has its activation as a module, and calls it as a function."""
-
-    def __init__(self):
-        super().__init__()
-        self.expand, self.act, self.contract = nn.Linear(24, 60), nn.GELU(), nn.Linear(60, 24)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.contract(F.gelu(self.expand(x)))
-
-
-def test_an_activation_that_forward_does_not_use_cannot_be_swapped():
-    model = nn.Sequential(Unused())
-    (site,) = find_ffns(model)
-    assert site.act == "gelu"
-    assert isinstance(model[0].act, nn.GELU)
-    with pytest.raises(NotImplementedError, match="is a function called in forward"):
-        sadmoe.sparsify_(model, [torch.randn(4, 24)], sadmoe.SparsifyConfig(steps=1), progress=False)
-
-
-class InPlace(Unused):
-    """Calls its activation with more than the input."""
-
-    def __init__(self):
-        super().__init__()
-        del self.act
-        self.act = F.relu
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.contract(self.act(self.expand(x), inplace=True))
-
-
-def test_an_activation_may_take_more_than_its_input():
-    (site,) = find_ffns(nn.Sequential(InPlace()))
-    assert (site.act, site.parts.activation) == ("relu", "act")
 
 
 def test_weights_that_are_computed_are_not_asked_for():

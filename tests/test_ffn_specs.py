@@ -13,13 +13,12 @@ from sadmoe.ffn import (
     site_from_spec,
     site_of,
     spec,
-    swap_activations_,
     swap_in,
     swap_out,
 )
 from sadmoe.layer import DynamicKMoE
 from sites import assert_close, assert_same_state, slots_of, state
-from tiny_models import F_, TINY, D, UserFFN, call
+from tiny_models import D, UserFFN
 from torch import nn
 
 
@@ -130,52 +129,3 @@ def test_a_damaged_or_foreign_spec_is_refused(change: dict[str, Any], message: s
         site_from_spec(model, "0", good | change)
     with pytest.raises(ValueError, match="spec must be a dict"):
         site_from_spec(model, "0", [good])
-
-
-@pytest.mark.parametrize("name", ["bert", "gpt2", "vit", "t5 v1.1", "gemma", "albert"])
-def test_config_follows_so_that_a_saved_dense_model_reloads_alike(name: str, tmp_path: Any):
-    tiny = TINY[name]
-    model = tiny.model()
-    model.save_pretrained(tmp_path)
-    before = model.config.to_json_string()
-    undo = swap_activations_(model, find_ffns(model))
-    expected = call(model, tiny.batch())
-    model.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path).eval()
-    assert {site.act for site in find_ffns(loaded)} == {"relu"}
-    assert torch.equal(call(loaded, tiny.batch()), expected)
-    undo()
-    assert model.config.to_json_string() == before
-
-
-def test_t5_config_tells_the_gelus_apart(tmp_path: Any):
-    model = TINY["t5 v1.1"].model()
-    swap_activations_(model, find_ffns(model), "gelu")
-    model.save_pretrained(tmp_path)
-    assert {site.act for site in find_ffns(type(model).from_pretrained(tmp_path))} == {"gelu"}
-
-
-def test_config_stays_where_something_else_uses_its_activation(caplog: pytest.LogCaptureFixture):
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": D, "intermediate_size": F_, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=50, **sizes))
-    undo = swap_activations_(model, find_ffns(model))
-    assert model.config.hidden_act == "gelu"
-    assert (
-        "the config keeps hidden_act=gelu, as cls.predictions.transform.transform_act_fn uses it too"
-        in caplog.text
-    )
-    undo()
-    caplog.clear()
-    model = TINY["bert"].model()
-    swap_activations_(model, find_ffns(model, filter=lambda name: "layer.0" in name))
-    assert model.config.hidden_act == "gelu"
-    assert "encoder.layer.1.intermediate.intermediate_act_fn uses it too" in caplog.text
-
-
-def test_swap_wants_an_activation_it_knows():
-    model = nn.Sequential(UserFFN(nn.GELU()))
-    with pytest.raises(
-        ValueError, match="act must be one of relu, gelu, gelu_tanh, silu, quick_gelu, relu2, got 'mish'"
-    ):
-        swap_activations_(model, find_ffns(model), "mish")
