@@ -14,7 +14,7 @@ struct Pairs {
   static constexpr int width = 32, sums = 16;
   static constexpr int project_rows = 6, project_columns = 4;       // 24 sums, 6 rows, 1 weight
   static constexpr int accumulate_rows = 6, accumulate_groups = 2;  // 24 sums, 4 weights, 1 pair of activations
-  static constexpr int copied = 8192, held = 16, held_neurons = 16;
+  static constexpr int copied = 8192, held = 24, held_neurons = 16;
   static constexpr int fetched = Vec::fetched;
 
   __m512i v;
