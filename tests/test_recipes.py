@@ -17,11 +17,14 @@ sys.path.append(str(Path(__file__).parent.parent / "bench/recipes"))
 
 import moefication
 import picture
+import pruning
 import recipe
 from results import Saved, best, kept_by, panels, times_faster, working_tau
 from run import CPU, GPU, Effort, Run, from_command_line
 from run import TINY as TINY_EFFORT
 from sadmoe import Checkpoint, DynamicK, FinetuneConfig
+from sadmoe.demo.rows import added_to, masked
+from sadmoe.ffn import find_ffns
 from sadmoe.model_report import layer_heat
 from sadmoe.modules import evaluating
 from workload import Dense, Point, Workload, error_of_ratio, sweep
@@ -83,7 +86,7 @@ def test_a_recipe_goes_on_after_a_failure_tells_all_of_it_and_is_not_trained_twi
     def fails(*args):
         raise RuntimeError("out of memory")
 
-    run = partial(replace, start(tmp_path), bf16=True)
+    run = partial(replace, start(tmp_path), bf16=True, effort=replace(MICRO, pruned=(0.5,)))
     with monkeypatch.context() as broken:
         broken.setattr(recipe, "moefied", fails)
         with pytest.raises(RuntimeError, match="out of memory"):
@@ -93,14 +96,15 @@ def test_a_recipe_goes_on_after_a_failure_tells_all_of_it_and_is_not_trained_twi
     untrained = ("no fine-tuning, " + name for name in ("FFNs only, s = 4", "static top-k", "oracle gate"))
     in_bf16 = ("in bf16: dense", "in bf16: dynamic k, s = 4")
     ours = ("sadmoe, dynamic k, s = 4", *in_bf16, *same, "fine-tuned with static top-k")
-    assert list(before) == [*ours, *untrained]
+    narrow = ("pruned, 50% of the neurons", "in bf16: pruned, 50% of the neurons")
+    assert list(before) == [*ours, *narrow, *untrained]
     assert (tmp_path / "tiny-micro.png").exists()
     assert "the same, oracle gate" in (tmp_path / "tiny-micro.html").read_text()
 
     recipe.run_recipe(workload(), run())
     found = json.loads((tmp_path / "tiny-micro.json").read_text())
     assert found["dense"] == 1
-    assert len(found["curves"]) == 12
+    assert len(found["curves"]) == 14
     assert before.items() <= found["curves"].items(), "what was measured is kept"
     assert found["samples"] == {"train": 8, "picks": 2, "tests": 2}
     assert found["dense_on_picks"] == 1
@@ -116,7 +120,11 @@ def test_a_recipe_goes_on_after_a_failure_tells_all_of_it_and_is_not_trained_twi
     assert rounded[0]["metric"] == pytest.approx(ours[0]["metric"], rel=0.1)  # every expert on
     assert rounded[0]["metric"] != ours[0]["metric"]
     drawn = {series.name: list(series.y) for series in picture.panel(found).series}
+    (pruned,), (pruned_in_bf16,) = (found["curves"][name] for name in narrow)
+    assert pruned["share"] == 0.5
+    assert 0.5 < pruned["flops"] == pruned_in_bf16["flops"] < 1
     in_both = {"dense, bf16": [dense], "converted, fp32": ours, "converted, bf16": rounded}
+    in_both |= {"pruned, fp32": [pruned], "pruned, bf16": [pruned_in_bf16]}
     assert drawn == {"dense, fp32": [1], **{k: [p["metric"] for p in ps] for k, ps in in_both.items()}}
     assert [point["setting"] for point in ours] == ["tau 0", "tau 0.1", "tau 1"]
     assert ours[0]["flops"] == 1 > ours[2]["flops"]
@@ -152,6 +160,24 @@ def test_a_recipe_goes_on_after_a_failure_tells_all_of_it_and_is_not_trained_twi
     swapped = workload()
     swapped.picks, swapped.tests = swapped.tests, swapped.picks
     assert Saved(swapped, start(tmp_path)).get(name, curve["of"]) is None
+
+
+def test_a_pruned_model_has_the_neurons_that_add_most(monkeypatch):
+    monkeypatch.setattr(pruning, "MULTIPLE", 2)
+    dense, data = TINY["bert classifier"].model(), batches(2, 3)
+    sites, sums = find_ffns(dense), {}
+    with evaluating(dense), masked(sites, added_to(sums)):
+        for batch in data:
+            dense(**batch)
+    count = 12  # of 60
+    least = {name: mean.topk(count).values.min() for name, mean in sums.items()}
+    with evaluating(dense), masked(sites, lambda c, site: (sums[site.name] >= least[site.name]).expand_as(c)):
+        wanted = dense(**data[0]).logits
+
+    narrow = pruning.pruned(dense, data, 0.2).eval()
+    torch.testing.assert_close(narrow(**data[0]).logits, wanted)
+    ffn = narrow.bert.encoder.layer[1]
+    assert (ffn.intermediate.dense.out_features, ffn.output.dense.in_features) == (count, count)
 
 
 @pytest.mark.slow

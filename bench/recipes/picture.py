@@ -14,15 +14,21 @@ SHOWN = {
     "sadmoe, dynamic k": "converted, fp32",
     "in bf16: dense": "dense, bf16",
     "in bf16: dynamic k": "converted, bf16",
+    "pruned": "pruned, fp32",
+    "in bf16: pruned": "pruned, bf16",
 }
 
 
 def panel(found: dict[str, Any]) -> Panel:
-    """The dense model, and of each curve shown, in the first size of experts, the points that were timed."""
+    """The dense model, and of each curve shown, in the first size of experts, the points that were timed; pruned
+    models, where there are any."""
     series = [Series("dense, fp32", [1.0], [found["dense"]], line=False)]
     for begin, name in SHOWN.items():
-        curve = next(points for method, points in found["curves"].items() if method.startswith(begin))
-        timed = [point for point in curve if point["gains"]]
+        curves = [points for method, points in found["curves"].items() if method.startswith(begin)]
+        some = curves if "pruned" in begin else curves[:1]  # a curve a width; else the first size of experts
+        timed = [point for points in some for point in points if point["gains"]]
+        if not timed:
+            continue
         gains = [next(iter(point["gains"].values())) for point in timed]
         series.append(Series(name, gains, [point["metric"] for point in timed], line=len(timed) > 1))
     return Panel(found["title"], "times faster than dense in fp32", found["metric"], series)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from moefication import moefied
+from pruning import pruned
 from results import Results
 from run import Run
 from sadmoe import (
@@ -36,11 +37,12 @@ from sadmoe import (
     sparsify_,
 )
 from sadmoe.budget import LAYERS, ROUTED
+from sadmoe.ffn import find_ffns
 from sadmoe.gates import Gate
 from sadmoe.mixed import fast_training
 from sadmoe.modules import mode
 from sadmoe.training.loop import train
-from sadmoe.training.objective import task
+from sadmoe.training.objective import distill_hidden, task
 from sadmoe.training.resume import Kept
 from torch import nn
 from workload import Workload, controls, in_bf16
@@ -180,6 +182,21 @@ class Recipe:
             checkpoint = run.checkpoint(f"MoEfication s{size}")
             return moefied(sparse, self.fitted, size, effort.routers, effort.tokens, checkpoint, run.seed)
 
+    def pruned(self, sparse: nn.Module, share: float) -> nn.Module:
+        """The sparse model with that share of its neurons, the same for every token, fine-tuned for as long as ours
+        after `sparse`."""
+        work, run, step = self.work, self.run, f"pruned to {share:.1%}"
+        model = pruned(sparse, self.fitted, share)
+        config = SparsifyConfig(seconds=self.effort.layers + self.effort.routed, alpha=0.0, seed=run.seed)
+        with run.stage(step), fast_training(model, work.dense), mode(work.dense, train=False):
+            objective = distill_hidden(model, work.dense, find_ffns(sparse), work.output_loss)  # the same paths
+            kept = Kept(run.checkpoint(step), "training", {})
+            train(
+                model, work.train, config, objective, lambda batch: torch.zeros(()), progress=True, kept=kept
+            )
+        model.zero_grad(set_to_none=True)
+        return model.eval()
+
     def tuned(self, moefied: nn.Module) -> nn.Module:
         """MoEfication's own calibration, for as long as ours trains after `sparse`, and by as many experts."""
         seconds, share = self.effort.layers + self.effort.routed, self.share[self.run.sizes[0]]
@@ -224,6 +241,12 @@ def run_recipe(work: Workload, run: Run) -> None:
     results.add("the same, oracle gate", model, oracle)
     results.add("fine-tuned with static top-k", recipe.static(converted, ours), static, timed=True)
     del converted, model
+    for share in effort.pruned:
+        gate: list[tuple[str, Gate]] = [(f"{share:.0%} of the neurons", TopK(round(1000 * share)))]
+        narrow = recipe.pruned(sparse, share)
+        results.add(f"pruned, {share:.0%} of the neurons", narrow, gate, timed=True)
+        if run.bf16:
+            results.add(f"in bf16: pruned, {share:.0%} of the neurons", in_bf16(narrow), gate, timed=True)
     untrained = recipe.untrained(ours)
     results.add(f"no fine-tuning, FFNs only, s = {ours}", untrained, dynamic, timed=True)
     results.add("no fine-tuning, static top-k", untrained, static)

@@ -33,11 +33,13 @@ class Effort:
     taus: tuple[float, ...] = (0.0, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55)
     # Of the experts, for static top-k.
     shares: tuple[float, ...] = (0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)
+    pruned: tuple[float, ...] = ()  # of the neurons, each a model of its own, trained for as long as ours
 
     def training(self, sizes: int) -> float:
-        """Seconds of training alone, for so many expert sizes, a static k, and MoEfication where it is fine-tuned."""
-        ours = self.task + self.sparsify + sizes * (self.layers + self.routed) + self.routed
-        return ours if self.sparsify else ours + self.layers + self.routed
+        """Seconds of training alone, for so many expert sizes, a static k, pruned models, and MoEfication where it is
+        fine-tuned."""
+        tuned = sizes + len(self.pruned) + (not self.sparsify)
+        return self.task + self.sparsify + tuned * (self.layers + self.routed) + self.routed
 
     def longer(self, factor: float) -> "Effort":
         """The same work with that many times the seconds of training."""
@@ -124,6 +126,7 @@ def from_command_line(
     add("--sizes", type=int, nargs="+", default=sizes, help="neurons in an expert; the first is ours")
     add("--untrained", action="store_true", help="only what has nothing fine-tuned but routers")
     add("--bf16", action="store_true", help="dense and ours in bfloat16, too, beside dense in float32")
+    add("--pruned", type=float, nargs="+", default=(), help="shares of the neurons to prune to, beside ours")
     add("--seed", type=int, default=0, help="of all that is random (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, default=torch.get_num_threads())
@@ -134,8 +137,12 @@ def from_command_line(
         parser.error(f"argument --sizes: expected different numbers above 0, got {args.sizes}; try 8 32")
     if args.bf16 and args.untrained:
         parser.error("argument --bf16: is of models that were fine-tuned; leave out --untrained")
+    if args.pruned and args.untrained:
+        parser.error("argument --pruned: is of models that were fine-tuned; leave out --untrained")
+    if not all(0 < share < 1 for share in args.pruned):
+        parser.error(f"argument --pruned: expected numbers between 0 and 1, got {args.pruned}; try 0.3 0.2")
     torch.set_num_threads(args.threads)
-    asked = efforts[args.effort].longer(args.longer)
+    asked = replace(efforts[args.effort].longer(args.longer), pruned=tuple(args.pruned))
     seconds = asked.task if args.untrained else asked.training(len(args.sizes))
     print(f"{name}, effort {args.effort}: {seconds:.0f} s of training, and its measurements")
     longer = "" if args.longer == 1 else f"-x{args.longer:g}"

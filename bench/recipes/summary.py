@@ -23,6 +23,7 @@ GROUPS = {  # columns of the short table, by how the names of their methods begi
     "dynamic k": "sadmoe, dynamic k",
     "static top-k": "the same, static top-k",
     "tuned static": "fine-tuned with static top-k",
+    "pruned": "pruned",
     "oracle": "the same, oracle gate",
     "no fine-tuning": "no fine-tuning, FFNs only",
     "MoEfication": "MoEfication",

@@ -75,17 +75,18 @@ class Workload:
             return self.metric(outputs())
 
     def dense_values(self) -> "Dense":
-        """The metric of the dense model."""
-        rights: list[Tensor] = []
-        on_tests = self.value(self.dense, self.tests, rights=rights)
-        return Dense(self.value(self.dense, self.picks), on_tests, rights)
+        """The metric of the dense model, and its FLOPs."""
+        rights, count = list[Tensor](), FlopCount(self.dense)
+        on_tests = self.value(self.dense, self.tests, lambda batch: count, rights)
+        return Dense(self.value(self.dense, self.picks), on_tests, count.flops, rights)
 
 
 class Dense(NamedTuple):
-    """The metric of the dense model, on both. rights: see `Workload.value`, of the tests."""
+    """The metric of the dense model, on both. flops, and rights, see `Workload.value`: of the tests."""
 
     picks: float
     tests: float
+    flops: int = 0
     rights: Sequence[Tensor] = ()
 
 
@@ -131,7 +132,7 @@ def sweep(
             )
         if prepare is not None:
             prepare(model)
-        point = measured(work, model, setting, dense)
+        point = measured(work, model, setting, dense, gate.k / 1000 if isinstance(gate, TopK) else 1.0)
         for name, call in work.timers.items() if timed and point.kept >= OF_USE else ():
             with evaluating(model):
                 both = {"dense": partial(call, work.dense), "ours": partial(call, model)}
@@ -152,10 +153,10 @@ def sweep(
     return points
 
 
-def measured(work: Workload, model: nn.Module, setting: str, dense: Dense) -> Point:
-    """Cost and metric of the model as its gates stand, or of one in which nothing is converted."""
+def measured(work: Workload, model: nn.Module, setting: str, dense: Dense, width: float = 1.0) -> Point:
+    """Cost and metric of the model as its gates stand, or of one in which nothing is converted, but FFNs may have that
+    share of their neurons alone."""
     count, samples, rights = FlopCount(model), sum(map(samples_in, work.tests)), list[Tensor]()
-    shares = {"share": 1.0, "spread": 0.0, "ffn_flops": 1.0, "flops": 1.0}
     if moe_layers(model):
         with record_masks(model) as record:
 
@@ -174,7 +175,8 @@ def measured(work: Workload, model: nn.Module, setting: str, dense: Dense) -> Po
             "flops": report.of_dense,
         }
     else:
-        value = work.value(model, work.tests, rights=rights)
+        value = work.value(model, work.tests, lambda batch: count, rights)
+        shares = {"share": width, "spread": 0.0, "ffn_flops": width, "flops": count.flops / dense.flops}
     kept, picked = work.kept(value, dense.tests), work.kept(work.value(model, work.picks), dense.picks)
     error = error_of_ratio(torch.cat(rights), torch.cat(tuple(dense.rights))) if rights else None
     return Point(setting, metric=value, kept=kept, picked=picked, error=error, **shares)
