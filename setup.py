@@ -5,6 +5,7 @@ SADMOE_TORCH_DIR, MAX_JOBS.
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,12 +21,22 @@ sys.path.insert(0, str(ROOT / "cmake"))
 from find_torch import required_torch  # noqa: E402
 
 
-def _tool(name: str) -> str:
-    # Beside this Python too: its environment need not be activated.
-    found = shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
-    if found is None:
-        sys.exit(f"sadmoe: {name} was not found. pip install {name}, or let pip build in isolation.")
-    return found
+def _tool(name: str, oldest: tuple[int, ...] = ()) -> str:
+    """On PATH, or beside this Python, whose environment need not be activated."""
+    places = (None, sysconfig.get_path("scripts"))
+    found = [path for path in (shutil.which(name, path=place) for place in places) if path]
+    for path in found:
+        if _version_of(path) >= oldest:
+            return path
+    wanted = ".".join(map(str, oldest))
+    told = f"is older than {wanted}: {', '.join(found)}" if found else "was not found"
+    sys.exit(f"sadmoe: {name} {told}. pip install {name}, or let pip build in isolation.")
+
+
+def _version_of(path: str) -> tuple[int, ...]:
+    told = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    numbers = re.search(r"(\d+)\.(\d+)", told)
+    return tuple(map(int, numbers.groups())) if numbers else ()
 
 
 def _environment() -> dict[str, str]:
@@ -51,7 +62,8 @@ class CMakeBuild(build_ext):
     """One configure, build and install of the CMake project for all extensions."""
 
     def run(self) -> None:
-        if not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")))):
+        named = shlex.split(os.environ.get("CXX", ""))[:1]  # without its arguments
+        if not any(map(shutil.which, [*named, "c++", "g++", "clang++"])):
             sys.exit(
                 "sadmoe: no C++ compiler was found. Install g++ (Debian: apt-get install g++) or set CXX."
             )
@@ -65,7 +77,7 @@ class CMakeBuild(build_ext):
         out = ROOT / "python/sadmoe" if inplace else Path(self.build_lib).resolve() / "sadmoe"
         build = Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
-        cmake, env = _tool("cmake"), _environment()
+        cmake, env = _tool("cmake", oldest=(3, 24)), _environment()
         configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
         configure += [f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", f"-DCMAKE_INSTALL_PREFIX={out}"]
         configure += [f"-DPython3_EXECUTABLE={sys.executable}", f"-DSADMOE_TORCH_DIR={required_torch()}"]

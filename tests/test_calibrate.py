@@ -297,3 +297,15 @@ def test_every_pass_is_over_the_same_data_whatever_was_drawn_before(model, batch
         assert torch.equal(torch.get_rng_state(), before)
     assert found[0] == found[1]
     assert len({tuple(dict.fromkeys(one)) for one in passes if one}) == 1
+
+
+def test_batches_that_are_used_up_while_tau_is_searched_are_told_as_such(model, batches):
+    class Twice:
+        left = 2
+
+        def __iter__(self):
+            self.left -= 1
+            return iter(batches if self.left >= 0 else [])
+
+    with pytest.raises(ValueError, match="batches gave nothing when they were gone through again"):
+        calibrate_(model, Twice(), budget=0.5)

@@ -174,3 +174,15 @@ def test_an_ffn_that_is_called_as_no_layer_can_be_leaves_the_model_as_it_was():
     with pytest.raises(NotImplementedError, match=r"does not run with MoE layers.*TypeError.*filter="):
         convert(model, [rows()])
     assert fingerprint(model) == before
+
+
+def test_a_layer_alone_cannot_be_restored():
+    model, batches = model_and_batches("user glu")
+    convert(model, batches, tau=0.3)
+    (layer, *_) = moe_layers(model).values()
+    before = fingerprint(model)
+    with pytest.raises(
+        ValueError, match=r"this is the MoE layer itself.*: give the model that it is part of"
+    ):
+        restore_(layer)
+    assert fingerprint(model) == before

@@ -12,6 +12,7 @@ from sadmoe.ffn import (
     moe_layers,
     scan_ffns,
     site_from_spec,
+    site_of,
     spec,
     swap_activations_,
     swap_in,
@@ -135,9 +136,19 @@ def test_hidden_dropout_that_is_called_as_a_function_goes_too():
         swap_in(model, site, layer_from_dense(site.dense(), slots_of(site), 6, 4))
     assert block.activation_dropout == 0.0
     assert_close(call(block.train(), (hidden(), None)), dense)
+    specs = {name: spec(site_of(layer)) for name, layer in moe_layers(model).items()}
     for name in list(moe_layers(model)):
         swap_out(model, name)
     assert block.activation_dropout == 0.5
+
+    block.activation_dropout = 0  # as a config may say it
+    for name, found in specs.items():
+        site = site_from_spec(model, name, found)
+        swap_in(model, site, layer_from_dense(site.dense(), slots_of(site), 6, 4))
+    assert_close(call(block.train(), (hidden(), None)), dense)
+    for name in list(moe_layers(model)):
+        swap_out(model, name)
+    assert block.activation_dropout == 0
 
 
 class OneProbability(nn.Module):
@@ -415,3 +426,13 @@ def test_torch_layer_swapped_to_relu_takes_the_fast_path_of_relu():
     assert_close(fast, model(hidden()))
     undo()
     assert model[0].activation_relu_or_gelu == 2
+
+
+def test_an_ffn_that_tells_its_own_sizes_keeps_its_activation():
+    class Sized(UserFFN):
+        def __init__(self):
+            super().__init__(nn.GELU())
+            self.in_features = self.out_features = D
+
+    (site,) = find_ffns(nn.Sequential(nn.LayerNorm(D), Sized()))
+    assert (site.act, site.parts.activation) == ("gelu", "nonlinearity")

@@ -14,6 +14,7 @@ from sadmoe.ffn import (
     find_ffns,
     layer_from_dense,
     overlooked,
+    probe,
     scan_ffns,
     site_from_spec,
     spec,
@@ -549,3 +550,12 @@ def test_weights_that_are_computed_are_not_asked_for():
     before = state(model)
     find_ffns(model)
     assert_same_state(state(model), before)
+
+
+def test_a_lack_of_memory_is_no_reason_against_an_ffn(monkeypatch):
+    def lacks(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(probe, "_run", lacks)
+    with pytest.raises(torch.OutOfMemoryError):
+        scan_ffns(nn.Sequential(UserFFN()))

@@ -6,6 +6,7 @@ from sadmoe.inputs import held_out_and_batches, stream_inputs
 from sites import collected, first_modules
 from tiny_models import SIZES, TINY, WAVES, call
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 
 class Rows(nn.Module):
@@ -90,6 +91,32 @@ def test_sites_that_do_not_fit_together_take_another_pass(max_bytes, passes):
     assert model.calls == 2 * passes
     assert set(inputs) == {"a", "b"}
     assert torch.equal(inputs["b"], 2 * inputs["a"])
+
+
+def test_a_loader_that_shuffles_gives_every_pass_the_same():
+    model = Rows()
+    data = DataLoader(torch.cat(numbered(60)), batch_size=7, shuffle=True)
+    inputs = [
+        dict(stream_inputs(model, model.sites("a", "b"), data, max_tokens=10, max_bytes=most))
+        for most in (2**20, 1)
+    ]
+    for name in ("a", "b"):
+        assert torch.equal(inputs[0][name], inputs[1][name])
+    assert torch.equal(inputs[1]["b"], 2 * inputs[1]["a"])
+
+
+def test_batches_that_are_used_up_after_a_pass_are_told_as_such():
+    class Once(IterableDataset):
+        left = iter(numbered(4, 4))
+
+        def __iter__(self):
+            return self.left
+
+    model, data = Rows(), DataLoader(Once(), batch_size=None)
+    with pytest.raises(
+        ValueError, match="batches gave nothing when they were gone through again: pass a list"
+    ):
+        dict(stream_inputs(model, model.sites("a", "b"), data, max_tokens=9, max_bytes=1))
 
 
 def test_the_model_is_left_as_it_was():

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PYTHON = ROOT / "python/sadmoe"
 ROOMS = [  # a room imports only rooms above it
-    {"reference", "tables", "files", "outputs", "checks", "hooks", "modules", "undo"},
+    {"reference", "tables", "files", "outputs", "checks", "hooks", "modules", "randomness", "undo"},
     {"forward"},
     {"passes", "ops", "_partition"},
     {"gates", "crossover", "timing"},

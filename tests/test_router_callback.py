@@ -163,3 +163,17 @@ def test_a_pass_that_fails_leaves_gradients_gates_and_modes(tmp_path, error):
     trainer.train()  # the same run again
     assert callback.last is not None
     assert [p.requires_grad for p in model.parameters()] == asked
+
+
+def test_an_optimizer_without_the_routers_is_refused(tmp_path):
+    model = routed_model()
+    asked = [p for p in model.parameters() if p.requires_grad]
+    trainer = routed(tmp_path, [RouterCallback()], model)
+    trainer.optimizer = torch.optim.SGD(asked, lr=1e-2)
+    with pytest.raises(ValueError, match=r"optimizer does not have all routers.*make it after the Trainer"):
+        trainer.train()
+    model = routed_model()
+    trainer = routed(tmp_path, [RouterCallback()], model)
+    trainer.optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    trainer.train()
+    assert len(states_differ(model, routed_model())) == 4

@@ -3,9 +3,10 @@
 import pytest
 import sadmoe
 import torch
-from converted import converted
+from converted import converted, random_layer, random_rows
 from sadmoe import moe_layers
 from tiny_models import TINY, call, tokens
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("transformers")
@@ -208,3 +209,23 @@ def test_routers_that_no_pass_reached_predict_what_they_did():
         routers()
     powers = {name.split(".")[0]: m.router.target_power for name, m in moe_layers(model).items()}
     assert powers == {"encoder": 0.5, "decoder": 1.0}
+
+
+def test_what_entered_a_layer_is_kept_though_the_model_writes_over_it():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ffn = random_layer()
+
+        def forward(self, x):
+            y = 1 * x
+            y += self.ffn(y)
+            return y
+
+    model, rows = InPlace(), random_rows(40)
+    with sadmoe.RouterLoss(model) as in_place, torch.no_grad():
+        model(rows)
+        found = in_place()
+    with sadmoe.RouterLoss(model.ffn) as alone, torch.no_grad():
+        model.ffn(rows)
+        assert torch.equal(found, alone())

@@ -15,6 +15,7 @@ from sites import collected
 from states import state
 from tiny_models import TINY
 from torch import nn
+from torch.nn.utils import prune
 
 QUICK = RouterConfig(width=32, steps=200, batch_tokens=128, lr=0.01)
 
@@ -406,3 +407,15 @@ def test_inputs_may_be_in_double_precision():
     layer, rows = layer_of(), random_rows(60)
     wanted, config = copy.deepcopy(layer), RouterConfig(width=32, steps=3)
     assert fit_router_(layer, rows.double(), config) == fit_router_(wanted, rows, config)
+
+
+def test_routers_that_are_made_of_other_tensors_are_not_fitted():
+    model = converted("bert")
+    name, layer = next(iter(converted_layers(model).items()))
+    prune.l1_unstructured(layer.router, "v1", 0.2)
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"{name}.router.v1 is made of other tensors.*prune.remove"):
+        fit_routers_(model, [TINY["bert"].batch()], RouterConfig(steps=2))
+    with pytest.raises(ValueError, match=r"the layer.router.v1 is made of other tensors"):
+        fit_router_(layer, random_rows(9))
+    assert all(torch.equal(layer.state_dict()[key], value) for key, value in before.items())

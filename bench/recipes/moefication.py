@@ -13,8 +13,8 @@ from sadmoe import Checkpoint, ConvertConfig, RouterConfig, SparsifyConfig, conv
 from sadmoe.batches import Batches
 from sadmoe.inputs import held_out_and_batches, stream_inputs
 from sadmoe.layer import DynamicKMoE
+from sadmoe.randomness import seeded
 from sadmoe.reference import linear_of_experts
-from sadmoe.training.guards import seeded
 from sadmoe.training.loop import train
 from sadmoe.training.resume import Kept
 from torch import Tensor, nn

@@ -1,6 +1,6 @@
 """README's picture: of runs with --bf16, the metric over times faster than dense in float32, a panel a run.
 
-python bench/recipes/picture.py bench/results/w3-zen4.json bench/results/w1-zen4.json --out bench/results/bf16-zen4.png
+R=bench/results; python bench/recipes/picture.py $R/w3-zen5.json $R/w3-zen4.json $R/w1-zen4.json --out $R/bf16.png
 """
 
 import argparse
@@ -31,7 +31,8 @@ def panel(found: dict[str, Any]) -> Panel:
             continue
         gains = [next(iter(point["gains"].values())) for point in timed]
         series.append(Series(name, gains, [point["metric"] for point in timed], line=len(timed) > 1))
-    return Panel(found["title"], "times faster than dense in fp32", found["metric"], series)
+    heading = f"{found['title']}\n{found['machine'].partition('), ')[0]})"
+    return Panel(heading, "times faster than dense in fp32", found["metric"], series)
 
 
 def main() -> None:
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     found = [json.loads(path.read_text()) for path in args.files]
-    plot_curves(args.out, [panel(one) for one in found], found[0]["machine"])
+    plot_curves(args.out, [panel(one) for one in found], "The metric over wall time, two threads")
 
 
 if __name__ == "__main__":

@@ -189,7 +189,9 @@ class Recipe:
         model = pruned(sparse, self.fitted, share)
         config = SparsifyConfig(seconds=self.effort.layers + self.effort.routed, alpha=0.0, seed=run.seed)
         with run.stage(step), fast_training(model, work.dense), mode(work.dense, train=False):
-            objective = distill_hidden(model, work.dense, find_ffns(sparse), work.output_loss)  # the same paths
+            objective = distill_hidden(
+                model, work.dense, find_ffns(sparse), work.output_loss
+            )  # the same paths
             kept = Kept(run.checkpoint(step), "training", {})
             train(
                 model, work.train, config, objective, lambda batch: torch.zeros(()), progress=True, kept=kept

@@ -151,30 +151,16 @@ inline bool is_packed(const Tensor& w) {
   return !w.is_contiguous() && w.stride(1) == 1 && w.stride(2) == s && (E == 1 || w.stride(0) == s * d);
 }
 
-// torch's number of a dtype of results.
-inline int32_t code_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return aoti_torch_dtype_float32();
-    case ScalarType::Int:
-      return aoti_torch_dtype_int32();
-    case ScalarType::Bool:
-      return aoti_torch_dtype_bool();
-    default:
-      throw std::logic_error("sadmoe: code_of: no result has this dtype");
-  }
-}
-
-// Uninitialised, on x's device, of x's dtype or float32, int32 or bool: as torch::stable::new_empty, but not through the
-// dispatcher.
-inline Tensor empty_beside(const Tensor& x, const std::vector<int64_t>& sizes, std::optional<ScalarType> dtype = std::nullopt) {
+// Uninitialised, on x's device, of x's dtype or the one that a function such as aoti_torch_dtype_bool names: as
+// torch::stable::new_empty, but not through the dispatcher.
+inline Tensor empty_beside(const Tensor& x, const std::vector<int64_t>& sizes, int32_t (*dtype)() = nullptr) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
   const int32_t type = device_type_of(x);
   int32_t index, code;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &code));
-  if (dtype) code = code_of(*dtype);
+  if (dtype) code = dtype();
   AtenTensorHandle made;
   if (aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), code, type, index, &made) != AOTI_TORCH_SUCCESS)
     no_memory(type, sizes);

@@ -65,9 +65,10 @@ class OnDevice {
   static std::string name_of(const Tensor& t) { return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "the CPU"; }
 
   static int32_t checked_index(const Arguments& arguments, const Tensor& x, const char* name) {
-    for (const Argument& a : arguments.all())
-      check(name_of(a.tensor) == name_of(x), arguments.op(), "all tensors must be on one device: ", a.name, " is on ",
-            name_of(a.tensor), ", ", name, " on ", name_of(x));
+    for (const auto& [of, tensor] : arguments.all())
+      if (tensor.is_cuda() != x.is_cuda() || tensor.get_device_index() != x.get_device_index())
+        fail(arguments.op(), "all tensors must be on one device: ", of, " is on ", name_of(tensor), ", ", name, " on ",
+             name_of(x));
     check(aoti_torch_get_current_cuda_stream != nullptr, arguments.op(), "this torch was built without CUDA");
     return x.get_device_index();
   }

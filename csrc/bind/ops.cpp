@@ -1,5 +1,5 @@
 // The one list of ops. Implementations are in ops_cpu.cpp and ops_cuda.cpp; formulas in sadmoe/reference.py, gradients in
-// sadmoe/gradients.py, all else about an op in sadmoe/ops.
+// sadmoe/ops/gradients.py, all else about an op in sadmoe/ops.
 #include <torch/csrc/stable/library.h>
 
 #include <string>

@@ -38,7 +38,7 @@ Tensor router_scores(const Tensor& x, const Tensor& v1, const Tensor& v2) {
   Arguments keep(op);
   const View rows = keep.add("x", x);
   const Router router = router_of(keep, v1, v2, 0);
-  Tensor scores = empty_beside(x, {shape.T, shape.E}, ScalarType::Float);
+  Tensor scores = empty_beside(x, {shape.T, shape.E}, aoti_torch_dtype_float32);
   cpu::router_scores(rows, router, shape, static_cast<float*>(scores.mutable_data_ptr()), torch_threads());
   return scores;
 }
@@ -50,7 +50,7 @@ Tensor dynamic_k_select(const Tensor& scores, double tau) {
   const int64_t T = scores.size(0), E = scores.size(1);
   Arguments keep(op);
   const float* rows = static_cast<const float*>(keep.add("scores", scores).data);
-  Tensor mask = empty_beside(scores, {T, E}, ScalarType::Bool);
+  Tensor mask = empty_beside(scores, {T, E}, aoti_torch_dtype_bool);
   bool* out = static_cast<bool*>(mask.mutable_data_ptr());
   torch_threads().parallel_for(T, 4096 / E + 1, [&](int64_t t0, int64_t t1) {
     const cpu::Kernels& k = cpu::kernels();

@@ -37,8 +37,8 @@ T* written(OnDevice& device, const char* name, const Tensor& t) {
 
 Tensor run_router(OnDevice& device, const char* op, const Tensor& x, View rows, const Router& router, const RouterShape& shape) {
   const cuda::Options now = options;  // which another thread may set
-  const Tensor hidden = empty_beside(x, {shape.T, shape.r}, ScalarType::Float);
-  const Tensor scores = empty_beside(x, {shape.T, shape.E}, ScalarType::Float);
+  const Tensor hidden = empty_beside(x, {shape.T, shape.r}, aoti_torch_dtype_float32);
+  const Tensor scores = empty_beside(x, {shape.T, shape.E}, aoti_torch_dtype_float32);
   check_launch(cuda::router_scores(rows, router, shape, now, written<float>(device, "hidden", hidden),
                                    written<float>(device, "scores", scores), device.stream()),
                op);
@@ -48,9 +48,9 @@ Tensor run_router(OnDevice& device, const char* op, const Tensor& x, View rows, 
 Tensor run_experts(OnDevice& device, const char* op, const Tensor& x, Experts& p, const Choice& choice) {
   const cuda::Options now = options;
   const cuda::Workspace size = cuda::workspace(p.shape, p.x.dtype, now);
-  const Tensor words = empty_beside(x, {size.words}, ScalarType::Int);
-  const Tensor starts = empty_beside(x, {size.starts}, ScalarType::Int);
-  const Tensor rows = empty_beside(x, {size.rows}, ScalarType::Int);
+  const Tensor words = empty_beside(x, {size.words}, aoti_torch_dtype_int32);
+  const Tensor starts = empty_beside(x, {size.starts}, aoti_torch_dtype_int32);
+  const Tensor rows = empty_beside(x, {size.rows}, aoti_torch_dtype_int32);
   const Tensor h = empty_beside(x, {size.h});
   const Tensor y = empty_beside(x, {p.shape.T, p.shape.d_out});
   p.y = written<void>(device, "y", y);
@@ -78,7 +78,7 @@ Tensor dynamic_k_select(const Tensor& scores, double tau) {
   const float* rows = static_cast<const float*>(keep.add("scores", scores).data);
   OnDevice device(keep, scores);
   const int64_t T = scores.size(0), E = scores.size(1);
-  const Tensor mask = empty_beside(scores, {T, E}, ScalarType::Bool);
+  const Tensor mask = empty_beside(scores, {T, E}, aoti_torch_dtype_bool);
   check_launch(cuda::select(rows, T, E, threshold, written<bool>(device, "mask", mask), device.stream()), op);
   return mask;
 }

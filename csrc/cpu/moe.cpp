@@ -342,6 +342,7 @@ void route_scores(const float* hidden, const Router& router, const RouterShape& 
 
 // Scores of few tokens by all threads, or of one block by one.
 void route(View x, const Router& router, const RouterShape& s, float* scores, const Threads& threads) {
+  if (s.r == 0) return void(std::fill(scores, scores + s.T * s.E, 0.0f));
   const bool as_it_is = in_bf16(x, router) && takes_bf16();
   const AsFloat wide(as_it_is ? View{} : x, s.T * s.d);
   const View rows = as_it_is ? x : View{wide.get(), DType::f32};

@@ -82,14 +82,9 @@ int launch_down(const Down& p, void* stream) {
 
 template <class Tile>
 int launch_down(const Down& p, const Options& options, const Device& device, void* stream) {
-  switch (down_tiles<Tile>(p.T, p.d_out, options, device)) {
-    case 1:
-      return launch_down<Tile, 1>(p, stream);
-    case 2:
-      return launch_down<Tile, 2>(p, stream);
-    default:
-      return launch_down<Tile, kMostDownTiles<Tile>>(p, stream);
-  }
+  const int tiles = down_tiles<Tile>(p.T, p.d_out, options, device);
+  if (tiles == 1) return launch_down<Tile, 1>(p, stream);
+  return tiles == 2 ? launch_down<Tile, 2>(p, stream) : launch_down<Tile, kMostDownTiles<Tile>>(p, stream);
 }
 
 template <class Tile>

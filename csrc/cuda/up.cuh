@@ -166,14 +166,8 @@ SADMOE_DEVICE void compute_hidden(const Up& p, UpMemory<Tile, kGated>& memory) {
           left -= kDepth, on += kDepth / x.kWide;
         },
         [&](const Stages& stage) {
-          const auto multiply = [&](Tile& to, const auto& w) {
-            if constexpr (Tile::columns < kColumns)
-              to.multiply(stage.x, w, n, neurons);
-            else
-              to.multiply(stage.x, w, n);
-          };
-          multiply(sums, stage.w[0]);
-          if constexpr (kGated) multiply(gates, stage.w[1]);
+          sums.multiply(stage.x, stage.w[0], n, neurons);
+          if constexpr (kGated) gates.multiply(stage.x, stage.w[1], n, neurons);
         });
     store_sums(sums, memory.sums[0]);
     if constexpr (kGated) store_sums(gates, memory.sums[1]);

@@ -1,8 +1,9 @@
-"""Turns a pretrained dense transformer into a dynamic-k Mixture-of-Experts (arXiv 2310.04361) that is really faster.
+"""Turns a pretrained dense transformer into a dynamic-k Mixture-of-Experts (arXiv 2310.04361).
 
-`survey` says what a conversion could save. The steps in order: `replace_projections_` and `sparsify_` (optional),
-`convert_`, `calibrate_`, then the model runs as before and computes less; `set_tau` is its dial, `cost` and
-`record_masks` say what it does, `restore_` makes it dense again. The compiled ops are in `sadmoe.ops` and under
+`survey` says what a conversion could save. The steps in order: `replace_projections_` (which may be left out),
+`sparsify_` (not needed with ReLU), `convert_`, `finetune_for_budget_` (or, with nothing fine-tuned, `calibrate_` and
+`compensate_`), then the model runs as before and computes less; `set_tau` is its dial, `cost` and `record_masks` say
+what it does, `restore_` makes it dense again. The compiled ops are in `sadmoe.ops` and under
 `torch.ops.sadmoe`.
 """
 

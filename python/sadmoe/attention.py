@@ -33,11 +33,11 @@ from sadmoe.files import checksum
 from sadmoe.forward import without_autocast
 from sadmoe.inputs import CHUNK, held_out_and_batches, stream_inputs
 from sadmoe.modules import check_model, plain_name, refuse_distributed
+from sadmoe.randomness import seeded
 from sadmoe.reference import ACTIVATIONS
 from sadmoe.sparsify import SparsityLoss
 from sadmoe.tables import format_table, shortened
 from sadmoe.training import Checkpoint, LoopConfig
-from sadmoe.training.guards import seeded
 from sadmoe.training.loop import train
 from sadmoe.training.processes import refuse_group
 from sadmoe.training.resume import Kept, check_checkpoint

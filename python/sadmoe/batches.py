@@ -28,6 +28,10 @@ Batches = Iterable[Batch]
 SPAN = ("start_logits", "end_logits")  # [B, T] each, of a model that answers with a part of the text
 REPEATS = 0.01  # relative error of outputs up to which two runs are the same
 IGNORED = -100  # label of a token that counts in no loss
+NOTHING_AGAIN = (
+    "batches gave nothing when they were gone through again: pass a list, or a DataLoader whose dataset starts anew "
+    "each time"
+)
 # Keys and values of an attention to the encoder, by the names that BART, T5, BERT, GPT-2 and their like give to the
 # attention and to its projections.
 _OF_ENCODER_STATES = re.compile(
@@ -325,9 +329,7 @@ def check_runs(model: nn.Module, batches: Batches, changed: str, config: str) ->
     ValueError where there is no batch left to run it on. config: whose filter leaves parts out."""
     batch = next(iter(batches), None)
     if batch is None:
-        raise ValueError(
-            "batches gave nothing when they were gone through again: pass a list, or a DataLoader that begins anew"
-        )
+        raise ValueError(NOTHING_AGAIN)
     with uncompiled(), evaluating(model):
         try:
             run(model, to_device(batch, device_of(model)))

@@ -20,9 +20,10 @@ from sadmoe.layer import DynamicKMoE
 from sadmoe.layerwise import LayerFit, finetune_layers_
 from sadmoe.mixed import fast_training
 from sadmoe.modules import refuse_compiled, refuse_distributed
+from sadmoe.randomness import seeded
 from sadmoe.routers import RouterConfig, RouterFit, fit_routers_
 from sadmoe.training import Checkpoint
-from sadmoe.training.guards import all_or_nothing, seeded
+from sadmoe.training.guards import all_or_nothing
 from sadmoe.training.objective import OutputLoss, check_output_loss
 from sadmoe.training.processes import refuse_group
 from sadmoe.training.resume import Kept, check_checkpoint
@@ -143,8 +144,11 @@ def finetune_for_budget_(
 def _some_of(model: nn.Module, batches: Batches, seed: int) -> list[Any]:
     """Batches to calibrate on, from all over: the same ones when a killed run is taken up again."""
     count = length(batches)
+    which = range(0, count or CALIBRATED, max(1, (count or 0) // CALIBRATED))
+    if isinstance(batches, Sequence):  # others need not be read for them
+        return [batches[i] for i in which]
     with seeded(model, seed):
-        return list(islice(batches, 0, count or CALIBRATED, max(1, (count or 0) // CALIBRATED)))
+        return list(islice(batches, which.start, which.stop, which.step))
 
 
 def _set_first_tau(model: nn.Module, some: list[Any], budget: float, checkpoint: Checkpoint | None) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sadmoe.batches import Batch, Batches, check_batches, run, samples_in, to_device
+from sadmoe.batches import NOTHING_AGAIN, Batch, Batches, check_batches, run, samples_in, to_device
 from sadmoe.checks import check_number
 from sadmoe.cost import CostReport, cost_of_masks, cost_of_shares
 from sadmoe.dial import Filter, Taus, converted_layers, set_tau, tau
 from sadmoe.masks import record_masks
 from sadmoe.modules import device_of, evaluating
-from sadmoe.training.guards import seeded
+from sadmoe.randomness import seeded
 from sadmoe.training.objective import Loss, own_loss
 
 SMALLEST_TAU = 1e-6  # the working points of the paper lie between 1e-3 and 0.1
@@ -189,6 +189,8 @@ class TauSearch:
                             run(self.model, batch)
                         else:
                             losses.append(_scalar(self.loss(self.model, batch)))
+            if samples == 0:
+                raise ValueError(NOTHING_AGAIN)
             report = cost_of_masks(self.model, record.layers, samples, filter=self.filter)
         self.evaluations += 1
         self.bar.update()

@@ -19,7 +19,7 @@ from sadmoe.cost import CostReport
 from sadmoe.dial import Filter, converted_layers, set_tau, tau
 from sadmoe.hooks import uncompiled
 from sadmoe.modules import device_of, evaluating
-from sadmoe.training.guards import seeded
+from sadmoe.randomness import seeded
 from sadmoe.training.objective import Loss
 
 FACTORS = (0.0, 0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0)  # of the one tau, that a layer may get; 0 makes it dense

@@ -17,7 +17,7 @@ from sadmoe.inputs import CHUNK, held_out_and_batches, stream_inputs
 from sadmoe.layer import DynamicKMoE, SharedExpert
 from sadmoe.layer.shared import Scales
 from sadmoe.modules import evaluating
-from sadmoe.training.guards import seeded
+from sadmoe.randomness import seeded
 from sadmoe.undo import surgery
 from sadmoe.weights import check_own_weights, check_parameters
 

@@ -65,7 +65,9 @@ def load_data(
     if path.suffix == ".py":
         return _from_python(path, folder)
     takes, name = str(getattr(model, "main_input_name", "")), type(model).__name__
-    pairs = is_encoder_decoder(model) and not name.endswith(OF_ONE_TEXT)
+    accepts = inspect.signature(model.forward).parameters
+    # Not so DETR, whose decoder reads queries of its own.
+    pairs = is_encoder_decoder(model) and "decoder_input_ids" in accepts and not name.endswith(OF_ONE_TEXT)
     if takes == "pixel_values" and not pairs:
         if not path.is_dir():
             raise ValueError(
@@ -77,6 +79,11 @@ def load_data(
         raise NotImplementedError(
             f"{folder} holds a {name}, which takes {takes}, and not text or images alone: give a Python "
             "file as --data, whose `batches` are what it is called with"
+        )
+    if path.is_dir() and "pixel_values" in accepts:
+        raise NotImplementedError(
+            f"{folder} holds a {name}, which takes images and text: give a Python file as --data, whose `batches` are "
+            "what it is called with"
         )
     if path.is_dir():
         raise ValueError(f"--data: a {name} takes text, and {path} is a folder: give a file of text")

@@ -25,7 +25,7 @@ from sadmoe.ffn import (
 from sadmoe.ffn.linears import linear_shape
 from sadmoe.gates import DynamicK, Gate, TopK
 from sadmoe.layer import DynamicKMoE, SharedExpert
-from sadmoe.training.guards import random_numbers_kept
+from sadmoe.randomness import random_numbers_kept
 
 RULES: dict[str, type] = {"dynamic_k": DynamicK, "top_k": TopK}
 KEYS = {

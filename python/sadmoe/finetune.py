@@ -21,9 +21,10 @@ from sadmoe.forward import no_gradient
 from sadmoe.gates import DynamicK, Gate
 from sadmoe.layer import DynamicKMoE
 from sadmoe.modules import device_of, mode, refuse_compiled, refuse_distributed
+from sadmoe.randomness import seeded
 from sadmoe.sparsify.penalty import square_hoyer
 from sadmoe.training.config import LoopConfig, Step
-from sadmoe.training.guards import all_or_nothing, seeded
+from sadmoe.training.guards import all_or_nothing
 from sadmoe.training.loop import train
 from sadmoe.training.objective import Loss, OutputLoss, check_output_loss, distill_hidden, task
 from sadmoe.training.processes import is_same, mean_over_processes, place

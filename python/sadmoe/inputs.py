@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sadmoe.batches import Batches, check_batches, length, real_rows, rows_of, run, to_device
+from sadmoe.batches import NOTHING_AGAIN, Batches, check_batches, length, real_rows, rows_of, run, to_device
 from sadmoe.hooks import calls_seen, hooks_on, uncompiled
 from sadmoe.modules import device_of, evaluating
+from sadmoe.randomness import seeded
 
 CHUNK = 4096  # tokens whose outputs are computed at once, of samples that are held whole
 
@@ -52,7 +53,8 @@ def stream_inputs(
 
     The model runs over `batches` in eval mode without gradients, once for as many modules as fit in max_bytes
     together (at least one), so that inputs that were used can be freed before the next pass.
-    Modules that see the same tokens sample the same ones. skip_padding: leave padding out (see
+    Modules that see the same tokens sample the same ones, also in another pass: random numbers begin each anew, so that
+    a DataLoader that shuffles gives the same. skip_padding: leave padding out (see
     `batches.real_rows`). skip_unreached: leave out modules that are never run; else they raise ValueError. Inputs come
     in the dtype of the module's weights, where the model runs under an autocast of its own.
     """
@@ -62,18 +64,20 @@ def stream_inputs(
     waiting = dict(modules)
     while waiting:
         collector = _Collector(model, max_tokens, max_bytes, seed, skip_padding)
-        samples = _one_pass(collector, waiting, batches, progress)
+        with seeded(model, seed):
+            samples = _one_pass(collector, waiting, batches, progress)
+        if collector.batch is None:
+            raise ValueError(NOTHING_AGAIN)
         missed = [name for name in waiting if name not in samples and name not in collector.refused]
         if missed and not skip_unreached:
             raise ValueError(
                 f"the batches never reach {', '.join(missed)}: pass batches that run every FFN, or leave out those "
                 "that they never run, by the filter of a config (--only)"
             )
-        for name in missed:
-            del waiting[name]
-        for name in [name for name in waiting if name in samples]:
-            del waiting[name]
-            yield name, samples.pop(name).rows
+        waiting, done = {name: modules[name] for name in waiting if name in collector.refused}, waiting
+        for name in done:
+            if name in samples:
+                yield name, samples.pop(name).rows
 
 
 def held_out_and_batches(

@@ -22,8 +22,9 @@ from sadmoe.forward import without_autocast
 from sadmoe.inputs import CHUNK, held_out_and_batches, stream_inputs
 from sadmoe.layer import DynamicKMoE
 from sadmoe.modules import mode, refuse_distributed
+from sadmoe.randomness import seeded
 from sadmoe.training.config import Step
-from sadmoe.training.guards import all_or_nothing, seeded
+from sadmoe.training.guards import all_or_nothing
 from sadmoe.training.loop import train
 from sadmoe.training.resume import Checkpoint, Kept, check_checkpoint
 

@@ -98,7 +98,7 @@ class RouterLoss(PassesLoss):
         return loss
 
     def _record(self, name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
-        self._note(name, only_input(args, kwargs).detach())
+        self._note(name, only_input(args, kwargs).detach().clone())  # which the model may write to
 
 
 def _unexplained(layer: DynamicKMoE, rows: Tensor, power: float | None) -> tuple[Tensor, Tensor]:

@@ -37,15 +37,16 @@ def check_own_weights(model: nn.Module, layers: Mapping[str, DynamicKMoE]) -> No
 def check_parameters(layers: Mapping[str, DynamicKMoE]) -> None:
     """Raises ValueError where a weight of a layer is no parameter of it, but made of others at every access."""
     for name, layer in layers.items():
-        tables = {"": (layer, TENSORS), "router.": (layer.router, ("v1", "v2"))}
-        missing = [
-            before + key
-            for before, (module, keys) in tables.items()
-            for key in keys
-            if key not in module._parameters
-        ]
-        for key in missing:
-            raise ValueError(
-                f"{name}.{key} is made of other tensors at every access: make it a parameter first, by torch's "
-                "prune.remove or remove_parametrizations; sharded weights, gather"
-            )
+        for key in TENSORS:
+            check_is_parameter(layer, key, f"{name}.{key}")
+        for key in ("v1", "v2"):
+            check_is_parameter(layer.router, key, f"{name}.router.{key}")
+
+
+def check_is_parameter(module: nn.Module, key: str, name: str) -> None:
+    """Raises ValueError, by that name, where the module makes it of others at every access."""
+    if key not in module._parameters:
+        raise ValueError(
+            f"{name} is made of other tensors at every access: make it a parameter first, by torch's "
+            "prune.remove or remove_parametrizations; sharded weights, gather"
+        )

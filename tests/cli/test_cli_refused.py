@@ -169,6 +169,9 @@ def test_a_dense_model_of_another_kind_or_size_is_refused(folder, text, tmp_path
     assert cli.main([*argv, str(other)]) == 2
     told = f"--dense: {other} is not what {out} was converted from: embeddings."
     assert told in capsys.readouterr().err
+    deeper = bert(tmp_path / "deeper", num_hidden_layers=2)
+    assert cli.main([*argv, str(deeper)]) == 2
+    assert "converted from: encoder.layer has 2 blocks in that one, 1 in this" in capsys.readouterr().err
     config = transformers.AutoConfig.from_pretrained(folder)
     transformers.BertForMaskedLM(config).save_pretrained(other)
     assert cli.main([*argv, str(other)]) == 2

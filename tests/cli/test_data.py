@@ -9,6 +9,7 @@ import torch
 from sadmoe import cli, moe_layers, texts
 from sadmoe.cli import convert as convert_command
 from sadmoe.data import _lines_of_pairs, load_data
+from sadmoe.ffn import find_ffns
 
 transformers = pytest.importorskip("transformers")
 from command_line import WORDS, bert, converted, evaluated
@@ -66,6 +67,9 @@ def test_a_model_of_images_is_converted_evaluated_and_reported(vit, photos, tmp_
     assert "--sentence: this ViTForImageClassification is not run on text alone" in capsys.readouterr().err
     assert cli.main([*report, "--tau", "0", "0.5"]) == 0
     assert "Experts of each token of the first image" in page.read_text()
+    assert cli.main(["survey", "--model", str(vit), "--max-length", "9"]) == 2
+    told = "--max-length is of texts, and this ViTForImageClassification takes images: leave it out"
+    assert told in capsys.readouterr().err
     bench = ["bench", "--model", str(out), "--data", str(photos), "--seconds", "0.01"]
     assert cli.main([*bench, "--max-length", "9"]) == 2
     assert "--max-length is of texts, and" in capsys.readouterr().err
@@ -105,6 +109,66 @@ def whisper(tmp_path):
     config = transformers.WhisperConfig(max_source_positions=10, **sizes, **ids)
     transformers.WhisperModel(config).save_pretrained(tmp_path / "whisper")
     return tmp_path / "whisper"
+
+
+def test_a_detector_takes_images_though_it_has_a_decoder(photos, tmp_path):
+    sizes = {
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+    }
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 3}
+    backbone = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8], depths=[1], out_features=["stage1"]
+    )
+    config = transformers.DetrConfig(
+        backbone_config=backbone, use_timm_backbone=False, backbone=None, **sizes, **heads
+    )
+    model = transformers.DetrForObjectDetection(config).eval()
+    transformers.DetrImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+    found = load_data(model, tmp_path, photos, batch_size=8, max_length=9)
+    assert found.kind == "images"
+    assert len(find_ffns(model, batches=found.batches)) == 2
+
+
+def test_a_model_of_images_and_text_needs_a_python_file(folder, text, photos, tmp_path, capsys):
+    clip, out = tmp_path / "clip", tmp_path / "moe"
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    words = {"vocab_size": len(WORDS), "max_position_embeddings": 16, "eos_token_id": 3}
+    config = transformers.CLIPConfig(
+        text_config=tower | words,
+        vision_config=tower | {"image_size": 16, "patch_size": 8},
+        projection_dim=16,
+    )
+    transformers.CLIPModel(config).save_pretrained(clip)
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(clip)
+    assert converted(clip, photos, out, "--tau", "0.2") == 2
+    assert "CLIPModel, which takes images and text: give a Python file as --data" in capsys.readouterr().err
+    assert converted(clip, text, out, "--tau", "0.2") == 2
+    told = (
+        "this CLIPModel does not run on batch 0 .*A Python file as --data gives it whatever it is called with"
+    )
+    assert re.search(told, capsys.readouterr().err)
+
+
+def test_a_model_that_reads_text_alone_too_keeps_what_makes_its_images(folder, text, tmp_path, capsys):
+    llava, out = tmp_path / "llava", tmp_path / "moe"
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(vocab_size=len(WORDS), **sizes),
+        vision_config=transformers.CLIPVisionConfig(image_size=16, patch_size=8, **sizes),
+        image_token_index=4,
+    )
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(llava)
+    images = transformers.CLIPImageProcessor(size={"height": 16, "width": 16})
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    transformers.LlavaProcessor(images, tokenizer, patch_size=8, image_token="[MASK]").save_pretrained(llava)
+    assert converted(llava, text, out, "--tau", "0.2", "--only", "*language_model*") == 0, capsys.readouterr()
+    processor = transformers.AutoProcessor.from_pretrained(out)
+    assert processor.image_processor.size == {"height": 16, "width": 16}
+    assert processor.tokenizer.get_vocab() == tokenizer.get_vocab()
 
 
 def test_any_model_takes_the_batches_of_a_python_file(whisper, tmp_path, capsys):

@@ -328,4 +328,13 @@ def _other_than(model: nn.Module, dense: nn.Module) -> str | None:
     for name, tensor in dense.state_dict().items():
         if name in own and own[name] != tuple(tensor.shape):
             return f"{name} is {list(tensor.shape)} in that one, {list(own[name])} in this"
+    ours, theirs = (_blocks(one) for one in (model, dense))
+    for name in ours.keys() & theirs.keys():
+        if ours[name] != theirs[name]:
+            return f"{name} has {theirs[name]} blocks in that one, {ours[name]} in this"
     return None
+
+
+def _blocks(model: nn.Module) -> dict[str, int]:
+    """How many blocks each list of them has."""
+    return {name: len(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}

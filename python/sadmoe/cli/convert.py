@@ -46,6 +46,7 @@ from sadmoe.paths import dtype_name
 from sadmoe.reference import RECTIFIERS
 from sadmoe.routers import WIDTH, RouterConfig
 from sadmoe.sparsify import SparsifyConfig, sparsify_
+from sadmoe.texts import load_processor
 from sadmoe.training import Checkpoint
 
 NOTE = "sadmoe-data.json"  # in --checkpoint: the data that its steps are made from
@@ -164,7 +165,9 @@ def _convert(arguments: argparse.Namespace) -> None:
         )
         model.float()
     data = data_of(arguments, model, whole=_trains(arguments))
-    _check_saving(model, data)
+    # Of a text alone a model of text and images has a tokenizer here, and more in its folder.
+    processor = load_processor(arguments.model) or data.processor
+    _check_saving(model, processor)
     _check_cuts(model, data, arguments)
     if arguments.checkpoint is not None:
         _note_or_check_data(arguments)
@@ -174,18 +177,18 @@ def _convert(arguments: argparse.Namespace) -> None:
             module.weight.requires_grad_(False)
     _prepare(model, dense, data, arguments)
     told: object
-    if arguments.finetune is None:
+    if arguments.finetune:
+        told = _convert_finetuned(model, dense, data, arguments)
+    else:
         config = _conversion(arguments)
         told = convert_(model, data.batches, config, checkpoint=_checkpoint(arguments, "convert"))
-    else:
-        told = _convert_finetuned(model, dense, data, arguments)
     made_up_for = _compensated(model, data, arguments)
     rounded = quantize_experts_(model) if arguments.int8 else None
     out = place_for(arguments.out, arguments.force)
     with replaced(out) as new, told_of(out):
         model.save_pretrained(new)  # type: ignore[operator]
-        if data.processor is not None:
-            data.processor.save_pretrained(new)
+        if processor is not None:
+            processor.save_pretrained(new)
     arguments.saved = out
     print(told)
     for more in (made_up_for, rounded):
@@ -200,9 +203,9 @@ def _convert(arguments: argparse.Namespace) -> None:
         f"    from transformers import {type(model).__name__}\n"
         f'    model = {type(model).__name__}.from_pretrained("{out}")'
     )
-    if arguments.finetune is not None:
+    if arguments.finetune:
         print(f"\n{cost(model, data.batches, progress=True)}")
-    elif arguments.sparsify is None and not arguments.compensate and _skips_dense_ones(model):
+    elif not arguments.sparsify and not arguments.compensate and _skips_dense_ones(model):
         print(f"\n{UNTRAINED}")
 
 
@@ -215,13 +218,13 @@ def _skips_dense_ones(model: nn.Module) -> bool:
 def _check(arguments: argparse.Namespace) -> None:
     """Refuses what cannot be before anything is loaded or trained."""
     _conversion(arguments)
-    if arguments.finetune is not None and arguments.tau is not None:
+    if arguments.finetune and arguments.tau is not None:
         raise ValueError("--finetune trains for a budget and solves tau for it: give --budget, not --tau")
-    if arguments.finetune is not None and arguments.target_power is not None:
+    if arguments.finetune and arguments.target_power:
         raise ValueError(
             "--finetune trains the routers on roots of norms: leave --target-power out, or --finetune"
         )
-    if arguments.compensate and (arguments.finetune is not None or arguments.tau == 0):
+    if arguments.compensate and (arguments.finetune or arguments.tau == 0):
         raise ValueError(
             "--compensate is for what skips experts and is not fine-tuned: leave it out, or give no --finetune, and "
             "--budget or a --tau above 0"
@@ -261,17 +264,17 @@ def _filter(arguments: argparse.Namespace) -> Callable[[str], bool] | None:
 
 def _trains(arguments: argparse.Namespace) -> bool:
     """Whether weights are trained, which 16 bits are too few for."""
-    return bool(arguments.projections or arguments.sparsify is not None or arguments.finetune is not None)
+    return bool(arguments.projections or arguments.sparsify or arguments.finetune)
 
 
 def _compares_with_dense(arguments: argparse.Namespace) -> bool:
     """Whether a step compares with the dense model, of which the steps before it may have left little."""
-    return arguments.finetune is not None or bool(arguments.projections and arguments.sparsify is not None)
+    return bool(arguments.finetune or (arguments.projections and arguments.sparsify))
 
 
-def _check_saving(model: nn.Module, data: Data) -> None:
+def _check_saving(model: nn.Module, processor: Any) -> None:
     """Raises ValueError where what goes beside the weights cannot be saved, before anything is trained."""
-    parts: dict[str, Any] = {"config": model.config, "what makes its inputs": data.processor}
+    parts: dict[str, Any] = {"config": model.config, "what makes its inputs": processor}
     if getattr(model, "can_generate", lambda: False)():
         parts["generation config"] = model.generation_config
     with tempfile.TemporaryDirectory() as folder:
@@ -296,7 +299,7 @@ def _check_cuts(model: nn.Module, data: Data, arguments: argparse.Namespace) -> 
             width = width_of(*shape_of(place.first))
             stand_in(trial, place.name, empty_mlp(place.first, width), keep=False)
     sites = checked_sites(trial, data.batches, _conversion(arguments), rank=arguments.compensate or 0)
-    if arguments.sparsify is not None:
+    if arguments.sparsify:
         check_swappable([site for site in sites if site.act not in RECTIFIERS], "relu")
 
 
@@ -314,7 +317,7 @@ def _prepare(model: nn.Module, dense: nn.Module | None, data: Data, arguments: a
     if arguments.projections:
         follow = _checkpoint(arguments, "projections")
         say(replace_projections_(model, data.batches, _projections(arguments), checkpoint=follow))
-    if arguments.sparsify is not None:
+    if arguments.sparsify:
         sparsify = SparsifyConfig(seconds=arguments.sparsify, seed=arguments.seed)
         follow = _checkpoint(arguments, "sparsify")
         with fast_training(*(one for one in (model, dense) if one is not None)):
@@ -353,8 +356,7 @@ def _convert_finetuned(
     """The conversion, and what --finetune asks for after it, which trains the routers."""
     assert dense is not None
     asked = _conversion(arguments)
-    prepared = arguments.projections or arguments.sparsify is not None
-    sparse = copy.deepcopy(model) if prepared else dense
+    sparse = copy.deepcopy(model) if arguments.projections or arguments.sparsify else dense
     of_projections = asked.projection_router
     config = replace(
         asked,

@@ -159,6 +159,10 @@ def random_input(arguments: argparse.Namespace, model: nn.Module) -> dict[str, T
     """A batch for where no --data is given."""
     sizes = sizes_of(arguments)
     batch = random_batch(model, sizes["batch_size"], sizes["max_length"])
+    if arguments.max_length and "input_ids" not in batch:
+        raise ValueError(
+            f"--max-length is of texts, and this {type(model).__name__} takes images: leave it out"
+        )
     with evaluating(model):
         _try(model, batch, "random input: give it some that it takes")
     return batch
@@ -171,7 +175,8 @@ def _try(model: nn.Module, batch: Any, name: str) -> None:
         if is_out_of_memory(error):
             raise
         raise ValueError(
-            f"--data: this {type(model).__name__} does not run on {name}: {type(error).__name__}: {error}"
+            f"--data: this {type(model).__name__} does not run on {name}: {type(error).__name__}: {error}. A Python "
+            "file as --data gives it whatever it is called with"
         ) from error
 
 

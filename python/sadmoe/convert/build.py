@@ -15,11 +15,11 @@ from sadmoe.files import checksum
 from sadmoe.inputs import stream_inputs
 from sadmoe.layer import DynamicKMoE
 from sadmoe.partition import partition, slots
+from sadmoe.randomness import random_numbers_kept
 from sadmoe.reference import RECTIFIERS
 from sadmoe.routers import WIDTH, fit_router_
 from sadmoe.sparsify.penalty import SMALL
 from sadmoe.timing import Clock
-from sadmoe.training.guards import random_numbers_kept
 from sadmoe.training.resume import Checkpoint, Kept
 
 LOOKED_AT = 1024  # tokens of a layer by whose activity neurons are clustered, and the report's share and error measured

@@ -33,10 +33,10 @@ from sadmoe.gates import DynamicK
 from sadmoe.inputs import count_rows
 from sadmoe.layer import SharedExpert
 from sadmoe.modules import check_model, evaluating, refuse_compiled, refuse_distributed
+from sadmoe.randomness import seeded
 from sadmoe.routers import WIDTH
 from sadmoe.tables import shortened
 from sadmoe.timing import Clock
-from sadmoe.training.guards import seeded
 from sadmoe.training.resume import Checkpoint, check_checkpoint
 from sadmoe.undo import surgery
 from sadmoe.weights import check_own_weights

@@ -106,25 +106,22 @@ def converted(
             for some in (texts, [*texts, *recombined(texts, len(texts))])
         )
 
-    def scaled(config: Any) -> Any:
-        return replace(config, seconds=config.seconds * seconds / SECONDS)
-
     model = copy.deepcopy(dense)
     train_ffns_(model)
     with clock("sparsify"), fast_training(model, dense):
-        sparsified = sparsify_(model, more, scaled(SPARSIFY))
+        sparsified = sparsify_(model, more, scaled(SPARSIFY, seconds))
     teacher = copy.deepcopy(model)
     config = ConvertConfig(expert_size=EXPERT_SIZE, router=UNTRAINED, max_tokens=8192)
     with clock("convert"):
         convert_(model, batches[::CLUSTERED], config)
     with clock("layers"), fast_training(model, teacher):
-        finetune_layers_(model, batches, scaled(LAYERS), teacher=teacher, batch_tokens=768)
+        finetune_layers_(model, batches, scaled(LAYERS, seconds), teacher=teacher, batch_tokens=768)
     with clock("routers"), fast_training(model):
         fits = fit_routers_(model, batches, ROUTERS, max_tokens=ROUTED_TOKENS, progress=True)
     with clock("calibrate"):
         calibrate_(model, batches[::8], budget=BUDGET, progress=True)
     with clock("routed"), fast_training(model, dense):
-        finetune_(model, more, scaled(ROUTED), teacher=dense, output_loss=embedding_error)
+        finetune_(model, more, scaled(ROUTED, seconds), teacher=dense, output_loss=embedding_error)
     with clock("calibrate"):
         solved = calibrate_(model, batches[::4], budget=BUDGET, progress=True).tau
     r2 = " ".join(f"{fit.r2:.2f}" for fit in fits.values())
@@ -134,6 +131,11 @@ def converted(
         f"made sparse: {sparsified.zero_before:.0%} -> {sparsified.zero:.0%} of the activations are exactly 0\n"
         f"router R² by layer: {r2}",
     )
+
+
+def scaled(config: Any, seconds: float) -> Any:
+    """A step's configuration in a recipe of so many seconds of training, not SECONDS."""
+    return replace(config, seconds=config.seconds * seconds / SECONDS)
 
 
 def embedding_error(output: Any, wanted: Any, batch: Any) -> Tensor:

@@ -174,7 +174,7 @@ def _whole(
 
 def _activation(module: nn.Module) -> tuple[str | None, tuple[str, ...], str | None]:
     """Of a module that is all FFN: where its activation is, what it may be, or why it is refused."""
-    holders = {path: m for path, m in module.named_modules() if linear_shape(m) is None}
+    holders = {path: m for path, m in module.named_modules() if not path or linear_shape(m) is None}
     children = {join(p, n): act for p, m in holders.items() for n, act in activation_children(m).items()}
     attributes = {join(p, n): act for p, m in holders.items() for n, act in activation_attributes(m).items()}
     known = {n: a for n, a in children.items() if a is not None} or attributes

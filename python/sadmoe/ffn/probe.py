@@ -21,7 +21,7 @@ from sadmoe.ffn.quiet import quiet
 from sadmoe.ffn.sites import FFNSite, Parts, site_of_parts
 from sadmoe.ffn.surgery import passthrough, put_back, take_apart
 from sadmoe.hooks import hooks_on
-from sadmoe.modules import floats_in
+from sadmoe.modules import floats_in, is_out_of_memory
 from sadmoe.undo import snapshot
 
 Call = Callable[[nn.Module, Parts, Tensor], Any]
@@ -145,6 +145,8 @@ def verify(
                 raise
             except Exception as raised:  # whatever a foreign forward raises becomes the reason
                 errors.append(raised)
+    if lacking := next(filter(is_out_of_memory, errors), None):
+        raise lacking
     error, idle = errors[0], isinstance(errors[-1], _Idle)
     first_line = str(error).strip().split("\n")[0]
     if isinstance(error, _Unseen):

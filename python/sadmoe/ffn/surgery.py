@@ -44,10 +44,10 @@ def take_apart(block: nn.Module, parts: Parts, layer: nn.Module) -> dict[str, An
             new: Any = layer
         elif isinstance(old, nn.Module):
             new = nn.Identity().train(old.training)
-        elif isinstance(old, float):
-            new = 0.0  # of a dropout that is called as a function
+        elif isinstance(old, int | float):
+            new = type(old)(0)  # of FAST_PATH, or of a dropout that is called as a function
         else:
-            new = 0 if path == FAST_PATH else passthrough
+            new = passthrough
         put(block, path, new)
     return removed
 
@@ -68,7 +68,11 @@ def swap_in(model: nn.Module, site: FFNSite, layer: DynamicKMoE) -> None:
     _check_fits(site, layer)
     block = _block_of(model, site)
     encoder = _encoder_around(model, block)
-    nested = None if encoder is None else _original_nested(encoder)
+    nested = (
+        None
+        if encoder is None
+        else next((r.nested for r in _converted_in(encoder)), encoder.use_nested_tensor)
+    )
     training = site.up.training
     if site.parts.at == "":
         removed: dict[str, Any] = {"": block}
@@ -93,6 +97,10 @@ def swap_out(model: nn.Module, name: str) -> None:
     if layer is None:
         raise ValueError(
             f"{name!r} is no MoE layer of this model; these are: {', '.join(moe_layers(model)) or 'none'}"
+        )
+    if not name:
+        raise ValueError(
+            "this is the MoE layer itself, and nothing here holds it: give the model that it is part of"
         )
     replaced = _replaced(layer, name)
     site, removed = replaced.site, replaced.removed
@@ -234,9 +242,3 @@ def _encoder_around(model: nn.Module, block: nn.Module) -> nn.TransformerEncoder
 def _converted_in(encoder: nn.TransformerEncoder) -> list[_Replaced]:
     layers = [m for block in encoder.layers for m in block.children() if isinstance(m, DynamicKMoE)]
     return [m.__dict__[_KEY] for m in layers if _KEY in m.__dict__]
-
-
-def _original_nested(encoder: nn.TransformerEncoder) -> bool | None:
-    for replaced in _converted_in(encoder):
-        return replaced.nested
-    return encoder.use_nested_tensor

@@ -266,11 +266,20 @@ class RouterCallback(AddedLoss):
                 "RouterCallback came after the Trainer, has been stopped, or the Trainer has made another model since "
                 "(model_init): give a new one to a new Trainer(model, callbacks=[RouterCallback(...)])"
             )
+        term = RouterLoss(model, target_power=self.target_power)
+        optimizer = kwargs.get("optimizer")
+        known = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
+        # Of the model itself: an optimizer of shards, or of flat copies, knows none of its parameters.
+        if known & {id(p) for p in model.parameters()} and not {id(v) for v in term.weights} <= known:
+            raise ValueError(
+                "RouterCallback: the Trainer's optimizer does not have all routers, which asked for no gradient when "
+                "it was made: make it after the Trainer, or of all of model.parameters()"
+            )
         self.unwatch()
         if self.alone:
             self._handles.append(model.register_forward_pre_hook(self._open))
             self._handles.append(model.register_forward_hook(self._close, always_call=True))
-        self.watch(model, RouterLoss(model, target_power=self.target_power), args)
+        self.watch(model, term, args)
 
     def with_term(self, loss: Tensor | None, term: Tensor) -> Tensor:
         """Alone it is the loss: nothing in the model's own could be trained."""

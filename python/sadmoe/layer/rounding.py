@@ -31,6 +31,4 @@ def _up_to_bfloat16(x: Tensor) -> Tensor:
 def _up_to(dtype: torch.dtype, x: Tensor) -> Tensor:
     """The smallest values of the dtype that are not below x >= 0: float16 has few below 6e-5."""
     near = x.to(dtype)
-    return near.where(near.float() >= x, near.nextafter(torch.full_like(near, torch.inf))).where(
-        ~x.isnan(), near
-    )
+    return near.where(near.float() >= x, near.nextafter(torch.full_like(near, torch.inf)))  # of NaN NaN

@@ -13,11 +13,12 @@ from sadmoe.batches import Batches, check_batches, settle
 from sadmoe.checks import check_config
 from sadmoe.ffn import FFNSite, find_ffns, swap_activations_
 from sadmoe.modules import mode, refuse_compiled, refuse_distributed
+from sadmoe.randomness import seeded
 from sadmoe.reference import RECTIFIERS
 from sadmoe.sparsify.config import SparsifyConfig
 from sadmoe.sparsify.penalty import LayerSparsity, SparsityLoss, measure_first, measure_sparsity
 from sadmoe.training import Checkpoint, Step, processes
-from sadmoe.training.guards import all_or_nothing, seeded
+from sadmoe.training.guards import all_or_nothing
 from sadmoe.training.loop import train
 from sadmoe.training.objective import Loss, Objective, distill_hidden, distill_logits, task
 from sadmoe.training.resume import Kept, check_checkpoint, held_to

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sadmoe.batches import Batch, Batches, to_device
+from sadmoe.batches import NOTHING_AGAIN, Batch, Batches, to_device
 from sadmoe.modules import device_of
+from sadmoe.randomness import Apart, reseed, seeded
 from sadmoe.training import processes
 from sadmoe.training.config import LoopConfig, Step
-from sadmoe.training.guards import Apart, reseed, seeded
 from sadmoe.training.objective import Objective
 from sadmoe.training.resume import Kept, Saver
 
@@ -244,10 +244,7 @@ def _endless(batches: Batches, seed: int) -> Iterator[Read]:
             gave = True
             yield partial(_read, [batch], 0, None)
         if not gave:
-            raise ValueError(
-                "batches gave nothing when they were gone through again: pass a list, or a DataLoader whose dataset "
-                "starts anew each time"
-            )
+            raise ValueError(NOTHING_AGAIN)
 
 
 def _read(batches: Sequence[Batch], i: int, index: int | None) -> tuple[int | None, Batch]:
