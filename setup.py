@@ -26,17 +26,21 @@ def _tool(name: str, oldest: tuple[int, ...] = ()) -> str:
     places = (None, sysconfig.get_path("scripts"))
     found = [path for path in (shutil.which(name, path=place) for place in places) if path]
     for path in found:
-        if _version_of(path) >= oldest:
+        if (version := _version_of(path)) is not None and version >= oldest:
             return path
-    wanted = ".".join(map(str, oldest))
-    told = f"is older than {wanted}: {', '.join(found)}" if found else "was not found"
+    older = f" or older than {'.'.join(map(str, oldest))}" if oldest else ""
+    told = f"is broken{older}: {', '.join(found)}" if found else "was not found"
     sys.exit(f"sadmoe: {name} {told}. pip install {name}, or let pip build in isolation.")
 
 
-def _version_of(path: str) -> tuple[int, ...]:
-    told = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+def _version_of(path: str) -> tuple[int, ...] | None:
+    """As it tells it, None where it does not run."""
+    try:
+        told = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return None
     numbers = re.search(r"(\d+)\.(\d+)", told)
-    return tuple(map(int, numbers.groups())) if numbers else ()
+    return tuple(map(int, numbers.groups())) if numbers else None
 
 
 def _environment() -> dict[str, str]:

@@ -3,6 +3,7 @@
 import re
 import runpy
 import sys
+import sysconfig
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +27,37 @@ def torch_of(folder: Path, version: str) -> Path:
 @pytest.fixture
 def required_torch():
     return runpy.run_path(str(SCRIPT))["required_torch"]
+
+
+def test_a_tool_that_is_too_old_or_broken_gives_way_to_the_one_beside_python(monkeypatch, tmp_path):
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.syspath_prepend(str(ROOT / "cmake"))
+    tool = runpy.run_path(str(ROOT / "setup.py"))["_tool"]
+    for place, text in {
+        "old": "echo cmake version 3.22.1",
+        "broken": "exit 1",
+        "new": "echo cmake version 4.1.0",
+    }.items():
+        path = tmp_path / place / "cmake"
+        path.parent.mkdir()
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+    get_path = sysconfig.get_path
+    beside = tmp_path / "new"
+    monkeypatch.setattr(
+        sysconfig, "get_path", lambda name: str(beside) if name == "scripts" else get_path(name)
+    )
+    for place in ("old", "broken", "nowhere"):
+        monkeypatch.setenv("PATH", str(tmp_path / place))
+        assert tool("cmake", oldest=(3, 24)) == str(beside / "cmake")
+    beside = tmp_path / "nowhere"
+    for place, told in (
+        ("old", "is broken or older than 3.24: "),
+        ("nowhere", "was not found. pip install cmake"),
+    ):
+        monkeypatch.setenv("PATH", str(tmp_path / place))
+        with pytest.raises(SystemExit, match=f"sadmoe: cmake {told}"):
+            tool("cmake", oldest=(3, 24))
 
 
 def test_the_chosen_torch_is_taken(required_torch, monkeypatch, tmp_path):

@@ -95,9 +95,9 @@ def test_a_recipe_goes_on_after_a_failure_tells_all_of_it_and_is_not_trained_twi
     same = ("the same, static top-k", "the same, oracle gate")
     untrained = ("no fine-tuning, " + name for name in ("FFNs only, s = 4", "static top-k", "oracle gate"))
     in_bf16 = ("in bf16: dense", "in bf16: dynamic k, s = 4")
-    ours = ("sadmoe, dynamic k, s = 4", *in_bf16, *same, "fine-tuned with static top-k")
     narrow = ("pruned, 50% of the neurons", "in bf16: pruned, 50% of the neurons")
-    assert list(before) == [*ours, *narrow, *untrained]
+    ours = ("sadmoe, dynamic k, s = 4", *in_bf16, *narrow, *same, "fine-tuned with static top-k")
+    assert list(before) == [*ours, *untrained]
     assert (tmp_path / "tiny-micro.png").exists()
     assert "the same, oracle gate" in (tmp_path / "tiny-micro.html").read_text()
 
@@ -322,11 +322,16 @@ def test_a_longer_run_has_files_and_a_state_of_its_own(monkeypatch, capsys, tmp_
     assert runs[1].effort == CPU.longer(2.5)
     assert runs[1].effort.task == 2.5 * CPU.task
     assert f"{CPU.longer(2.5).training(1):.0f} s of training" in capsys.readouterr().out
+    more = CPU.layers + CPU.routed
+    monkeypatch.setattr(sys, "argv", ["w9", "--device", "cpu", *out, "--pruned", "0.3", "0.2"])
+    assert from_command_line("w9", "", {"cpu": CPU}).effort.training(1) == CPU.training(1) + 2 * more
     monkeypatch.setattr(sys, "argv", ["w9", "--device", "cpu", *out])
     assert from_command_line("w9", "", {"cpu": CPU, "gpu": GPU}, effort="gpu").name == "w9-gpu"
     for wrong, told in (
         (["--longer", "0"], "argument --longer: expected a number above 0"),
         (["--bf16", "--untrained"], "argument --bf16: is of models that were fine-tuned"),
+        (["--pruned", "0.3", "--untrained"], "argument --pruned: is of models that were fine-tuned"),
+        (["--pruned", "0.3", "1.5"], "argument --pruned: expected numbers between 0 and 1"),
     ):
         monkeypatch.setattr(sys, "argv", ["w9", *wrong])
         with pytest.raises(SystemExit):

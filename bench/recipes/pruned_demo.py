@@ -35,7 +35,8 @@ def trained(
     model = pruned(start, batches[::6], share)
     config = SparsifyConfig(seconds=seconds, alpha=0.0)
     with fast_training(model, dense):
-        objective = distill_hidden(model, dense, find_ffns(start), embedding_error)
+        sites = find_ffns(start)
+        objective = distill_hidden(model, dense, sites, embedding_error, kept_bytes=config.kept_bytes)
         train(model, batches, config, objective, lambda batch: torch.zeros(()), progress=True)
     return model.eval()
 

@@ -185,13 +185,14 @@ class Recipe:
     def pruned(self, sparse: nn.Module, share: float) -> nn.Module:
         """The sparse model with that share of its neurons, the same for every token, fine-tuned for as long as ours
         after `sparse`."""
-        work, run, step = self.work, self.run, f"pruned to {share:.1%}"
+        work, run, step = self.work, self.run, f"pruned to {100 * share:g}%"
         model = pruned(sparse, self.fitted, share)
         config = SparsifyConfig(seconds=self.effort.layers + self.effort.routed, alpha=0.0, seed=run.seed)
         with run.stage(step), fast_training(model, work.dense), mode(work.dense, train=False):
+            sites = find_ffns(sparse)  # the same paths
             objective = distill_hidden(
-                model, work.dense, find_ffns(sparse), work.output_loss
-            )  # the same paths
+                model, work.dense, sites, work.output_loss, kept_bytes=config.kept_bytes
+            )
             kept = Kept(run.checkpoint(step), "training", {})
             train(
                 model, work.train, config, objective, lambda batch: torch.zeros(()), progress=True, kept=kept
@@ -239,16 +240,16 @@ def run_recipe(work: Workload, run: Run) -> None:
     if run.bf16:
         results.add("in bf16: dense", in_bf16(work.dense), [("every neuron", DynamicK(0.0))], timed=True)
         results.add(f"in bf16: dynamic k, s = {ours}", in_bf16(model), dynamic, timed=True)
+    for share in effort.pruned:
+        narrow, name = recipe.pruned(sparse, share), f"{100 * share:g}% of the neurons"
+        gate: list[tuple[str, Gate]] = [(name, TopK(round(1000 * share)))]
+        results.add(f"pruned, {name}", narrow, gate, timed=True)
+        if run.bf16:
+            results.add(f"in bf16: pruned, {name}", in_bf16(narrow), gate, timed=True)
     results.add("the same, static top-k", model, static, timed=True)
     results.add("the same, oracle gate", model, oracle)
     results.add("fine-tuned with static top-k", recipe.static(converted, ours), static, timed=True)
     del converted, model
-    for share in effort.pruned:
-        gate: list[tuple[str, Gate]] = [(f"{share:.0%} of the neurons", TopK(round(1000 * share)))]
-        narrow = recipe.pruned(sparse, share)
-        results.add(f"pruned, {share:.0%} of the neurons", narrow, gate, timed=True)
-        if run.bf16:
-            results.add(f"in bf16: pruned, {share:.0%} of the neurons", in_bf16(narrow), gate, timed=True)
     untrained = recipe.untrained(ours)
     results.add(f"no fine-tuning, FFNs only, s = {ours}", untrained, dynamic, timed=True)
     results.add("no fine-tuning, static top-k", untrained, static)

@@ -145,9 +145,9 @@ def _some_of(model: nn.Module, batches: Batches, seed: int) -> list[Any]:
     """Batches to calibrate on, from all over: the same ones when a killed run is taken up again."""
     count = length(batches)
     which = range(0, count or CALIBRATED, max(1, (count or 0) // CALIBRATED))
-    if isinstance(batches, Sequence):  # others need not be read for them
-        return [batches[i] for i in which]
     with seeded(model, seed):
+        if isinstance(batches, Sequence):  # whose others need not be read
+            return [batches[i] for i in which]
         return list(islice(batches, which.start, which.stop, which.step))
 
 

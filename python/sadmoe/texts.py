@@ -4,7 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,17 @@ def load_processor(folder: Path) -> Any:
             "%s: what makes its inputs does not load, so no converted model gets it: %s", folder, error
         )
         return None
+
+
+def processor_around(tokenizer: Any, folder: Path) -> Any:
+    """What makes the inputs of a model of text and more (images, sounds), its tokenizer in it, where its folder has one
+    that loads; else the tokenizer."""
+    import transformers
+
+    if _holds(folder, ("*processor*",)):
+        with suppress(Exception):  # whatever a class of the model's raises
+            return transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+    return tokenizer
 
 
 def _holds(folder: Path, patterns: Sequence[str]) -> bool:

@@ -124,7 +124,12 @@ def test_a_detector_takes_images_though_it_has_a_decoder(photos, tmp_path):
         embedding_size=8, hidden_sizes=[8], depths=[1], out_features=["stage1"]
     )
     config = transformers.DetrConfig(
-        backbone_config=backbone, use_timm_backbone=False, backbone=None, **sizes, **heads
+        backbone_config=backbone,
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        backbone=None,
+        **sizes,
+        **heads,
     )
     model = transformers.DetrForObjectDetection(config).eval()
     transformers.DetrImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
@@ -169,6 +174,19 @@ def test_a_model_that_reads_text_alone_too_keeps_what_makes_its_images(folder, t
     processor = transformers.AutoProcessor.from_pretrained(out)
     assert processor.image_processor.size == {"height": 16, "width": 16}
     assert processor.tokenizer.get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_classifier_of_images_gets_no_tokenizer(photos, tmp_path):
+    clip, out = tmp_path / "clip", tmp_path / "moe"
+    config = transformers.CLIPConfig(
+        text_config=SIZES, vision_config=SIZES | {"image_size": 16, "patch_size": 8}
+    )
+    transformers.CLIPForImageClassification(config).save_pretrained(clip)
+    square = {"height": 16, "width": 16}
+    transformers.CLIPImageProcessor(size=square, crop_size=square).save_pretrained(clip)
+    assert converted(clip, photos, out, "--tau", "0.2") == 0
+    assert (out / "preprocessor_config.json").exists()
+    assert not list(out.glob("*token*"))
 
 
 def test_any_model_takes_the_batches_of_a_python_file(whisper, tmp_path, capsys):

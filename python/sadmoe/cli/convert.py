@@ -46,7 +46,7 @@ from sadmoe.paths import dtype_name
 from sadmoe.reference import RECTIFIERS
 from sadmoe.routers import WIDTH, RouterConfig
 from sadmoe.sparsify import SparsifyConfig, sparsify_
-from sadmoe.texts import load_processor
+from sadmoe.texts import processor_around
 from sadmoe.training import Checkpoint
 
 NOTE = "sadmoe-data.json"  # in --checkpoint: the data that its steps are made from
@@ -165,8 +165,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         )
         model.float()
     data = data_of(arguments, model, whole=_trains(arguments))
-    # Of a text alone a model of text and images has a tokenizer here, and more in its folder.
-    processor = load_processor(arguments.model) or data.processor
+    processor = processor_around(data.processor, arguments.model) if data.kind == "text" else data.processor
     _check_saving(model, processor)
     _check_cuts(model, data, arguments)
     if arguments.checkpoint is not None:

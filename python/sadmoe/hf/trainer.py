@@ -266,6 +266,7 @@ class RouterCallback(AddedLoss):
                 "RouterCallback came after the Trainer, has been stopped, or the Trainer has made another model since "
                 "(model_init): give a new one to a new Trainer(model, callbacks=[RouterCallback(...)])"
             )
+        self.unwatch()
         term = RouterLoss(model, target_power=self.target_power)
         optimizer = kwargs.get("optimizer")
         known = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
@@ -275,7 +276,6 @@ class RouterCallback(AddedLoss):
                 "RouterCallback: the Trainer's optimizer does not have all routers, which asked for no gradient when "
                 "it was made: make it after the Trainer, or of all of model.parameters()"
             )
-        self.unwatch()
         if self.alone:
             self._handles.append(model.register_forward_pre_hook(self._open))
             self._handles.append(model.register_forward_hook(self._close, always_call=True))
