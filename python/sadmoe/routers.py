@@ -20,7 +20,7 @@ from sadmoe.ops import DTYPES
 from sadmoe.randomness import seeded
 from sadmoe.training.guards import all_or_nothing
 from sadmoe.training.resume import Checkpoint, Kept, check_checkpoint
-from sadmoe.weights import check_is_parameter, check_own_weights
+from sadmoe.weights import check_own_weights, check_router_parameters
 
 HELD_OUT = 0.1  # share of the tokens that training never sees
 ACTIVATIONS = 2**22  # activations held at once while norms are computed
@@ -140,7 +140,7 @@ def fit_routers_(
     layers = converted_layers(model, filter)
     check_own_weights(model, layers)
     for name, layer in layers.items():
-        _check_parameters(layer, name)
+        check_router_parameters(layer, name)
     config = RouterConfig() if config is None else check_config(config, RouterConfig)
     configs = {
         name: replace(
@@ -223,13 +223,8 @@ class _Problem:
         return self.inputs[rows].float() / self.x_scale, self.targets[rows] / self.y_scale
 
 
-def _check_parameters(layer: DynamicKMoE, name: str) -> None:
-    for key in ("v1", "v2"):  # which are written to
-        check_is_parameter(layer.router, key, f"{name}.router.{key}")
-
-
 def _check_fit(layer: DynamicKMoE, inputs: Tensor, config: RouterConfig) -> None:
-    _check_parameters(layer, "the layer")
+    check_router_parameters(layer, "the layer")  # which are written to
     width, d = layer.router.v1.shape
     if inputs.dim() != 2 or inputs.shape[1] != d or len(inputs) < 2 or not inputs.is_floating_point():
         raise ValueError(

@@ -1,6 +1,6 @@
 """Whether the weights of converted layers are their own, and all there."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -37,16 +37,19 @@ def check_own_weights(model: nn.Module, layers: Mapping[str, DynamicKMoE]) -> No
 def check_parameters(layers: Mapping[str, DynamicKMoE]) -> None:
     """Raises ValueError where a weight of a layer is no parameter of it, but made of others at every access."""
     for name, layer in layers.items():
-        for key in TENSORS:
-            check_is_parameter(layer, key, f"{name}.{key}")
-        for key in ("v1", "v2"):
-            check_is_parameter(layer.router, key, f"{name}.router.{key}")
+        _check_parameters(layer, TENSORS, name)
+        check_router_parameters(layer, name)
 
 
-def check_is_parameter(module: nn.Module, key: str, name: str) -> None:
-    """Raises ValueError, by that name, where the module makes it of others at every access."""
-    if key not in module._parameters:
-        raise ValueError(
-            f"{name} is made of other tensors at every access: make it a parameter first, by torch's "
-            "prune.remove or remove_parametrizations; sharded weights, gather"
-        )
+def check_router_parameters(layer: DynamicKMoE, name: str) -> None:
+    """The same of the router alone. name: of the layer."""
+    _check_parameters(layer.router, ("v1", "v2"), f"{name}.router")
+
+
+def _check_parameters(module: nn.Module, keys: Sequence[str], name: str) -> None:
+    for key in keys:
+        if key not in module._parameters:
+            raise ValueError(
+                f"{name}.{key} is made of other tensors at every access: make it a parameter first, by torch's "
+                "prune.remove or remove_parametrizations; sharded weights, gather"
+            )
