@@ -61,7 +61,8 @@ def as_layer(p: SimpleNamespace) -> Callable[[], Tensor]:
     made, x = kept(p, "layer", lambda: layer_of(p)), p.x
 
     def run() -> Tensor:
-        made.gate = gate
+        if made.gate is not gate:
+            made.gate = gate
         return made(x)
 
     gate = DynamicK(p.tau)

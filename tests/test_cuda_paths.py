@@ -131,10 +131,7 @@ def test_slack_widens_what_the_cost_model_leaves_to_the_op():
 class OnCuda:
     """As much of 50 tokens on a CUDA device as the choice looks at."""
 
-    device, dtype = CUDA, torch.float32
-
-    def __len__(self):
-        return 50
+    device, dtype, shape = CUDA, torch.float32, (50, 8)
 
 
 def choices(layer, calls):

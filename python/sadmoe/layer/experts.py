@@ -100,6 +100,9 @@ class Experts(nn.Module):
     @property
     def is_packed(self) -> bool:
         """Whether each expert's neurons stand side by side in memory, see `pack_`."""
+        first = self._parameters.get("w_up")
+        if first is None or first.stride(1) != 1:  # every call asks, and mostly it is not
+            return False
         weights = self._way_in()
         return len(weights) > 0 and all(weight.stride(1) == 1 < weight.stride(2) for weight in weights)
 
@@ -334,4 +337,4 @@ def runs_plainly(x: Tensor) -> bool:
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    return type(x) is Tensor and (x.is_cpu or x.is_cuda) and len(x) > 0
+    return type(x) is Tensor and (x.is_cpu or x.is_cuda) and x.shape[0] > 0  # by len(x) it takes 3 µs more

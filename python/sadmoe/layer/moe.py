@@ -222,7 +222,7 @@ class DynamicKMoE(Experts):
             return True
         if not runs_plainly(x) or (dtype := self._dtype_of_products(x)) is None:
             return False
-        return paths.op_runs_all(self._shape_in(dtype), len(x), x.device, dtype)
+        return paths.op_runs_all(self._shape_in(dtype), x.shape[0], x.device, dtype)
 
     def _choose(self, x: Tensor) -> tuple[bool, Tensor | None]:
         """Whether x [T, d] takes the dense path, and its mask where that had to be known. Waits for no CUDA device."""
@@ -252,7 +252,7 @@ class DynamicKMoE(Experts):
         if unasked and dtype.itemsize > 2:
             return 1.0
         slack = paths.WORTH[x.device.type] if unasked else 1.0
-        until = paths.sparse_until(self._shape_in(dtype), len(x), x.device, dtype, slack)
+        until = paths.sparse_until(self._shape_in(dtype), x.shape[0], x.device, dtype, slack)
         if unasked and x.device.type == "cuda" and self.expected_share is None:
             any_share = until * self.experts < 1  # all that is known of it: a token runs one expert at least
             return 0.0 if any_share else 1.0
