@@ -12,6 +12,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "contract.h"
@@ -37,25 +38,21 @@ void check(bool holds, const char* op, const Parts&... parts) {
   if (!holds) fail(op, parts...);
 }
 
-// Prints as [2, 3]; only where a check fails is there text to make.
+template <class Numbers>
+std::ostream& put_list(std::ostream& to, const Numbers& numbers) {
+  const char* between = "[";
+  for (const int64_t n : numbers) to << std::exchange(between, ", ") << n;
+  return to << (numbers.size() ? "]" : "[]");
+}
+
+// Print as [2, 3]; only where a check fails is there text to make.
 struct ShapeOf {
   const Tensor& tensor;
-
-  friend std::ostream& operator<<(std::ostream& to, ShapeOf shape) {
-    to << "[";
-    for (int64_t i = 0; i < shape.tensor.dim(); ++i) to << (i ? ", " : "") << shape.tensor.size(i);
-    return to << "]";
-  }
+  friend std::ostream& operator<<(std::ostream& to, ShapeOf shape) { return put_list(to, shape.tensor.sizes()); }
 };
-
 struct StridesOf {
   const Tensor& tensor;
-
-  friend std::ostream& operator<<(std::ostream& to, StridesOf strides) {
-    to << "[";
-    for (int64_t i = 0; i < strides.tensor.dim(); ++i) to << (i ? ", " : "") << strides.tensor.stride(i);
-    return to << "]";
-  }
+  friend std::ostream& operator<<(std::ostream& to, StridesOf strides) { return put_list(to, strides.tensor.strides()); }
 };
 
 // Nothing for a dtype that torch's stable ABI has no name for.
@@ -84,8 +81,8 @@ inline void check_shape(const char* op, const char* name, const Tensor& t, std::
   for (const int64_t n : want) same = same && t.size(i++) == n;
   if (same) return;
   std::ostringstream expected;
-  for (const int64_t n : want) expected << (expected.tellp() ? ", " : "") << n;
-  fail(op, name, " must be ", letters, " = [", expected.str(), "], got ", ShapeOf{t});
+  put_list(expected, want);
+  fail(op, name, " must be ", letters, " = ", expected.str(), ", got ", ShapeOf{t});
 }
 
 inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
@@ -129,10 +126,10 @@ inline int32_t device_type_of(const Tensor& t) {
 [[noreturn]] inline void no_memory(int32_t device_type, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   if (device_type == aoti_torch_device_type_cpu()) throw std::bad_alloc();  // as scratch does: MemoryError
   std::ostringstream shape;
-  for (const int64_t n : sizes) shape << (shape.tellp() ? ", " : "") << n;
+  put_list(shape, sizes);
   // "CUDA out of memory.", with the stop, is what finders of batch sizes look for.
-  throw std::runtime_error("sadmoe: CUDA out of memory. A tensor [" + shape.str() +
-                           "] could not be allocated, or an earlier kernel failed (CUDA_LAUNCH_BLOCKING=1 tells)");
+  throw std::runtime_error("sadmoe: CUDA out of memory. A tensor " + shape.str() +
+                           " could not be allocated, or an earlier kernel failed (CUDA_LAUNCH_BLOCKING=1 tells)");
 }
 
 // torch::stable::contiguous without its way through torch's dispatcher where there is nothing to do.

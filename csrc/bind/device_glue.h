@@ -52,10 +52,10 @@ namespace sadmoe {
 class OnDevice {
  public:
   OnDevice(const Arguments& arguments, const Tensor& x, const char* name = "x") : guard_(checked_index(arguments, x, name)) {
-    check(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_) == AOTI_TORCH_SUCCESS, arguments.op(),
-          "the current stream of ", name_of(x), " cannot be had");
+    if (aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_) != AOTI_TORCH_SUCCESS)
+      fail(arguments.op(), "the current stream of ", name_of(x), " cannot be had");
     const int code = cuda::use_device(x.get_device_index());
-    check(code == 0, arguments.op(), name_of(x), " cannot be used: ", cuda::error_string(code));
+    if (code != 0) fail(arguments.op(), name_of(x), " cannot be used: ", cuda::error_string(code));
   }
   void* stream() const { return stream_; }
   void writes(const char*, const Tensor&) {}

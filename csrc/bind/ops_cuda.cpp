@@ -26,7 +26,7 @@ void check_launch(int code, const char* op) {
                         ? "; kernels are for 8.0 and later, of those that sadmoe.build_info() names; where they "
                           "were left out (SADMOE_CUDA=off pip install .) plain torch runs"
                         : "";
-  check(code == 0, op, "CUDA error ", code, ": ", cuda::error_string(code), why);
+  if (code != 0) fail(op, "CUDA error ", code, ": ", cuda::error_string(code), why);
 }
 
 template <class T>
@@ -36,7 +36,8 @@ T* written(OnDevice& device, const char* name, const Tensor& t) {
 }
 
 Tensor run_router(OnDevice& device, const char* op, const Tensor& x, View rows, const Router& router, const RouterShape& shape) {
-  const cuda::Options now = options;  // which another thread may set
+  const cuda::Options now = options;                                                        // which another thread may set
+  check(shape.T <= INT32_MAX, op, "x must have under 2^31 tokens on CUDA, got ", shape.T);  // the kernels number them in 32 bits
   const Tensor hidden = empty_beside(x, {shape.T, shape.r}, aoti_torch_dtype_float32);
   const Tensor scores = empty_beside(x, {shape.T, shape.E}, aoti_torch_dtype_float32);
   check_launch(cuda::router_scores(rows, router, shape, now, written<float>(device, "hidden", hidden),

@@ -254,15 +254,17 @@ Region::Region(const char* name, const void* data, size_t bytes, size_t element,
   const bool writable = use != Use::read, initialised = use != Use::write;
   const std::lock_guard<std::mutex> guard(device().lock);
   const char* begin = static_cast<const char*>(data);
-  device().memory.spans.emplace_back(new Span{name, begin, begin + bytes, element, writable, initialised, false, {}});
+  span_ = new Span{name, begin, begin + bytes, element, writable, initialised, false, {}};
+  device().memory.spans.emplace_back(span_);
   if (!writable) return;
-  device().memory.spans.back()->cells.resize(bytes / element + 1);
+  span_->cells.resize(bytes / element + 1);
   if (!initialised) std::memset(const_cast<void*>(data), 0xff, bytes);
 }
 
 Region::~Region() {
   const std::lock_guard<std::mutex> guard(device().lock);
-  device().memory.spans.pop_back();
+  auto& spans = device().memory.spans;  // other threads may have added theirs since
+  spans.erase(std::find_if(spans.begin(), spans.end(), [this](const auto& span) { return span.get() == span_; }));
 }
 
 }  // namespace sadmoe::emulator

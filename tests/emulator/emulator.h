@@ -94,6 +94,9 @@ class Region {
   Region(const char* name, const void* data, size_t bytes, size_t element, Use use);
   ~Region();
   Region(const Region&) = delete;
+
+ private:
+  struct Span* span_;
 };
 
 }  // namespace sadmoe::emulator
