@@ -276,8 +276,10 @@ def hung(seconds: float, told: Callable[[], None]) -> Iterator[None]:
     """Where what is inside takes longer, told is called, and the process ends as where the device failed."""
 
     def end() -> None:
-        told()
-        os._exit(3)
+        try:
+            told()
+        finally:
+            os._exit(3)
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True
@@ -370,8 +372,7 @@ def main() -> None:
         write(done=False)
     write(done=alive)
     print("\nTimes in us, medians.", *sorted(reasons), sep="\n")
-    failed = any(reason.startswith("FAILED") for reason in reasons)
-    sys.exit(3 if not alive else int(failed))
+    sys.exit(3 if not alive else int(any(reason.startswith("FAILED") for reason in reasons)))
 
 
 if __name__ == "__main__":

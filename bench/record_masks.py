@@ -16,7 +16,6 @@ import sadmoe
 import torch
 from layer_problem import LayerShape
 from sadmoe.demo import topics
-from sadmoe.dial import converted_layers
 from sadmoe.layer import DynamicKMoE
 from sadmoe.texts import load_model, load_tokenizer, paragraphs, tokenized
 from safetensors.torch import save_file
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 def recorded_masks(model: nn.Module, batches: list[dict[str, Tensor]], tokens: int) -> dict[str, Tensor]:
     """uint8 [tokens or fewer, E] of every converted layer, by name. Batches with an attention_mask [B, T]."""
-    layers = converted_layers(model)
+    layers = sadmoe.moe_layers(model)
     kept: dict[str, list[Tensor]] = {name: [] for name in layers}
     real = torch.empty(0)
 
@@ -72,7 +71,7 @@ def main() -> None:
     if args.expert_sizes and args.tau is not None:
         parser.error("--tau is the model's as it is: experts of other sizes take the tau of --budget")
     model, tokenizer = load_model(args.model), load_tokenizer(args.model)
-    if not converted_layers(model):
+    if not sadmoe.moe_layers(model):
         raise SystemExit(f"{args.model} has no converted layer: sadmoe convert, or sadmoe demo, writes one")
     if args.tau is not None:
         sadmoe.set_tau(model, args.tau)
@@ -92,7 +91,7 @@ def main() -> None:
         prefix = "" if size is None else f"s{size}."
         found = recorded_masks(model, batches, args.tokens)
         masks |= {prefix + name: mask for name, mask in found.items()}
-        shapes |= {prefix + name: shape_text(layer) for name, layer in converted_layers(model).items()}
+        shapes |= {prefix + name: shape_text(layer) for name, layer in sadmoe.moe_layers(model).items()}
     save_file(masks, args.file, metadata=shapes)
     for name, mask in masks.items():
         print(f"{name}: {len(mask)} tokens, share {mask.float().mean():.1%}, {shapes[name]}")

@@ -12,33 +12,16 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from pruning import pruned
+from pruning import pruned, trained
 from sadmoe.demo import Fidelity, embeddings, fidelity, long_topics, minilm, recombined, split, topics
 from sadmoe.demo.recipe import BUDGET, SECONDS, SPARSIFY, by_length, embedding_error, scaled, train_ffns_
-from sadmoe.ffn import find_ffns
 from sadmoe.flops import count_flops
 from sadmoe.mixed import fast_training
 from sadmoe.sparsify import SparsifyConfig, sparsify_
 from sadmoe.tables import format_table
 from sadmoe.texts import tokenized
 from sadmoe.timing import machine
-from sadmoe.training.loop import train
-from sadmoe.training.objective import distill_hidden
 from torch import Tensor, nn
-
-
-def trained(
-    start: nn.Module, dense: nn.Module, share: float, batches: Sequence[Any], seconds: float
-) -> nn.Module:
-    """A copy of `start` that keeps that share of its neurons, after so many seconds of training."""
-    model = pruned(start, batches[::6], share)
-    config = SparsifyConfig(seconds=seconds, alpha=0.0)
-    with fast_training(model, dense):
-        sites = find_ffns(start)
-        objective = distill_hidden(model, dense, sites, embedding_error, kept_bytes=config.kept_bytes)
-        train(model, batches, config, objective, lambda batch: torch.zeros(()), progress=True)
-    return model.eval()
 
 
 def row(
@@ -77,7 +60,8 @@ def main() -> None:
             ("from dense", dense, args.seconds),
             ("from sparse", sparse, args.seconds - first.seconds),
         ):
-            model = trained(start, dense, share, batches, seconds)
+            config = SparsifyConfig(seconds=seconds, alpha=0.0)
+            model = trained(pruned(start, batches[::6], share), dense, batches, config, embedding_error)
             rows.append(row(f"{share:.1%} of the neurons, {name}", model, tests, dense_flops, wanted))
             print(*rows[-1], flush=True)
     print(machine())

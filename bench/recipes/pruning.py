@@ -2,12 +2,17 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
+from sadmoe import SparsifyConfig
 from sadmoe.batches import run, to_device
 from sadmoe.demo.rows import added_to, masked
 from sadmoe.ffn import FFNSite, find_ffns
-from sadmoe.modules import device_of, evaluating
+from sadmoe.mixed import fast_training
+from sadmoe.modules import device_of, evaluating, mode
+from sadmoe.training.loop import UNKEPT, train
+from sadmoe.training.objective import OutputLoss, distill_hidden
+from sadmoe.training.resume import Kept
 from torch import Tensor, nn
 
 MULTIPLE = 8  # of neurons, so that a narrow product is no slower than it has to be
@@ -27,6 +32,23 @@ def pruned(model: nn.Module, batches: Sequence[Any], share: float) -> nn.Module:
         count = max(1, round(share * len(mean) / MULTIPLE)) * MULTIPLE
         keep_(site, mean.topk(min(count, len(mean))).indices.sort().values)
     return model
+
+
+def trained(
+    model: nn.Module,
+    dense: nn.Module,
+    batches: Sequence[Any],
+    config: SparsifyConfig,
+    output_loss: OutputLoss | Literal["logits"] | None,
+    kept: Kept = UNKEPT,
+) -> nn.Module:
+    """The pruned model, after it was trained towards the dense one as ours is."""
+    with fast_training(model, dense), mode(dense, train=False):
+        sites = find_ffns(model)
+        objective = distill_hidden(model, dense, sites, output_loss, kept_bytes=config.kept_bytes)
+        train(model, batches, config, objective, progress=True, kept=kept)
+    model.zero_grad(set_to_none=True)
+    return model.eval()
 
 
 def keep_(site: FFNSite, neurons: Tensor) -> None:

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-import torch
 from moefication import moefied
-from pruning import pruned
+from pruning import pruned, trained
 from results import Results
 from run import Run
 from sadmoe import (
@@ -37,12 +36,11 @@ from sadmoe import (
     sparsify_,
 )
 from sadmoe.budget import LAYERS, ROUTED
-from sadmoe.ffn import find_ffns
 from sadmoe.gates import Gate
 from sadmoe.mixed import fast_training
 from sadmoe.modules import mode
 from sadmoe.training.loop import train
-from sadmoe.training.objective import distill_hidden, task
+from sadmoe.training.objective import task
 from sadmoe.training.resume import Kept
 from torch import nn
 from workload import Workload, controls, in_bf16
@@ -59,9 +57,7 @@ def task_trained(model: nn.Module, batches: list[Any], loss: Any, lr: float, run
     config = SparsifyConfig(seconds=run.effort.task, alpha=0.0, lr=lr, weight_decay=0.05, seed=run.seed)
     with run.stage("task"), mode(model, train=True), fast_training(model):
         kept = Kept(run.checkpoint("task"), "training", {})
-        train(
-            model, batches, config, task(model, loss), lambda batch: torch.zeros(()), progress=True, kept=kept
-        )
+        train(model, batches, config, task(model, loss), progress=True, kept=kept)
     model.zero_grad(set_to_none=True)
     return model.eval()
 
@@ -186,19 +182,11 @@ class Recipe:
         """The sparse model with that share of its neurons, the same for every token, fine-tuned for as long as ours
         after `sparse`."""
         work, run, step = self.work, self.run, f"pruned to {100 * share:g}%"
-        model = pruned(sparse, self.fitted, share)
         config = SparsifyConfig(seconds=self.effort.layers + self.effort.routed, alpha=0.0, seed=run.seed)
-        with run.stage(step), fast_training(model, work.dense), mode(work.dense, train=False):
-            sites = find_ffns(sparse)  # the same paths
-            objective = distill_hidden(
-                model, work.dense, sites, work.output_loss, kept_bytes=config.kept_bytes
-            )
-            kept = Kept(run.checkpoint(step), "training", {})
-            train(
-                model, work.train, config, objective, lambda batch: torch.zeros(()), progress=True, kept=kept
-            )
-        model.zero_grad(set_to_none=True)
-        return model.eval()
+        kept = Kept(run.checkpoint(step), "training", {})
+        with run.stage(step):
+            model = pruned(sparse, self.fitted, share)
+            return trained(model, work.dense, work.train, config, work.output_loss, kept)
 
     def tuned(self, moefied: nn.Module) -> nn.Module:
         """MoEfication's own calibration, for as long as ours trains after `sparse`, and by as many experts."""
