@@ -27,6 +27,15 @@ def test_config_follows_so_that_a_saved_dense_model_reloads_alike(name: str, tmp
     assert model.config.to_json_string() == before
 
 
+def test_hooks_of_an_activation_that_goes_are_warned_of():
+    model = UserFFN(nn.GELU())
+    model.nonlinearity.register_forward_hook(lambda *_: None)
+    with pytest.warns(
+        UserWarning, match="^nonlinearity: relu takes their place, and their hooks do not run any more"
+    ):
+        swap_activations_(model, find_ffns(model))
+
+
 def test_t5_config_tells_the_gelus_apart(tmp_path: Any):
     model = TINY["t5 v1.1"].model()
     swap_activations_(model, find_ffns(model), "gelu")

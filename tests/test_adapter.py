@@ -104,6 +104,29 @@ def test_another_base_is_refused(tmp_path):
     refused(TINY["gpt2"].model(), path, "was made on another base: .* is no linear layer here")
 
 
+def test_a_router_wider_than_its_experts_stays_so(tmp_path):
+    path, batch = tmp_path / "adapter.safetensors", TINY["bert"].batch()
+    base = TINY["bert"].model().bfloat16()
+    model = copy.deepcopy(base)
+    config = sadmoe.ConvertConfig(expert_size=4, tau=0.2, router=sadmoe.RouterConfig(steps=2, width=4))
+    sadmoe.convert_(model, [batch], config, progress=False)
+    sadmoe.compensate_(model, [batch], rank=1, progress=False)
+    for layer in moe_layers(model).values():
+        layer.router.float()
+    save_adapter(model, path)
+    load_adapter(base, path)
+    assert same(state(base), state(model))
+    assert {layer.router.v1.dtype for layer in moe_layers(base).values()} == {torch.float32}
+
+
+def test_a_base_that_something_wraps_is_not_called_another(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    save_adapter(converted("bert", projections=False), tmp_path / "adapter.safetensors")
+    base = TINY["bert"].model()
+    accelerate.dispatch_model(base, {"": "cpu"}, force_hooks=True)
+    refused(base, tmp_path / "adapter.safetensors", "is no FFN here .*something wraps or parametrises")
+
+
 def test_another_activation_is_refused(tmp_path):
     model = TINY["bert"].model()
     sites = sadmoe.find_ffns(model)

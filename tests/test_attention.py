@@ -446,6 +446,18 @@ class SpareAttention(nn.Module):
         return self.proj(x)
 
 
+def test_hooks_that_will_not_run_are_warned_of_and_see_no_training():
+    model, batch = TINY["bert"].model(), TINY["bert"].batch()
+    name, seen = "encoder.layer.0.attention.self.query", []
+    query = model.get_submodule(name)
+    query.register_forward_hook(lambda module, args, output: seen.append(output.dim()))
+    with pytest.warns(UserWarning, match=f"^{name}: their hooks will not run"):
+        replace_projections_(model, [batch], SHORT, progress=False)
+    assert set(seen) == {3}  # of whole calls of the model
+    restore_(model)
+    assert model.get_submodule(name) is query
+
+
 def test_projections_that_are_never_called_are_left_out(caplog):
     model, batches = nn.Sequential(SpareAttention()), [torch.randn(2, 5, 24)]
     report = replace_projections_(model, batches, SHORT, progress=False)

@@ -119,6 +119,15 @@ def test_a_mistake_inside_the_model_stays_as_it_is():
         run(Broken(), torch.ones(2))
 
 
+def test_copies_of_a_model_that_run_in_threads_are_refused():
+    model = nn.DataParallel(nn.Linear(2, 2), device_ids=[])
+    x = torch.ones(1, 2)
+    assert torch.equal(run(model, x), model.module(x))
+    model.device_ids = [0, 1]
+    with pytest.raises(ValueError, match="give the model inside"):
+        run(model, x)
+
+
 def test_something_else_is_no_batch():
     with pytest.raises(TypeError, match="a batch must be a Mapping, a tuple, a list or a Tensor, got int"):
         run(Add(), 3)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 
 import cuda_constants
+import cuda_peers
 import layers_goals
 from cuda_goals import aims
 from layer_problem import ROUTER_WIDTH, LayerShape, problem, weights, with_mask
@@ -143,6 +145,19 @@ def test_cells_of_a_gpu_are_held_to_their_aims(what, cell, most, verdict):
     (aim,) = [aim for aim in aims([cell]) if aim.what == what and aim.found is not None]
     assert aim.most == pytest.approx(most)
     assert aim.verdict == verdict
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_cell_that_hangs_ends_the_process_whatever_comes_of_telling(monkeypatch):
+    ended, codes = threading.Event(), []
+    monkeypatch.setattr(cuda_peers.os, "_exit", lambda code: (codes.append(code), ended.set()))
+
+    def told():
+        raise OSError("disk full")
+
+    with cuda_peers.hung(0.01, told):
+        assert ended.wait(60)
+    assert codes == [3]
 
 
 @pytest.mark.parametrize(("capability", "warpgroups"), [([8, 6], 0), ([9, 0], 0.5), ([12, 0], 0)])

@@ -233,6 +233,7 @@ def test_routers_learn_no_norms_of_experts_without_their_adapter(tmp_path):
         "fit": lambda: sadmoe.fit_routers_(adapted, [tokens()]),
         "loss": lambda: sadmoe.RouterLoss(adapted),
         "save": lambda: sadmoe.save(adapted, tmp_path / "m.safetensors"),  # which no dense model could load
+        "save_pretrained": lambda: adapted.get_base_model().save_pretrained(tmp_path),
     }
     for step in steps.values():
         with pytest.raises(ValueError, match=r"mlp.* is inside a ParamWrapper, .*: merge the adapter first"):

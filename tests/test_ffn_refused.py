@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -243,7 +244,7 @@ def _parametrise(ffn: UserFFN) -> None:
         ),
         (lambda: _with(_parametrise), "expand is a ParametrizedLinear that something wraps or parametrises"),
         (
-            lambda: _with(lambda m: setattr(m.expand, "forward", m.expand.forward)),
+            lambda: _with(lambda m: setattr(m.expand, "forward", partial(m.expand.forward))),
             "expand is a Linear that something wraps",
         ),
         (
@@ -481,6 +482,16 @@ def test_a_linear_layer_of_its_own_class_that_computes_the_same_is_one():
     swap_out(model, "0")
     assert type(model[0].expand) is _Falcons
     assert torch.equal(model(x), wanted)
+
+
+def test_linear_layers_that_accelerate_let_go_of_are_plain_again():
+    accelerate = pytest.importorskip("accelerate")
+    model = TINY["bert"].model()
+    accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    with pytest.raises(NotImplementedError, match="something wraps"):
+        find_ffns(model)
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    assert len(find_ffns(model)) == 2
 
 
 def test_what_more_a_linear_layer_holds_is_named_where_it_may_matter():

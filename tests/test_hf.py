@@ -289,6 +289,9 @@ def test_weights_that_are_brought_when_a_layer_runs(tmp_path):
     assert torch.equal(call(loaded, batch), wanted)
     accelerate.cpu_offload(model, torch.device("cpu"))
     assert torch.equal(call(model, batch), wanted)
+    report = sadmoe.cost(model, [batch])  # of a batch that goes where the model runs
+    assert 0 < report.executed < report.dense
+    assert sadmoe.calibrate_(model, [batch], budget=0.9, progress=False).tau >= 0
 
 
 def test_a_layer_is_not_split_over_devices(tmp_path):

@@ -84,13 +84,12 @@ def test_nothing_is_loaded_into_a_model_whose_gradients_are_shared(read, file):
     assert fingerprint(model) == before
 
 
-@pytest.mark.parametrize(
-    "change", ["convert_", "restore_", "replace_projections_", "sparsify_", "finetune_", "finetune_layers_"]
-)
+CONVERTED = ("restore_", "finetune_", "finetune_layers_", "compensate_", "quantize_experts_")
+
+
+@pytest.mark.parametrize("change", ["convert_", "replace_projections_", "sparsify_", *CONVERTED])
 def test_nor_is_one_converted_or_trained(change):
-    model = (
-        converted("bert") if change in ("restore_", "finetune_", "finetune_layers_") else TINY["bert"].model()
-    )
+    model = converted("bert") if change in CONVERTED else TINY["bert"].model()
     configs = {
         "sparsify_": sadmoe.SparsifyConfig(steps=1),
         "finetune_": sadmoe.FinetuneConfig(steps=1),
@@ -98,7 +97,7 @@ def test_nor_is_one_converted_or_trained(change):
     }
     before = fingerprint(model)
     config = [configs[change]] if change in configs else []
-    args = [] if change == "restore_" else [[TINY["bert"].batch()], *config]
+    args = [] if change in ("restore_", "quantize_experts_") else [[TINY["bert"].batch()], *config]
     with pytest.raises(ValueError, match=r"model is a DistributedDataParallel, .*: give the model inside"):
         getattr(sadmoe, change)(Shared(model), *args, **({"teacher": model} if "layers" in change else {}))
     assert fingerprint(model) == before

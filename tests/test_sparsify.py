@@ -9,6 +9,7 @@ import numpy
 import pytest
 import torch
 from clock import Clock
+from sadmoe import survey
 from sadmoe.ffn import find_ffns
 from sadmoe.ffn.activations import ACTIVATION_MODULES
 from sadmoe.sparsify import SparsifyConfig, measure_sparsity, sparsify_
@@ -86,6 +87,12 @@ def test_batches_that_end_for_good_are_an_error():
     batches = torch.utils.data.DataLoader(Once(), batch_size=None)
     with pytest.raises(ValueError, match="gave nothing when they were gone through again"):
         run_sparsify(two_ffns(), short(steps=50, objective="task"), batches, loss=mean_square)
+
+
+def test_nor_are_they_taken_for_ffns_that_are_never_reached():
+    batches = torch.utils.data.DataLoader(Once(), batch_size=None)
+    with pytest.raises(ValueError, match="gave nothing when they were gone through again"):
+        survey(two_ffns(), batches)
 
 
 class Drawn(Sequence):
@@ -400,7 +407,9 @@ def test_wrong_calls_are_named():
     model = two_ffns()
     with pytest.raises(ValueError, match='loss is used by objective "task" alone'):
         run_sparsify(model, short(), loss=mean_square)
-    with pytest.raises(ValueError, match='objective "task" needs a scalar loss, got NoneType'):
+    with pytest.raises(
+        ValueError, match=r'the task needs a scalar loss, got NoneType.*objective="distill_hidden"'
+    ):
         run_sparsify(model, short(objective="task"))
     with pytest.raises(ValueError, match=r"scalar loss, got a tensor of shape \(4, 7, 24\)"):
         run_sparsify(model, short(objective="task"), loss=lambda model, batch: model(batch))

@@ -33,7 +33,7 @@ from sadmoe.ffn.dense import DenseFFN
 from sadmoe.ffn.linears import bias_of, linear_shape, weight_rows
 from sadmoe.layer import DynamicKMoE
 from sadmoe.modules import innermost, plain_name, refuse_distributed
-from sadmoe.saving import SavedModelError
+from sadmoe.saving import SavedModelError, read_saved
 from sadmoe.undo import surgery
 from sadmoe.weights import check_parameters
 
@@ -109,25 +109,18 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
             try:
                 rebuild(model, name, description, keep=True, order=own.get("permutation"))
                 layer = model.get_submodule(name)
+                for part in ("router", "shared"):  # whose dtypes may be other ones than the experts'
+                    if dtypes := {t.dtype for key, t in own.items() if key.startswith(f"{part}.")}:
+                        layer.get_submodule(part).to(dtypes.pop())
                 layer.load_state_dict(layer.state_dict() | own)
             except (ValueError, RuntimeError) as error:
                 raise SavedModelError(f"{path} does not fit this {type(model).__name__}: {error}") from error
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    try:
-        tensors, header = files.read(path, KEY)
-        version = header["format"]
-        complete = version != FORMAT or (
-            header["layers"].keys() == header["base"].keys() and isinstance(header["rest"], dict)
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SavedModelError(f"{path} is no adapter that sadmoe wrote, or is damaged: {error}") from error
-    if version != FORMAT:
-        raise SavedModelError(f"{path} has format {version}, this sadmoe reads {FORMAT}: update sadmoe")
-    if not complete:
+    header, tensors = read_saved(path, KEY, FORMAT, "adapter that sadmoe wrote")
+    layers, base, rest = (header.get(name, ()) for name in ("layers", "base", "rest"))
+    if not all(isinstance(part, dict) for part in (layers, base, rest)) or layers.keys() != base.keys():
         raise SavedModelError(f"{path} is damaged: it does not know all of its base")
     return header, tensors
 
@@ -167,11 +160,11 @@ def _check_base(
                 wrong.append(f"{name} is no linear layer here")
             elif base[name] not in (None, _of_linear(linear)):
                 wrong.append(f"{name} has other weights")
-        elif name not in ffns:
-            wrong.append(f"{name} is no FFN here")
-        elif ffns[name].act != description["ffn"]["act"]:
-            wrong.append(f"{name} has {ffns[name].act}, not {description['ffn']['act']}")
-        elif _of_dense(ffns[name].dense()) != base[name]:
+        elif isinstance(site := ffns[name], str):
+            wrong.append(f"{name} is no FFN here ({site})")
+        elif site.act != description["ffn"]["act"]:
+            wrong.append(f"{name} has {site.act}, not {description['ffn']['act']}")
+        elif _of_dense(site.dense()) != base[name]:
             wrong.append(f"{name} has other weights, or other dtypes")
     named, own = {plain_name(name) for name in model.state_dict()}, _with_bits(model)
     wrong += [f"{name} is not here" for name in rest if name not in named]
@@ -185,13 +178,15 @@ def _check_base(
         )
 
 
-def _ffns(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, FFNSite]:
-    """Those that a probe finds, and those that it cannot run but are where the adapter says, with its activation."""
-    found = {site.name: site for site in scan_ffns(model)[0]}
+def _ffns(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, FFNSite | str]:
+    """Those that a probe finds, and those that it cannot run but are where the adapter says, with its activation; of
+    the others why they are none."""
+    found: dict[str, FFNSite | str] = {site.name: site for site in scan_ffns(model)[0]}
     for name in layers.keys() - found.keys():
         try:
             site = site_from_spec(model, name, layers[name]["ffn"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError) as error:
+            found[name] = str(error)
             continue
         act = activation_at(model, site)
         found[name] = replace(site, act=act or site.act)

@@ -6,6 +6,7 @@ Source: arXiv 2310.04361, section 3.4.
 
 import logging
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -24,6 +25,7 @@ from sadmoe.ffn import (
     projection_mlps,
     scan_ffns,
     stand_in,
+    with_hooks,
 )
 from sadmoe.ffn.linears import bias_of, linear_shape, shape_of, weight_rows
 from sadmoe.ffn.probe import Unsupported
@@ -239,6 +241,12 @@ def replace_projections_(
     with seeded(model, config.seed):  # a DataLoader may draw a number
         sites = find_projections(model, config.filter, batches=batches)
     linears = {site.name: site.first for site in sites}
+    if hooks := with_hooks(model, linears.values()):
+        warnings.warn(
+            f"{', '.join(shortened(hooks, 5))}: their hooks will not run while MLPs are in their place; if they change "
+            "what is computed, the MLPs do not learn it. Remove them, or leave these out by a filter",
+            stacklevel=2,
+        )
     stream = stream_inputs(
         model, linears, batches, max_tokens=config.max_tokens,
         max_bytes=config.max_bytes, seed=config.seed, skip_padding=config.skip_padding, skip_unreached=True,
@@ -294,7 +302,8 @@ def _distilled(
     width = config.width_of(*shape)
     rows = rows[torch.randperm(len(rows), device=rows.device)]
     with torch.no_grad():
-        targets = torch.cat([linear(part).float() for part in rows.split(CHUNK)])
+        # By `forward`, past hooks, which are the caller's, and may count or change what they see.
+        targets = torch.cat([linear.forward(part).float() for part in rows.split(CHUNK)])
     test, batches = held_out_and_batches(
         name, {"rows": rows.float(), "targets": targets}, config.batch_tokens
     )

@@ -48,6 +48,11 @@ def run(model: nn.Module, batch: Batch) -> Any:
     batch = each_tensor(
         batch, lambda tensor: tensor
     )  # in new containers: some models write their answer into them
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        raise ValueError(
+            "model is a DataParallel, whose copies run in threads, where what layers see gets mixed up: give the model "
+            "inside, its .module"
+        )
     named = dict(batch) if isinstance(batch, Mapping) else {}
     rest = batch if isinstance(batch, tuple | list) else (batch,) if isinstance(batch, Tensor) else ()
     try:

@@ -16,7 +16,7 @@ from sadmoe.gates import DynamicK
 from sadmoe.inputs import CHUNK, held_out_and_batches, stream_inputs
 from sadmoe.layer import DynamicKMoE, SharedExpert
 from sadmoe.layer.shared import Scales
-from sadmoe.modules import evaluating
+from sadmoe.modules import evaluating, refuse_distributed
 from sadmoe.randomness import seeded
 from sadmoe.undo import surgery
 from sadmoe.weights import check_own_weights, check_parameters
@@ -60,6 +60,7 @@ def compensate_(
     """
     if index(rank) < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
+    refuse_distributed(model)
     layers = converted_layers(model, filter)
     check_own_weights(model, layers)
     check_parameters(layers)

@@ -148,7 +148,7 @@ def finetune_(
             gates = {name: _said(layer.gate) for name, layer in layers.items()}
             _check_same(gates, device_of(model))
             with hidden_kept(layers):
-                history = run(no_penalty, kept=replace(kept, run={**kept.run, "gates": gates}))
+                history = run(kept=replace(kept, run={**kept.run, "gates": gates}))
         else:
             with ExpertPenalty(model, layers, config) as penalty:
                 history = run(penalty, at=penalty.at, kept=kept)
@@ -187,11 +187,6 @@ def hidden_kept(layers: Mapping[str, DynamicKMoE]) -> Iterator[None]:
 def trains(layer: DynamicKMoE) -> bool:
     """Whether any of its own parameters requires a gradient, its router's aside."""
     return any(p.requires_grad for p in layer.parameters(recurse=False))
-
-
-def no_penalty(batch: Any) -> Tensor:
-    """Of a run in which the model's own gates pick."""
-    return torch.zeros((), device="cpu")
 
 
 class ExpertPenalty:

@@ -8,6 +8,7 @@ from torch import nn
 
 from sadmoe.dial import converted_layers
 from sadmoe.layer import ALL_SCALES, SCALES, DynamicKMoE
+from sadmoe.modules import refuse_distributed
 from sadmoe.tables import format_table
 from sadmoe.undo import surgery
 from sadmoe.weights import check_own_weights, check_parameters
@@ -62,6 +63,7 @@ def dequantize_experts_(model: nn.Module) -> None:
 
 def _layers(model: nn.Module, int8: bool, why: str) -> dict[str, DynamicKMoE]:
     """Those layers that are, or are not, int8: others were done before."""
+    refuse_distributed(model)
     layers = converted_layers(model)
     check_own_weights(model, layers)
     check_parameters(layers)

@@ -80,8 +80,14 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's inputs belong: the device of its first parameter or buffer, else the CPU."""
+    """Where the model's inputs belong: the device of its first parameter or buffer, else the CPU. Of one that
+    accelerate offloaded, where accelerate runs it."""
     first = next(chain(model.parameters(), model.buffers()), None)
+    if first is not None and first.is_meta:
+        for module in model.modules():
+            hook = getattr(module, "_hf_hook", None)
+            if (runs_on := getattr(hook, "execution_device", None)) is not None:
+                return torch.device(runs_on)
     return torch.device("cpu") if first is None else first.device
 
 

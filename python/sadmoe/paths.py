@@ -119,7 +119,8 @@ class ShareHint:
             count = next((one for one in self._counts if one.gate == gate), _Count(gate))
             self._counts = [count, *(one for one in self._counts if one is not count)]
         count = self._counts[0]
-        if count.arriving is not None and (arrived := count.arriving()) is not None:
+        arriving = count.arriving  # another thread may let it go
+        if arriving is not None and (arrived := arriving()) is not None:
             count.share = arrived
             # Not under capture, which the event would belong to that torch records when pinned memory is given back.
             if not _capturing():

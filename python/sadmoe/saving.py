@@ -83,6 +83,25 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> None:
         _fill(model, tensors)
 
 
+def read_saved(path: Path, key: str, version: int, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header that is under `key`, and the tensors, of a file of that kind and version."""
+    if not path.is_file():
+        hint = (
+            ": it is a directory; was it written by save_pretrained? then from_pretrained reads it"
+            if path.is_dir()
+            else ""
+        )
+        raise FileNotFoundError(f"no file {path}{hint}")
+    try:
+        tensors, header = files.read(path, key)
+        found = header["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SavedModelError(f"{path} is no {kind}, or is damaged: {error}") from error
+    if found != version:
+        raise SavedModelError(f"{path} has format {found}, this sadmoe reads {version}: update sadmoe")
+    return header, tensors
+
+
 def _everything(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name, tied ones under each; also buffers that state_dict leaves out.
 
@@ -128,20 +147,8 @@ def _stored(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The header and the tensors under all their names, checked as far as that goes without a model."""
-    if not path.is_file():
-        hint = (
-            ": it is a directory; was it written by save_pretrained? then from_pretrained reads it"
-            if path.is_dir()
-            else ""
-        )
-        raise FileNotFoundError(f"no file {path}{hint}")
-    try:
-        tensors, header = files.read(path, KEY)
-        version, layers, aliases = (header.get(key) for key in ("format", "layers", "aliases"))
-    except (ValueError, AttributeError) as error:
-        raise SavedModelError(f"{path} is no file of sadmoe.save, or is damaged: {error}") from error
-    if version != FORMAT:
-        raise SavedModelError(f"{path} has format {version}, this sadmoe reads {FORMAT}: update sadmoe")
+    header, tensors = read_saved(path, KEY, FORMAT, "file of sadmoe.save")
+    layers, aliases = (header.get(name, ()) for name in ("layers", "aliases"))
     if not layers or not all(isinstance(part, dict) for part in (layers, aliases)):
         raise SavedModelError(f"{path} is damaged: its metadata is incomplete")
     if not tensors.keys() >= set(aliases.values()):

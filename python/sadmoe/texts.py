@@ -4,7 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +88,15 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_processor(folder: Path) -> Any:
-    """Whatever makes a model's inputs, of local files alone: processor, tokenizer or image processor; None without."""
+    """Whatever makes a model's inputs, of local files alone: processor, tokenizer or image processor; None without, or
+    where it does not load, which is told."""
     import transformers
 
     if not _holds(folder, (*TOKENIZER_FILES, "*processor*")):
         return None
     try:
         return transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # whatever a class of the model's raises
         logger.warning(
             "%s: what makes its inputs does not load, so no converted model gets it: %s", folder, error
         )
@@ -105,12 +106,8 @@ def load_processor(folder: Path) -> Any:
 def processor_around(tokenizer: Any, folder: Path) -> Any:
     """What makes the inputs of a model of text and more (images, sounds), its tokenizer in it, where its folder has one
     that loads; else the tokenizer."""
-    import transformers
-
-    if _holds(folder, ("*processor*",)):
-        with suppress(Exception):  # whatever a class of the model's raises
-            return transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
-    return tokenizer
+    processor = load_processor(folder) if _holds(folder, ("*processor*",)) else None
+    return tokenizer if processor is None else processor
 
 
 def _holds(folder: Path, patterns: Sequence[str]) -> bool:

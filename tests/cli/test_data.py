@@ -398,6 +398,10 @@ def test_a_processor_that_does_not_load_is_told(folder, tmp_path, monkeypatch, c
     monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", fails)
     assert texts.load_processor(folder) is None
     assert "does not load, so no converted model gets it: it needs sentencepiece" in caplog.text
+    caplog.clear()
+    (tmp_path / "preprocessor_config.json").write_text("{}")  # of a model of more than text
+    assert texts.processor_around("its tokenizer", tmp_path) == "its tokenizer"
+    assert "it needs sentencepiece" in caplog.text
 
 
 def test_a_python_file_may_import_what_lies_beside_it(folder, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from sadmoe.ffn.projection import (
 )
 from sadmoe.ffn.scan import ATTENTION, FFNNotFoundError, Skipped, find_ffns, overlooked, scan_ffns
 from sadmoe.ffn.sites import FFNSite, site_from_spec, spec
-from sadmoe.ffn.surgery import hooked, moe_layers, replaced_module, site_of, swap_in, swap_out
+from sadmoe.ffn.surgery import hooked, moe_layers, replaced_module, site_of, swap_in, swap_out, with_hooks
 
 __all__ = [
     "ADAPTERS",
@@ -54,4 +54,5 @@ __all__ = [
     "swap_activations_",
     "swap_in",
     "swap_out",
+    "with_hooks",
 ]

@@ -1,6 +1,7 @@
 """The swap of one activation for another, in the dense model and in its config."""
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -13,7 +14,8 @@ from sadmoe.ffn.activations import ACTIVATION_MODULES, activation_children, whic
 from sadmoe.ffn.configs import configs_in, own_configs, parted_configs
 from sadmoe.ffn.lookup import join, lookup
 from sadmoe.ffn.sites import FFNSite
-from sadmoe.ffn.surgery import FAST_PATH, put_back
+from sadmoe.ffn.surgery import FAST_PATH, put_back, with_hooks
+from sadmoe.tables import shortened
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,13 @@ def swap_activations_(
     check_swappable(sites, act)
     todo = [site for site in sites if site.act != act]
     old = {site.act for site in todo}
+    leaving = [lookup(model.get_submodule(site.block), str(site.parts.activation))[2] for site in todo]
+    if told and (hooks := with_hooks(model, leaving)):
+        warnings.warn(
+            f"{', '.join(shortened(hooks, 5))}: {act} takes their place, and their hooks do not run any more; set them "
+            "on what is there now",
+            stacklevel=3,
+        )
     with ExitStack() as undo:
         for site in todo:
             undo.callback(_swap(model.get_submodule(site.block), site, act))

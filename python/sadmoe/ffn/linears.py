@@ -1,5 +1,6 @@
 """Linear modules seen as matrices, whichever way round: Linear stores [out, in], Conv1D [in, out]."""
 
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -34,7 +35,9 @@ def why_not_plain(module: nn.Module) -> str | None:
         held = f" that holds {', '.join(sorted(more))} too" if more else ""
         kind = f"{type(module).__module__}.{kind}" if kind == "Linear" else kind  # peft's, say
         return f"is a {kind}{held}; only nn.Linear and transformers' Conv1D can be read (merge adapters, dequantise)"
-    if "forward" in module.__dict__ or next(module.children(), None) is not None:
+    own = module.__dict__.get("forward")
+    as_left = own == MethodType(type(module).forward, module)  # as accelerate leaves it, its hooks removed
+    if (own is not None and not as_left) or next(module.children(), None) is not None:
         return f"is a {kind} that something wraps or parametrises; remove that first"
     weight: Any = getattr(module, "weight", None)
     if type(weight) is not nn.Parameter or not weight.is_floating_point():

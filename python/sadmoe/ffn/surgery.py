@@ -1,5 +1,6 @@
 """Putting a MoE layer where an FFN was, and the FFN back where the layer is."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,11 +131,16 @@ def hooked(model: nn.Module, site: FFNSite) -> list[str]:
         if site.parts.at
         else [block]
     )
-    leaving = {id(m) for part in at if isinstance(part, nn.Module) for m in part.modules()}
+    return with_hooks(model, at)
+
+
+def with_hooks(model: nn.Module, parts: Iterable[Any]) -> list[str]:
+    """Of those modules and all inside them, by name in the model, the ones that have hooks."""
+    inside = {id(m) for part in parts if isinstance(part, nn.Module) for m in part.modules()}
     return [
         name
         for name, m in model.named_modules()
-        if id(m) in leaving and any(getattr(m, table) for table in HOOKS)
+        if id(m) in inside and any(getattr(m, table) for table in HOOKS)
     ]
 
 

@@ -33,7 +33,7 @@ from sadmoe.ffn import (
 )
 from sadmoe.ffn.lookup import join
 from sadmoe.saving import FORMAT, SavedModelError
-from sadmoe.weights import check_parameters
+from sadmoe.weights import check_no_adapters, check_parameters
 
 logger = logging.getLogger(__name__)
 _LANGUAGE = re.compile(r"^(model\.)?language_model\.")
@@ -172,7 +172,10 @@ def _describe_before_saving() -> None:
     @wraps(save)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("state_dict") is None:
-            check_parameters(moe_layers(self))  # what stands for others could not be loaded
+            layers = moe_layers(self)
+            check_parameters(layers)  # what stands for others could not be loaded
+            if not getattr(self, "_hf_peft_config_loaded", False):  # then the adapter alone is saved
+                check_no_adapters(self, layers)
         describe_in_configs(self)
         return save(self, *args, **kwargs)
 

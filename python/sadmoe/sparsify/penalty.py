@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from sadmoe import reference
 from sadmoe.batches import (
+    NOTHING_AGAIN,
     Batch,
     Batches,
     check_batches,
@@ -228,11 +229,13 @@ def measure_first(
     stream = iter(batches)
     for _ in range(1 + FURTHER):
         some = list(islice(stream, least))
+        if taken and not some:
+            break
         found = _count(model, some, sites, loss, False)
         if not taken or any(found[name][0] and not pairs for name, (pairs, *_) in counts.items()):
             taken += some
             counts = {name: count + found[name] for name, count in counts.items()}
-        if not some or all(pairs for pairs, *_ in counts.values()):
+        if all(pairs for pairs, *_ in counts.values()):
             break
     return _of_counts(sites, counts), taken
 
@@ -259,6 +262,8 @@ def _count(
         for batch in tqdm(batches, "activations", length(batches), disable=not progress):
             current["batch"] = to_device(batch, device_of(model))
             (run if loss is None else loss)(model, current["batch"])
+    if not current:
+        raise ValueError(NOTHING_AGAIN)
     return counts
 
 

@@ -149,7 +149,7 @@ def _objective(
     loss: Loss | None,
 ) -> Objective:
     if dense is None:
-        return task(model, loss)
+        return task(model, loss, 'objective="distill_hidden"')
     if config.objective == "distill_logits":
         return distill_logits(model, dense, kept_bytes=config.kept_bytes)
     return distill_hidden(model, dense, sites, kept_bytes=config.kept_bytes)

@@ -26,12 +26,17 @@ UNKEPT = Kept(None, "training", {})
 BIASES = ("b_up", "b_gate")  # of a converted layer, [E, s]
 
 
+def no_penalty(batch: Any) -> Tensor:
+    """Of a run that has its objective alone."""
+    return torch.zeros((), device="cpu")
+
+
 def train(
     model: nn.Module,
     batches: Batches,
     config: LoopConfig,
     objective: Objective,
-    penalty_of: PenaltyOf,
+    penalty_of: PenaltyOf = no_penalty,
     *,
     progress: bool,
     at: Callable[[float], None] = lambda done: None,

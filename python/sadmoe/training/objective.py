@@ -38,16 +38,16 @@ def check_output_loss(
                 _logits(run(teacher, to_device(batch, device_of(teacher))))
 
 
-def task(model: nn.Module, loss: Loss | None) -> Objective:
-    """loss(model, batch), or the `.loss` that the model puts into its output."""
+def task(model: nn.Module, loss: Loss | None, instead: str = "teacher=") -> Objective:
+    """loss(model, batch), or the `.loss` that the model puts into its output. instead: what trains without one."""
 
     def objective(batch: Batch, index: int | None = None) -> Tensor:
         value = loss(model, batch) if loss is not None else own_loss(run(model, batch))
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise ValueError(
-                f'objective "task" needs a scalar loss, got {_kind(value)}: put labels into the batches of a '
-                "model that then returns .loss, pass loss=lambda model, batch: ..., or use "
-                'objective="distill_hidden"'
+                f"the task needs a scalar loss, got {_kind(value)}: put labels into the batches of a model that then "
+                "returns .loss, or pass loss=lambda model, batch: ...; without labels, train towards the dense model "
+                f"({instead})"
             )
         return value.squeeze()
 
@@ -61,7 +61,7 @@ def distill_logits(model: nn.Module, dense: nn.Module, *, kept_bytes: int = 0) -
 
     def dense_logits(batch: Batch) -> Tensor:
         with torch.no_grad(), padded():
-            return _logits(run(dense, batch))
+            return _logits(_of_teacher(model, dense, batch))
 
     def objective(batch: Batch, index: int | None = None) -> Tensor:
         wanted = kept.get(index, lambda: dense_logits(batch))
@@ -111,7 +111,7 @@ def distill_hidden(
 
     def dense_states(batch: Batch, of: Sequence[str] = names) -> tuple[dict[str, list[Tensor]], Any]:
         with torch.no_grad(), padded(), outputs(dense, of) as targets:
-            output = run(dense, batch)
+            output = _of_teacher(model, dense, batch)
         return targets, _logits(output) if by_logits else output if distance is not None else None
 
     def objective(batch: Batch, index: int | None = None) -> Tensor:
@@ -150,6 +150,12 @@ def distill_hidden(
         return error if distance is None else error + distance(given, wanted, batch)
 
     return objective
+
+
+def _of_teacher(model: nn.Module, teacher: nn.Module, batch: Batch) -> Any:
+    """What the teacher makes of a batch on the model's device, itself perhaps on another; then on the model's, too."""
+    here, there = device_of(model), device_of(teacher)
+    return run(teacher, batch) if here == there else to_device(run(teacher, to_device(batch, there)), here)
 
 
 def _check_teacher(model: nn.Module, teacher: nn.Module, blocks: Sequence[str]) -> None:
@@ -273,7 +279,7 @@ def _is_cut_off(block: nn.Module, states: Iterable[Tensor]) -> bool:
 def _relative_error(h: Tensor, target: Tensor, real: Tensor | None) -> Tensor:
     """|h - target|^2 / |target|^2 over the real rows, the longest of which count less; the others are made 0, which is
     quicker than to pick rows. Waits for no device."""
-    h, target = h.float().flatten(0, -2), target.float().flatten(0, -2)
+    h, target = h.float().flatten(0, -2), target.to(h.device).float().flatten(0, -2)
     wrong, sizes = h - target, target.square().sum(-1)
     if real is not None:
         wrong, sizes = wrong.where(real.unsqueeze(-1), 0), sizes.where(real, torch.nan)
