@@ -39,7 +39,6 @@ from sadmoe import (
     ops,
     reference,
 )
-from sadmoe.batches import real_rows
 from sadmoe.demo import embeddings, fidelity, minilm, split, topics
 from sadmoe.demo.recipe import embedding_error
 from sadmoe.demo.rows import embedded_with
@@ -47,6 +46,7 @@ from sadmoe.dial import converted_layers
 from sadmoe.masks import record_masks
 from sadmoe.mixed import fast_training
 from sadmoe.modules import evaluating
+from sadmoe.padding import real_rows
 from sadmoe.report import Panel, Series, plot_curves
 from sadmoe.tables import format_table
 from sadmoe.texts import load_model, tokenized

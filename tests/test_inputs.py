@@ -1,8 +1,8 @@
 import pytest
 import torch
-from sadmoe.batches import real_rows
 from sadmoe.ffn import find_ffns
 from sadmoe.inputs import held_out_and_batches, stream_inputs
+from sadmoe.padding import real_rows
 from sites import collected, first_modules
 from tiny_models import SIZES, TINY, WAVES, call
 from torch import nn

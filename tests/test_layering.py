@@ -17,6 +17,7 @@ ROOMS = [  # a room imports only rooms above it
     {"paths"},
     {"layer"},
     {"batches", "partition"},
+    {"padding"},
     {"ffn"},
     {"dial", "weights"},
     {"inputs", "masks", "flops", "mixed"},

@@ -174,6 +174,15 @@ def _torch_layer(**kw: Any) -> nn.TransformerEncoderLayer:
     return nn.TransformerEncoderLayer(D, 4, F_, batch_first=True, **kw)
 
 
+class Returns(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def forward(self, *args, **named):
+        return self.make(*args, **named)
+
+
 class UserFFN(nn.Module):
     """An FFN as users write it; act is a module, or a function of torch that forward calls."""
 

@@ -10,7 +10,6 @@ what it does, `restore_` makes it dense again. The compiled ops are in `sadmoe.o
 from sadmoe import hf
 from sadmoe.adapter import load_adapter, save_adapter
 from sadmoe.attention import ProjectionConfig, ProjectionReport, find_projections, replace_projections_
-from sadmoe.batches import padding_mask
 from sadmoe.budget import BudgetReport, finetune_for_budget_
 from sadmoe.calibrate import Calibration, calibrate_
 from sadmoe.calibrate_layers import LayerCalibration, calibrate_layers_
@@ -27,6 +26,7 @@ from sadmoe.layerwise import finetune_layers_
 from sadmoe.masks import record_masks
 from sadmoe.ops import build_info
 from sadmoe.packed import pack_experts_, unpack_experts_
+from sadmoe.padding import padding_mask
 from sadmoe.partition import partition
 from sadmoe.router_loss import RouterLoss
 from sadmoe.routers import RouterConfig, fit_router_, fit_routers_

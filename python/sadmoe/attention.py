@@ -7,7 +7,6 @@ Source: arXiv 2310.04361, section 3.4.
 import logging
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sadmoe.batches import Batches, check_batches, check_runs
-from sadmoe.checks import check_choice, check_config, check_fields, check_filter, check_range
+from sadmoe.checks import Filter, check_choice, check_config, check_fields, check_filter, check_range
 from sadmoe.ffn import (
     ATTENTION,
     ProjectionMLP,
@@ -81,7 +80,7 @@ class ProjectionConfig:
     max_tokens: int = 16384
     max_bytes: int = 2**30
     skip_padding: bool = True
-    filter: Callable[[str], bool] | None = None
+    filter: Filter | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -155,7 +154,7 @@ class Place(NamedTuple):
 
 
 def find_projections(
-    model: nn.Module, filter: Callable[[str], bool] | None = None, *, batches: Batches | None = None
+    model: nn.Module, filter: Filter | None = None, *, batches: Batches | None = None
 ) -> list[Place]:
     """The linear layers of attention, in the model's order: Q, K, V (or all in one) and O.
 
@@ -183,7 +182,7 @@ def find_projections(
 
 
 def scan_projections(
-    model: nn.Module, filter: Callable[[str], bool] | None = None, *, batches: Batches | None = None
+    model: nn.Module, filter: Filter | None = None, *, batches: Batches | None = None
 ) -> tuple[list[Place], list[str]]:
     """`find_projections` without errors and warnings: the sites, and of each that is none a line with the reason."""
     check_model(model)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sadmoe.batches import NOTHING_AGAIN, Batch, Batches, check_batches, run, samples_in, to_device
-from sadmoe.checks import check_number
+from sadmoe.checks import Filter, check_number
 from sadmoe.cost import CostReport, cost_of_masks, cost_of_shares
-from sadmoe.dial import Filter, Taus, converted_layers, set_tau, tau
+from sadmoe.dial import Taus, converted_layers, set_tau, tau
 from sadmoe.masks import record_masks
 from sadmoe.modules import device_of, evaluating
 from sadmoe.randomness import seeded

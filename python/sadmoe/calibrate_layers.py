@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sadmoe.batches import Batch, Batches, answer, check_batches, check_repeats, length, to_device
+from sadmoe.batches import Batch, Batches, check_batches, check_repeats, length, to_device
 from sadmoe.calibrate import SEED, BudgetError, Calibration, TauSearch, check_budget
+from sadmoe.checks import Filter
 from sadmoe.cost import CostReport
-from sadmoe.dial import Filter, converted_layers, set_tau, tau
+from sadmoe.dial import converted_layers, set_tau, tau
 from sadmoe.hooks import uncompiled
 from sadmoe.modules import device_of, evaluating
+from sadmoe.padding import answer
 from sadmoe.randomness import seeded
 from sadmoe.training.objective import Loss
 

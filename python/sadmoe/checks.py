@@ -9,6 +9,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 Config = TypeVar("Config")
+Filter = Callable[[str], bool]  # of a name, of a layer, an FFN or a projection: False leaves it alone
 
 
 def check_config(config: Any, kind: type[Config]) -> Config:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sadmoe.batches import Batches
-from sadmoe.checks import named
-from sadmoe.dial import Filter, converted_layers
+from sadmoe.checks import Filter, named
+from sadmoe.dial import converted_layers
 from sadmoe.forward import without_autocast
 from sadmoe.gates import DynamicK
 from sadmoe.inputs import CHUNK, held_out_and_batches, stream_inputs

@@ -15,7 +15,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from sadmoe.batches import NOTHING_AGAIN, Batches, check_batches, length, run, samples_in, to_device
-from sadmoe.dial import Filter, converted_layers
+from sadmoe.checks import Filter
+from sadmoe.dial import converted_layers
 from sadmoe.flops import FlopCount
 from sadmoe.layer import DynamicKMoE
 from sadmoe.masks import LayerMasks, record_masks

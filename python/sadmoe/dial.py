@@ -1,17 +1,16 @@
 """The converted layers of a model, and what they share: the one number, and what a token may depend on."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
 
-from sadmoe.checks import check_filter, check_number
+from sadmoe.checks import Filter, check_filter, check_number
 from sadmoe.ffn import moe_layers
 from sadmoe.gates import DynamicK, Gate
 from sadmoe.layer import DynamicKMoE
 
 Taus = float | Mapping[str, float]  # one for all converted layers, or each one's by its name
-Filter = Callable[[str], bool]  # of a layer's name: False leaves it alone
 
 
 def converted_layers(model: nn.Module, filter: Filter | None = None) -> dict[str, DynamicKMoE]:

@@ -12,11 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sadmoe.batches import Batch, Batches, answer, check_batches, check_repeats, run, to_device
+from sadmoe.batches import Batch, Batches, check_batches, check_repeats, run, to_device
 from sadmoe.cost import cost
 from sadmoe.dial import converted_layers, tau
 from sadmoe.ffn import moe_layers
 from sadmoe.modules import device_of, evaluating
+from sadmoe.padding import answer
 from sadmoe.tables import format_table
 from sadmoe.timing import waiting
 

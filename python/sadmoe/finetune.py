@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sadmoe.batches import Batches, check_batches, real_part, settle
+from sadmoe.batches import Batches, check_batches, settle
 from sadmoe.checks import check_config, check_range
 from sadmoe.dial import gates_of, set_gates, trainable_layers
 from sadmoe.ffn import site_of
@@ -21,6 +21,7 @@ from sadmoe.forward import no_gradient
 from sadmoe.gates import DynamicK, Gate
 from sadmoe.layer import DynamicKMoE
 from sadmoe.modules import device_of, mode, refuse_compiled, refuse_distributed
+from sadmoe.padding import real_part
 from sadmoe.randomness import seeded
 from sadmoe.sparsify.penalty import square_hoyer
 from sadmoe.training.config import LoopConfig, Step

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sadmoe.batches import NOTHING_AGAIN, Batches, check_batches, length, real_rows, rows_of, run, to_device
+from sadmoe.batches import NOTHING_AGAIN, Batches, check_batches, length, run, to_device
 from sadmoe.hooks import calls_seen, hooks_on, uncompiled
 from sadmoe.modules import device_of, evaluating
+from sadmoe.padding import real_rows, rows_of
 from sadmoe.randomness import seeded
 
 CHUNK = 4096  # tokens whose outputs are computed at once, of samples that are held whole

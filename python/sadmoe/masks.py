@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sadmoe.batches import Batch, real_rows, run, to_device
+from sadmoe.batches import Batch, run, to_device
 from sadmoe.dial import converted_layers, gates_of
 from sadmoe.forward import is_recomputed
 from sadmoe.hooks import calls_seen, uncompiled
 from sadmoe.layer import DynamicKMoE, only_input
 from sadmoe.modules import device_of, evaluating
+from sadmoe.padding import real_rows
 
 
 @dataclass

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from sadmoe import reference
-from sadmoe.batches import real_part, refuse_mask
 from sadmoe.dial import trainable_layers
 from sadmoe.forward import without_autocast
 from sadmoe.hooks import calls_seen
 from sadmoe.layer import DynamicKMoE, only_input
 from sadmoe.modules import device_of, refuse_compiled
+from sadmoe.padding import real_part, refuse_mask
 from sadmoe.passes import PassesLoss
 from sadmoe.routers import RouterConfig, power_of
 from sadmoe.weights import check_no_adapters

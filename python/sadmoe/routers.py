@@ -10,8 +10,8 @@ from tqdm.auto import tqdm
 
 from sadmoe import reference
 from sadmoe.batches import Batches
-from sadmoe.checks import check_config, check_fields, check_range, named
-from sadmoe.dial import Filter, converted_layers, tau
+from sadmoe.checks import Filter, check_config, check_fields, check_range, named
+from sadmoe.dial import converted_layers, tau
 from sadmoe.files import checksum
 from sadmoe.forward import without_autocast
 from sadmoe.inputs import stream_inputs

@@ -5,7 +5,6 @@ import copy
 import json
 import tempfile
 import zlib
-from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import nn
 from sadmoe.attention import ProjectionConfig, replace_projections_, scan_projections
 from sadmoe.budget import BudgetReport, finetune_for_budget_
 from sadmoe.calibrate import calibrate_
+from sadmoe.checks import Filter
 from sadmoe.cli.options import (
     add_common,
     add_data,
@@ -254,7 +254,7 @@ def _conversion(arguments: argparse.Namespace) -> ConvertConfig:
     )
 
 
-def _filter(arguments: argparse.Namespace) -> Callable[[str], bool] | None:
+def _filter(arguments: argparse.Namespace) -> Filter | None:
     """Of a name: whether --only takes it."""
     if arguments.only is None:
         return None

@@ -1,10 +1,9 @@
 """What can be chosen about a conversion."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from sadmoe.checks import check_fields, check_range
+from sadmoe.checks import Filter, check_fields, check_range
 from sadmoe.gates import DynamicK
 from sadmoe.routers import RouterConfig
 from sadmoe.tables import divisors
@@ -45,7 +44,7 @@ class ConvertConfig:
     skip_padding: bool = True
     cluster: Cluster = "activity"
     seed: int = 0
-    filter: Callable[[str], bool] | None = None
+    filter: Filter | None = None
     projection_expert_size: int | None = None
     projection_router: RouterConfig | None = None
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sadmoe.batches import Batches, check_batches, run
-from sadmoe.checks import check_filter
+from sadmoe.checks import Filter, check_filter
 from sadmoe.ffn.adapters import ADAPTERS, Proposal
 from sadmoe.ffn.linears import linear_shape, why_not_plain
 from sadmoe.ffn.lookup import join
@@ -53,7 +53,7 @@ class Skipped:
 
 def find_ffns(
     model: nn.Module,
-    filter: Callable[[str], bool] | None = None,
+    filter: Filter | None = None,
     *,
     batches: Batches | None = None,
     loss: Callable[[nn.Module, Any], Any] | None = None,
@@ -107,7 +107,7 @@ def scan_ffns(model: nn.Module, *, batches: Batches | None = None) -> tuple[list
 
 def _all_of(
     model: nn.Module,
-    filter: Callable[[str], bool] | None,
+    filter: Filter | None,
     batches: Batches | None,
     loss: Callable[[nn.Module, Any], Any] | None = None,
 ) -> "_Found":
@@ -149,7 +149,7 @@ class _Found:
 
 def _scan(
     model: nn.Module,
-    filter: Callable[[str], bool] | None,
+    filter: Filter | None,
     calls: Mapping[str, Call],
     ran: Collection[str] | None,
 ) -> _Found:
@@ -205,7 +205,7 @@ def _look_at(
     module: nn.Module,
     name: str,
     uses: "Uses",
-    filter: Callable[[str], bool] | None,
+    filter: Filter | None,
     recorded: Call | None,
     ran: Collection[str] | None,
 ) -> _Found:
@@ -341,7 +341,7 @@ class Uses:
             )
 
 
-def _nothing_found(model: nn.Module, filter: Callable[[str], bool] | None) -> str:
+def _nothing_found(model: nn.Module, filter: Filter | None) -> str:
     head = f"no FFN found in this {type(model).__name__}"
     if converted := [name for name in moe_layers(model) if filter is None or filter(name)]:
         return f"{head}: {len(converted)} FFNs are converted already; to convert them anew, restore_(model) first"

@@ -1,7 +1,7 @@
 """Sparsity fine-tuning and router fitting inside `transformers.Trainer`."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from sadmoe.batches import Batches
+from sadmoe.checks import Filter
 from sadmoe.dial import tau
 from sadmoe.ffn import find_ffns, swap_activations_
 from sadmoe.ffn.activation_swap import Undo
@@ -177,7 +178,7 @@ class SparsityCallback(AddedLoss):
         penalty: Penalty = "hoyer",
         displacement: float = -10.0,
         relu_swap: bool = True,
-        filter: Callable[[str], bool] | None = None,
+        filter: Filter | None = None,
         batches: Batches | None = None,
     ):
         super().__init__()

@@ -14,24 +14,13 @@ from torch.autograd.function import once_differentiable
 from tqdm.auto import tqdm
 
 from sadmoe import reference
-from sadmoe.batches import (
-    NOTHING_AGAIN,
-    Batch,
-    Batches,
-    check_batches,
-    length,
-    mask_rows,
-    real_rows,
-    refuse_mask,
-    rows_of,
-    run,
-    to_device,
-)
+from sadmoe.batches import NOTHING_AGAIN, Batch, Batches, check_batches, length, run, to_device
 from sadmoe.checks import check_choice
 from sadmoe.ffn import FFNSite, find_ffns
 from sadmoe.forward import no_gradient
 from sadmoe.hooks import hooks_on, uncompiled
 from sadmoe.modules import device_of, evaluating, refuse_compiled
+from sadmoe.padding import mask_rows, real_rows, refuse_mask, rows_of
 from sadmoe.passes import PassesLoss
 from sadmoe.training.objective import Loss
 

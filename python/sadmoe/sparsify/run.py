@@ -3,14 +3,14 @@
 import copy
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 from torch import nn
 
 from sadmoe.batches import Batches, check_batches, settle
-from sadmoe.checks import check_config
+from sadmoe.checks import Filter, check_config
 from sadmoe.ffn import FFNSite, find_ffns, swap_activations_
 from sadmoe.modules import mode, refuse_compiled, refuse_distributed
 from sadmoe.randomness import seeded
@@ -78,7 +78,7 @@ def sparsify_(
     *,
     loss: Loss | None = None,
     teacher: nn.Module | None = None,
-    filter: Callable[[str], bool] | None = None,
+    filter: Filter | None = None,
     checkpoint: Checkpoint | None = None,
     progress: bool = True,
 ) -> SparsifyReport:

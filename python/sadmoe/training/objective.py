@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sadmoe.batches import Batch, check_repeats, real_rows, run, to_device
+from sadmoe.batches import Batch, check_repeats, run, to_device
 from sadmoe.checks import check_choice
 from sadmoe.ffn import FFNSite
 from sadmoe.ffn.lookup import is_module, join
 from sadmoe.forward import is_recomputed, no_gradient
 from sadmoe.hooks import hooks_on
 from sadmoe.modules import device_of, evaluating, floats_in, is_encoder_decoder, unwrapped
+from sadmoe.padding import real_rows
 
 Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> scalar; it runs the model itself
 LONGEST = 100.0  # times the median |h_dense|^2 of the tokens: a longer one counts as one of that
