@@ -163,7 +163,8 @@ def test_costs_are_measured_at_the_shares_of_the_masks_and_both_paths_run(monkey
     layer = random_layer(gate=TopK(2)).eval()
     ran, seconds_of = [], {"masked": 2.0, "dense at tau 0": 4.0}
 
-    def half_of_dense(variants, seconds):
+    def half_of_dense(variants, seconds, before):
+        assert callable(before), "or the weights stay in the caches"
         for name, call in variants.items():
             call()
             ran.append(name)

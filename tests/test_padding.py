@@ -36,16 +36,15 @@ def test_real_rows_follow_the_mask_where_the_tokens_come_first():
 
 
 def test_real_rows_are_unknown_when_the_mask_is_of_another_length():
-    with pytest.warns(UserWarning, match="of 3 tokens, and layers of this Add run on 4: all of these count"):
+    with pytest.warns(
+        UserWarning, match="of 3 tokens, and layers of this Identity run on 4: all of these count"
+    ):
         assert real_rows(nn.Identity(), "layers.0", {"attention_mask": MASK}, torch.zeros(2, 4, 5)) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # none of keys that are made of an image's patches
-        assert (
-            real_rows(
-                nn.Identity(), "crossattention.self.key", {"attention_mask": MASK}, torch.zeros(2, 4, 5)
-            )
-            is None
-        )
+        of_patches = torch.zeros(2, 4, 5)
+        key = "crossattention.self.key"
+        assert real_rows(nn.Identity(), key, {"attention_mask": MASK}, of_patches) is None
     assert real_rows(nn.Identity(), "layers.0", (torch.zeros(2),), torch.zeros(2, 3, 5)) is None
 
 

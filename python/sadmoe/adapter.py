@@ -109,11 +109,14 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
             try:
                 rebuild(model, name, description, keep=True, order=own.get("permutation"))
                 layer = model.get_submodule(name)
-                for part in ("router", "shared"):  # whose dtypes may be other ones than the experts'
-                    if dtypes := {t.dtype for key, t in own.items() if key.startswith(f"{part}.")}:
-                        layer.get_submodule(part).to(dtypes.pop())
+                for key, tensor in own.items():
+                    if key.startswith(
+                        ("router.", "shared.")
+                    ):  # whose dtypes may be other ones than the experts'
+                        parameter = layer.get_parameter(key)
+                        parameter.data = parameter.data.to(tensor.dtype)
                 layer.load_state_dict(layer.state_dict() | own)
-            except (ValueError, RuntimeError) as error:
+            except (ValueError, RuntimeError, AttributeError) as error:
                 raise SavedModelError(f"{path} does not fit this {type(model).__name__}: {error}") from error
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 from tqdm.auto import tqdm
 
-from sadmoe.batches import NOTHING_AGAIN, Batches, check_batches, length, run, samples_in, to_device
+from sadmoe.batches import Batches, check_batches, length, run, samples_in, to_device
 from sadmoe.checks import Filter
 from sadmoe.dial import converted_layers
 from sadmoe.flops import FlopCount
@@ -162,7 +162,7 @@ def cost(
             with record.batch(batch), count:
                 run(model, batch)
     if samples == 0:
-        raise ValueError(NOTHING_AGAIN)
+        raise ValueError("batches gave nothing: give at least one batch")
     return cost_of_masks(model, record.layers, samples, count.flops / samples)
 
 

@@ -56,7 +56,7 @@ def stream_inputs(
     together (at least one), so that inputs that were used can be freed before the next pass.
     Modules that see the same tokens sample the same ones, also in another pass: random numbers begin each anew, so that
     a DataLoader that shuffles gives the same. skip_padding: leave padding out (see
-    `batches.real_rows`). skip_unreached: leave out modules that are never run; else they raise ValueError. Inputs come
+    `padding.real_rows`). skip_unreached: leave out modules that are never run; else they raise ValueError. Inputs come
     in the dtype of the module's weights, where the model runs under an autocast of its own.
     """
     check_batches(batches)

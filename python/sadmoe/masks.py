@@ -114,7 +114,7 @@ def record_masks(
 
     A router is evaluated once more for it: not for timing. What torch.compile made runs as it was before,
     in the whole process: do not enter it from compiled code.
-    skip_padding: see `batches.real_rows`.   same_gates: count only calls under the gates that the layers have at first,
+    skip_padding: see `padding.real_rows`.   same_gates: count only calls under the gates that the layers have at first,
     so that the model may run under `tau(model, 0.0)` in between.
     """
     layers = converted_layers(model)

@@ -18,7 +18,7 @@ from sadmoe.timing import measure, waiting
 
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024)  # measured T; other calls go by the nearest
 SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # measured executed shares
-UNCACHED = 2**25  # floats, more than caches hold: read before each call on a CPU
+UNCACHED = 2**25  # floats, more than most caches hold: read before each call on a CPU
 
 
 def calibrate_costs(
@@ -69,10 +69,10 @@ def measure_costs(
 ) -> Costs:
     """What the sparse op costs beside the dense path in this layer, with its weights, on random tokens and masks.
 
-    On a CPU the caches hold none of the weights when a call begins, as in a model, where other layers run in between:
-    torch's products then wait for them longer than the op does. Masks are independent of the router, so that they have
-    the share; every token runs an expert. seconds: for each variant at each T. Raises ValueError where a number of
-    tokens is below 1.
+    On a CPU 128 MiB are read between calls, so that weights have left most caches, as in a model, where other layers
+    run in between: torch's products then wait for them longer than the op does. Masks are independent of the router,
+    so that they have the share; every token runs an expert. seconds: for each variant at each T. Raises ValueError
+    where a number of tokens is below 1.
     """
     if min(tokens) < 1:
         raise ValueError(f"tokens must be at least 1 in every measured call, got {min(tokens)}")
@@ -121,7 +121,7 @@ def _costs(layer: DynamicKMoE, T: int, shares: Sequence[float], seconds: float) 
     }
     variants["masked"] = partial(routed, layer.masked_dense, masks[min(masks)])
     variants["op at tau 0"], variants["dense at tau 0"] = partial(layer.op_on_all, x), partial(layer.dense, x)
-    evict = torch.ones(UNCACHED).sum if device.type == "cpu" else None
+    evict = torch.ones(UNCACHED, dtype=torch.float32, device="cpu").sum if device.type == "cpu" else None
     timings = measure({name: waiting(call, device) for name, call in variants.items()}, seconds, before=evict)
     times = {name: timing.median for name, timing in timings.items()}
     curve = tuple((share, times[str(share)] / times["masked"]) for share in sorted(masks))

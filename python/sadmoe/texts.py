@@ -98,7 +98,9 @@ def load_processor(folder: Path) -> Any:
         return transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever a class of the model's raises
         logger.warning(
-            "%s: what makes its inputs does not load, so no converted model gets it: %s", folder, error
+            "%s: AutoProcessor does not load what makes its inputs, so no converted model gets that: %s",
+            folder,
+            error,
         )
         return None
 

@@ -397,7 +397,10 @@ def test_a_processor_that_does_not_load_is_told(folder, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", fails)
     assert texts.load_processor(folder) is None
-    assert "does not load, so no converted model gets it: it needs sentencepiece" in caplog.text
+    assert (
+        "does not load what makes its inputs, so no converted model gets that: it needs sentencepiece"
+        in caplog.text
+    )
     caplog.clear()
     (tmp_path / "preprocessor_config.json").write_text("{}")  # of a model of more than text
     assert texts.processor_around("its tokenizer", tmp_path) == "its tokenizer"

@@ -62,7 +62,7 @@ def distill_logits(model: nn.Module, dense: nn.Module, *, kept_bytes: int = 0) -
 
     def dense_logits(batch: Batch) -> Tensor:
         with torch.no_grad(), padded():
-            return _logits(_of_teacher(model, dense, batch))
+            return _here(model, dense, _logits(run(dense, to_device(batch, device_of(dense)))))
 
     def objective(batch: Batch, index: int | None = None) -> Tensor:
         wanted = kept.get(index, lambda: dense_logits(batch))
@@ -112,8 +112,9 @@ def distill_hidden(
 
     def dense_states(batch: Batch, of: Sequence[str] = names) -> tuple[dict[str, list[Tensor]], Any]:
         with torch.no_grad(), padded(), outputs(dense, of) as targets:
-            output = _of_teacher(model, dense, batch)
-        return targets, _logits(output) if by_logits else output if distance is not None else None
+            output = run(dense, to_device(batch, device_of(dense)))
+        wanted = _logits(output) if by_logits else output if distance is not None else None
+        return targets, _here(model, dense, wanted)
 
     def objective(batch: Batch, index: int | None = None) -> Tensor:
         targets, wanted = kept.get(index, lambda: dense_states(batch))
@@ -153,10 +154,10 @@ def distill_hidden(
     return objective
 
 
-def _of_teacher(model: nn.Module, teacher: nn.Module, batch: Batch) -> Any:
-    """What the teacher makes of a batch on the model's device, itself perhaps on another; then on the model's, too."""
-    here, there = device_of(model), device_of(teacher)
-    return run(teacher, batch) if here == there else to_device(run(teacher, to_device(batch, there)), here)
+def _here(model: nn.Module, teacher: nn.Module, output: Any) -> Any:
+    """What a teacher, perhaps on another device, gave, on the model's."""
+    here = device_of(model)
+    return output if device_of(teacher) == here else to_device(output, here)
 
 
 def _check_teacher(model: nn.Module, teacher: nn.Module, blocks: Sequence[str]) -> None:
