@@ -147,17 +147,19 @@ def test_cells_of_a_gpu_are_held_to_their_aims(what, cell, most, verdict):
     assert aim.verdict == verdict
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_cell_that_hangs_ends_the_process_whatever_comes_of_telling(monkeypatch):
     ended, codes = threading.Event(), []
     monkeypatch.setattr(cuda_peers.os, "_exit", lambda code: (codes.append(code), ended.set()))
+    told_of, thrown = threading.Event(), []
+    monkeypatch.setattr(threading, "excepthook", lambda args: (thrown.append(args.exc_type), told_of.set()))
 
     def told():
         raise OSError("disk full")
 
     with cuda_peers.hung(0.01, told):
         assert ended.wait(60)
-    assert codes == [3]
+        assert told_of.wait(60)
+    assert (codes, thrown) == ([3], [OSError])
 
 
 @pytest.mark.parametrize(("capability", "warpgroups"), [([8, 6], 0), ([9, 0], 0.5), ([12, 0], 0)])
