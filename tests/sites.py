@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
 import torch
 from sadmoe.ffn import (
     FFNSite,
@@ -67,3 +68,23 @@ def assert_same_state(a: dict[str, Any], b: dict[str, Any], *, modules: bool = T
 def assert_close(y: Tensor, expected: Tensor) -> None:
     """float32 rounding: the order of the sums differs, over f <= 72 neurons and two layers."""
     assert (y - expected).abs().max() <= 3e-6 * expected.abs().max()
+
+
+class Reasons(nn.Module):
+    """A model around one module, for which find_ffns must give a reason."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+
+def reason(inner: nn.Module) -> str:
+    """Why the FFN in `inner` is not converted; the model must be untouched by the attempt."""
+    model = Reasons(inner)
+    before = state(model)
+    with pytest.raises(NotImplementedError) as error:
+        find_ffns(model)
+    assert_same_state(before, state(model))
+    assert "inner" in str(error.value)
+    assert type(inner).__name__ in str(error.value)
+    return str(error.value)

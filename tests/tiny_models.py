@@ -183,6 +183,17 @@ class Returns(nn.Module):
         return self.make(*args, **named)
 
 
+class Scaled(nn.Linear):
+    """That holds more than a linear layer does."""
+
+    def __init__(self, d: int, f: int):
+        super().__init__(d, f)
+        self.scale = nn.Parameter(torch.ones(f))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
 class UserFFN(nn.Module):
     """An FFN as users write it; act is a module, or a function of torch that forward calls."""
 

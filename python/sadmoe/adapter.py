@@ -110,9 +110,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 rebuild(model, name, description, keep=True, order=own.get("permutation"))
                 layer = model.get_submodule(name)
                 for key, tensor in own.items():
-                    if key.startswith(
-                        ("router.", "shared.")
-                    ):  # whose dtypes may be other ones than the experts'
+                    if key.startswith(("router.", "shared.")):  # of dtypes of their own
                         parameter = layer.get_parameter(key)
                         parameter.data = parameter.data.to(tensor.dtype)
                 layer.load_state_dict(layer.state_dict() | own)
