@@ -9,7 +9,6 @@ embeddings to the dense model's on held-out paragraphs, read off each variant's 
 shares; nan where the curve does not reach that far.
 """
 
-import argparse
 import copy
 import json
 from collections.abc import Callable
@@ -18,10 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import command
 import numpy as np
 import sadmoe
 import torch
-from command import command
 from layer_problem import tau_of_share
 from router_losses import Weight, fit_by, near_threshold, plain, under_prediction
 from sadmoe import (
@@ -228,9 +227,7 @@ def at(points: list[tuple[float, float]], share: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__doc__)
     parser.add_argument("--model", type=Path, help="a converted MiniLM, such as the demo writes")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.5, 0.35])
     parser.add_argument("--size", type=int, default=16, help="neurons in an expert (%(default)s)")
@@ -295,7 +292,7 @@ def main() -> None:
         rows.append((name, *(f"{at(curves[name], share):.4f}" for share in args.shares)))
         if args.json:
             args.json.write_text(
-                json.dumps({"machine": machine(), "command": command(), "curves": curves}, indent=1)
+                json.dumps({"machine": machine(), "command": command.typed(), "curves": curves}, indent=1)
             )
     print(format_table(("cosine at an executed share of", *(f"{share:.0%}" for share in args.shares)), rows))
     if args.png:

@@ -16,7 +16,6 @@ were not given stay dense. One whose FFN is then as wide as the model counts as 
 Writes architectures.json and architectures.md.
 """
 
-import argparse
 import copy
 import inspect
 import json
@@ -30,10 +29,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import command
 import sadmoe
 import torch
 import transformers
-from command import command
 from sadmoe.ffn import scan_ffns
 from sadmoe.inputs import stream_inputs
 from sadmoe.tables import format_table
@@ -359,7 +358,7 @@ def text_of(rows: list[dict[str, Any]]) -> str:
     reasons = Counter(row["not tried"] for row in rows if "not tried" in row)
     header = ("type", "class", "converted", "tau 0", "tau 0.5", "loaded", "restored")
     lines = [
-        f"`{command()}`",
+        f"`{command.typed()}`",
         f"transformers {transformers.__version__}, torch {torch.__version__}: {len(rows)} types, {len(tried)} tried. "
         f"Of {len(whole)} every FFN that ran is converted, of {len(converted) - len(whole)} some; {len(refused)} have "
         f"none that can be; {len(failed)} failed. In {len(idle)} types others run for inputs that were not given, and "
@@ -382,9 +381,7 @@ def text_of(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__doc__)
     parser.add_argument("types", nargs="*", default=list(CONFIG_MAPPING.keys()))
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -398,7 +395,11 @@ def main() -> None:
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         kept = [{name: value for name, value in row.items() if name != "trace"} for row in rows]
-        about = {"command": command(), "transformers": transformers.__version__, "torch": torch.__version__}
+        about = {
+            "command": command.typed(),
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+        }
         (arguments.out / "architectures.json").write_text(json.dumps(about | {"rows": kept}, indent=1) + "\n")
         (arguments.out / "architectures.md").write_text(text)
 

@@ -7,11 +7,11 @@ What `sadmoe bench --calibrate` measures, on one thread, of layers with random w
 kernels goes by the likest of them, in fp32 by other kernels by those of sadmoe.paths.ELSEWHERE.
 """
 
-import argparse
 import dataclasses
 import itertools
 from pathlib import Path
 
+import command
 import torch
 from layer_problem import LAYERS, shape_of, weights
 from sadmoe import measured, paths
@@ -22,9 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__doc__)
     parser.add_argument("--layers", nargs="+", default=LAYERS)
     parser.add_argument("--s", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)

@@ -5,10 +5,10 @@
 The result has the form of python/sadmoe/crossover/gpu_constants.json: `sadmoe.crossover.cards(path)` reads it.
 """
 
-import argparse
 import json
 from pathlib import Path
 
+import command
 import torch
 from cuda_timing import graph_seconds
 from sadmoe.crossover import CONSTANTS, card_for
@@ -40,9 +40,7 @@ def constants(raw: dict, source: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__doc__)
     parser.add_argument("raw", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()

@@ -10,7 +10,6 @@ cell it is faster than grouped_mm and Triton. Of the first two only independent 
 named. Exit status 3 where an aim is missed.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -18,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import command
 import numpy as np
 from layer_problem import shape_of
 
@@ -99,9 +99,7 @@ def name(row: dict) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__doc__)
     parser.add_argument("tables", type=Path, nargs="+", help="JSON files of cuda_peers.py")
     args = parser.parse_args()
     tables = [json.loads(table.read_text()) for table in args.tables]

@@ -36,9 +36,9 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import command
 import torch
 import torch.nn.functional as F
-from command import command
 from cuda_timing import captured, graph_seconds
 from layer_problem import LayerShape, shape_of, tau_of_share
 from mask_kinds import clustered, recorded, recorded_shapes, skewed
@@ -310,9 +310,7 @@ def checksum(constants: Path | None) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__doc__)
     parser.add_argument("--constants", type=Path, help=f"measured on this card; otherwise {CONSTANTS.name}")
     parser.add_argument("--layers", nargs="*", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--tokens", type=int, nargs="+", help=f"{TOKENS}, and {IMAGES} in narrow layers")
@@ -332,7 +330,7 @@ def main() -> None:
         torch.ops.sadmoe._use_hopper(False)
     told = {
         "machine": machine,
-        "command": command().replace(" --go-on", ""),
+        "command": command.typed().replace(" --go-on", ""),
         "build": checksum(args.constants),
     }
     before = told_before(args.json, told) if args.go_on else {}

@@ -39,8 +39,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import command
 import torch
-from command import command
 from layer_problem import (
     LAYERS,
     ROUTER_WIDTH,
@@ -254,13 +254,13 @@ class Printed:
         self.lines.append(text)
 
     def write(self, path: Path) -> None:
-        path.write_text("\n".join([f"`{command()}`", "", "```", *self.lines, "```", ""]))
+        path.write_text("\n".join([f"`{command.typed()}`", "", "```", *self.lines, "```", ""]))
 
 
 def as_json(title: str, rows: list[dict]) -> str:
     """A row a line."""
     lines = ",\n".join(json.dumps(rounded(row)) for row in rows)
-    return f'{{"machine": {json.dumps(title)}, "command": {json.dumps(command())}, "rows": [\n{lines}\n]}}\n'
+    return f'{{"machine": {json.dumps(title)}, "command": {json.dumps(command.typed())}, "rows": [\n{lines}\n]}}\n'
 
 
 def line(row: dict, variants: list[str]) -> str:
@@ -308,9 +308,7 @@ def cells(args: argparse.Namespace, say: Printed) -> Iterator[dict]:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__doc__)
     parser.add_argument("--layers", nargs="+", default=LAYERS)
     parser.add_argument("--s", type=int, nargs="+", default=SIZES)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)

@@ -20,13 +20,13 @@ all of it, they did not hide each other; what is left of calls of a few microsec
 many tokens it is products that run below the rate of a large one.
 """
 
-import argparse
 import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import command
 import torch
 from layer_problem import shape_of
 from layers import needs
@@ -124,9 +124,7 @@ def miss(aim: Aim, cell: Cell, figure: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__doc__)
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE.json")
     parser.add_argument("--misses", action="store_true")
     args = parser.parse_args()

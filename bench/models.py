@@ -11,7 +11,6 @@ executed share printed is that of the timed inputs; that of a decode is of its p
 bench/recipes/fetch.sh brings the packages.
 """
 
-import argparse
 import copy
 import json
 import sys
@@ -20,8 +19,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import command
 import torch
-from command import command
 from layer_problem import ROUTER_WIDTH, tau_of_share
 from recipes import sources
 from recipes.workload import in_bf16
@@ -166,9 +165,7 @@ def line(row: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5])
     parser.add_argument("--packed", action="store_true")
@@ -209,7 +206,9 @@ def main() -> None:
     if not rows:
         raise SystemExit("no model could be loaded: bench/recipes/fetch.sh brings them")
     if args.json:
-        args.json.write_text(json.dumps({"machine": title, "command": command(), "rows": rows}, indent=1))
+        args.json.write_text(
+            json.dumps({"machine": title, "command": command.typed(), "rows": rows}, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 python bench/partition.py [--f 16384 --d 2048 --experts 512 4096] [--data random mixture] [--seed 0]
 """
 
-import argparse
 import time
 
+import command
 import torch
 from sadmoe.partition import inertia, partition
 from sadmoe.timing import machine
@@ -27,9 +27,7 @@ DATA = {"random": random, "mixture": mixture}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__doc__)
     parser.add_argument("--f", type=int, default=16384, help="neurons")
     parser.add_argument("--d", type=int, default=2048, help="width of a row")
     parser.add_argument("--experts", type=int, nargs="+", default=[512, 4096])

@@ -9,9 +9,9 @@ converted layer the file holds the mask [T, E] of its first tokens, padding left
 are trained, nothing else is, and tau is solved for the budget. --only: FFNs whose name has one of these.
 """
 
-import argparse
 from pathlib import Path
 
+import command
 import sadmoe
 import torch
 from layer_problem import LayerShape
@@ -56,9 +56,7 @@ def shape_text(layer: DynamicKMoE) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("file", type=Path)
     parser.add_argument("--texts", type=Path)

@@ -9,11 +9,11 @@ products would take at the rate of a large one (torch's), and what the weights t
 rate of a buffer as large as the stack; rows: tokens for each expert. The fused op keeps scores and mask in the caches.
 """
 
-import argparse
 import itertools
 import math
 from functools import partial
 
+import command
 import torch
 from layer_problem import LAYERS, ROUTER_WIDTH, copied, problem, shape_of, weights, with_weights
 from layers import product_rate, reading, weight_bytes
@@ -60,9 +60,7 @@ def row(name: str, s: int, T: int, share: float, dtype: torch.dtype, stack: floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__doc__)
     parser.add_argument(
         "--layers", nargs="+", choices=LAYERS, default=["384x1536", "576x1536-glu", "768x3072"]
     )

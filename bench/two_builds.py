@@ -10,13 +10,13 @@ over the time before: on a machine shared with others it tells a twentieth where
 whether both gave the same bits. --packed: now the experts are packed, so COMMIT HEAD tells what that gains.
 """
 
-import argparse
 import json
 import shlex
 import subprocess
 import zlib
 from pathlib import Path
 
+import command
 from layer_problem import shape_of
 
 ROOT = Path(__file__).parent.parent
@@ -24,9 +24,7 @@ CPU = "csrc/cpu/"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__doc__)
     parser.add_argument("commit")
     parser.add_argument("build", type=Path)
     parser.add_argument("--layers", nargs="+", default=["384x1536", "768x3072", "2048x8192", "576x1536-glu"])

@@ -49,7 +49,7 @@ def replaced_and_converted(name: str) -> nn.Module:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_projection_is_found_and_no_other_linear_layer(family):
     sites = find_projections(TINY[family].model())
-    shapes = [sadmoe.ffn.linears.linear_shape(site.first) for site in sites]
+    shapes = [sadmoe.ffn.linears.linear_shape(place.linear) for place in sites]
     assert shapes == list(FAMILIES[family].values()) * 2  # blocks
 
 
@@ -169,14 +169,14 @@ def test_a_start_of_full_rank_is_the_projection(act, bias):
     torch.manual_seed(0)
     linear, x = nn.Linear(10, 6, bias), torch.randn(40, 10)
     mlp = empty_mlp(linear, 13, act)
-    start_low_rank_(mlp, linear, linear(x).detach())
+    start_low_rank_(mlp, linear, linear(x).detach().split(7))
     torch.testing.assert_close(mlp(x), linear(x), rtol=1e-5, atol=1e-5)
 
 
 def test_a_start_of_one_neuron_has_no_direction():
     linear = nn.Linear(10, 6)
     mlp = empty_mlp(linear, 1)
-    start_low_rank_(mlp, linear, linear(torch.randn(40, 10)).detach())
+    start_low_rank_(mlp, linear, [linear(torch.randn(40, 10)).detach()])
     torch.testing.assert_close(mlp(torch.zeros(2, 10)), torch.zeros(2, 6))
 
 
@@ -184,9 +184,17 @@ def test_a_start_of_low_rank_leaves_the_smallest_directions():
     torch.manual_seed(0)
     linear, x = nn.Linear(10, 6), torch.randn(40, 10)
     mlp, y = empty_mlp(linear, 4), linear(x).detach()
-    start_low_rank_(mlp, linear, y)
+    start_low_rank_(mlp, linear, [y])
     singular = torch.linalg.svdvals(y)
     torch.testing.assert_close((mlp(x) - y).square().sum(), singular[2:].square().sum())
+
+
+def test_what_is_not_finite_is_told_by_name():
+    model = TINY["bert"].model()
+    value = model.encoder.layer[1].attention.self.value
+    value.weight.data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"layer.1.attention.self.value: not every output is finite"):
+        replace_projections_(model, [tokens()], SHORT, progress=False)
 
 
 def test_the_same_seed_gives_the_same_bits_and_the_global_one_is_left_alone():

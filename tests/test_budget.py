@@ -178,11 +178,21 @@ def test_with_projections_it_is_taught_by_what_was_converted(dense, given):
         ({"seconds": 0.0}, "seconds must be above 0, got 0.0"),
         ({"output_loss": "logit"}, "output_loss must be one of logits, got 'logit'"),
         ({"output_loss": "logits"}, "the logits of a model are .* this one gives BaseModelOutput"),
+        ({"output_loss": 2.0}, r"output_loss must be output_loss\(model's output, .* or None, got 2.0"),
+        ({"output_loss": lambda output, wanted: 0.0}, "takes 2 positional arguments but 3 were given"),
     ],
 )
-def test_wrong_numbers_are_refused(model, dense, kw, text):
-    with pytest.raises(ValueError, match=text):
+def test_wrong_settings_are_refused_before_anything_is_trained(model, dense, monkeypatch, kw, text):
+    monkeypatch.setattr(budget, "finetune_layers_", lambda *args, **settings: pytest.fail("it trains"))
+    with pytest.raises((ValueError, TypeError), match=text):
         finetuned(model, dense, **kw)
+
+
+def test_a_dense_model_that_shares_what_is_trained_is_refused_before_that(model, dense, monkeypatch):
+    monkeypatch.setattr(budget, "finetune_layers_", lambda *args, **settings: pytest.fail("it trains"))
+    model.embeddings.word_embeddings.weight = dense.embeddings.word_embeddings.weight
+    with pytest.raises(ValueError, match=r"teacher has embeddings.word_embeddings.weight of the model"):
+        finetuned(model, dense, sparse=copy.deepcopy(dense))
 
 
 class Pyramid(nn.Module):
@@ -209,6 +219,38 @@ def test_a_budget_out_of_reach_is_refused_by_how_often_each_layer_runs(monkeypat
     assert alike.floor / alike.dense < between < real.floor / real.dense
     with pytest.raises(BudgetError, match="is below what one expert per token costs"):
         finetuned(model, dense, batches, budget=between)
+
+
+class Towers(nn.Module):
+    """An FFN for each of two kinds of input, of which a batch has one or both."""
+
+    def __init__(self):
+        super().__init__()
+        self.towers = nn.ModuleDict({kind: ffn() for kind in ("text", "image")})
+
+    def forward(self, batch):
+        return {kind: self.towers[kind](x) for kind, x in batch.items()}
+
+
+def ffn() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))
+
+
+@pytest.mark.parametrize("as_loader", [False, True])
+def test_what_few_batches_run_is_calibrated_on_one_of_them(as_loader):
+    torch.manual_seed(0)
+    dense, x = Towers().eval(), torch.randn(30, 2, 5, 16)
+    batches = [{"batch": {"image" if i == 17 else "text": some}} for i, some in enumerate(x)]
+    if as_loader:
+        batches = torch.utils.data.DataLoader(batches, batch_size=None)
+    model = copy.deepcopy(dense)
+    config = sadmoe.ConvertConfig(expert_size=8, router=sadmoe.RouterConfig(steps=1, width=4))
+    sadmoe.convert_(model, batches, config, progress=False)
+    report = finetuned(model, dense, batches, budget=0.8, seconds=0.5)
+    assert {layer.name: layer.tokens > 0 for layer in report.calibration.cost.layers} == {
+        "towers.text": True,
+        "towers.image": True,
+    }
 
 
 def test_compiled_models_are_refused_before_anything_is_trained(model, dense, monkeypatch):

@@ -276,6 +276,8 @@ def test_what_cannot_be_is_refused():
         sadmoe.compensate_(TINY["bert"].model(), batches())
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         sadmoe.compensate_(skipping(), batches(), rank=0)
+    with pytest.raises(TypeError, match=r"rank must be an integer, got 8.0"):
+        sadmoe.compensate_(skipping(), batches(), rank=8.0)
 
 
 @pytest.mark.parametrize(

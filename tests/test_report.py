@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -10,6 +11,7 @@ import sadmoe
 import torch
 from converted import converted
 from sadmoe import cli
+from sadmoe.cost import cost
 from sadmoe.data import Data
 from sadmoe.evaluate import _Variant, evaluate, table
 from sadmoe.gates import DynamicK, TopK
@@ -17,6 +19,7 @@ from sadmoe.model_report import heats_of, sentence_heat, short_names, told
 from sadmoe.report import Heat, Page, Panel, Series, write_page
 from sadmoe.report.svg import bars, curves, heat, ticks
 from tiny_models import TINY
+from torch.utils.data import DataLoader
 
 PAGE = Page(
     title="a <b> & c",
@@ -202,6 +205,32 @@ def test_the_error_is_of_the_real_tokens_of_all_batches_together():
             size += wanted.square().sum().item()
     (point,) = evaluate(model, batches, [0.3])
     assert point.error == pytest.approx((wrong / size) ** 0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("measure", [cost, partial(evaluate, taus=[0.0, 0.3])])
+def test_every_pass_is_over_the_same_batches_of_a_loader_that_shuffles(measure):
+    model, ids, passes = converted("bert"), torch.randint(3, 50, (14, 9)), []
+    loader = DataLoader([{"input_ids": one} for one in ids], batch_size=4, shuffle=True, drop_last=True)
+
+    class Noted:
+        def __iter__(self):
+            passes.append([])
+            for batch in loader:
+                passes[-1].append(batch["input_ids"].sum().item())
+                yield batch
+
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        measure(model, Noted())
+        assert torch.equal(torch.get_rng_state(), before)
+    assert len({tuple(one) for one in passes if one}) == 1
+
+
+@pytest.mark.parametrize(("taus", "error"), [(0.3, TypeError), ("0.3", TypeError), ([], ValueError)])
+def test_taus_are_a_list(taus, error):
+    with pytest.raises(error, match="taus must be a list of numbers, or None among them, got"):
+        evaluate(converted("bert"), [TINY["bert"].batch()], taus)
 
 
 def test_nothing_is_held_to_outputs_that_are_drawn():

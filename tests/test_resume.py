@@ -31,7 +31,7 @@ from long_steps import (
     sparsify,
     start,
 )
-from sadmoe import Checkpoint, ConvertConfig, RouterConfig, SparsifyConfig
+from sadmoe import Checkpoint, ConvertConfig, FinetuneConfig, RouterConfig, SparsifyConfig
 from sadmoe.training import loop, resume
 from safetensors import safe_open
 from states import same, state
@@ -223,6 +223,19 @@ def test_a_conversion_that_is_loaded_says_what_the_first_one_did(tmp_path):
     with pytest.raises(ValueError, match="is of another run: cluster was activity, is weights"):
         sadmoe.convert_(model, batches(), other, checkpoint=Checkpoint(tmp_path), progress=False)
     assert not sadmoe.moe_layers(model)
+
+
+@pytest.mark.parametrize(
+    ("step", "config"), [(sadmoe.sparsify_, SparsifyConfig), (sadmoe.finetune_, FinetuneConfig)]
+)
+def test_a_killed_run_goes_on_with_less_memory(step, config, tmp_path, updates):
+    model, dense = start(finetune if config is FinetuneConfig else sparsify)
+    kw = {"teacher": dense, "checkpoint": Checkpoint(tmp_path, every=0.0), "progress": False}
+    with pytest.raises(Killed):
+        step(model, KilledAt(batches(), 2), config(steps=STEPS), **kw)
+    updates.clear()
+    step(model, batches(), config(steps=STEPS, kept_bytes=0), **kw)
+    assert len(updates) == STEPS - 2
 
 
 def test_seconds_go_on_where_they_were(tmp_path, monkeypatch):

@@ -8,8 +8,9 @@ from functools import partial
 import pytest
 import sadmoe
 import torch
+from clock import Clock
 from long_steps import STEPS, batches, converted, finetune, finetune_layers, mean_square, sparsify, start
-from sadmoe import Checkpoint, FinetuneConfig, SparsifyConfig
+from sadmoe import Checkpoint, FinetuneConfig, RouterConfig, SparsifyConfig
 from sadmoe.training import resume
 from safetensors import safe_open
 from tiny_models import TINY
@@ -198,3 +199,16 @@ def test_a_run_that_has_ended_is_loaded_from_a_folder_that_may_only_be_read(tmp_
     again, dense = start(sparsify)
     sparsify(again, dense, Checkpoint(tmp_path))
     assert all(map(torch.equal, again.state_dict().values(), model.state_dict().values()))
+
+
+def test_so_is_one_of_several_steps_each_in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("sadmoe.training.loop.time", Clock(0.2))
+    made = []
+    for _ in range(2):
+        model, dense = start(finetune)
+        router = RouterConfig(steps=2, width=4)
+        given = {"budget": 0.8, "seconds": 1.0, "router": router, "checkpoint": Checkpoint(tmp_path)}
+        sadmoe.finetune_for_budget_(model, batches(), dense=dense, progress=False, **given)
+        monkeypatch.setattr("os.access", lambda path, mode: False)
+        made.append(model.state_dict())
+    assert all(map(torch.equal, *(one.values() for one in made)))

@@ -7,6 +7,7 @@ Source: arXiv 2310.04361, section 3.4.
 import logging
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -150,7 +151,7 @@ class Place(NamedTuple):
     """A projection: its path, and the linear layer."""
 
     name: str
-    first: nn.Module
+    linear: nn.Module
 
 
 def find_projections(
@@ -203,7 +204,7 @@ def scan_projections(
             found.append(Place(plain, linear))
         except Unsupported as reason:
             refused.append(f"{plain}: {reason}")
-    modules = {place.name: place.first for place in found}
+    modules = {place.name: place.linear for place in found}
     reads = {} if batches is None else what_else_is_read(model, modules, batches)
     refused += [f"{name}: what is around it reads its {', '.join(names)}" for name, names in reads.items()]
     return [place for place in found if place.name not in reads], refused
@@ -238,8 +239,8 @@ def replace_projections_(
     refuse_distributed(model)
     started = time.perf_counter()
     with seeded(model, config.seed):  # a DataLoader may draw a number
-        sites = find_projections(model, config.filter, batches=batches)
-    linears = {site.name: site.first for site in sites}
+        places = find_projections(model, config.filter, batches=batches)
+    linears = {place.name: place.linear for place in places}
     if hooks := with_hooks(model, linears.values()):
         warnings.warn(
             f"{', '.join(shortened(hooks, 5))}: their hooks will not run while MLPs are in their place; if they change "
@@ -253,11 +254,11 @@ def replace_projections_(
     )  # fmt: skip
     built: dict[str, tuple[ProjectionMLP, ProjectionFit]] = {}
     with seeded(model, config.seed):
-        for name, rows in tqdm(stream, "projections", len(sites), disable=not progress):
+        for name, rows in tqdm(stream, "projections", len(places), disable=not progress):
             with without_autocast(rows.device):
                 built[name] = _distilled(name, linears[name], rows, config, checkpoint)
             logger.info("%s", built[name][1])
-    never = [site.name for site in sites if site.name not in built]
+    never = [place.name for place in places if place.name not in built]
     told = f"{', '.join(shortened(never, 5))}: never called on these batches (a parent may read their weights itself)"
     if not built:
         raise NotImplementedError(f"no projection of this {type(model).__name__} can be replaced: {told}")
@@ -267,7 +268,7 @@ def replace_projections_(
         for name, (mlp, _) in built.items():
             stand_in(model, name, mlp)
         check_runs(model, batches, "MLPs in the place of its projections", "ProjectionConfig")
-    fits = tuple(built[site.name][1] for site in sites if site.name in built)
+    fits = tuple(built[place.name][1] for place in places if place.name in built)
     return ProjectionReport(fits, time.perf_counter() - started)
 
 
@@ -303,12 +304,14 @@ def _distilled(
     with torch.no_grad():
         # By `forward`, past hooks, which are the caller's, and may count or change what they see.
         targets = torch.cat([linear.forward(part).float() for part in rows.split(CHUNK)])
+    if not targets.isfinite().all():
+        raise ValueError(f"{name}: not every output is finite; look for NaN or inf in inputs or weights")
     test, batches = held_out_and_batches(
         name, {"rows": rows.float(), "targets": targets}, config.batch_tokens
     )
     mlp = empty_mlp(linear, width, config.act).float()
     if config.start == "low_rank":
-        start_low_rank_(mlp, linear, torch.cat([batch["targets"] for batch in batches]))
+        start_low_rank_(mlp, linear, [batch["targets"] for batch in batches])
     spread = (targets - targets.mean(0)).square().sum(1).mean().clamp(min=torch.finfo(torch.float32).tiny)
 
     def error(batch: Any, index: int | None = None) -> Tensor:
@@ -336,14 +339,15 @@ def _distilled(
 
 
 @torch.no_grad()
-def start_low_rank_(mlp: ProjectionMLP, linear: nn.Module, targets: Tensor) -> None:
-    """Starts an MLP as y = U Uᵀ (W x + b), U the main directions of the targets [n, d_out], half as many as neurons.
+def start_low_rank_(mlp: ProjectionMLP, linear: nn.Module, targets: Sequence[Tensor]) -> None:
+    """Starts an MLP as y = U Uᵀ (W x + b), U the main directions of the targets [n, d_out], half as many as
+    neurons. targets: in parts.
 
     An activation passes one sign, so a direction takes two neurons: z = act(z) - act(-z), which holds for all but the
     square of ReLU. Neurons left over start without output.
     """
     half = mlp.up.out_features // 2
-    _, vectors = torch.linalg.eigh(targets.double().t() @ targets.double())
+    _, vectors = torch.linalg.eigh(sum(part.t() @ part for part in map(Tensor.double, targets)))
     first = max(vectors.shape[1] - half, 0)
     u = vectors[:, first:].flip(1).float()  # [d_out, half], or d_out where that is less
     k = u.shape[1]

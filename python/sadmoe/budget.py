@@ -8,23 +8,24 @@ from typing import Any, Literal
 
 from torch import nn
 
-from sadmoe.batches import Batches, check_batches, length
+from sadmoe.batches import Batches, check_batches, length, to_device
 from sadmoe.calibrate import Calibration, calibrate_, check_budget, check_reachable
 from sadmoe.checks import check_config, check_number
 from sadmoe.cost import cost
 from sadmoe.dial import set_gates, set_tau, trainable_layers
-from sadmoe.ffn import find_ffns, moe_layers
+from sadmoe.ffn import find_ffns, moe_layers, site_of
 from sadmoe.finetune import FinetuneConfig, FinetuneReport, finetune_
 from sadmoe.gates import DynamicK
+from sadmoe.inputs import count_rows
 from sadmoe.layer import DynamicKMoE
 from sadmoe.layerwise import LayerFit, finetune_layers_
 from sadmoe.mixed import fast_training
-from sadmoe.modules import refuse_compiled, refuse_distributed
+from sadmoe.modules import device_of, evaluating, refuse_compiled, refuse_distributed
 from sadmoe.randomness import seeded
 from sadmoe.routers import RouterConfig, RouterFit, fit_routers_
 from sadmoe.training import Checkpoint
 from sadmoe.training.guards import all_or_nothing
-from sadmoe.training.objective import OutputLoss, check_output_loss
+from sadmoe.training.objective import OutputLoss, check_output_loss, distill_hidden
 from sadmoe.training.processes import refuse_group
 from sadmoe.training.resume import Kept, check_checkpoint
 
@@ -100,9 +101,9 @@ def finetune_for_budget_(
         raise ValueError("dense must be the model from before convert_: got one with converted layers")
     layers = trainable_layers(model)
     router = replace(check_config(router, RouterConfig), seed=seed)
-    some = _some_of(model, batches, seed)
+    some = _some_of(model, layers, batches, seed)
     check_reachable(budget, cost(model, some))  # of which layers run how often
-    check_output_loss(output_loss, dense, some[0])
+    _check_last_step(model, layers, dense, output_loss, some[0])
     _check_sparse(sparse, layers, some)
 
     def at(step: str) -> Checkpoint | None:
@@ -141,14 +142,41 @@ def finetune_for_budget_(
     return BudgetReport(alone, fits, whole, last)
 
 
-def _some_of(model: nn.Module, batches: Batches, seed: int) -> list[Any]:
-    """Batches to calibrate on, from all over: the same ones when a killed run is taken up again."""
+def _some_of(model: nn.Module, layers: Mapping[str, DynamicKMoE], batches: Batches, seed: int) -> list[Any]:
+    """Batches to calibrate on, from all over, and the first others that run a layer which these do not: the same ones
+    when a killed run is taken up again."""
     count = length(batches)
     which = range(0, count or CALIBRATED, max(1, (count or 0) // CALIBRATED))
     with seeded(model, seed):
         if isinstance(batches, Sequence):  # whose others need not be read
-            return [batches[i] for i in which]
-        return list(islice(batches, which.start, which.stop, which.step))
+            some = [batches[i] for i in which]
+        else:
+            some = list(islice(batches, which.start, which.stop, which.step))
+    missed = {layer for layer, rows in count_rows(model, layers.values(), some).items() if not rows}
+    with seeded(model, seed):
+        for batch in batches if missed else ():
+            if ran := {layer for layer, rows in count_rows(model, missed, [batch]).items() if rows}:
+                some.append(batch)
+                missed -= ran
+            if not missed:
+                break
+    return some
+
+
+def _check_last_step(
+    model: nn.Module,
+    layers: Mapping[str, DynamicKMoE],
+    dense: nn.Module,
+    output_loss: OutputLoss | Literal["logits"] | None,
+    batch: Any,
+) -> None:
+    """Raises what `finetune_` would of its teacher and its output_loss, before the steps that come first."""
+    check_output_loss(output_loss)
+    objective = distill_hidden(
+        model, dense, [site_of(layer, name) for name, layer in layers.items()], output_loss
+    )
+    with evaluating(model), evaluating(dense):
+        objective(to_device(batch, device_of(model)), None)
 
 
 def _set_first_tau(model: nn.Module, some: list[Any], budget: float, checkpoint: Checkpoint | None) -> None:

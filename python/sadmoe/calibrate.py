@@ -14,12 +14,11 @@ from sadmoe.cost import CostReport, cost_of_masks, cost_of_shares
 from sadmoe.dial import Taus, converted_layers, set_tau, tau
 from sadmoe.masks import record_masks
 from sadmoe.modules import device_of, evaluating
-from sadmoe.randomness import seeded
+from sadmoe.randomness import SEED, seeded
 from sadmoe.training.objective import Loss, own_loss
 
 SMALLEST_TAU = 1e-6  # the working points of the paper lie between 1e-3 and 0.1
 EVALUATIONS = 12  # of the model on the batches, at most: by halves, leaves tau known to 1 %
-SEED = 0  # of the order in which a DataLoader shuffles, the same in every pass
 TOLERANCE = 0.002  # a cost this close under the budget, as a share of the dense cost, ends the search
 
 

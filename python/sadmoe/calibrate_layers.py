@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sadmoe.batches import Batch, Batches, check_batches, check_repeats, length, to_device
-from sadmoe.calibrate import SEED, BudgetError, Calibration, TauSearch, check_budget
+from sadmoe.calibrate import BudgetError, Calibration, TauSearch, check_budget
 from sadmoe.checks import Filter
 from sadmoe.cost import CostReport
 from sadmoe.dial import converted_layers, set_tau, tau
 from sadmoe.hooks import uncompiled
 from sadmoe.modules import device_of, evaluating
 from sadmoe.padding import answer
-from sadmoe.randomness import seeded
+from sadmoe.randomness import SEED, seeded
 from sadmoe.training.objective import Loss
 
 FACTORS = (0.0, 0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0)  # of the one tau, that a layer may get; 0 makes it dense
@@ -76,7 +76,9 @@ def calibrate_layers_(
 
     def solved(factors: Factors) -> Calibration:
         found = search(factors).by_cost(budget)
-        return replace(found, loss=search(factors, measured).at(found.tau).loss)
+        return (
+            found if loss is not None else replace(found, loss=search(factors, measured).at(found.tau).loss)
+        )
 
     equal = dict.fromkeys(names, 1.0)
     one = solved(equal)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from operator import add, index
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,8 @@ def compensate_(
     not just its own, or what it computes of fewer than two tokens, or not finite. Whatever is raised, the model is as
     it was.
     """
+    if not isinstance(rank, SupportsIndex):
+        raise TypeError(f"rank must be an integer, got {rank!r}")
     if index(rank) < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     refuse_distributed(model)

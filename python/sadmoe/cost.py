@@ -21,6 +21,7 @@ from sadmoe.flops import FlopCount
 from sadmoe.layer import DynamicKMoE
 from sadmoe.masks import LayerMasks, record_masks
 from sadmoe.modules import device_of, evaluating
+from sadmoe.randomness import SEED, seeded
 from sadmoe.tables import format_table, si
 
 ACTIVATION_FLOPS = {"relu": 0, "gelu": 1, "gelu_tanh": 1, "silu": 1, "quick_gelu": 3, "relu2": 0}
@@ -155,7 +156,11 @@ def cost(
     assert batches is not None
     check_batches(batches)
     device, samples, count = device_of(model), 0, FlopCount(model)
-    with evaluating(model), record_masks(model, skip_padding=skip_padding) as record:
+    with (
+        seeded(model, SEED),  # a DataLoader gives all calls the same
+        evaluating(model),
+        record_masks(model, skip_padding=skip_padding) as record,
+    ):
         for batch in tqdm(batches, "cost", length(batches), disable=not progress):
             batch = to_device(batch, device)
             samples += samples_in(batch)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ from sadmoe.dial import converted_layers, tau
 from sadmoe.ffn import moe_layers
 from sadmoe.modules import device_of, evaluating
 from sadmoe.padding import answer
+from sadmoe.randomness import SEED, seeded
 from sadmoe.tables import format_table
 from sadmoe.timing import waiting
 
@@ -72,7 +73,7 @@ class _Variant:
     def seconds(self, batches: Batches) -> float:
         """Of a pass over the batches, without reading them."""
         device, total = device_of(self.model), 0.0
-        with self.on():
+        with seeded(self.model, SEED), self.on():  # a DataLoader gives all variants the same
             for batch in batches:
                 call = waiting(partial(run, self.model, to_device(batch, device)), device)
                 started = time.perf_counter()
@@ -92,10 +93,11 @@ def evaluate(
     """Runs a converted transformers model over batches at every tau, at None by the gates that it has, which come back.
 
     dense: the model that it was converted from, which errors and times are then measured against, instead of tau = 0.
-    Raises ValueError where that is converted itself, or its outputs are of other sizes or all 0.
+    Raises ValueError where taus are none, dense is converted itself, or its outputs are of other sizes or all 0.
     """
     converted_layers(model)
     check_batches(batches)
+    taus = _listed(taus)
     if dense is not None and moe_layers(dense):
         raise ValueError(
             "dense must be the model that this one was converted from, and is a converted one itself"
@@ -103,7 +105,8 @@ def evaluate(
     base = _Variant(model, 0.0) if dense is None else _Variant(dense)
     variants = [_Variant(model, value) for value in taus]
     with evaluating(model), evaluating(base.model):
-        errors = _errors(base, variants, batches, progress)
+        with seeded(model, SEED):
+            errors = _errors(base, variants, batches, progress)
         reports = []
         for variant in tqdm(variants, "cost", disable=not progress):
             with variant.on():
@@ -116,6 +119,15 @@ def evaluate(
         for variant, r, error in found
         for took in [seconds[variant]]
     ]
+
+
+def _listed(taus: Any) -> list[float | None]:
+    """Them. Raises TypeError or ValueError where they are no list of at least one."""
+    if not isinstance(taus, Iterable) or isinstance(taus, str):
+        raise TypeError(f"taus must be a list of numbers, or None among them, got {taus!r}: give [{taus!r}]")
+    if not (found := list(taus)):
+        raise ValueError("taus must be a list of numbers, or None among them, got none: give [0.0, 0.1]")
+    return found
 
 
 def header(base: str) -> tuple[str, ...]:

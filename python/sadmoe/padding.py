@@ -63,7 +63,7 @@ def _first_part(model: nn.Module, output: Any, given: list[Any]) -> Any:
 def padding_mask(batch: Batch) -> Tensor | None:
     """bool [B, T], True for real tokens: "attention_mask" of a Mapping, or of one that a tuple begins with, where it is
     a 2-D tensor, or [..., T] as "input_ids" are, which makes one of all texts; else None."""
-    return _mask(batch, "attention_mask")
+    return _mask(_given(batch), "attention_mask")
 
 
 def real_rows(model: nn.Module, name: str, batch: Batch | None, x: Tensor) -> Tensor | None:
@@ -79,9 +79,9 @@ def real_rows(model: nn.Module, name: str, batch: Batch | None, x: Tensor) -> Te
     frames the real part of a wave becomes. A mask that leaves tokens out is not used, and told in a UserWarning, where
     it is of another length than x [B, T, d], or in a mapping inside the batch.
     """
-    batch = bare(batch)
-    mask = _mask_for(model, name, batch)
-    if mask is None and (parts := _masked_parts(batch)):
+    given = _given(batch)
+    mask = _mask_for(model, name, given)
+    if mask is None and (parts := _masked_parts(given)):
         warnings.warn(
             f"the batches hold an attention_mask in each of {', '.join(parts)}, and no part of the model is known to "
             "answer to one of them: all tokens count as real",
@@ -95,7 +95,7 @@ def real_rows(model: nn.Module, name: str, batch: Batch | None, x: Tensor) -> Te
         tokens = x.shape[1] if x.shape[0] == mask.shape[0] else x.shape[0]
         mask = F.pad(mask, (0, max(0, tokens - mask.shape[-1])))
     if x.dim() == 3 and x.shape[0] == len(mask) and x.shape[1] != mask.shape[1]:
-        text = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        text = given.get("input_ids")
         of_text = isinstance(text, Tensor) and text.shape == mask.shape
         found = None if of_text else _of_frames(model, name, mask, x.shape[1])
         if found is None and x.shape[1] > 1 and not mask.all() and not _OF_ENCODER_STATES.search(name):
@@ -110,23 +110,28 @@ def real_rows(model: nn.Module, name: str, batch: Batch | None, x: Tensor) -> Te
     return mask_rows(mask, x.shape).to(x.device)
 
 
-def _mask_for(model: nn.Module, name: str, batch: Any) -> Tensor | None:
+def _given(batch: Batch | None) -> Mapping[str, Any]:
+    """What a batch holds by name: a mapping, or one that a tuple begins with; else nothing."""
+    batch = bare(batch)
+    return batch if isinstance(batch, Mapping) else {}
+
+
+def _mask_for(model: nn.Module, name: str, given: Mapping[str, Any]) -> Tensor | None:
     """The mask in a batch that what enters module `name` answers to, as `real_rows` says."""
     parts = name.split(".")
-    given = batch if isinstance(batch, Mapping) else {}
     if "pixel_values" in given and "input_ids" in given and any(map(_sees, parts)):
         return None
     below = any(part.endswith("decoder") for part in parts) and not _OF_ENCODER_STATES.search(name)
-    if not (below and (is_encoder_decoder(model) or _mask(batch, "decoder_attention_mask") is not None)):
-        return _mask(batch, "attention_mask")
-    possible = (_mask(batch, "decoder_attention_mask"), _labelled(batch), _moved_on(batch))
+    if not (below and (is_encoder_decoder(model) or _mask(given, "decoder_attention_mask") is not None)):
+        return _mask(given, "attention_mask")
+    possible = (_mask(given, "decoder_attention_mask"), _labelled(given), _moved_on(given))
     return next((mask for mask in possible if mask is not None), None)
 
 
-def _masked_parts(batch: Any) -> list[str]:
+def _masked_parts(given: Mapping[str, Any]) -> list[str]:
     """The mappings in a batch that are a mapping's values and leave tokens out."""
-    parts = batch.items() if isinstance(batch, Mapping) else ()
-    masks = {str(key): _mask(part, "attention_mask") for key, part in parts if isinstance(part, Mapping)}
+    parts = {str(key): part for key, part in given.items() if isinstance(part, Mapping)}
+    masks = {key: _mask(part, "attention_mask") for key, part in parts.items()}
     return [key for key, mask in masks.items() if mask is not None and not mask.all()]
 
 
@@ -182,16 +187,15 @@ def rows_of(x: Tensor) -> Tensor:
     return torch.cat(x.unbind()) if x.is_nested else x.reshape(-1, x.shape[-1])
 
 
-def _labelled(batch: Batch) -> Tensor | None:
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+def _labelled(given: Mapping[str, Any]) -> Tensor | None:
+    labels = given.get("labels")
     if not isinstance(labels, Tensor) or labels.dim() != 2:
         return None
     return None if labels.is_floating_point() else labels.ne(IGNORED)  # floats are of classes
 
 
-def _moved_on(batch: Batch) -> Tensor | None:
+def _moved_on(given: Mapping[str, Any]) -> Tensor | None:
     """Of a decoder that makes its input of the encoder's, as BART's does."""
-    given = batch if isinstance(batch, Mapping) else {}
     mask = _mask(given, "attention_mask")
     if mask is None or any(
         given.get(key) is not None for key in ("decoder_input_ids", "decoder_inputs_embeds")
@@ -200,11 +204,10 @@ def _moved_on(batch: Batch) -> Tensor | None:
     return F.pad(mask[:, :-1], (1, 0), value=True) if "input_ids" in given else None
 
 
-def _mask(batch: Batch, key: str) -> Tensor | None:
-    batch = bare(batch)
-    if not isinstance(batch, Mapping) or not isinstance(mask := batch.get(key), Tensor):
+def _mask(given: Mapping[str, Any], key: str) -> Tensor | None:
+    if not isinstance(mask := given.get(key), Tensor):
         return None
-    ids = batch.get(key.replace("attention_mask", "input_ids"))
+    ids = given.get(key.replace("attention_mask", "input_ids"))
     if mask.dim() > 2 and isinstance(ids, Tensor) and ids.shape == mask.shape:
         mask = mask.flatten(0, -2)  # several texts a sample, one after the other: multiple choice
     return mask.bool() if mask.dim() == 2 else None

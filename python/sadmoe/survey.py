@@ -111,7 +111,7 @@ def survey(model: nn.Module, batches: Batches, *, progress: bool = False) -> Sur
     if not sites:
         find_ffns(model, batches=batches)  # says why
     projections, refused = scan_projections(model, batches=batches)
-    linears = [*(site.first for site in sites), *(p.first for p in projections)]
+    linears = [*(site.first for site in sites), *(p.linear for p in projections)]
     counted = FlopCount(model)
     rows = count_rows(model, linears, tqdm(batches, "FLOPs", length(batches), disable=not progress), counted)
     total = counted.flops
@@ -127,8 +127,8 @@ def survey(model: nn.Module, batches: Batches, *, progress: bool = False) -> Sur
         _share_of(site, sparsity, rows[site.first] / total)
         for site, sparsity in zip(sites, sparsities, strict=True)
     )
-    projections = [p for p in projections if rows[p.first]]
-    of_projections = sum(rows[p.first] * math.prod(shape_of(p.first)) for p in projections)
+    projections = [p for p in projections if rows[p.linear]]
+    of_projections = sum(rows[p.linear] * math.prod(shape_of(p.linear)) for p in projections)
     weights = {
         id(p): p.numel() for site in sites for linear in site.linears.values() for p in linear.parameters()
     }

@@ -295,8 +295,8 @@ def _check_cuts(model: nn.Module, data: Data, arguments: argparse.Namespace) -> 
     if arguments.projections:
         width_of = _projections(arguments).width_of
         for place in scan_projections(trial, _filter(arguments), batches=data.batches)[0]:
-            width = width_of(*shape_of(place.first))
-            stand_in(trial, place.name, empty_mlp(place.first, width), keep=False)
+            width = width_of(*shape_of(place.linear))
+            stand_in(trial, place.name, empty_mlp(place.linear, width), keep=False)
     sites = checked_sites(trial, data.batches, _conversion(arguments), rank=arguments.compensate or 0)
     if arguments.sparsify:
         check_swappable([site for site in sites if site.act not in RECTIFIERS], "relu")

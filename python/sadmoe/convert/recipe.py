@@ -126,7 +126,8 @@ def checked_sites(
     model: nn.Module, batches: Batches, config: ConvertConfig, *, rank: int = 0
 ) -> list[FFNSite]:
     """The FFNs to convert, each of which can be cut. Raises what `convert_` raises where one cannot, or the budget is
-    below the floor: nothing is run for it but probes, and the first batch where it lies between the floors of FFNs.
+    below the floor: nothing is run for it but probes, and a few batches, where a block needs more than hidden states
+    (`find_ffns`), or the budget lies between the floors of FFNs.
     rank: of shared experts, which the budget is to pay for as well."""
     refuse_compiled(model)
     refuse_distributed(model)

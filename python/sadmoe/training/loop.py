@@ -24,6 +24,7 @@ PenaltyOf = Callable[[Any], Tensor]
 Read = Callable[[], tuple[int | None, Batch]]  # reads a batch, see `_endless`
 UNKEPT = Kept(None, "training", {})
 BIASES = ("b_up", "b_gate")  # of a converted layer, [E, s]
+MEMORY = ("kept_bytes",)  # fields of a config that no result depends on: a killed run goes on with others
 
 
 def no_penalty(batch: Any) -> Tensor:
@@ -59,7 +60,8 @@ def train(
     update = _Update(kept.name, model, config, objective, penalty_of, _endless(batches, config.seed))
     saver = None
     if kept.checkpoint is not None:
-        of_run = replace(kept, run={"config": {**asdict(config), **kept.run}})
+        told = {name: value for name, value in asdict(config).items() if name not in MEMORY}
+        of_run = replace(kept, run={"config": {**told, **kept.run}})
         saver = Saver(of_run, model, update.optimizer, penalty_of)
     history, before = update.resumed(saver)
     device, started, found = device_of(model), time.perf_counter() - before, len(history)

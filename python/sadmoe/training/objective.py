@@ -16,7 +16,7 @@ from sadmoe.ffn import FFNSite
 from sadmoe.ffn.lookup import is_module, join
 from sadmoe.forward import is_recomputed, no_gradient
 from sadmoe.hooks import hooks_on
-from sadmoe.modules import device_of, evaluating, floats_in, is_encoder_decoder, unwrapped
+from sadmoe.modules import device_of, floats_in, is_encoder_decoder, unwrapped
 from sadmoe.padding import real_rows
 
 Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> scalar; it runs the model itself
@@ -28,15 +28,15 @@ Objective = Callable[[Batch, int | None], Tensor]
 OutputLoss = Callable[[Any, Any, Any], Tensor]  # (model's output, dense model's output, batch) -> scalar
 
 
-def check_output_loss(
-    output_loss: OutputLoss | str | None, teacher: nn.Module, batch: Batch | None = None
-) -> None:
-    """Raises ValueError where it is a word that means nothing, or "logits", and of the batch the teacher gives none."""
+def check_output_loss(output_loss: OutputLoss | str | None) -> None:
+    """Raises ValueError where it is a word that means nothing, TypeError where nothing can be called."""
     if isinstance(output_loss, str):
         check_choice("output_loss", output_loss, ("logits",))
-        if batch is not None:
-            with evaluating(teacher):
-                _logits(run(teacher, to_device(batch, device_of(teacher))))
+    elif output_loss is not None and not callable(output_loss):
+        raise TypeError(
+            "output_loss must be output_loss(model's output, dense model's output, batch) -> scalar, \"logits\" or "
+            f"None, got {output_loss!r}"
+        )
 
 
 def task(model: nn.Module, loss: Loss | None, instead: str = "teacher=") -> Objective:
@@ -131,23 +131,16 @@ def distill_hidden(
                 f"teacher must run the blocks that the model runs, but runs {differing[0]} "
                 f"{len(targets[differing[0]])} times, not {len(hidden[differing[0]])}"
             )
-        other = [
-            f"{name} {list(h.shape)}, not {list(t.shape)}"
-            for name in ran
-            for h, t in zip(hidden[name], targets[name], strict=True)
-            if h.shape != t.shape
-        ]
-        if other:
-            raise ValueError(
-                f"teacher must be a model of the same sizes, but what leaves blocks differs: {other[0]}"
-            )
+        pairs = [(name, h, t) for name in ran for h, t in zip(hidden[name], targets[name], strict=True)]
+        for name, h, t in pairs:
+            if h.shape != t.shape:
+                raise ValueError(
+                    "teacher must be a model of the same sizes, but what leaves blocks differs: "
+                    f"{name} {list(h.shape)}, not {list(t.shape)}"
+                )
         if cut := [name for name in ran if _is_cut_off(model.get_submodule(name), hidden[name])]:
             raise no_gradient(f"to compare what leaves {cut[0]} by")
-        errors = [
-            _relative_error(h, t, real_rows(model, name, batch, h))
-            for name in ran
-            for h, t in zip(hidden[name], targets[name], strict=True)
-        ]
+        errors = [_relative_error(h, t, real_rows(model, name, batch, h)) for name, h, t in pairs]
         error = torch.stack([one.to(errors[0].device) for one in errors]).mean()
         return error if distance is None else error + distance(given, wanted, batch)
 

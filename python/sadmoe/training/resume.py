@@ -4,7 +4,7 @@ One safetensors file for each run, written beside its path and renamed, so that 
 one. It holds the trained weights, the buffers that a state_dict has, and AdamW's moments; its metadata key "sadmoe run"
 is JSON:
   format   version of all this
-  run      what the run is of: function, configuration, checksum of the weights it began with
+  run      what the run is of: its configuration, the names of what is trained, checksums of the weights it began with
   state    updates done, their history, seconds, what the penalty remembers
 """
 
@@ -25,7 +25,7 @@ from sadmoe.checks import check_fields
 from sadmoe.training.guards import put_in
 from sadmoe.training.processes import place
 
-FORMAT = 6
+FORMAT = 7
 KEY = "sadmoe run"
 CHECKSUMS = ("weights", "model", "teacher", "projection")  # what is known of a run by a checksum alone
 
@@ -64,7 +64,7 @@ def check_checkpoint(checkpoint: Any) -> None:
             f"checkpoint must be a Checkpoint or None, got {checkpoint!r}: give Checkpoint(folder)"
         )
     folder = Path(checkpoint.folder).absolute()
-    if place()[0] != 0 or any(folder.glob("*.safetensors")):  # which writes nothing, or may only be read
+    if place()[0] != 0 or any(folder.rglob("*.safetensors")):  # which writes nothing, or may only be read
         return
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
