@@ -69,12 +69,12 @@ def test_what_batches_are_made_by_is_no_part_of_the_model():
 def test_projections_of_attention_are_told_apart():
     model, batch = TINY["bert"].model(), TINY["bert"].batch()
     found = sadmoe.survey(model, [batch, batch])
-    sites = sadmoe.find_projections(model)
+    places = sadmoe.find_projections(model)
     tokens = 2 * batch["input_ids"].numel()
-    flops = sum(tokens * site.first.weight.numel() for site in sites)
-    assert found.projection_count == len(sites) > 0
+    flops = sum(tokens * place.linear.weight.numel() for place in places)
+    assert found.projection_count == len(places) > 0
     assert found.projections == pytest.approx(flops / found.flops)
-    assert f"{len(sites)} projections of attention" in str(found)
+    assert f"{len(places)} projections of attention" in str(found)
     assert found.share + found.projections < 1
 
 
