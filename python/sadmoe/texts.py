@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 BLANK_LINES = re.compile(r"\n\s*\n")
+MODULES = "modules.json"  # of a SentenceTransformer: its modules in order, each in a folder, "" this one
+OF_SENTENCES = ("config_sentence_transformers.json", "sentence_bert_config.json")
 TOKENIZER_FILES = ("*token*", "*vocab*", "merges.txt", "*.model", "*.bpe*")
 
 
@@ -110,6 +112,19 @@ def processor_around(tokenizer: Any, folder: Path) -> Any:
     that loads; else the tokenizer."""
     processor = load_processor(folder) if _holds(folder, ("*processor*",)) else None
     return tokenizer if processor is None else processor
+
+
+def around_transformer(folder: Path) -> list[Path]:
+    """What a SentenceTransformer's folder has around its transformer (pooling, normalization and their like), and says
+    of it: files and folders in it, by their paths there. Of another folder none."""
+    if not (folder / MODULES).is_file():
+        return []
+    with loading(folder):
+        parts = [Path(module["path"]) for module in json.loads(read_text(folder / MODULES))]
+    if outside := [part for part in parts if part.is_absolute() or ".." in part.parts]:
+        raise ValueError(f"{folder / MODULES} names {outside[0]}, which is not in its folder")
+    told = [Path(MODULES), *map(Path, OF_SENTENCES)]
+    return [part for part in (*told, *parts) if part != Path() and (folder / part).exists()]
 
 
 def _holds(folder: Path, patterns: Sequence[str]) -> bool:

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+import sadmoe
+import torch
 from sadmoe.outputs import place_for, replaced
 
 transformers = pytest.importorskip("transformers")
-from command_line import converted
+from command_line import bert, converted
 from sadmoe import cli
 from sadmoe.cli import convert as convert_command
 
@@ -278,3 +280,28 @@ def test_a_kill_while_saving_hinders_no_later_run(folder, text, tmp_path, caplog
     assert "of a command that was killed while it saved, and of no use if it runs no more: " in caplog.text
     assert str(out / new) in caplog.text
     assert '"tau": 0.2' in (out / "config.json").read_text()
+
+
+def test_what_a_sentence_transformer_has_around_its_transformer_is_kept(text, tmp_path):
+    library = pytest.importorskip("sentence_transformers")
+    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    encoder = modules.Transformer(str(bert(tmp_path / "bert")))
+    by_first = modules.Pooling(32, pooling_mode="cls")
+    dense = library.SentenceTransformer(modules=[encoder, by_first, modules.Normalize()], device="cpu")
+    dense.max_seq_length = 5
+    dense.save(str(tmp_path / "dense"))
+    assert converted(tmp_path / "dense", text, tmp_path / "moe", "--tau", "0") == 0
+    again = library.SentenceTransformer(str(tmp_path / "moe"), device="cpu")
+    assert len(sadmoe.moe_layers(again)) == 1
+    assert [type(module).__name__ for module in again] == ["Transformer", "Pooling", "Normalize"]
+    words = ["experts run few tokens choose them", "few"]
+    wanted, found = (one.encode(words, convert_to_tensor=True) for one in (dense, again))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_modules_outside_its_folder_are_refused_before_anything_is_converted(text, tmp_path, capsys):
+    folder = bert(tmp_path / "bert")
+    (folder / "modules.json").write_text('[{"idx": 0, "name": "0", "path": "../mine", "type": "Pooling"}]')
+    assert converted(folder, text, tmp_path / "moe") == 2
+    assert "modules.json names ../mine, which is not in its folder" in capsys.readouterr().err
+    assert not (tmp_path / "moe").exists()

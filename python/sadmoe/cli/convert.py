@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import shutil
 import tempfile
 import zlib
 from dataclasses import replace
@@ -46,7 +47,7 @@ from sadmoe.paths import dtype_name
 from sadmoe.reference import RECTIFIERS
 from sadmoe.routers import WIDTH, RouterConfig
 from sadmoe.sparsify import SparsifyConfig, sparsify_
-from sadmoe.texts import processor_around
+from sadmoe.texts import around_transformer, processor_around
 from sadmoe.training import Checkpoint
 
 NOTE = "sadmoe-data.json"  # in --checkpoint: the data that its steps are made from
@@ -166,6 +167,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         model.float()
     data = data_of(arguments, model, whole=_trains(arguments))
     processor = processor_around(data.processor, arguments.model) if data.kind == "text" else data.processor
+    around = around_transformer(arguments.model)
     _check_saving(model, processor)
     _check_cuts(model, data, arguments)
     if arguments.checkpoint is not None:
@@ -188,6 +190,10 @@ def _convert(arguments: argparse.Namespace) -> None:
         model.save_pretrained(new)  # type: ignore[operator]
         if processor is not None:
             processor.save_pretrained(new)
+        for part in around:  # of which the transformer knows nothing
+            (new / part).parent.mkdir(parents=True, exist_ok=True)
+            copy_to = shutil.copytree if (arguments.model / part).is_dir() else shutil.copyfile
+            copy_to(arguments.model / part, new / part)
     arguments.saved = out
     print(told)
     for more in (made_up_for, rounded):
