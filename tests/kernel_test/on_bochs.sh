@@ -2,18 +2,18 @@
 # kernel_test on an emulated processor with AVX-512, its VNNI and its BF16, for machines without; the instructions of AMX are
 # trapped there (tile_traps.h), for Linux and this emulator do not agree about them.
 #
-#   tests/kernels/on_bochs.sh WORK      a folder to build in; exits as kernel_test does
+#   tests/kernel_test/on_bochs.sh WORK      a folder to build in; exits as kernel_test does
 #
 # Bochs boots a kernel of Debian's whose only program is the test. Needs python with torch, pybind11, cmake, ninja, and of Debian
 # 13: apt-get install bochs bochsbios vgabios isolinux syslinux-common xorriso cpio busybox-static
 set -euo pipefail
 root=$(realpath "$(dirname "$0")/../..")
-mkdir -p "${1:?"usage: tests/kernels/on_bochs.sh WORK"}"
+mkdir -p "${1:?"usage: tests/kernel_test/on_bochs.sh WORK"}"
 cd "$1"
 
 torch_dir=$(python -c 'import os, torch; print(os.path.dirname(torch.__file__))')
 cmake -G Ninja -S "$root" -B build "-DPython3_EXECUTABLE=$(command -v python)" "-DSADMOE_TORCH_DIR=$torch_dir" -DSADMOE_CUDA=OFF \
-  -DSADMOE_KERNEL_TEST=ON "-DCMAKE_CXX_FLAGS=-include $root/tests/kernels/bf16_by_halves.h" >configured.txt
+  -DSADMOE_KERNEL_TEST=ON "-DCMAKE_CXX_FLAGS=-include $root/tests/kernel_test/bf16_by_halves.h" >configured.txt
 cmake --build build -t kernel_test
 
 if ! ls boot/vmlinuz* >/dev/null 2>&1; then
