@@ -72,6 +72,18 @@ def test_projections_that_are_not_converted_are_in_it_too(tmp_path):
     assert same(state(base), state(TINY["bert"].model()))
 
 
+def test_a_projection_s_mlp_with_an_activation_of_its_own_is_refused(tmp_path):
+    model = TINY["bert"].model()
+    sadmoe.replace_projections_(
+        model, [TINY["bert"].batch()], sadmoe.ProjectionConfig(steps=2), progress=False
+    )
+    next(iter(sadmoe.ffn.bare_mlps(model).values())).act = nn.Hardswish()
+    for save in (save_adapter, sadmoe.save):
+        with pytest.raises(NotImplementedError, match="cannot be saved with an activation of type Hardswish"):
+            save(model, tmp_path / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_it_goes_onto_a_model_of_transformers_and_is_saved_whole(tmp_path):
     model = converted("llama", projections=True)
     save_adapter(model, tmp_path / "adapter.safetensors")

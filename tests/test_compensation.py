@@ -308,3 +308,40 @@ def test_a_gate_on_true_norms_gets_as_much_as_the_router_s_that_it_equals():
     for tau in (0.1, 0.3, 0.45):
         by_router, by_norms = DynamicK(tau), DynamicK(tau**2, true_norms=True)
         assert 0 < layer.shared.scale(by_router, 0.5) == pytest.approx(layer.shared.scale(by_norms, 0.5))
+
+
+def test_routers_that_are_fitted_to_another_power_leave_it_what_it_was(tmp_path):
+    model, _ = compensated()
+    was = {name: layer.shared.scale(DynamicK(0.25), 1.0) for name, layer in converted_layers(model).items()}
+    config = sadmoe.RouterConfig(steps=2, target_power=0.5)
+    sadmoe.fit_routers_(model, batches(count=6), config, progress=False)
+    sadmoe.save(model, tmp_path / "model.safetensors")
+    loaded = TINY["bert"].model()
+    sadmoe.load(loaded, tmp_path / "model.safetensors")
+    for name, scale in was.items():
+        for layer in (model.get_submodule(name), loaded.get_submodule(name)):
+            assert 0 < scale < 1
+            assert layer.shared.scale(DynamicK(0.5), 0.5) == pytest.approx(scale)  # 0.25 of norms
+            assert layer.shared.scale(DynamicK(0.25, true_norms=True), 0.5) == pytest.approx(scale)
+
+
+def test_a_file_without_its_power_has_the_router_s():
+    model, _ = compensated()
+    for layer in converted_layers(model).values():
+        layer.router.target_power = layer.shared.power = 0.5
+    described = sadmoe.describe.describe_all(model)
+    name, description = next(iter(described.items()))
+    del description["shared"]["power"]
+    again = TINY["bert"].model()
+    sadmoe.describe.rebuild(again, name, description)
+    assert again.get_submodule(name).shared.power == 0.5
+
+
+def test_loaded_into_a_frozen_model_it_is_frozen(tmp_path):
+    model, _ = compensated()
+    sadmoe.save(model, tmp_path / "model.safetensors")
+    for trained in (False, True):
+        again = TINY["bert"].model().requires_grad_(trained)
+        sadmoe.load(again, tmp_path / "model.safetensors")
+        for layer in converted_layers(again).values():
+            assert {p.requires_grad for p in layer.shared.parameters()} == {trained}

@@ -100,6 +100,7 @@ def _fitted(layer: DynamicKMoE, x: Tensor, rank: int) -> tuple[SharedExpert | No
     best = min(errors, key=errors.__getitem__)
     if best is None:
         return None, 0.0
+    best.power = layer.router.target_power
     best.scales = _scales(layer, x[:CHUNK], best)
     return best, 1 - errors[best] / errors[None]
 
@@ -117,13 +118,13 @@ def _scales(layer: DynamicKMoE, x: Tensor, shared: SharedExpert) -> Scales:
         return shared.scales
     with torch.no_grad():
         whole = shared(x).double()
-    scales, power = [(0.0, 0.0)], layer.router.target_power
+    scales = [(0.0, 0.0)]
     for part in PARTS:
         layer.gate = replace(gate, tau=gate.tau * part)
         scale = (_missed(layer, x) * whole).sum() / whole.square().sum()
-        scales.append((shared.compared(layer.gate, power), scale.clamp(0, 1).item()))
+        scales.append((shared.compared(layer.gate, shared.power), scale.clamp(0, 1).item()))
     layer.gate = gate
-    return (*scales, (shared.compared(gate, power), 1.0))
+    return (*scales, (shared.compared(gate, shared.power), 1.0))
 
 
 def _regressions(parts: Sequence[tuple[Tensor, Tensor]], rank: int) -> Iterator[SharedExpert]:

@@ -54,7 +54,7 @@ def describe(layer: DynamicKMoE) -> dict[str, Any]:
         "expert_size": layer.expert_size,
         "router_width": layer.router.v1.shape[0],
         "target_power": layer.router.target_power,
-        "shared": layer.shared and {"width": layer.shared.width, "scales": layer.shared.scales},
+        "shared": None if layer.shared is None else _describe_shared(layer.shared),
         "int8": layer.is_int8,
         "rounded_router": layer.is_int8 and of_router == torch.bfloat16 != of_scales,
         "gate": {"rule": rule, **asdict(layer.gate)},  # type: ignore[call-overload]
@@ -62,8 +62,17 @@ def describe(layer: DynamicKMoE) -> dict[str, Any]:
     }
 
 
+def _describe_shared(shared: SharedExpert) -> dict[str, Any]:
+    return {"width": shared.width, "scales": shared.scales, "power": shared.power}
+
+
 def describe_mlp(mlp: ProjectionMLP) -> dict[str, Any]:
     """An MLP in the place of a projection, not converted, as what json can write."""
+    if mlp.act_name is None:
+        raise NotImplementedError(
+            f"an MLP in the place of a projection cannot be saved with an activation of type {type(mlp.act).__name__}; "
+            "sadmoe.restore_ puts the projection back"
+        )
     return {"projection": {"width": mlp.up.out_features, "act": mlp.act_name}}
 
 
@@ -149,13 +158,19 @@ def _shared(name: str, description: Any, layer: DynamicKMoE) -> SharedExpert | N
     try:
         width = description["width"]
         scales = tuple((float(tau), float(scale)) for tau, scale in description["scales"])
+        power = float(
+            description.get("power", layer.router.target_power)
+        )  # which it was, where none was written
         ascending = scales[0] == (0, 0) and sorted(scales) == list(scales)
-        if not (ascending and isinstance(width, int) and width > 0):
-            raise ValueError("it must have a positive width, and scales by ascending tau from (0, 0) on")
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+        if not (ascending and isinstance(width, int) and width > 0 and 0 < power <= 2):
+            raise ValueError(
+                "it must have a positive width, scales by ascending tau from (0, 0) on, and a power in (0, 2]"
+            )
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{name}: unknown shared expert {description!r}: {error}") from error
     d, d_out, like = layer.w_up.shape[2], layer.w_down.shape[2], layer.w_up
-    return SharedExpert(d, width, d_out, like.device, like.dtype, scales)
+    shared = SharedExpert(d, width, d_out, like.device, like.dtype, scales, power)
+    return shared.requires_grad_(layer.trains("w_down"))
 
 
 def _gate(name: str, description: Any) -> Gate:

@@ -15,8 +15,8 @@ class SharedExpert(nn.Module):
     """A small FFN beside the experts that a router picks: relu(x w_upᵀ) w_down + b_out.
 
     w_up [m, d], w_down [m, d_out], b_out [d_out], uninitialised: `compensate_` makes them. scales: how much of it is
-    added at which tau of the router, (tau, scale) from (0, 0) on, linear in between: the smaller tau, the less is
-    skipped.
+    added at which tau, (tau, scale) from (0, 0) on, linear in between: the smaller tau, the less is skipped. power: of
+    the norms that those tau compare, the router's when they were measured; it may be fitted to another since.
     Source: the shared experts of DeepSeekMoE, arXiv 2401.06066, section 3.2.
     """
 
@@ -28,16 +28,18 @@ class SharedExpert(nn.Module):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         scales: Scales = ((0.0, 0.0), (1.0, 1.0)),
+        power: float = 1.0,
     ):
         super().__init__()
         self.scales = scales
+        self.power = power
         self.w_up = nn.Parameter(torch.empty(width, d, device=device, dtype=dtype))
         self.w_down = nn.Parameter(torch.empty(width, d_out, device=device, dtype=dtype))
         self.b_out = nn.Parameter(torch.empty(d_out, device=device, dtype=dtype))
 
     def scale(self, gate: Gate, power: float) -> float:
         """How much of it is added to what that gate picks; by another rule than dynamic-k the last of `scales`.
-        power: of the norms that the router predicts."""
+        power: of the norms that the router predicts now."""
         if type(gate) is not DynamicK:
             return self.scales[-1][1]
         tau = self.compared(gate, power)
@@ -46,10 +48,9 @@ class SharedExpert(nn.Module):
                 return before + (after - before) * (tau - low) / (high - low)
         return self.scales[-1][1]
 
-    @staticmethod
-    def compared(gate: DynamicK, power: float) -> float:
-        """The tau of a gate as its router's: one on true norms compares these, a router their power."""
-        return gate.tau**power if gate.true_norms else gate.tau
+    def compared(self, gate: DynamicK, power: float) -> float:
+        """The tau of a gate among those of `scales`. One on true norms compares these, a router their power."""
+        return gate.tau ** (self.power if gate.true_norms else self.power / power)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, d] -> [T, d_out], by the op of experts: a token's bits do not depend on its neighbours."""
