@@ -375,6 +375,23 @@ def test_measurements_are_in_the_user_s_cache_folder(tmp_path, monkeypatch):
     assert measured.cache_file(tmp_path) == tmp_path / "costs.json"
 
 
+def test_without_a_home_it_says_what_to_set(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(measured.Path, "home", homeless)
+    with pytest.raises(FileNotFoundError, match=r"determine home directory.*; set XDG_CACHE_HOME to one"):
+        measured.cache_file()
+    assert measured.cache_file(measured.Path("here")) == measured.Path("here/costs.json")
+    paths.use_costs(None)
+    try:
+        with pytest.warns(UserWarning, match="cannot be looked for.*XDG_CACHE_HOME"):
+            assert paths._table() == {}
+    finally:
+        paths.use_costs(None)
+
+
 def test_calls_past_their_patience_end_the_measuring(monkeypatch):
     """Instead of waiting until the seconds are over with nothing left to call."""
     clock = Clock(1.0)

@@ -71,10 +71,18 @@ def sparse_until(curve: Curve, slack: float) -> float:
 
 
 def cache_file(folder: Path | None = None) -> Path:
-    """The file of this user's measurements: in `folder`, by default `sadmoe` in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    folder = folder or (Path(home) if home else Path.home() / ".cache") / "sadmoe"
-    return folder / "costs.json"
+    """The file of this user's measurements: in `folder`, by default `sadmoe` in the user's cache folder. Raises
+    FileNotFoundError where the user has none."""
+    if folder is not None:
+        return folder / "costs.json"
+    cache = os.environ.get("XDG_CACHE_HOME")
+    try:
+        home = Path(cache) if cache else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"no folder for measured costs: {error}; set XDG_CACHE_HOME to one"
+        ) from error
+    return home / "sadmoe" / "costs.json"
 
 
 def write(path: Path, rows: Iterable[Costs]) -> None:

@@ -174,7 +174,7 @@ def _table() -> dict[Key, Costs]:
     if _costs is None:
         try:
             _costs = measured.read(measured.cache_file())
-        except (OSError, RuntimeError) as error:  # a home that is not there, or not to be looked into
+        except OSError as error:  # a home that is not there, or not to be looked into
             warnings.warn(
                 f"measured costs of layers cannot be looked for, those that came with sadmoe are used: {error}; "
                 "set XDG_CACHE_HOME to a folder that can be read",
