@@ -10,6 +10,7 @@ import pytest
 import torch
 from sadmoe import cli, cost, moe_layers, texts
 from sadmoe.cli import convert as convert_command
+from sadmoe.cli import evaluate as evaluate_command
 from sadmoe.gates import DynamicK
 from sadmoe.ops import layout
 from sadmoe.report import Panel, Series, plot_curves
@@ -207,8 +208,10 @@ def test_16_bits_are_trained_in_float32(folder, text, tmp_path, capsys, monkeypa
     saved = transformers.BertModel.from_pretrained(out, dtype=torch.bfloat16)
     assert {p.dtype for p in saved.parameters()} == {torch.bfloat16}
     with monkeypatch.context() as patched:
-        patched.setattr(cli, "evaluate", lambda model, batches, taus, dense, progress: [model, dense])
-        patched.setattr(cli, "table", lambda both: {next(m.parameters()).dtype for m in both})
+        patched.setattr(
+            evaluate_command, "evaluate", lambda model, batches, taus, dense, progress: [model, dense]
+        )
+        patched.setattr(evaluate_command, "table", lambda both: {next(m.parameters()).dtype for m in both})
         beside = ["--model", str(out), "--data", str(text), "--dense", str(half)]
         assert cli.main(["evaluate", *beside]) == 0  # or one of them would be timed in slower products
     said = capsys.readouterr().out

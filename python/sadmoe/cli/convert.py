@@ -194,7 +194,7 @@ def _convert(arguments: argparse.Namespace) -> None:
             (new / part).parent.mkdir(parents=True, exist_ok=True)
             copy_to = shutil.copytree if (arguments.model / part).is_dir() else shutil.copyfile
             copy_to(arguments.model / part, new / part)
-    arguments.saved = out
+    arguments.saved = f"the model is saved in {out}"
     print(told)
     for more in (made_up_for, rounded):
         if more is not None:
