@@ -10,7 +10,6 @@ shares; nan where the curve does not reach that far.
 """
 
 import copy
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -237,6 +236,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--png", type=Path, help="the curves as a picture")
     args = parser.parse_args()
+    command.check_writable(parser, args.json, args.png)
     dense, tokenizer = minilm()
     train, held_out = (sorted(texts, key=len) for texts in split(topics()))
     batches = tokenized(tokenizer, train, batch_size=24)[::4]
@@ -291,9 +291,7 @@ def main() -> None:
         curves[name] = curve(model(), setting, tests, wanted)
         rows.append((name, *(f"{at(curves[name], share):.4f}" for share in args.shares)))
         if args.json:
-            args.json.write_text(
-                json.dumps({"machine": machine(), "command": command.typed(), "curves": curves}, indent=1)
-            )
+            command.write_json(args.json, machine=machine(), curves=curves)
     print(format_table(("cosine at an executed share of", *(f"{share:.0%}" for share in args.shares)), rows))
     if args.png:
         least = 0.5  # of the cosine: what is below is of no use, and takes the scale

@@ -400,8 +400,10 @@ def main() -> None:
             "transformers": transformers.__version__,
             "torch": torch.__version__,
         }
-        (arguments.out / "architectures.json").write_text(json.dumps(about | {"rows": kept}, indent=1) + "\n")
-        (arguments.out / "architectures.md").write_text(text)
+        command.write(
+            arguments.out / "architectures.json", json.dumps(about | {"rows": kept}, indent=1) + "\n"
+        )
+        command.write(arguments.out / "architectures.md", text)
 
 
 if __name__ == "__main__":

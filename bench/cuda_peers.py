@@ -321,6 +321,7 @@ def main() -> None:
     parser.add_argument("--no-hopper", action="store_true")
     parser.add_argument("--go-on", action="store_true", help="after the last cell that --json has tried")
     args = parser.parse_args()
+    command.check_writable(parser, args.json)
     if not args.layers and not args.recorded:
         parser.error("--layers without a name leaves only the layers of --recorded FILE, which is not given")
     card = card_of(args.constants, hopper=not args.no_hopper)
@@ -346,9 +347,7 @@ def main() -> None:
         if args.json is None:
             return
         more = {"tried": tried, "done": done, "reasons": sorted(reasons), "rows": rows}
-        part = args.json.with_suffix(".part")  # whoever is cut off leaves a whole file
-        part.write_text(json.dumps(told | more, indent=1))
-        part.replace(args.json)
+        command.write(args.json, json.dumps(told | more, indent=1))
 
     def told_hung(cell: dict, T: int) -> None:
         reasons.add(f"FAILED {cell['layer'].name}, {T} tokens: not done in {CELL_SECONDS} s")

@@ -254,7 +254,7 @@ class Printed:
         self.lines.append(text)
 
     def write(self, path: Path) -> None:
-        path.write_text("\n".join([f"`{command.typed()}`", "", "```", *self.lines, "```", ""]))
+        command.write(path, "\n".join([f"`{command.typed()}`", "", "```", *self.lines, "```", ""]))
 
 
 def as_json(title: str, rows: list[dict]) -> str:
@@ -360,7 +360,7 @@ def main() -> None:
             rows.append(row)
             if args.out:  # after every cell: a long run may be cut off
                 args.out.mkdir(parents=True, exist_ok=True)
-                (args.out / "layers.json").write_text(as_json(title, rows))
+                command.write(args.out / "layers.json", as_json(title, rows))
                 say.write(args.out / "layers.md")
     if args.out:
         draw(rows, title, args.out)

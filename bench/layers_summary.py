@@ -12,9 +12,10 @@ kind, of all cells in which not every expert runs: dense over sadmoe, the median
 
 import json
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import command
 
 TOKENS = [(1, 8), (16, 64), (256, 1024), (4096, 4096)]
 PEERS = {"loop": 6, "eager": 6, "grouped_mm": 11, "torch_grouped_mm": 6}  # and the widths of their columns
@@ -76,9 +77,9 @@ def told(values: list[float], which: Callable[[list[float]], float], width: int)
 
 
 def main() -> None:
-    if len(sys.argv) < 2:
-        raise SystemExit(__doc__)
-    read = [json.loads(Path(name).read_text()) for name in sys.argv[1:]]
+    parser = command.parser(__doc__)
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE.json")
+    read = [json.loads(path.read_text()) for path in parser.parse_args().files]
     for machine in sorted({one["machine"] for one in read}):
         print(f"# {machine}")
     rows = [row for one in read for row in one["rows"]]

@@ -12,7 +12,6 @@ bench/recipes/fetch.sh brings the packages.
 """
 
 import copy
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -174,6 +173,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    command.check_writable(parser, args.json)
     torch.set_num_threads(args.threads)
     title = machine()
     columns = ["dense"] + ["dense bf16"] * args.bf16 + ["sadmoe"] + ["packed"] * args.packed
@@ -206,9 +206,7 @@ def main() -> None:
     if not rows:
         raise SystemExit("no model could be loaded: bench/recipes/fetch.sh brings them")
     if args.json:
-        args.json.write_text(
-            json.dumps({"machine": title, "command": command.typed(), "rows": rows}, indent=1)
-        )
+        command.write_json(args.json, machine=title, rows=rows)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.4)
     parser.add_argument("--only", nargs="+", default=[""])
     args = parser.parse_args()
+    command.check_writable(parser, args.file)
     if args.expert_sizes and args.tau is not None:
         parser.error("--tau is the model's as it is: experts of other sizes take the tau of --budget")
     model, tokenizer = load_model(args.model), load_tokenizer(args.model)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from recipe import run_recipe, task_trained
-from run import CPU, GPU, TINY, from_command_line
+from run import CPU, GPU, TINY, Run, from_command_line
 from sadmoe.batches import to_device
 from sadmoe.model_report import sentence_heat
 from sadmoe.texts import tokenized
@@ -42,8 +42,8 @@ def accuracy(outputs: Iterable[tuple[Any, Any]]) -> float:
     return int(rights.sum()) / len(rights)
 
 
-def main() -> None:
-    run = from_command_line("w1", __doc__ or "", EFFORTS)
+def workload(run: Run) -> tuple[Workload, Any]:
+    """With the dense model trained on the task, and its tokenizer."""
     effort = run.effort
     torch.manual_seed(run.seed)  # of the fresh head
     data, (model, tokenizer) = movie_polarity(run.data), minilm_classifier()
@@ -51,24 +51,28 @@ def main() -> None:
     tests = batches(tokenizer, data["test"][: effort.tests], 64)
     dense = task_trained(model, labelled, None, 1e-4, run)
     timed = [to_device(inputs(batch), run.device) for batch in tests[:: max(1, len(tests) // 4)]]
-    run_recipe(
-        Workload(
-            title="W1: MiniLM-L6, polarity of film reviews",
-            dense=dense,
-            train=[inputs(batch) for batch in labelled],
-            picks=batches(tokenizer, data["val"][: effort.tests], 64),
-            tests=tests,
-            metric=accuracy,
-            right=right,
-            metric_name="accuracy",
-            higher_is_better=True,
-            heat=lambda model: sentence_heat("Experts of each token", model, tokenizer, SENTENCE),
-            timers={"4 batches of 64 sentences": lambda model: [model(**batch) for batch in timed]},
-            output_loss="logits",
-            notes=("Two sentences of one review may be in both train and test: compare with dense only.",),
-        ),
-        run,
+    work = Workload(
+        title="W1: MiniLM-L6, polarity of film reviews",
+        dense=dense,
+        train=[inputs(batch) for batch in labelled],
+        picks=batches(tokenizer, data["val"][: effort.tests], 64),
+        tests=tests,
+        metric=accuracy,
+        right=right,
+        metric_name="accuracy",
+        higher_is_better=True,
+        heat=lambda model: sentence_heat("Experts of each token", model, tokenizer, SENTENCE),
+        timers={"4 batches of 64 sentences": lambda model: [model(**batch) for batch in timed]},
+        output_loss="logits",
+        notes=("Two sentences of one review may be in both train and test: compare with dense only.",),
     )
+    return work, tokenizer
+
+
+def main() -> None:
+    run = from_command_line("w1", __doc__ or "", EFFORTS)
+    work, _ = workload(run)
+    run_recipe(work, run)
 
 
 if __name__ == "__main__":
