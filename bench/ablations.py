@@ -20,7 +20,7 @@ import command
 import numpy as np
 import sadmoe
 import torch
-from layer_problem import tau_of_share
+from layer_problem import taus_at
 from router_losses import Weight, fit_by, near_threshold, plain, under_prediction
 from sadmoe import (
     ConvertConfig,
@@ -100,14 +100,11 @@ def seen(
         lambda module, args, y: found.append(of(args[0].flatten(0, -2), y.flatten(0, -2)))
     )
     rows = []
-    try:
-        with evaluating(model):
-            for batch in batches:
-                model(**batch)
-                real = real_rows(model, name, batch, found[-1])
-                rows.append(found[-1] if real is None else found[-1][real])
-    finally:
-        hook.remove()
+    with hook, evaluating(model):
+        for batch in batches:
+            model(**batch)
+            real = real_rows(model, name, batch, found[-1])
+            rows.append(found[-1] if real is None else found[-1][real])
     return torch.cat(rows).mean(0)
 
 
@@ -153,17 +150,10 @@ def oracle(model: nn.Module, value: float) -> nn.Module:
 def equal_shares(batches: Batches) -> Setting:
     """A tau of its own for every layer: that at which it executes the share, the layers before at theirs."""
 
-    def solve(layer: DynamicKMoE, args: tuple[Tensor, ...], share: float) -> None:
-        layer.gate = DynamicK(tau_of_share(layer.router(args[0].flatten(0, -2)), share))
-
     def setting(model: nn.Module, share: float) -> nn.Module:
         sadmoe.set_tau(model, 0.0)
-        layers = converted_layers(model).values()
-        hooks = [layer.register_forward_pre_hook(partial(solve, share=share)) for layer in layers]
         with evaluating(model):
-            model(**batches[len(batches) // 2])
-        for hook in hooks:
-            hook.remove()
+            taus_at(model, batches[len(batches) // 2], share)
         return model
 
     return setting

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 from sadmoe import ops
-from torch import Tensor
+from sadmoe.dial import converted_layers
+from sadmoe.gates import DynamicK
+from sadmoe.hooks import calls_seen
+from torch import Tensor, nn
 
 LAYERS = ["384x1536", "768x3072", "2048x8192", "576x1536-glu", "2048x8192-glu"]
 ROUTER_WIDTH = 128
@@ -69,6 +72,19 @@ def tau_of_share(scores: Tensor, share: float) -> float:
             (middle, high) if ops.dynamic_k_select(scores, middle).float().mean() > share else (low, middle)
         )
     return high
+
+
+def taus_at(model: nn.Module, batch: dict[str, Tensor], share: float) -> dict[str, float]:
+    """Gives each layer in turn the tau of the share, on the inputs that it gets with the layers before at theirs."""
+    found: dict[str, float] = {}
+
+    def solve(name: str, layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        found[name] = tau_of_share(layer.router(args[0]).flatten(0, -2), share)
+        layer.gate = DynamicK(found[name])
+
+    with calls_seen(converted_layers(model), solve):
+        model(**batch)
+    return found
 
 
 def weights(layer: LayerShape, dtype: torch.dtype, router_width: int = ROUTER_WIDTH) -> SimpleNamespace:

@@ -30,7 +30,7 @@ import command
 import torch
 from layer_problem import shape_of
 from layers import needs
-from layers_summary import PEERS
+from layers_summary import best_peer, ratio
 
 TENTH, QUARTER = 0.09, 0.23  # what may run where 0.1 and 0.25 were asked for
 Cell = dict
@@ -44,17 +44,6 @@ class Aim:
     least: float
     figure: Callable[[Cell], float | None]
     of: Callable[[Cell], bool]
-
-
-def ratio(cell: Cell, name: str, of: str) -> float | None:
-    """Seconds of one variant over another's, None where one was not timed."""
-    seconds = cell["seconds"]
-    return seconds[name] / seconds[of] if {name, of} <= seconds.keys() else None
-
-
-def best_peer(cell: Cell) -> float | None:
-    seconds = [cell["seconds"][name] for name in PEERS if name in cell["seconds"]]
-    return min(seconds) / cell["seconds"]["sadmoe"] if seconds else None
 
 
 def is_of(

@@ -45,21 +45,25 @@ def groups(rows: list[dict]) -> Iterator[tuple[str, list[dict]]]:
                     yield f"{dtype:9} {tokens:>11}  {share:10}", found
 
 
+def ratio(row: dict, name: str, of: str = "sadmoe") -> float | None:
+    """Seconds of one variant over another's, None where one was not timed."""
+    seconds = row["seconds"]
+    return seconds[name] / seconds[of] if {name, of} <= seconds.keys() else None
+
+
+def best_peer(row: dict) -> float | None:
+    """The same of the fastest peer over sadmoe."""
+    seconds = [row["seconds"][name] for name in PEERS if name in row["seconds"]]
+    return min(seconds) / row["seconds"]["sadmoe"] if seconds else None
+
+
 def over(rows: list[dict], name: str, of: str = "sadmoe") -> list[float]:
-    """Times of a variant over those of another, where both were taken."""
-    return [row["seconds"][name] / row["seconds"][of] for row in rows if {name, of} <= row["seconds"].keys()]
-
-
-def best_peer(rows: list[dict]) -> list[float]:
-    """Times of the fastest peer over those of sadmoe, where a peer was timed."""
-    found = [[row["seconds"][p] for p in PEERS if p in row["seconds"]] for row in rows]
-    return [
-        min(seconds) / row["seconds"]["sadmoe"] for row, seconds in zip(rows, found, strict=True) if seconds
-    ]
+    """Of every row in which both were timed."""
+    return [found for row in rows if (found := ratio(row, name, of)) is not None]
 
 
 def line(rows: list[dict]) -> str:
-    dense, best = over(rows, "dense"), best_peer(rows)
+    dense, best = over(rows, "dense"), [found for row in rows if (found := best_peer(row)) is not None]
     cells = [f"{len(rows):5d} {sum(x < 1 for x in dense):6d}"]
     cells.append(f"{min(dense):7.2f} {statistics.median(dense):6.2f} {max(dense):6.2f}")
     cells += [told(over(rows, peer), min, width) for peer, width in PEERS.items()]

@@ -20,13 +20,11 @@ from pathlib import Path
 
 import command
 import torch
-from layer_problem import ROUTER_WIDTH, tau_of_share
+from layer_problem import ROUTER_WIDTH, taus_at
 from recipes import sources
 from recipes.workload import in_bf16
 from sadmoe import ConvertConfig, convert_, pack_experts_, quantize_experts_, set_tau
 from sadmoe.demo import minilm, topics
-from sadmoe.dial import converted_layers
-from sadmoe.gates import DynamicK
 from sadmoe.masks import record_masks
 from sadmoe.routers import RouterConfig
 from sadmoe.texts import tokenized
@@ -91,26 +89,6 @@ def converted(workload: Workload) -> nn.Module:
     router = RouterConfig(width=ROUTER_WIDTH, steps=ROUTER_STEPS)
     convert_(model, workload.batches, ConvertConfig(router=router, max_tokens=2048))
     return model
-
-
-def taus_at(model: nn.Module, batch: Batch, share: float) -> dict[str, float]:
-    """For each layer in turn the tau of the share, on the inputs that it gets with the layers before at theirs."""
-    found: dict[str, float] = {}
-
-    def solve(layer: nn.Module, args: tuple[Tensor, ...], name: str) -> None:
-        found[name] = tau_of_share(layer.router(args[0]).flatten(0, -2), share)
-        layer.gate = DynamicK(found[name])
-
-    hooks = [
-        layer.register_forward_pre_hook(partial(solve, name=name))
-        for name, layer in converted_layers(model).items()
-    ]
-    try:
-        forward(model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
 
 
 def executed(model: nn.Module, batch: Batch) -> float:

@@ -16,6 +16,7 @@ import sadmoe
 import torch
 from layer_problem import LayerShape
 from sadmoe.demo import topics
+from sadmoe.hooks import calls_seen
 from sadmoe.layer import DynamicKMoE
 from sadmoe.texts import load_model, load_tokenizer, paragraphs, tokenized
 from safetensors.torch import save_file
@@ -29,24 +30,16 @@ def recorded_masks(model: nn.Module, batches: list[dict[str, Tensor]], tokens: i
     kept: dict[str, list[Tensor]] = {name: [] for name in layers}
     real = torch.empty(0)
 
-    def hook_for(name: str):
-        def hook(layer: DynamicKMoE, args: tuple[Tensor, ...]) -> None:
-            rows = args[0].reshape(-1, args[0].shape[-1])
-            kept[name].append(layer.mask(rows[real] if len(real) == len(rows) else rows))
+    def note(name: str, layer: DynamicKMoE, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        rows = args[0].reshape(-1, args[0].shape[-1])
+        kept[name].append(layer.mask(rows[real] if len(real) == len(rows) else rows))
 
-        return hook
-
-    hooks = [layer.register_forward_pre_hook(hook_for(name)) for name, layer in layers.items()]
-    try:
-        with torch.inference_mode():
-            for batch in tqdm(batches, "masks"):
-                real = batch["attention_mask"].flatten().bool()
-                model(**batch)
-                if all(sum(map(len, masks)) >= tokens for masks in kept.values()):
-                    break
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with calls_seen(layers, note), torch.inference_mode():
+        for batch in tqdm(batches, "masks"):
+            real = batch["attention_mask"].flatten().bool()
+            model(**batch)
+            if all(sum(map(len, masks)) >= tokens for masks in kept.values()):
+                break
     return {name: torch.cat(masks)[:tokens].to(torch.uint8) for name, masks in kept.items()}
 
 

@@ -1,6 +1,6 @@
 """README's picture: of runs with --bf16, the metric over times faster than dense in float32, a panel a run.
 
-R=bench/results; python bench/recipes/picture.py $R/w3-zen5.json $R/w3-zen4.json $R/w1-zen4.json --out $R/bf16.png
+R=bench/results; python bench/recipes/picture.py $R/w3-zen5.json $R/w1-zen5.json --out $R/bf16.png
 """
 
 import argparse

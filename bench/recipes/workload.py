@@ -12,7 +12,7 @@ import torch
 from sadmoe import TopK, moe_layers
 from sadmoe.batches import Batch, run, samples_in, to_device
 from sadmoe.cost import cost_of_masks
-from sadmoe.demo.rows import added_to, masked, top_half
+from sadmoe.demo.rows import added_to, kept_in_controls, masked
 from sadmoe.ffn import find_ffns
 from sadmoe.flops import FlopCount
 from sadmoe.gates import Gate
@@ -222,11 +222,7 @@ def controls(work: Workload, dense: float) -> dict[str, float]:
     sums: dict[str, Tensor] = {}
     with masked(sites, added_to(sums)):
         work.value(work.dense, work.picks)
-    for name, keep in (
-        ("FFN off", lambda c, site: torch.zeros_like(c, dtype=torch.bool)),
-        ("best half of the neurons of each token", lambda c, site: top_half(c)),
-        ("the same half for all tokens", lambda c, site: top_half(sums[site.name]).expand_as(c)),
-    ):
+    for name, keep in kept_in_controls(sums).items():
         with masked(sites, keep):
             found[name] = work.value(work.dense, work.tests)
     return found

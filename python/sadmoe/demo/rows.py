@@ -27,6 +27,10 @@ CONVERTED = "converted"
 TIMED = 4  # batches of the held-out texts whose time is taken
 ROUNDS = 4  # in which it is, after one to warm up
 
+Keep = Callable[
+    [Tensor, FFNSite], Tensor
+]  # contributions [..., f] of a site's neurons -> bool, those that stay
+
 
 @dataclass(frozen=True)
 class Row:
@@ -49,14 +53,19 @@ def controls(dense: nn.Module, tests: Sequence[Any]) -> tuple[list[Row], Tensor]
     sites = find_ffns(dense)
     wanted, average = contributions(dense, sites, tests)
     rows = [Row("dense", None, 1.0, 1.0, fidelity(wanted, wanted), 1.0, 1.0)]
-    for name, keep in (
-        ("dense, best half of the neurons of each token", lambda c, site: top_half(c)),
-        ("dense, the same half for all tokens", lambda c, site: top_half(average[site.name]).expand_as(c)),
-        ("dense, FFN off", lambda c, site: torch.zeros_like(c, dtype=torch.bool)),
-    ):
+    for name, keep in kept_in_controls(average).items():
         with masked(sites, keep):
-            rows.append(Row(name, None, None, None, fidelity(embeddings(dense, tests), wanted)))
+            rows.append(Row(f"dense, {name}", None, None, None, fidelity(embeddings(dense, tests), wanted)))
     return rows, wanted
+
+
+def kept_in_controls(average: Mapping[str, Tensor]) -> dict[str, Keep]:
+    """By name, for `masked`. average: the mean contribution of each neuron, [f], by site."""
+    return {
+        "best half of the neurons of each token": lambda c, site: top_half(c),
+        "the same half for all tokens": lambda c, site: top_half(average[site.name]).expand_as(c),
+        "FFN off": lambda c, site: torch.zeros_like(c, dtype=torch.bool),
+    }
 
 
 def top_half(contribution: Tensor) -> Tensor:
@@ -65,7 +74,7 @@ def top_half(contribution: Tensor) -> Tensor:
 
 
 @contextmanager
-def masked(sites: Sequence[FFNSite], keep: Callable[[Tensor, FFNSite], Tensor]) -> Iterator[None]:
+def masked(sites: Sequence[FFNSite], keep: Keep) -> Iterator[None]:
     """Inside, only the neurons of keep(contributions [..., f], site) reach the down projection.
 
     A neuron's contribution is |a_j| |w_down,j|, the norm of what it adds to the output.
@@ -88,7 +97,7 @@ def contributions(
         return embeddings(dense, tests), sums
 
 
-def added_to(sums: dict[str, Tensor]) -> Callable[[Tensor, FFNSite], Tensor]:
+def added_to(sums: dict[str, Tensor]) -> Keep:
     """For `masked`: keeps all, and adds the mean contribution of each neuron, [f], to that of its site."""
 
     def keep(contribution: Tensor, site: FFNSite) -> Tensor:
