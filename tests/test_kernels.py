@@ -533,3 +533,10 @@ def test_a_w_down_whose_offsets_do_not_fit_is_refused(native):
     mask = torch.zeros(1, 2**17, dtype=torch.bool)
     with pytest.raises(RuntimeError, match="sparse_experts: w_down must be under 64 GiB on CUDA, got 128"):
         torch.ops.sadmoe_emulated.sparse_experts(torch.zeros(1, 1), mask, w_up, w_down)
+
+
+def test_more_outputs_than_a_grid_has_blocks_for_are_refused(native):
+    one, w_up = torch.zeros(1, 1), torch.zeros(1, 1, 1)
+    w_down = torch.zeros(1, 1, 1).expand(1, 1, 65535 * 64 + 1)
+    with pytest.raises(RuntimeError, match="w_down must have at most 4194240 outputs on CUDA, got 4194241"):
+        torch.ops.sadmoe_emulated.sparse_experts(one, one.bool(), w_up, w_down)

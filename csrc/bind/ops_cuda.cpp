@@ -95,11 +95,14 @@ void masked_activation(Tensor up, const MaybeTensor& gate, const Tensor& choice,
   check_launch(cuda::masked_activation(p, device.stream()), op);
 }
 
-// The kernels count 16 bytes of it in 32 bits.
+// The kernels count 16 bytes of it in 32 bits, and take a strip of 64 outputs by a block of a grid's second axis.
 void check_size(const char* op, const Tensor& w_down) {
   constexpr int64_t kGiB = 1 << 30;
   const int64_t bytes = w_down.numel() * static_cast<int64_t>(w_down.element_size());
   check(bytes < 64 * kGiB, op, "w_down must be under 64 GiB on CUDA, got ", (bytes + kGiB - 1) / kGiB, " GiB");
+  constexpr int64_t kMostOutputs = 65535 * 64;
+  const int64_t d_out = w_down.dim() == 3 ? w_down.size(2) : 0;
+  check(d_out <= kMostOutputs, op, "w_down must have at most ", kMostOutputs, " outputs on CUDA, got ", d_out);
 }
 
 Tensor sparse_experts(const Tensor& x, const Tensor& mask, const Tensor& w_up, const Tensor& w_down, const MaybeTensor& b_up,

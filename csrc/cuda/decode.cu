@@ -35,11 +35,7 @@ int launch_down(const DecodeDown& p, void* stream) {
 
 int decode_projection(const Projection& q, void* stream) {
   if (q.T == 0 || q.columns == 0) return 0;
-  DecodeUp p{};
-  p.x = matrix(q.x, q.depth), p.w_up = matrix(q.w, q.depth);
-  p.T = q.T, p.d = q.depth, p.s = q.columns;
-  p.h = q.out, p.ld_h = q.columns;
-  p.act = q.act;
+  const DecodeUp p{router_operands(q), nullptr};
   return with_router_tile(q.x.dtype, q.w.dtype,
                           [&](auto tile) { return launch_up<typename decltype(tile)::type, false>(p, 1, q.early, stream); });
 }
@@ -50,24 +46,13 @@ int decode_experts(const Experts& experts, const Plan& plan, bool tf32, void* h,
   const bool routed = plan.scores;  // by kernels of this file, just before
   int code = launch(plan_decode, {1, 1, routed}, kWordThreads, shared_bytes<WordMemory>(), stream, plan);
   if (code) return code;
-  DecodeUp p{};
-  p.x = matrix(experts.x, s.d), p.w_up = matrix(experts.w_up, s.d), p.w_gate = matrix(experts.w_gate, s.d);
-  p.b_up = experts.b_up, p.b_gate = experts.b_gate;
-  p.active = plan.rows;
-  p.T = plan.T, p.d = s.d, p.s = s.s;
-  p.h = h, p.ld_h = padded(s.s);
-  p.act = experts.act;
+  const DecodeUp p{up_operands(experts, h), plan.rows};
   code = with_experts_tile(dtype, tf32, [&](auto tile) {
     using Tile = typename decltype(tile)::type;
     return p.w_gate.data ? launch_up<Tile, true>(p, s.E, true, stream) : launch_up<Tile, false>(p, s.E, true, stream);
   });
   if (code || s.d_out == 0) return code;
-  DecodeDown q{};
-  q.h = matrix({h, dtype}, padded(s.s)), q.w_down = matrix(experts.w_down, s.d_out);
-  q.b_out = experts.b_out;
-  q.active = plan.rows, q.low_words = plan.starts, q.high_words = plan.starts + s.E;
-  q.T = plan.T, q.s = s.s, q.d_out = s.d_out;
-  q.y = experts.y, q.dtype = dtype;
+  const DecodeDown q{down_operands(experts, h), plan.rows, plan.starts, plan.starts + s.E};
   return with_experts_tile(dtype, tf32, [&](auto tile) {
     using Tile = typename decltype(tile)::type;
     return q.T <= 16 ? launch_down<Tile, 16>(q, stream) : launch_down<Tile, kTileTokens>(q, stream);

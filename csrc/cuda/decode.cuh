@@ -43,14 +43,8 @@ SADMOE_KERNEL(kWordThreads) plan_decode(Plan p) {
 }
 
 // h[i T + t, j] = act(x[t] . w_up[e, j] + b_up[e, j])   for the i-th active expert e, every token t; GLU as in contract.h
-struct DecodeUp {
-  Matrix x, w_up, w_gate;  // [T, d]   [E s, d]
-  View b_up, b_gate;       // [E s]
-  const int32_t* active;   // of the plan; null: one expert, which all tokens chose
-  int64_t T, d, s;
-  void* h;  // [active T, ld_h], zeros beyond s
-  int64_t ld_h;
-  Activation act;
+struct DecodeUp : UpOperands {
+  const int32_t* active;  // of the plan; null: one expert, which all tokens chose
 };
 
 // A block takes 8 neurons a warp: few, so that there are blocks for all multiprocessors; more where x weighs as much.
@@ -144,13 +138,8 @@ decode_up(DecodeUp p) {
 }
 
 // y[t] = b_out + sum over the experts e that t chose, ascending, of h[i T + t] w_down[e], e the i-th active
-struct DecodeDown {
-  Matrix h, w_down;                                // [active T, s], wide, zeros beyond s   [E s, d_out]
-  View b_out;                                      // [d_out]
+struct DecodeDown : DownOperands {
   const int32_t *active, *low_words, *high_words;  // of the plan; the words of those experts
-  int64_t T, s, d_out;
-  void* y;  // [T, d_out]
-  DType dtype;
 };
 
 constexpr int kDownThreads = 128, kDownColumns = kDownThreads / 32 * 8;

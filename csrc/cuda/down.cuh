@@ -2,20 +2,16 @@
 // shared memory, and y is written once. No atomics: the same bits every time, whatever the other tokens are and however
 // many a block takes. More tokens a block read the weights of an expert fewer times; fewer make more blocks.
 #pragma once
+#include "cuda/operands.cuh"
 #include "cuda/plan.cuh"
-#include "cuda/tile.cuh"
 
 namespace sadmoe::cuda {
 
 // y[t] = b_out + sum over the pairs p of t, experts ascending, of h[p] w_down[e]
-struct Down {
-  Matrix h, w_down;  // [pairs, s], wide, zeros beyond s   [E s, d_out]
-  View b_out;        // [d_out]
+struct Down : DownOperands {
   const int32_t* starts;
   const uint32_t* words;
-  int64_t T, E, s, d_out;
-  void* y;  // [T, d_out]
-  DType dtype;
+  int64_t E;
   int32_t crowd;  // pairs that make a crowd of kCrowdTokens tokens, which another kernel takes; 0: nothing is
 };
 

@@ -104,11 +104,7 @@ int make_plan(const Plan& p, void* stream) {
 int project(const Projection& q, const Options& options, void* stream) {
   if (q.T <= std::min(options.decode_tokens, int64_t{kTileTokens})) return decode_projection(q, stream);
   if (q.columns == 0) return 0;
-  Up p{};
-  p.x = matrix(q.x, q.depth), p.w_up = matrix(q.w, q.depth);
-  p.T = q.T, p.d = q.depth, p.E = 1, p.s = q.columns;
-  p.h = q.out, p.ld_h = q.columns;
-  p.act = q.act;
+  Up p{router_operands(q), nullptr, nullptr, 1, 0, 0, 0, {}};
   return with_router_tile(q.x.dtype, q.w.dtype,
                           [&](auto tile) { return launch_up<typename decltype(tile)::type, false>(p, 0, p.s, stream); });
 }
@@ -152,27 +148,15 @@ int run_chunk(const Experts& experts, const Plan& plan, const Options& options, 
   if (code == 0) code = shared_of_multiprocessor(device.shared);
   if (code == 0) code = make_plan(plan, stream);
   if (code) return code;
-  Up p{};
-  p.x = matrix(experts.x, s.d), p.w_up = matrix(experts.w_up, s.d), p.w_gate = matrix(experts.w_gate, s.d);
-  p.b_up = experts.b_up, p.b_gate = experts.b_gate;
-  p.starts = plan.starts, p.rows = plan.rows;
-  p.T = plan.T, p.d = s.d, p.E = s.E, p.s = s.s, p.tiles = plan.tiles;
-  p.h = h, p.ld_h = padded(s.s);
-  p.act = experts.act;
-  const ExpertsShape shape{plan.T, s.d, s.d_out, s.E, s.s};
+  Up p{up_operands(experts, h), plan.starts, plan.rows, s.E, plan.tiles, 0, 0, {}};
   const bool up_warpgroups = hopper && fits_hopper(p);
-  if (const double share = up_all_share(shape, dtype, p.w_gate.data, up_warpgroups, options, device); share <= 1)
+  if (const double share = up_all_share(s, dtype, p.w_gate.data, up_warpgroups, options, device); share <= 1)
     p.guard = {plan.starts, plan.words, s.E, s.s, plan.tiles, pairs_of(share, plan.T, s.E)};
   code = hidden_activations(p, up_warpgroups, options, stream);
   if (code || s.d_out == 0) return code;
-  Down q{};
-  q.h = matrix({h, dtype}, padded(s.s)), q.w_down = matrix(experts.w_down, s.d_out);
-  q.b_out = experts.b_out;
-  q.starts = plan.starts, q.words = plan.words;
-  q.T = plan.T, q.E = s.E, q.s = s.s, q.d_out = s.d_out;
-  q.y = experts.y, q.dtype = dtype;
+  Down q{down_operands(experts, h), plan.starts, plan.words, s.E, 0};
   const bool warpgroups = hopper && fits_hopper(q);
-  if (const double share = crowd_share(shape, dtype, warpgroups, options, device); q.T >= kCrowdTokens && share <= 1)
+  if (const double share = crowd_share(s, dtype, warpgroups, options, device); q.T >= kCrowdTokens && share <= 1)
     q.crowd = pairs_of(share, kCrowdTokens, s.E);
   return with_experts_tile(dtype, options.tf32, [&](auto tile) {
     using Tile = typename decltype(tile)::type;

@@ -69,6 +69,21 @@ struct Projection {
   bool early;  // the one of the other layer is just before
 };
 
+inline UpOperands router_operands(const Projection& q) {
+  return {matrix(q.x, q.depth), matrix(q.w, q.depth), {}, {}, {}, q.T, q.depth, q.columns, q.out, q.columns, q.act};
+}
+inline UpOperands up_operands(const Experts& experts, void* h) {
+  const ExpertsShape& s = experts.shape;
+  const Matrix x = matrix(experts.x, s.d), w_up = matrix(experts.w_up, s.d), w_gate = matrix(experts.w_gate, s.d);
+  return {x, w_up, w_gate, experts.b_up, experts.b_gate, s.T, s.d, s.s, h, padded(s.s), experts.act};
+}
+inline DownOperands down_operands(const Experts& experts, void* h) {
+  const ExpertsShape& s = experts.shape;
+  const DType dtype = experts.x.dtype;
+  const Matrix rows = matrix({h, dtype}, padded(s.s)), w_down = matrix(experts.w_down, s.d_out);
+  return {rows, w_down, experts.b_out, s.T, s.s, s.d_out, experts.y, dtype};
+}
+
 // Of 16 bits, in rows that begin on 16 bytes: the same as launching `up` or `up_all`, on a device of capability 9.0. In
 // hopper.cu.
 bool fits_hopper(const Up& p);

@@ -1,8 +1,8 @@
 // Hidden activations of the pairs of a plan, in compact rows: expert by expert (`up`), or, where tokens chose many experts, as
 // one product of all tokens and all neurons, of which the pairs are kept (`up_all`); and both layers of the router.
 #pragma once
+#include "cuda/operands.cuh"
 #include "cuda/plan.cuh"
-#include "cuda/tile.cuh"
 
 namespace sadmoe::cuda {
 
@@ -16,15 +16,10 @@ struct Guard {
 };
 
 // h[p, j] = act(x[rows[p]] . w_up[e, j] + b_up[e, j])   for the pairs p of expert e; GLU as in contract.h
-struct Up {
-  Matrix x, w_up, w_gate;  // [T, d]   [E s, d]
-  View b_up, b_gate;       // [E s]
-  const int32_t* starts;   // of the plan, [tiles + 1, E]; null: one expert, and pair p is token p
-  const int32_t* rows;     // of the plan; null likewise
-  int64_t T, d, E, s, tiles;
-  void* h;  // [pairs, ld_h], zeros beyond s
-  int64_t ld_h;
-  Activation act;
+struct Up : UpOperands {
+  const int32_t* starts;  // of the plan, [tiles + 1, E]; null: one expert, and pair p is token p
+  const int32_t* rows;    // of the plan; null likewise
+  int64_t E, tiles;
   int64_t first, strips;  // of a launch: neurons of every expert from the first on, in so many strips
   Guard guard;            // of `up_all`, for which all neurons are one expert's: of the experts
 };
