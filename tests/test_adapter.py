@@ -238,3 +238,59 @@ def test_wrong_calls_are_named(tmp_path):
         save_adapter(TINY["bert"].model(), tmp_path / "other")
     with pytest.raises(FileNotFoundError, match="no file"):
         load_adapter(TINY["bert"].model(), tmp_path / "missing")
+
+
+@pytest.mark.parametrize("projections", [False, True])
+def test_layers_that_were_compiled_alone_are_saved_by_their_names(tmp_path, projections):
+    model, batch = converted("bert", projections), TINY["bert"].batch()
+    wanted = call(model, batch)
+    for name, layer in moe_layers(model).items():
+        model.set_submodule(name, torch.compile(layer))
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    base = TINY["bert"].model()
+    load_adapter(base, tmp_path / "adapter.safetensors")
+    assert torch.equal(call(base, batch), wanted)
+
+
+def test_it_goes_onto_a_base_whose_blocks_are_compiled(tmp_path):
+    model = converted("bert", projections=True)
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    base = TINY["bert"].model()
+    base.encoder.layer[0] = torch.compile(base.encoder.layer[0])
+    load_adapter(base, tmp_path / "adapter.safetensors")
+    assert list(moe_layers(base)) == list(moe_layers(model))
+
+
+def test_projections_on_a_frozen_base_are_frozen_and_so_is_what_comes_back(tmp_path):
+    save_adapter(converted("bert", projections=True), tmp_path / "adapter.safetensors")
+    base = TINY["bert"].model().requires_grad_(False)
+    load_adapter(base, tmp_path / "adapter.safetensors")
+    assert not any(p.requires_grad for p in base.parameters())
+    restore_(base)
+    assert not any(p.requires_grad for p in base.parameters())
+
+
+def test_a_model_that_was_cast_fits_its_base_in_that_dtype(tmp_path):
+    model = converted("bert", projections=True).bfloat16()
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    base = TINY["bert"].model().bfloat16()
+    load_adapter(base, tmp_path / "adapter.safetensors")
+    assert same(state(base), state(model))
+
+
+def test_weights_that_are_elsewhere_are_told(tmp_path):
+    model = converted("bert", projections=False)
+    next(iter(moe_layers(model).values())).router.to("meta")
+    with pytest.raises(
+        ValueError, match=r"router.v1 has no values here \(offloaded, or on the meta device\)"
+    ):
+        save_adapter(model, tmp_path / "adapter.safetensors")
+    mlps = TINY["bert"].model()
+    sadmoe.replace_projections_(
+        mlps, [TINY["bert"].batch()], sadmoe.ProjectionConfig(steps=2), progress=False
+    )
+    name, mlp = next(iter(sadmoe.ffn.bare_mlps(mlps).items()))
+    mlp.to("meta")
+    with pytest.raises(ValueError, match=f"{name}.up.weight has no values here"):
+        restore_(mlps)
+    assert not mlp.__dict__["original"].weight.is_meta

@@ -345,3 +345,9 @@ def test_loaded_into_a_frozen_model_it_is_frozen(tmp_path):
         sadmoe.load(again, tmp_path / "model.safetensors")
         for layer in converted_layers(again).values():
             assert {p.requires_grad for p in layer.shared.parameters()} == {trained}
+
+
+def test_it_is_in_the_mode_of_its_layer():
+    model = skipping().eval()
+    sadmoe.compensate_(model, batches(), progress=False)
+    assert not any(module.training for module in model.modules())

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import math
@@ -366,3 +367,24 @@ def test_hooks_that_will_not_run_are_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         convert_(other, [tiny.batch()], config, progress=False)
+
+
+def test_a_way_back_that_fails_leaves_no_weights_and_modes_beside_the_layers():
+    model, batch = TINY["gpt2"].model().eval(), TINY["gpt2"].batch()
+    dense = copy.deepcopy(model)
+    convert_(model, [batch], ConvertConfig(expert_size=4, router=RouterConfig(steps=1)), progress=False)
+    model.train()
+    last = list(moe_layers(model).values())[-1]
+    permutation = last.permutation.clone()
+    last.permutation.zero_()
+    with pytest.raises(ValueError, match="permutation"):
+        restore_(model)
+    first = next(iter(moe_layers(model).values()))
+    kept = [p for old in sadmoe.ffn.site_of(first).linears.values() for p in old.parameters()]
+    assert kept
+    assert all(p.is_meta for p in kept)
+    last.permutation.copy_(permutation)
+    model.eval()
+    restore_(model)
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(call(model, batch), call(dense, batch))

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -455,3 +456,45 @@ def test_a_lack_of_memory_is_no_reason_against_an_ffn(monkeypatch):
     monkeypatch.setattr(probe, "_run", lacks)
     with pytest.raises(torch.OutOfMemoryError):
         scan_ffns(nn.Sequential(UserFFN()))
+
+
+def test_a_module_that_keeps_what_it_is_given_keeps_nothing_of_the_search():
+    class Recorder(nn.Module):
+        calls, seen = 0, None
+
+        def forward(self, x):
+            self.calls, self.seen = self.calls + 1, x
+            return x
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.act, self.down = nn.Linear(D, F_), nn.ReLU(), nn.Linear(F_, D)
+            self.recorder = Recorder()
+
+        def forward(self, x):
+            return self.down(self.act(self.up(self.recorder(x))))
+
+    model = nn.Sequential(Block())
+    find_ffns(model)
+    assert (model[0].recorder.calls, model[0].recorder.seen) == (0, None)
+
+
+def test_a_callable_without_a_hash_is_no_activation():
+    @dataclass
+    class Schedule:
+        p: float
+
+        def __call__(self, x):
+            return x
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(D, F_), nn.Linear(F_, D)
+            self.schedule = Schedule(0.1)
+
+        def forward(self, x):
+            return self.down(torch.relu(self.up(x)))
+
+    assert len(find_ffns(nn.Sequential(Block()))) == 1

@@ -1,5 +1,6 @@
 """`sadmoe.save` and `load`: what comes back, and what is refused."""
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -448,3 +449,22 @@ def test_a_loaded_model_does_not_need_the_file(file):
     expected = model(TINY["user glu"].batch())
     file.write_bytes(b"")
     assert torch.equal(model(TINY["user glu"].batch()), expected)
+
+
+def test_it_is_loaded_into_a_model_whose_ffns_are_compiled(tmp_path):
+    model, batch = converted("gpt2"), TINY["gpt2"].batch()
+    save(model, tmp_path / "model.safetensors")
+    fresh = TINY["gpt2"].model()
+    for name in moe_layers(model):
+        fresh.set_submodule(name, torch.compile(fresh.get_submodule(name)))
+    load(fresh, tmp_path / "model.safetensors")
+    assert torch.equal(call(fresh, batch), call(model, batch))
+
+
+def test_it_is_loaded_into_a_model_that_cannot_be_copied(tmp_path):
+    model, batch = converted("bert"), TINY["bert"].batch()
+    save(model, tmp_path / "model.safetensors")
+    fresh = TINY["bert"].model()
+    fresh.lock = threading.Lock()
+    load(fresh, tmp_path / "model.safetensors")
+    assert torch.equal(call(fresh, batch), call(model, batch))

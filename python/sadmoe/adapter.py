@@ -22,6 +22,7 @@ from sadmoe.describe import describe_all, rebuild
 from sadmoe.ffn import (
     FFNSite,
     activation_at,
+    bare_mlps,
     dense_from_layer,
     moe_layers,
     original_of,
@@ -32,10 +33,10 @@ from sadmoe.ffn import (
 from sadmoe.ffn.dense import DenseFFN
 from sadmoe.ffn.linears import bias_of, linear_shape, weight_rows
 from sadmoe.layer import DynamicKMoE
-from sadmoe.modules import innermost, plain_name, refuse_distributed
+from sadmoe.modules import innermost, plain_name, refuse_distributed, unwrapped
 from sadmoe.saving import SavedModelError, read_saved
 from sadmoe.undo import surgery
-from sadmoe.weights import check_parameters
+from sadmoe.weights import check_own_weights, check_parameters
 
 FORMAT = 1
 KEY = "sadmoe adapter"
@@ -67,16 +68,20 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, overwrite: b
             f"{wrapped[0].removesuffix('.base_layer')} is wrapped in an adapter, which its base has not: remove it, or "
             "merge it and save the whole model"
         )
+    check_own_weights(model, {**moe_layers(model), **bare_mlps(model)})
     check_parameters(moe_layers(model))
     mlps = projection_mlps(model)
     tensors: dict[str, Tensor] = {}
     base: dict[str, int | None] = {}
     for name in layers:
-        layer = model.get_submodule(name)
+        layer = unwrapped(model.get_submodule(name))
         own = layer.state_dict()
         if name in mlps:
             original = original_of(mlps[name])
-            base[name] = None if original is None else _of_linear(original)
+            dtype = own[
+                "w_up" if isinstance(layer, DynamicKMoE) else "up.weight"
+            ].dtype  # cast since, as the base
+            base[name] = None if original is None else _of_linear(original, dtype)
         else:
             assert isinstance(layer, DynamicKMoE)
             base[name] = _of_dense(dense_from_layer(layer))
@@ -108,7 +113,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
             }
             try:
                 rebuild(model, name, description, keep=True, order=own.get("permutation"))
-                layer = model.get_submodule(name)
+                layer = unwrapped(model.get_submodule(name))
                 for key, tensor in own.items():
                     if key.startswith(("router.", "shared.")):  # of dtypes of their own
                         parameter = layer.get_parameter(key)
@@ -128,7 +133,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _rest(model: nn.Module, layers: Iterable[str]) -> dict[str, int]:
     """Checksums of all that is not converted, by name."""
-    converted = [model.get_submodule(name) for name in layers]
+    converted = [unwrapped(model.get_submodule(name)) for name in layers]
     inside = tuple(  # one that is shared has several names
         f"{plain_name(name)}."
         for name, module in model.named_modules(remove_duplicate=False)
@@ -152,7 +157,7 @@ def _check_base(
     """Raises SavedModelError unless what the layers were made from, and all beside them, is in the model, bit for
     bit."""
     ffns = _ffns(model, layers)
-    modules = dict(model.named_modules())
+    modules = {plain_name(name): module for name, module in model.named_modules()}
     wrong = []
     for name, description in layers.items():
         if _is_projection(description):
@@ -202,6 +207,7 @@ def _of_dense(dense: DenseFFN) -> int:
     return files.checksum(dense.tensors)
 
 
-def _of_linear(linear: nn.Module) -> int:
-    bias = bias_of(linear)
-    return files.checksum({"weight": weight_rows(linear), **({} if bias is None else {"bias": bias})})
+def _of_linear(linear: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """Checksum of its weights; in that dtype, where one is given."""
+    tensors = {"weight": weight_rows(linear), "bias": bias_of(linear)}
+    return files.checksum({name: t.to(dtype or t.dtype) for name, t in tensors.items() if t is not None})

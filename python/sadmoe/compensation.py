@@ -102,6 +102,7 @@ def _fitted(layer: DynamicKMoE, x: Tensor, rank: int) -> tuple[SharedExpert | No
         return None, 0.0
     best.power = layer.router.target_power
     best.scales = _scales(layer, x[:CHUNK], best)
+    best.train(layer.training)
     return best, 1 - errors[best] / errors[None]
 
 

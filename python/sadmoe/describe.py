@@ -149,6 +149,7 @@ def _rebuild_mlp(model: nn.Module, name: str, description: Any, keep: bool) -> N
         )
     with random_numbers_kept(next(linear.parameters())):
         mlp = empty_mlp(linear, width, act)
+    mlp.requires_grad_(next(linear.parameters()).requires_grad)
     stand_in(model, name, mlp, keep=keep)
 
 

@@ -6,14 +6,12 @@ The metadata key "sadmoe" is JSON:
   aliases  name -> the stored name it shares its tensor with (tied weights are stored once)
 """
 
-import copy
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from sadmoe import files
 from sadmoe.describe import describe_all, match_activations, rebuild
@@ -69,17 +67,14 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> None:
             f"{len(converted)} FFNs of this model are converted already: load takes a dense model"
         )
     header, tensors = _read(path)
-    skeleton = _skeleton(model)
-    for name, description in header["layers"].items():
+    with surgery(model):
         try:
-            rebuild(skeleton, name, description)
+            match_activations(model, header["layers"])
+            for name, description in header["layers"].items():
+                rebuild(model, name, description)
         except ValueError as error:
             raise SavedModelError(f"{path} does not fit this {type(model).__name__}: {error}") from error
-    _check_same(skeleton, tensors, path)
-    with surgery(model):
-        match_activations(model, header["layers"])
-        for name, description in header["layers"].items():
-            rebuild(model, name, description)
+        _check_same(model, tensors, path)
         _fill(model, tensors)
 
 
@@ -156,26 +151,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, tensors | {name: tensors[stored] for name, stored in aliases.items()}
 
 
-def _skeleton(model: nn.Module) -> nn.Module:
-    """The model without its weights: a copy on the meta device, ties kept."""
-    held = [list(vars(module).values()) for module in model.modules()]  # also what a module keeps of a call
-    tensors = [leaf for leaf in tree_leaves(held) if isinstance(leaf, Tensor)]
-    memo: dict[int, Any] = {}
-    for tensor in tensors:
-        empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = (
-            nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-        )
-    return copy.deepcopy(model, memo)
-
-
-def _check_same(skeleton: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+def _check_same(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     """Raises SavedModelError unless names and shapes are those of the model; of buffers that state_dict leaves out, a
     forward may have changed the shape (tables of positions), or made them."""
-    wanted, lasting = _everything(skeleton), {plain_name(name) for name in skeleton.state_dict()}
+    wanted, lasting = _everything(model), {plain_name(name) for name in model.state_dict()}
     made = {
         plain_name(f"{name}.{key}".lstrip("."))
-        for name, module in skeleton.named_modules(remove_duplicate=False)
+        for name, module in model.named_modules(remove_duplicate=False)
         for key in module._non_persistent_buffers_set
     }
     only = {"file": tensors.keys() - wanted.keys() - made, "model": wanted.keys() - tensors.keys() - made}

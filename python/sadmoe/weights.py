@@ -8,7 +8,7 @@ from sadmoe.ffn.dense import TENSORS
 from sadmoe.layer import DynamicKMoE
 
 
-def check_no_adapters(model: nn.Module, layers: Mapping[str, DynamicKMoE]) -> None:
+def check_no_adapters(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Raises ValueError where a layer is inside an adapter, without which its weights are not those that run."""
     wrapped = {id(getattr(m, "base_layer", None)): type(m).__name__ for m in model.modules()}
     for name, layer in layers.items():
@@ -19,11 +19,12 @@ def check_no_adapters(model: nn.Module, layers: Mapping[str, DynamicKMoE]) -> No
             )
 
 
-def check_own_weights(model: nn.Module, layers: Mapping[str, DynamicKMoE]) -> None:
-    """Raises ValueError where weights of a layer are not just its own: changed by an adapter around it, or sharded."""
+def check_own_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError where weights of a layer are not just its own: changed by an adapter around it, or sharded; or
+    not there."""
     check_no_adapters(model, layers)
     for name, layer in layers.items():
-        for key, p in layer.named_parameters(recurse=False):
+        for key, p in layer.named_parameters():
             if p.is_meta:
                 raise ValueError(
                     f"{name}.{key} has no values here (offloaded, or on the meta device): load the model whole first"

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from itertools import islice
 
 import torch
@@ -19,6 +19,7 @@ from sadmoe.cost import layer_cost
 from sadmoe.dial import tau
 from sadmoe.ffn import (
     FFNSite,
+    bare_mlps,
     check_originals,
     find_ffns,
     hooked,
@@ -29,6 +30,7 @@ from sadmoe.ffn import (
     swap_in,
     swap_out,
 )
+from sadmoe.ffn.linears import strip_
 from sadmoe.gates import DynamicK
 from sadmoe.inputs import count_rows
 from sadmoe.layer import SharedExpert
@@ -110,16 +112,18 @@ def restore_(model: nn.Module, *, projections: bool = True) -> None:
     """
     names = list(moe_layers(model))
     refuse_distributed(model)
-    check_own_weights(model, moe_layers(model))
+    check_own_weights(model, {**moe_layers(model), **(bare_mlps(model) if projections else {})})
     if not names and not (projections and projection_mlps(model)):
         raise ValueError(f"nothing to restore: no FFN of this {type(model).__name__} is converted")
     if projections:
         check_originals(model)
-    with surgery(model):
+    with surgery(model), ExitStack() as failed:
         for name in names:
-            swap_out(model, name)
+            for linear in swap_out(model, name):  # back beside their layer they have no weights again
+                failed.callback(strip_, linear)
         if projections:
             put_back_projections(model)
+        failed.pop_all()
 
 
 def checked_sites(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sadmoe import reference
 from sadmoe.ffn.quiet import quiet
+from sadmoe.undo import snapshot
 
 
 class Activation(nn.Module):
@@ -61,8 +62,10 @@ def activation_children(module: nn.Module) -> dict[str, str | None]:
     children = module._modules.items() if several_places else module.named_children()
     for name, child in children:
         if child is not None and is_bare(child) and not isinstance(child, PASSES):
+            put_back = snapshot(child)  # it may keep what it was given
             with quiet(child):
                 found[name] = which_activation(child)
+            put_back()
     return found
 
 
@@ -70,7 +73,7 @@ def activation_attributes(module: nn.Module) -> dict[str, str]:
     """Attributes of a module that hold an activation function (torch's own, or named after an activation)."""
     found = {}
     for name, value in module.__dict__.items():
-        known = getattr(value, "func", value) in _FUNCTIONS if callable(value) else False
+        known = callable(value) and any(getattr(value, "func", value) is one for one in _FUNCTIONS)
         if known or (callable(value) and "act" in name.lower() and not isinstance(value, type)):
             act = which_activation(value)
             if act is not None:

@@ -88,11 +88,11 @@ def swap_in(model: nn.Module, site: FFNSite, layer: DynamicKMoE) -> None:
     layer.__dict__[_KEY] = _Replaced(site, removed, training, nested)
 
 
-def swap_out(model: nn.Module, name: str) -> None:
+def swap_out(model: nn.Module, name: str) -> set[nn.Module]:
     """Puts the FFN's own modules back where the layer `name` is, with the layer's weights in dense order.
 
     Bit for bit what `swap_in` took, if the layer was not trained or cast since; else as trained or cast.
-    dtype, device, requires_grad and training mode are the layer's.
+    dtype, device, requires_grad and training mode are the layer's. Returns the linear layers that have weights again.
     """
     layer = moe_layers(model).get(name)
     if layer is None:
@@ -110,14 +110,17 @@ def swap_out(model: nn.Module, name: str) -> None:
         for old in removed.values():
             if isinstance(old, nn.Module):
                 old.train(layer.training)
+        replaced.training = layer.training  # so that, if this is undone, the next way back sets it again
+    filled = set(site.linears.values())
     if site.parts.at == "":
         _replace_everywhere(model, layer, removed[""])
-        return
+        return filled
     block = unwrapped(model.get_submodule(block_path(name, site.parts)))
     encoder = _encoder_around(model, block)
     put_back(block, removed)
     if encoder is not None and replaced.nested is not None and not _converted_in(encoder):
         encoder.use_nested_tensor = replaced.nested
+    return filled
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -192,7 +195,7 @@ def _check_fits(site: FFNSite, layer: DynamicKMoE) -> None:
 
 def _block_of(model: nn.Module, site: FFNSite) -> nn.Module:
     try:
-        block = model.get_submodule(site.block)
+        block = unwrapped(model.get_submodule(site.block))
         if (
             block.get_submodule(site.parts.up) is site.up
             and block.get_submodule(site.parts.down) is site.down
