@@ -16,7 +16,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sadmoe.modules import is_encoder_decoder
-from sadmoe.texts import load_processor, load_tokenizer, padding, paragraphs, read_text, tokenized
+from sadmoe.texts import (
+    load_processor,
+    load_tokenizer,
+    loading,
+    padding,
+    paragraphs,
+    read_text,
+    tokenized,
+)
 
 logger = logging.getLogger(__name__)
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -202,7 +210,7 @@ def _pairs(path: Path, folder: Path, model: Any, tokenizer: Any, batch_size: int
     parts = (ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size))
     batches = [batch(part, max_length) for part in parts]
     _check_tokens(model, folder, batches)
-    return Data(batches, load_tokenizer(folder), "pairs", batch(pairs[:1], SHOWN))
+    return Data(batches, load_tokenizer(folder), "pairs", batch(pairs[:1], min(max_length, SHOWN)))
 
 
 def _lines_of_pairs(path: Path, name: str) -> list[list[str]]:
@@ -231,7 +239,8 @@ def _images(path: Path, folder: Path, model: Any, batch_size: int, whole: bool) 
     try:
         from transformers import AutoImageProcessor
 
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        with loading(folder):
+            processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     except ImportError as error:
         raise ImportError(
             f"images need pillow and transformers: pip install pillow 'transformers>=5.0' ({error})"

@@ -1,12 +1,10 @@
 """`sadmoe report`: everything about one converted model on one page."""
 
-import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -20,6 +18,7 @@ from sadmoe.masks import experts_per_token, record_masks
 from sadmoe.modules import device_of, evaluating, is_encoder_decoder
 from sadmoe.report import Heat, Page, Panel, Series
 from sadmoe.tables import si
+from sadmoe.timing import machine
 
 WIDEST = 300  # tokens of an image in a heat map
 NOTES = {  # by what errors are relative to
@@ -47,7 +46,7 @@ def report_page(model: nn.Module, data: Data, points: Sequence[Point], heats: Se
             "converted": f"{len(layers)} layers of {_sizes(layers)}",
             "as saved": now,
             "data": f"{tokens} tokens",
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+            "machine": f"{machine()}, {device_of(model)}",
         },
         table=(header(points[0].base), [point.cells() for point in points]),
         notes=(NOTES[points[0].base],),

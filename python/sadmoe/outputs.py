@@ -16,6 +16,7 @@ SAVED = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|(config|generation_config)\.json|tokenizer(_config)?\.(json|model)"
     r"|(special_tokens_map|added_tokens|vocab|(pre|video_pre)?processor_config|chat_template)\.json|vocab\.txt|merges\.txt"
     r"|chat_template\.jinja|(spiece|sentencepiece(\.bpe)?|source|target)\.(model|spm)|vocab\.bpe|additional_chat_templates"
+    r"|(modules|config_sentence_transformers|sentence_bert_config)\.json"
 )
 
 

@@ -42,9 +42,11 @@ def use_costs(rows: Iterable[Costs] | None) -> None:
 
 @lru_cache
 def device_name(device: torch.device) -> str:
-    """What measurements hold for: processor or card, kernels and torch."""
+    """What measurements hold for: processor or card, kernels and torch; elsewhere torch alone computes."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    if device.type != "cpu":
+        return f"{device.type}, torch {torch.__version__}"
     return f"{processor()}, {kernels_name()}, torch {torch.__version__}"
 
 

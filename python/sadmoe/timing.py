@@ -74,13 +74,15 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def waiting(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """The call, and on a CUDA device the wait for what it queued."""
-    if device.type != "cuda":
+    """The call, and on an accelerator the wait for what it queued."""
+    if device.type == "cpu":
         return call
+
+    wait = torch.cuda.synchronize if device.type == "cuda" else torch.accelerator.synchronize
 
     def waited() -> None:
         call()
-        torch.cuda.synchronize(device)
+        wait(device)
 
     return waited
 

@@ -240,10 +240,12 @@ def test_force_keeps_what_was_put_beside_a_model(folder, text, tmp_path):
     (out / "checkpoint-500" / "model.safetensors").write_text("weights")
     (out / "model-best.safetensors").write_text("the best")
     (out / "chat_template.jinja").write_text("of a model that was there before")
+    (out / "modules.json").write_text("of a SentenceTransformer that was")
     assert converted(folder, text, out, "--tau", "0.2", "--force") == 0
     assert (out / "thesis.tex").read_text() == "years of work"
     assert (out / "model-best.safetensors").read_text() == "the best"
     assert not (out / "chat_template.jinja").exists()
+    assert not (out / "modules.json").exists(), "or its pooling would go around another model"
     assert (out / "checkpoint-500" / "model.safetensors").read_text() == "weights"
     assert '"tau": 0.2' in (out / "config.json").read_text()
 

@@ -166,7 +166,8 @@ def _convert(arguments: argparse.Namespace) -> None:
         )
         model.float()
     data = data_of(arguments, model, whole=_trains(arguments))
-    processor = processor_around(data.processor, arguments.model) if data.kind == "text" else data.processor
+    of_text = data.kind in ("text", "pairs")
+    processor = processor_around(data.processor, arguments.model) if of_text else data.processor
     around = around_transformer(arguments.model)
     _check_saving(model, processor)
     _check_cuts(model, data, arguments)
