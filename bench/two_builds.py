@@ -1,13 +1,15 @@
 """The CPU kernels of an earlier commit beside those of the tree, in one process, in turns: what a change of them gains.
 
     python bench/two_builds.py COMMIT BUILD [--layers 768x3072 ...] [--s 32] [--tokens 1 8 64] [--share 0.25]
-                               [--dtypes float32 bfloat16 int8] [--rounds 41] [--core 0] [--isa avx2] [--packed]
+                               [--dtypes float32 bfloat16 int8] [--rounds 41] [--core 0] [--threads 1] [--isa avx2]
+                               [--packed]
 
 BUILD: a folder that CMake configured with -G Ninja -DSADMOE_KERNEL_TEST=ON; its target kernel_test is built. The
 earlier kernels are compiled by its commands into a namespace of their own, once a commit, in BUILD/before. A layer's
-experts run one thread, by an independent mask, layer after layer, with weights from memory. The ratio is the time now
-over the time before: on a machine shared with others it tells a twentieth where two processes differ by a third. Last,
-whether both gave the same bits. --packed: now the experts are packed, so COMMIT HEAD tells what that gains.
+experts run by an independent mask, layer after layer, with weights from memory, on one thread or --threads of OpenMP,
+as torch's are, each with a core from --core on. The ratio is the time now over the time before: on a machine shared
+with others it tells a twentieth where two processes differ by a third. Last, whether both gave the same bits. --packed:
+now the experts are packed, so COMMIT HEAD tells what that gains.
 """
 
 import json
@@ -34,6 +36,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "int8"])
     parser.add_argument("--rounds", type=int, default=41)
     parser.add_argument("--core", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--isa", default="auto")
     parser.add_argument("--packed", action="store_true")
     arguments = parser.parse_args()
@@ -50,9 +53,11 @@ def main() -> None:
         arguments.rounds,
         arguments.isa,
         int(arguments.packed),
+        arguments.threads,
         *(word for cell in cells for word in cell),
     ]
-    subprocess.run(["taskset", "-c", str(arguments.core), program, *map(str, words)], check=True)
+    cores = f"{arguments.core}-{arguments.core + arguments.threads - 1}"
+    subprocess.run(["taskset", "-c", cores, program, *map(str, words)], check=True)
 
 
 def build(commit: str, folder: Path) -> Path:
@@ -83,7 +88,7 @@ def build(commit: str, folder: Path) -> Path:
     present = [folder / command[command.index("-o") + 1] for command in commands.values()]
     own = folder / "CMakeFiles/two_builds.dir/bench/cpu/two_builds.cpp.o"
     compiler, program = next(iter(commands.values()))[0], before / "two_builds"
-    _run(compiler, own, *present, *earlier, "-o", program)
+    _run(compiler, own, *present, *earlier, "-fopenmp", "-o", program)
     return program
 
 

@@ -50,8 +50,9 @@ def test_a_zero_has_the_same_sign_for_any_number_of_threads(isa):
     assert all(torch.equal(y, whole[rows]) for y, rows in found)
 
 
-def test_many_experts_of_a_token_are_summed_alike_for_any_number_of_threads(isa):
-    x, mask, *weights = experts_problem(300, 24, 40, 5, share=0.6)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_experts_of_a_token_are_summed_alike_for_any_number_of_threads(isa, dtype):
+    x, mask, *weights = experts_problem(300, 24, 40, 5, 150, share=0.6, dtype=dtype)  # 5 of them by halves
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
@@ -64,21 +65,27 @@ def test_many_experts_of_a_token_are_summed_alike_for_any_number_of_threads(isa)
 
 
 @pytest.mark.parametrize("copies", [1, 40])  # one wide strip of columns; narrow ones
-def test_experts_of_a_token_are_summed_in_chains_of_16(isa, copies):
-    counts = torch.tensor([0, 1, 15, 16, 17, 31, 32, 33, 47, 48, 50]).repeat(copies)
-    x, _, *weights, b_out = experts_problem(len(counts), 24, 50, 5, 150)
-    order = torch.rand(len(counts), 50, generator=torch.Generator().manual_seed(5)).argsort(1)
+def test_experts_of_a_token_are_summed_in_two_halves_and_each_in_chains_of_16(isa, copies):
+    counts = torch.tensor([0, 1, 15, 16, 17, 31, 32, 33, 47, 48, 50, 64, 66, 97]).repeat(copies)
+    x, _, *weights, b_out = experts_problem(len(counts), 24, 97, 5, 150)
+    order = torch.rand(len(counts), 97, generator=torch.Generator().manual_seed(5)).argsort(1)
     mask = order < counts[:, None]
-    sums, before, ran = b_out.repeat(len(counts), 1), torch.zeros(len(counts), 150), torch.zeros_like(counts)
-    for e in range(50):
-        only = torch.zeros_like(mask)
-        only[:, e] = mask[:, e]
-        sums += ops.sparse_experts(x, only, *weights)
-        ran += mask[:, e]
-        ended = mask[:, e] & (ran % 16 == 0)
-        before[ended] += sums[ended]
-        sums[ended] = 0
-    assert torch.equal(ops.sparse_experts(x, mask, *weights, b_out), before + sums)
+
+    def sum_of(half, sums):
+        before, ran = torch.zeros_like(sums), torch.zeros_like(counts)
+        for e in half:
+            only = torch.zeros_like(mask)
+            only[:, e] = mask[:, e]
+            sums += ops.sparse_experts(x, only, *weights)
+            ran += mask[:, e]
+            ended = mask[:, e] & (ran % 16 == 0)
+            before[ended] += sums[ended]
+            sums[ended] = 0
+        return before + sums
+
+    first = sum_of(range(49), b_out.repeat(len(counts), 1))
+    second = sum_of(range(49, 97), torch.zeros(len(counts), 150))
+    assert torch.equal(ops.sparse_experts(x, mask, *weights, b_out), first + second)
 
 
 @pytest.mark.by_torch

@@ -1,12 +1,13 @@
 // A layer by the CPU kernels of two builds, in turns: see bench/two_builds.py, which compiles those of the one that was before
 // into the namespace cpu_before.
 //
-//   two_builds ROUNDS ISA PACKED D F S GLU T SHARE DTYPE   [D F S ...]
+//   two_builds ROUNDS ISA PACKED THREADS D F S GLU T SHARE DTYPE   [D F S ...]
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <random>
 #include <string>
@@ -17,8 +18,10 @@
 #include "cpu/moe.h"
 
 namespace sadmoe::cpu_before {
-struct Threads;
-const Threads& one_thread();
+struct Threads {  // as it was, and is
+  int count;
+  std::function<void(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body)> parallel_for;
+};
 void sparse_experts(const Experts& experts, const bool* mask, const Threads& threads);
 bool use_isa(const std::string& isa);
 }  // namespace sadmoe::cpu_before
@@ -114,13 +117,26 @@ double quantile(std::vector<double> values, double q) {
   return values[static_cast<size_t>(q * static_cast<double>(values.size() - 1))];
 }
 
+// Equal parts on so many threads, as torch's own pool gives them.
+template <class Threads>
+Threads on_threads(int count) {
+  return {count, [count](int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+            const int64_t parts = std::min<int64_t>(count, (n + grain - 1) / grain),
+                          part = (n + parts - 1) / std::max<int64_t>(parts, 1);
+#pragma omp parallel for num_threads(parts) if (parts > 1)
+            for (int64_t begin = 0; begin < n; begin += part) body(begin, std::min(begin + part, n));
+          }};
+}
+
 // packed: now the weights are taken for packed ones, which changes the results and not the time.
-void compare(const Cell& c, int rounds, bool packed) {
+void compare(const Cell& c, int rounds, bool packed, int threads) {
   const Layers layers(c);
-  const auto before = [](const Experts& e, const bool* mask) { cpu_before::sparse_experts(e, mask, cpu_before::one_thread()); };
+  const auto then_threads = on_threads<cpu_before::Threads>(threads);
+  const auto now_threads = on_threads<cpu::Threads>(threads);
+  const auto before = [&](const Experts& e, const bool* mask) { cpu_before::sparse_experts(e, mask, then_threads); };
   const auto now = [&](Experts e, const bool* mask) {
     e.packed = packed && !c.int8();
-    cpu::sparse_experts(e, mask, cpu::one_thread());
+    cpu::sparse_experts(e, mask, now_threads);
   };
   layers.timed(before);
   const std::vector<char> wanted = layers.result();
@@ -144,7 +160,7 @@ void compare(const Cell& c, int rounds, bool packed) {
 
 int main(int count, char** words) {
   using sadmoe::bench::Cell;
-  constexpr int kFirst = 4, kWords = 7;
+  constexpr int kFirst = 5, kWords = 7;
   if (count < kFirst + kWords || (count - kFirst) % kWords) return std::fputs("run it by bench/two_builds.py\n", stderr), 2;
   const std::string isa = words[2];
   if (!sadmoe::cpu::use_isa(isa) || !sadmoe::cpu_before::use_isa(isa))
@@ -154,5 +170,5 @@ int main(int count, char** words) {
   for (char** w = words + kFirst; w < words + count; w += kWords)
     sadmoe::bench::compare(
         {std::atoll(w[0]), std::atoll(w[1]), std::atoll(w[2]), !std::strcmp(w[3], "1"), std::atoll(w[4]), std::atof(w[5]), w[6]},
-        std::atoi(words[1]), !std::strcmp(words[3], "1"));
+        std::atoi(words[1]), !std::strcmp(words[3], "1"), std::atoi(words[4]));
 }

@@ -27,6 +27,15 @@ constexpr int64_t kShared = 32, kSharedIfBroad = 128, kBroad = 128;
 int64_t neurons_a_turn() { return near_cache() >= 48 * 1024 ? 32 : 16; }
 // Experts of a token that are summed in one chain: in one of hundreds, rounding errs more than in torch's product.
 constexpr int64_t kChain = 16;
+// Experts are summed in two halves, by their number, so that two threads may have one each, where an expert has fewer rows than
+// this on average: rows of weights in memory of which each thread reads a half take up to 1.9 times as long. Of more rows, the
+// halves' sums take as long to put together as is gained.
+constexpr int64_t kRowsOfHalves = 8;
+int64_t second_half(int64_t E) { return (E + 1) / 2; }  // its first expert
+
+// Floats from row to row, for that many in each: an odd number of lines, for rows a power of two apart would have a few sets of
+// the near caches to share.
+int64_t apart(int64_t columns) { return ((columns + kLineRows - 1) / kLineRows | 1) * kLineRows; }
 
 int64_t block_tokens(const Experts& p) { return std::clamp(kHidden / (p.shape.E * p.shape.s), kSmallestBlock, kBlock); }
 
@@ -76,21 +85,22 @@ auto project_of(const Experts& p, const Kernels& k, Form form) {
   return p.packed ? k.project_packed[int(p.w_up.dtype)] : k.project[int(p.w_up.dtype)];
 }
 
-// The tokens of which each active expert ends a chain.
+// The tokens of which each active expert ends a chain. Chains begin anew with each half of the experts.
 class ChainEnds {
  public:
   ChainEnds() = default;
-  ChainEnds(const BlockPlan& plan, int64_t T) : experts_(T) {
+  ChainEnds(const BlockPlan& plan, int64_t T, int64_t E) : T_(T), experts_(2 * T) {
     offsets_.reserve(plan.active.size());
     for (const int32_t e : plan.active) {
+      int32_t* experts = experts_.data() + (e < second_half(E) ? 0 : T);
       for (const int32_t* t = plan.rows_of(e); t != plan.rows_of(e + 1); ++t)
-        if (const int64_t n = ++experts_[*t]; n % kChain == 0) ends_.push_back({*t, n == kChain});
+        if (const int64_t n = ++experts[*t]; n % kChain == 0) ends_.push_back({*t, n == kChain});
       offsets_.push_back(ends_.size());
     }
   }
 
   bool any() const { return !ends_.empty(); }
-  bool any_of(int64_t t) const { return any() && experts_[t] >= kChain; }
+  bool any_of(int half, int64_t t) const { return any() && experts_[half * T_ + t] >= kChain; }
   // body(token, whether it is the token's first end), for those of the active expert a
   template <class Body>
   void for_each(size_t a, const Body& body) const {
@@ -103,16 +113,17 @@ class ChainEnds {
     int32_t token;
     bool is_first;
   };
+  int64_t T_ = 0;
   std::vector<End> ends_;
   std::vector<size_t> offsets_;   // in ends_, after each active expert
-  std::vector<int32_t> experts_;  // of each token
+  std::vector<int32_t> experts_;  // [half, token]
 };
 
 // The tokens of one block with everything they need on the way from x to y. A part of the work (hidden units, scores,
 // experts, columns of y) is a range, so that one thread may do it all, or several threads share it.
 class Block {
  public:
-  Block(const Experts& experts, int64_t begin, int64_t end, const bool* mask)
+  Block(const Experts& experts, int64_t begin, int64_t end, const bool* mask, const AsFloat& b_out, const AsFloat& scale_out)
       : p_(experts),
         s_(experts.shape),
         k_(kernels()),
@@ -122,6 +133,8 @@ class Block {
         accumulate_(form_ == Form::halves ? k_.halves->accumulate : k_.accumulate[int(p_.w_down.dtype)]),
         x_as_it_is_(at(experts.x, begin * s_.d)),
         x_(form_ == Form::halves ? View{} : x_as_it_is_, T_ * s_.d),
+        b_out_(b_out),
+        scale_out_(scale_out),
         bias_(of_neurons(p_.b_up)),
         gate_bias_(of_neurons(p_.b_gate)),
         scale_(of_neurons(p_.scale_up)),
@@ -132,7 +145,8 @@ class Block {
     plan_.build(mask, T_, s_.E);
     for (AsFloat* some : {&bias_, &gate_bias_, &scale_, &gate_scale_, &out_scale_})
       for (const int64_t e : plan_.active) some->widen(e * s_.s, s_.s);
-    if (form_ == Form::floats && p_.x.dtype == DType::f32) chain_ends_ = ChainEnds(plan_, T_);  // others round more coarsely
+    if (form_ == Form::floats && p_.x.dtype == DType::f32)
+      chain_ends_ = ChainEnds(plan_, T_, s_.E);  // others round more coarsely
     switch (form_) {
       case Form::floats:
         h_ = Floats(plan_.pairs() * s_.s);
@@ -171,52 +185,36 @@ class Block {
     }
   }
 
-  // The columns [begin, end) of y: every expert in ascending order, a strip of columns at a time. Its sums stand side by side:
-  // in y, rows a power of two apart would have a few sets of the near caches to share.
-  void down(int64_t begin, int64_t end, const AsFloat& b_out, const AsFloat& scale_out) {
-    const float* begins_with = scale_out.get() ? nullptr : b_out.get();
-    const int64_t mean_rows = plan_.pairs() / std::max<int64_t>(plan_.active.size(), 1);
-    const int64_t strip = std::min(end - begin, columns_together());
-    const Floats sums(T_ * strip), before(chain_ends_.any() ? T_ * strip : 0),
-        partial(form_ == Form::floats && strip > k_.strip ? T_ * strip : 0);
-    for (int64_t c = begin; c < end; c += strip) {
-      const int64_t columns = std::min(strip, end - c);
-      for (int64_t t = 0; t < T_; ++t) {
-        float* row = sums.get() + t * strip;
-        begins_with ? std::copy_n(begins_with + c, columns, row) : std::fill_n(row, columns, 0.0f);
+  // y, by all threads: each has columns, of all experts or of a half of them.
+  void down(const Threads& threads) {
+    constexpr int64_t kLeast = 4;  // sixteens of columns
+    const int64_t strip = columns_together();
+    if (threads.count == 1 || mean_rows() >= kRowsOfHalves)
+      return in_sixteens(s_.d_out, kLeast, threads, [&](int64_t begin, int64_t end) {
+        const int64_t ld = std::min(end - begin, strip);
+        const Floats sums(2 * T_ * ld);
+        for (int64_t c = begin; c < end; c += strip) {
+          const int64_t columns = std::min(strip, end - c);
+          for (const int half : {0, 1}) sum_half(half, c, columns, sums.get() + half * T_ * ld, ld, half == 0);
+          finish(c, columns, sums.get(), ld);
+        }
+      });
+    const int64_t ld = apart(s_.d_out), sixteens = (s_.d_out + 15) / 16;
+    const Floats sums(2 * T_ * ld);
+    threads.parallel_for(2 * sixteens, kLeast, [&](int64_t i, int64_t end) {
+      for (int64_t then; i < end; i = then) {
+        const int half = i >= sixteens;
+        then = half ? end : std::min(end, sixteens);
+        const int64_t first = half * sixteens, stop = std::min(16 * (then - first), s_.d_out);
+        for (int64_t c = 16 * (i - first); c < stop; c += strip)
+          sum_half(half, c, std::min(strip, stop - c), sums.get() + half * T_ * ld + c, ld, false);
       }
-      const auto end_chain = [&](int64_t t, bool is_first) {
-        float *sum = sums.get() + t * strip, *total = before.get() + t * strip;
-        if (is_first)  // nothing is there yet
-          std::copy_n(sum, columns, total);
-        else
-          add(columns, sum, total);
-        std::fill_n(sum, columns, 0.0f);
-      };
-      const auto weights = [&](int64_t e) { return at(p_.w_down, e * s_.s * s_.d_out + c).data; };
-      for (size_t a = 0; a < plan_.active.size(); ++a) {
-        const int64_t e = plan_.active[a], first = plan_.offsets[e];
-        const void* next = a + 1 < plan_.active.size() ? weights(plan_.active[a + 1]) : nullptr;
-        accumulate_({plan_.count(e), s_.s, columns, ld_h_, s_.d_out, strip, hidden(first), plan_.rows_of(e), weights(e),
-                     sums.get(), partial.get(), next, form_ == Form::ints ? int_h_.steps() + first : nullptr, neurons_a_turn(),
-                     mean_rows});
-        chain_ends_.for_each(a, end_chain);
-      }
-      for (int64_t t = 0; t < T_; ++t) {
-        float* result = sums.get() + t * strip;
-        if (chain_ends_.any_of(t)) add(columns, before.get() + t * strip, result);
-        if (scale_out.get()) scale(columns, scale_out.from(c), b_out.from(c), result);
-        k_.narrow[int(p_.x.dtype)](result, y_ + (t * s_.d_out + c) * size_of(p_.x.dtype), columns);
-      }
-    }
+    });
+    in_sixteens(s_.d_out, 4 * kLeast, threads,
+                [&](int64_t begin, int64_t end) { finish(begin, end - begin, sums.get() + begin, ld); });
   }
 
  private:
-  // to += from
-  static void add(int64_t columns, const float* __restrict from, float* __restrict to) {
-    for (int64_t c = 0; c < columns; ++c) to[c] += from[c];
-  }
-
   // y = y scale + bias, if there is one
   static void scale(int64_t columns, const float* __restrict by, const float* __restrict bias, float* __restrict y) {
     for (int64_t c = 0; c < columns; ++c) y[c] *= by[c];
@@ -224,12 +222,64 @@ class Block {
     for (int64_t c = 0; c < columns; ++c) y[c] += bias[c];
   }
 
+  // The columns from c on, over a half of the experts, in ascending order: sums [T, columns], leading dimension ld. They stand
+  // side by side: in y, rows a power of two apart would have a few sets of the near caches to share. goes_on: into the other
+  // half.
+  void sum_half(int half, int64_t c, int64_t columns, float* sums, int64_t ld, bool goes_on) {
+    const auto& active = plan_.active;
+    const auto first_of = [&](int64_t e) { return std::lower_bound(active.begin(), active.end(), e) - active.begin(); };
+    const int64_t middle = first_of(second_half(s_.E)), all = static_cast<int64_t>(active.size());
+    const int64_t begin = half ? middle : 0, end = half ? all : middle, last = goes_on ? all : end;
+    const float* begins_with = half || scale_out_.get() ? nullptr : b_out_.get();
+    for (int64_t t = 0; t < T_; ++t) {
+      float* row = sums + t * ld;
+      begins_with ? std::copy_n(begins_with + c, columns, row) : std::fill_n(row, columns, 0.0f);
+    }
+    const Floats before(chain_ends_.any() ? T_ * columns : 0),
+        partial(form_ == Form::floats && columns > k_.strip ? T_ * columns : 0);
+    const auto end_chain = [&](int64_t t, bool is_first) {
+      float *sum = sums + t * ld, *total = before.get() + t * columns;
+      if (is_first)  // nothing is there yet
+        std::copy_n(sum, columns, total);
+      else
+        k_.add(sum, total, columns);
+      std::fill_n(sum, columns, 0.0f);
+    };
+    const auto weights = [&](int64_t e) { return at(p_.w_down, e * s_.s * s_.d_out + c).data; };
+    for (int64_t a = begin; a < end; ++a) {
+      const int64_t e = active[a], first = plan_.offsets[e];
+      const void* next = a + 1 < last ? weights(active[a + 1]) : nullptr;
+      accumulate_({plan_.count(e), s_.s, columns, ld_h_, s_.d_out, ld, hidden(first), plan_.rows_of(e), weights(e), sums,
+                   partial.get(), next, form_ == Form::ints ? int_h_.steps() + first : nullptr, neurons_a_turn(), mean_rows()});
+      chain_ends_.for_each(a, end_chain);
+    }
+    for (int64_t t = 0; t < T_; ++t)
+      if (chain_ends_.any_of(half, t)) k_.add(before.get() + t * columns, sums + t * ld, columns);
+  }
+
+  // The columns from c on of y, of the halves' sums [2, T, columns], leading dimension ld.
+  void finish(int64_t c, int64_t columns, float* sums, int64_t ld) {
+    for (int64_t t = 0; t < T_; ++t) {
+      float *first = sums + t * ld, *second = first + T_ * ld;
+      void* out = y_ + (t * s_.d_out + c) * size_of(p_.x.dtype);
+      if (!scale_out_.get()) {
+        k_.narrow_sum[int(p_.x.dtype)](first, second, out, columns);
+        continue;
+      }
+      k_.add(second, first, columns);
+      scale(columns, scale_out_.from(c), b_out_.from(c), first);
+      k_.narrow[int(p_.x.dtype)](first, out, columns);
+    }
+  }
+
+  int64_t mean_rows() const { return plan_.pairs() / std::max<int64_t>(plan_.active.size(), 1); }
+  bool few_rows() const { return mean_rows() < kFewRows; }
+
   // Of y. With many rows an expert, so few that their sums stay near; else whole rows of the weights, as memory gives them
   // fastest.
   int64_t columns_together() const {
     const int64_t strip = form_ == Form::floats ? k_.strip : k_.pair_strip;
-    const bool few_rows = plan_.pairs() < kFewRows * static_cast<int64_t>(plan_.active.size());
-    return few_rows ? std::max(kSums / T_ / strip * strip, strip) : strip;
+    return few_rows() ? std::max(kSums / T_ / strip * strip, strip) : strip;
   }
 
   // The weights of a neuron, of all.
@@ -284,6 +334,7 @@ class Block {
   void (*accumulate_)(const Accumulate&);
   View x_as_it_is_;
   AsFloat x_;
+  const AsFloat &b_out_, &scale_out_;
   AsFloat bias_, gate_bias_, scale_, gate_scale_, out_scale_;  // of the neurons of active experts
   char* y_;
   int64_t ld_h_;
@@ -322,10 +373,6 @@ void transpose(View from, int64_t rows, int64_t columns, float* to, int64_t ld) 
                    next.data, then * columns * size_of(from.dtype));
   }
 }
-
-// Floats from row to row, for that many in each: an odd number of lines, for rows a power of two apart would have a few sets of
-// the near caches to share.
-int64_t apart(int64_t columns) { return ((columns + kLineRows - 1) / kLineRows | 1) * kLineRows; }
 
 // scores [T, E] = |hidden v2ᵀ|, experts [begin, end). r is small: dot products would spend as long on ending their sums as on
 // the products, so v2 is turned, into scratch `turned` [r, apart(E)], and its rows are accumulated.
@@ -380,11 +427,11 @@ class Runner {
 
   void operator()(const bool* mask, int64_t begin, int64_t end, const Threads& threads) {
     if (weights_) return run_tiled(p_, *weights_, mask, begin, end, b_out_, threads);
-    Block block(p_, begin, end, mask);
+    Block block(p_, begin, end, mask, b_out_, scale_out_);
     const int64_t unit = block.neurons_together();
     threads.parallel_for(block.active_neurons() / unit, (16 + unit - 1) / unit,
                          [&](int64_t n0, int64_t n1) { block.up(n0 * unit, n1 * unit); });
-    in_sixteens(p_.shape.d_out, 4, threads, [&](int64_t c0, int64_t c1) { block.down(c0, c1, b_out_, scale_out_); });
+    block.down(threads);
   }
 
  private:

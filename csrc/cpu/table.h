@@ -52,6 +52,20 @@ void select(const Select& p) {
   for (int64_t e = 0; e < p.n; ++e) p.mask[e] = reaches(p.scores[e], threshold);
 }
 
+// to = a + b
+template <class Vec, class H>
+void narrow_sum(const float* a, const float* b, void* to, int64_t n) {
+  H* out = static_cast<H*>(to);
+  int64_t i = 0;
+  for (; i + Vec::width <= n; i += Vec::width) (Vec::load(a + i) + Vec::load(b + i)).store(out + i);
+  if (i < n) (Vec::load_part(a + i, n - i) + Vec::load_part(b + i, n - i)).store_part(out + i, n - i);
+}
+
+template <class Vec>
+void add(const float* from, float* to, int64_t n) {
+  narrow_sum<Vec, float>(to, from, to, n);
+}
+
 // Whole tiles of columns of y.
 template <class Vec>
 constexpr int64_t kStripOf = kStrip / (Vec::accumulate_vecs * Vec::width) * (Vec::accumulate_vecs * Vec::width);
@@ -72,7 +86,9 @@ constexpr Kernels table(const char* isa) {
           activate<Vec>,
           select<Vec>,
           {widen<Vec, float>, widen<Vec, bf16>, widen<Vec, f16>},
-          {narrow<Vec, float>, narrow<Vec, bf16>, narrow<Vec, f16>}};
+          {narrow<Vec, float>, narrow<Vec, bf16>, narrow<Vec, f16>},
+          {narrow_sum<Vec, float>, narrow_sum<Vec, bf16>, narrow_sum<Vec, f16>},
+          add<Vec>};
 }
 
 }  // namespace sadmoe::cpu
