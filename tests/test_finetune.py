@@ -79,7 +79,12 @@ def test_the_share_told_is_a_running_mean_of_the_executed_one(converted):
     executed = sum(shares) / len(shares)
     assert 0.1 < executed < 0.9
     _, report = tuned(converted, steps=1, tau=0.7, ramp=0.0)
-    assert report.share == pytest.approx(0.9 + 0.1 * executed, abs=1e-4)
+    assert report.share == pytest.approx(executed, abs=1e-4)
+    with finetune.ExpertPenalty(converted[1], {}, sadmoe.FinetuneConfig(steps=1, tau=0.7)) as penalty:
+        assert penalty.share == 1.0  # before the first
+        penalty.load_state_dict({"sum": 0.05, "weight": 0.1})
+        penalty(None)  # without layers: the mean so far
+        assert penalty.share == pytest.approx(0.5)
 
 
 def test_reentrant_checkpointing_which_leaves_the_penalty_no_gradient_is_an_error(converted):
@@ -117,7 +122,8 @@ def test_the_penalty_counts_until_the_running_mean_is_at_the_share(converted):
     counts = []
     with finetune.ExpertPenalty(model, sadmoe.moe_layers(model), config) as penalty:
         penalty.at(1.0)
-        for _ in range(12):
+        penalty.load_state_dict({"sum": 0.9, "weight": 0.9})  # as after many updates that executed all
+        for _ in range(24):
             model(**batches[0])
             counts.append(penalty(batches[0]).requires_grad)
             assert counts[-1] == (penalty.share > 0.8)

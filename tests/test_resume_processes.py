@@ -37,6 +37,8 @@ WORKER = """
         test_resume_processes.killed_and_gone_on(Path(sys.argv[2]) / f"own {rank}")
     with test_resume_processes.pytest.raises(RuntimeError, match="gates of this process are not those of the others"):
         test_resume_processes.trained_by_gates_at(0.1 + 0.2 * rank)
+    model = test_resume_processes.counted()
+    save_file(test_resume_processes.state(model), f"{sys.argv[2]}/counted.{rank}.safetensors")
     model = test_resume_processes.killed_and_gone_on(Path(sys.argv[2]) / "kept")
     save_file(test_resume_processes.state(model), f"{sys.argv[2]}/resumed.{rank}.safetensors")
     torch.distributed.destroy_process_group()
@@ -69,6 +71,22 @@ def shared(spoil: bool = False) -> dict[str, nn.Module]:
     return {"sparsify": sparse, "finetune": model, "layers": layered, "dropped": dropped}
 
 
+def counted() -> nn.Module:
+    """A dense model with a buffer that every training pass adds to, after three updates."""
+    model = copy.deepcopy(converted()[0])
+    model.register_buffer("seen", torch.zeros(2, dtype=torch.float32))
+    model.register_buffer("third", torch.full((), 1 / 3))
+
+    def count(model, args, kwargs):
+        if torch.is_grad_enabled():  # a pass of the training
+            model.seen += kwargs["input_ids"][0, 1]
+
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    config = SparsifyConfig(**{**SHARED, "steps": 3, "objective": "task"})
+    sadmoe.sparsify_(model, batches(), config, loss=mean_square, progress=False)
+    return model
+
+
 def trained_by_gates_at(tau: float) -> None:
     dense, model = converted()
     sadmoe.set_tau(model, tau)
@@ -97,6 +115,12 @@ def test_two_processes_do_what_one_does(tmp_path):
     kept = [load_file(tmp_path / f"{name}.0.safetensors") for name in ("sparsify", "resumed")]
     assert same(*kept)
     assert same(kept[1], load_file(tmp_path / "resumed.1.safetensors"))
+    first, second = (load_file(tmp_path / f"counted.{rank}.safetensors") for rank in range(2))
+    assert same(first, second)
+    assert first["third"] == torch.tensor(1 / 3)  # not rounded by a mean
+    alone = state(counted())
+    assert alone["seen"].min() > 0
+    assert torch.equal(2 * first["seen"], alone["seen"])  # each process ran half of the batches
     for name, model in shared().items():
         first, second = (load_file(tmp_path / f"{name}.{rank}.safetensors") for rank in range(2))
         assert same(first, second)

@@ -158,7 +158,7 @@ def test_it_holds_no_pickle_and_its_state_is_json(tmp_path):
     with safe_open(tmp_path / "finetune.safetensors", "pt") as file:
         header = json.loads(file.metadata()["sadmoe run"])
     assert len(header["state"]["history"]) == STEPS
-    assert set(header["state"]["memory"]) == {"share"}
+    assert set(header["state"]["memory"]) == {"sum", "weight"}
 
 
 def test_every_is_checked():

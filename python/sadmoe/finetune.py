@@ -198,7 +198,7 @@ class ExpertPenalty:
         self.model, self.layers, self.config, self.tau = model, layers, config, config.tau
         self.gates = gates_of(layers)
         self.seen: dict[str, list[Tensor]] = {name: [] for name in layers}
-        self.share = 1.0
+        self.sum, self.weight = 0.0, 0.0  # of the executed shares so far, the latest weighing most
         calls = config.accumulate / place()[1]  # of an update, each of which takes its part of the decay
         self.decay = MEMORY ** (1 / calls)
 
@@ -212,12 +212,17 @@ class ExpertPenalty:
             layer.norms_hooks.remove(self.seen[name].append)
         set_gates(self.layers, self.gates)
 
+    @property
+    def share(self) -> float:
+        """The executed share, a running mean."""
+        return self.sum / self.weight if self.weight else 1.0
+
     def state_dict(self) -> dict[str, float]:
         """What it remembers from update to update."""
-        return {"share": self.share}
+        return {"sum": self.sum, "weight": self.weight}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.share = state["share"]
+        self.sum, self.weight = state["sum"], state["weight"]
 
     def at(self, done: float) -> None:
         """Sets the threshold of the moment when the share `done` of the run is over."""
@@ -236,7 +241,8 @@ class ExpertPenalty:
                 shares.append(self.layers[name].gate.mask(kept.detach()).float().mean().to(device))
             norms.clear()
         now = mean_over_processes(torch.stack(shares).mean().item() if shares else self.share, device)
-        self.share = self.decay * self.share + (1 - self.decay) * now
+        self.sum = self.decay * self.sum + (1 - self.decay) * now
+        self.weight = self.decay * self.weight + (1 - self.decay)
         mean = torch.stack(values).mean() if values else torch.zeros((), device=device)
         if (
             values

@@ -47,7 +47,8 @@ def train(
 
     at(done) is called before each update with the share of the run that is over.   kept: the run's name, also for its
     bar and its errors, where it saves itself, and what beside config and weights makes it another run.
-    In a process group the batches of each update are shared out; every process must be given the same ones. Random
+    In a process group the batches of each update are shared out; every process must be given the same ones. Buffers
+    that differ at the end, such as a BatchNorm's running statistics, become their mean over the processes. Random
     numbers, such as those of dropout, are drawn by the seed and the number of the batch: the same in one process or
     several, and after a run was taken up again. The caller's own random state is left as it was.
     Raises RuntimeError under torch.inference_mode, whose tensors cannot be trained; a no_grad around it is lifted.
@@ -95,6 +96,8 @@ def train(
                 saver.save(state)
             bar.update(1 if config.steps else min(int(elapsed()), bar.total) - bar.n)
             bar.set_postfix(objective=f"{history[-1].objective:.4f}", penalty=f"{history[-1].penalty:.4f}")
+    if len(history) > found:  # statistics of each process's own batches, such as a BatchNorm's
+        processes.mean_(buffer for buffer in model.buffers() if buffer.is_floating_point())
     if saver is not None and len(history) > found:
         saver.save(state, last=True)
     return history

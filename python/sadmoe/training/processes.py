@@ -41,6 +41,21 @@ def as_first_(tensors: Iterable[Tensor]) -> None:
             distributed.broadcast(tensor, src=0)
 
 
+@torch.no_grad()
+def mean_(tensors: Iterable[Tensor]) -> None:
+    """Each tensor becomes its mean over the processes, in place; one that is the same in all stays, bit for bit."""
+    world = place()[1]
+    if world == 1:
+        return
+    for tensor in tensors:
+        total = tensor.double()
+        bounds = torch.stack([total, -total])
+        distributed.all_reduce(bounds, distributed.ReduceOp.MAX)
+        if not torch.equal(bounds[0], -bounds[1]):
+            distributed.all_reduce(total)
+            tensor.copy_(total / world)
+
+
 def mean_over_processes(value: float, device: torch.device) -> float:
     """The mean of the processes' values."""
     world = place()[1]
