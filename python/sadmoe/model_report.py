@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from sadmoe.batches import Batch, run, to_device
+from sadmoe.batches import Batch, run, samples_in, to_device
 from sadmoe.data import SHOWN, Data, positions_of, words_of
 from sadmoe.dial import converted_layers
 from sadmoe.evaluate import Point, header
@@ -20,6 +20,7 @@ from sadmoe.report import Heat, Page, Panel, Series
 from sadmoe.tables import si
 from sadmoe.timing import machine
 
+SAMPLES = {"text": "texts", "pairs": "pairs of texts", "images": "images", "python": "samples"}
 WIDEST = 300  # tokens of an image in a heat map
 NOTES = {  # by what errors are relative to
     "dense": "error: of the last hidden states or logits, |y - y0| / |y0|, y0 those of the dense model.",
@@ -32,11 +33,12 @@ def report_page(model: nn.Module, data: Data, points: Sequence[Point], heats: Se
     """The page of a converted transformers model: `points` are from `evaluate`, `heats` from `heats_of`, the rest is as
     its gates stand now."""
     layers = converted_layers(model)
+    samples = 0
     with record_masks(model) as record, evaluating(model):
         for batch in tqdm(data.batches, "experts"):
+            samples += samples_in(batch)
             with record.batch(batch):
                 run(model, to_device(batch, device_of(model)))
-    tokens = sum(counts.tokens for counts in record.layers.values()) // len(layers)
     now = told([layer.gate for layer in layers.values()])
     parameters = sum(p.numel() for p in model.parameters())
     return Page(
@@ -45,7 +47,7 @@ def report_page(model: nn.Module, data: Data, points: Sequence[Point], heats: Se
             "parameters": si(parameters),
             "converted": f"{len(layers)} layers of {_sizes(layers)}",
             "as saved": now,
-            "data": f"{tokens} tokens",
+            "data": f"{samples} {SAMPLES[data.kind]}",
             "machine": f"{machine()}, {device_of(model)}",
         },
         table=(header(points[0].base), [point.cells() for point in points]),

@@ -67,6 +67,7 @@ def test_a_model_of_images_is_converted_evaluated_and_reported(vit, photos, tmp_
     assert "--sentence: this ViTForImageClassification is not run on text alone" in capsys.readouterr().err
     assert cli.main([*report, "--tau", "0", "0.5"]) == 0
     assert "Experts of each token of the first image" in page.read_text()
+    assert "20 images" in page.read_text()
     assert cli.main(["survey", "--model", str(vit), "--max-length", "9"]) == 2
     told = "--max-length is of texts, and this ViTForImageClassification takes images: leave it out"
     assert told in capsys.readouterr().err
@@ -87,6 +88,7 @@ def test_an_encoder_decoder_is_converted_evaluated_and_reported(t5, pairs, tmp_p
     assert cli.main([*report, "--sentence", "few tokens"]) == 2
     assert "is not run on text alone" in capsys.readouterr().err
     assert cli.main(report) == 0
+    assert "24 pairs of texts" in page.read_text()
     titles = re.findall("<title>([^<]*)</title>", page.read_text())
     heat = [title.partition(":")[0] for title in titles if title.endswith("% of the experts")]
     words = ["[CLS]", "experts", "run", "[SEP]"]
