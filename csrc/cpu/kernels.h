@@ -111,11 +111,11 @@ struct Kernels {
   void (*accumulate[4])(const Accumulate&);   // by DType of w
   void (*activate)(const Activate&);
   void (*select)(const Select&);
-  void (*widen[3])(const void* from, float* to, int64_t n);   // to float32
-  void (*narrow[3])(const float* from, void* to, int64_t n);  // round to nearest even
-  void (*narrow_sum[3])(const float* a, const float* b, void* to, int64_t n);
-  void (*add)(const float* from, float* to, int64_t n);  // to += from
-  const Halves* halves = nullptr;                        // null where there is no such unit
+  void (*widen[3])(const void* from, float* to, int64_t n);                    // to float32
+  void (*narrow[3])(const float* from, void* to, int64_t n);                   // round to nearest even
+  void (*narrow_sum[3])(const float* a, const float* b, void* to, int64_t n);  // of a + b
+  void (*add)(const float* from, float* to, int64_t n);                        // to += from
+  const Halves* halves = nullptr;                                              // null where there is no such unit
   const Tiles* tiles = nullptr;
 };
 

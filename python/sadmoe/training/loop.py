@@ -96,10 +96,10 @@ def train(
                 saver.save(state)
             bar.update(1 if config.steps else min(int(elapsed()), bar.total) - bar.n)
             bar.set_postfix(objective=f"{history[-1].objective:.4f}", penalty=f"{history[-1].penalty:.4f}")
-    if len(history) > found:  # statistics of each process's own batches, such as a BatchNorm's
+    if len(history) > found:
         processes.mean_(buffer for buffer in model.buffers() if buffer.is_floating_point())
-    if saver is not None and len(history) > found:
-        saver.save(state, last=True)
+        if saver is not None:
+            saver.save(state, last=True)
     return history
 
 
