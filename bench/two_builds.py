@@ -40,7 +40,6 @@ def main() -> None:
     parser.add_argument("--isa", default="auto")
     parser.add_argument("--packed", action="store_true")
     arguments = parser.parse_args()
-    program = build(arguments.commit, arguments.build.resolve())
     cells = [
         (shape.d, shape.f, s, int(shape.gated), tokens, arguments.share, dtype)
         for layer in arguments.layers
@@ -56,6 +55,7 @@ def main() -> None:
         arguments.threads,
         *(word for cell in cells for word in cell),
     ]
+    program = build(arguments.commit, arguments.build.resolve())
     cores = f"{arguments.core}-{arguments.core + arguments.threads - 1}"
     subprocess.run(["taskset", "-c", cores, program, *map(str, words)], check=True)
 

@@ -293,7 +293,7 @@ class Block {
     const auto project = [&](View w, float* out, const void* then) {
       project_({n, m, s_.d, s_.s, x_rows(), plan_.rows_of(e), neuron(w, first), out, int_x_.steps(), then, s_.s});
     };
-    for (const AsFloat* scales : {&scale_, &gate_scale_, &out_scale_}) fetch(scales->from(first), m);
+    for (const AsFloat* some : {&bias_, &gate_bias_, &scale_, &gate_scale_, &out_scale_}) fetch(some->from(first), m);
     project(p_.w_up, h, gate ? neuron(p_.w_gate, first) : next);
     if (gate) project(p_.w_gate, gate, next);
     k_.activate({n, m, s_.s, h, bias_.from(first), gate, gate_bias_.from(first), p_.act, scale_.from(first),
