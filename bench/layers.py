@@ -215,9 +215,9 @@ def timed(
     args: argparse.Namespace,
 ) -> Iterator[tuple[str, dict[str, Timing]]]:
     """By kind of mask, times of dense and read, which take turns with all of them, and of what runs sparsely."""
-    evict = None if args.stack is None else CACHED.sum
     layers = [ways(problems, copies, args) for copies in stack]
     calls = {key: Stack([layer[key] for layer in layers]) for key in layers[0]}
+    evict = None if args.stack is None else lambda _: CACHED.sum()
     times = measure({**calls, ("all", "read"): read}, args.seconds, args.least, args.patience, evict)
     each = {key: Timing(t.median / len(stack), t.spread, t.calls) for key, t in times.items()}
     for kind, p in problems.items():

@@ -11,6 +11,7 @@ import torch
 from clock import Clock
 from long_steps import STEPS, batches, converted, finetune, finetune_layers, mean_square, sparsify, start
 from sadmoe import Checkpoint, FinetuneConfig, RouterConfig, SparsifyConfig
+from sadmoe.dial import converted_layers
 from sadmoe.training import resume
 from safetensors import safe_open
 from tiny_models import TINY
@@ -45,6 +46,22 @@ def test_a_run_by_the_gates_is_of_their_settings(tmp_path):
             sadmoe.finetune_(
                 one, batches(), config, teacher=dense, checkpoint=Checkpoint(tmp_path), progress=False
             )
+
+
+def test_steps_on_a_converted_model_are_of_its_activations(tmp_path):
+    dense, model = converted()
+    routers, experts = Checkpoint(tmp_path / "routers"), Checkpoint(tmp_path / "experts")
+    for act in ("relu", "gelu"):
+        one = copy.deepcopy(model)
+        layer = next(iter(converted_layers(one).values()))
+        assert layer.act != "gelu"
+        layer.act = act
+        refused = "is of another run: .*acts"
+        with pytest.raises(ValueError, match=refused) if act == "gelu" else nullcontext():
+            sadmoe.fit_routers_(one, batches(), RouterConfig(steps=2), checkpoint=routers, progress=False)
+        with pytest.raises(ValueError, match=refused) if act == "gelu" else nullcontext():
+            config = FinetuneConfig(steps=2)
+            sadmoe.finetune_(one, batches(), config, teacher=dense, checkpoint=experts, progress=False)
 
 
 def test_what_is_not_of_the_loop_is_of_the_run_too(tmp_path):

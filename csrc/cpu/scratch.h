@@ -26,6 +26,13 @@ class Buffer {
 };
 using Floats = Buffer<float>;
 
+// Floats from row to row, for that many in each: an odd number of lines, for rows a power of two apart would have a few sets of
+// the near caches to share.
+inline int64_t apart(int64_t columns) {
+  constexpr int64_t kLineFloats = 16;
+  return ((columns + kLineFloats - 1) / kLineFloats | 1) * kLineFloats;
+}
+
 // A vector of n values as float32: itself, or widened into scratch.
 class AsFloat {
  public:

@@ -1,8 +1,8 @@
 // Experts in bf16 by a unit that multiplies tiles (see Tiles). A token's bits are the same in any block, as everywhere.
 #pragma once
 #include "contract.h"
-#include "cpu/moe.h"
 #include "cpu/scratch.h"
+#include "cpu/threads.h"
 
 namespace sadmoe::cpu {
 

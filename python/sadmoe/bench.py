@@ -28,6 +28,7 @@ from sadmoe.tables import format_table
 from sadmoe.timing import Timing, measure, waiting
 
 WHOLE = "whole model"
+DENSE = -1  # beside the numbers of settings
 Gates = dict[str, Gate]
 
 
@@ -157,19 +158,19 @@ def _compare_layer(
     x: Tensor,
     seconds: float,
 ) -> Iterator[Row]:
-    def at(gate: Gate) -> Tensor:
-        layer.gate = gate
-        return layer(x)
-
-    own = [gates[name] for _, gates in settings]
-    variants: dict[str, Callable[[], object]] = {str(i): partial(at, gate) for i, gate in enumerate(own)}
-    variants["dense"] = partial(_linear(dense_from_layer(layer)), x)
-    times = measure({key: waiting(call, x.device) for key, call in variants.items()}, seconds)
-    for i, (tau, _) in enumerate(settings):
-        layer.gate = own[i]
+    times = _measure(
+        partial(layer, x),
+        partial(_linear(dense_from_layer(layer)), x),
+        {name: layer},
+        settings,
+        x.device,
+        seconds,
+    )
+    for i, (tau, gates) in enumerate(settings):
+        layer.gate = gates[name]
         share = layer.mask(x).float().mean().item()  # of x, which other tau earlier would have changed
         dense, tokens = layer.takes_dense_path(x), x[..., 0].numel()
-        yield Row(name, tau, tokens, share, times["dense"], times[str(i)], 1, int(dense))
+        yield Row(name, tau, tokens, share, times[DENSE], times[i], 1, int(dense))
 
 
 def _compare_whole(
@@ -183,20 +184,33 @@ def _compare_whole(
     original = copy.deepcopy(model)
     restore_(original, projections=has_originals(model))
 
-    def at(gates: Gates) -> None:
-        set_gates(layers, gates)
-        run(model, batch)
-
-    variants = {str(i): partial(at, gates) for i, (_, gates) in enumerate(settings)}
-    variants["dense"] = partial(run, original, batch)
-    device = device_of(model)
-    times = measure({key: waiting(call, device) for key, call in variants.items()}, seconds)
+    times = _measure(
+        partial(run, model, batch), partial(run, original, batch), layers, settings, device_of(model), seconds
+    )
     for i, (tau, gates) in enumerate(settings):
         set_gates(layers, gates)
         tokens = max(x[..., 0].numel() for x in seen[i].inputs.values())
         # On CUDA it takes some calls to know the share by which a path is taken: asked after what was timed.
         dense = sum(layer.takes_dense_path(seen[i].inputs[name]) for name, layer in layers.items())
-        yield Row(WHOLE, tau, tokens, seen[i].share, times["dense"], times[str(i)], len(layers), dense)
+        yield Row(WHOLE, tau, tokens, seen[i].share, times[DENSE], times[i], len(layers), dense)
+
+
+def _measure(
+    ours: Callable[[], object],
+    dense: Callable[[], object],
+    layers: dict[str, DynamicKMoE],
+    settings: list[tuple[float | None, Gates]],
+    device: torch.device,
+    seconds: float,
+) -> dict[int, Timing]:
+    """Of `ours` at each of the settings, and at DENSE of the other. Setting gates is not timed."""
+
+    def choose(which: int) -> None:
+        if which != DENSE:
+            set_gates(layers, {name: settings[which][1][name] for name in layers})
+
+    calls = {i: waiting(ours, device) for i in range(len(settings))}
+    return measure({**calls, DENSE: waiting(dense, device)}, seconds, before=choose)
 
 
 def _linear(ffn: DenseFFN) -> Callable[[Tensor], Tensor]:

@@ -142,7 +142,8 @@ def finetune_(
         loop = config if config.tau is not None else replace(config, alpha=0.0)
         kept = Kept(checkpoint, "finetune", {})
         if checkpoint is not None:
-            kept = replace(kept, run=held_to(teacher, loss=loss, output_loss=output_loss))
+            acts = {name: layer.act for name, layer in layers.items()}
+            kept = replace(kept, run={"acts": acts, **held_to(teacher, loss=loss, output_loss=output_loss)})
         run = partial(train, model, batches, loop, objective, progress=progress)
         share = None
         if config.tau is None:

@@ -121,8 +121,9 @@ def _costs(layer: DynamicKMoE, T: int, shares: Sequence[float], seconds: float) 
     }
     variants["masked"] = partial(routed, layer.masked_dense, masks[min(masks)])
     variants["op at tau 0"], variants["dense at tau 0"] = partial(layer.op_on_all, x), partial(layer.dense, x)
-    evict = torch.ones(UNCACHED, dtype=torch.float32, device="cpu").sum if device.type == "cpu" else None
-    timings = measure({name: waiting(call, device) for name, call in variants.items()}, seconds, before=evict)
+    calls = {name: waiting(call, device) for name, call in variants.items()}
+    others = torch.ones(UNCACHED if device.type == "cpu" else 0, dtype=torch.float32, device="cpu")
+    timings = measure(calls, seconds, before=lambda _: others.sum())
     times = {name: timing.median for name, timing in timings.items()}
     curve = tuple((share, times[str(share)] / times["masked"]) for share in sorted(masks))
     return curve, times["op at tau 0"] / times["dense at tau 0"]

@@ -88,6 +88,17 @@ def check_files(paths: Sequence[Path], force: bool, reads: Sequence[Path] = ()) 
             check_writable(path.resolve().parent, path)
 
 
+def files_for(paths: Sequence[Path], force: bool) -> list[Path]:
+    """Where to write in the end what `check_files` allowed at the start: those files, or new ones beside them where
+    somebody has written one since. So neither is lost."""
+    try:
+        check_files(paths, force)
+    except (FileExistsError, IsADirectoryError):
+        mark = secrets.token_hex(4)
+        return [path.with_name(f"{path.stem}-{mark}{path.suffix}") for path in paths]
+    return list(paths)
+
+
 def check_writable(place: Path, wanted: Path) -> None:
     """Raises PermissionError, or what else the system says, where nothing can be made in the folder `place`."""
     try:

@@ -151,7 +151,8 @@ def fit_routers_(
         for name, layer in layers.items()
     }
     whole = 0 if checkpoint is None else checksum(_all_but_routers(model))
-    told = {"max_tokens": max_tokens, "skip_padding": skip_padding, "model": whole}
+    acts = {name: layer.act for name, layer in converted_layers(model).items()}
+    told = {"max_tokens": max_tokens, "skip_padding": skip_padding, "model": whole, "acts": acts}
     kept = {name: Kept(checkpoint, name, {"config": asdict(configs[name]), **told}) for name in layers}
     routers = nn.ModuleList(layer.router for layer in layers.values())
     with (

@@ -38,31 +38,36 @@ def measure(
     seconds: float = 0.6,
     least: int = 7,
     patience: float = math.inf,
-    before: Callable[[], object] | None = None,
+    before: Callable[[Name], object] | None = None,
 ) -> dict[Name, Timing]:
     """Calls the variants in turn for about `seconds` each, at least `least` times.
 
     Before that twice to warm up, or once where a call is long. What has taken `patience` seconds in all is not called
-    again: of one so long call that is all. before: called ahead of each of the timed calls, and not timed.
+    again: of one so long call that is all. before: called with a variant's name ahead of each of its calls, and not
+    timed.
     """
     samples: dict[Name, list[float]] = {name: [] for name in variants}
-    for name, call in variants.items():
-        took = _seconds(call)
+
+    def timed(name: Name) -> float:
+        if before is not None:
+            before(name)
+        return _seconds(variants[name])
+
+    for name in variants:
+        took = timed(name)
         if took >= patience:
             samples[name].append(took)
         elif took < LONG:
-            call()
-    order, shuffle = list(variants.items()), random.Random(0).shuffle
+            timed(name)
+    order, shuffle = list(variants), random.Random(0).shuffle
     started, rounds = time.perf_counter(), 0
     while rounds < least or time.perf_counter() - started < seconds * len(variants):
         shuffle(order)
-        waited_for = [(name, call) for name, call in order if sum(samples[name]) < patience]
+        waited_for = [name for name in order if sum(samples[name]) < patience]
         if not waited_for:
             break
-        for name, call in waited_for:
-            if before is not None:
-                before()
-            samples[name].append(_seconds(call))
+        for name in waited_for:
+            samples[name].append(timed(name))
         rounds += 1
     return {name: _timing(values) for name, values in samples.items()}
 

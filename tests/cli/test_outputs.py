@@ -1,5 +1,6 @@
 """What the command line writes: whole or not at all, and never over what is not its own."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from sadmoe.outputs import place_for, replaced
 transformers = pytest.importorskip("transformers")
 from command_line import bert, converted
 from sadmoe import cli
+from sadmoe.cli import bench as bench_command
 from sadmoe.cli import convert as convert_command
+from sadmoe.cli import evaluate as evaluate_command
 
 
 def test_nothing_is_overwritten_without_force(folder, text, tmp_path, capsys):
@@ -142,6 +145,45 @@ def test_a_folder_without_a_name_has_one_beside_it(tmp_path, monkeypatch):
     beside = place_for(Path(), force=False)
     assert beside.parent == tmp_path
     assert beside.name.startswith("out-")
+
+
+@pytest.mark.parametrize("force", [(), ("--force",)])
+def test_numbers_that_another_run_wrote_meanwhile_are_not_lost(
+    folder, text, tmp_path, capsys, monkeypatch, force
+):
+    """Of a report, and of a bench: with --force they are replaced, as was asked for."""
+    model, page, numbers = tmp_path / "moe", tmp_path / "report.html", tmp_path / "bench.json"
+    assert converted(folder, text, model, "--tau", "0.1") == 0
+
+    def meanwhile(module, name, path):
+        real = getattr(module, name)
+
+        def beside_another(*args, **settings):
+            path.write_text("of another run")
+            return real(*args, **settings)
+
+        monkeypatch.setattr(module, name, beside_another)
+
+    meanwhile(evaluate_command, "evaluate", page)
+    meanwhile(bench_command, "compare", numbers)
+    places = ["--model", str(model), "--data", str(text)]
+    commands = {
+        page: ["report", *places, "--tau", "0.1", "--out", str(page)],
+        numbers: ["bench", *places, "--seconds", "0.001", "--json", str(numbers)],
+    }
+    for path, words in commands.items():
+        assert cli.main([*words, *force]) == 0
+        told = capsys.readouterr().out
+        written = {other.suffix: other for other in tmp_path.glob(f"{path.stem}-*")}
+        if force:
+            assert not written
+            assert path.read_text() != "of another run"
+            continue
+        assert path.read_text() == "of another run"
+        assert f"{path} was written by somebody else meanwhile" in told
+        assert str(written[path.suffix]) in told
+        assert written.keys() == {".html", ".json"} if path == page else {".json"}
+        assert json.loads(written[".json"].read_text())
 
 
 def interrupted_in(folder):

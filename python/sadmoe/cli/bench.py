@@ -26,7 +26,7 @@ from sadmoe.ffn import moe_layers
 from sadmoe.files import replacing
 from sadmoe.measure_costs import TOKENS, calibrate_costs, costs_table, key_of
 from sadmoe.measured import Costs, Key, cache_file, read
-from sadmoe.outputs import check_files
+from sadmoe.outputs import check_files, files_for
 from sadmoe.packed import pack_experts_
 from sadmoe.paths import dtype_name, use_costs
 from sadmoe.tables import to_json
@@ -137,14 +137,18 @@ def _bench(arguments: argparse.Namespace) -> None:
     else:
         batch = random_input(arguments, model)
     rows = compare(model, batch, arguments.tau, arguments.seconds, progress=True)
-    if arguments.json:
-        numbers = {"machine": machine(), "packed": packed, "rows": [asdict(row) for row in rows]}
-        with replacing(arguments.json) as beside:
-            beside.write_text(to_json(numbers))
     told = f", {len(packed)} of {len(moe_layers(model))} layers packed" if packed else ""
     print(
         f"{machine()}, {dtype_name(next(model.parameters()).dtype)}, {arguments.device}{told}\n\n{table(rows)}"
     )
+    if not arguments.json:
+        return
+    numbers = {"machine": machine(), "packed": packed, "rows": [asdict(row) for row in rows]}
+    (path,) = files_for((arguments.json,), arguments.force)
+    with replacing(path) as beside:
+        beside.write_text(to_json(numbers))
+    if path != arguments.json:
+        print(f"\n{arguments.json} was written by somebody else meanwhile, so the numbers are in {path}")
 
 
 def _use(costs: dict[Key, Costs], model: nn.Module, cache: Path) -> None:

@@ -14,7 +14,7 @@ from sadmoe.ffn import moe_layers
 from sadmoe.files import replacing
 from sadmoe.gates import DynamicK
 from sadmoe.model_report import heats_of, report_page
-from sadmoe.outputs import check_files
+from sadmoe.outputs import check_files, files_for
 from sadmoe.paths import dtype_name
 from sadmoe.report import write_page
 from sadmoe.tables import to_json
@@ -92,12 +92,18 @@ def _report(arguments: argparse.Namespace) -> None:
     heats = heats_of(model, data, arguments.sentence)  # first, as the sentence may be none
     points = evaluate(model, data.batches, _taus(arguments, model), dense=dense, progress=True)
     made = report_page(model, data, points, heats)
+    print(table(points))  # first, should nothing be writable any more
+    page, numbers = files_for((page, numbers), arguments.force)
     with replacing(numbers) as beside:
         beside.write_text(to_json([asdict(point) for point in points]))
     with replacing(page) as beside:
         write_page(beside, made)
     arguments.saved = f"{page} and {numbers} are written"
-    print(f"{table(points)}\n\n{page}, and the numbers in {numbers}")
+    if page != arguments.out:
+        print(
+            f"\n{arguments.out} was written by somebody else meanwhile, so the report is in a file beside it"
+        )
+    print(f"\n{page}, and the numbers in {numbers}")
 
 
 def _taus(arguments: argparse.Namespace, model: nn.Module) -> list[float | None]:
