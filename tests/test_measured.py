@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from functools import partial
 
 import pytest
 import sadmoe
@@ -390,6 +391,24 @@ def test_without_a_home_it_says_what_to_set(monkeypatch):
             assert paths._table() == {}
     finally:
         paths.use_costs(None)
+
+
+def test_what_comes_before_a_call_knows_which_and_is_not_timed(monkeypatch):
+    clock, events = Clock(0.0), []
+    monkeypatch.setattr("sadmoe.timing.time", clock)
+
+    def called(name: str, seconds: float) -> None:
+        events.append(name)
+        clock.now += seconds
+
+    def before(name: str) -> None:
+        events.append(f"before {name}")
+        clock.now += 100.0
+
+    timings = measure({"a": partial(called, "a", 0.25), "b": partial(called, "b", 0.5)}, 0.0, before=before)
+    assert events[::2] == [f"before {name}" for name in events[1::2]]
+    assert {name: events.count(name) for name in "ab"} == {"a": 9, "b": 9}  # two of them to warm up
+    assert {name: one.median for name, one in timings.items()} == {"a": 0.25, "b": 0.5}
 
 
 def test_calls_past_their_patience_end_the_measuring(monkeypatch):

@@ -207,7 +207,7 @@ def _measure(
 
     def choose(which: int) -> None:
         if which != DENSE:
-            set_gates(layers, {name: settings[which][1][name] for name in layers})
+            set_gates(layers, settings[which][1])
 
     calls = {i: waiting(ours, device) for i in range(len(settings))}
     return measure({**calls, DENSE: waiting(dense, device)}, seconds, before=choose)

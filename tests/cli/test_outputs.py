@@ -182,7 +182,7 @@ def test_numbers_that_another_run_wrote_meanwhile_are_not_lost(
         assert path.read_text() == "of another run"
         assert f"{path} was written by somebody else meanwhile" in told
         assert str(written[path.suffix]) in told
-        assert written.keys() == {".html", ".json"} if path == page else {".json"}
+        assert written.keys() == ({".html", ".json"} if path == page else {".json"})
         assert json.loads(written[".json"].read_text())
 
 
