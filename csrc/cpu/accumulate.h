@@ -114,7 +114,8 @@ void accumulate_in_turns(const Accumulate& p, int64_t neurons) {
 }
 
 // Many rows read the weights again and again: from a copy, widened once, without the distance from neuron to neuron, which a
-// power of two would leave with a few sets of the near cache; so many columns at once that all neurons fit. Else from where they
+// power of two would leave with a few sets of the near cache; so many columns at once that all neurons fit. (With AVX2, where
+// nothing is widened, copying a wide strip or few neurons takes longer than it saves.) Else from where they
 // are: in a narrow strip all neurons at once, in a wide one as many as stay near until the next tile of rows reads them. The
 // fewer rows, the cheaper it is to put their sums away, and the fewer neurons a turn. Where experts have few rows on average,
 // what is fetched into the first-level cache stays there until its turn: after one with few, one of more rows would begin with
@@ -123,9 +124,10 @@ template <class Vec, class W>
 void accumulate(const Accumulate& p) {
   if (few_neurons<Vec::held_neurons>(p, [&](auto m) { accumulate_held<Vec, HeldFloats<Vec, W, m.value>>(p, p.next); })) return;
   if constexpr (Vec::copied > 0) {
-    constexpr int64_t kManyRows = 8, kManyColumns = 1024, kColumns = Vec::accumulate_vecs * Vec::width;
+    constexpr int64_t kManyRows = 8, kManyColumns = 1024, kFewNeurons = 16, kColumns = Vec::accumulate_vecs * Vec::width;
     const int64_t most = p.m > 0 ? Vec::copied / p.m / kColumns * kColumns : 0;
-    if (p.n >= kManyRows && p.columns <= kManyColumns && most > 0) {
+    const bool gains = Vec::always_copied || sizeof(W) < sizeof(float) || (p.columns <= kStrip && p.m > kFewNeurons);
+    if (p.n >= kManyRows && p.columns <= kManyColumns && most > 0 && gains) {
       alignas(64) float copy[Vec::copied];
       return some_at_once(p.columns, most, [&](int64_t c, int64_t count, bool more, int64_t then) {
         Accumulate part = p;

@@ -8,6 +8,7 @@ namespace sadmoe::cpu {
 
 constexpr int64_t kLine = 64, kPage = 4096;       // bytes
 constexpr int kFirstLevel = 3, kSecondLevel = 2;  // caches, as __builtin_prefetch numbers them
+constexpr int64_t kNever = int64_t{1} << 62;
 
 // Prefetches a range of memory at an even pace, so that it ends with the last product: bursts would have to wait, and memory
 // gives lines fastest in their order. Vec::fetched says into which cache. Into the second-level one, where a core may wait for
@@ -18,6 +19,7 @@ constexpr int kFirstLevel = 3, kSecondLevel = 2;  // caches, as __builtin_prefet
 template <class Vec>
 class Ahead {
  public:
+  Ahead() : Ahead(nullptr, 0, 0) {}  // nothing
   // So many bytes while so many products are summed. from may be null: nothing.
   Ahead(const void* from, int64_t bytes, int64_t products) : Ahead(from, bytes, products, 1) {}
 

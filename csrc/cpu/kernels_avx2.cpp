@@ -31,7 +31,9 @@ struct Vec {
   static constexpr int project_rows = 3, project_columns = 4;     // 12 sums, 3 rows, 1 weight: all 16 registers
   static constexpr int accumulate_rows = 4, accumulate_vecs = 3;  // 12 sums, 3 weights, 1 activation: all 16 registers
   static constexpr int copied = 8192, held = 8, held_neurons = 4;
+  static constexpr bool always_copied = false;
   static constexpr int fetched = kSecondLevel;
+  static constexpr int64_t foreseen = 2048;  // on a Zen 3; in 512 columns and fewer they are fetched faster
 
   __m256 v;
 

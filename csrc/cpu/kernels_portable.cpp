@@ -53,7 +53,9 @@ struct Vec {
   static constexpr int project_rows = 2, project_columns = 2;
   static constexpr int accumulate_rows = 2, accumulate_vecs = 4;  // 8 sums, 4 weights, 1 activation: 13 of 16 registers
   static constexpr int copied = 8192, held = 8, held_neurons = 4;
+  static constexpr bool always_copied = true;
   static constexpr int fetched = kSecondLevel;
+  static constexpr int64_t foreseen = kNever;
 
   Floats v;
 

@@ -135,6 +135,13 @@ void in_blocks(const Project& p, int64_t rows, int64_t neurons, const Body& body
   });
 }
 
+// Whether the processor foresees the neurons of a row alone, several side by side, and is best left to fetch them itself.
+template <class Vec, class W>
+bool are_foreseen(const Project& p) {
+  if constexpr (std::is_same_v<W, float>) return p.d * int64_t(sizeof(W)) > Vec::foreseen;
+  return false;
+}
+
 // A row alone with so many neurons at once. Of int8 these may be less than memory has on its way: those after them are fetched.
 template <class Vec, class W, int Columns>
 void project_row(const Project& p) {
@@ -142,7 +149,9 @@ void project_row(const Project& p) {
   const bool few = sizeof(W) == 1 && Columns > 2 && Columns * p.d < kOnItsWay;
   const int64_t skipped =
       few && p.m % Columns == 0 && p.m > Columns ? Columns * p.d : 0;  // else blocks of p.next would be missed
+  const bool foreseen = are_foreseen<Vec, W>(p);
   const auto body = [&](const Project& part, Ahead<Vec> ahead) {
+    if (foreseen) ahead = {};
     project_tile<Vec, W, 1, Columns>(part, 0, 0, 0, p.d, nullptr, ahead);
   };
   in_blocks<Vec, W>(p, 1, Columns, body, skipped);
@@ -153,7 +162,8 @@ void project(const Project& p) {
   constexpr int kColumns = Vec::project_columns;
   // Memory gives several streams faster, as long as they stay near.
   constexpr int64_t kNear = 24 * 1024, kMany = 2 * kColumns;
-  if (p.n == 1 && kMany * p.d * int64_t(sizeof(W)) <= kNear) return project_row<Vec, W, kMany>(p);
+  const bool many = kMany * p.d * int64_t(sizeof(W)) <= kNear || are_foreseen<Vec, W>(p);
+  if (p.n == 1 && many) return project_row<Vec, W, kMany>(p);
   if (p.n == 1) return project_row<Vec, W, 2>(p);
   typename Vec::Sum kept[kKeptTiles * sums_of<Vec>(Vec::project_rows * kColumns)];
   if constexpr (sizeof(W) == 2 && !std::is_same_v<W, typename Vec::Entry> && Vec::copied > 0) {

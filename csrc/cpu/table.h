@@ -10,9 +10,11 @@
 //   reduce(v[sums])           lane i is the sum of v[i], by one fixed tree
 //   project_rows, project_columns, accumulate_rows, accumulate_vecs: register tiles
 //   copied                    floats of weights that are copied for many rows to read, see accumulate.h; 0: none
+//   always_copied             whether that gains for float32 as well in wide strips of columns, and of few neurons
 //   held, held_neurons        registers for the weights of few neurons, see held.h, and how many neurons these are at most, a
 //                             multiple of four: of more, tiles of rows are as fast
 //   fetched                   the cache that what comes next is fetched into, see ahead.h
+//   foreseen                  bytes: longer neurons of float32 are left to the processor to fetch where a row is alone; or kNever
 //   hold(v)                   keeps v in a register, lest its load be folded into every use
 // Ints is `width` integers of 16 bits, Ints::Sum half as many of 32, as many as floats in a Vec. Pairs, of instruction sets that
 // multiply bf16, is `width` bf16, Pairs::Sum a Vec. Both are for the templates of pairs; Weight is int8_t or bf16:

@@ -23,6 +23,7 @@ struct Vec {
   static constexpr int held = 16, held_neurons = 16;
   static constexpr int fetched = kSecondLevel;
 #endif
+  static constexpr int64_t foreseen = kNever;
 
   __m512 v;
 

@@ -18,6 +18,7 @@ from sadmoe.timing import measure, waiting
 
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024)  # measured T; other calls go by the nearest
 SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # measured executed shares
+PATIENCE = 20  # times the seconds of a variant, after which it has had its calls: some take seconds each
 UNCACHED = 2**25  # floats, more than most caches hold: read before each call on a CPU
 
 
@@ -71,8 +72,8 @@ def measure_costs(
 
     On a CPU 128 MiB are read between calls, so that weights have left most caches, as in a model, where other layers
     run in between: torch's products then wait for them longer than the op does. Masks are independent of the router,
-    so that they have the share; every token runs an expert. seconds: for each variant at each T. Raises ValueError
-    where a number of tokens is below 1.
+    so that they have the share; every token runs an expert. seconds: for each variant at each T, at most PATIENCE times
+    as long where few calls take longer. Raises ValueError where a number of tokens is below 1.
     """
     if min(tokens) < 1:
         raise ValueError(f"tokens must be at least 1 in every measured call, got {min(tokens)}")
@@ -123,7 +124,7 @@ def _costs(layer: DynamicKMoE, T: int, shares: Sequence[float], seconds: float) 
     variants["op at tau 0"], variants["dense at tau 0"] = partial(layer.op_on_all, x), partial(layer.dense, x)
     calls = {name: waiting(call, device) for name, call in variants.items()}
     others = torch.ones(UNCACHED if device.type == "cpu" else 0, dtype=torch.float32, device="cpu")
-    timings = measure(calls, seconds, before=lambda _: others.sum())
+    timings = measure(calls, seconds, patience=PATIENCE * seconds, before=lambda _: others.sum())
     times = {name: timing.median for name, timing in timings.items()}
     curve = tuple((share, times[str(share)] / times["masked"]) for share in sorted(masks))
     return curve, times["op at tau 0"] / times["dense at tau 0"]
