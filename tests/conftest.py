@@ -1,10 +1,12 @@
-"""Settings of every test: one thread, so that small problems are not lost in the cost of waking threads; no network;
-nothing that was measured on this machine. Fixtures of modules and other processes have them too."""
+"""Settings of every test: one thread, so that small problems are not lost in the cost of waking threads, nor those of
+tests that run beside each other; no network; nothing that was measured on this machine. Fixtures of modules and other
+processes have them too."""
 
 import os
 import shutil
 import tempfile
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it, in other processes
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sadmoe-tests-")  # where costs of layers would be

@@ -58,7 +58,7 @@ def test_a_launcher_s_two_processes_do_what_one_does(launcher, tmp_path):
         command += ["--mpirun_hostfile", str(tmp_path / "hosts"), "--main_process_port", str(free_port())]
     script, out = tmp_path / "script.py", tmp_path / "two.safetensors"
     script.write_text(textwrap.dedent(SCRIPT))
-    places = {"PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    places = {"PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"}
     places |= {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
     places |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}  # as in a container
     run = subprocess.run(

@@ -32,20 +32,23 @@ std::string Memory::race(const Span& span, const void* p, const char* now, const
   return "data race on " + span.at(p) + ": " + now + ", unordered with a " + before + " " + by;
 }
 
-std::string Memory::read(Span& span, Cell& cell, const void* p, int thread) {
-  if (!span.initialised && cell.write.phase < (span.shared ? block_phase_ : 1)) return "read of uninitialised " + span.at(p);
-  if (!ordered(span, cell.write, thread)) return race(span, p, "read", "write", cell.write);
-  if (cell.read.thread != thread || cell.read.phase < block_phase_) cell.other = cell.read;
-  cell.read = {phase_, thread, clocks.now(thread)};
-  return {};
+// What an access may not come after: the last write or, of a write, the last reads. Null where it comes in order.
+const Mark* Memory::unordered(const Span& span, const Cell& cell, Access kind, int thread) const {
+  if (!ordered(span, cell.write, thread)) return &cell.write;
+  if (kind == Access::write)
+    for (const Mark* mark : {&cell.read, &cell.other})
+      if (!ordered(span, *mark, thread)) return mark;
+  return nullptr;
 }
 
-std::string Memory::write(Span& span, Cell& cell, const void* p, int thread) {
-  if (!ordered(span, cell.write, thread)) return race(span, p, "write", "write", cell.write);
-  for (const Mark& mark : {cell.read, cell.other})
-    if (!ordered(span, mark, thread)) return race(span, p, "write", "read", mark);
-  cell.write = {phase_, thread, clocks.now(thread)};
-  return {};
+void Memory::remember(Cell& cell, Access kind, int thread) {
+  const Mark mark{phase_, thread, clocks.now(thread)};
+  if (kind == Access::write) {
+    cell.write = mark;
+    return;
+  }
+  if (cell.read.thread != thread || cell.read.phase < block_phase_) cell.other = cell.read;
+  cell.read = mark;
 }
 
 std::string Memory::access(const void* p, size_t n, size_t alignment, Access kind, int thread) {
@@ -59,13 +62,16 @@ std::string Memory::access(const void* p, size_t n, size_t alignment, Access kin
   if (reinterpret_cast<uintptr_t>(p) % alignment)
     return std::string("misaligned ") + word + " of " + std::to_string(n) + " bytes of " + span->at(p);
   if (!span->writable) return kind == Access::read ? "" : "write to read-only " + span->at(p);
-  for (size_t i = (first - span->begin) / span->element; i <= (last - span->begin) / span->element; ++i) {
-    Cell& cell = span->cells[i];
-    const char* at = span->begin + i * span->element;
-    if (cell.in_flight) return std::string(word) + " of " + span->at(at) + " while a copy to it is in flight";
-    if (kind == Access::write && cell.multiplied) return "write of " + span->at(at) + " while a product reads it";
-    std::string error = kind == Access::read ? read(*span, cell, at, thread) : write(*span, cell, at, thread);
-    if (!error.empty()) return error;
+  const size_t element = (first - span->begin) / span->element;
+  Cell* cell = &span->cells[element];
+  for (const char* at = span->begin + element * span->element; at <= last; at += span->element, ++cell) {
+    if (cell->in_flight) return std::string(word) + " of " + span->at(at) + " while a copy to it is in flight";
+    if (kind == Access::write && cell->multiplied) return "write of " + span->at(at) + " while a product reads it";
+    if (kind == Access::read && !span->initialised && cell->write.phase < (span->shared ? block_phase_ : 1))
+      return "read of uninitialised " + span->at(at);
+    if (const Mark* mark = unordered(*span, *cell, kind, thread))
+      return race(*span, at, word, mark == &cell->write ? "write" : "read", *mark);
+    remember(*cell, kind, thread);
   }
   return {};
 }

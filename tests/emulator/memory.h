@@ -57,8 +57,8 @@ class Memory {
  private:
   template <class Body>
   void each_shared(const void* p, size_t n, Body body);
-  std::string read(Span& span, Cell& cell, const void* p, int thread);
-  std::string write(Span& span, Cell& cell, const void* p, int thread);
+  const Mark* unordered(const Span& span, const Cell& cell, Access kind, int thread) const;
+  void remember(Cell& cell, Access kind, int thread);
   bool ordered(const Span& span, const Mark& mark, int thread) const;
   std::string race(const Span& span, const void* p, const char* now, const char* before, const Mark& mark) const;
 
