@@ -266,6 +266,7 @@ def test_a_model_that_is_converted_is_refused_before_it_is_trained(folder, text,
     assert "is converted already: give the dense model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_terminal_that_lacks_letters_or_is_gone_loses_no_model(folder, text, tmp_path):
     command = [
         sys.executable,
