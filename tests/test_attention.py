@@ -217,7 +217,7 @@ def test_a_random_start_goes_on_for_its_own_projections_alone(tmp_path):
     replace_projections_(model, [TINY["bert"].batch()], config, **settings)
     with torch.no_grad():
         other.encoder.layer[0].attention.self.query.weight[0] += 1
-    with pytest.raises(ValueError, match=r"another run: .*the bits of its projection were others"):
+    with pytest.raises(ValueError, match=r"another run: .*the bits of its model were others"):
         replace_projections_(other, [TINY["bert"].batch()], config, **settings)
 
 

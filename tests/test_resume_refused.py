@@ -9,7 +9,18 @@ import pytest
 import sadmoe
 import torch
 from clock import Clock
-from long_steps import STEPS, batches, converted, finetune, finetune_layers, mean_square, sparsify, start
+from long_steps import (
+    STEPS,
+    batches,
+    convert,
+    converted,
+    finetune,
+    finetune_layers,
+    mean_square,
+    replace_projections,
+    sparsify,
+    start,
+)
 from sadmoe import Checkpoint, FinetuneConfig, RouterConfig, SparsifyConfig
 from sadmoe.dial import converted_layers
 from sadmoe.training import resume
@@ -28,7 +39,7 @@ def test_a_folder_of_another_run_is_refused_and_says_what_differs(tmp_path):
         sadmoe.sparsify_(
             other, batches(), config, loss=mean_square, checkpoint=Checkpoint(tmp_path), progress=False
         )
-    with pytest.raises(ValueError, match="is of another run: the bits of its weights were others"):
+    with pytest.raises(ValueError, match=r"is of another run: .*the bits of its weights were others"):
         sparsify(model, dense, Checkpoint(tmp_path))  # no longer the model that it began with
 
 
@@ -51,15 +62,38 @@ def test_a_run_by_the_gates_is_of_their_settings(tmp_path):
 def test_steps_on_a_converted_model_are_of_its_activations(tmp_path):
     dense, model = converted()
     routers, experts = Checkpoint(tmp_path / "routers"), Checkpoint(tmp_path / "experts")
+    one_by_one = Checkpoint(tmp_path / "one by one")
     for act in ("gelu", "relu"):
         one = copy.deepcopy(model)
         next(iter(converted_layers(one).values())).act = act
-        refused = "is of another run: .*acts"
+        refused = "is of another run: .*act"
         with pytest.raises(ValueError, match=refused) if act == "relu" else nullcontext():
             sadmoe.fit_routers_(one, batches(), RouterConfig(steps=2), checkpoint=routers, progress=False)
         with pytest.raises(ValueError, match=refused) if act == "relu" else nullcontext():
             config = FinetuneConfig(steps=2)
             sadmoe.finetune_(one, batches(), config, teacher=dense, checkpoint=experts, progress=False)
+        with pytest.raises(ValueError, match=refused) if act == "relu" else nullcontext():
+            finetune_layers(one, dense, one_by_one)
+
+
+@pytest.mark.parametrize("step", [sparsify, replace_projections, convert])
+def test_steps_on_a_dense_model_are_of_its_activations(step, tmp_path):
+    folder = Checkpoint(tmp_path)
+    for act in ("gelu", "silu"):
+        model, dense = start(step)
+        sadmoe.ffn.swap_activations_(model, sadmoe.find_ffns(model), act)
+        with pytest.raises(ValueError, match=r"is of another run: .*act") if act == "silu" else nullcontext():
+            step(model, dense, folder)
+
+
+@pytest.mark.parametrize("begun", ["low_rank", "random"])
+def test_a_projection_is_of_what_makes_its_inputs(begun, tmp_path):
+    config, folder = sadmoe.ProjectionConfig(steps=2, start=begun), Checkpoint(tmp_path)
+    for scale in (1.0, 1.5):
+        model = TINY["bert"].model()
+        model.embeddings.word_embeddings.weight.data.mul_(scale)
+        with pytest.raises(ValueError, match="is of another run") if scale > 1 else nullcontext():
+            sadmoe.replace_projections_(model, batches(), config, checkpoint=folder, progress=False)
 
 
 def test_what_is_not_of_the_loop_is_of_the_run_too(tmp_path):
@@ -85,7 +119,11 @@ def test_what_is_not_of_the_loop_is_of_the_run_too(tmp_path):
         if (only, frozen) == ("0", False):
             train()
             continue
-        what = "the bits of its weights were others" if frozen else r"config.ffns was \['encoder.layer.0"
+        what = (
+            "the bits of its weights were others"
+            if frozen
+            else r"config.acts.encoder.layer.0.*was gelu, is None"
+        )
         with pytest.raises(ValueError, match=f"is of another run: {what}"):
             train()
 
@@ -94,12 +132,15 @@ def nothing(output, wanted, batch):
     return output.last_hidden_state.sum() * 0
 
 
+@pytest.mark.parametrize("part", ["layer.1", "word_embeddings", "a buffer"])
 @pytest.mark.parametrize("step", [finetune, finetune_layers, sparsify])
-def test_a_run_towards_another_teacher_is_another(step, tmp_path):
+def test_a_run_towards_another_teacher_is_another(step, part, tmp_path):
     dense, model = converted()
+    dense.register_buffer("factor", torch.ones(1))
     other = copy.deepcopy(dense)
     for name, p in other.named_parameters():
-        p.data.mul_(1.5 if "layer.1" in name else 1.0)
+        p.data.mul_(1.5 if part in name else 1.0)
+    other.factor.mul_(2.0 if part == "a buffer" else 1.0)
 
     def train(teacher):
         one = copy.deepcopy(dense if step is sparsify else model)

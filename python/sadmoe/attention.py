@@ -253,10 +253,11 @@ def replace_projections_(
         progress=progress,
     )  # fmt: skip
     built: dict[str, tuple[ProjectionMLP, ProjectionFit]] = {}
+    about = {} if checkpoint is None else _what_makes_inputs(model, config)
     with seeded(model, config.seed):
         for name, rows in tqdm(stream, "projections", len(places), disable=not progress):
             with without_autocast(rows.device):
-                built[name] = _distilled(name, linears[name], rows, config, checkpoint)
+                built[name] = _distilled(linears[name], rows, config, Kept(checkpoint, name, about))
             logger.info("%s", built[name][1])
     never = [place.name for place in places if place.name not in built]
     told = f"{', '.join(shortened(never, 5))}: never called on these batches (a parent may read their weights itself)"
@@ -293,21 +294,31 @@ def _linears_of_attention(
     return found
 
 
+def _what_makes_inputs(model: nn.Module, config: ProjectionConfig) -> dict[str, Any]:
+    """Of an MLP's training, beside its loop's settings and the batches."""
+    fields = ("act", "start", "batch_tokens", "max_tokens", "skip_padding")
+    return {
+        **{field: getattr(config, field) for field in fields},
+        "model": checksum(dict(model.state_dict())),
+        "acts": {site.name: site.act for site in scan_ffns(model)[0]},
+    }
+
+
 def _distilled(
-    name: str, linear: nn.Module, rows: Tensor, config: ProjectionConfig, checkpoint: Checkpoint | None
+    linear: nn.Module, rows: Tensor, config: ProjectionConfig, kept: Kept
 ) -> tuple[ProjectionMLP, ProjectionFit]:
     """The MLP of one projection, trained in float32, in the dtype of the projection at the end."""
     shape = shape_of(linear)
     weight: Any = linear.weight
     width = config.width_of(*shape)
-    rows = rows[torch.randperm(len(rows), device=rows.device)]
+    rows = rows[torch.randperm(len(rows), device="cpu").to(rows.device)]
     with torch.no_grad():
         # By `forward`, past hooks, which are the caller's, and may count or change what they see.
         targets = torch.cat([linear.forward(part).float() for part in rows.split(CHUNK)])
     if not targets.isfinite().all():
-        raise ValueError(f"{name}: not every output is finite; look for NaN or inf in inputs or weights")
+        raise ValueError(f"{kept.name}: not every output is finite; look for NaN or inf in inputs or weights")
     test, batches = held_out_and_batches(
-        name, {"rows": rows.float(), "targets": targets}, config.batch_tokens
+        kept.name, {"rows": rows.float(), "targets": targets}, config.batch_tokens
     )
     mlp = empty_mlp(linear, width, config.act).float()
     if config.start == "low_rank":
@@ -322,18 +333,10 @@ def _distilled(
             return error(test).item(), (mlp.act(mlp.up(test["rows"])) == 0).float().mean().item()
 
     before = judged()[0]
-    about = {
-        "projection": checksum(dict(linear.state_dict())),
-        **{
-            field: getattr(config, field)
-            for field in ("act", "start", "batch_tokens", "max_tokens", "skip_padding")
-        },
-    }
     sites = find_ffns(nn.ModuleDict({"mlp": mlp}))
     with SparsityLoss(mlp, sites) as sparsity, torch.enable_grad():
-        kept = Kept(checkpoint, name, about)
         train(mlp, batches, config.loop(), error, sparsity, progress=False, kept=kept)
-    fit = ProjectionFit(name, *shape, width, before, *judged())
+    fit = ProjectionFit(kept.name, *shape, width, before, *judged())
     mlp.zero_grad(set_to_none=True)
     return mlp.to(weight.dtype).requires_grad_(weight.requires_grad), fit
 

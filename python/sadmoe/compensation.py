@@ -86,7 +86,9 @@ def compensate_(
 def _fitted(layer: DynamicKMoE, x: Tensor, rank: int) -> tuple[SharedExpert | None, float]:
     """The shared expert of a layer that x [n, d] enters, and the share of the squared error of held-out tokens that it
     takes away; None and 0 where it would take none."""
-    x = x[torch.randperm(len(x)).to(x.device)]  # neighbours are alike, and texts may come by length
+    x = x[
+        torch.randperm(len(x), device="cpu").to(x.device)
+    ]  # neighbours are alike, and texts may come by length
     x = x.to((layer.w_up if layer.scale_up is None else layer.scale_up).dtype)
     missed = _missed(layer, x)
     if not missed.isfinite().all():

@@ -16,7 +16,6 @@ from sadmoe.batches import Batches, check_batches
 from sadmoe.checks import check_config
 from sadmoe.dial import trainable_layers
 from sadmoe.ffn import DenseFFN, FFNSite, find_ffns
-from sadmoe.files import checksum
 from sadmoe.finetune import ExpertPenalty, FinetuneConfig, trains
 from sadmoe.forward import without_autocast
 from sadmoe.inputs import CHUNK, held_out_and_batches, stream_inputs
@@ -26,7 +25,7 @@ from sadmoe.randomness import seeded
 from sadmoe.training.config import Step
 from sadmoe.training.guards import all_or_nothing
 from sadmoe.training.loop import train
-from sadmoe.training.resume import Checkpoint, Kept, check_checkpoint
+from sadmoe.training.resume import Checkpoint, Kept, check_checkpoint, held_to
 
 logger = logging.getLogger(__name__)
 LEAST = 1e-6  # of the mean of |x|^2 + |t|^2, at least, by which an error is divided: a token may be all zeros
@@ -92,6 +91,8 @@ def finetune_layers_(
     if config.seconds is not None:
         config = replace(config, seconds=config.seconds / trained)
     fits, by_name = [], {site.name: site for site in sites}
+    acts = {name: [site.act, layers[name].act] for name, site in by_name.items()}
+    about = {"batch_tokens": batch_tokens, "acts": acts, **({} if checkpoint is None else held_to(teacher))}
     with all_or_nothing(model), mode(model, train=False), seeded(model, config.seed):
         for name, rows in stream_inputs(
             teacher,
@@ -103,23 +104,24 @@ def finetune_layers_(
             progress=progress,
         ):
             dense = by_name[name].dense()
-            fits.append(_fit(name, layers[name], dense, rows, batch_tokens, config, checkpoint, progress))
+            kept = Kept(checkpoint, name, {**about, "tokens": len(rows)})
+            fits.append(_fit(layers[name], dense, rows, batch_tokens, config, kept, progress))
             logger.info("fine-tuned %s", fits[-1])
     return fits
 
 
 def _fit(
-    name: str,
     layer: DynamicKMoE,
     dense: DenseFFN,
     rows: Tensor,
     batch_tokens: int,
     config: FinetuneConfig,
-    checkpoint: Checkpoint | None,
+    kept: Kept,
     progress: bool,
 ) -> LayerFit:
     started = time.perf_counter()
-    rows = rows[torch.randperm(len(rows), device=rows.device)]
+    order = torch.randperm(len(rows), device="cpu")  # what is seeded is the model's device, not the teacher's
+    rows = rows[order.to(rows.device)]
     with without_autocast(rows.device):
         targets = torch.cat([dense(part) for part in rows.split(CHUNK)])
     rows, targets = rows.to(layer.w_up), targets.to(layer.w_up.device)  # the teacher's may be others
@@ -127,26 +129,23 @@ def _fit(
     scale = rows.float().square().sum(-1) + targets.float().square().sum(-1)
     scale = scale.clamp(min=max(LEAST * scale.mean().item(), torch.finfo(scale.dtype).tiny))
     test, batches = held_out_and_batches(
-        name, {"rows": rows, "targets": targets, "scale": scale}, batch_tokens
+        kept.name, {"rows": rows, "targets": targets, "scale": scale}, batch_tokens
     )
 
     def error(batch: Any, index: int | None = None) -> Tensor:
         wrong = layer(batch["rows"]).float() - batch["targets"].float()
         return wrong.square().sum(-1).div(batch["scale"]).mean()
 
-    with ExpertPenalty(layer, {name: layer}, config) as penalty:
+    with ExpertPenalty(layer, {kept.name: layer}, config) as penalty:
         history = []
         if trains(layer):
-            teacher = {"teacher": checksum(dense.tensors), "act": dense.act}
-            about = {"batch_tokens": batch_tokens, "tokens": len(rows), **teacher}
-            kept = Kept(checkpoint, name, about)
             history = train(
                 layer, batches, config, error, penalty, progress=progress, at=penalty.at, kept=kept
             )
         penalty.at(1.0)
         with torch.no_grad():
             missed, share = error(test).item(), layer.mask(test["rows"]).float().mean().item()
-    return LayerFit(name, missed, share, history, time.perf_counter() - started)
+    return LayerFit(kept.name, missed, share, history, time.perf_counter() - started)
 
 
 def _teachers(teacher: nn.Module, layers: dict[str, DynamicKMoE], batches: Batches) -> list[FFNSite]:

@@ -116,6 +116,7 @@ def sparsify_(
     started = time.perf_counter()
     with all_or_nothing(model), seeded(model, config.seed):
         processes.as_first_([*model.parameters(), *model.buffers()])  # the teacher is a copy of it
+        acts = {site.name: site.act for site in sites}
         before, sample = measure_first(model, batches, sites, loss, MEASURED_BATCHES)
         dense = None
         if config.objective != "task":
@@ -133,7 +134,7 @@ def sparsify_(
                 settle(model, sample)
             penalty = SparsityLoss(model, sites, penalty=config.penalty, displacement=config.displacement)
             with penalty:
-                kept = Kept(checkpoint, "sparsify", {"ffns": [site.name for site in sites], **held})
+                kept = Kept(checkpoint, "sparsify", {"acts": acts, **held})
                 history = train(model, batches, config, objective, penalty, progress=progress, kept=kept)
         after = measure_sparsity(model, sample, sites, loss=loss)
     report = SparsifyReport(before, after, history, time.perf_counter() - started)

@@ -25,9 +25,9 @@ from sadmoe.checks import check_fields
 from sadmoe.training.guards import put_in
 from sadmoe.training.processes import place
 
-FORMAT = 7
+FORMAT = 8
 KEY = "sadmoe run"
-CHECKSUMS = ("weights", "model", "teacher", "projection")  # what is known of a run by a checksum alone
+CHECKSUMS = ("weights", "model", "teacher")  # what is known of a run by a checksum alone
 
 
 @dataclass(frozen=True)
@@ -128,14 +128,15 @@ def _told(key: str, saved: Any, wanted: Any) -> str:
 
 
 def held_to(teacher: nn.Module | None, **losses: Any) -> dict[str, Any]:
-    """What a run is trained towards, as far as a checkpoint can know it: the teacher's weights, the losses' names."""
+    """What a run is trained towards, as far as a checkpoint can know it: the teacher's weights and buffers, the losses'
+    names."""
     names = {
         name: loss
         if loss is None or isinstance(loss, str)
         else getattr(loss, "__qualname__", type(loss).__name__)
         for name, loss in losses.items()
     }
-    weights = None if teacher is None else files.checksum(dict(teacher.named_parameters()))
+    weights = None if teacher is None else files.checksum(dict(teacher.state_dict()))
     return {"teacher": weights, **names}
 
 
