@@ -185,6 +185,34 @@ def test_an_epoch_s_last_step_of_fewer_batches_weighs_the_penalty_as_any(tmp_pat
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
 
+class EndsEpochAfterOne(SparsityCallback):
+    """As an early stop of one's own: the next update begins another epoch."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control, **kwargs)
+        control.should_epoch_stop = state.global_step == 1
+
+
+@weighs_last_steps
+@pytest.mark.parametrize("how", ["an epoch stopped", "resumed from its start", "resumed inside"])
+def test_steps_are_counted_from_where_their_epoch_began(how, tmp_path):
+    settings = PLAIN_SGD | {"n": 6, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    kind = SparsityCallback
+    if how == "an epoch stopped":
+        kind = EndsEpochAfterOne
+    else:  # after the first of an epoch's two updates
+        save = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+        trained(tmp_path, SparsityCallback(alpha=5.0, schedule="constant"), "llama", **settings | save)
+        settings["resume_from_checkpoint"] = tmp_path / "checkpoint-1"
+        settings["ignore_data_skip"] = how == "resumed from its start"
+    models = []
+    for scaled_by_model in (False, True):  # rows of as many labels: the loss is the same
+        callback = kind(alpha=5.0, schedule="constant")
+        models.append(trained(tmp_path, callback, "llama", scaled_by_model=scaled_by_model, **settings)[0])
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["bert classifier", "llama"])
 def test_gradient_checkpointing_changes_nothing_but_rounding(name, tmp_path):
     plain, _ = trained(tmp_path, SparsityCallback(alpha=1.0), name)

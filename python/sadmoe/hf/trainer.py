@@ -36,6 +36,8 @@ class AddedLoss(TrainerCallback):
         self.last: Tensor | None = None
         self._in_step = False
         self._passes = 1  # of the step
+        self._begun = False  # whether an epoch of this run has
+        self._step_of_epoch = 0  # global_step where the epoch began
         self._added = 0  # terms of the step
         self._trained_on = 0  # those of them that a backward pass reached
         self._arguments: Any = None
@@ -58,6 +60,7 @@ class AddedLoss(TrainerCallback):
     def watch(self, model: nn.Module, term: PassesLoss, arguments: Any) -> None:
         """Begins to watch the model."""
         self._arguments = arguments
+        self._begun = False
         term.__enter__()
         self._term = term
         self._handles.append(model.register_forward_hook(self._add, with_kwargs=True))
@@ -72,13 +75,24 @@ class AddedLoss(TrainerCallback):
             self._term.__exit__()
         self._term = None
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Notes the step. A run that goes on inside an epoch leaves out the batches of its steps, unless told not to;
+        then it begins the epoch again."""
+        self._step_of_epoch = state.global_step
+        if not self._begun and not args.ignore_data_skip and (steps := _steps_of_epoch(args, kwargs)):
+            self._step_of_epoch -= state.global_step % steps
+        self._begun = True
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From here on passes in training are the step's."""
         self._in_step = True
         self._added = self._trained_on = 0
         if self._term is not None:
             self._term.forget()  # passes of modules inside, between steps
-        self._passes = _passes_of_step(args, state, kwargs.get("train_dataloader"))
+        self._passes = args.gradient_accumulation_steps
+        if batches := _batches_of_epoch(kwargs):  # the last step has what is left
+            done = self._passes * (state.global_step - self._step_of_epoch)
+            self._passes = max(1, min(self._passes, batches - done))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Adds nothing to what the model says outside a step, so also after a run that failed between two. Raises
@@ -144,15 +158,16 @@ class AddedLoss(TrainerCallback):
         return float(self._passes * multiplied)
 
 
-def _passes_of_step(arguments: Any, state: Any, loader: Any) -> int:
-    """How many batches the step that begins adds up: an epoch's last step has what is left."""
-    most = arguments.gradient_accumulation_steps
+def _batches_of_epoch(given: Mapping[str, Any]) -> int:
+    """By what a callback is given; 0 where it is not told, as of an iterable dataset."""
     try:
-        batches = len(loader)
-    except TypeError:  # of an iterable dataset, or no loader
-        return most
-    done = most * (state.global_step % max(1, math.ceil(batches / most)))
-    return min(most, batches - done) if batches else most
+        return len(given["train_dataloader"])
+    except (KeyError, TypeError):
+        return 0
+
+
+def _steps_of_epoch(arguments: Any, given: Mapping[str, Any]) -> int:
+    return math.ceil(_batches_of_epoch(given) / arguments.gradient_accumulation_steps)
 
 
 class SparsityCallback(AddedLoss):
