@@ -19,9 +19,10 @@ from sadmoe.dial import gates_of, set_gates, trainable_layers
 from sadmoe.ffn import site_of
 from sadmoe.forward import no_gradient
 from sadmoe.gates import DynamicK, Gate
+from sadmoe.hooks import LatestCall
 from sadmoe.layer import DynamicKMoE
 from sadmoe.modules import device_of, mode, refuse_compiled, refuse_distributed
-from sadmoe.padding import real_part
+from sadmoe.padding import ran, real_part
 from sadmoe.randomness import seeded
 from sadmoe.sparsify.penalty import square_hoyer
 from sadmoe.training.config import LoopConfig, Step
@@ -198,20 +199,27 @@ class ExpertPenalty:
         assert config.tau is not None
         self.model, self.layers, self.config, self.tau = model, layers, config, config.tau
         self.gates = gates_of(layers)
-        self.seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+        self.call = LatestCall(model)
+        self.seen: dict[str, list[tuple[Tensor, Any]]] = {name: [] for name in layers}
+        self.hooks = {name: partial(self._see, name) for name in layers}
         self.sum, self.weight = 0.0, 0.0  # of the executed shares so far, the latest weighing most
         calls = config.accumulate / place()[1]  # of an update, each of which takes its part of the decay
         self.decay = MEMORY ** (1 / calls)
 
     def __enter__(self) -> "ExpertPenalty":
+        self.call.__enter__()
         for name, layer in self.layers.items():
-            layer.norms_hooks.append(self.seen[name].append)
+            layer.norms_hooks.append(self.hooks[name])
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.call.__exit__(*exc)
         for name, layer in self.layers.items():
-            layer.norms_hooks.remove(self.seen[name].append)
+            layer.norms_hooks.remove(self.hooks[name])
         set_gates(self.layers, self.gates)
+
+    def _see(self, name: str, norms: Tensor) -> None:
+        self.seen[name].append((norms, self.call.given))
 
     @property
     def share(self) -> float:
@@ -233,14 +241,14 @@ class ExpertPenalty:
 
     def __call__(self, batch: Any) -> Tensor:
         values, shares, device = [], [], device_of(self.model)
-        for name, norms in self.seen.items():
-            for one in norms:
-                kept = real_part(self.model, name, batch, one)
+        for name, passes in self.seen.items():
+            for norms, given in passes:
+                kept = real_part(self.model, name, ran(batch, given), norms)
                 if not len(kept):  # a batch of padding alone
                     continue
                 values.append((square_hoyer(kept).mean() / kept.shape[1]).to(device))
                 shares.append(self.layers[name].gate.mask(kept.detach()).float().mean().to(device))
-            norms.clear()
+            passes.clear()
         now = mean_over_processes(torch.stack(shares).mean().item() if shares else self.share, device)
         self.sum = self.decay * self.sum + (1 - self.decay) * now
         self.weight = self.decay * self.weight + (1 - self.decay)

@@ -32,6 +32,30 @@ def hooks_on(handles: Iterable[RemovableHandle]) -> Iterator[None]:
         yield
 
 
+class LatestCall:
+    """What a model was last called with by name, inside its `with`.
+
+    given: the mapping that came first, else the named arguments; None of a call without any, or before the first.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+        self.given: Mapping[str, Any] | None = None
+        self._hook: RemovableHandle | None = None
+
+    def __enter__(self) -> "LatestCall":
+        self._hook = self.model.register_forward_pre_hook(self._see, with_kwargs=True)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.given = None
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _see(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.given = args[0] if args and isinstance(args[0], Mapping) else kwargs or None
+
+
 def calls_seen(
     modules: Mapping[str, M], see: Callable[[str, M, tuple[Any, ...], dict[str, Any]], None]
 ) -> AbstractContextManager[None]:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from sadmoe.batches import Batch, run, to_device
 from sadmoe.dial import converted_layers, gates_of
 from sadmoe.forward import is_recomputed
-from sadmoe.hooks import calls_seen, uncompiled
+from sadmoe.hooks import LatestCall, calls_seen, uncompiled
 from sadmoe.layer import DynamicKMoE, only_input
 from sadmoe.modules import device_of, evaluating
-from sadmoe.padding import real_rows
+from sadmoe.padding import ran, real_rows
 
 
 @dataclass
@@ -59,6 +59,7 @@ class MaskRecord:
         }
         self._gates = gates_of(layers) if same_gates else {}
         self._batch: Batch = ()
+        self._call = LatestCall(model)
 
     @property
     def share(self) -> float:
@@ -90,7 +91,8 @@ class MaskRecord:
         rows = values.reshape(-1, values.shape[-1])
         counts = self.layers[name]
         counts.rows += len(rows)
-        real = real_rows(self.model, name, self._batch, values) if self.skip_padding else None
+        batch = ran(self._batch, self._call.given)
+        real = real_rows(self.model, name, batch, values) if self.skip_padding else None
         if layer.runs_all_experts:
             counts.histogram[-1] += len(rows) if real is None else int(real.sum())
             return
@@ -121,6 +123,7 @@ def record_masks(
     record = MaskRecord(model, layers, skip_padding, same_gates)
     with ExitStack() as hooks:
         hooks.enter_context(uncompiled())
+        hooks.enter_context(record._call)
         hooks.enter_context(calls_seen(layers, record._see))
         for name, layer in layers.items():
             see_norms = partial(record._see_norms, name, layer)

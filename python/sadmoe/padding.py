@@ -169,6 +169,25 @@ def mask_rows(mask: Tensor, shape: torch.Size) -> Tensor:
     return (mask.t() if turned else mask).flatten()
 
 
+def ran(batch: Batch | None, given: Mapping[str, Any] | None) -> Batch | None:
+    """What one pass of a loss ran of a batch: of several texts, each a mapping, the one that the model was given in
+    that pass, see `hooks.LatestCall`. Where it was given none, as only parts of it were called, no mask is used, and a
+    UserWarning tells so if one leaves tokens out."""
+    if isinstance(batch, Mapping):  # of masks in mappings inside it `real_rows` tells
+        inside = any(isinstance(part, Mapping) for part in batch.values())
+        return given if inside and given is not None else batch
+    parts = {str(i): part for i, part in enumerate(batch)} if isinstance(batch, tuple | list) else {}
+    if sum(isinstance(part, Mapping) for part in parts.values()) < 2:
+        return batch
+    if given is None and (masked := _masked_parts(parts)):
+        warnings.warn(
+            f"the batches hold an attention_mask in each of parts {', '.join(masked)}, and the loss did not call the "
+            "model with one of these: all tokens count as real",
+            stacklevel=2,
+        )
+    return given
+
+
 def real_part(model: nn.Module, name: str, batch: Batch | None, x: Tensor) -> Tensor:
     """The rows [rows, d] of x [..., d] that are real tokens, or all of them, see `real_rows`."""
     real = real_rows(model, name, batch, x)

@@ -2,14 +2,25 @@
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sadmoe.forward import is_recomputed
+from sadmoe.hooks import LatestCall
 
 Loss = TypeVar("Loss", bound="PassesLoss")
+
+
+@dataclass(frozen=True)
+class Noted:
+    """What a module said in one pass, and what the model was given in it, see `LatestCall`."""
+
+    value: Tensor
+    given: Mapping[str, Any] | None
 
 
 class PassesLoss(ABC):
@@ -17,9 +28,11 @@ class PassesLoss(ABC):
 
     _called: ClassVar[str]  # in a message: with ...(model) as what
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self._entered: AbstractContextManager[Any] | None = None
-        self._seen: dict[str, list[Tensor]] = defaultdict(list)
+        self._seen: dict[str, list[Noted]] = defaultdict(list)
+        self._call = LatestCall(model)
 
     @abstractmethod
     def _watching(self) -> AbstractContextManager[Any]:
@@ -33,9 +46,10 @@ class PassesLoss(ABC):
         name = type(self).__name__
         if self._entered:
             raise RuntimeError(f"this {name} is entered already: one `with` around the loop is enough")
-        watching = self._watching()
-        watching.__enter__()
-        self._entered = watching
+        with ExitStack() as stack:
+            stack.enter_context(self._watching())
+            stack.enter_context(self._call)
+            self._entered = stack.pop_all()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -46,7 +60,12 @@ class PassesLoss(ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies of a model whose hooks lead here: not entered, nothing seen."""
-        return {**self.__dict__, "_entered": None, "_seen": defaultdict(list)}
+        return {
+            **self.__dict__,
+            "_entered": None,
+            "_seen": defaultdict(list),
+            "_call": LatestCall(self.model),
+        }
 
     def forget(self) -> None:
         """Drops what passes since the last call left, as after an evaluation."""
@@ -55,9 +74,9 @@ class PassesLoss(ABC):
     def _note(self, name: str, value: Tensor) -> None:
         """What a module said. In backward, checkpointing runs it again: the same operations are due, but count once."""
         if not is_recomputed():
-            self._seen[name].append(value)
+            self._seen[name].append(Noted(value, self._call.given))
 
-    def _taken(self) -> dict[str, list[Tensor]]:
+    def _taken(self) -> dict[str, list[Noted]]:
         """What was noted since the last call, by name. Raises RuntimeError where that is nothing."""
         name = type(self).__name__
         if not self._entered:

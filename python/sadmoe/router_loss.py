@@ -13,7 +13,7 @@ from sadmoe.forward import without_autocast
 from sadmoe.hooks import calls_seen
 from sadmoe.layer import DynamicKMoE, only_input
 from sadmoe.modules import device_of, refuse_compiled
-from sadmoe.padding import real_part, refuse_mask
+from sadmoe.padding import ran, real_part, refuse_mask
 from sadmoe.passes import PassesLoss
 from sadmoe.routers import RouterConfig, power_of
 from sadmoe.weights import check_no_adapters
@@ -50,9 +50,8 @@ class RouterLoss(PassesLoss):
     _called = "routers"
 
     def __init__(self, model: nn.Module, *, target_power: float | None = None):
-        super().__init__()
         refuse_compiled(model)
-        self.model = model
+        super().__init__(model)
         self.layers = trainable_layers(model)
         check_no_adapters(model, self.layers)
         self.target_power = RouterConfig(target_power=target_power).target_power  # which is checked
@@ -82,7 +81,9 @@ class RouterLoss(PassesLoss):
         parts = [
             _unexplained(
                 layer,
-                torch.cat([real_part(self.model, name, batch, x) for x in seen[name]]),
+                torch.cat(
+                    [real_part(self.model, name, ran(batch, one.given), one.value) for one in seen[name]]
+                ),
                 self.target_power,
             )
             for name, layer in self.layers.items()

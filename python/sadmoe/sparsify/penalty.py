@@ -18,10 +18,10 @@ from sadmoe.batches import NOTHING_AGAIN, Batch, Batches, check_batches, length,
 from sadmoe.checks import check_choice
 from sadmoe.ffn import FFNSite, find_ffns
 from sadmoe.forward import no_gradient
-from sadmoe.hooks import hooks_on, uncompiled
+from sadmoe.hooks import LatestCall, hooks_on, uncompiled
 from sadmoe.modules import device_of, evaluating, refuse_compiled
-from sadmoe.padding import mask_rows, real_rows, refuse_mask, rows_of
-from sadmoe.passes import PassesLoss
+from sadmoe.padding import mask_rows, ran, real_rows, refuse_mask, rows_of
+from sadmoe.passes import Noted, PassesLoss
 from sadmoe.training.objective import Loss
 
 Penalty = Literal["hoyer", "l1"]
@@ -100,10 +100,9 @@ class SparsityLoss(PassesLoss):
         penalty: Penalty = "hoyer",
         displacement: float = -10.0,
     ):
-        super().__init__()
         refuse_compiled(model)
         check_choice("penalty", penalty, PENALTIES)
-        self.model = model
+        super().__init__(model)
         self.sites = find_ffns(model) if sites is None else _some(sites)
         self.penalty = penalty
         self.displacement = displacement
@@ -126,9 +125,7 @@ class SparsityLoss(PassesLoss):
         self._check_gradient(seen)
         device = device_of(self.model)  # of one that lies on several, the first
         means = [
-            torch.stack([self._mean(site, values, batch, mask) for values in seen[site.name]])
-            .mean()
-            .to(device)
+            torch.stack([self._mean(site, noted, batch, mask) for noted in seen[site.name]]).mean().to(device)
             for site in self.sites
             if site.name in seen
         ]
@@ -139,18 +136,19 @@ class SparsityLoss(PassesLoss):
         a = z.relu() if site.act in reference.RECTIFIERS else (z.float() - self.displacement).clamp(min=0)
         self._note(site.name, PENALTIES[self.penalty](a) / z.shape[-1])
 
-    def _check_gradient(self, seen: Mapping[str, list[Tensor]]) -> None:
+    def _check_gradient(self, seen: Mapping[str, list[Noted]]) -> None:
         if not torch.is_grad_enabled():
             return
         for site in self.sites:
-            values = seen.get(site.name, [])
+            values = [noted.value for noted in seen.get(site.name, [])]
             trained = any(p.requires_grad for p in site.first.parameters())
             if values and trained and not any(value.requires_grad for value in values):
                 raise no_gradient(f"for the penalty of {site.name}")
 
-    def _mean(self, site: FFNSite, values: Tensor, batch: Batch | None, mask: Tensor | None) -> Tensor:
+    def _mean(self, site: FFNSite, noted: Noted, batch: Batch | None, mask: Tensor | None) -> Tensor:
+        values = noted.value
         if mask is None:
-            real = real_rows(self.model, site.name, batch, values.unsqueeze(-1))
+            real = real_rows(self.model, site.name, ran(batch, noted.given), values.unsqueeze(-1))
             if real is None:  # of no rows 0, not NaN
                 return values.mean() if values.numel() else values.sum()
             return _masked_mean(values, real)
@@ -237,7 +235,7 @@ def _count(
     current: dict[str, Any] = {}
 
     def count(site: FFNSite, module: nn.Module, args: Any, output: Tensor) -> None:
-        real = real_rows(model, site.name, current["batch"], output)
+        real = real_rows(model, site.name, ran(current["batch"], call.given), output)
         a = reference.ACTIVATIONS[site.act](site.pre_activation(rows_of(output))).abs()
         a = a if real is None else a[real]
         if a.numel():
@@ -247,7 +245,7 @@ def _count(
             )
 
     hooks = (site.first.register_forward_hook(partial(count, site)) for site in sites)
-    with uncompiled(), hooks_on(hooks), evaluating(model):
+    with uncompiled(), LatestCall(model) as call, hooks_on(hooks), evaluating(model):
         for batch in tqdm(batches, "activations", length(batches), disable=not progress):
             current["batch"] = to_device(batch, device_of(model))
             (run if loss is None else loss)(model, current["batch"])
