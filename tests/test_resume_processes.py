@@ -18,6 +18,7 @@ from long_steps import (
 )
 from processes import run_together
 from sadmoe import Checkpoint, FinetuneConfig, SparsifyConfig
+from sadmoe.training import processes
 from states import same, state
 from torch import Tensor, nn
 
@@ -37,6 +38,7 @@ WORKER = """
         test_resume_processes.killed_and_gone_on(Path(sys.argv[2]) / f"own {rank}")
     with test_resume_processes.pytest.raises(RuntimeError, match="gates of this process are not those of the others"):
         test_resume_processes.trained_by_gates_at(0.1 + 0.2 * rank)
+    test_resume_processes.check_layouts(rank)
     model = test_resume_processes.counted()
     save_file(test_resume_processes.state(model), f"{sys.argv[2]}/counted.{rank}.safetensors")
     model = test_resume_processes.killed_and_gone_on(Path(sys.argv[2]) / "kept")
@@ -69,6 +71,30 @@ def shared(spoil: bool = False) -> dict[str, nn.Module]:
 
     sadmoe.sparsify_(dropped, batches(), SparsifyConfig(**settings), loss=loss, progress=False)
     return {"sparsify": sparse, "finetune": model, "layers": layered, "dropped": dropped}
+
+
+LAYOUTS = {  # of 8 rows of 6, and how many entries of these they have
+    "turned": (lambda base: base.t(), 48),
+    "gapped": (lambda base: base[:, :3], 24),
+    "gapped and turned": (lambda base: base[:, :3].t(), 24),
+    "one for many": (lambda base: base[0, 5].expand(4096), 1),
+    "a row for many": (lambda base: base[1:2].expand(500, 6), 6),
+    "channels last": (lambda base: base.reshape(1, 2, 4, 6).permute(0, 3, 1, 2), 48),
+    "an entry": (lambda base: base[1, 4], 1),
+}
+
+
+def check_layouts(rank: int) -> None:
+    """Collectives of tensors that lie in memory in another order, with gaps, or once for many entries. Raises in a
+    process where one is wrong, or what lies beside it has changed."""
+    for step, wanted in ((processes.as_first_, 1.0), (processes.sum_, 3.0), (processes.mean_, 1.5)):
+        for name, (layout, entries) in LAYOUTS.items():
+            own = rank + 1.0
+            base = torch.full((8, 6), own)
+            step([layout(base)])
+            assert layout(base).eq(wanted).all(), f"{step.__name__} of one that is {name}"
+            unchanged = 48 if wanted == own else 48 - entries
+            assert base.eq(own).sum() == unchanged, f"{step.__name__} beside one that is {name}"
 
 
 def counted() -> nn.Module:

@@ -3,7 +3,9 @@
 Whoever launches them (torchrun, accelerate launch) has made the process group; without one there is one process.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -25,12 +27,22 @@ def refuse_group(step: str) -> None:
         )
 
 
+def _in_place(collective: Callable[[Tensor], Any], tensor: Tensor) -> None:
+    """The collective, which takes a tensor's memory for one without gaps, on whatever lies there otherwise."""
+    # Of what stands for many entries, as an expanded buffer's: itself.
+    own = tensor[tuple(slice(None if stride else 1) for stride in tensor.stride())]
+    whole = own.contiguous()
+    collective(whole)
+    if whole.data_ptr() != own.data_ptr():
+        own.copy_(whole)
+
+
 @torch.no_grad()
 def sum_(tensors: Iterable[Tensor]) -> None:
     """Each tensor becomes its sum over the processes, in place."""
     if place()[1] > 1:
         for tensor in tensors:
-            distributed.all_reduce(tensor)
+            _in_place(distributed.all_reduce, tensor)
 
 
 @torch.no_grad()
@@ -38,22 +50,24 @@ def as_first_(tensors: Iterable[Tensor]) -> None:
     """Each tensor becomes what it is in the first process, in place."""
     if place()[1] > 1:
         for tensor in tensors:
-            distributed.broadcast(tensor, src=0)
+            _in_place(partial(distributed.broadcast, src=0), tensor)
 
 
 @torch.no_grad()
 def mean_(tensors: Iterable[Tensor]) -> None:
     """Each tensor becomes its mean over the processes, in place; one that is the same in all stays, bit for bit."""
-    world = place()[1]
-    if world == 1:
-        return
-    for tensor in tensors:
-        total = tensor.double()
-        bounds = torch.stack([total, -total])
-        distributed.all_reduce(bounds, distributed.ReduceOp.MAX)
-        if not torch.equal(bounds[0], -bounds[1]):
-            distributed.all_reduce(total)
-            tensor.copy_(total / world)
+    if place()[1] > 1:
+        for tensor in tensors:
+            _in_place(_mean_, tensor)
+
+
+def _mean_(tensor: Tensor) -> None:
+    total = tensor.double()
+    bounds = torch.stack([total, -total])
+    distributed.all_reduce(bounds, distributed.ReduceOp.MAX)
+    if not torch.equal(bounds[0], -bounds[1]):
+        distributed.all_reduce(total)
+        tensor.copy_(total / place()[1])
 
 
 def mean_over_processes(value: float, device: torch.device) -> float:
