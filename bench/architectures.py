@@ -26,6 +26,8 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -297,20 +299,16 @@ def is_well(row: dict[str, Any]) -> bool:
     return good and row["loaded"] is not False and row["restored"]
 
 
-def in_a_process(kind: str, queue: Any) -> None:
+def in_a_process(kind: str, sender: Connection) -> None:
     try:
-        queue.put(looked_at(kind))
+        row = looked_at(kind)
     except NotTried as reason:
         cause = reason.__cause__
-        queue.put({"type": kind, "not tried": str(reason), "why": repr(cause)[:200] if cause else ""})
+        row = {"type": kind, "not tried": str(reason), "why": repr(cause)[:200] if cause else ""}
     except Exception as error:
-        queue.put(
-            {
-                "type": kind,
-                "failed": f"{type(error).__name__}: {error}",
-                "trace": traceback.format_exc()[-2000:],
-            }
-        )
+        trace = traceback.format_exc()[-2000:]
+        row = {"type": kind, "failed": f"{type(error).__name__}: {error}", "trace": trace}
+    sender.send(row)
 
 
 def rows_of(kinds: list[str], seconds: float = 120) -> list[dict[str, Any]]:
@@ -318,18 +316,16 @@ def rows_of(kinds: list[str], seconds: float = 120) -> list[dict[str, Any]]:
     context = multiprocessing.get_context("fork")
     rows = []
     for kind in kinds:
-        queue = context.SimpleQueue()
-        process = context.Process(target=in_a_process, args=(kind, queue))
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=in_a_process, args=(kind, sender))
         process.start()
-        process.join(seconds)
-        if process.is_alive():
-            process.kill()
-            process.join()
-        rows.append(
-            queue.get()
-            if not queue.empty()
-            else {"type": kind, "failed": f"died, or took over {seconds:.0f} s"}
-        )
+        sender.close()  # so that the end of the process ends the wait, too
+        row = {"type": kind, "failed": f"died, or took over {seconds:.0f} s"}
+        with suppress(EOFError):
+            row = receiver.recv() if receiver.poll(seconds) else row
+        process.kill()
+        process.join()
+        rows.append(row)
         print(json.dumps({name: value for name, value in rows[-1].items() if name != "trace"}), flush=True)
     return rows
 

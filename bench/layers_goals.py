@@ -20,7 +20,9 @@ all of it, they did not hide each other; what is left of calls of a few microsec
 many tokens it is products that run below the rate of a large one.
 """
 
+import itertools
 import json
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,12 +94,15 @@ def told(aim: Aim, cells: list[Cell]) -> str:
     """How many cells reach it, by their tokens."""
     found = {id(cell): figure for cell in cells if (figure := aim.figure(cell)) is not None}
     lines = []
-    for low, high in ((1, 8), (16, 64), (256, 1024), (4096, 4096)):
-        figures = [found[id(cell)] for cell in cells if id(cell) in found and low <= cell["T"] <= high]
-        if figures:
+    for low, high in itertools.pairwise((1, 9, 65, 1025, math.inf)):
+        some = [cell for cell in cells if id(cell) in found and low <= cell["T"] < high]
+        if some:
+            figures, tokens = [found[id(cell)] for cell in some], [cell["T"] for cell in some]
             reached = sum(figure >= aim.least for figure in figures)
             spread = f"{min(figures):6.2f} {statistics.median(figures):6.2f} {max(figures):6.2f}"
-            lines.append(f"{aim.name:15} {low:5} to {high:4} {reached:6} of {len(figures):4} {spread}")
+            lines.append(
+                f"{aim.name:15} {min(tokens):5} to {max(tokens):4} {reached:6} of {len(figures):4} {spread}"
+            )
     return "\n".join(lines)
 
 
