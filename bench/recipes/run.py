@@ -120,7 +120,7 @@ def from_command_line(
     )
     add = parser.add_argument
     add("--data", type=Path, default=Path("data"), help="folder that fetch.sh filled (%(default)s)")
-    add("--out", type=Path, default=Path("bench/results"), help="folder for results (%(default)s)")
+    add("--out", type=Path, default=Path("runs"), help="folder for results (%(default)s)")
     add("--effort", choices=efforts, default=effort, help="how long it takes, and what of it (%(default)s)")
     add("--longer", type=float, default=1.0, help="times the seconds of training, for a slow machine")
     add("--sizes", type=int, nargs="+", default=sizes, help="neurons in an expert; the first is ours")
