@@ -7,6 +7,8 @@ import sadmoe
 import torch
 from tiny_models import tokens
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from trainers import (
     PLAIN_SGD,
     RouterCallback,
@@ -177,3 +179,15 @@ def test_an_optimizer_without_the_routers_is_refused(tmp_path):
     trainer.optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     trainer.train()
     assert len(states_differ(model, routed_model())) == 4
+
+
+def test_split_routers_are_refused_with_the_cause(tmp_path):
+    model, callback = routed_model(), RouterCallback()
+    trainer = routed(tmp_path, [callback], model)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match=r"split over processes.*by fit_routers_\(model, batches\)"):
+            callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=model)
+    finally:
+        torch.distributed.destroy_process_group()

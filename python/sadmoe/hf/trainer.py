@@ -277,13 +277,18 @@ class RouterCallback(AddedLoss):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Starts to watch the model."""
         model = kwargs["model"]
+        term = RouterLoss(model, target_power=self.target_power)
+        if any(type(v.data) is not Tensor for v in term.weights):
+            raise ValueError(
+                "RouterCallback: the routers are split over processes, as FSDP and tensor parallelism do it, and are "
+                "fitted whole: train them by torchrun without these, or by fit_routers_(model, batches) beforehand"
+            )
         if not all(p in self._asked for p in model.parameters()):
             raise ValueError(
                 "RouterCallback came after the Trainer, has been stopped, or the Trainer has made another model since "
                 "(model_init): give a new one to a new Trainer(model, callbacks=[RouterCallback(...)])"
             )
         self.unwatch()
-        term = RouterLoss(model, target_power=self.target_power)
         optimizer = kwargs.get("optimizer")
         known = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
         # Of the model itself: an optimizer of shards, or of flat copies, knows none of its parameters.
