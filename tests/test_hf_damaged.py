@@ -13,7 +13,8 @@ import sadmoe.hf
 from converted import converted
 from hf_models import config_of, described, edit_config, edit_weights
 from sadmoe import SavedModelError
-from sadmoe.hf.quantizer import SadmoeConfig, SadmoeQuantizer, _check_loaded
+from sadmoe.hf.loading import check_loaded
+from sadmoe.hf.quantizer import SadmoeConfig, SadmoeQuantizer
 from tiny_models import TINY
 
 pytestmark = pytest.mark.usefixtures("loud")
@@ -121,7 +122,7 @@ def test_weights_of_another_shape_are_refused(tmp_path):
     model = described("bert")  # where transformers leaves it to the quantizer
     wrong = {"encoder.layer.0.intermediate.w_up": torch.Size([1, 2, 3])}
     with pytest.raises(SavedModelError, match=r"intermediate\.w_up is \[6, 10, 24\], not \[1, 2, 3\]"):
-        _check_loaded(model, wrong, from_files=False)
+        check_loaded(model, wrong, from_files=False)
 
 
 def test_a_dense_checkpoint_is_not_converted_on_the_way_in(tmp_path):

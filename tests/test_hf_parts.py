@@ -13,7 +13,7 @@ import sadmoe.hf
 from converted import converted
 from hf_models import described, same
 from sadmoe import SavedModelError, load, moe_layers, restore_, save, set_tau
-from sadmoe.hf.quantizer import _found_in
+from sadmoe.hf.names import found_in
 from tiny_models import TINY, call
 
 pytestmark = pytest.mark.usefixtures("loud")
@@ -303,9 +303,9 @@ def test_layers_are_found_by_the_names_that_they_have_in_a_part(saved, here):
     model = nn.Module()
     model.base_model_prefix = "bert"
     model.named_modules = lambda: [(here, nn.Module())]
-    assert _found_in(model, {saved: "what it is"}) == {here: "what it is"}
+    assert found_in(model, {saved: "what it is"}) == {here: "what it is"}
     with pytest.raises(SavedModelError, match="does not fit this Module"):
-        _found_in(model, {f"other.{saved}": "what it is"})
+        found_in(model, {f"other.{saved}": "what it is"})
 
 
 def test_a_module_further_out_may_initialise_what_was_replaced(tmp_path):
