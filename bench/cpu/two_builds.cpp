@@ -121,6 +121,7 @@ double quantile(std::vector<double> values, double q) {
 template <class Threads>
 Threads on_threads(int count) {
   return {count, [count](int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+            if (n == 0) return;  // as torch's pool: no token chose an expert
             const int64_t parts = std::min<int64_t>(count, (n + grain - 1) / grain),
                           part = (n + parts - 1) / std::max<int64_t>(parts, 1);
 #pragma omp parallel for num_threads(parts) if (parts > 1)

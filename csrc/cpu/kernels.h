@@ -68,6 +68,12 @@ struct Select {
   bool* mask;
 };
 
+// Memory to be fetched into the second-level cache while products are summed, at an even pace: from may be null, none.
+struct Soon {
+  const void* from;
+  int64_t bytes;
+};
+
 // Products of bf16 matrices by a unit that multiplies tiles of 1 KiB, summed in float32, k ascending for every entry:
 //   left  [n, k]  tiles of 16 rows x 32 k:                    left[i / 16][k / 32][i % 16][k % 32]
 //   right [k, m]  tiles of 32 k, in pairs, x 16 columns:      right[j / 16][k / 32][k % 32 / 2][j % 16][k % 2]
@@ -79,7 +85,7 @@ struct Tiles {
   void (*left_of_floats)(const float* h, int64_t ld, int64_t n, int64_t k, bf16* left);          // of h [n, k], rounded
   void (*right_of_columns)(const bf16* w, int64_t ld, int64_t k, int64_t m, bf16* right);        // of w [k, m]
   // out = left right: [n, m], both rounded up to 16, leading dimension ld
-  void (*multiply)(const bf16* left, const bf16* right, int64_t n, int64_t m, int64_t k, float* out, int64_t ld);
+  void (*multiply)(const bf16* left, const bf16* right, int64_t n, int64_t m, int64_t k, float* out, int64_t ld, Soon soon);
   // The same for w [m, k] on the left, as it lies, and rows on the right: out[i, j] = (w right)[j, columns[i]], the same bits.
   // columns ascend; without them, of the first n. n > 0, m rounded up to 16. scratch: of left_size(m, k), for a w that is not of
   // whole tiles.

@@ -6,7 +6,9 @@
 
 #include <cstdint>
 
+#include "cpu/ahead.h"
 #include "cpu/half.h"
+#include "cpu/kernels.h"
 
 namespace sadmoe::cpu {
 namespace {
@@ -40,10 +42,28 @@ struct LeftTiles {
   LeftTiles from(int64_t row) const { return {first + row / 16 * below, deeper, below, row_bytes}; }  // a multiple of 16
 };
 
+// What each of so many steps fetches of what comes soon.
+class Fetches {
+ public:
+  Fetches(Soon soon, int64_t steps)
+      : at_(static_cast<const char*>(soon.from)),
+        end_(soon.from ? at_ + soon.bytes : at_),
+        each_((soon.bytes / steps / kLine + 1) * kLine) {}
+
+  void step() {
+    const char* end = end_ - at_ < each_ ? end_ : at_ + each_;
+    for (; at_ < end; at_ += kLine) __builtin_prefetch(at_, 0, kSecondLevel);
+  }
+
+ private:
+  const char *at_, *end_;
+  int64_t each_;
+};
+
 // Products of Rows x Columns tiles of bf16, 1 or 2 each, summed over the depth, in tiles: out [16 Rows, 16 Columns], its rows ld
 // apart.
 template <int Rows, int Columns>
-void bf16_products(const LeftTiles& left, const bf16* right, int64_t depth, float* out, int64_t ld) {
+void bf16_products(const LeftTiles& left, const bf16* right, int64_t depth, float* out, int64_t ld, Fetches& fetches) {
   constexpr int64_t kEntries = kTileBytes / sizeof(bf16);
   will_be_loaded(left.first, right);
   _tile_zero(0);
@@ -55,6 +75,7 @@ void bf16_products(const LeftTiles& left, const bf16* right, int64_t depth, floa
     if (Columns > 1) _tile_loadd(7, (right + (depth + i) * kEntries), 64);
     _tile_loadd(4, (left.first + i * left.deeper), left.row_bytes);
     _tile_dpbf16ps(0, 4, 6);
+    fetches.step();
     if (Columns > 1) _tile_dpbf16ps(1, 4, 7);
     if (Rows > 1) {
       _tile_loadd(5, (left.first + left.below + i * left.deeper), left.row_bytes);

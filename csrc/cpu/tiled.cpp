@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cpu/ahead.h"
 #include "cpu/block_plan.h"
 
 namespace sadmoe::cpu {
@@ -11,6 +12,10 @@ constexpr int64_t kStripEntries = 8192;  // floats of y in the first-level cache
 constexpr int64_t kSmallestExpert = 16;  // neurons: 8 leave most of a tile empty, and gained nothing
 
 constexpr int64_t kTileRows = 16;  // of a tile
+
+// Experts from one whose w_down is multiplied to one whose is fetched, and the columns up to which that pays: the processor
+// itself sees ahead in longer pieces.
+constexpr int64_t kDownAhead = 2, kFetchedColumns = 128;
 
 int64_t whole_tiles(int64_t n) { return (n + kTileRows - 1) / kTileRows * kTileRows; }
 
@@ -53,7 +58,7 @@ class TiledBlock {
     const Floats h(sums), gate(p_.w_gate ? sums : 0);
     const Scratch scratch{x.get(), w.get(), h.get(), gate.get(), ld};
     if (one_tile()) k_.tiles->right_of_rows(bits(p_.x, begin_ * s_.d), nullptr, T_, s_.d, scratch.x);
-    for (; a < b; ++a) up_expert(a, scratch);
+    for (; a < b; ++a) up_expert(a, a + 1 < b ? w_.up_soon(plan_.active[a + 1]) : Soon{}, scratch);
   }
 
   // The columns [begin, end) of y, begin a multiple of 16, in strips that the first-level cache holds for all experts.
@@ -68,6 +73,7 @@ class TiledBlock {
       for (int64_t t = 0; t < T_ && b_out.get(); ++t) std::copy_n(b_out.from(c), columns, y.get() + t * strip);
       for (int64_t a = 0; a < active(); ++a) {
         const int64_t e = plan_.active[a];
+        if (a + kDownAhead < active()) w_.fetch_down(plan_.active[a + kDownAhead], c, columns);
         k_.tiles->multiply_add(h_.get() + starts_[a], w_.down(e, c, columns, w.get()), plan_.count(e), columns, s_.s,
                                plan_.rows_of(e), y.get(), strip);
       }
@@ -86,19 +92,19 @@ class TiledBlock {
   // All tokens fit into a tile, and are turned at once, for every expert.
   bool one_tile() const { return T_ <= kTileRows; }
 
-  void up_expert(int64_t a, const Scratch& to) {
+  void up_expert(int64_t a, Soon then, const Scratch& to) {
     const int64_t e = plan_.active[a], n = plan_.count(e);
     const bool turned = one_tile() || (!w_.laid_out() && better_turned(n, s_.s, p_.w_gate ? 2 : 1));
-    turned ? turned_products(e, n, to) : products(e, n, to);
+    turned ? turned_products(e, n, to) : products(e, n, then, to);
     const AsFloat bias(at(p_.b_up, e * s_.s), s_.s), gate_bias(at(p_.b_gate, e * s_.s), s_.s);
     k_.activate({n, s_.s, to.ld, to.h, bias.get(), p_.w_gate ? to.gate : nullptr, gate_bias.get(), p_.act});
     k_.tiles->left_of_floats(to.h, to.ld, n, s_.s, h_.get() + starts_[a]);
   }
 
-  void products(int64_t e, int64_t n, const Scratch& to) {
+  void products(int64_t e, int64_t n, Soon then, const Scratch& to) {
     k_.tiles->left_of_rows(bits(p_.x, begin_ * s_.d), plan_.rows_of(e), n, s_.d, to.x);
-    k_.tiles->multiply(to.x, w_.up(e, to.w), n, s_.s, s_.d, to.h, to.ld);
-    if (p_.w_gate) k_.tiles->multiply(to.x, w_.gate(e, to.w), n, s_.s, s_.d, to.gate, to.ld);
+    k_.tiles->multiply(to.x, w_.up(e, to.w), n, s_.s, s_.d, to.h, to.ld, p_.w_gate ? w_.gate_soon(e) : then);
+    if (p_.w_gate) k_.tiles->multiply(to.x, w_.gate(e, to.w), n, s_.s, s_.d, to.gate, to.ld, then);
   }
 
   void turned_products(int64_t e, int64_t n, const Scratch& to) {
@@ -164,6 +170,25 @@ const bf16* TiledWeights::down(int64_t e, int64_t c, int64_t columns, bf16* scra
   return scratch;
 }
 
+Soon TiledWeights::input_soon(View w, int64_t e, int64_t all_at) const {
+  if (all_) return {all_ + e * expert_size_ + all_at, input_size_ * int64_t(sizeof(bf16))};
+  const int64_t entries = p_.shape.s * p_.shape.d;
+  return {bits(w, e * entries), entries * int64_t(sizeof(bf16))};
+}
+
+Soon TiledWeights::up_soon(int64_t e) const { return input_soon(p_.w_up, e, 0); }
+
+Soon TiledWeights::gate_soon(int64_t e) const { return input_soon(p_.w_gate, e, input_size_); }
+
+void TiledWeights::fetch_down(int64_t e, int64_t c, int64_t columns) const {
+  const ExpertsShape& s = p_.shape;
+  if (all_ || columns > kFetchedColumns) return;
+  for (int64_t j = e * s.s; j < (e + 1) * s.s; ++j) {
+    const auto* row = reinterpret_cast<const char*>(bits(p_.w_down, j * s.d_out + c));
+    for (int64_t i = 0; i < columns * int64_t(sizeof(bf16)); i += kLine) __builtin_prefetch(row + i, 0, kSecondLevel);
+  }
+}
+
 void run_tiled(const Experts& experts, const TiledWeights& weights, const bool* mask, int64_t begin, int64_t end,
                const AsFloat& b_out, const Threads& threads) {
   TiledBlock block(experts, weights, begin, end, mask);
@@ -182,7 +207,7 @@ void tiled_hidden(const bf16* x, const bf16* v1, const RouterShape& s, int64_t b
   } else {
     tiles.left_of_rows(x, nullptr, s.T, s.d, rows.get());
     tiles.right_of_rows(v1 + begin * s.d, nullptr, units, s.d, weights.get());
-    tiles.multiply(rows.get(), weights.get(), s.T, units, s.d, out.get(), ld);
+    tiles.multiply(rows.get(), weights.get(), s.T, units, s.d, out.get(), ld, Soon{});
   }
   for (int64_t t = 0; t < s.T; ++t) std::copy_n(out.get() + t * ld, units, hidden + t * s.r + begin);
 }

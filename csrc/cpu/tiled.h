@@ -23,9 +23,14 @@ class TiledWeights {
   const bf16* up(int64_t e, bf16* scratch) const;
   const bf16* gate(int64_t e, bf16* scratch) const;
   const bf16* down(int64_t e, int64_t c, int64_t columns, bf16* scratch) const;
+  // What up, gate and down are to read.
+  Soon up_soon(int64_t e) const;
+  Soon gate_soon(int64_t e) const;
+  void fetch_down(int64_t e, int64_t c, int64_t columns) const;
 
  private:
   const bf16* input(View w, int64_t e, int64_t all_at, bf16* scratch) const;
+  Soon input_soon(View w, int64_t e, int64_t all_at) const;
 
   const Experts& p_;
   const Tiles& tiles_;

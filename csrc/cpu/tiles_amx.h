@@ -127,9 +127,10 @@ void right_of_columns(const bf16* w, int64_t ld, int64_t k, int64_t m, bf16* rig
 }
 
 template <int Columns>
-void product_of(const LeftTiles& left, const bf16* right, int64_t n, int64_t k, float* out, int64_t ld) {
+void product_of(const LeftTiles& left, const bf16* right, int64_t n, int64_t k, float* out, int64_t ld, Fetches& fetches) {
   const int64_t depth = tiles_of(k, kDepth);
-  n > kRows ? bf16_products<2, Columns>(left, right, depth, out, ld) : bf16_products<1, Columns>(left, right, depth, out, ld);
+  n > kRows ? bf16_products<2, Columns>(left, right, depth, out, ld, fetches)
+            : bf16_products<1, Columns>(left, right, depth, out, ld, fetches);
 }
 
 // body(i, j, n, Index<Columns>): up to 32 rows from i and one or two tiles of columns from j, of n x m in all.
@@ -144,11 +145,12 @@ void for_products(int64_t n, int64_t m, const Body& body) {
 
 LeftTiles laid_out(const bf16* left, int64_t k) { return {left, kTile, tiles_of(k, kDepth) * kTile, kDepth * sizeof(bf16)}; }
 
-void multiply(const bf16* left, const bf16* right, int64_t n, int64_t m, int64_t k, float* out, int64_t ld) {
+void multiply(const bf16* left, const bf16* right, int64_t n, int64_t m, int64_t k, float* out, int64_t ld, Soon soon) {
   const TileRegisters registers;
   const int64_t depth = tiles_of(k, kDepth) * kDepth;
+  Fetches fetches(soon, tiles_of(n, 2 * kRows) * tiles_of(m, 2 * kRows) * tiles_of(k, kDepth));
   for_products(n, m, [&](int64_t i, int64_t j, int64_t rows, auto columns) {
-    product_of<columns.value>(laid_out(left, k).from(i), right + j * depth, rows, k, out + i * ld + j, ld);
+    product_of<columns.value>(laid_out(left, k).from(i), right + j * depth, rows, k, out + i * ld + j, ld, fetches);
   });
 }
 
@@ -170,11 +172,12 @@ void turn(const float* from, float* to) {
 void multiply_turned(const bf16* w, const bf16* right, const int32_t* columns, int64_t n, int64_t m, int64_t k, bf16* scratch,
                      float* out, int64_t ld) {
   const TileRegisters registers;
+  Fetches none({}, 1);
   const LeftTiles left = as_it_lies(w, m, k, scratch);
   const int64_t depth = tiles_of(k, kDepth) * kDepth;
   for_products(m, columns ? columns[n - 1] + 1 : n, [&](int64_t j, int64_t c, int64_t neurons, auto tiles) {
     alignas(64) float product[32 * 32], turned[32 * 32];
-    product_of<tiles.value>(left.from(j), right + c * depth, neurons, k, product, 32);
+    product_of<tiles.value>(left.from(j), right + c * depth, neurons, k, product, 32, none);
     const int64_t parts = tiles_of(neurons, kRows);
     unroll<tiles.value>([&](auto b) {
       for (int64_t a = 0; a < parts; ++a) turn(product + (32 * a + b.value) * kRows, turned + (32 * b.value + a) * kRows);
@@ -191,9 +194,10 @@ void multiply_add(const bf16* left, const bf16* right, int64_t n, int64_t m, int
                   int64_t ld) {
   const TileRegisters registers;
   const int64_t depth = tiles_of(k, kDepth) * kDepth;
+  Fetches none({}, 1);
   alignas(64) float sums[32 * 32];
   for_products(n, m, [&](int64_t i0, int64_t j, int64_t count, auto columns) {
-    product_of<columns.value>(laid_out(left, k).from(i0), right + j * depth, count, k, sums, 32);
+    product_of<columns.value>(laid_out(left, k).from(i0), right + j * depth, count, k, sums, 32, none);
     for (int64_t i = 0; i < count; ++i)
       unroll<columns.value>([&, from = sums + 32 * i, to = y + rows[i0 + i] * ld + j](auto c) {
         (Vec::load(to + 16 * c.value) + Vec::load(from + 16 * c.value)).store(to + 16 * c.value);
