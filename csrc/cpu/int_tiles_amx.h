@@ -16,8 +16,8 @@ constexpr int64_t kPair = 2 * kRows;                                           /
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Whether tiles pay, by arithmetic: they were never timed. Few rows leave a tile empty, and the weights are laid out for them
-// alone; few columns likewise; and sums over few neurons take longer to leave the unit than it to make them.
+// Whether tiles pay, by arithmetic: the border was never timed. Few rows leave a tile empty, and the weights are laid out for
+// them alone; few columns likewise; and sums over few neurons take longer to leave the unit than it to make them.
 bool pays(int64_t n, int64_t m, int64_t k) { return n >= kRows && m >= kRows && k >= 2 * kByteDepth; }
 
 // The entries k0 .. k0 + k of rows(i), i < n.
