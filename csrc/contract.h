@@ -17,7 +17,7 @@
 //     number, and then those sums; so are, on CUDA without TF32, every 16 products of a depth.
 //   - Packed weights are multiplied in another order than others, so the results of the two differ by rounding.
 //   - With x in 16 bits tensor cores round h to its dtype, with x in bf16 AMX and AVX512-BF16, too; elsewhere, and with packed
-//     weights of an odd d, h stays float32.
+//     weights of an odd d, h stays float32. AMX and AVX512-BF16 take denormals of bf16 for 0.
 //   - An int8 row stands for itself times its neuron's scale, which multiplies sums and h instead. On the CPU a row of x, and of
 //     h of one expert, is rounded to 16 bits with a step of its own, and multiplied with int8 in whole numbers; a sum is exact,
 //     and rounded as it becomes float32; scale_out, if there is one, then multiplies the columns of y, before b_out is added.

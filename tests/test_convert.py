@@ -360,7 +360,9 @@ def test_hooks_that_will_not_run_are_warned_of():
     name = find_ffns(model)[0].name
     with pytest.warns(UserWarning, match=rf"^{name}, {name}.down_proj: their hooks will not run"):
         convert_(model, [tiny.batch()], config, progress=False)
-    restore_(model)
+    model.get_submodule(name).register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match=rf"^{name}: their hooks are gone with the converted layers"):
+        restore_(model)
     assert list(mlp._forward_hooks.values())
     handle.remove()
     other.register_forward_hook(lambda *_: None)  # of what stays

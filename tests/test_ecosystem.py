@@ -227,6 +227,21 @@ def test_experts_inside_an_adapter_are_neither_rounded_nor_restored():
     sadmoe.quantize_experts_(adapted.merge_and_unload())
 
 
+def test_copies_that_an_adapter_trains_are_merged_before_they_are_saved(tmp_path):
+    adapted = lora(converted("llama"), target_modules=["q_proj"], modules_to_save=["mlp"])
+    steps = (
+        lambda: sadmoe.save(adapted, tmp_path / "m.safetensors"),
+        lambda: adapted.get_base_model().save_pretrained(tmp_path / "m"),
+    )
+    for step in steps:
+        with pytest.raises(ValueError, match=r"mlp is a ModulesToSaveWrapper, .*: merge them first"):
+            step()
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    again = type(merged).from_pretrained(tmp_path / "merged")
+    assert torch.equal(call(again.eval(), tokens()), call(merged.eval(), tokens()))
+
+
 def test_routers_learn_no_norms_of_experts_without_their_adapter(tmp_path):
     adapted = lora(converted("llama"), target_parameters=["mlp.w_up", "mlp.w_down"])
     steps = {

@@ -225,6 +225,29 @@ def test_dropout_around_an_ffn_is_not_lost(drop, place):
     assert not torch.allclose(model.train()(hidden()), wanted)
 
 
+@pytest.mark.parametrize("place", ["input", "output"])
+@pytest.mark.parametrize("drop", [torch.dropout, F.dropout1d, F.alpha_dropout])
+def test_dropout_that_is_called_by_another_name_is_not_lost(drop, place):
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(D, F_), nn.Linear(F_, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if place == "input":
+                return self.down(F.relu(self.up(drop(x, 0.5, self.training))))
+            return drop(self.down(F.relu(self.up(x))), 0.5, self.training)
+
+    model = nn.Sequential(Dropping()).eval()
+    if place == "output" and drop is torch.dropout:
+        assert find_ffns(model)[0].dropout == 0.5
+        return
+    with pytest.raises(
+        NotImplementedError, match=rf"it has .*dropout on its {place}.*, which a MoE layer does not"
+    ):
+        find_ffns(model)
+
+
 def test_an_activation_under_two_names_is_swapped():
     class TwoNames(UserFFN):
         def __init__(self) -> None:

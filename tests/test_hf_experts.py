@@ -285,13 +285,25 @@ def test_weights_that_an_adapter_makes_anew_are_noticed_wherever_they_lie(monkey
     torch.testing.assert_close(found[1], 2 * found[0])
 
 
-def test_weights_that_change_behind_torch_s_back_are_noticed():
+@pytest.mark.parametrize("which", [slice(None), 1])
+def test_weights_that_change_behind_torch_s_back_are_noticed(which):
     model = stock("mixtral")
     ours = on_sadmoe(model)
     logits(ours)
     for one in (model, ours):
-        one.model.layers[0].mlp.experts.down_proj.data.mul_(2.0)
+        one.model.layers[0].mlp.experts.down_proj.data[which].mul_(2.0)
     torch.testing.assert_close(logits(ours), logits(model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_every_expert_is_looked_at_for_changes(count):
+    weight = torch.zeros(count, 5, 7)
+    before = experts._some_of(weight)
+    assert 2 * count <= len(before) <= 2 * max(experts.SEEN, 2 * count)
+    for e in range(count):
+        changed = weight.clone()
+        changed[e] = 1
+        assert experts._some_of(changed) != before
 
 
 def test_inference_mode_and_bfloat16():

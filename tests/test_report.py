@@ -1,5 +1,6 @@
 """The HTML page of a result: whole in itself, and true to its numbers."""
 
+import copy
 import json
 import re
 from functools import partial
@@ -10,10 +11,11 @@ import pytest
 import sadmoe
 import torch
 from converted import converted
-from sadmoe import cli
+from sadmoe import ConvertConfig, ProjectionConfig, RouterConfig, cli, convert_, replace_projections_
 from sadmoe.cost import cost
 from sadmoe.data import Data
 from sadmoe.evaluate import _Variant, evaluate, table
+from sadmoe.flops import count_flops
 from sadmoe.gates import DynamicK, TopK
 from sadmoe.model_report import heats_of, sentence_heat, short_names, told
 from sadmoe.report import Heat, Page, Panel, Series, write_page
@@ -276,6 +278,19 @@ def test_evaluate_beside_the_dense_model(monkeypatch):
         evaluate(model, [], [0.0])
     with pytest.raises(ValueError, match="dense must be the model that this one was converted from"):
         evaluate(model, [batch], [0.0], dense=TINY["gpt2"].model())
+
+
+def test_flops_beside_the_dense_model_are_of_that_one():
+    model, batch = TINY["bert"].model(), TINY["bert"].batch()
+    original = copy.deepcopy(model)
+    replace_projections_(model, [batch], ProjectionConfig(ratio=2.0, steps=1), progress=False)
+    convert_(model, [batch], ConvertConfig(expert_size=4, router=RouterConfig(steps=1)), progress=False)
+    (alone,), (beside,) = evaluate(model, [batch], [0.0]), evaluate(model, [batch], [0.0], dense=original)
+    found = cost(model, [batch])
+    samples = len(batch["input_ids"])
+    whole = samples * (found.rest + found.dense)  # with MLPs for projections
+    assert alone.flops == 1.0
+    assert beside.flops == pytest.approx(whole / count_flops(original, batch)) > 1.05
 
 
 def test_the_command_writes_page_and_numbers(tmp_path, capsys):

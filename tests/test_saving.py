@@ -337,6 +337,22 @@ def test_dropout_comes_back(tmp_path):
     assert [layer.dropout.p for layer in moe_layers(fresh).values()] == [0.25, 0.25]
 
 
+def test_dropout_is_that_of_the_model_loaded_into_and_stays_so_on_the_way_back(tmp_path):
+    model = converted("user module")
+    save(model, tmp_path / "m.safetensors")
+    fresh = TINY["user module"].build()
+    drops = [module for module in fresh.modules() if isinstance(module, torch.nn.Dropout)]
+    for drop in drops:
+        drop.p = 0.5
+    load(fresh, tmp_path / "m.safetensors")
+    layers = list(moe_layers(fresh).values())
+    assert [layer.dropout.p for layer in layers] == [0.5] * len(drops) == [0.5, 0.5]
+    for layer in layers:
+        layer.dropout.p = 0.0
+    sadmoe.restore_(fresh)
+    assert [drop.p for drop in drops] == [0.0, 0.0]
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_tied_weights_are_stored_once_and_tied_again(device, tmp_path):
     model = converted("gpt2")

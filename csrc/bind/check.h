@@ -243,9 +243,12 @@ inline float check_tau(const char* op, double tau) {
   return static_cast<float>(tau);
 }
 
-inline ExpertsShape check_experts(const char* op, const Tensor& x, const Tensor& w_up, const Tensor& w_down,
-                                  const MaybeTensor& b_up, const MaybeTensor& w_gate, const MaybeTensor& b_gate,
-                                  const MaybeTensor& b_out) {
+// What experts of floats and of int8 have in common: all but weights, scales, and y, which the caller allocates, [T, d_out] of
+// x's dtype.
+inline Experts check_experts(Arguments& keep, const Tensor& x, const Tensor& w_up, const Tensor& w_down, const MaybeTensor& b_up,
+                             const MaybeTensor& w_gate, const MaybeTensor& b_gate, const MaybeTensor& b_out,
+                             const std::string& act) {
+  const char* op = keep.op();
   check(x.dim() == 2 && x.size(1) >= 1, op, "x must be [T, d] with d >= 1, got ", ShapeOf{x});
   check(w_up.dim() == 3 && w_up.size(2) == x.size(1), op, "w_up must be [E, s, d = ", x.size(1), "], got ", ShapeOf{w_up});
   const int64_t E = w_up.size(0), s = w_up.size(1), d = x.size(1);
@@ -257,7 +260,14 @@ inline ExpertsShape check_experts(const char* op, const Tensor& x, const Tensor&
   check(w_gate || !b_gate, op, "b_gate needs w_gate");
   if (b_gate) check_shape(op, "b_gate", *b_gate, {E, s}, "[E, s]");
   if (b_out) check_shape(op, "b_out", *b_out, {w_down.size(2)}, "[d_out]");
-  return {x.size(0), d, w_down.size(2), E, s};
+  Experts p;
+  p.shape = {x.size(0), d, w_down.size(2), E, s};
+  p.act = activation_of(op, act);
+  p.x = keep.add("x", x);
+  p.b_up = keep.add_like("b_up", b_up, x);
+  p.b_gate = keep.add_like("b_gate", b_gate, x);
+  p.b_out = keep.add_like("b_out", b_out, x);
+  return p;
 }
 
 // All but up, which the caller writes. choice: a mask, or scores of which those count that reach tau.
@@ -290,22 +300,15 @@ inline const bool* check_mask(Arguments& keep, const Tensor& mask, const Experts
   return keep.add_mask("mask", mask);
 }
 
-// The experts without y, which the caller allocates: [T, d_out] of x's dtype. takes_packed: its kernels do.
+// takes_packed: its kernels do.
 inline Experts check_arguments(Arguments& keep, const Tensor& x, const Tensor& w_up, const Tensor& w_down,
                                const MaybeTensor& b_up, const MaybeTensor& w_gate, const MaybeTensor& b_gate,
                                const MaybeTensor& b_out, const std::string& act, bool takes_packed = false) {
-  const char* op = keep.op();
-  Experts p;
-  p.shape = check_experts(op, x, w_up, w_down, b_up, w_gate, b_gate, b_out);
-  p.act = activation_of(op, act);
+  Experts p = check_experts(keep, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act);
   p.packed = takes_packed && is_packed(w_up) && (!w_gate || is_packed(*w_gate));
-  p.x = keep.add("x", x);
   p.w_up = keep.add_like("w_up", w_up, x, "x", p.packed);
   p.w_down = keep.add_like("w_down", w_down, x);
-  p.b_up = keep.add_like("b_up", b_up, x);
   p.w_gate = keep.add_like("w_gate", w_gate, x, p.packed);
-  p.b_gate = keep.add_like("b_gate", b_gate, x);
-  p.b_out = keep.add_like("b_out", b_out, x);
   return p;
 }
 
@@ -315,23 +318,17 @@ inline Experts check_int8_arguments(Arguments& keep, const Tensor& x, const Tens
                                     const MaybeTensor& w_gate, const MaybeTensor& scale_gate, const MaybeTensor& b_gate,
                                     const MaybeTensor& b_out, const MaybeTensor& scale_out, const std::string& act) {
   const char* op = keep.op();
-  Experts p;
-  p.shape = check_experts(op, x, w_up, w_down, b_up, w_gate, b_gate, b_out);
+  Experts p = check_experts(keep, x, w_up, w_down, b_up, w_gate, b_gate, b_out, act);
   check(w_gate.has_value() == scale_gate.has_value(), op, "w_gate and scale_gate need each other");
   constexpr int64_t kMost = 1 << 17;  // products that fit a sum of 32 bits, however they are rounded
   check(p.shape.s <= kMost && p.shape.d <= kMost, op, "w_up of int8 must be [E, s, d] with s and d up to ", kMost,
         ", got s = ", p.shape.s, ", d = ", p.shape.d);
-  p.act = activation_of(op, act);
-  p.x = keep.add("x", x);
   p.w_up = keep.add_int8("w_up", w_up);
   p.w_down = keep.add_int8("w_down", w_down);
   p.scale_up = keep.add_scale("scale_up", scale_up, p.shape);
   p.scale_down = keep.add_scale("scale_down", scale_down, p.shape);
   if (w_gate) p.w_gate = keep.add_int8("w_gate", *w_gate);
   if (scale_gate) p.scale_gate = keep.add_scale("scale_gate", *scale_gate, p.shape);
-  p.b_up = keep.add_like("b_up", b_up, x);
-  p.b_gate = keep.add_like("b_gate", b_gate, x);
-  p.b_out = keep.add_like("b_out", b_out, x);
   if (scale_out) {
     check_shape(op, "scale_out", *scale_out, {p.shape.d_out}, "[d_out]");
     p.scale_out = keep.add("scale_out", *scale_out);

@@ -43,8 +43,7 @@ enum class Form { floats, ints, halves };
 
 Form form_of(const Experts& p, const Kernels& k) {
   if (p.w_up.dtype == DType::i8) return Form::ints;
-  const bool halves = k.halves && p.x.dtype == DType::bf16 && p.w_up.dtype == DType::bf16 && !(p.packed && p.shape.d % 2);
-  return halves ? Form::halves : Form::floats;
+  return k.halves && p.w_up.dtype == DType::bf16 && !(p.packed && p.shape.d % 2) ? Form::halves : Form::floats;
 }
 
 auto project_of(const Experts& p, const Kernels& k, Form form) {
@@ -86,7 +85,7 @@ class ChainEnds {
   std::vector<int32_t> experts_;  // [half, token]
 };
 
-// The tokens of one block with everything they need on the way from x to y. A part of the work (hidden units, scores,
+// The tokens of one block with everything they need on the way from x to y. A part of the work (neurons of active
 // experts, columns of y) is a range, so that one thread may do it all, or several threads share it.
 class Block {
  public:
@@ -252,7 +251,8 @@ class Block {
   // The weights of a neuron, of all.
   const void* neuron(View w, int64_t j) const { return at(w, p_.packed ? j / s_.s * s_.s * s_.d + j % s_.s : j * s_.d).data; }
 
-  // Into h_, or by way of h [count, s], as much as gate, into what takes its place. next: the weights that come then.
+  // Hidden activations of neurons [j0, j1) of expert e: in floats straight into h_, else into scratch h [count, s], whence they
+  // are rounded into int_h_ or half_h_. gate: scratch of the same shape. next: the weights that come then.
   void up_expert(int64_t e, int64_t j0, int64_t j1, const void* next, float* h, float* gate) {
     const int64_t n = plan_.count(e), m = j1 - j0, first = e * s_.s + j0, at_h = plan_.offsets[e];
     h = form_ == Form::floats ? h_.get() + at_h * s_.s + j0 : h + j0;

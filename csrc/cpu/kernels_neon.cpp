@@ -13,7 +13,7 @@ struct Vec {
   static constexpr int width = 4, sums = 4;
   static constexpr int project_rows = 5, project_columns = 4;     // 20 sums, 5 rows, 1 weight: 26 of 32 registers
   static constexpr int accumulate_rows = 5, accumulate_vecs = 4;  // 20 sums, 4 weights, up to 5 activations
-  static constexpr int copied = 8192, held = 0, held_neurons = 0;
+  static constexpr int copied = 8192, held_neurons = 0;
   static constexpr bool always_copied = true;
   static constexpr int fetched = kSecondLevel;
   static constexpr int64_t foreseen = kNever;
@@ -100,7 +100,7 @@ struct Ints {
   static constexpr int width = 8, sums = 4;
   static constexpr int project_rows = 3, project_columns = 4;
   static constexpr int accumulate_rows = 4, accumulate_groups = 1;
-  static constexpr int copied = 8192, held = 0, held_neurons = 0;
+  static constexpr int copied = 8192, held_neurons = 0;
   static constexpr int fetched = Vec::fetched;
 
   int16x8_t v;

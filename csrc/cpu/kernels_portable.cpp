@@ -126,7 +126,7 @@ struct Ints {
   static constexpr int width = 8, sums = 4;
   static constexpr int project_rows = 2, project_columns = 2;
   static constexpr int accumulate_rows = 2, accumulate_groups = 2;  // 8 sums, 4 weights, 1 pair of activations
-  static constexpr int copied = 8192, held = 0, held_neurons = 0;
+  static constexpr int copied = 8192, held_neurons = 0;
   static constexpr int fetched = Vec::fetched;
 
   Shorts v;

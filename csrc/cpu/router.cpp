@@ -11,9 +11,6 @@ namespace {
 
 bool in_bf16(View x, const Router& router) { return x.dtype == DType::bf16 && router.v1.dtype == DType::bf16; }
 
-// Units that multiply bf16 take x as it is: the products are as exact, and their sums as float32.
-bool takes_bf16() { return kernels().tiles || kernels().halves; }
-
 // hidden [T, r] = relu(x v1ᵀ), units [begin, end), of x in float32, or in bf16 for such a unit.
 void route_hidden(View x, const Router& router, const RouterShape& s, int64_t begin, int64_t end, float* hidden) {
   const Kernels& k = kernels();
@@ -55,7 +52,8 @@ void route_scores(const float* hidden, const Router& router, const RouterShape& 
 
 void route(View x, const Router& router, const RouterShape& s, float* scores, const Threads& threads) {
   if (s.r == 0) return void(std::fill(scores, scores + s.T * s.E, 0.0f));
-  const bool as_it_is = in_bf16(x, router) && takes_bf16();
+  // Units that multiply bf16 take x as it is: but for denormals the products are as exact, and their sums float32.
+  const bool as_it_is = in_bf16(x, router) && kernels().halves;
   const AsFloat wide(as_it_is ? View{} : x, s.T * s.d);
   const View rows = as_it_is ? x : View{wide.get(), DType::f32};
   const Floats hidden(s.T * s.r);

@@ -129,8 +129,7 @@ class TiledBlock {
 }  // namespace
 
 bool runs_by_tiles(const Experts& experts) {
-  return kernels().tiles && experts.x.dtype == DType::bf16 && experts.w_up.dtype == DType::bf16 && !experts.packed &&
-         experts.shape.s >= kSmallestExpert;
+  return kernels().tiles && experts.w_up.dtype == DType::bf16 && !experts.packed && experts.shape.s >= kSmallestExpert;
 }
 
 TiledWeights::TiledWeights(const Experts& experts)

@@ -5,7 +5,7 @@ import inspect
 import logging
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from traceback import extract_tb
@@ -107,6 +107,12 @@ def load_data(
         raise ValueError(
             f"--max-length must be at most {positions}, the positions of this {name}, got {max_length}"
         )
+    marks = tokenizer.num_special_tokens_to_add()
+    if max_length <= marks:  # transformers would cut nothing
+        raise ValueError(
+            f"--max-length must be at least {marks + 1}, as the tokenizer puts {marks} tokens of its own around a "
+            f"text, got {max_length}"
+        )
     if pairs:
         return _pairs(path, folder, model, tokenizer, batch_size, max_length)
     texts = paragraphs(path)
@@ -114,25 +120,31 @@ def load_data(
     ordered = sorted(texts, key=len)
     batches = tokenized(tokenizer, ordered, batch_size=batch_size, max_length=max_length)
     _check_tokens(model, folder, batches)
-    _tell_of_cuts(tokenizer, ordered, batches, max_length)
+    _tell_of_cuts("texts", ordered, tokenizer, max_length, (b.get("attention_mask", ()) for b in batches))
     return Data(batches, load_tokenizer(folder), "text", first)
 
 
-def _tell_of_cuts(tokenizer: Any, texts: Sequence[str], batches: Sequence[Batch], max_length: int) -> None:
-    """A warning where most of the text is left out, such as of one text a line with a blank line somewhere."""
-    masks = [mask for batch in batches for mask in batch.get("attention_mask", ())]
-    kept = [int(mask.sum()) for mask in masks]
+def _tell_of_cuts(
+    what: str, texts: Sequence[str], tokenizer: Any, max_length: int, masks: Iterable[Iterable[Tensor]]
+) -> None:
+    """A warning where most of the text is left out, such as of one text a line with a blank line somewhere.
+
+    masks: of each batch those of its texts. Without any, nothing is known.
+    """
+    kept = [int(mask.sum()) for of_batch in masks for mask in of_batch]
     cut = [text for text, count in zip(texts, kept, strict=bool(kept)) if count == max_length]
     if not cut:
         return
-    whole = tokenizer(cut, truncation=False, verbose=False)["input_ids"]
+    given = {"text_target" if what == "targets" else "text": cut}
+    whole = tokenizer(**given, truncation=False, verbose=False)["input_ids"]
     left_out = sum(map(len, whole)) - max_length * len(cut)
-    if left_out > sum(kept):
-        logger.warning(
-            "--data: of its %d texts %d are cut after %d tokens (--max-length), which leaves most of it out; a text "
-            "goes to the next blank line, or to the end of its line where the file has no blank line",
-            len(texts), len(cut), max_length,
-        )  # fmt: skip
+    if left_out <= sum(kept):
+        return
+    hint = "; a text goes to the next blank line, or to the end of its line where the file has no blank line"
+    logger.warning(
+        "--data: of its %d %s %d are cut after %d tokens (--max-length), which leaves most of it out%s",
+        len(texts), what, len(cut), max_length, hint if what == "texts" else "",
+    )  # fmt: skip
 
 
 def _check_tokens(model: Any, folder: Path, batches: Sequence[Batch]) -> None:
@@ -210,6 +222,12 @@ def _pairs(path: Path, folder: Path, model: Any, tokenizer: Any, batch_size: int
     parts = (ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size))
     batches = [batch(part, max_length) for part in parts]
     _check_tokens(model, folder, batches)
+    sources, targets = zip(*ordered, strict=True)
+    for what, texts, key in (
+        ("sources", sources, "attention_mask"),
+        ("targets", targets, "decoder_attention_mask"),
+    ):
+        _tell_of_cuts(what, texts, tokenizer, max_length, (b.get(key, ()) for b in batches))
     return Data(batches, load_tokenizer(folder), "pairs", batch(pairs[:1], min(max_length, SHOWN)))
 
 

@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sadmoe.batches import Batch, Batches, check_batches, check_repeats, run, to_device
+from sadmoe.batches import Batch, Batches, check_batches, check_repeats, run, samples_in, to_device
 from sadmoe.cost import cost
 from sadmoe.dial import converted_layers, tau
 from sadmoe.ffn import moe_layers
+from sadmoe.flops import FlopCount
 from sadmoe.modules import device_of, evaluating
 from sadmoe.padding import answer
 from sadmoe.randomness import SEED, seeded
@@ -27,8 +28,9 @@ PASSES = 3  # of each variant over the batches, in turns, of which the median co
 
 @dataclass(frozen=True)
 class Point:
-    """One tau, or None: the gates as they were. share: executed pairs. ffn_flops, flops: of the converted layers and of
-    the whole model, over dense. error: |y - y0| / |y0| of the last hidden states or logits at real tokens, y0 those of
+    """One tau, or None: the gates as they were. share: executed pairs. ffn_flops: of the converted layers over what
+    they replace, of attention the MLPs. flops: of the whole model over the dense one; where that was not given, over
+    this one with dense layers. error: |y - y0| / |y0| of the last hidden states or logits at real tokens, y0 those of
     `base`: "dense", the model that this one was converted from, or "tau 0", itself with every expert on. seconds: of a
     pass over the batches. gain: how many times faster than `base`."""
 
@@ -111,14 +113,27 @@ def evaluate(
         for variant in tqdm(variants, "cost", disable=not progress):
             with variant.on():
                 reports.append(cost(model, batches))
+        whole = None if dense is None else _flops_per_sample(dense, batches)
         seconds = _seconds([base, *variants], batches, progress)
     name = "tau 0" if dense is None else "dense"
     found = zip(variants, reports, errors, strict=True)
     return [
-        Point(variant.tau, r.share, r.layers_of_dense, r.of_dense, error, took, seconds[base] / took, name)
+        Point(variant.tau, r.share, r.layers_of_dense, flops, error, took, seconds[base] / took, name)
         for variant, r, error in found
         for took in [seconds[variant]]
+        for flops in [r.of_dense if whole is None else ((r.rest or 0.0) + r.executed) / whole]
     ]
+
+
+def _flops_per_sample(model: nn.Module, batches: Batches) -> float:
+    device, samples, count = device_of(model), 0, FlopCount(model)
+    with seeded(model, SEED):  # the same as `cost`'s
+        for batch in batches:
+            batch = to_device(batch, device)
+            samples += samples_in(batch)
+            with count:
+                run(model, batch)
+    return count.flops / samples
 
 
 def _listed(taus: Any) -> list[float | None]:

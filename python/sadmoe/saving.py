@@ -18,7 +18,7 @@ from sadmoe.describe import describe_all, match_activations, rebuild
 from sadmoe.ffn import moe_layers
 from sadmoe.modules import innermost, plain_name, refuse_distributed, unwrapped
 from sadmoe.undo import surgery
-from sadmoe.weights import check_no_adapters, check_parameters
+from sadmoe.weights import check_can_be_saved, check_parameters
 
 FORMAT = 1
 KEY = "sadmoe"
@@ -42,7 +42,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
     layers = describe_all(model)
     if not layers:
         raise ValueError(f"nothing to save: no FFN of this {type(model).__name__} is converted, see convert_")
-    check_no_adapters(model, moe_layers(model))  # no dense model could be loaded from it,
+    check_can_be_saved(model, moe_layers(model))  # no dense model could be loaded from it,
     check_parameters(moe_layers(model))  # nor from this
     files.check_new(path, overwrite)
     tensors, aliases = _stored(_everything(model))

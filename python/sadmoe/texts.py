@@ -30,7 +30,7 @@ def paragraphs(path: Path) -> list[str]:
     """The paragraphs of a text file: parts between blank lines, or its lines where it has no blank ones."""
     text = read_text(path)
     parts = BLANK_LINES.split(text.strip())
-    found = [" ".join(part.split()) for part in (parts if len(parts) > 1 else text.splitlines())]
+    found = [" ".join(part.split()) for part in (parts if len(parts) > 1 else text.split("\n"))]
     found = [part for part in found if part]
     if not found:
         raise ValueError(f"{path} has no text")

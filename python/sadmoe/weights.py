@@ -19,6 +19,20 @@ def check_no_adapters(model: nn.Module, layers: Mapping[str, nn.Module]) -> None
             )
 
 
+def check_can_be_saved(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """The same, and where a layer is a copy beside another, as of peft's modules_to_save: of what is saved then no
+    dense model could load it."""
+    check_no_adapters(model, layers)
+    found = set(map(id, layers.values()))
+    for name, module in model.named_modules():
+        of_module = getattr(module, "modules_to_save", None)
+        if isinstance(of_module, nn.Module) and any(id(m) in found for m in of_module.modules()):
+            raise ValueError(
+                f"{name} is a {type(module).__name__}, which holds copies of a converted layer: merge them first "
+                "(peft: merge_and_unload)"
+            )
+
+
 def check_own_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Raises ValueError where weights of a layer are not just its own: changed by an adapter around it, or sharded; or
     not there."""

@@ -334,6 +334,37 @@ def test_what_is_mostly_cut_is_told(folder, tmp_path, caplog):
     assert len(caplog.records) == 1
 
 
+def test_pairs_that_are_mostly_cut_are_told(t5, tmp_path, caplog):
+    model, data = texts.load_model(t5), tmp_path / "pairs.txt"
+    short, long = "few tokens", "experts run few tokens " * 12
+    for pair, told in (
+        (f"{short}\t{long}", "targets"),
+        (f"{long}\t{short}", "sources"),
+        (f"{short}\t{short}", ""),
+    ):
+        data.write_text(f"{pair}\n" * 3)
+        caplog.clear()
+        load_data(model, t5, data, batch_size=2, max_length=16)
+        assert [f"of its 3 {told} 3 are cut after 16 tokens" in line for line in caplog.messages] == [
+            True
+        ] * bool(told)
+
+
+def test_a_length_that_only_the_tokenizers_own_tokens_fill_is_refused(folder, text):
+    with pytest.raises(
+        ValueError, match="--max-length must be at least 3, as the tokenizer puts 2 tokens of its own"
+    ):
+        load_data(texts.load_model(folder), folder, text, batch_size=8, max_length=2)
+
+
+def test_a_line_ends_at_a_line_feed_alone(tmp_path):
+    data = tmp_path / "lines.txt"
+    data.write_text(
+        "one two\u2028three four\r\nfive\x0bsix\x0cseven\x85eight\n", encoding="utf-8", newline=""
+    )
+    assert texts.paragraphs(data) == ["one two three four", "five six seven eight"]
+
+
 def test_a_tokenizer_without_a_padding_mask_will_do(tmp_path):
     bert(tmp_path)
     tokenizer = transformers.BertTokenizer(

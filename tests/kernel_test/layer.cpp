@@ -94,7 +94,7 @@ Sums Layer::output(const bool* mask) const {
     return scale.size() ? x * static_cast<decltype(x)>(scale.values()[i]) : x;
   };
   const auto linear = [&](const Numbers& w, const Numbers& scale, const Numbers& b, int64_t t, int64_t neuron) {
-    const Real sum = scaled(dot<Real>(&x_.values()[t * d], &w.values()[neuron * d], d), scale, neuron);
+    const Real sum = scaled(dot<Real>(&x_.values()[t * shape.d], &w.values()[neuron * shape.d], shape.d), scale, neuron);
     return stored(b.size() ? sum + Real(b.values()[neuron]) : sum, kind.dtype);
   };
   Sums y{std::vector<double>(T * d_out)};

@@ -143,7 +143,7 @@ class Test {
 
   // Hidden activations of dense products, in place.
   void between_products(const Layer& layer, const std::unique_ptr<bool[]>& mask, unsigned seed) {
-    const auto& [T, d, E, s, d_out, r] = layer.shape;
+    const int64_t T = layer.shape.T, E = layer.shape.E, s = layer.shape.s;
     const Kind& kind = layer.kind;
     std::mt19937 random(seed);
     const Numbers up = Numbers::normal(T * E * s, 3, kind.dtype, random);
@@ -151,7 +151,7 @@ class Test {
     const auto truth = masked_activation<double>(layer, up, gate, mask.get());
     const auto plain = masked_activation<float>(layer, up, gate, mask.get());
     for_isas([&](const std::string& isa) {
-      const auto hidden = [&, E = E, s = s, T = T](int count) {
+      const auto hidden = [&](int count) {
         Numbers h = up;
         cpu::masked_activation({T, E, s, kind.dtype, h.data(), gate.view().data, {mask.get()}, kind.act}, threads(count));
         return h.read();
@@ -205,6 +205,12 @@ class Test {
       cpu::use_isa(isa);
       body(isa);
     }
+#if defined(__x86_64__)
+    const std::vector<std::string> isas = cpu::supported_isas();
+    const auto runs = [&](const char* isa) { return std::count(isas.begin(), isas.end(), isa) > 0; };
+    if (runs("avx512bf16") && !runs("avx512zen5"))  // which takes the same instructions
+      cpu::use_kernels(cpu::kernels_avx512zen5()), body("avx512zen5");
+#endif
     if (const cpu::Kernels* kernels = kernels_by_traps()) cpu::use_kernels(*kernels), body(kTrapped);
   }
 

@@ -58,7 +58,7 @@ UNTRAINED = (
     "`sadmoe evaluate` tells how much. --compensate 8 wins some of it back at once, --sparsify and --finetune more"
 )
 COMPENSATED = 64  # batches that shared experts are fitted to, at most
-PROJECTION_ROUTER = 32  # width: an MLP of attention costs an eighth of an FFN
+PROJECTION_ROUTER = 32  # width at most: an MLP of attention costs an eighth of an FFN
 
 
 def add_convert(commands: Any) -> None:
@@ -249,13 +249,14 @@ def _conversion(arguments: argparse.Namespace) -> ConvertConfig:
     router = RouterConfig(
         width=arguments.router_width, target_power=arguments.target_power, seed=arguments.seed
     )
+    width = min(arguments.router_width, PROJECTION_ROUTER)
     return ConvertConfig(
         expert_size=arguments.expert_size,
         budget=budget,
         tau=arguments.tau,
         cluster=arguments.cluster,
         router=router,
-        projection_router=replace(router, width=PROJECTION_ROUTER) if arguments.projections else None,
+        projection_router=replace(router, width=width) if arguments.projections else None,
         seed=arguments.seed,
         filter=_filter(arguments),
     )

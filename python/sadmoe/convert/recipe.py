@@ -29,6 +29,7 @@ from sadmoe.ffn import (
     put_back_projections,
     swap_in,
     swap_out,
+    with_hooks,
 )
 from sadmoe.ffn.linears import strip_
 from sadmoe.gates import DynamicK
@@ -117,6 +118,10 @@ def restore_(model: nn.Module, *, projections: bool = True) -> None:
         raise ValueError(f"nothing to restore: no FFN of this {type(model).__name__} is converted")
     if projections:
         check_originals(model)
+    if hooks := with_hooks(model, moe_layers(model).values()):
+        warnings.warn(
+            f"{', '.join(shortened(hooks, 5))}: their hooks are gone with the converted layers", stacklevel=2
+        )
     with surgery(model), ExitStack() as failed:
         for name in names:
             for linear in swap_out(model, name):  # back beside their layer they have no weights again

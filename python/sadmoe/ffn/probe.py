@@ -54,25 +54,37 @@ class _Idle(_Unseen):
 
 @dataclass(frozen=True)
 class _Event:
-    """A call seen during the probe, on rows of that width: of the module at `path`, or of F.dropout with probability
-    p."""
+    """A call seen during the probe, on rows of that width: of the module at `path`, or of a dropout with probability
+    p. plain: as nn.Dropout's."""
 
     width: float
     path: str | None = None
     p: float = 0.0
+    plain: bool = True
+
+
+_PLAIN_DROPOUTS = (F.dropout, torch.dropout)  # each takes (input, p)
+_DROPOUTS = (
+    *_PLAIN_DROPOUTS,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    F.alpha_dropout,
+    F.feature_alpha_dropout,
+)
 
 
 class _DropoutLog(TorchFunctionMode):
-    """Notes each F.dropout, called by a module or as a function."""
+    """Notes each dropout, called by a module or as a function."""
 
     def __init__(self, events: list[_Event]):
         super().__init__()
         self.events = events
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.dropout:
+        if func in _DROPOUTS:
             p = args[1] if len(args) > 1 else (kwargs or {}).get("p", 0.5)
-            self.events.append(_Event(_width(args), p=p))
+            self.events.append(_Event(_width(args), p=p, plain=func in _PLAIN_DROPOUTS))
         return func(*args, **(kwargs or {}))
 
 
@@ -263,6 +275,10 @@ def _dropouts(
     if parts.at == "":
         if any(e.p > 0 for e in before):
             raise Unsupported("it has a dropout on its input, which a MoE layer does not")
+        if any(e.p > 0 and not e.plain for e in after):
+            raise Unsupported(
+                "it has another dropout on its output than nn.Dropout, which a MoE layer does not"
+            )
         ps = [e.p for e in after if e.p > 0]
         return (), ps[0] if len(ps) == 1 else 1.0 - math.prod(1.0 - p for p in ps), False
     between = [e for e in events[start:end] if e.width >= neurons]

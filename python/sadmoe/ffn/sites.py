@@ -158,8 +158,16 @@ def site_from_spec(model: nn.Module, name: str, spec: dict[str, Any]) -> FFNSite
             f"{name}: not in this {type(model).__name__}, which is not the model saved: {error}"
         ) from error
     site.dropout = float(spec["dropout"])
+    if site.dropout and (dropout := output_dropout(model.get_submodule(block), parts)):
+        site.dropout = dropout.p  # this model's config may have another one than that of the model saved
     _check_shapes(site)
     return site
+
+
+def output_dropout(block: nn.Module, parts: Parts) -> nn.Dropout | None:
+    """Of a block that goes whole, and has a dropout on its output, the module that it is; None where several may be."""
+    found = [m for m in block.modules() if isinstance(m, nn.Dropout)] if parts.at == "" else []
+    return found[0] if len(found) == 1 else None
 
 
 def _parts_from_spec(name: str, spec: dict[str, Any]) -> Parts:

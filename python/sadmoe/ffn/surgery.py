@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sadmoe.ffn.dense import TENSORS, DenseFFN, dense_from_layer
 from sadmoe.ffn.linears import fill_, strip_
 from sadmoe.ffn.lookup import lookup, put
-from sadmoe.ffn.sites import NO_PARENT, FFNSite, Parts, block_path
+from sadmoe.ffn.sites import NO_PARENT, FFNSite, Parts, block_path, output_dropout
 from sadmoe.layer import DynamicKMoE
 from sadmoe.modules import WRAPPERS, check_model, plain_name, unwrapped
 
@@ -113,6 +113,8 @@ def swap_out(model: nn.Module, name: str) -> set[nn.Module]:
         replaced.training = layer.training  # so that, if this is undone, the next way back sets it again
     filled = set(site.linears.values())
     if site.parts.at == "":
+        if layer.dropout is not None and (dropout := output_dropout(removed[""], site.parts)):
+            dropout.p = layer.dropout.p
         _replace_everywhere(model, layer, removed[""])
         return filled
     block = unwrapped(model.get_submodule(block_path(name, site.parts)))

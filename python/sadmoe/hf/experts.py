@@ -22,7 +22,7 @@ from sadmoe.ffn.activations import which_activation
 
 NAME = "sadmoe"
 OLDEST = "5.7"  # transformers in which `set_experts_implementation` knows names of others
-SEEN = 16  # values of a weight on the CPU, to notice what wrote to it
+SEEN = 16  # values of a weight on the CPU, and two of each expert at least, to notice what wrote to it
 _TAU, _ACT, _ACT_OF = "sadmoe_tau", "sadmoe_act", "sadmoe_act_of"  # in the __dict__ of an experts module
 
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -150,9 +150,9 @@ def _weights_of(experts: Any) -> Weights:
     """w_up, w_down, w_gate, b_up, b_gate [E, s, ...] and the down bias [E, d], contiguous, as the kernels read them.
 
     Kept for the next call, which takes the experts' memory again, as long as the weights are the same tensors and
-    nothing wrote to them in place: what `.data` writes is seen on the CPU, where a few values are compared, but not on
-    CUDA, which would have to be waited for. Made each time in training, where gradients pass through, and where
-    accelerate brings the weights for a call and takes them away again.
+    nothing wrote to them in place: what `.data` writes to a whole expert is seen on the CPU, where a few values of each
+    are compared, but not on CUDA, which would have to be waited for. Made each time in training, where gradients pass
+    through, and where accelerate brings the weights for a call and takes them away again.
     """
     names = ("gate_up_proj" if _has_gate(experts) else "up_proj", "down_proj")
     biases = tuple(f"{name}_bias" for name in names) if experts.has_bias else ()
@@ -183,8 +183,9 @@ def _some_of(weight: Tensor) -> list[float]:
     """Values by which a change is noticed that no version counts."""
     if weight.device.type != "cpu":
         return []
-    values = weight.detach().reshape(-1)
-    return values[:: max(1, len(values) // SEEN)].tolist()
+    by_expert = weight.detach().flatten(1)
+    experts, entries = by_expert.shape
+    return by_expert[:, :: max(1, entries // max(2, SEEN // experts))].flatten().tolist()
 
 
 def _in_layout(

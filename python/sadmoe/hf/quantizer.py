@@ -29,7 +29,7 @@ from sadmoe.hf.loading import (
 )
 from sadmoe.hf.names import found_in
 from sadmoe.saving import FORMAT, SavedModelError
-from sadmoe.weights import check_no_adapters, check_parameters
+from sadmoe.weights import check_can_be_saved, check_parameters
 
 logger = logging.getLogger(__name__)
 _LAYER_CLASS = "DynamicKMoE"
@@ -169,7 +169,7 @@ def _describe_before_saving() -> None:
             layers = moe_layers(self)
             check_parameters(layers)  # what stands for others could not be loaded
             if not getattr(self, "_hf_peft_config_loaded", False):  # then the adapter alone is saved
-                check_no_adapters(self, layers)
+                check_can_be_saved(self, layers)
         describe_in_configs(self)
         return save(self, *args, **kwargs)
 
