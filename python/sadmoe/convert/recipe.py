@@ -181,9 +181,13 @@ def _check_budget(
     floors = [cost.floor / cost.dense for cost in costs]
     floor = min(floors)
     if floor <= budget < max(floors):  # projections and FFNs, say: by how much of the FLOPs each has
-        rows = count_rows(model, [site.first for site in sites], islice(batches, 1))
-        if len(set(rows.values())) == 1:  # else not known: another batch may have others
-            floor = sum(cost.floor for cost in costs) / sum(cost.dense for cost in costs)
+        firsts = [site.first for site in sites]
+        rows = count_rows(model, firsts, islice(batches, 1))
+        if len(set(rows.values())) > 1:  # as of an encoder-decoder: another batch may have others
+            rows = count_rows(model, firsts, batches)
+        found = [(rows[first], cost) for first, cost in zip(firsts, costs, strict=True)]
+        if any(rows.values()):
+            floor = sum(n * cost.floor for n, cost in found) / sum(n * cost.dense for n, cost in found)
     if budget < floor:
         shared, lower = (f", and a shared one of rank {rank},", ", a lower rank") if rank else ("", "")
         raise ValueError(
