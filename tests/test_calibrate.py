@@ -78,6 +78,8 @@ def test_a_loss_given_with_a_budget_is_measured(model, batches):
         expected = sum(distance(model, batch).item() for batch in batches) / len(batches)
     assert found.loss == pytest.approx(expected, rel=1e-5)
     assert found.loss > 1
+    assert str(found).startswith(f"tau {found.tau:.4g}: {found.share:.1%} of the experts, ")
+    assert f"; loss {found.loss:.4g}, at tau = 0 1; " in str(found)
     set_tau(model, 0.5)
     assert found.tau == calibrate_(model, batches, budget=0.6).tau  # the loss ran the dense model too
 

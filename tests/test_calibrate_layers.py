@@ -79,6 +79,9 @@ def test_where_nothing_loses_less_it_is_the_one_tau(model):
         found.one.cost,
     )
     assert gates(model) == [DynamicK(found.one.tau)] * 2
+    *rows, last = str(found).splitlines()
+    assert [row.split()[-1] for row in rows] == ["tau", *[f"{found.one.tau:.4g}"] * 2]
+    assert last.endswith("; loss 1, by one tau 1")
 
 
 def test_a_loss_of_one_s_own_decides(model):

@@ -209,11 +209,20 @@ def test_the_report_prints_as_an_aligned_table():
     model, batches = model_and_batches()
     lines = str(convert(model, batches, budget=0.9)).splitlines()
     assert lines[0].split("  ")[0] == "layer"
-    assert len({len(line) for line in lines[:-1]}) == 1
+    (total,) = (i for i, line in enumerate(lines) if line.startswith("all, worst error"))
+    assert len({len(line) for line in lines[: total + 1]}) == 1
     assert "12 x 5" in lines[1]
     assert "silu GLU" in lines[1]
-    assert lines[-2].startswith("all, worst error")
-    assert "90.0% of the converted layers' dense FLOPs" in lines[-1]
+    assert "90.0% of the converted layers' dense FLOPs" in lines[total + 1]
+
+
+def test_routers_that_are_worse_than_a_mean_are_told():
+    model, batches = model_and_batches()
+    report = convert(model, batches)
+    bad, good = (dataclasses.replace(report.layers[0], r2=r2) for r2 in (-0.1, 0.9))
+    assert "R² below 0" not in str(dataclasses.replace(report, layers=(good, good)))
+    told = str(dataclasses.replace(report, layers=(good, bad))).splitlines()[-1]
+    assert told.startswith("the routers of 1 of 2 layers predict worse than a mean would")
 
 
 def test_the_report_is_json_also_where_a_router_has_no_r2():

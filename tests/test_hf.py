@@ -405,11 +405,14 @@ def test_a_transformers_that_is_too_old_is_a_warning_and_not_an_error(monkeypatc
     def fails(name: str) -> None:
         raise ImportError("cannot import name 'register_quantizer'")
 
+    sadmoe.hf.check_registered()
+    monkeypatch.setattr(sadmoe.hf, "_refusal", None)  # and None again afterwards
     monkeypatch.setattr(sadmoe.hf.importlib, "import_module", fails)
-    with pytest.warns(
-        UserWarning, match=r"cannot register with this version of transformers .*register_quantizer.*"
-    ):
+    told = r"cannot register with this version of transformers .*register_quantizer.*"
+    with pytest.warns(UserWarning, match=told):
         sadmoe.hf.register()
+    with pytest.raises(ImportError, match=told):
+        sadmoe.hf.check_registered()
 
 
 def test_finders_of_an_older_kind_are_passed_by(monkeypatch):

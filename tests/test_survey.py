@@ -89,7 +89,12 @@ def test_a_model_is_sparse_where_its_activations_are_zero():
     assert sparse.is_sparse
     assert "convert_ and calibrate_" in str(sparse)
     assert not dense.is_sparse
-    assert "sparsify_ first" in str(dense)
+    assert "sparsify_ (--sparsify) first" in str(dense)
+    with torch.no_grad():
+        for module in relu.modules():
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.fill_(3.0)
+    assert "convert_ may do, as it is ReLU" in str(sadmoe.survey(relu, data()))
     assert "projections" not in str(dense)
     assert not sadmoe.survey(nn.Sequential(*relu, *gelu), data()).is_sparse
 

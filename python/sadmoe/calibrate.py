@@ -37,6 +37,11 @@ class Calibration:
     loss_at_zero: float | None
     evaluations: int
 
+    def __str__(self) -> str:
+        of = f"{self.share:.1%} of the experts, {self.cost.layers_of_dense:.1%} of the FFNs' FLOPs"
+        losses = "" if self.loss is None else f"; loss {self.loss:.4g}, at tau = 0 {self.loss_at_zero:.4g}"
+        return f"tau {self.tau:.4g}: {of}{losses}; {self.evaluations} evaluations"
+
 
 def calibrate_(
     model: nn.Module,

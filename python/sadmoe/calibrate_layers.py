@@ -22,6 +22,7 @@ from sadmoe.hooks import uncompiled
 from sadmoe.modules import device_of, evaluating
 from sadmoe.padding import answer
 from sadmoe.randomness import SEED, seeded
+from sadmoe.tables import format_table
 from sadmoe.training.objective import Loss
 
 FACTORS = (0.0, 0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0)  # of the one tau, that a layer may get; 0 makes it dense
@@ -40,6 +41,11 @@ class LayerCalibration:
     cost: CostReport
     loss: float
     one: Calibration
+
+    def __str__(self) -> str:
+        rows = [(name, f"{value:.4g}") for name, value in self.taus.items()]
+        of = f"{self.share:.1%} of the experts, {self.cost.layers_of_dense:.1%} of the FFNs' FLOPs"
+        return f"{format_table(('layer', 'tau'), rows)}\n{of}; loss {self.loss:.4g}, by one tau {self.one.loss:.4g}"
 
 
 def calibrate_layers_(

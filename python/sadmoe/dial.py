@@ -18,7 +18,7 @@ def converted_layers(model: nn.Module, filter: Filter | None = None) -> dict[str
     layers = moe_layers(model)
     if not layers:
         raise ValueError(
-            f"model: {type(model).__name__} has no converted layer: convert it first, see convert_"
+            f"model: {type(model).__name__} has no converted layer: convert it first, by convert_ or `sadmoe convert`"
         )
     check_filter(filter)
     chosen = {name: layer for name, layer in layers.items() if filter is None or filter(name)}

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from sadmoe.batches import Batch, Batches, check_batches, check_repeats, run, samples_in, to_device
 from sadmoe.cost import cost
 from sadmoe.dial import converted_layers, tau
-from sadmoe.ffn import moe_layers
+from sadmoe.ffn import moe_layers, projection_mlps
 from sadmoe.flops import FlopCount
 from sadmoe.modules import device_of, evaluating
 from sadmoe.padding import answer
@@ -30,9 +30,9 @@ PASSES = 3  # of each variant over the batches, in turns, of which the median co
 class Point:
     """One tau, or None: the gates as they were. share: executed pairs. ffn_flops: of the converted layers over what
     they replace, of attention the MLPs. flops: of the whole model over the dense one; where that was not given, over
-    this one with dense layers. error: |y - y0| / |y0| of the last hidden states or logits at real tokens, y0 those of
-    `base`: "dense", the model that this one was converted from, or "tau 0", itself with every expert on. seconds: of a
-    pass over the batches. gain: how many times faster than `base`."""
+    this one with dense layers, MLPs of attention among them. error: |y - y0| / |y0| of the last hidden states or logits
+    at real tokens, y0 those of `base`: "dense", the model that this one was converted from, or "tau 0", itself with
+    every expert on. seconds: of a pass over the batches. gain: how many times faster than `base`."""
 
     tau: float | None
     share: float
@@ -113,7 +113,7 @@ def evaluate(
         for variant in tqdm(variants, "cost", disable=not progress):
             with variant.on():
                 reports.append(cost(model, batches))
-        whole = None if dense is None else _flops_per_sample(dense, batches)
+        whole = _flops_per_sample(dense, batches) if dense is not None and projection_mlps(model) else None
         seconds = _seconds([base, *variants], batches, progress)
     name = "tau 0" if dense is None else "dense"
     found = zip(variants, reports, errors, strict=True)

@@ -14,6 +14,7 @@ from sadmoe.ffn.linears import shape_of
 from sadmoe.flops import FlopCount
 from sadmoe.inputs import count_rows
 from sadmoe.modules import check_model, refuse_compiled
+from sadmoe.reference import RECTIFIERS
 from sadmoe.sparsify import LayerSparsity, measure_sparsity
 from sadmoe.tables import format_table, shortened, si
 
@@ -80,17 +81,20 @@ class Survey:
         if self.projection_count:
             lines[-1] += (
                 f"; if its {self.projection_count} projections of attention (another {self.projections:.1%}, see "
-                f"replace_projections_) cost nothing either, {_fewer(self.share + self.projections)}"
+                f"replace_projections_, --projections) cost nothing either, {_fewer(self.share + self.projections)}"
             )
-        advice = (
-            "half of the activations or more are 0: convert_ and calibrate_ may do as it is"
-            if self.is_sparse
-            else "fewer than half of the activations are 0: sparsify_ first"
-        )
-        lines += ["", format_table(HEADER, [ffn.cells() for ffn in self.ffns]), "", advice]
+        lines += ["", format_table(HEADER, [ffn.cells() for ffn in self.ffns]), "", self._advice()]
         lines += shortened([f"not converted: {skipped}" for skipped in self.skipped], LISTED)
         lines += shortened([f"not replaced: {reason}" for reason in self.refused], LISTED)
         return "\n".join(lines)
+
+    def _advice(self) -> str:
+        if self.is_sparse:
+            return "half of the activations or more are 0: convert_ and calibrate_ may do as it is"
+        few = "fewer than half of the activations are 0"
+        if all(ffn.act in RECTIFIERS for ffn in self.ffns):
+            return f"{few}: convert_ may do, as it is ReLU; sparsify_ (--sparsify) makes more of them 0"
+        return f"{few}: sparsify_ (--sparsify) first"
 
 
 def survey(model: nn.Module, batches: Batches, *, progress: bool = False) -> Survey:

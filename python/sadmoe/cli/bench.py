@@ -138,6 +138,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         batch = random_input(arguments, model)
     rows = compare(model, batch, arguments.tau, arguments.seconds, progress=True)
     told = f", {len(packed)} of {len(moe_layers(model))} layers packed" if packed else ""
+    told += "" if arguments.data else "; random input, which may run other shares of the experts than --data"
     print(
         f"{machine()}, {dtype_name(next(model.parameters()).dtype)}, {arguments.device}{told}\n\n{table(rows)}"
     )

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from sadmoe.batches import run, to_device
 from sadmoe.bench import random_batch
 from sadmoe.data import Data, load_data, positions_of
+from sadmoe.hf import check_registered
 from sadmoe.modules import device_of, evaluating, is_out_of_memory
 from sadmoe.texts import load_model
 
@@ -125,6 +126,7 @@ def loaded(arguments: argparse.Namespace, folder: Path) -> nn.Module:
     check_data(arguments)
     device = device_named(arguments.device)
     model = load_model(folder)
+    check_registered()
     try:
         return model.to(device)
     except RuntimeError as error:  # no memory there

@@ -192,7 +192,8 @@ def _check_budget(
         shared, lower = (f", and a shared one of rank {rank},", ", a lower rank") if rank else ("", "")
         raise ValueError(
             f"budget {budget} cannot be met: router and one expert{shared} cost {floor:.3f} of the dense FLOPs "
-            f"or more; raise it, or take a narrower router (RouterConfig(width=...)){lower} or smaller experts"
+            f"or more; raise it, or take a narrower router (RouterConfig(width=...), --router-width){lower} or smaller "
+            "experts"
         )
 
 

@@ -73,7 +73,10 @@ class ConversionReport:
             else f", solved for {self.budget:.1%} of the converted layers' dense FLOPs"
         )
         steps = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in self.seconds.items())
-        return f"{table}\ntau {self.tau:.4g}{budget}; {self.tokens} tokens; {steps}"
+        poor, of = sum(row.r2 < 0 for row in self.layers), len(self.layers)
+        why = "predict worse than a mean would (R² below 0): give more data, or train them longer"
+        told = f"\nthe routers of {poor} of {of} layers {why}" if poor else ""
+        return f"{table}\ntau {self.tau:.4g}{budget}; {self.tokens} tokens; {steps}{told}"
 
     def to_json(self) -> str:
         """All fields and the totals, as JSON; a number that is not finite becomes null."""

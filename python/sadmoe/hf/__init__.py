@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 MODELS = "transformers.modeling_utils"  # every model imports it, and it has all that registering needs
 QUANTIZER = "sadmoe.hf.quantizer"
 EXPERTS = "sadmoe.hf.experts"
+_refusal: ImportError | None = None  # of the last time that it was tried
 
 
 def register() -> None:
@@ -54,14 +55,27 @@ def describe_to_transformers(model: nn.Module) -> None:
         logger.warning("save_pretrained will refuse this model as it is now: %s", error)
 
 
+def check_registered() -> None:
+    """Raises ImportError where transformers was imported, and sadmoe could not register with it."""
+    if _refusal is not None:
+        raise ImportError(
+            f"sadmoe cannot register with this version of transformers ({_refusal}), so it neither saves nor loads "
+            "converted models in its folders: update transformers"
+        )
+
+
 def _import_parts() -> None:
+    global _refusal
+    _refusal = None
     try:
         importlib.import_module(QUANTIZER)
         importlib.import_module(EXPERTS)
     except ImportError as error:  # inside somebody's import of transformers, which must go on
+        _refusal = error
         warnings.warn(
-            f"sadmoe cannot register with this version of transformers ({error}): converted models work, but "
-            "save them with sadmoe.save, not save_pretrained; or update transformers",
+            f"sadmoe cannot register with this version of transformers ({error}): of a converted model save_pretrained "
+            "writes, and from_pretrained loads, what is no such model, so use sadmoe.save and sadmoe.load; or update "
+            "transformers",
             stacklevel=2,
         )
 
