@@ -498,3 +498,30 @@ def test_a_callable_without_a_hash_is_no_activation():
             return self.down(torch.relu(self.up(x)))
 
     assert len(find_ffns(nn.Sequential(Block()))) == 1
+
+
+class OwnBlock(nn.Module):
+    """A block as users write it: norm, attention, FFN and residuals in one forward."""
+
+    def __init__(self, attention: bool):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(D, F_), nn.Linear(F_, D)
+        self.attn = nn.MultiheadAttention(D, 4, batch_first=True) if attention else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.attn is not None:
+            x = x + self.attn(x, x, x)[0]
+        return x + self.fc2(torch.relu(self.fc1(x)))
+
+
+@pytest.mark.parametrize(
+    ("attention", "told"),
+    [
+        (True, "fc1 and fc2 have the shapes of an FFN, .*: then put the FFN in a module of its own"),
+        (False, "it adds its input to what its FFN makes of it: put the FFN in a module of its own"),
+    ],
+)
+def test_a_block_that_is_more_than_its_ffn_is_told_what_to_do(attention, told):
+    with pytest.raises(NotImplementedError, match=told) as caught:
+        find_ffns(nn.Sequential(OwnBlock(attention)).eval())
+    assert "attn" not in str(caught.value)

@@ -196,6 +196,9 @@ def _unknown(module: nn.Module, children: Iterable[str]) -> str:
 def _named_as_activations(module: nn.Module, paths: Iterable[str]) -> list[str]:
     """Those of the paths at which is what is named as an activation, which may have weights: PReLU, xIELU, Mish."""
     kinds = {path: type(module.get_submodule(path)) for path in paths}
+    kinds = {
+        path: kind for path, kind in kinds.items() if kind is not nn.MultiheadAttention
+    }  # a file with activations
     named = re.compile("act|elu|swish|mish|sigmoid|tanh|soft|nonlin", re.IGNORECASE)
     return [
         path

@@ -206,6 +206,11 @@ def _best(sites: list[FFNSite], denses: list[DenseFFN], scene: _Scene, x: Tensor
     if share == errors[best] == 0 and scene.parts.at and denses[0].w_down.any():
         raise _Unseen(f"nothing that it returned depends on its {scene.parts.down}")
     if not errors[best] <= TOLERANCE * share:
+        if scene.parts.at == "" and any(_adds_input(y, o, x) for o in outputs):
+            raise Unsupported(
+                "it adds its input to what its FFN makes of it: put the FFN in a module of its own, or make its "
+                "activation a module of this one (nn.ReLU())"
+            )
         tried = ", ".join(site.act for site in sites)
         raise Unsupported(
             "it does not compute down(act(up(x))) or its gated form: off by "
@@ -224,6 +229,13 @@ def _best(sites: list[FFNSite], denses: list[DenseFFN], scene: _Scene, x: Tensor
     if hidden:
         site.parts = replace(site.parts, removed=site.parts.removed + hidden)
     return site
+
+
+def _adds_input(y: list[Tensor], of_ffn: list[Tensor], x: Tensor) -> bool:
+    """Whether y is what the FFN makes of x, and x."""
+    if len(y) != 1 or len(of_ffn) != 1 or not y[0].shape == of_ffn[0].shape == x.shape:
+        return False
+    return _distance(y, [of_ffn[0] + x]) <= TOLERANCE * _distance(y, [x])
 
 
 def _is_unused(scene: _Scene, x: Tensor, y: list[Tensor]) -> bool:
