@@ -102,7 +102,7 @@ int main(int count, char** words) {
   const char* word = count > 1 ? words[1] : "";
   if (!std::strcmp(word, "conformance")) {
     const char* part = count > 2 ? words[2] : "";
-    // 1: other bits alone, 4: wrong numbers
+    // 3: other bits alone, 4: wrong numbers
     const auto sm_80 = [] { return bench::check_conformance() ? 4 : 0; };
     if (count == 2) return std::max(sm_80(), bench::check_hopper());
     if (count == 3 && !std::strcmp(part, "sm_80")) return sm_80();
