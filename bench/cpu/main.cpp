@@ -12,17 +12,12 @@
 namespace sadmoe::bench {
 namespace {
 
-using test::Numbers;
+using test::kActivationNames, test::kActivations, test::kDtypeNames, test::kDtypes, test::Numbers;
 
 constexpr int64_t kWidth = 768, kNeurons = 32, kExperts = 96;  // of a layer of 768 x 3072
 constexpr int64_t kRows[] = {1, 4, 16, 64};                    // that chose one expert
 constexpr int64_t kTokens[] = {1, 16, 256};
 constexpr double kShare = 0.25;
-constexpr DType kDtypes[] = {DType::f32, DType::bf16, DType::f16};
-constexpr const char* kDtypeNames[] = {"float32", "bfloat16", "float16"};
-constexpr Activation kActivations[] = {Activation::relu, Activation::gelu,       Activation::gelu_tanh,
-                                       Activation::silu, Activation::quick_gelu, Activation::relu2};
-constexpr const char* kActivationNames[] = {"relu", "gelu", "gelu_tanh", "silu", "quick_gelu", "relu2", "abs"};
 
 Numbers numbers(int64_t n, DType dtype) {
   std::mt19937 random(1);
@@ -47,7 +42,7 @@ void project(benchmark::State& state, const cpu::Kernels& kernels, DType dtype, 
     kernels.project[int(dtype)]({n, kNeurons, kWidth, kNeurons, floats(x), rows.data(), w.view().data, out.data()});
     benchmark::ClobberMemory();
   }
-  count(state, 2.0 * n * kNeurons * kWidth, 1.0 * kNeurons * kWidth * test::format(dtype).bytes);
+  count(state, 2.0 * n * kNeurons * kWidth, 1.0 * kNeurons * kWidth * size_of(dtype));
 }
 
 // The other way, strip by strip of columns as the layer does it.
@@ -60,10 +55,10 @@ void accumulate(benchmark::State& state, const cpu::Kernels& kernels, DType dtyp
   for (auto _ : state) {
     for (int64_t c = 0; c < kWidth; c += kernels.strip)
       kernels.accumulate[int(dtype)]({n, kNeurons, std::min(kernels.strip, kWidth - c), kNeurons, kWidth, kWidth, floats(h),
-                                      rows.data(), weights + c * test::format(dtype).bytes, y.data() + c});
+                                      rows.data(), weights + c * size_of(dtype), y.data() + c});
     benchmark::ClobberMemory();
   }
-  count(state, 2.0 * n * kNeurons * kWidth, 1.0 * kNeurons * kWidth * test::format(dtype).bytes);
+  count(state, 2.0 * n * kNeurons * kWidth, 1.0 * kNeurons * kWidth * size_of(dtype));
 }
 
 // The same two, of one expert after another that n tokens chose, with weights from memory: of a layer of 384 x 1536 in floats.
@@ -127,11 +122,10 @@ void layer(benchmark::State& state, const std::string& isa, DType dtype, int64_t
   cpu::use_isa(isa);
   const test::Layer layer({T, kWidth, kExperts, kNeurons, kWidth, 1}, {dtype, Activation::relu, false, true}, 1);
   const auto mask = test::random_mask(layer.shape, kShare, 1);
-  const cpu::Threads one{1, [](int64_t n, int64_t, const std::function<void(int64_t, int64_t)>& body) { body(0, n); }};
   Numbers y(T * kWidth, dtype);
   const Experts experts = layer.experts(y);
   for (auto _ : state) {
-    cpu::sparse_experts(experts, mask.get(), one);
+    cpu::sparse_experts(experts, mask.get(), cpu::one_thread());
     benchmark::ClobberMemory();
   }
   double pairs = 0, needed = 0;
@@ -141,7 +135,7 @@ void layer(benchmark::State& state, const std::string& isa, DType dtype, int64_t
     pairs += static_cast<double>(tokens);
     needed += tokens > 0;
   }
-  count(state, 4.0 * pairs * kNeurons * kWidth, 2 * needed * kNeurons * kWidth * test::format(dtype).bytes);
+  count(state, 4.0 * pairs * kNeurons * kWidth, 2 * needed * kNeurons * kWidth * size_of(dtype));
 }
 
 // Every line of a share of the pieces of a buffer, ascending, as the weights of those experts are read that a token chose; lines

@@ -41,7 +41,7 @@ struct Cell {
 
   bool int8() const { return dtype == "int8"; }
   DType rows() const { return dtype == "bfloat16" ? DType::bf16 : DType::f32; }
-  int64_t bytes() const { return f * d * (gated ? 3 : 2) * (int8() ? 1 : rows() == DType::bf16 ? 2 : 4); }
+  int64_t bytes() const { return f * d * (gated ? 3 : 2) * size_of(int8() ? DType::i8 : rows()); }
 };
 
 // Layers of small numbers, on lines of the caches, with a mask each.
@@ -78,7 +78,7 @@ class Layers {
   }
   std::vector<char> result() const {
     const char* y = static_cast<const char*>(y_.data);
-    return {y, y + layers_[0].shape.T * layers_[0].shape.d_out * (y_.dtype == DType::bf16 ? 2 : 4)};
+    return {y, y + layers_[0].shape.T * layers_[0].shape.d_out * size_of(y_.dtype)};
   }
 
  private:
@@ -87,7 +87,7 @@ class Layers {
   };
 
   View array(int64_t n, DType dtype) {
-    const int64_t bytes = n * (dtype == DType::i8 ? 1 : dtype == DType::bf16 ? 2 : 4), lines = (bytes + 63) / 64;
+    const int64_t bytes = n * size_of(dtype), lines = (bytes + 63) / 64;
     void* data = std::aligned_alloc(64, lines * 64);
     if (!data) std::abort();
     held_.emplace_back(data);

@@ -6,6 +6,12 @@
 
 namespace sadmoe::test {
 
+constexpr DType kDtypes[] = {DType::f32, DType::bf16, DType::f16};
+constexpr const char* kDtypeNames[] = {"float32", "bfloat16", "float16"};
+constexpr Activation kActivations[] = {Activation::relu, Activation::gelu,       Activation::gelu_tanh,
+                                       Activation::silu, Activation::quick_gelu, Activation::relu2};
+constexpr const char* kActivationNames[] = {"relu", "gelu", "gelu_tanh", "silu", "quick_gelu", "relu2", "abs"};
+
 struct Shape {
   int64_t T, d, E, s, d_out, r;
 };

@@ -36,12 +36,7 @@ constexpr Shape kShapes[] = {
     {60, 20, 3, 100, 70, 4},  {6, 5, 3, 11, 2070, 3},   {60, 24, 3, 4, 71, 4},   {50, 24, 3, 8, 110, 4},
     {60, 24, 3, 12, 93, 4},   {40, 20, 5, 16, 39, 4},
 };
-constexpr DType kDtypes[] = {DType::f32, DType::bf16, DType::f16};
-constexpr const char* kDtypeNames[] = {"float32", "bfloat16", "float16"};
-constexpr Activation kActivations[] = {Activation::relu, Activation::gelu,       Activation::gelu_tanh,
-                                       Activation::silu, Activation::quick_gelu, Activation::relu2};
 constexpr unsigned kKinds = 4 * std::size(kActivations);  // of a shape and a dtype
-constexpr const char* kActivationNames[] = {"relu", "gelu", "gelu_tanh", "silu", "quick_gelu", "relu2", "abs"};
 
 // The parts that `count` threads would get, in turn on this one.
 cpu::Threads threads(int count) {
@@ -122,7 +117,7 @@ class Test {
       judge(isa, name + " of a token alone", layer,
             std::equal(alone.begin(), alone.begin() + d_out, y.begin() + t * d_out) ? 0 : INFINITY);
       if (t > 0) {
-        std::vector<unsigned char> x(layer.shape.T * layer.shape.d * format(layer.kind.dtype).bytes);
+        std::vector<unsigned char> x(layer.shape.T * layer.shape.d * size_of(layer.kind.dtype));
         const auto beside = output(layer, packed, [&](Experts p) {
           std::memcpy(x.data(), p.x.data, x.size());
           std::memset(x.data(), 0xff, x.size() / layer.shape.T);  // NaN in every dtype

@@ -10,16 +10,16 @@
 
 namespace sadmoe::test {
 
-// Significant bits, the exponent of the smallest number above zero, bytes.
+// Significant bits, the exponent of the smallest number above zero.
 struct Format {
-  int digits, least, bytes;
+  int digits, least;
 };
 
 inline Format format(DType t) {
-  return t == DType::f32    ? Format{24, -149, 4}
-         : t == DType::bf16 ? Format{8, -133, 2}
-         : t == DType::f16  ? Format{11, -24, 2}
-                            : Format{7, 0, 1};
+  return t == DType::f32    ? Format{24, -149}
+         : t == DType::bf16 ? Format{8, -133}
+         : t == DType::f16  ? Format{11, -24}
+                            : Format{7, 0};
 }
 
 inline double epsilon(DType t) { return std::ldexp(1.0, 1 - format(t).digits); }
@@ -65,7 +65,7 @@ inline double decode(uint32_t bits, DType t) {
 // allocation: kernels may not assume alignment, and a sanitizer sees what they read past the end.
 class Numbers {
  public:
-  Numbers(int64_t n, DType dtype) : dtype_(dtype), bytes_((n + 1) * format(dtype).bytes), values_(n) {}
+  Numbers(int64_t n, DType dtype) : dtype_(dtype), bytes_((n + 1) * size_of(dtype)), values_(n) {}
 
   static Numbers normal(int64_t n, double scale, DType dtype, std::mt19937& random) {
     return drawn(n, dtype, [&, draw = std::normal_distribution<double>(0.0, scale)]() mutable { return draw(random); });
@@ -86,7 +86,7 @@ class Numbers {
   // Matrices [n, m], one after the other, each turned into [m, n].
   Numbers turned(int64_t n, int64_t m) const {
     Numbers out(size(), dtype_);
-    const int bytes = format(dtype_).bytes;
+    const int64_t bytes = size_of(dtype_);
     for (int64_t i = 0; i < size(); ++i) {
       const int64_t first = i / (n * m) * n * m, row = i % (n * m) / m, column = i % m, to = first + column * n + row;
       out.values_[to] = values_[i];
@@ -96,8 +96,8 @@ class Numbers {
   }
 
   int64_t size() const { return static_cast<int64_t>(values_.size()); }
-  char* data() { return bytes_.data() + format(dtype_).bytes; }
-  View view() const { return {values_.empty() ? nullptr : bytes_.data() + format(dtype_).bytes, dtype_}; }
+  char* data() { return bytes_.data() + size_of(dtype_); }
+  View view() const { return {values_.empty() ? nullptr : bytes_.data() + size_of(dtype_), dtype_}; }
   const std::vector<double>& values() const { return values_; }
 
   // What a kernel has written.
@@ -105,7 +105,7 @@ class Numbers {
     std::vector<double> out(values_.size());
     for (size_t i = 0; i < out.size(); ++i) {
       uint32_t bits = 0;
-      std::memcpy(&bits, bytes_.data() + (i + 1) * format(dtype_).bytes, format(dtype_).bytes);
+      std::memcpy(&bits, bytes_.data() + (i + 1) * size_of(dtype_), size_of(dtype_));
       out[i] = decode(bits, dtype_);
     }
     return out;
@@ -118,7 +118,7 @@ class Numbers {
     for (int64_t i = 0; i < n; ++i) {
       out.values_[i] = rounded(draw(), dtype);
       const uint32_t bits = encode(out.values_[i], dtype);
-      std::memcpy(out.data() + i * format(dtype).bytes, &bits, format(dtype).bytes);
+      std::memcpy(out.data() + i * size_of(dtype), &bits, size_of(dtype));
     }
     return out;
   }
