@@ -311,7 +311,9 @@ def test_a_module_with_two_parents_is_one_site_replaced_in_both():
 def test_filter_chooses_by_name():
     model = TINY["sequential"].model()
     assert [site.name for site in find_ffns(model, filter=lambda name: name.startswith("1"))] == ["1.inner"]
-    with pytest.raises(FFNNotFoundError, match=r"filter refused all there are:\n  0.inner\n  1.inner"):
+    with pytest.raises(
+        FFNNotFoundError, match=r"the filter \(--only\) refused all there are:\n  0.inner\n  1.inner"
+    ):
         find_ffns(model, filter=lambda name: False)
 
 

@@ -305,7 +305,7 @@ def test_what_is_named_as_an_ffn_is_not_left_out_without_a_word(caplog: pytest.L
         assert [site.name for site in find_ffns(model)] == ["0"]
     seen = "inside 24 -> 60, out 60 -> 30, last 30 -> 24"
     said = f"  1 (OverlookedFeedForward): none of its linear layers, {seen}, are seen as d -> f and f -> d, f"
-    assert f"1 FFNs are not converted:\n{said}" in caplog.text
+    assert f"1 FFN is not converted:\n{said}" in caplog.text
     caplog.clear()
     find_ffns(model, lambda name: name == "0")
     assert caplog.text == ""
@@ -400,7 +400,7 @@ def test_a_model_that_is_itself_the_ffn_has_to_be_wrapped():
 def test_ffns_left_out_beside_others_are_logged(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING):
         assert [site.name for site in find_ffns(nn.Sequential(UserFFN(), UserFFN(nn.Tanh())))] == ["0"]
-    assert "1 FFNs are not converted:\n  1 (UserFFN): its activation, nonlinearity (Tanh)" in caplog.text
+    assert "1 FFN is not converted:\n  1 (UserFFN): its activation, nonlinearity (Tanh)" in caplog.text
 
 
 def test_three_linear_layers_that_are_no_glu_are_named_too():
@@ -421,7 +421,7 @@ def test_what_the_filter_takes_is_converted_already():
     swap_in(model, site, layer_from_dense(site.dense(), slots_of(site), 4))
     with pytest.raises(FFNNotFoundError, match="1 FFNs are converted already; to convert them anew"):
         find_ffns(model, "0".__eq__)
-    with pytest.raises(FFNNotFoundError, match="the filter refused all there are:\n  1"):
+    with pytest.raises(FFNNotFoundError, match=r"the filter \(--only\) refused all there are:\n  1"):
         find_ffns(model, "2".__eq__)
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -267,11 +268,16 @@ def test_evaluate_beside_the_dense_model(monkeypatch):
     with torch.no_grad():
         for parameter in original.parameters():
             parameter.mul_(1.1)
-    monkeypatch.setattr(_Variant, "seconds", lambda variant, _: 2.0 if variant.model is original else 0.5)
+    ours = iter([0.5, 0.4, 0.6])
+    monkeypatch.setattr(
+        _Variant, "seconds", lambda variant, _: 2.0 if variant.model is original else next(ours)
+    )
     (changed,) = evaluate(model, [batch], [0.0], dense=original)
     assert changed.error > 1e-2
-    assert (changed.seconds, changed.gain) == (0.5, 4.0)
+    assert (changed.seconds, changed.spread, changed.gain) == (0.5, pytest.approx(0.4), 4.0)
     assert "error to dense" in table([changed])
+    assert "500 ± 40%" in table([changed])
+    assert "0.57 ±  4%" in table([replace(changed, seconds=0.00057, spread=0.04)])
     with pytest.raises(ValueError, match="is a converted one itself"):
         evaluate(model, [batch], [0.0], dense=model)
     with pytest.raises(ValueError, match="batches must hold at least one batch"):

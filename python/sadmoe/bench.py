@@ -56,7 +56,7 @@ class Row:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as people read them."""
-    header = ("", "tau", "tokens", "executed", "dense ms", "sadmoe ms", "faster", "dense path")
+    header = ("", "tau", "tokens", "executed", "dense ms", "sadmoe ms", "faster", "layers run dense")
     cells = [
         (
             row.name,

@@ -21,7 +21,7 @@ from sadmoe.modules import device_of, evaluating
 from sadmoe.padding import answer
 from sadmoe.randomness import SEED, seeded
 from sadmoe.tables import format_table
-from sadmoe.timing import waiting
+from sadmoe.timing import Timing, waiting
 
 PASSES = 3  # of each variant over the batches, in turns, of which the median counts
 
@@ -32,7 +32,8 @@ class Point:
     they replace, of attention the MLPs. flops: of the whole model over the dense one; where that was not given, over
     this one with dense layers, MLPs of attention among them. error: |y - y0| / |y0| of the last hidden states or logits
     at real tokens, y0 those of `base`: "dense", the model that this one was converted from, or "tau 0", itself with
-    every expert on. seconds: of a pass over the batches. gain: how many times faster than `base`."""
+    every expert on. seconds: of a pass over the batches, the median. spread: of the passes, the distance from the
+    fastest to the slowest as a share of that. gain: how many times faster than `base`, of medians."""
 
     tau: float | None
     share: float
@@ -40,6 +41,7 @@ class Point:
     flops: float
     error: float
     seconds: float
+    spread: float
     gain: float
     base: str
 
@@ -51,7 +53,7 @@ class Point:
             f"{self.ffn_flops:.1%}",
             f"{self.flops:.1%}",
             f"{self.error:.4f}",
-            f"{self.seconds * 1e3:.0f}",
+            f"{self.seconds * 1e3:.{0 if self.seconds >= 0.1 else 2}f} ±{self.spread:4.0%}",
             f"{self.gain:.2f}x",
         )
 
@@ -114,13 +116,23 @@ def evaluate(
             with variant.on():
                 reports.append(cost(model, batches))
         whole = _flops_per_sample(dense, batches) if dense is not None and projection_mlps(model) else None
-        seconds = _seconds([base, *variants], batches, progress)
+        times = _times([base, *variants], batches, progress)
     name = "tau 0" if dense is None else "dense"
     found = zip(variants, reports, errors, strict=True)
     return [
-        Point(variant.tau, r.share, r.layers_of_dense, flops, error, took, seconds[base] / took, name)
+        Point(
+            variant.tau,
+            r.share,
+            r.layers_of_dense,
+            flops,
+            error,
+            t.median,
+            t.spread,
+            times[base].median / t.median,
+            name,
+        )
         for variant, r, error in found
-        for took in [seconds[variant]]
+        for t in [times[variant]]
         for flops in [r.of_dense if whole is None else ((r.rest or 0.0) + r.executed) / whole]
     ]
 
@@ -192,10 +204,15 @@ def _errors(base: _Variant, variants: Sequence[_Variant], batches: Batches, prog
     return [math.sqrt(one / size) for one in wrong]
 
 
-def _seconds(variants: Sequence[_Variant], batches: Batches, progress: bool) -> dict[_Variant, float]:
-    """Of one pass of each over the batches: they take turns, so that the machine's moods fall on all alike."""
+def _times(variants: Sequence[_Variant], batches: Batches, progress: bool) -> dict[_Variant, Timing]:
+    """Of one pass of each over the batches: they take turns, so that the machine's moods fall on all alike. The spreads
+    are whole ranges, for of so few passes there are no quartiles."""
     turns: dict[_Variant, list[float]] = {variant: [] for variant in variants}
     passes = [variant for _ in range(PASSES) for variant in variants]
     for variant in tqdm(passes, "timing", disable=not progress):
         turns[variant].append(variant.seconds(batches))
-    return {variant: median(times) for variant, times in turns.items()}
+    return {
+        variant: Timing(middle, (max(times) - min(times)) / middle, len(times))
+        for variant, times in turns.items()
+        for middle in [median(times)]
+    }

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -125,8 +125,15 @@ def _what_is_kept(arguments: argparse.Namespace) -> str:
     return "nothing was saved"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Without the usage before an error, whose dozen lines would hide it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="sadmoe",
         description="Turns a pretrained dense transformer into a dynamic-k Mixture-of-Experts.",
         epilog=EPILOG,

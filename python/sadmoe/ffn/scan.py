@@ -90,7 +90,8 @@ def find_ffns(
         if filter is None:
             skipped = skipped + overlooked(model, sites, skipped)
         if skipped:
-            logger.warning("%d FFNs are not converted:\n%s", len(skipped), _listing(list(map(str, skipped))))
+            what = "1 FFN is" if len(skipped) == 1 else f"{len(skipped)} FFNs are"
+            logger.warning("%s not converted:\n%s", what, _listing(list(map(str, skipped))))
         return sites
     if skipped:
         raise NotImplementedError(
@@ -348,7 +349,7 @@ def _nothing_found(model: nn.Module, filter: Filter | None) -> str:
     if filter is not None:
         sites, _ = scan_ffns(model)
         if sites:
-            return f"{head}: the filter refused all there are:\n{_listing([s.name for s in sites])}"
+            return f"{head}: the filter (--only) refused all there are:\n{_listing([s.name for s in sites])}"
     linears = [
         f"{name} ({type(m).__name__}): {shape[0]} -> {shape[1]}"
         for name, m in model.named_modules()
